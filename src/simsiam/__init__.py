@@ -1,0 +1,50 @@
+"""SimSiam: visual representations from images without labels (Chen & He, 2021).
+
+>>> run = simsiam.pretrain("photos/", epochs=100)      # a run folder; every flag of the verb is an argument
+>>> encoder = simsiam.load(run)                        # backbone, eval mode: normalized images in, features h out
+>>> h = encoder(encoder.transform(image))              # (1, encoder.dim)
+
+>>> model = simsiam.build("simsiam", backbone="resnet18", image_size=32)
+>>> model(x1, x2).loss.backward()                      # Algorithm 1, in a loop of your own
+
+Names are loaded when they are first used, so importing the package costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from simsiam.errors import Stopped, UsageError, WorkFailed
+    from simsiam.methods import METHODS, Method, Views
+    from simsiam.pretrain import pretrain, resume
+    from simsiam.recipes import Recipe
+    from simsiam.run import Run, load
+    from simsiam.siamese import Siamese, build
+
+_HOME = {
+    "METHODS": "methods",
+    "Method": "methods",
+    "Recipe": "recipes",
+    "Run": "run",
+    "Siamese": "siamese",
+    "Stopped": "errors",
+    "UsageError": "errors",
+    "Views": "methods",
+    "WorkFailed": "errors",
+    "build": "siamese",
+    "load": "run",
+    "pretrain": "pretrain",
+    "resume": "pretrain",
+}
+__all__ = [
+    "METHODS", "Method", "Recipe", "Run", "Siamese", "Stopped", "UsageError", "Views", "WorkFailed",
+    "build", "load", "pretrain", "resume",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'simsiam' has no attribute {name!r}")
+    return getattr(import_module(f"simsiam.{_HOME[name]}"), name)

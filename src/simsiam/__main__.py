@@ -1,0 +1,5 @@
+import sys
+
+from simsiam.cli import main
+
+sys.exit(main())

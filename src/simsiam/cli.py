@@ -1,0 +1,149 @@
+"""The command line: one verb, one function, one output. Flags are the words of a recipe; asking for help loads no torch."""
+
+import argparse
+import inspect
+import json
+import re
+import sys
+import typing
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+from simsiam import __version__, recipes
+from simsiam.errors import Stopped, UsageError, WorkFailed, unknown
+from simsiam.methods import METHODS, Method, Views
+
+EPILOG = "Documentation and source of every setting: README.md; `simsiam VERB --help` lists a verb's flags."
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with whole flags only, and errors that are one line and know the nearest name."""
+
+    def __init__(self, **how: Any):
+        super().__init__(**how, allow_abbrev=False)
+
+    def error(self, message: str) -> typing.NoReturn:
+        raise UsageError(message)
+
+
+def comments(owner: type) -> dict[str, str]:
+    """What stands behind each field of a dataclass in its source: the documentation of the field and of its flag."""
+    return dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(owner), re.MULTILINE))
+
+
+def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
+    """A flag for every word of a recipe, with the paper's baseline as its default."""
+    for owner, title in ((recipes.Recipe, "the run"), (Method, "the method's cells"), (Views, "the views")):
+        group, said = parser.add_argument_group(title), comments(owner)
+        for f in fields(owner):
+            if f.name in ("source", "name", "views") or f.name not in recipes.WORDS:
+                continue
+            kind, default = recipes.WORDS[f.name], METHODS["simsiam"].name if f.name == "method" else f.default
+            note = said.get(f.name, "a row of `simsiam methods`" if f.name == "method" else "").replace("%", "%%")
+            if default is not MISSING and default is not None:
+                shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+                note += f" [{'on' if default is True else 'off' if default is False else shown}]"
+            how: dict[str, Any] = {"help": note, "default": argparse.SUPPRESS}
+            how |= {"action": argparse.BooleanOptionalAction} if kind is bool else {"metavar": _metavar(kind)}
+            if typing.get_origin(kind) is tuple or tuple in map(typing.get_origin, typing.get_args(kind)):
+                how["nargs"] = "*"
+            group.add_argument("--" + f.name.replace("_", "-"), **how)
+
+
+def _metavar(kind: Any) -> str:
+    options = typing.get_args(kind)
+    if typing.get_origin(kind) is typing.Literal:
+        return "{" + ",".join(map(str, options)) + "}"
+    if options:
+        return _metavar(options[0])
+    return {int: "N", float: "X", str: "NAME"}[kind]
+
+
+def build_parser() -> Parser:
+    parser = Parser(prog="simsiam", description="Visual representations from images without labels.", epilog=EPILOG)
+    parser.add_argument("--version", action="version", version=f"simsiam {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", title="verbs")
+
+    pretrain = verbs.add_parser("pretrain", help="train a backbone on images without labels; writes a run folder")
+    pretrain.add_argument(
+        "source",
+        nargs="?",
+        metavar="SOURCE",
+        help="shapes (embedded), cifar10, cifar100, stl10, a folder of images, or a Parquet file or folder [shapes]",
+    )
+    pretrain.add_argument("--recipe", metavar="NAME or FILE", help=f"{', '.join(recipes.RECIPES)}, or a recipe.yaml")
+    pretrain.add_argument("--out", metavar="RUN", help="the run folder; it must not exist [runs/SOURCE-METHOD-N]")
+    add_recipe_flags(pretrain)
+
+    resume = verbs.add_parser("resume", help="continue a run bit for bit from its last checkpoint")
+    resume.add_argument("run", metavar="RUN")
+    resume.add_argument("--epochs", metavar="N", type=int, help="extend the run; says what that does to the schedule")
+
+    demo = verbs.add_parser("demo", help="see it work: pretrain on the embedded set, beside baselines and a ceiling")
+    demo.add_argument("--seeds", metavar="N", type=int, default=1, help="runs to average over [1]")
+    demo.add_argument("--out", metavar="FOLDER", help="where the run folders go [runs/demo-N]")
+
+    verbs.add_parser("methods", help="the methods as rows of one table (Figure 3)")
+    return parser
+
+
+def flags_of(parser: Parser, verb: str | None) -> list[str]:
+    verbs = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction)).choices
+    return [flag for action in verbs.get(verb, parser)._actions for flag in action.option_strings]
+
+
+def run(arguments: dict[str, Any]) -> None:
+    """One verb. Modules that load torch are imported by the verb that needs them."""
+    verb = arguments.pop("verb")
+    if verb == "pretrain":
+        from simsiam.pretrain import pretrain
+
+        tell(pretrain(arguments.pop("source"), **arguments))
+    elif verb == "resume":
+        from simsiam.pretrain import resume
+
+        tell(resume(arguments["run"], epochs=arguments["epochs"]))
+    elif verb == "demo":
+        from simsiam.demo import demo
+
+        demo(**arguments)
+    elif verb == "methods":
+        from simsiam.methods import table
+
+        print(table())
+
+
+def tell(run: Path) -> None:
+    """How a run ended."""
+    summary = json.loads((run / "summary.json").read_text())
+    knn = summary.get("knn_top1")
+    print(f"{summary['verdict']} after {summary['steps']} steps at {summary['images_per_second']:.0f} images/s")
+    if knn:
+        print(f"kNN on held-out images: {knn['last']:.1f} % at the end, {knn['best']:.1f} % at best (step {knn['best_step']})")
+    if summary["unreadable"]:
+        print(f"{summary['unreadable']} unreadable files were left out: {run}/quarantine.txt")
+    print(summary["remedy"])
+    print(f"run folder: {run}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit code 0: done. 1: the work failed. 2: wrong usage. 128 + n: stopped by signal n, with the work saved."""
+    parser = build_parser()
+    try:
+        arguments = sys.argv[1:] if argv is None else argv
+        if not arguments:
+            parser.print_help()
+            return 0
+        known, strange = parser.parse_known_args(arguments)
+        if strange:
+            raise unknown("argument", strange[0].split("=")[0], flags_of(parser, known.verb))
+        run(vars(known))
+        return 0
+    except (UsageError, WorkFailed, Stopped, OSError) as error:
+        print(f"simsiam: {' '.join(str(error).split())}", file=sys.stderr)
+        if isinstance(error, Stopped):
+            return 128 + error.signum
+        return 2 if isinstance(error, UsageError) else 1
+    except KeyboardInterrupt:
+        return 130

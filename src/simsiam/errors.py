@@ -1,0 +1,28 @@
+"""What a user can get wrong, said in one line: what was given, what is allowed, what to do."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class UsageError(ValueError):
+    """The request itself is wrong: an unknown name, a contradiction, a folder that exists. Exit code 2."""
+
+
+class WorkFailed(RuntimeError):
+    """The request was fine and the work failed: no readable image, a diverged loss, a full disk. Exit code 1."""
+
+
+def unknown(kind: str, given: object, allowed: Iterable[str]) -> UsageError:
+    """The error for a name that is not in a list, with the nearest one that is."""
+    names = sorted(allowed)
+    near = get_close_matches(str(given), names, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(names)}"
+    return UsageError(f"unknown {kind} {given!r}: {hint}")
+
+
+class Stopped(RuntimeError):
+    """A signal asked the work to stop, and it stopped in good order. Exit code 128 + `signum`."""
+
+    def __init__(self, message: str, signum: int):
+        super().__init__(message)
+        self.signum = signum

@@ -1,0 +1,53 @@
+"""The weighted k-nearest-neighbor classifier of Wu et al. (2018), the paper's monitor of progress (Figure 2)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from simsiam.features import Transform, extract
+from simsiam.images import Images
+from simsiam.siamese import Siamese
+
+
+def knn_scores(
+    bank: Tensor, labels: Tensor, queries: Tensor, *, classes: int, k: int = 200, tau: float = 0.1, chunk: int = 1024
+) -> Tensor:
+    """Votes (M, classes) of the k nearest of `bank` (N, d) for each of `queries` (M, d), weighted exp(cosine / tau).
+
+    `labels` (N,) are int64. Queries are taken `chunk` at a time, so memory is bounded by chunk * N similarities.
+    """
+    bank, k = F.normalize(bank, dim=1), min(k, len(bank))
+    votes = []
+    for part in F.normalize(queries, dim=1).split(chunk):
+        cosine, nearest = (part @ bank.T).topk(k, dim=1)
+        votes.append(cosine.new_zeros(len(part), classes).scatter_add_(1, labels[nearest], (cosine / tau).exp()))
+    return torch.cat(votes)
+
+
+def knn_top1(bank: Tensor, labels: Tensor, queries: Tensor, truth: Tensor, *, classes: int, k: int = 200) -> float:
+    """Top-1 accuracy in percent. k is capped at half an average class, so that small sets are not outvoted."""
+    capped = max(1, min(k, len(bank) // (2 * classes)))
+    predicted = knn_scores(bank, labels, queries, classes=classes, k=capped).argmax(1)
+    return 100 * (predicted == truth).float().mean().item()
+
+
+def knn_monitor(
+    model: Siamese, bank: Images, queries: Images, transform: Transform, *, device: torch.device, precision: str
+) -> dict[str, float]:
+    """Accuracy on h (`knn_top1`) and on z (`knn_top1_z`), in percent; `bank` votes on `queries`, both labeled."""
+
+    def h_and_z(x: Tensor) -> tuple[Tensor, Tensor]:
+        h = model.backbone(x)
+        return h, model.projector(h)
+
+    found = []
+    for images in (bank, queries):
+        assert images.labels is not None
+        features, kept = extract(model, images, transform, device=device, precision=precision, forward=h_and_z)
+        found.append((features, torch.from_numpy(images.labels[kept])))
+    (bank_features, labels), (query_features, truth) = found
+    top1 = [
+        knn_top1(b.to(device), labels.to(device), q.to(device), truth.to(device), classes=len(bank.classes))
+        for b, q in zip(bank_features, query_features, strict=True)
+    ]
+    return dict(zip(("knn_top1", "knn_top1_z"), (round(v, 3) for v in top1), strict=True))

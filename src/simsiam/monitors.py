@@ -1,0 +1,120 @@
+"""Gauges read from one step's output, and the verdict on a run.
+
+What the gauges mean. A view's unit vectors ẑ = z/‖z‖ over a batch satisfy Σ_c var(ẑ_c) = 1 − ‖mean ẑ‖², so the std of
+a channel is at most 1/√d on average, and `z_std_sqrt_d` (at most 1) says which share of each vector is not common to
+all images. That alone misses one collapse: with a batch norm on the output, all images can sit at +v and −v, half and
+half, and the std is perfect. So the verdict also asks for the effective rank of z.
+
+Where the thresholds come from; they were written down before the runs that test them.
+
+- `collapsed`: z_std_sqrt_d below 0.1, that is ‖mean ẑ‖² above 0.99: every image within a few degrees of one vector. Or
+  an effective rank of z of at most 2: what is left is a line or a plane, on which no more than a few groups of images
+  stand apart. Isotropic z have a rank near min(N, d).
+- `partial collapse`: z_std_sqrt_d below 0.5, so three quarters of each vector's energy is common to all images; or a
+  rank of at most 4, twice the above.
+- `not converging`: the loss has covered less than a quarter of the way from unrelated vectors to its minimum (Table 1b:
+  a fixed predictor leaves the loss high; that is no collapse, though the accuracy is near chance too).
+- `too early`: fewer than 200 steps. SGD's momentum forgets in 10 steps, batch norm's averages in about as many, and a
+  network with its predictor needs some dozens of those to leave its initialization; nothing is decided before.
+- `diverged`: the loss was not a finite number.
+
+The gauges are the median over the last tenth of the logged lines (at least three), so one noisy batch decides nothing.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from simsiam.siamese import Output
+
+ENOUGH_STEPS = 200
+
+
+def effective_rank(x: Tensor) -> Tensor:
+    """exp of the entropy of the variances of x (N, d) along its principal axes; 1 for a line, min(N-1, d) at most.
+
+    Roy & Vetterli's effective rank on variances, so that faint noise in many directions counts for little.
+    """
+    x = x - x.mean(0)
+    gram = x @ x.T if len(x) < x.shape[1] else x.T @ x  # the same nonzero eigenvalues
+    energy = torch.linalg.eigvalsh(gram / gram.diagonal().sum().clamp_min(1e-30)).clamp_min(0)
+    share = energy / energy.sum().clamp_min(1e-30)
+    return torch.special.entr(share).sum().exp()
+
+
+def z_std(z: Tensor) -> Tensor:
+    """Figure 2 (middle): std over the batch of each channel of z/‖z‖, averaged over channels; 1/√d if isotropic."""
+    return F.normalize(z, dim=1).std(0, correction=0).mean()
+
+
+def squared_cosine(z: Tensor) -> Tensor:
+    """Mean squared cosine between the z of different images: 1 when all lie on one line, about 1/d when isotropic."""
+    unit = F.normalize(z, dim=1)
+    n = len(unit)
+    return ((unit @ unit.T).square().sum() - unit.square().sum(1).square().sum()) / (n * (n - 1))
+
+
+@torch.no_grad()
+def gauges(output: Output) -> dict[str, float]:
+    """Named numbers from one step, read from its first view in float32."""
+    z, h = output.projections[0].detach().float(), output.features[0].detach().float()
+    std = z_std(z)
+    values = {
+        "loss": output.loss.detach(),
+        "z_std": std,
+        "z_std_sqrt_d": std * math.sqrt(z.shape[1]),
+        "z_rank": effective_rank(z),
+        "z_cosine_squared": squared_cosine(z),
+        "h_rank": effective_rank(h),
+    }
+    return dict(zip(values, torch.stack([v.float() for v in values.values()]).tolist(), strict=True))
+
+
+def grad_norm(model: nn.Module) -> float:
+    """Euclidean norm of the last step's gradient over all parameters."""
+    return torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]).item()
+
+
+class Verdict(NamedTuple):
+    verdict: str
+    remedy: str
+
+
+REMEDIES = {
+    "healthy": "Nothing to mend. More epochs usually help: compare kNN, or simply use the backbone.",
+    "too early": f"Fewer than {ENOUGH_STEPS} steps say nothing yet: train longer, or take a smaller batch to get more "
+    "steps from the same images.",
+    "collapsed": "All images get nearly the same output, so the backbone has learned nothing. Check that stop-gradient "
+    "is on and that there is a predictor; then lower --base-lr by 4 and start again.",
+    "partial collapse": "The outputs use only a few directions. Lower --base-lr by 2 to 4, try a larger backbone or "
+    "more varied views (a smaller --crop-min), and start again.",
+    "not converging": "The loss stays high. Check that the predictor is trained (not fixed) and that its output has no "
+    "batch norm; then lower --base-lr by 4, or add --warmup-epochs 10.",
+    "diverged": "The loss is no longer a number. Lower --base-lr by 4, or add --warmup-epochs 10, and start again; "
+    "--precision float32 rules out rounding.",
+}
+
+
+def judge(lines: Sequence[Mapping[str, Any]], steps: int, *, diverged: bool = False) -> Verdict:
+    """The verdict on a run from its logged lines (those of metrics.jsonl that have a loss) after so many steps."""
+    lines = [line for line in lines if "loss" in line]
+    if diverged:
+        return Verdict("diverged", REMEDIES["diverged"])
+    if steps < ENOUGH_STEPS or not lines:
+        return Verdict("too early", REMEDIES["too early"])
+    recent = lines[-max(3, len(lines) // 10) :]
+    loss, std, rank = (median(line[key] for line in recent) for key in ("loss", "z_std_sqrt_d", "z_rank"))
+    if std < 0.1 or rank <= 2:
+        word = "collapsed"
+    elif loss > -0.25:
+        word = "not converging"
+    elif std < 0.5 or rank <= 4:
+        word = "partial collapse"
+    else:
+        word = "healthy"
+    return Verdict(word, REMEDIES[word])

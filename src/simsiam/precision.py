@@ -1,0 +1,29 @@
+"""Where to compute and in which precision: bfloat16 where the device is fast at it, float32 otherwise."""
+
+import torch
+
+from simsiam.errors import UsageError
+
+
+def pick_device(name: str) -> torch.device:
+    """The named device; "auto" is a GPU where there is one. Raises UsageError for one that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def pick_precision(name: str, device: torch.device) -> str:
+    """"bfloat16" or "float32"; "auto" takes bfloat16 on a GPU and on CPUs with matrix units for it (AMX)."""
+    if name != "auto":
+        return name
+    fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_amx_tile_supported()
+    return "bfloat16" if fast else "float32"
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")

@@ -1,0 +1,141 @@
+"""Pretraining: the loop. It reads downward once, and whatever it learns goes into the run folder."""
+
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from simsiam.batches import batches, steps_per_epoch
+from simsiam.errors import Stopped, UsageError, WorkFailed
+from simsiam.images import open_source
+from simsiam.knn import knn_monitor
+from simsiam.monitors import gauges, grad_norm, judge
+from simsiam.optim import build_optimizer, set_lr
+from simsiam.precision import autocast, pick_device, pick_precision
+from simsiam.prepare import Data, compose, prepare
+from simsiam.progress import Interrupt, Line, Stopwatch
+from simsiam.recipes import Recipe
+from simsiam.run import Journal, Run, environment, next_free, starting_backbone, transform_of, vacant
+from simsiam.siamese import build
+
+
+def pretrain(
+    source: str | None = None, *, recipe: str | Recipe | None = None, out: str | os.PathLike[str] | None = None, **words: Any
+) -> Path:
+    """Pretrain on images without labels; returns the run folder.
+
+    The source chooses the recipe unless one is given (a name, a YAML file or a Recipe), and `words` change single
+    settings: every flag of the command line, with underscores. Raises UsageError for a wrong request, WorkFailed for a
+    diverged loss, and Stopped after SIGINT or SIGTERM, with the run saved.
+    """
+    complete, opened, why = compose(source, recipe, words)
+    path = vacant(out or next_free(f"{opened.name}-{complete.method.name}"))
+    data = prepare(complete, opened)
+    run = Run.create(path, complete)
+    train(run, data, said=[f"recipe   {why}", f"run      {path}"])
+    return path
+
+
+def resume(path: str | os.PathLike[str], *, epochs: int | None = None) -> Path:
+    """Continue a run bit for bit from its last checkpoint; more `epochs` stretch its schedule, and it is said how."""
+    run, said = Run(path), []
+    if epochs is not None and epochs != run.recipe.epochs:
+        if epochs < run.recipe.epochs or run.recipe.steps is not None:
+            raise UsageError(f"a run can only be extended: epochs is {run.recipe.epochs}, and steps must not be set")
+        said = [f"epochs   {run.recipe.epochs} -> {epochs}: the cosine is stretched, so the lr jumps up from where it was;"]
+        said += ["         the result is not that of a run planned for this length"]
+        run.extend(epochs)
+    train(run, prepare(run.recipe, open_source(run.recipe.source)), said=said)
+    return run.path
+
+
+def train(run: Run, data: Data, said: list[str]) -> None:
+    """From the run's last checkpoint, or from the start, to its last step."""
+    recipe, method = run.recipe, run.recipe.method
+    per_epoch = steps_per_epoch(len(data.train), recipe.batch_size)
+    steps = recipe.steps or recipe.epochs * per_epoch
+    device = pick_device(recipe.device)
+    precision = pick_precision(recipe.precision, device)
+
+    model = build(method, backbone=starting_backbone(recipe), seed=recipe.seed)
+    model = model.to(device, memory_format=torch.channels_last)
+    optimizer = build_optimizer(model, method)
+    network = torch.compile(model) if recipe.compile else model
+    state = run.begin(environment(device, precision), images=len(data.train))
+    if "model" in state:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+    start, step, diverged = state["step"], state["step"], ""
+
+    def save(*names: str) -> None:
+        state.update(step=step, seconds=watch.seconds, model=model.state_dict(), optimizer=optimizer.state_dict())
+        for name in names:
+            run.save(name, state)
+
+    with Journal(run, start) as journal, Line(start, steps, per_epoch) as line, Interrupt() as interrupt:
+        for text in said + state["differences"]:
+            line.say(text)
+        watch = Stopwatch(state["seconds"])
+        save("last")
+        for batch in batches(data.train, recipe, start, steps, device):
+            step, last = batch.step + 1, batch.step + 1 == steps
+            lr = set_lr(optimizer, batch.step, peak=recipe.peak_lr, steps=steps, warmup=method.warmup_epochs * per_epoch)
+            with autocast(device, precision):
+                output = network(*batch.views)
+            optimizer.zero_grad()
+            output.loss.backward()
+            optimizer.step()
+            model.after_step()
+
+            watch.count(recipe.batch_size, batch.wait)
+            found: dict[str, Any] = {}
+            if step == 1 or last or step % recipe.log_every == 0:
+                if not math.isfinite(loss := output.loss.item()):
+                    diverged = f"the loss was finite at step {journal.step} and {loss} at step {step}"
+                    break
+                found = {"lr": lr["encoder"], "lr_predictor": lr.get("predictor"), **gauges(output)}
+                found |= {"grad_norm": grad_norm(model), **watch.rates()}
+            with watch.paused():
+                if data.held_out and (last or step % (per_epoch * recipe.knn_every) == 0):
+                    knn = knn_monitor(
+                        model, data.train, data.held_out, transform_of(recipe), device=device, precision=precision
+                    )
+                    found |= knn
+                    state["knn"] |= {"last": knn["knn_top1"]}
+                    if knn["knn_top1"] > state["knn"].get("best", -1):
+                        state["knn"] |= {"best": knn["knn_top1"], "best_step": step}
+                        save("best")
+                if found:
+                    journal.log({"step": step, "epoch": round(step / per_epoch, 4)} | found)
+                    line.show(step, found)
+                if step % (per_epoch * recipe.save_every) == 0:
+                    save(f"epoch-{step // per_epoch:04d}")
+                if last or interrupt.signum or watch.stale(recipe.save_seconds):
+                    save("last")
+            run.quarantine(data.unreadable + batch.skipped)
+            if interrupt.signum:
+                break
+
+    verdict = judge(journal.lines, step, diverged=bool(diverged))
+    if diverged:
+        model.load_state_dict(run.checkpoint()["model"])  # the last that was saved is still finite
+    knn = {"knn_top1": state["knn"]} if state["knn"] else {}
+    run.finish(
+        model.backbone.state_dict(),
+        {
+            "verdict": verdict.verdict,
+            "remedy": verdict.remedy,
+            "steps": step,
+            "epochs": round(step / per_epoch, 4),
+            **knn,
+            "images_per_second": round(watch.images_per_second, 1),
+            "training_seconds": round(watch.seconds, 1),
+            "unreadable": len(run.quarantined()),
+        },
+    )
+    if diverged:
+        raise WorkFailed(f"diverged: {diverged}. {verdict.remedy}")
+    if interrupt.signum and step < steps:
+        raise Stopped(f"stopped at step {step} of {steps}, saved; `simsiam resume {run.path}` goes on", interrupt.signum)

@@ -1,0 +1,187 @@
+"""A recipe is everything that determines a run: a row of METHODS, a backbone, a source of images, and a budget.
+
+The words are the same everywhere: a field here is a flag of `simsiam pretrain`, an argument of `simsiam.pretrain` and a
+key of RUN/recipe.yaml. The named recipes below are the paper's baseline with some words changed. Loads no torch.
+"""
+
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from simsiam.errors import UsageError, unknown
+from simsiam.methods import METHODS, Method, Views
+
+STANDARD_SIZES = (32, 64, 96, 128, 224)  # sizes of a view that a folder's images are matched with
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One run of one method. None means "chosen from the images", and the run folder records what was chosen."""
+
+    source: str = "shapes"  # a name, a folder of images, or a Parquet file or folder
+    method: Method = METHODS["simsiam"]
+    backbone: str = "resnet50"  # resnet10 to resnet152, or any torchvision classification model
+    width: int = 64  # channels of a ResNet's first stage; 64 is the standard network
+    stem: Literal["small", "large"] | None = None  # 3x3 without pooling up to 64 px, 7x7 with pooling above (D)
+    init: str | None = None  # a run folder or a backbone.safetensors to start the backbone from
+    image_size: int | None = None  # side of a view in pixels
+    mean: tuple[float, ...] | None = None  # per channel, in 0..1; known for named sources, else measured
+    std: tuple[float, ...] | None = None
+    limit: int | None = None  # train on this many images, spread evenly over the source
+    holdout: int | None = None  # labeled images kept out of training for the kNN monitor; a tenth, at most 5000
+    epochs: int = 100
+    steps: int | None = None  # stop after this many steps instead
+    batch_size: int = 512
+    seed: int = 0
+    device: str = "auto"  # cpu, cuda, cuda:1, ...; auto takes a GPU where there is one
+    precision: Literal["auto", "bfloat16", "float32"] = "auto"  # auto: bfloat16 where the device is fast at it
+    compile: bool = False  # torch.compile the network; a minute to start, and the bits differ from eager
+    workers: int | None = None  # processes that decode images too many for memory; as many as cores
+    cache_gib: float = 1.0  # images of one size whose pixels fit in this many GiB stay decoded in memory
+    knn_every: int = 1  # epochs between measurements of the kNN monitor
+    save_every: int = 100  # epochs between the checkpoints that are kept
+    save_seconds: float = 60.0  # last.pt is at most this old
+    log_every: int = 10  # steps between lines of metrics.jsonl
+
+    def __post_init__(self) -> None:
+        at_least = {"width": 1, "image_size": 8, "limit": 1, "holdout": 0, "epochs": 1, "steps": 1, "batch_size": 2}
+        at_least |= {"workers": 0, "knn_every": 1, "save_every": 1, "log_every": 1, "seed": 0, "cache_gib": 0}
+        for name, least in at_least.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UsageError(f"{name} is {value}; the least it can be is {least}")
+
+    @property
+    def peak_lr(self) -> float:
+        """The linear scaling rule: base_lr * batch_size / 256 (section 3)."""
+        return self.method.base_lr * self.batch_size / 256
+
+    def replace(self, **words: Any) -> "Recipe":
+        """A recipe with some words changed, whether of the run, of the row, or of every view's augmentation."""
+        for name in words:
+            if name not in WORDS:
+                raise unknown("setting", name, WORDS)
+        words = {name: convert(value, WORDS[name], name) for name, value in words.items()}
+        row = METHODS[words.pop("method")] if "method" in words else self.method
+        of_views = {f.name: words.pop(f.name) for f in fields(Views) if f.name in words}
+        of_row: dict[str, Any] = {f.name: words.pop(f.name) for f in fields(Method) if f.name in words}
+        views = tuple(replace(v, **of_views) for v in row.views)
+        return replace(self, method=replace(row, **of_row, views=views), **words)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists, dictionaries and scalars: what recipe.yaml and a checkpoint hold."""
+        return _plain(asdict(self))
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Recipe":
+        """The recipe of `to_dict`. Raises UsageError for an unknown key, with the nearest name, and for a wrong type."""
+        return convert(data, cls, "recipe")
+
+
+def _words() -> dict[str, Any]:
+    """Every word of a recipe and its type; `method` is given by the name of its row."""
+    hints = {k: v for owner in (Views, Method, Recipe) for k, v in get_type_hints(owner).items()}
+    return {k: v for k, v in hints.items() if k not in ("name", "views")} | {"method": Literal[tuple(METHODS)]}
+
+
+WORDS = _words()
+
+
+def convert(value: Any, kind: Any, name: str) -> Any:
+    """`value` as `kind`: from a flag's text, from YAML, or from Python alike. Raises UsageError."""
+    origin, options = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):  # here always "X | None"
+        if value is None or value == "none" and "none" not in get_args(options[0]):
+            return None
+        return convert(value, options[0], name)
+    if origin is Literal:
+        if value not in options:
+            raise unknown(name, value, options)
+        return value
+    if origin is tuple:
+        values = list(value) if isinstance(value, list | tuple) else [value]
+        kinds = [options[0]] * len(values) if options[-1] is Ellipsis else list(options)
+        if len(values) != len(kinds):
+            raise UsageError(f"{name} takes {len(kinds)} values, not {len(values)}: {value!r}")
+        return tuple(convert(v, k, name) for v, k in zip(values, kinds, strict=True))
+    if is_dataclass(kind):
+        if not isinstance(value, Mapping):
+            raise UsageError(f"{name} is {value!r}; it takes a mapping")
+        hints = get_type_hints(kind)
+        for key in value:
+            if key not in hints:
+                raise unknown(f"key in {name}", key, hints)
+        try:
+            return kind(**{k: convert(v, hints[k], k) for k, v in value.items()})  # type: ignore[operator]
+        except TypeError as error:
+            raise UsageError(f"{name} is incomplete: {error}") from None
+    if kind is bool or isinstance(value, bool):
+        if kind is bool and isinstance(value, bool):
+            return value
+        raise UsageError(f"{name} is {value!r}; it takes {'true or false' if kind is bool else 'a ' + kind.__name__}")
+    try:
+        if kind is str and not isinstance(value, str):
+            raise ValueError
+        if kind is int and float(value) != int(float(value)):
+            raise ValueError
+        return kind(float(value)) if kind is int else kind(value)
+    except (TypeError, ValueError, OverflowError):
+        word = {int: "a whole number", float: "a number", str: "text"}[kind]
+        raise UsageError(f"{name} is {value!r}; it takes {word}") from None
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+# --- the named recipes ------------------------------------------------------------------------------------------------
+
+
+def imagenet() -> dict[str, Any]:
+    """The paper's baseline (section 3): ResNet-50, 224 px, 100 epochs, batch 512; 68.1 % linear in the paper."""
+    return {"backbone": "resnet50", "image_size": 224, "knn_every": 10, "save_every": 10}
+
+
+def cifar() -> dict[str, Any]:
+    """Appendix D: ResNet-18 for 32 px, 800 epochs, no blur, a two-layer projector; 91.8 % linear in the paper."""
+    return {
+        "backbone": "resnet18", "image_size": 32, "epochs": 800, "batch_size": 512,
+        "base_lr": 0.03, "weight_decay": 5e-4, "proj_layers": 2, "blur": 0.0, "knn_every": 5,
+    }  # fmt: skip
+
+
+def shapes() -> dict[str, Any]:
+    """The demo: a small ResNet on the embedded set, about two minutes on two cores. Gray images need no color cells."""
+    return {
+        "backbone": "resnet10", "width": 16, "image_size": 32, "epochs": 60, "batch_size": 128, "base_lr": 1.0,
+        "dim": 512, "proj_hidden": 512, "pred_dim": 128, "proj_layers": 2,
+        "crop_min": 0.4, "jitter": (0.4, 0.4, 0.0, 0.0), "gray": 0.0, "blur": 0.0, "knn_every": 5,
+    }  # fmt: skip
+
+
+def folder(count: int, side: int) -> dict[str, Any]:
+    """A folder of photographs: the paper's baseline on a ResNet-18, sized by the images.
+
+    A crop keeps 60 % of an image's area on average, so the largest standard size below sqrt(0.6) of the median shorter
+    side asks for no upsampling; images of 96 px and less keep their own size. Few images take a smaller batch, so that
+    an epoch has at least 16 steps.
+    """
+    wanted = side if side <= 96 else 0.6**0.5 * side
+    size = max(s for s in STANDARD_SIZES if s <= max(wanted, 32))
+    batch = next(b for b in (256, 128, 64, 32, 16) if b == 16 or count >= 16 * b)
+    blur = {} if size > 32 else {"blur": 0.0}  # as in appendix D
+    return {"backbone": "resnet18", "image_size": size, "epochs": 200, "batch_size": batch, **blur, "knn_every": 5}
+
+
+RECIPES: dict[str, Callable[[], dict[str, Any]]] = {"imagenet": imagenet, "cifar": cifar, "shapes": shapes}
+# Sources whose recipe is known without looking at an image.
+RECIPE_OF = {"shapes": "shapes", "cifar10": "cifar", "cifar100": "cifar"}
+# Channel means and standard deviations of well-known training sets, in 0..1.
+STATISTICS = {
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}

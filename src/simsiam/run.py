@@ -1,0 +1,283 @@
+"""The run folder: all that a run leaves behind, and the only thing that training and everything after it both know.
+
+Files appear whole or not at all. metrics.jsonl grows a line at a time; whoever resumes a run cuts it back to the
+checkpoint that the run goes on from, so it never holds a step twice.
+"""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from simsiam.backbones import backbone
+from simsiam.errors import UsageError
+from simsiam.features import Transform
+from simsiam.recipes import Recipe
+
+FORMAT = 1  # of a checkpoint
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A file to write beside `path`; it takes the place of `path` once it is complete and on the disk."""
+    part = path.with_name(path.name + ".part")
+    try:
+        yield part
+        with open(part, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+class Run:
+    """A run folder. `Run.create` makes one, `Run(path)` opens one; both raise UsageError in one line."""
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = Path(path)
+        if not (self.path / "recipe.yaml").is_file():
+            raise UsageError(f"{self.path} is not a run folder: it has no recipe.yaml")
+        try:
+            self.recipe = Recipe.from_dict(yaml.safe_load((self.path / "recipe.yaml").read_text()))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UsageError(f"{self.path}/recipe.yaml is not YAML: {' '.join(str(error).split())}") from None
+
+    @classmethod
+    def create(cls, path: str | os.PathLike[str], recipe: Recipe) -> "Run":
+        """A new run folder. An existing one is never written over."""
+        path = vacant(path)
+        try:
+            for folder in ("checkpoints", "evaluations"):
+                (path / folder).mkdir(parents=True, exist_ok=True)
+            write_recipe(path, recipe)
+        except OSError as error:
+            raise UsageError(f"cannot write to {path}: {error.strerror or error}") from None
+        return cls(path)
+
+    # --- what is read back ---
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl; one that a crash cut short is left out."""
+        path, lines = self.path / "metrics.jsonl", []
+        for text in path.read_text().splitlines() if path.exists() else []:
+            try:
+                lines.append(json.loads(text))
+            except ValueError:
+                break
+        return lines
+
+    def json(self, name: str) -> dict[str, Any]:
+        path = self.path / name
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    def checkpoint(self, name: str = "last") -> dict[str, Any] | None:
+        """The state saved under a name, on the CPU; None where there is none yet. Executes no code (weights_only)."""
+        path = self.path / "checkpoints" / f"{name}.pt"
+        if not path.exists():
+            return None
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            if state["format"] != FORMAT:
+                raise UsageError(f"{path} has format {state['format']}; this version reads {FORMAT}")
+        except (RuntimeError, OSError, EOFError, KeyError, TypeError, ValueError) as error:
+            if isinstance(error, UsageError):
+                raise
+            raise UsageError(f"{path} is not a readable checkpoint: {str(error).splitlines()[0][:100]}") from None
+        if state["recipe"] | {"epochs": 0} != self.recipe.to_dict() | {"epochs": 0}:  # `extend` changes the epochs
+            raise UsageError(f"{path} belongs to another recipe than {self.path}/recipe.yaml")
+        return state
+
+    # --- what is written ---
+
+    def write(self, name: str, content: Mapping[str, Any] | str) -> None:
+        with whole(self.path / name) as part:
+            part.write_text(content if isinstance(content, str) else json.dumps(content, indent=2) + "\n")
+
+    def begin(self, here: dict[str, Any], images: int) -> dict[str, Any]:
+        """The state to go on from: the last checkpoint's, or a new one. Says under "differences" what has changed."""
+        fresh = {"step": 0, "seconds": 0.0, "knn": {}, "images": images, "environment": here}
+        state = self.checkpoint() or fresh
+        if state["images"] != images:
+            raise UsageError(f"{self.recipe.source} has {images} images now; the run was started with {state['images']}")
+        for stray in self.path.rglob("*.part"):
+            stray.unlink()
+        start = self.json("environment.json").get("start", now())
+        self.write("environment.json", here | {"seed": self.recipe.seed, "start": start, "end": None})
+        said = [
+            f"note     {name} is {new} now and was {old}: from here on the bits differ from an uninterrupted run's"
+            for name, new in conditions(here).items()
+            if new != (old := conditions(state["environment"])[name])
+        ]
+        return state | {"environment": here, "differences": said}
+
+    def finish(self, backbone: Mapping[str, torch.Tensor], summary: Mapping[str, Any]) -> None:
+        """The backbone alone, the summary, and the time of the end."""
+        with whole(self.path / "backbone.safetensors") as part:
+            save_file({k: v.detach().cpu().contiguous() for k, v in backbone.items()}, part)
+        self.write("summary.json", summary)
+        self.write("environment.json", self.json("environment.json") | {"end": now()})
+
+    def quarantine(self, unreadable: Sequence[tuple[str, str]]) -> None:
+        """List files that do not decode, each once, with the reason."""
+        new = [f"{key}\t{reason}" for key, reason in unreadable if f"{key}\t{reason}" not in self.quarantined()]
+        if new:
+            self.write("quarantine.txt", "".join(f"{line}\n" for line in self.quarantined() + list(dict.fromkeys(new))))
+
+    def quarantined(self) -> list[str]:
+        path = self.path / "quarantine.txt"
+        return path.read_text().splitlines() if path.exists() else []
+
+    def extend(self, epochs: int) -> None:
+        """Plan more epochs."""
+        self.recipe = self.recipe.replace(epochs=epochs)
+        write_recipe(self.path, self.recipe)
+
+    def save(self, name: str, state: Mapping[str, Any]) -> None:
+        with whole(self.path / "checkpoints" / f"{name}.pt") as part:
+            torch.save({"format": FORMAT, "recipe": self.recipe.to_dict(), **state}, part)
+
+
+class Journal:
+    """metrics.jsonl and TensorBoard, both cut back to `step` first, so that no step is ever in them twice."""
+
+    def __init__(self, run: Run, step: int):
+        self.run, self.step = run, step
+        self.lines = [line for line in run.metrics() if line["step"] <= step]
+
+    def __enter__(self) -> "Journal":
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and only training needs it
+
+        self.run.write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.lines))
+        self.file = open(self.run.path / "metrics.jsonl", "a")
+        self.board = SummaryWriter(str(self.run.path / "tensorboard"), purge_step=self.step + 1)
+        return self
+
+    def log(self, line: dict[str, Any]) -> None:
+        """Add a line; it has a `step`."""
+        self.step = line["step"]
+        self.lines.append(line)
+        self.file.write(json.dumps(line) + "\n")
+        self.file.flush()
+        for name, value in line.items():
+            if name != "step" and value is not None:
+                self.board.add_scalar(name, value, self.step)
+
+    def __exit__(self, *error: object) -> None:
+        self.file.close()
+        self.board.close()
+
+
+def vacant(path: str | os.PathLike[str]) -> Path:
+    """The path, if a run folder can be made there. An existing folder with anything in it is refused."""
+    path = Path(path)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UsageError(f"{path} exists and is not written over: choose another --out, or `simsiam resume {path}`")
+    return path
+
+
+def next_free(name: str) -> Path:
+    """runs/NAME-1, or the first number that is free."""
+    number = 1
+    while (path := Path("runs") / f"{name}-{number}").exists():
+        number += 1
+    return path
+
+
+def write_recipe(path: Path, recipe: Recipe) -> None:
+    with whole(path / "recipe.yaml") as part:
+        part.write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False, default_flow_style=None, allow_unicode=True))
+
+
+def environment(device: torch.device, precision: str) -> dict[str, Any]:
+    """What a run's numbers and bits depend on besides its recipe."""
+    root = Path(__file__).parents[2]
+    git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        found = subprocess.run(git, capture_output=True, text=True, timeout=10)
+        commit = found.stdout.strip() if (root / ".git").exists() and not found.returncode else None
+    except (OSError, subprocess.TimeoutExpired):
+        commit = None
+    packages = ("simsiam", "torchvision", "numpy", "pillow", "pyarrow")
+    return {
+        "versions": {"python": platform.python_version(), "torch": str(torch.__version__)} | {name: version(name) for name in packages},
+        "commit": commit,
+        "command": sys.argv,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "device_type": device.type,
+        "precision": precision,
+        "threads": torch.get_num_threads(),
+        "processes": 1,
+    }
+
+
+def conditions(here: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of an environment that changes the bits of a run."""
+    return {k: here[k] for k in ("device_type", "precision", "threads")} | {"torch": here["versions"]["torch"]}
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def transform_of(recipe: Recipe) -> Transform:
+    """The preprocessing that belongs to a run's backbone."""
+    assert recipe.image_size and recipe.mean and recipe.std
+    return Transform(size=recipe.image_size, mean=recipe.mean, std=recipe.std)
+
+
+def bare_backbone(recipe: Recipe) -> nn.Module:
+    """The recipe's backbone, freshly initialized."""
+    assert recipe.image_size
+    return backbone(recipe.backbone, image_size=recipe.image_size, width=recipe.width, stem=recipe.stem)
+
+
+def starting_backbone(recipe: Recipe) -> nn.Module:
+    """The backbone a run starts from: initialized from the seed, or with the weights that `init` names, strictly."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        model = bare_backbone(recipe)
+    if recipe.init is not None:
+        path = Path(recipe.init)
+        path = path / "backbone.safetensors" if path.is_dir() else path
+        try:
+            model.load_state_dict(load_file(path))
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise UsageError(f"init {path} does not fit {recipe.backbone}: {' '.join(str(error).split())[:160]}") from None
+    return model
+
+
+def load(run: str | os.PathLike[str]) -> nn.Module:
+    """The backbone of a run in eval mode: normalized images (N, 3, H, W) in, features h (N, `.dim`) out.
+
+    `.transform` turns PIL images into what it expects. Raises UsageError where there is no finished backbone.
+    """
+    folder = Run(run)
+    weights = folder.path / "backbone.safetensors"
+    if not weights.exists():
+        raise UsageError(f"{folder.path} has no backbone yet: `simsiam resume {folder.path}` finishes the run")
+    model = bare_backbone(folder.recipe)
+    model.load_state_dict(load_file(weights))
+    model.transform = transform_of(folder.recipe)  # type: ignore[assignment]
+    return model.eval()

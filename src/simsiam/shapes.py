@@ -1,0 +1,81 @@
+"""The embedded data set: ten shapes, drawn by a program, so that the demo needs no file and no network.
+
+An image holds four to six copies of one shape, each with its own place, angle, size and gray level, on a noisy gray
+ground; the label is the shape. Nothing but the shape is shared by the copies, so nothing else identifies the class:
+neither the color (there is none), nor the place, nor the mean gray. Raw pixels therefore say little about the label,
+and a network has to learn outlines to tell the classes apart.
+
+The drawing is frozen: tests hold a hash of it, because every number measured on `shapes` depends on it.
+"""
+
+import numpy as np
+
+CLASSES = ("bar", "crescent", "disc", "half_disc", "l", "plus", "ring", "square", "star", "triangle")
+SIZE = 32
+GRID = np.arange(SIZE, dtype=np.float64)
+SPLITS = {"train": (0, 4000), "val": (1, 1000), "test": (2, 2000)}  # generator seed, number of images
+
+
+def draw(split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Pixels, uint8 (N, 3, 32, 32), three equal channels; labels, int64 (N,), classes in turn."""
+    seed, n = SPLITS[split]
+    rng = np.random.Generator(np.random.Philox(key=[seed, SIZE]))
+    labels = np.arange(n, dtype=np.int64) % len(CLASSES)
+    gray = np.stack([_image(rng, CLASSES[label]) for label in labels])
+    return np.broadcast_to(gray[:, None], (n, 3, SIZE, SIZE)).copy(), labels
+
+
+def _image(rng: np.random.Generator, shape: str) -> np.ndarray:
+    """One image, uint8 (32, 32). Uses rng.random only: its stream is the same in every version of numpy."""
+    ground = 0.25 + 0.5 * rng.random()
+    image = ground + 0.16 * (rng.random((SIZE, SIZE)) - 0.5)
+    for x, y, radius in _places(rng):
+        angle = 2 * np.pi * rng.random()
+        contrast = (0.3 + 0.4 * rng.random()) * (1 if rng.random() < 0.5 else -1)
+        patch = slice(int(y - radius), int(y + radius) + 2), slice(int(x - radius), int(x + radius) + 2)
+        dy, dx = (GRID[patch[0], None] - y) / radius, (GRID[None, patch[1]] - x) / radius
+        u, v = np.cos(angle) * dx + np.sin(angle) * dy, np.cos(angle) * dy - np.sin(angle) * dx
+        cover = 0.5 - radius * OUTLINES[shape](u, v)  # the outline, softened over one pixel
+        image[patch] += contrast * np.minimum(np.maximum(cover, 0), 1)
+    return np.round(255 * np.clip(image, 0, 1)).astype(np.uint8)
+
+
+def _places(rng: np.random.Generator) -> list[tuple[float, float, float]]:
+    """Centers and radii in pixels of four to six circles that touch neither each other nor the image's edge."""
+    wanted, places = 4 + int(3 * rng.random()), []
+    for _ in range(200):  # a crowded image may end with fewer copies than wanted
+        radius = 3.6 + 2.0 * rng.random()
+        x, y = radius + (SIZE - 1 - 2 * radius) * rng.random(2)
+        if all(np.hypot(x - a, y - b) > radius + r + 0.5 for a, b, r in places):
+            places.append((x, y, radius))
+        if len(places) == wanted:
+            break
+    return places
+
+
+def _box(u, v, half_width, half_height, at=(0.0, 0.0)):
+    return np.maximum(np.abs(u - at[0]) - half_width, np.abs(v - at[1]) - half_height)
+
+
+def _star(u, v):
+    """Five points: the nearest of ten edges, found by folding the plane into one tenth of it."""
+    angle = np.abs((np.arctan2(u, v) + np.pi / 5) % (2 * np.pi / 5) - np.pi / 5)
+    a, b = np.hypot(u, v) * np.sin(angle), np.hypot(u, v) * np.cos(angle)
+    inner = 0.42 * np.array([np.sin(np.pi / 5), np.cos(np.pi / 5)])  # a dent; the point is at (0, 1)
+    edge = (inner - [0, 1]) / np.hypot(*(inner - [0, 1]))
+    return edge[0] * (b - 1) - edge[1] * a
+
+
+# Signed distance to each outline, about 1 at most across; negative inside. Coordinates are in radii of the copy.
+OUTLINES = {
+    "bar": lambda u, v: _box(u, v, 0.95, 0.26),
+    "crescent": lambda u, v: np.maximum(np.hypot(u, v) - 0.95, 0.75 - np.hypot(u - 0.5, v)),
+    "disc": lambda u, v: np.hypot(u, v) - 0.85,
+    "half_disc": lambda u, v: np.maximum(np.hypot(u, v + 0.35) - 0.95, -v - 0.35),
+    "l": lambda u, v: np.minimum(_box(u, v, 0.22, 0.85, (-0.45, 0)), _box(u, v, 0.65, 0.22, (0, 0.63))),
+    "plus": lambda u, v: np.minimum(_box(u, v, 0.95, 0.24), _box(u, v, 0.24, 0.95)),
+    "ring": lambda u, v: np.abs(np.hypot(u, v) - 0.72) - 0.23,
+    "square": lambda u, v: _box(u, v, 0.7, 0.7),
+    "star": _star,
+    "triangle": lambda u, v: np.maximum(np.sqrt(3) / 2 * np.abs(u) + v / 2, -v) - 0.48,
+}

@@ -1,0 +1,286 @@
+"""Views: a recipe (`methods.Views`) applied to a whole batch, each image with its own parameters.
+
+A view is a pure function of (seed, step, view, position in the global batch). `uniforms` turns these four into numbers,
+`draw` turns the numbers into parameters (numpy, on the host), `crop` and `color` turn parameters into pixels (torch, on
+any device). Nothing else has a say: not the order or size of the batch, the number of workers, a global generator, or
+what ran before. Operations and distributions are torchvision's, the blur is Pillow's, the recipe is the paper's
+(appendix A).
+
+Images that differ in size are cropped one by one in data workers: there, `draw` and `crop_one`; then, on the batch,
+`draw` again (only the crop depends on `sizes`), `color` and `normalize`.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import permutations
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from simsiam.methods import Views
+
+DOMAIN = 1  # our half of the Philox key: whoever else draws from the seed takes another number
+BLOCKS = 9  # counts of the Philox counter that one position owns; a count yields four numbers
+ATTEMPTS = 10  # crops tried before the central one (RandomResizedCrop)
+ASPECT = (3 / 4, 4 / 3)  # width / height of a crop (RandomResizedCrop)
+BRIGHTNESS, CONTRAST, SATURATION, HUE = COLOR_OPS = range(4)
+ORDERS = np.array(list(permutations(COLOR_OPS)))
+IDENTITY = np.array([1.0, 1.0, 1.0, 0.0])  # three factors and a shift that change nothing
+
+
+def uniforms(seed: int, step: int, view: int, positions: np.ndarray) -> np.ndarray:
+    """(N, 4 * BLOCKS) float64 in [0, 1), row i for positions[i] alone.
+
+    Philox is counter-based (Salmon et al., 2011): a row is addressed, not reached by drawing those before it.
+    """
+
+    def rows(run: np.ndarray) -> np.ndarray:
+        counter = np.array([int(run[0]) * BLOCKS, view, step, 0], dtype=np.uint64)
+        philox = np.random.Philox(key=np.array([seed, DOMAIN], dtype=np.uint64), counter=counter)
+        return np.random.Generator(philox).random((len(run), 4 * BLOCKS))
+
+    # Neighbors have adjacent counts, so a run of consecutive positions is one call.
+    runs = np.split(positions, np.flatnonzero(np.diff(positions) != 1) + 1)
+    return np.concatenate([rows(run) for run in runs])
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What was drawn for N images: arrays of length N."""
+
+    top: np.ndarray  # the crop, in pixels of the source image
+    left: np.ndarray
+    height: np.ndarray
+    width: np.ndarray
+    flip: np.ndarray  # bool
+    order: np.ndarray  # (N, 4), each row a permutation of COLOR_OPS
+    factors: np.ndarray  # (N, 4), a column for each of COLOR_OPS; IDENTITY where no jitter was drawn
+    gray: np.ndarray  # bool
+    sigma: np.ndarray  # of the blur, in pixels of the view; 0 is no blur
+    solarize: np.ndarray  # bool
+
+
+def draw(recipe: Views, sizes: np.ndarray, *, seed: int, step: int, view: int, positions: np.ndarray) -> Draws:
+    """Parameters for images of `sizes` (N, 2), height and width, at `positions` (N,); distributed as in torchvision."""
+    u = uniforms(seed, step, view, positions)  # 33 of 36 are used; a new use takes a spare, and old seeds stay valid
+    u_area, u_aspect, u_factors, u = np.split(u, [ATTEMPTS, 2 * ATTEMPTS, 2 * ATTEMPTS + 4], axis=1)
+    u_top, u_left, u_flip, u_jitter, u_order, u_gray, u_blur, u_sigma, u_solarize = u.T[:9]
+
+    # RandomResizedCrop: the first attempt that fits into the image. Its fallback, the largest central crop of an
+    # allowed aspect, is one attempt more, which always fits.
+    area = sizes.prod(axis=1, keepdims=True) * _between(recipe.crop_min, 1.0, u_area)
+    aspect = np.exp(_between(np.log(ASPECT[0]), np.log(ASPECT[1]), u_aspect))
+    largest = np.minimum(sizes, sizes[:, ::-1] * ASPECT[1])
+    attempts = np.concatenate([np.sqrt(np.stack([area / aspect, area * aspect], axis=2)), largest[:, None]], axis=1)
+    attempts = np.rint(attempts).astype(np.int64)  # (N, ATTEMPTS + 1, 2)
+    fits = (attempts > 0) & (attempts <= sizes[:, None])
+    chosen = fits.all(axis=2).argmax(axis=1)
+    extent = attempts[np.arange(len(sizes)), chosen]
+    slack = sizes - extent
+    anywhere = np.floor(np.stack([u_top, u_left], axis=1) * (slack + 1)).astype(np.int64)
+    corner = np.where((chosen < ATTEMPTS)[:, None], anywhere, slack // 2)
+
+    strength = np.array(recipe.jitter)
+    lowest = np.maximum(IDENTITY - strength, [0.0, 0.0, 0.0, -np.inf])  # a factor is not negative, a shift may be
+    factors = _between(lowest, IDENTITY + strength, u_factors)
+    return Draws(
+        top=corner[:, 0],
+        left=corner[:, 1],
+        height=extent[:, 0],
+        width=extent[:, 1],
+        flip=u_flip < recipe.flip,
+        order=ORDERS[(u_order * len(ORDERS)).astype(np.int64)],
+        factors=np.where((u_jitter < recipe.jitter_p)[:, None], factors, IDENTITY),
+        gray=u_gray < recipe.gray,
+        sigma=np.where(u_blur < recipe.blur, _between(*recipe.blur_sigma, u_sigma), 0.0),
+        solarize=u_solarize < recipe.solarize,
+    )
+
+
+def crop(images: Tensor, draws: Draws, size: int) -> Tensor:
+    """uint8 images (N, C, H, W) to float32 crops (N, C, size, size) in [0, 1]: antialiased `resized_crop`, then flip.
+
+    Both are linear and separable, so each image takes one matrix for its rows and one for its columns.
+    """
+    params = np.stack([draws.top, draws.height, draws.left, draws.width, draws.flip])
+    top, height, left, width, flip = _send(params, images.device)[..., None, None]
+    rows = _resampling(top, height, images.shape[2], size, torch.zeros_like(flip))
+    columns = _resampling(left, width, images.shape[3], size, flip)
+    return _both_axes(rows, images.float().div_(255), columns).clamp_(0, 1)
+
+
+def crop_one(image: Image.Image, top: int, left: int, height: int, width: int, flip: bool, size: int) -> Tensor:
+    """The same for one RGB image of any size, by Pillow: uint8 (3, size, size)."""
+    # Not resize(box=...): at the edges of the box its filter reaches beyond, into the rest of the image.
+    box = image.crop((left, top, left + width, top + height))
+    pixels = np.asarray(box.resize((size, size), Image.Resampling.BILINEAR))
+    return torch.from_numpy((pixels[:, ::-1] if flip else pixels).transpose(2, 0, 1).copy())
+
+
+def color(x: Tensor, draws: Draws) -> Tensor:
+    """Jitter (each image in its own order), gray, blur and solarize x (N, C, H, W), floats in [0, 1], in place.
+
+    Without three channels there is no color: saturation, hue and gray are left out.
+    """
+    rgb = x.shape[1] == 3
+    factors = draws.factors if rgb else np.where([True, True, False, False], draws.factors, IDENTITY)
+    for op in draws.order.T:  # what each image does first, second, third, fourth
+        factor = factors[np.arange(len(x)), op]
+        _blend(x, op, np.where(op == HUE, 1.0, factor))
+        _change(x, (op == HUE) & (factor != 0), _shift_hue, factor)
+    if rgb:
+        _change(x, draws.gray, lambda x: _gray(x).expand_as(x))
+    _change(x, draws.sigma > 0, _blur, _box_radius(draws.sigma))
+    _change(x, draws.solarize, lambda x: torch.minimum(x, 1 - x))  # that is, 1 - x from 1/2 upwards
+    return x
+
+
+def normalize(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """(x - mean) / std for each channel of x (N, C, H, W), in place."""
+    for channel, m, s in zip(x.unbind(1), mean, std, strict=True):
+        channel.sub_(m).div_(s)
+    return x
+
+
+def make_views(
+    images: Tensor,
+    recipes: tuple[Views, ...],
+    *,
+    count: int,
+    size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    seed: int,
+    step: int,
+    positions: np.ndarray,
+) -> list[Tensor]:
+    """`count` views of uint8 images (N, C, H, W), each (N, C, size, size) float32, normalized, channels last.
+
+    The last recipe serves every later view. Call it outside autocast, which would crop and blur in half precision.
+    """
+    sizes = np.broadcast_to(images.shape[2:], (len(images), 2))
+    views = []
+    for view in range(count):
+        recipe = recipes[min(view, len(recipes) - 1)]
+        draws = draw(recipe, sizes, seed=seed, step=step, view=view, positions=positions)
+        x = normalize(color(crop(images, draws, size), draws), mean, std)
+        views.append(x.contiguous(memory_format=torch.channels_last))
+    return views
+
+
+def describe(recipe: Views) -> list[str]:
+    """The recipe in words: a line for each operation that is on, in order of application."""
+    names = zip(("brightness", "contrast", "saturation", "hue"), recipe.jitter, strict=True)
+    jitter = ", ".join(f"{name} by {strength:g}" for name, strength in names if strength)
+    lines = [
+        (1, f"crop {recipe.crop_min:.0%} to 100% of the area and resize"),
+        (recipe.flip, "flip left to right"),
+        (recipe.jitter_p if jitter else 0, f"jitter {jitter}, in random order"),
+        (recipe.gray, "turn gray"),
+        (recipe.blur, "blur with sigma {:g} to {:g} pixels".format(*recipe.blur_sigma)),
+        (recipe.solarize, "solarize"),
+    ]
+    return [line if p == 1 else f"{line}, with probability {p:g}" for p, line in lines if p]
+
+
+def _between(low, high, u):
+    return low + (high - low) * u
+
+
+def _send(values: np.ndarray, device: torch.device, dtype: type = np.float32) -> Tensor:
+    """To the device; to CUDA without waiting, as what is not in pinned memory is staged before the call returns."""
+    return torch.from_numpy(values.astype(dtype)).to(device, non_blocking=device.type == "cuda")
+
+
+def _change(x: Tensor, drawn: np.ndarray, op: Callable[..., Tensor], *values: np.ndarray) -> None:
+    """x[drawn] = op(x[drawn], *values[drawn]), the values as (n, 1, 1, 1).
+
+    Who was drawn is known on the host, so the device is not asked how many they are, and works on nobody else.
+    """
+    if drawn.any():
+        index = _send(np.flatnonzero(drawn), x.device, np.int64)
+        changed = op(x.index_select(0, index), *(_send(v[drawn], x.device)[:, None, None, None] for v in values))
+        x.index_copy_(0, index, changed)
+
+
+def _both_axes(rows: Tensor, x: Tensor, columns: Tensor) -> Tensor:
+    """rows @ x @ columns.mT, image by image: (N, I, H), (N, C, H, W), (N, J, W) to (N, C, I, J)."""
+    return torch.einsum("nciw,njw->ncij", torch.einsum("nih,nchw->nciw", rows, x), columns)
+
+
+def _resampling(start: Tensor, length: Tensor, total: int, size: int, mirror: Tensor) -> Tensor:
+    """(N, size, total): resize pixels start to start + length of `total`, mirror where asked; arguments (N, 1, 1).
+
+    The filter is a triangle as wide as two pixels, of the input or the output, whichever are larger. It sees nothing
+    outside the crop.
+    """
+    pixel = torch.arange(total, device=start.device) + 0.5
+    target = torch.arange(size, device=start.device)[:, None] + 0.5
+    scale = length / size
+    center = start + scale * torch.where(mirror > 0, size - target, target)
+    weight = (1 - (pixel - center).abs_() / scale.clamp(min=1)).clamp_(min=0)
+    weight *= (pixel > start) & (pixel < start + length)
+    return weight / weight.sum(2, keepdim=True)
+
+
+def _gray(x: Tensor) -> Tensor:
+    """(n, C, H, W) to (n, 1, H, W): torchvision's luma, or the mean where there is no color."""
+    if x.shape[1] != 3:
+        return x.mean(1, keepdim=True)
+    r, g, b = x.split(1, dim=1)
+    return (0.2989 * r).add_(g, alpha=0.587).add_(b, alpha=0.114)
+
+
+def _blend(x: Tensor, op: np.ndarray, factor: np.ndarray) -> None:
+    """factor * x + (1 - factor) * base, in one pass over all: the base is black, the mean of the gray image, or gray."""
+    rest = 1 - factor
+    if rest.any():
+        rests = np.stack([factor, rest * (op == CONTRAST), rest * (op == SATURATION)])
+        factor_, of_mean, of_gray = _send(rests, x.device)[..., None, None, None]
+        base = of_mean * _gray(x.mean((2, 3), keepdim=True))
+        if rest[op == SATURATION].any():
+            base = base + of_gray * _gray(x)
+        x.mul_(factor_).add_(base).clamp_(0, 1)
+
+
+def _shift_hue(x: Tensor, shift: Tensor) -> Tensor:
+    """Turn the hue of x (n, 3, H, W) by `shift` (n, 1, 1, 1) of a circle; value and saturation stay."""
+    r, g, b = x.split(1, dim=1)
+    value = x.amax(1, keepdim=True)
+    chroma = value - x.amin(1, keepdim=True)
+    # The usual three cases in one (to branch on pixels would take most of the time): `red` is how far red is below the
+    # largest, `side` tells green (+) from blue (-). In sixths of a circle from red, the hue is |side| where red is
+    # largest, 1 + red where it is in the middle, 3 - |side| where it is smallest, to the left or right by the sign.
+    safe = chroma.clamp(min=torch.finfo(x.dtype).tiny)
+    red, side = (value - r) / safe, (g - b) / safe
+    hue = (side.abs() + red * (3 - 2 * side.abs())).copysign_(side)
+    hue = (hue / 6 + (1 + shift)).frac_() * 6
+    # And back: how far each channel is below the value, in units of the chroma.
+    below = torch.cat([2 - (hue - 3).abs_(), (hue - 2).abs_() - 1, (hue - 4).abs_() - 1], dim=1).clamp_(0, 1)
+    return torch.addcmul(value, chroma, below, value=-1)
+
+
+def _box_radius(sigma: np.ndarray) -> np.ndarray:
+    """Radius of the box filter that, applied three times, has standard deviation sigma (Gwosdek et al., 2011)."""
+    variance = sigma**2 / 3
+    whole = np.floor((np.sqrt(12 * variance + 1) - 1) / 2)
+    return whole + (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1) ** 2))
+
+
+def _blur(x: Tensor, radius: Tensor) -> Tensor:
+    """Pillow's GaussianBlur of x (n, C, H, W): three box filters of `radius` (n, 1, 1, 1), edges replicated."""
+
+    def smoothing(length: int) -> Tensor:
+        # A pixel's weight in the box around i is the part of the pixel inside the box: the share of the box to the left of
+        # its right edge, minus that of its left edge. The outermost pixels go on for ever: that replicates the edges.
+        i = torch.arange(length, device=x.device)[:, None]
+        edge = torch.arange(length + 1, device=x.device)
+        share = ((edge - i + radius[:, 0]) / (2 * radius[:, 0] + 1)).clamp_(0, 1)
+        share[..., 0], share[..., -1] = 0, 1
+        box = share.diff(dim=2)
+        return box @ box @ box
+
+    rows = smoothing(x.shape[2])
+    return _both_axes(rows, x, rows if x.shape[2] == x.shape[3] else smoothing(x.shape[3]))

@@ -1,0 +1,80 @@
+"""Gauges measure what the paper says, and the verdict tells the failures apart."""
+
+import math
+
+import pytest
+import torch
+
+from simsiam.monitors import REMEDIES, effective_rank, judge, squared_cosine, z_std
+
+
+def test_isotropic_gaussian_has_std_one_over_sqrt_d():
+    """Footnote 3."""
+    torch.manual_seed(0)
+    for d in (64, 512):
+        z = torch.randn(4096, d)
+        assert z_std(z).item() * math.sqrt(d) == pytest.approx(1, abs=0.01)
+
+
+def test_a_constant_has_no_std_and_a_line_has_all_of_it():
+    torch.manual_seed(0)
+    v, sign = torch.randn(64), torch.tensor([1.0, -1.0]).repeat(128)[:, None]
+    assert z_std(v.expand(256, -1)).item() == pytest.approx(0, abs=1e-6)
+    # The collapse that z_std misses: two antipodal points.
+    assert z_std(sign * v).item() * 8 == pytest.approx((v.abs() / v.norm()).mean().item() * 8, rel=1e-5)
+    assert squared_cosine(sign * v).item() == pytest.approx(1, abs=1e-5)
+    assert effective_rank(sign * v).item() == pytest.approx(1, abs=1e-3)
+
+
+def test_a_balanced_code_of_signs_reads_as_healthy_but_for_its_rank():
+    """z = s * v with entries of equal size and s = ±1: z_std * sqrt(d) = 2 sqrt(q (1 - q))."""
+    for share in (0.5, 0.9):
+        s = torch.where(torch.arange(1000) < 1000 * share, 1.0, -1.0)[:, None]
+        z = s * torch.ones(1, 16)
+        assert z_std(z).item() * 4 == pytest.approx(2 * math.sqrt(share * (1 - share)), rel=1e-4)
+        assert effective_rank(z).item() == pytest.approx(1, abs=1e-3)
+
+
+def test_effective_rank_counts_directions():
+    torch.manual_seed(0)
+    q, _ = torch.linalg.qr(torch.randn(40, 40))
+    for rank in (1, 3, 10):
+        z = torch.randn(5000, rank) @ q[:rank]
+        assert effective_rank(z).item() == pytest.approx(rank, rel=0.02)
+    assert effective_rank(torch.ones(8, 5)).item() == 1
+    assert effective_rank(z.repeat(1, 200)).item() == pytest.approx(effective_rank(z).item(), rel=1e-3)  # N < d: the Gram matrix
+
+
+def test_squared_cosine_is_the_mean_over_pairs():
+    torch.manual_seed(0)
+    z = torch.randn(20, 7, dtype=torch.float64)
+    pairs = [torch.cosine_similarity(a, b, dim=0) ** 2 for i, a in enumerate(z) for j, b in enumerate(z) if i != j]
+    assert squared_cosine(z).item() == pytest.approx(torch.stack(pairs).mean().item(), rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("word", "loss", "std", "rank"),
+    [
+        ("healthy", -0.9, 0.95, 20.0),
+        ("collapsed", -1.0, 0.02, 20.0),
+        ("collapsed", -1.0, 0.99, 1.0),  # rank one: std alone says nothing
+        ("partial collapse", -0.95, 0.4, 20.0),
+        ("partial collapse", -0.95, 0.95, 3.0),
+        ("not converging", -0.05, 0.95, 20.0),
+    ],
+)
+def test_verdicts(word, loss, std, rank):
+    lines = [{"step": s, "loss": loss, "z_std_sqrt_d": std, "z_rank": rank} for s in range(0, 1000, 10)]
+    assert judge(lines, 1000) == (word, REMEDIES[word])
+    assert judge(lines, 100).verdict == "too early"
+    assert judge(lines, 1000, diverged=True).verdict == "diverged"
+
+
+def test_one_noisy_batch_decides_nothing():
+    lines = [{"step": s, "loss": -0.9, "z_std_sqrt_d": 0.9, "z_rank": 20.0} for s in range(0, 1000, 10)]
+    lines[-1] = lines[-1] | {"z_rank": 1.0}
+    assert judge(lines, 1000).verdict == "healthy"
+
+
+def test_every_remedy_is_one_line():
+    assert all(text and "\n" not in text for text in REMEDIES.values())
