@@ -29,7 +29,9 @@ class ResNet(models.ResNet):
     initialized as in torchvision, and the last batch norm of every residual block starts at zero (appendix A).
     """
 
-    def __init__(self, block: type[BasicBlock | Bottleneck], layers: list[int], *, width: int = 64, stem: str = "large"):
+    def __init__(
+        self, block: type[BasicBlock | Bottleneck], layers: list[int], *, width: int = 64, stem: str = "large"
+    ):
         self.width = width
         super().__init__(block, layers, zero_init_residual=True)
         self.dim = self.inplanes
@@ -79,4 +81,3 @@ def without_classifier(model: nn.Module, name: str, image_size: int) -> nn.Modul
         raise UsageError(f"{name} has no clear feature output: {shape} where (1, {last.in_features}) was expected")
     model.dim = last.in_features  # type: ignore[assignment]
     return model.train()
-

@@ -7,8 +7,8 @@ which decode an image once for all its views and crop it; color, blur and normal
 import os
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,7 +25,8 @@ ORDER = 2  # the seed's stream for the order of images; views draw from a stream
 VIEWS = 2  # of each image
 
 
-class Batch(NamedTuple):
+@dataclass(frozen=True)
+class Batch:
     step: int
     index: Tensor  # (N,) positions of the images in the training set
     views: list[Tensor]  # each (N, 3, size, size), normalized, on the device
@@ -42,7 +43,7 @@ def steps_per_epoch(count: int, batch_size: int) -> int:
 
 @lru_cache(maxsize=2)
 def order(seed: int, epoch: int, count: int) -> np.ndarray:
-    """The permutation of `count` images in an epoch: the ranks of uniform numbers, whose stream is fixed for all time."""
+    """The permutation of `count` images in an epoch: the ranks of uniform numbers, whose stream is fixed."""
     rng = np.random.Generator(np.random.Philox(key=[seed, ORDER], counter=[0, epoch, 0, 0]))
     return np.argsort(rng.random(count), kind="stable")
 
@@ -58,7 +59,7 @@ def batches(images: Images, recipe: Recipe, start: int, stop: int, device: torch
     """The batches of steps start .. stop - 1."""
     clock = time.monotonic()
     for batch in (_streamed if images.pixels is None else _resident)(images, recipe, start, stop, device):
-        yield batch._replace(wait=time.monotonic() - clock)
+        yield replace(batch, wait=time.monotonic() - clock)
         clock = time.monotonic()
 
 
@@ -84,9 +85,9 @@ def _resident(images: Images, recipe: Recipe, start: int, stop: int, device: tor
 def _streamed(images: Images, recipe: Recipe, start: int, stop: int, device: torch.device) -> Iterator[Batch]:
     assert recipe.mean and recipe.std
     workers = recipe.workers if recipe.workers is not None else os.cpu_count() or 1
-    loader = DataLoader(
-        _Crops(images, recipe), batch_size=None, sampler=range(start, stop), num_workers=workers, pin_memory=device.type == "cuda"
-    )
+    crops_of = _Crops(images, recipe)
+    pin = device.type == "cuda"
+    loader = DataLoader(crops_of, batch_size=None, sampler=range(start, stop), num_workers=workers, pin_memory=pin)
     for step, (crops, index, skipped) in enumerate(loader, start):
         x = []
         for view, pixels in enumerate(crops.to(device, non_blocking=True)):
@@ -106,11 +107,14 @@ class _Crops(Dataset):
         skipped: list[tuple[str, str]] = []
         index, batch = zip(*(self._read(i, skipped) for i in members(step, self.recipe, len(self.images))), strict=True)
         size = self.recipe.image_size
+        assert size is not None
         crops = []
         for view in range(VIEWS):
             d = _draw(self.recipe, step, view, [(image.height, image.width) for image in batch])
-            boxes = zip(batch, d.top, d.left, d.height, d.width, d.flip, strict=True)
-            crops.append(torch.stack([views.crop_one(*box, size) for box in boxes]))
+            boxes = zip(d.top, d.left, d.height, d.width, d.flip, strict=True)
+            crops.append(
+                torch.stack([views.crop_one(image, *box, size) for image, box in zip(batch, boxes, strict=True)])
+            )
         return torch.stack(crops), torch.tensor(index), skipped
 
     def _read(self, i: int, skipped: list[tuple[str, str]]) -> tuple[int, Image.Image]:
@@ -125,5 +129,5 @@ class _Crops(Dataset):
 
 def _draw(recipe: Recipe, step: int, view: int, sizes: list[tuple[int, int]]) -> views.Draws:
     augmentation = recipe.method.views[min(view, len(recipe.method.views) - 1)]
-    where = {"seed": recipe.seed, "step": step, "view": view, "positions": np.arange(len(sizes))}
-    return views.draw(augmentation, np.array(sizes), **where)
+    positions = np.arange(len(sizes))
+    return views.draw(augmentation, np.array(sizes), seed=recipe.seed, step=step, view=view, positions=positions)

@@ -1,4 +1,4 @@
-"""The command line: one verb, one function, one output. Flags are the words of a recipe; asking for help loads no torch."""
+"""The command line: one verb, one function, one output. Flags are the words of a recipe; help loads no torch."""
 
 import argparse
 import inspect
@@ -46,7 +46,7 @@ def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
                 note += f" [{'on' if default is True else 'off' if default is False else shown}]"
             how: dict[str, Any] = {"help": note, "default": argparse.SUPPRESS}
             how |= {"action": argparse.BooleanOptionalAction} if kind is bool else {"metavar": _metavar(kind)}
-            if typing.get_origin(kind) is tuple or tuple in map(typing.get_origin, typing.get_args(kind)):
+            if tuple in (typing.get_origin(kind), *(typing.get_origin(option) for option in typing.get_args(kind))):
                 how["nargs"] = "*"
             group.add_argument("--" + f.name.replace("_", "-"), **how)
 
@@ -90,7 +90,7 @@ def build_parser() -> Parser:
 
 def flags_of(parser: Parser, verb: str | None) -> list[str]:
     verbs = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction)).choices
-    return [flag for action in verbs.get(verb, parser)._actions for flag in action.option_strings]
+    return [flag for action in verbs.get(verb or "", parser)._actions for flag in action.option_strings]
 
 
 def run(arguments: dict[str, Any]) -> None:
@@ -120,7 +120,8 @@ def tell(run: Path) -> None:
     knn = summary.get("knn_top1")
     print(f"{summary['verdict']} after {summary['steps']} steps at {summary['images_per_second']:.0f} images/s")
     if knn:
-        print(f"kNN on held-out images: {knn['last']:.1f} % at the end, {knn['best']:.1f} % at best (step {knn['best_step']})")
+        best = f"{knn['best']:.1f} % at best (step {knn['best_step']})"
+        print(f"kNN on held-out images: {knn['last']:.1f} % at the end, {best}")
     if summary["unreadable"]:
         print(f"{summary['unreadable']} unreadable files were left out: {run}/quarantine.txt")
     print(summary["remedy"])

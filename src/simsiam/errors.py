@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from math import inf
 
 
 class UsageError(ValueError):
@@ -18,6 +19,16 @@ def unknown(kind: str, given: object, allowed: Iterable[str]) -> UsageError:
     near = get_close_matches(str(given), names, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(names)}"
     return UsageError(f"unknown {kind} {given!r}: {hint}")
+
+
+def within(owner: object, **ranges: tuple[float, float]) -> None:
+    """Raises UsageError for a field of `owner` (or a value of a tuple there) that is set and outside its range."""
+    for name, (low, high) in ranges.items():
+        value = getattr(owner, name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if number is not None and not low <= number <= high:  # true of nan as well
+                bounds = f"it is at least {low:g}" if high == inf else f"it lies between {low:g} and {high:g}"
+                raise UsageError(f"{name} is {number}; {bounds}")
 
 
 class Stopped(RuntimeError):

@@ -6,7 +6,10 @@ loads no torch.
 """
 
 from dataclasses import dataclass
+from math import inf
 from typing import Literal
+
+from simsiam.errors import within
 
 HeadBN = Literal["proj_hidden", "proj_out", "pred_hidden", "pred_out"]
 
@@ -23,6 +26,10 @@ class Views:
     blur: float = 0.5  # probability of a Gaussian blur (the authors' code; the paper gives none)
     blur_sigma: tuple[float, float] = (0.1, 2.0)  # its standard deviation in pixels of the view (A)
     solarize: float = 0.0  # probability of solarizing; 0 in SimSiam, BYOL's second view uses it
+
+    def __post_init__(self) -> None:
+        within(self, crop_min=(0.01, 1), flip=(0, 1), jitter_p=(0, 1), gray=(0, 1), blur=(0, 1), solarize=(0, 1))
+        within(self, jitter=(0, 2), blur_sigma=(0, 100))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +63,27 @@ class Method:
     weight_decay: float = 1e-4  # on every parameter, BN and biases too (A)
     warmup_epochs: int = 0  # linear; 10 for batches of 1024 and more (Table 2) and without BN (Table 3a)
 
+    def __post_init__(self) -> None:
+        within(self, dim=(1, inf), proj_layers=(1, 100), proj_hidden=(1, inf), pred_dim=(1, inf))
+        within(
+            self,
+            warmup_epochs=(0, inf),
+            base_lr=(0, inf),
+            momentum=(0, 1),
+            weight_decay=(0, inf),
+            predictor_lr_scale=(0, inf),
+        )
+
 
 METHODS: dict[str, Method] = {
     "simsiam": Method(name="simsiam"),
 }
+
+FIGURE_3 = ("name", "predictor", "target", "stop_gradient", "criterion", "pairs")  # the columns in which rows differ most
+
+
+def table() -> str:
+    """METHODS as text, a line for each row, in the columns of Figure 3."""
+    rows = [FIGURE_3, *(tuple(str(getattr(row, column)) for column in FIGURE_3) for row in METHODS.values())]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)

@@ -1,6 +1,7 @@
 """Optimizers and schedules. A parameter group names its schedule, and a schedule is a pure function of the step."""
 
 import math
+from typing import Any
 
 from torch import nn
 from torch.optim import SGD, Optimizer
@@ -32,7 +33,7 @@ def build_optimizer(model: nn.Module, method: Method) -> Optimizer:
     trained = [p for p in model.parameters() if p.requires_grad]
     encoder = {"name": "encoder", "schedule": "cosine", "lr_scale": 1.0}
     predictor = {"name": "predictor", "schedule": method.predictor_lr, "lr_scale": method.predictor_lr_scale}
-    groups = [
+    groups: list[dict[str, Any]] = [
         encoder | {"params": [p for p in trained if id(p) not in of_predictor]},
         predictor | {"params": [p for p in trained if id(p) in of_predictor]},
     ]

@@ -18,7 +18,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_precision(name: str, device: torch.device) -> str:
-    """"bfloat16" or "float32"; "auto" takes bfloat16 on a GPU and on CPUs with matrix units for it (AMX)."""
+    """ "bfloat16" or "float32"; "auto" takes bfloat16 on a GPU and on CPUs with matrix units for it (AMX)."""
     if name != "auto":
         return name
     fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_amx_tile_supported()

@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from simsiam import recipes
+from simsiam.batches import steps_per_epoch
 from simsiam.errors import UsageError, unknown
 from simsiam.features import Transform, chunks
 from simsiam.images import Images, Source, hold_out, in_memory, measure_sizes, open_source, spread
@@ -27,9 +28,7 @@ class Data:
     unreadable: list[tuple[str, str]]
 
 
-def compose(
-    source: str | None, recipe: str | Recipe | None, words: Mapping[str, Any]
-) -> tuple[Recipe, Source, str]:
+def compose(source: str | None, recipe: str | Recipe | None, words: Mapping[str, Any]) -> tuple[Recipe, Source, str]:
     """The complete recipe for a source, the opened source, and why this recipe: the source decides, words override."""
     if isinstance(recipe, Recipe):
         base, why = recipe, "given"
@@ -93,18 +92,19 @@ def statistics(images: Images, recipe: Recipe) -> tuple[tuple[float, ...], tuple
 
 
 def prepare(recipe: Recipe, source: Source) -> Data:
-    """Limit, decode what fits in memory, and hold out; a function of the recipe and the files alone."""
-    train = source.train.take(spread(len(source.train), recipe.limit))
-    train, unreadable = in_memory(train, int(recipe.cache_gib * 2**30))
-    held_out = source.val if source.test is not None and source.val is not None else None  # a lone val is the test set
-    if held_out is not None:
-        held_out, more = in_memory(held_out, int(recipe.cache_gib * 2**30))
-        unreadable = unreadable + more
-    count = min(len(train) // 10, 5000) if recipe.holdout is None else recipe.holdout
-    if train.labels is None or count == 0 and held_out is None or recipe.holdout == 0:
-        return Data(train, None, unreadable)
-    if held_out is None:
-        if count >= len(train):
-            raise UsageError(f"holdout is {count} and there are only {len(train)} images")
-        train, held_out = hold_out(train, count)
+    """Limit, decode what fits in memory, and hold out; a function of the recipe and the files alone.
+
+    Labeled images are held out of the training set unless the source has a `val` split beside its `test` split (a lone
+    `val` is what others test on). Raises UsageError where the images do not fill one batch.
+    """
+    limit_bytes = int(recipe.cache_gib * 2**30)
+    train, unreadable = in_memory(source.train.take(spread(len(source.train), recipe.limit)), limit_bytes)
+    held_out = None
+    if train.labels is not None and recipe.holdout != 0:
+        if source.val is not None and source.test is not None:
+            held_out, more = in_memory(source.val, limit_bytes)
+            unreadable += more
+        elif count := min(len(train) // 10, 5000) if recipe.holdout is None else recipe.holdout:
+            train, held_out = hold_out(train, count)
+    steps_per_epoch(len(train), recipe.batch_size)
     return Data(train, held_out, unreadable)

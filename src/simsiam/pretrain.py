@@ -3,9 +3,10 @@
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch.optim import Optimizer
 
 from simsiam.batches import batches, steps_per_epoch
 from simsiam.errors import Stopped, UsageError, WorkFailed
@@ -18,11 +19,15 @@ from simsiam.prepare import Data, compose, prepare
 from simsiam.progress import Interrupt, Line, Stopwatch
 from simsiam.recipes import Recipe
 from simsiam.run import Journal, Run, environment, next_free, starting_backbone, transform_of, vacant
-from simsiam.siamese import build
+from simsiam.siamese import Siamese, build
 
 
 def pretrain(
-    source: str | None = None, *, recipe: str | Recipe | None = None, out: str | os.PathLike[str] | None = None, **words: Any
+    source: str | None = None,
+    *,
+    recipe: str | Recipe | None = None,
+    out: str | os.PathLike[str] | None = None,
+    **words: Any,
 ) -> Path:
     """Pretrain on images without labels; returns the run folder.
 
@@ -32,9 +37,9 @@ def pretrain(
     """
     complete, opened, why = compose(source, recipe, words)
     path = vacant(out or next_free(f"{opened.name}-{complete.method.name}"))
-    data = prepare(complete, opened)
-    run = Run.create(path, complete)
-    train(run, data, said=[f"recipe   {why}", f"run      {path}"])
+    data, parts = prepare(complete, opened), assemble(complete)
+    run = Run.create(path, complete)  # only now: a wrong request leaves nothing behind
+    train(run, data, parts, said=[f"recipe   {why}", f"run      {path}"])
     return path
 
 
@@ -44,25 +49,41 @@ def resume(path: str | os.PathLike[str], *, epochs: int | None = None) -> Path:
     if epochs is not None and epochs != run.recipe.epochs:
         if epochs < run.recipe.epochs or run.recipe.steps is not None:
             raise UsageError(f"a run can only be extended: epochs is {run.recipe.epochs}, and steps must not be set")
-        said = [f"epochs   {run.recipe.epochs} -> {epochs}: the cosine is stretched, so the lr jumps up from where it was;"]
-        said += ["         the result is not that of a run planned for this length"]
+        said = [
+            f"epochs   {run.recipe.epochs} -> {epochs}: the cosine is stretched, so the lr jumps up from where it was,",
+            "         and the result is not that of a run planned for this length",
+        ]
         run.extend(epochs)
-    train(run, prepare(run.recipe, open_source(run.recipe.source)), said=said)
+    train(run, prepare(run.recipe, open_source(run.recipe.source)), assemble(run.recipe), said=said)
     return run.path
 
 
-def train(run: Run, data: Data, said: list[str]) -> None:
+class Parts(NamedTuple):
+    """What the loop moves, and where."""
+
+    model: Siamese
+    optimizer: Optimizer
+    device: torch.device
+    precision: str
+
+
+def assemble(recipe: Recipe) -> Parts:
+    """The recipe's model and optimizer on its device, at their first step."""
+    device = pick_device(recipe.device)
+    model = build(recipe.method, backbone=starting_backbone(recipe), seed=recipe.seed)
+    model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return Parts(model, build_optimizer(model, recipe.method), device, pick_precision(recipe.precision, device))
+
+
+def train(run: Run, data: Data, parts: Parts, said: list[str]) -> None:
     """From the run's last checkpoint, or from the start, to its last step."""
     recipe, method = run.recipe, run.recipe.method
+    model, optimizer, device, precision = parts
+    network = torch.compile(model) if recipe.compile else model
     per_epoch = steps_per_epoch(len(data.train), recipe.batch_size)
     steps = recipe.steps or recipe.epochs * per_epoch
-    device = pick_device(recipe.device)
-    precision = pick_precision(recipe.precision, device)
+    warmup = method.warmup_epochs * per_epoch
 
-    model = build(method, backbone=starting_backbone(recipe), seed=recipe.seed)
-    model = model.to(device, memory_format=torch.channels_last)
-    optimizer = build_optimizer(model, method)
-    network = torch.compile(model) if recipe.compile else model
     state = run.begin(environment(device, precision), images=len(data.train))
     if "model" in state:
         model.load_state_dict(state["model"])
@@ -81,7 +102,7 @@ def train(run: Run, data: Data, said: list[str]) -> None:
         save("last")
         for batch in batches(data.train, recipe, start, steps, device):
             step, last = batch.step + 1, batch.step + 1 == steps
-            lr = set_lr(optimizer, batch.step, peak=recipe.peak_lr, steps=steps, warmup=method.warmup_epochs * per_epoch)
+            lr = set_lr(optimizer, batch.step, peak=recipe.peak_lr, steps=steps, warmup=warmup)
             with autocast(device, precision):
                 output = network(*batch.views)
             optimizer.zero_grad()
@@ -119,8 +140,8 @@ def train(run: Run, data: Data, said: list[str]) -> None:
                 break
 
     verdict = judge(journal.lines, step, diverged=bool(diverged))
-    if diverged:
-        model.load_state_dict(run.checkpoint()["model"])  # the last that was saved is still finite
+    if diverged and (saved := run.checkpoint()):
+        model.load_state_dict(saved["model"])  # still finite
     knn = {"knn_top1": state["knn"]} if state["knn"] else {}
     run.finish(
         model.backbone.state_dict(),
@@ -138,4 +159,5 @@ def train(run: Run, data: Data, said: list[str]) -> None:
     if diverged:
         raise WorkFailed(f"diverged: {diverged}. {verdict.remedy}")
     if interrupt.signum and step < steps:
-        raise Stopped(f"stopped at step {step} of {steps}, saved; `simsiam resume {run.path}` goes on", interrupt.signum)
+        message = f"stopped at step {step} of {steps}, saved; `simsiam resume {run.path}` goes on"
+        raise Stopped(message, interrupt.signum)

@@ -4,12 +4,14 @@ The words are the same everywhere: a field here is a flag of `simsiam pretrain`,
 key of RUN/recipe.yaml. The named recipes below are the paper's baseline with some words changed. Loads no torch.
 """
 
+import operator
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from math import inf
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from simsiam.errors import UsageError, unknown
+from simsiam.errors import UsageError, unknown, within
 from simsiam.methods import METHODS, Method, Views
 
 STANDARD_SIZES = (32, 64, 96, 128, 224)  # sizes of a view that a folder's images are matched with
@@ -27,7 +29,7 @@ class Recipe:
     init: str | None = None  # a run folder or a backbone.safetensors to start the backbone from
     image_size: int | None = None  # side of a view in pixels
     mean: tuple[float, ...] | None = None  # per channel, in 0..1; known for named sources, else measured
-    std: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None  # likewise
     limit: int | None = None  # train on this many images, spread evenly over the source
     holdout: int | None = None  # labeled images kept out of training for the kNN monitor; a tenth, at most 5000
     epochs: int = 100
@@ -45,12 +47,9 @@ class Recipe:
     log_every: int = 10  # steps between lines of metrics.jsonl
 
     def __post_init__(self) -> None:
-        at_least = {"width": 1, "image_size": 8, "limit": 1, "holdout": 0, "epochs": 1, "steps": 1, "batch_size": 2}
-        at_least |= {"workers": 0, "knn_every": 1, "save_every": 1, "log_every": 1, "seed": 0, "cache_gib": 0}
-        for name, least in at_least.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise UsageError(f"{name} is {value}; the least it can be is {least}")
+        within(self, width=(1, inf), image_size=(8, 4096), limit=(1, inf), holdout=(0, inf), epochs=(1, inf))
+        within(self, steps=(1, inf), batch_size=(2, inf), seed=(0, 2**63), workers=(0, 1024), cache_gib=(0, inf))
+        within(self, knn_every=(1, inf), save_every=(1, inf), save_seconds=(0, inf), log_every=(1, inf))
 
     @property
     def peak_lr(self) -> float:
@@ -75,7 +74,7 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Recipe":
-        """The recipe of `to_dict`. Raises UsageError for an unknown key, with the nearest name, and for a wrong type."""
+        """The recipe of `to_dict`. Raises UsageError for an unknown key (with the nearest name) or a wrong type."""
         return convert(data, cls, "recipe")
 
 
@@ -92,7 +91,7 @@ def convert(value: Any, kind: Any, name: str) -> Any:
     """`value` as `kind`: from a flag's text, from YAML, or from Python alike. Raises UsageError."""
     origin, options = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):  # here always "X | None"
-        if value is None or value == "none" and "none" not in get_args(options[0]):
+        if value is None or (value == "none" and "none" not in get_args(options[0])):
             return None
         return convert(value, options[0], name)
     if origin is Literal:
@@ -116,18 +115,16 @@ def convert(value: Any, kind: Any, name: str) -> Any:
             return kind(**{k: convert(v, hints[k], k) for k, v in value.items()})  # type: ignore[operator]
         except TypeError as error:
             raise UsageError(f"{name} is incomplete: {error}") from None
-    if kind is bool or isinstance(value, bool):
-        if kind is bool and isinstance(value, bool):
-            return value
-        raise UsageError(f"{name} is {value!r}; it takes {'true or false' if kind is bool else 'a ' + kind.__name__}")
+    if type(value) is kind:
+        return value
     try:
-        if kind is str and not isinstance(value, str):
+        if kind is bool or kind is str or isinstance(value, bool):
             raise ValueError
-        if kind is int and float(value) != int(float(value)):
-            raise ValueError
-        return kind(float(value)) if kind is int else kind(value)
-    except (TypeError, ValueError, OverflowError):
-        word = {int: "a whole number", float: "a number", str: "text"}[kind]
+        if kind is float:
+            return float(value)
+        return operator.index(int(value) if isinstance(value, str) else value)
+    except (TypeError, ValueError):
+        word = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}[kind]
         raise UsageError(f"{name} is {value!r}; it takes {word}") from None
 
 

@@ -112,10 +112,10 @@ class Run:
 
     def begin(self, here: dict[str, Any], images: int) -> dict[str, Any]:
         """The state to go on from: the last checkpoint's, or a new one. Says under "differences" what has changed."""
-        fresh = {"step": 0, "seconds": 0.0, "knn": {}, "images": images, "environment": here}
+        fresh: dict[str, Any] = {"step": 0, "seconds": 0.0, "knn": {}, "images": images, "environment": here}
         state = self.checkpoint() or fresh
         if state["images"] != images:
-            raise UsageError(f"{self.recipe.source} has {images} images now; the run was started with {state['images']}")
+            raise UsageError(f"{self.recipe.source} has {images} images now and had {state['images']} at the start")
         for stray in self.path.rglob("*.part"):
             stray.unlink()
         start = self.json("environment.json").get("start", now())
@@ -214,9 +214,10 @@ def environment(device: torch.device, precision: str) -> dict[str, Any]:
         commit = found.stdout.strip() if (root / ".git").exists() and not found.returncode else None
     except (OSError, subprocess.TimeoutExpired):
         commit = None
+    versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
     packages = ("simsiam", "torchvision", "numpy", "pillow", "pyarrow")
     return {
-        "versions": {"python": platform.python_version(), "torch": str(torch.__version__)} | {name: version(name) for name in packages},
+        "versions": versions | {name: version(name) for name in packages},
         "commit": commit,
         "command": sys.argv,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
@@ -264,7 +265,8 @@ def starting_backbone(recipe: Recipe) -> nn.Module:
         try:
             model.load_state_dict(load_file(path))
         except (OSError, RuntimeError, SafetensorError) as error:
-            raise UsageError(f"init {path} does not fit {recipe.backbone}: {' '.join(str(error).split())[:160]}") from None
+            reason = " ".join(str(error).split())[:160]
+            raise UsageError(f"init {path} does not fit {recipe.backbone}: {reason}") from None
     return model
 
 

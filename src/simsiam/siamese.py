@@ -66,7 +66,7 @@ def build(
     stem: str | None = None,
     seed: int = 0,
 ) -> Siamese:
-    """The named method on the named backbone (or on any module with a `.dim`), initialized from `seed` without touching torch's global generator.
+    """The named method on the named backbone, or on any module with a `.dim`; torch's global generator is left alone.
 
     >>> model = build("simsiam", backbone="resnet18", image_size=32)
     """

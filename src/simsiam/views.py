@@ -226,7 +226,7 @@ def _resampling(start: Tensor, length: Tensor, total: int, size: int, mirror: Te
 
 
 def _gray(x: Tensor) -> Tensor:
-    """(n, C, H, W) to (n, 1, H, W): torchvision's luma, or the mean where there is no color."""
+    """(n, C, H, W) to (n, 1, H, W): torchvision's weights, or the mean where there is no color."""
     if x.shape[1] != 3:
         return x.mean(1, keepdim=True)
     r, g, b = x.split(1, dim=1)
@@ -234,15 +234,15 @@ def _gray(x: Tensor) -> Tensor:
 
 
 def _blend(x: Tensor, op: np.ndarray, factor: np.ndarray) -> None:
-    """factor * x + (1 - factor) * base, in one pass over all: the base is black, the mean of the gray image, or gray."""
+    """factor * x + (1 - factor) * base, one pass for three operations, as their bases are black, mean gray and gray."""
     rest = 1 - factor
     if rest.any():
-        rests = np.stack([factor, rest * (op == CONTRAST), rest * (op == SATURATION)])
-        factor_, of_mean, of_gray = _send(rests, x.device)[..., None, None, None]
+        shares = np.stack([factor, rest * (op == CONTRAST), rest * (op == SATURATION)])
+        of_x, of_mean, of_gray = _send(shares, x.device)[..., None, None, None]
         base = of_mean * _gray(x.mean((2, 3), keepdim=True))
         if rest[op == SATURATION].any():
             base = base + of_gray * _gray(x)
-        x.mul_(factor_).add_(base).clamp_(0, 1)
+        x.mul_(of_x).add_(base).clamp_(0, 1)
 
 
 def _shift_hue(x: Tensor, shift: Tensor) -> Tensor:
@@ -256,7 +256,7 @@ def _shift_hue(x: Tensor, shift: Tensor) -> Tensor:
     safe = chroma.clamp(min=torch.finfo(x.dtype).tiny)
     red, side = (value - r) / safe, (g - b) / safe
     hue = (side.abs() + red * (3 - 2 * side.abs())).copysign_(side)
-    hue = (hue / 6 + (1 + shift)).frac_() * 6
+    hue = (hue / 6 + (1 + shift % 1)).frac_() * 6
     # And back: how far each channel is below the value, in units of the chroma.
     below = torch.cat([2 - (hue - 3).abs_(), (hue - 2).abs_() - 1, (hue - 4).abs_() - 1], dim=1).clamp_(0, 1)
     return torch.addcmul(value, chroma, below, value=-1)
@@ -273,8 +273,8 @@ def _blur(x: Tensor, radius: Tensor) -> Tensor:
     """Pillow's GaussianBlur of x (n, C, H, W): three box filters of `radius` (n, 1, 1, 1), edges replicated."""
 
     def smoothing(length: int) -> Tensor:
-        # A pixel's weight in the box around i is the part of the pixel inside the box: the share of the box to the left of
-        # its right edge, minus that of its left edge. The outermost pixels go on for ever: that replicates the edges.
+        # A pixel's weight in the box around i is the part of the pixel inside the box: the share of the box left of its
+        # right edge, minus that of its left edge. The outermost pixels go on for ever, as replicated edges do.
         i = torch.arange(length, device=x.device)[:, None]
         edge = torch.arange(length + 1, device=x.device)
         share = ((edge - i + radius[:, 0]) / (2 * radius[:, 0] + 1)).clamp_(0, 1)

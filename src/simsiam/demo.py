@@ -1,0 +1,113 @@
+"""See it work: SimSiam on the embedded set, beside what it has to beat and what labels would give."""
+
+from pathlib import Path
+from statistics import mean, stdev
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from simsiam.batches import batches, steps_per_epoch
+from simsiam.features import extract
+from simsiam.images import Images, Source, open_source
+from simsiam.knn import knn_top1
+from simsiam.optim import cosine
+from simsiam.precision import autocast, pick_device, pick_precision
+from simsiam.prepare import prepare
+from simsiam.pretrain import pretrain
+from simsiam.progress import Line, Stopwatch
+from simsiam.recipes import Recipe
+from simsiam.run import Run, load, starting_backbone, transform_of, vacant
+
+RAW, UNTRAINED, SIMSIAM, SUPERVISED = "raw pixels", "untrained network", "SimSiam, no labels", "supervised, all labels"
+
+
+def demo(*, seeds: int = 1, out: str | None = None) -> dict[str, list[float]]:
+    """Train with each seed and print kNN on the test set; returns the accuracies in percent, one a seed.
+
+    The supervised ceiling has the same backbone and sees as many views: two epochs for each of SimSiam's, which makes
+    two views of an image.
+    """
+    console = Console(highlight=False)
+    folder = vacant(out) if out else _next_demo()
+    source = open_source("shapes")
+    found: dict[str, list[float]] = {RAW: [], UNTRAINED: [], SIMSIAM: [], SUPERVISED: []}
+    seconds, verdicts = [], []
+    for seed in range(seeds):
+        run = Run(pretrain("shapes", out=folder / f"simsiam-{seed}", seed=seed))
+        summary = run.json("summary.json")
+        seconds.append(summary["training_seconds"])
+        verdicts.append(summary["verdict"])
+        found[RAW].append(test_top1(nn.Flatten(), source, run.recipe))
+        found[UNTRAINED].append(test_top1(starting_backbone(run.recipe), source, run.recipe))
+        found[SIMSIAM].append(test_top1(load(run.path), source, run.recipe))
+        backbone, watch = supervised(run.recipe, source)
+        seconds[-1] += watch.seconds
+        found[SUPERVISED].append(test_top1(backbone, source, run.recipe))
+
+    assert source.test is not None
+    n = f"mean ± std of {seeds} seeds" if seeds > 1 else "1 seed"
+    title = f"kNN top-1 on {len(source.test):,} test images of shapes, {n}"
+    table = Table(title=title, title_justify="left", min_width=60)
+    table.add_column("features of")
+    table.add_column("%", justify="right")
+    for name, values in found.items():
+        spread = f" ± {stdev(values):.1f}" if seeds > 1 else ""
+        table.add_row(name, f"{mean(values):.1f}{spread}", style="bold" if name == SIMSIAM else None)
+    console.print(table)
+    console.print(f"verdict: {', '.join(verdicts)}; training took {mean(seconds):.0f} s a seed, the ceiling included")
+    console.print(f"run folder: {folder}/simsiam-0", soft_wrap=True)
+    return found
+
+
+def _next_demo() -> Path:
+    number = 1
+    while (path := Path("runs") / f"demo-{number}").exists():
+        number += 1
+    return path
+
+
+def test_top1(backbone: nn.Module, source: Source, recipe: Recipe) -> float:
+    """kNN top-1 on the test images, in percent, with the training images as the bank. Never used to choose anything."""
+    device = pick_device(recipe.device)
+
+    def features(images: Images) -> Tensor:
+        return extract(backbone.to(device), images, transform_of(recipe), device=device)[0][0]
+
+    train, test = source.train, source.test
+    assert test is not None and train.labels is not None and test.labels is not None
+    labels, truth = torch.from_numpy(train.labels), torch.from_numpy(test.labels)
+    return knn_top1(features(train), labels, features(test), truth, classes=len(train.classes))
+
+
+def supervised(recipe: Recipe, source: Source) -> tuple[nn.Module, Stopwatch]:
+    """The recipe's backbone trained with labels on as many views of the same kind: cross-entropy, SGD, cosine lr."""
+    device = pick_device(recipe.device)
+    precision = pick_precision(recipe.precision, device)
+    train = prepare(recipe, source).train
+    assert train.labels is not None
+    labels = torch.from_numpy(train.labels).to(device)
+    backbone = starting_backbone(recipe)
+    model = nn.Sequential(backbone, nn.Linear(int(backbone.dim), len(train.classes)))  # type: ignore[arg-type]
+    model.to(device).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    per_epoch = steps_per_epoch(len(train), recipe.batch_size)
+    steps = recipe.steps or recipe.epochs * per_epoch
+    optimizer = torch.optim.SGD(model.parameters(), momentum=0.9, weight_decay=5e-4, fused=True)
+    watch = Stopwatch()
+    with Line(0, steps, per_epoch) as line:
+        line.say("ceiling  the same network, trained with labels")
+        for batch in batches(train, recipe, 0, steps, device):
+            for half, view in enumerate(batch.views):  # one view at a time: as many steps again as SimSiam makes
+                for group in optimizer.param_groups:
+                    group["lr"] = 0.1 * recipe.batch_size / 256 * cosine(2 * batch.step + half, 2 * steps)
+                with autocast(device, precision):
+                    loss = F.cross_entropy(model(view).float(), labels[batch.index.to(device)])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+            watch.count(2 * recipe.batch_size, batch.wait)
+            if batch.step % recipe.log_every == 0 or batch.step + 1 == steps:
+                line.show(batch.step + 1, {"loss": loss.item()} | watch.rates())
+    return backbone, watch

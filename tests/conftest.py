@@ -1,0 +1,36 @@
+import os
+from pathlib import Path
+
+import pytest
+
+SHARED = Path(__file__).parents[2] / "shared"
+
+# A run small enough for a test: 16 steps an epoch, 12 k parameters.
+TINY = {
+    "backbone": "resnet10", "width": 4, "dim": 16, "proj_hidden": 16, "pred_dim": 4, "limit": 512, "batch_size": 32,
+    "log_every": 1, "epochs": 2,
+}  # fmt: skip
+
+
+def flags(**words) -> list[str]:
+    """The same words as flags of the command line."""
+    found = []
+    for name, value in words.items():
+        found.append("--" + ("no-" if value is False else "") + name.replace("_", "-"))
+        found += [] if isinstance(value, bool) else [str(value)]
+    return found
+
+
+@pytest.fixture
+def shared():
+    """The project's shared folder, with data and the contract's checker; nobody else's machine has it."""
+    if not SHARED.is_dir():
+        pytest.skip("needs the shared folder beside the repository")
+    return SHARED
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path_factory, monkeypatch):
+    """Runs are made in the working directory by default."""
+    monkeypatch.chdir(tmp_path_factory.mktemp("work"))
+    os.environ["COLUMNS"] = "80"

@@ -1,0 +1,112 @@
+"""The command line: every mistake is one readable line and an exit code, never a traceback."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import TINY, flags
+from PIL import Image
+
+from simsiam.cli import build_parser, main
+from simsiam.recipes import WORDS
+
+
+def said(capsys, *arguments: str) -> tuple[int, str]:
+    code = main([str(a) for a in arguments])
+    return code, capsys.readouterr().err.strip()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["pretrian"], "invalid choice: 'pretrian'"),
+        (["pretrain", "shaeps"], "unknown source 'shaeps': did you mean 'shapes'?"),
+        (["pretrain", "--method", "simsian"], "unknown method 'simsian': did you mean 'simsiam'?"),
+        (["pretrain", "--epoch", "3"], "unknown argument '--epoch': did you mean '--epochs'?"),
+        (["pretrain", "--epochs", "three"], "epochs is 'three'; it takes a whole number"),
+        (["pretrain", "--epochs", "-3"], "epochs is -3; it is at least 1"),
+        (["pretrain", "--predictor", "mpl"], "unknown predictor 'mpl': did you mean 'mlp'?"),
+        (["pretrain", "--jitter", "1", "2"], "jitter takes 4 values, not 2"),
+        (["pretrain", "--backbone", "resnet19"], "unknown backbone 'resnet19': did you mean"),
+        (["pretrain", "--backbone", "vgg11", "--width", "16"], "vgg11 has neither"),
+        (["pretrain", "--device", "tpu"], "device 'tpu' cannot be used here"),
+        (["pretrain", "--batch-size", "9999"], "there are only 4000 images: take a smaller --batch-size"),
+        (["pretrain", "--recipe", "cifra"], "unknown recipe 'cifra': did you mean 'cifar'?"),
+        (["pretrain", "--output-bn-affine", "--head-bn", "pred_hidden"], "add proj_out to head_bn"),
+        (["resume", "nowhere"], "nowhere is not a run folder"),
+        (["resume"], "the following arguments are required: RUN"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_exit_code_2(arguments, text, capsys, tmp_path):
+    os.chdir(tmp_path)
+    code, error = said(capsys, *arguments)
+    assert code == 2 and text in error and "\n" not in error, error
+    assert not any(tmp_path.rglob("*")), "nothing may be left behind"
+
+
+def test_folders_that_cannot_be_used(capsys, tmp_path):
+    (tmp_path / "empty").mkdir()
+    code, error = said(capsys, "pretrain", tmp_path / "empty")
+    assert code == 2 and "no image in" in error and "\n" not in error
+    (tmp_path / "notes.txt").write_text("hello")
+    code, error = said(capsys, "pretrain", tmp_path / "notes.txt")
+    assert code == 2 and "\n" not in error
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").write_text("mine")
+    code, error = said(capsys, "pretrain", "--out", tmp_path / "full", *flags(**TINY))
+    assert code == 2 and "not written over" in error and (tmp_path / "full" / "x").read_text() == "mine"
+    (tmp_path / "file").write_text("")
+    code, error = said(capsys, "pretrain", "--out", tmp_path / "file" / "run", *flags(**TINY))
+    assert code == 2 and "cannot write to" in error
+
+
+def test_a_folder_of_nothing_but_broken_files_fails(capsys, tmp_path):
+    for i in range(20):
+        (tmp_path / f"{i}.jpg").write_bytes(b"not an image")
+    code, error = said(capsys, "pretrain", tmp_path, "--out", tmp_path / "run")
+    assert code in (1, 2) and "read" in error and "\n" not in error
+
+
+def test_a_broken_recipe_file(capsys, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    near = ("method: {name: x, dimm: 3}", "did you mean 'dim'")
+    for text, words in [("a: [", "is not YAML"), ("- 1", "takes a mapping"), near]:
+        path.write_text(text)
+        code, error = said(capsys, "pretrain", "--recipe", path)
+        assert code == 2 and words in error and "\n" not in error
+
+
+def test_every_word_of_a_recipe_is_a_documented_flag():
+    verbs = build_parser()._subparsers._group_actions[0].choices
+    documented = {flag: action.help for action in verbs["pretrain"]._actions for flag in action.option_strings}
+    for word in WORDS.keys() - {"source"}:
+        assert documented["--" + word.replace("_", "-")], word
+    for flag in ("--no-stop-gradient", "--predictor-lr-scale", "--head-bn", "--output-bn-affine", "--pred-dim"):
+        assert flag in documented
+
+
+def test_one_command_trains_and_tells(tmp_path):
+    command = [sys.executable, "-m", "simsiam", "pretrain", "--out", str(tmp_path / "run"), *flags(**TINY)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "too early after 32 steps" in done.stdout and f"run folder: {tmp_path / 'run'}" in done.stdout
+    assert max(map(len, done.stderr.splitlines())) <= 80
+    assert json.loads((tmp_path / "run" / "environment.json").read_text())["command"][1] == "pretrain"
+
+
+def test_cells_reach_the_model_from_the_command_line(tmp_path):
+    from simsiam.run import Run
+
+    cells = {"stop_gradient": False, "predictor": "fixed", "predictor_lr": "cosine", "dim": 8}
+    run = ["pretrain", "--out", str(tmp_path / "run"), "--steps", "1", "--head-bn", "proj_hidden"]
+    assert main(run + flags(**TINY | cells)) == 0
+    method = Run(tmp_path / "run").recipe.method
+    assert {k: getattr(method, k) for k in cells} == cells and method.head_bn == ("proj_hidden",)
+
+
+def test_a_single_image_is_pointed_at_its_folder(capsys, tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "one.png")
+    code, error = said(capsys, "pretrain", tmp_path / "one.png")
+    assert code == 2 and "folder" in error

@@ -1,0 +1,219 @@
+"""Pretraining end to end: the run folder keeps its contract, and a killed run goes on bit for bit."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, flags
+from PIL import Image
+
+import simsiam
+from simsiam.errors import Stopped, UsageError, WorkFailed
+from simsiam.run import Run
+
+TIMES = {"images_per_second", "data_wait"}
+
+
+def lines(run) -> list[dict]:
+    """metrics.jsonl without what no two runs share."""
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in Run(run).metrics()]
+
+
+def assert_same_run(a, b):
+    assert lines(a) == lines(b)
+    one, other = Run(a).checkpoint(), Run(b).checkpoint()
+    assert one["step"] == other["step"] and one["knn"] == other["knn"]
+    assert all(torch.equal(one["model"][k], other["model"][k]) for k in one["model"])
+    for i, of_one in one["optimizer"]["state"].items():
+        assert torch.equal(of_one["momentum_buffer"], other["optimizer"]["state"][i]["momentum_buffer"])
+    assert one["optimizer"]["param_groups"] == other["optimizer"]["param_groups"]
+
+
+def spawn(*arguments: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "simsiam", *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One short run on shapes, shared by the tests that only read it."""
+    return simsiam.pretrain("shapes", out=tmp_path_factory.mktemp("finished") / "run", **TINY)
+
+
+def test_the_run_folder_keeps_its_contract(finished, shared):
+    checked = subprocess.run([sys.executable, shared / "check_run.py", finished], capture_output=True, text=True)
+    assert checked.stdout.strip() == "contract holds", checked.stdout
+    assert any((finished / "tensorboard").iterdir())
+    about = json.loads((finished / "environment.json").read_text())
+    assert {"versions", "commit", "device", "processes", "threads", "seed", "start", "end"} <= about.keys()
+    assert about["end"] is not None
+
+
+def test_the_backbone_is_the_last_checkpoints(finished):
+    encoder = simsiam.load(finished)
+    model = simsiam.build(Run(finished).recipe.method, backbone="resnet10", width=4, image_size=32)
+    model.load_state_dict(Run(finished).checkpoint()["model"])
+    x = encoder.transform([Image.new("RGB", (32, 32), color) for color in ("red", "gray")])
+    assert x.shape == (2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(encoder(x), model.backbone.eval()(x))
+    assert encoder(x).shape == (2, encoder.dim)
+
+
+def test_the_recipe_repeats_the_run(finished, tmp_path):
+    again = simsiam.pretrain(recipe=str(finished / "recipe.yaml"), out=tmp_path / "again")
+    assert_same_run(finished, again)
+
+
+def test_training_lowers_the_loss_and_logs_both_learning_rates(finished):
+    found = lines(finished)
+    assert [line["step"] for line in found] == list(range(1, 33))
+    assert found[-1]["loss"] < found[0]["loss"] - 0.05
+    assert found[0]["lr"] == found[0]["lr_predictor"] == 1.0 * 32 / 256
+    assert found[-1]["lr"] < 0.01 and found[-1]["lr_predictor"] == 1.0 * 32 / 256
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_killed_at_any_step_a_run_goes_on_bit_for_bit(precision, tmp_path):
+    words = TINY | {"precision": precision, "knn_every": 2, "epochs": 4, "save_seconds": 0.2}
+    whole = simsiam.pretrain("shapes", out=tmp_path / "whole", **words)
+    killed = tmp_path / "killed"
+    process = spawn("pretrain", "shapes", "--out", str(killed), *flags(**words))
+    while len(Run(killed).metrics() if (killed / "recipe.yaml").exists() else []) < 23:  # in the middle of epoch 2
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert 0 <= Run(killed).checkpoint()["step"] < 64
+    simsiam.resume(killed)
+    assert_same_run(whole, killed)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_stops_in_good_order(signum, tmp_path, finished):
+    run = tmp_path / "run"
+    process = spawn("pretrain", "shapes", "--out", str(run), *flags(**TINY))
+    while len(Run(run).metrics() if (run / "recipe.yaml").exists() else []) < 5:
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+    process.send_signal(signum)
+    _, said = process.communicate()
+    assert process.returncode == 128 + signum and "simsiam resume" in said and "Traceback" not in said
+    step = Run(run).checkpoint()["step"]
+    assert 5 <= step < 32 and Run(run).metrics()[-1]["step"] == step
+    assert (run / "summary.json").exists() and (run / "backbone.safetensors").exists()
+    simsiam.resume(run)
+    assert_same_run(finished, run)
+
+
+def test_a_resume_elsewhere_says_what_changes_the_bits(finished, tmp_path, monkeypatch, capfd):
+    copy = shutil.copytree(finished, tmp_path / "copy")
+    state = Run(copy).checkpoint()
+    state["environment"]["threads"] = 99
+    Run(copy).save("last", state)
+    simsiam.resume(copy)
+    assert "threads is" in capfd.readouterr().err
+
+
+def test_extending_a_run_says_what_happens_to_the_schedule(finished, tmp_path, capfd):
+    copy = shutil.copytree(finished, tmp_path / "copy")
+    simsiam.resume(copy, epochs=3)
+    assert "epochs   2 -> 3" in capfd.readouterr().err
+    assert Run(copy).recipe.epochs == 3 and lines(copy)[-1]["step"] == 48
+    with pytest.raises(UsageError, match="only be extended"):
+        simsiam.resume(copy, epochs=2)
+
+
+def test_an_existing_run_is_never_written_over(finished, tmp_path):
+    before = (finished / "metrics.jsonl").read_bytes()
+    with pytest.raises(UsageError, match="not written over"):
+        simsiam.pretrain("shapes", out=finished, **TINY)
+    assert (finished / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_checkpoint_of_another_recipe_is_refused(finished, tmp_path):
+    copy = shutil.copytree(finished, tmp_path / "copy")
+    text = (copy / "recipe.yaml").read_text()
+    (copy / "recipe.yaml").write_text(text.replace("base_lr: 1.0", "base_lr: 0.5"))
+    with pytest.raises(UsageError, match="another recipe"):
+        simsiam.resume(copy)
+    (copy / "recipe.yaml").write_text(text)
+    (copy / "checkpoints" / "last.pt").write_bytes((finished / "checkpoints" / "last.pt").read_bytes()[:5000])
+    with pytest.raises(UsageError, match="not a readable checkpoint"):
+        simsiam.resume(copy)
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_says_where(tmp_path):
+    with pytest.raises(WorkFailed, match=r"diverged: the loss was finite at step \d+ and nan at step \d+"):
+        simsiam.pretrain("shapes", out=tmp_path / "run", **TINY | {"base_lr": 1e30, "precision": "float32"})
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["verdict"] == "diverged"
+    assert all(v.isfinite().all() for v in Run(tmp_path / "run").checkpoint()["model"].values())
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    """Sixty photographs of several sizes, two of them broken, in two folders of classes."""
+    root = tmp_path_factory.mktemp("photographs")
+    rng = np.random.default_rng(0)
+    for i in range(60):
+        path = root / ("cat" if i % 2 else "dog") / f"{i:02d}.jpg"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (40 + i, 50, 3), dtype=np.uint8)).save(path)
+    (root / "cat" / "truncated.jpg").write_bytes(path.read_bytes()[:500])
+    (root / "dog" / "empty.png").write_bytes(b"")
+    return root
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_folder_with_broken_files_trains_and_lists_them(photographs, workers, tmp_path, shared):
+    run = simsiam.pretrain(str(photographs), out=tmp_path / "run", **TINY | {"batch_size": 16, "workers": workers})
+    listed = (run / "quarantine.txt").read_text().splitlines()
+    assert sorted(line.split("\t")[0] for line in listed) == ["cat/truncated.jpg", "dog/empty.png"]
+    assert json.loads((run / "summary.json").read_text())["unreadable"] == 2
+    checked = subprocess.run([sys.executable, shared / "check_run.py", run], capture_output=True, text=True)
+    assert checked.stdout.strip() == "contract holds", checked.stdout
+
+
+def test_a_streamed_run_is_the_same_with_any_number_of_workers_and_after_a_resume(photographs, tmp_path):
+    words = TINY | {"batch_size": 16, "epochs": 3}
+    one, two = (simsiam.pretrain(str(photographs), out=tmp_path / str(n), workers=n, **words) for n in (0, 2))
+    assert lines(one) == lines(two)
+    half = simsiam.pretrain(str(photographs), out=tmp_path / "half", workers=1, **words | {"steps": 4})
+    yaml = (half / "recipe.yaml").read_text()
+    assert "steps: 4" in yaml
+    a, b = Run(one).metrics(), Run(half).metrics()
+    assert a[0]["loss"] == b[0]["loss"]  # the same first batch
+
+
+def test_without_labels_there_is_no_knn_and_the_run_is_fine(photographs, tmp_path):
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for path in photographs.rglob("*.jpg"):
+        shutil.copy(path, flat)
+    run = simsiam.pretrain(str(flat), out=tmp_path / "run", **TINY | {"batch_size": 16, "workers": 0})
+    assert "knn_top1" not in json.loads((run / "summary.json").read_text())
+    assert not (run / "checkpoints" / "best.pt").exists()
+
+
+def test_stopped_is_raised_to_python(tmp_path, monkeypatch):
+    from simsiam import pretrain as module
+
+    real = module.gauges
+    monkeypatch.setattr(module, "gauges", lambda out: (os.kill(os.getpid(), signal.SIGTERM), real(out))[1])
+    with pytest.raises(Stopped, match="stopped at step 1 of 32"):
+        simsiam.pretrain("shapes", out=tmp_path / "run", **TINY)
+
+
+def test_init_starts_from_another_runs_backbone(finished, tmp_path):
+    run = simsiam.pretrain("shapes", out=tmp_path / "run", init=str(finished), **TINY | {"steps": 1, "base_lr": 1e-12})
+    ours, theirs = (simsiam.load(r).conv1.weight for r in (run, finished))
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+    with pytest.raises(UsageError, match="does not fit"):
+        simsiam.pretrain("shapes", out=tmp_path / "other", init=str(finished), **TINY | {"width": 8})

@@ -1,0 +1,80 @@
+"""A recipe survives YAML, refuses what it does not know, and never rewrites a value."""
+
+import pytest
+import yaml
+
+from simsiam import recipes
+from simsiam.errors import UsageError
+from simsiam.recipes import RECIPES, Recipe
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_survive_yaml(name):
+    recipe = Recipe().replace(**RECIPES[name]())
+    assert Recipe.from_dict(yaml.safe_load(yaml.safe_dump(recipe.to_dict()))) == recipe
+
+
+def test_the_baseline_is_the_papers():
+    m = Recipe().method
+    assert (m.dim, m.pred_dim, m.proj_layers, m.proj_hidden) == (2048, 512, 3, 2048)
+    assert (m.base_lr, m.momentum, m.weight_decay, m.predictor_lr) == (0.05, 0.9, 1e-4, "constant")
+    assert m.head_bn == ("proj_hidden", "proj_out", "pred_hidden") and not m.output_bn_affine
+    v = m.views[0]
+    assert (v.crop_min, v.flip, v.jitter, v.jitter_p, v.gray) == (0.2, 0.5, (0.4, 0.4, 0.4, 0.1), 0.8, 0.2)
+    assert (Recipe().batch_size, Recipe().epochs, Recipe().peak_lr) == (512, 100, 0.1)
+
+
+def test_appendix_d():
+    r = Recipe().replace(**recipes.cifar())
+    assert r.peak_lr == pytest.approx(0.06) and r.epochs == 800 and r.method.weight_decay == 5e-4
+    assert r.method.proj_layers == 2 and r.method.views[0].blur == 0 and r.backbone == "resnet18"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ({"bas_lr": 1}, "unknown setting 'bas_lr': did you mean 'base_lr'"),
+        ({"method": "simsian"}, "unknown method 'simsian': did you mean 'simsiam'"),
+        ({"epochs": "many"}, "epochs is 'many'; it takes a whole number"),
+        ({"epochs": 1.5}, "epochs is 1.5; it takes a whole number"),
+        ({"epochs": 0}, "epochs is 0; it is at least 1"),
+        ({"predictor": "mpl"}, "unknown predictor 'mpl': did you mean 'mlp'"),
+        ({"jitter": (0.4, 0.4)}, "jitter takes 4 values, not 2"),
+        ({"stop_gradient": "off"}, "stop_gradient is 'off'; it takes true or false"),
+        ({"base_lr": True}, "base_lr is True; it takes a number"),
+        ({"head_bn": ["proj_in"]}, "unknown head_bn 'proj_in'"),
+        ({"crop_min": 0.0}, "crop_min is 0.0; it lies between"),
+        ({"flip": 1.5}, "flip is 1.5; it lies between"),
+        ({"base_lr": float("nan")}, "base_lr is nan"),
+    ],
+)
+def test_wrong_words_are_refused_in_one_line(words, said):
+    with pytest.raises(UsageError, match=said) as error:
+        Recipe().replace(**words)
+    assert "\n" not in str(error.value)
+
+
+def test_unknown_keys_of_a_file_are_refused():
+    data = Recipe().to_dict()
+    data["method"]["stop_grad"] = False
+    with pytest.raises(UsageError, match="did you mean 'stop_gradient'"):
+        Recipe.from_dict(data)
+
+
+def test_text_and_numbers_mean_the_same():
+    assert Recipe().replace(
+        epochs="7", base_lr="0.3", jitter=["0.1"] * 4, limit="none", head_bn=[]
+    ) == Recipe().replace(epochs=7, base_lr=0.3, jitter=(0.1,) * 4, limit=None, head_bn=())
+
+
+def test_a_word_of_the_views_changes_every_view():
+    assert all(v.blur == 0.0 for v in Recipe().replace(blur=0).method.views)
+
+
+@pytest.mark.parametrize(
+    ("count", "side", "size", "batch"),
+    [(9469, 224, 128, 256), (300, 1000, 224, 16), (50_000, 64, 64, 256), (2000, 375, 224, 64)],
+)
+def test_a_folders_recipe_follows_its_images(count, side, size, batch):
+    words = recipes.folder(count, side)
+    assert (words["image_size"], words["batch_size"]) == (size, batch)
