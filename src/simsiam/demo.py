@@ -101,7 +101,7 @@ def supervised(recipe: Recipe, source: Source) -> tuple[nn.Module, Stopwatch]:
         for batch in batches(train, recipe, 0, steps, device):
             for half, view in enumerate(batch.views):  # one view at a time: as many steps again as SimSiam makes
                 for group in optimizer.param_groups:
-                    group["lr"] = 0.1 * recipe.batch_size / 256 * cosine(2 * batch.step + half, 2 * steps)
+                    group["lr"] = 0.4 * recipe.batch_size / 256 * cosine(2 * batch.step + half, 2 * steps)
                 with autocast(device, precision):
                     loss = F.cross_entropy(model(view).float(), labels[batch.index.to(device)])
                 optimizer.zero_grad()

@@ -79,7 +79,14 @@ METHODS: dict[str, Method] = {
     "simsiam": Method(name="simsiam"),
 }
 
-FIGURE_3 = ("name", "predictor", "target", "stop_gradient", "criterion", "pairs")  # the columns in which rows differ most
+FIGURE_3 = (
+    "name",
+    "predictor",
+    "target",
+    "stop_gradient",
+    "criterion",
+    "pairs",
+)  # the columns in which rows differ most
 
 
 def table() -> str:

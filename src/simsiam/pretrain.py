@@ -84,24 +84,35 @@ def train(run: Run, data: Data, parts: Parts, said: list[str]) -> None:
     steps = recipe.steps or recipe.epochs * per_epoch
     warmup = method.warmup_epochs * per_epoch
 
-    state = run.begin(environment(device, precision), images=len(data.train))
+    state, changed = run.begin(environment(device, precision), images=len(data.train))
     if "model" in state:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-    start, step, diverged = state["step"], state["step"], ""
+    start = step = state["step"]
+    diverged = ""
+    run.quarantine(data.unreadable)
 
-    def save(*names: str) -> None:
-        state.update(step=step, seconds=watch.seconds, model=model.state_dict(), optimizer=optimizer.state_dict())
-        for name in names:
-            run.save(name, state)
+    def save(name: str) -> None:
+        moved = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        run.save(name, state | moved | {"step": step, "seconds": watch.seconds})
+
+    def measure() -> dict[str, float]:
+        assert data.held_out is not None
+        sets = data.train, data.held_out
+        found = knn_monitor(model, *sets, transform_of(recipe), device=device, precision=precision)
+        state["knn"] |= {"last": found["knn_top1"]}
+        if found["knn_top1"] > state["knn"].get("best", -1):
+            state["knn"] |= {"best": found["knn_top1"], "best_step": step}
+            save("best")
+        return found
 
     with Journal(run, start) as journal, Line(start, steps, per_epoch) as line, Interrupt() as interrupt:
-        for text in said + state["differences"]:
+        for text in said + changed:
             line.say(text)
         watch = Stopwatch(state["seconds"])
         save("last")
         for batch in batches(data.train, recipe, start, steps, device):
-            step, last = batch.step + 1, batch.step + 1 == steps
+            step = batch.step + 1
             lr = set_lr(optimizer, batch.step, peak=recipe.peak_lr, steps=steps, warmup=warmup)
             with autocast(device, precision):
                 output = network(*batch.views)
@@ -110,38 +121,36 @@ def train(run: Run, data: Data, parts: Parts, said: list[str]) -> None:
             optimizer.step()
             model.after_step()
 
+            last = step == steps
+            logged = last or step == 1 or step % recipe.log_every == 0
+            kept = step % (per_epoch * recipe.save_every) == 0
+            saved = last or kept or interrupt.signum or watch.stale(recipe.save_seconds)
+            if (logged or saved) and not math.isfinite(loss := output.loss.item()):
+                diverged = f"the loss was finite at step {journal.step} and {loss} at step {step}"
+                break
             watch.count(recipe.batch_size, batch.wait)
-            found: dict[str, Any] = {}
-            if step == 1 or last or step % recipe.log_every == 0:
-                if not math.isfinite(loss := output.loss.item()):
-                    diverged = f"the loss was finite at step {journal.step} and {loss} at step {step}"
-                    break
-                found = {"lr": lr["encoder"], "lr_predictor": lr.get("predictor"), **gauges(output)}
-                found |= {"grad_norm": grad_norm(model), **watch.rates()}
             with watch.paused():
+                found: dict[str, Any] = {}
+                if logged:
+                    found = {"lr": lr["encoder"], "lr_predictor": lr.get("predictor"), **gauges(output)}
+                    found |= {"grad_norm": grad_norm(model), **watch.rates()}
                 if data.held_out and (last or step % (per_epoch * recipe.knn_every) == 0):
-                    knn = knn_monitor(
-                        model, data.train, data.held_out, transform_of(recipe), device=device, precision=precision
-                    )
-                    found |= knn
-                    state["knn"] |= {"last": knn["knn_top1"]}
-                    if knn["knn_top1"] > state["knn"].get("best", -1):
-                        state["knn"] |= {"best": knn["knn_top1"], "best_step": step}
-                        save("best")
+                    found |= measure()
                 if found:
                     journal.log({"step": step, "epoch": round(step / per_epoch, 4)} | found)
                     line.show(step, found)
-                if step % (per_epoch * recipe.save_every) == 0:
+                if kept:
                     save(f"epoch-{step // per_epoch:04d}")
-                if last or interrupt.signum or watch.stale(recipe.save_seconds):
+                if saved:
                     save("last")
-            run.quarantine(data.unreadable + batch.skipped)
+                if batch.skipped:
+                    run.quarantine(batch.skipped)
             if interrupt.signum:
                 break
 
     verdict = judge(journal.lines, step, diverged=bool(diverged))
-    if diverged and (saved := run.checkpoint()):
-        model.load_state_dict(saved["model"])  # still finite
+    if diverged and (finite := run.checkpoint()):
+        model.load_state_dict(finite["model"])
     knn = {"knn_top1": state["knn"]} if state["knn"] else {}
     run.finish(
         model.backbone.state_dict(),

@@ -110,8 +110,8 @@ class Run:
         with whole(self.path / name) as part:
             part.write_text(content if isinstance(content, str) else json.dumps(content, indent=2) + "\n")
 
-    def begin(self, here: dict[str, Any], images: int) -> dict[str, Any]:
-        """The state to go on from: the last checkpoint's, or a new one. Says under "differences" what has changed."""
+    def begin(self, here: dict[str, Any], images: int) -> tuple[dict[str, Any], list[str]]:
+        """The state to go on from, the last checkpoint's or a new one, and what has changed around it, in words."""
         fresh: dict[str, Any] = {"step": 0, "seconds": 0.0, "knn": {}, "images": images, "environment": here}
         state = self.checkpoint() or fresh
         if state["images"] != images:
@@ -125,7 +125,7 @@ class Run:
             for name, new in conditions(here).items()
             if new != (old := conditions(state["environment"])[name])
         ]
-        return state | {"environment": here, "differences": said}
+        return state | {"environment": here}, said
 
     def finish(self, backbone: Mapping[str, torch.Tensor], summary: Mapping[str, Any]) -> None:
         """The backbone alone, the summary, and the time of the end."""
