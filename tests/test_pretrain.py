@@ -1,5 +1,6 @@
 """Pretraining end to end: the run folder keeps its contract, and a killed run goes on bit for bit."""
 
+import importlib
 import json
 import os
 import shutil
@@ -203,8 +204,7 @@ def test_without_labels_there_is_no_knn_and_the_run_is_fine(photographs, tmp_pat
 
 
 def test_stopped_is_raised_to_python(tmp_path, monkeypatch):
-    from simsiam import pretrain as module
-
+    module = importlib.import_module("simsiam.pretrain")
     real = module.gauges
     monkeypatch.setattr(module, "gauges", lambda out: (os.kill(os.getpid(), signal.SIGTERM), real(out))[1])
     with pytest.raises(Stopped, match="stopped at step 1 of 32"):

@@ -74,7 +74,7 @@ def test_top1(backbone: nn.Module, source: Source, recipe: Recipe) -> float:
     device = pick_device(recipe.device)
 
     def features(images: Images) -> Tensor:
-        return extract(backbone.to(device), images, transform_of(recipe), device=device)[0][0]
+        return extract(backbone.to(device), images, transform_of(recipe), device=device).matrices[0]
 
     train, test = source.train, source.test
     assert test is not None and train.labels is not None and test.labels is not None

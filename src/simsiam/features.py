@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as TF
 
+from simsiam.errors import WorkFailed
 from simsiam.images import Images, Unreadable
 from simsiam.precision import autocast
 
@@ -45,6 +47,14 @@ class Transform:
         return (pixels.float() / 255 - mean) / std
 
 
+class Features(NamedTuple):
+    """What came out for M of N images."""
+
+    matrices: list[Tensor]  # each (M, dim), float32, on the CPU
+    kept: np.ndarray  # int64 (M,), the positions of the images that could be read
+    skipped: list[tuple[str, str]]  # key and reason of the others
+
+
 def extract(
     model: nn.Module,
     images: Images,
@@ -53,17 +63,18 @@ def extract(
     device: torch.device,
     precision: str = "float32",
     forward: Callable[[Tensor], tuple[Tensor, ...]] | None = None,
-) -> tuple[list[Tensor], np.ndarray]:
-    """Features of each readable image from `model` in eval mode (its mode is restored), and those images' positions.
+) -> Features:
+    """Features of each readable image from `model` in eval mode (its mode is restored).
 
-    One matrix (M, dim), float32 on the CPU, for each tensor that `forward` returns; by default the model's own output.
+    One matrix for each tensor that `forward` returns; by default the model's own output.
     """
     training = model.training
     model.eval()
     rows: list[list[Tensor]] = []
     kept: list[np.ndarray] = []
+    skipped: list[tuple[str, str]] = []
     try:
-        for index, pixels in chunks(images, transform):
+        for index, pixels in chunks(images, transform, skipped):
             x = transform.normalize(pixels.to(device)).contiguous(memory_format=torch.channels_last)
             with torch.no_grad(), autocast(device, precision):
                 out = forward(x) if forward else (model(x),)
@@ -71,16 +82,21 @@ def extract(
             kept.append(index)
     finally:
         model.train(training)
-    return [torch.cat(column) for column in zip(*rows, strict=True)], np.concatenate(kept)
+    if not rows:
+        raise WorkFailed(f"none of the {len(images)} images can be read; the first, {skipped[0][0]}: {skipped[0][1]}")
+    return Features([torch.cat(column) for column in zip(*rows, strict=True)], np.concatenate(kept), skipped)
 
 
-def chunks(images: Images, transform: Transform, size: int = 256) -> Iterator[tuple[np.ndarray, Tensor]]:
-    """Positions and cropped pixels, uint8, of up to `size` readable images at a time."""
+def chunks(
+    images: Images, transform: Transform, skipped: list[tuple[str, str]], size: int = 256
+) -> Iterator[tuple[np.ndarray, Tensor]]:
+    """Positions and cropped pixels, uint8, of up to `size` readable images at a time; the others go into `skipped`."""
 
     def read(i: int) -> Tensor | None:
         try:
             return transform.crop(TF.pil_to_tensor(images.read(i))[None])
-        except Unreadable:
+        except Unreadable as error:
+            skipped.append((images.keys[i], str(error)))
             return None
 
     with ThreadPoolExecutor() as pool:
@@ -89,7 +105,7 @@ def chunks(images: Images, transform: Transform, size: int = 256) -> Iterator[tu
             if images.pixels is not None:
                 yield index, transform.crop(images.pixels[start : start + size])
                 continue
-            read_pixels = list(pool.map(read, index))
-            if any(p is not None for p in read_pixels):
-                good = [i for i, p in zip(index, read_pixels, strict=True) if p is not None]
-                yield np.array(good), torch.cat([p for p in read_pixels if p is not None])
+            found = [(i, pixels) for i, pixels in zip(index, pool.map(read, index), strict=True) if pixels is not None]
+            if found:
+                kept, pixels = zip(*found, strict=True)
+                yield np.array(kept), torch.cat(pixels)

@@ -33,21 +33,25 @@ def knn_top1(bank: Tensor, labels: Tensor, queries: Tensor, truth: Tensor, *, cl
 
 def knn_monitor(
     model: Siamese, bank: Images, queries: Images, transform: Transform, *, device: torch.device, precision: str
-) -> dict[str, float]:
-    """Accuracy on h (`knn_top1`) and on z (`knn_top1_z`), in percent; `bank` votes on `queries`, both labeled."""
+) -> tuple[dict[str, float], list[tuple[str, str]]]:
+    """Accuracy on h (`knn_top1`) and on z (`knn_top1_z`), in percent, and the files that could not be read.
+
+    `bank` votes on `queries`, both labeled.
+    """
 
     def h_and_z(x: Tensor) -> tuple[Tensor, Tensor]:
         h = model.backbone(x)
         return h, model.projector(h)
 
-    found = []
-    for images in (bank, queries):
+    def features(images: Images) -> tuple[list[Tensor], Tensor, list[tuple[str, str]]]:
+        found = extract(model, images, transform, device=device, precision=precision, forward=h_and_z)
         assert images.labels is not None
-        features, kept = extract(model, images, transform, device=device, precision=precision, forward=h_and_z)
-        found.append((features, torch.from_numpy(images.labels[kept])))
-    (bank_features, labels), (query_features, truth) = found
+        return [m.to(device) for m in found.matrices], torch.from_numpy(images.labels[found.kept]), found.skipped
+
+    known, labels, skipped = features(bank)
+    asked, truth, more = features(queries)
     top1 = [
-        knn_top1(b.to(device), labels.to(device), q.to(device), truth.to(device), classes=len(bank.classes))
-        for b, q in zip(bank_features, query_features, strict=True)
+        knn_top1(b, labels.to(device), q, truth.to(device), classes=len(bank.classes))
+        for b, q in zip(known, asked, strict=True)
     ]
-    return dict(zip(("knn_top1", "knn_top1_z"), (round(v, 3) for v in top1), strict=True))
+    return dict(zip(("knn_top1", "knn_top1_z"), (round(v, 3) for v in top1), strict=True)), skipped + more

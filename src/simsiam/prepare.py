@@ -83,7 +83,7 @@ def statistics(images: Images, recipe: Recipe) -> tuple[tuple[float, ...], tuple
     looked_at = images.take(spread(len(images), min(len(images), LOOKED_AT)))
     assert recipe.image_size
     transform = Transform(size=recipe.image_size, mean=(0.0,), std=(1.0,))
-    parts = [transform.normalize(pixels).double() for _, pixels in chunks(looked_at, transform)]
+    parts = [transform.normalize(pixels).double() for _, pixels in chunks(looked_at, transform, [])]
     if not parts:
         raise UsageError(f"none of the first {len(looked_at)} images looked at can be read")
     x = torch.cat(parts)

@@ -99,7 +99,8 @@ def train(run: Run, data: Data, parts: Parts, said: list[str]) -> None:
     def measure() -> dict[str, float]:
         assert data.held_out is not None
         sets = data.train, data.held_out
-        found = knn_monitor(model, *sets, transform_of(recipe), device=device, precision=precision)
+        found, skipped = knn_monitor(model, *sets, transform_of(recipe), device=device, precision=precision)
+        run.quarantine(skipped)
         state["knn"] |= {"last": found["knn_top1"]}
         if found["knn_top1"] > state["knn"].get("best", -1):
             state["knn"] |= {"best": found["knn_top1"], "best_step": step}
@@ -121,10 +122,10 @@ def train(run: Run, data: Data, parts: Parts, said: list[str]) -> None:
             optimizer.step()
             model.after_step()
 
-            last = step == steps
+            last, stopping = step == steps, bool(interrupt.signum)
             logged = last or step == 1 or step % recipe.log_every == 0
             kept = step % (per_epoch * recipe.save_every) == 0
-            saved = last or kept or interrupt.signum or watch.stale(recipe.save_seconds)
+            saved = last or kept or stopping or watch.stale(recipe.save_seconds)
             if (logged or saved) and not math.isfinite(loss := output.loss.item()):
                 diverged = f"the loss was finite at step {journal.step} and {loss} at step {step}"
                 break
@@ -143,9 +144,8 @@ def train(run: Run, data: Data, parts: Parts, said: list[str]) -> None:
                     save(f"epoch-{step // per_epoch:04d}")
                 if saved:
                     save("last")
-                if batch.skipped:
-                    run.quarantine(batch.skipped)
-            if interrupt.signum:
+                run.quarantine(batch.skipped)
+            if stopping:
                 break
 
     verdict = judge(journal.lines, step, diverged=bool(diverged))

@@ -136,9 +136,11 @@ class Run:
 
     def quarantine(self, unreadable: Sequence[tuple[str, str]]) -> None:
         """List files that do not decode, each once, with the reason."""
-        new = [f"{key}\t{reason}" for key, reason in unreadable if f"{key}\t{reason}" not in self.quarantined()]
-        if new:
-            self.write("quarantine.txt", "".join(f"{line}\n" for line in self.quarantined() + list(dict.fromkeys(new))))
+        if unreadable:
+            known = self.quarantined()
+            new = dict.fromkeys(f"{key}\t{reason}" for key, reason in unreadable) | dict.fromkeys(known)
+            if len(new) > len(known):
+                self.write("quarantine.txt", "".join(f"{line}\n" for line in sorted(new)))
 
     def quarantined(self) -> list[str]:
         path = self.path / "quarantine.txt"
