@@ -8,10 +8,10 @@ half, and the std is perfect. So the verdict also asks for the effective rank of
 Where the thresholds come from; they were written down before the runs that test them.
 
 - `collapsed`: z_std_sqrt_d below 0.1, that is ‖mean ẑ‖² above 0.99: every image within a few degrees of one vector. Or
-  an effective rank of z of at most 2: what is left is a line or a plane, on which no more than a few groups of images
-  stand apart. Isotropic z have a rank near min(N, d).
+  an effective rank of z of at most 2: what is left is a line or a plane, and r directions have 2^r orthants, so no more
+  than four groups of images stand apart. Isotropic z have a rank near min(N, d).
 - `partial collapse`: z_std_sqrt_d below 0.5, so three quarters of each vector's energy is common to all images; or a
-  rank of at most 4, twice the above.
+  rank of at most 3, eight orthants, fewer than any data set worth the name has kinds of images.
 - `not converging`: the loss has covered less than a quarter of the way from unrelated vectors to its minimum (Table 1b:
   a fixed predictor leaves the loss high; that is no collapse, though the accuracy is near chance too).
 - `too early`: fewer than 200 steps. SGD's momentum forgets in 10 steps, batch norm's averages in about as many, and a
@@ -113,7 +113,7 @@ def judge(lines: Sequence[Mapping[str, Any]], steps: int, *, diverged: bool = Fa
         word = "collapsed"
     elif loss > -0.25:
         word = "not converging"
-    elif std < 0.5 or rank <= 4:
+    elif std < 0.5 or rank <= 3:
         word = "partial collapse"
     else:
         word = "healthy"
