@@ -65,7 +65,12 @@ def build_parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"simsiam {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", title="verbs")
 
-    pretrain = verbs.add_parser("pretrain", help="train a backbone on images without labels; writes a run folder")
+    pretrain = verbs.add_parser(
+        "pretrain",
+        help="train a backbone on images without labels; writes a run folder",
+        usage="simsiam pretrain [SOURCE] [--out RUN] [--FLAG VALUE ...]",
+        epilog="In brackets: the paper's baseline. The source or --recipe chooses other values for some; flags win.",
+    )
     pretrain.add_argument(
         "source",
         nargs="?",

@@ -18,7 +18,7 @@ def unknown(kind: str, given: object, allowed: Iterable[str]) -> UsageError:
     names = sorted(allowed)
     near = get_close_matches(str(given), names, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(names)}"
-    return UsageError(f"unknown {kind} {given!r}: {hint}")
+    return UsageError(f"unknown {kind} {str(given)!r}: {hint}")
 
 
 def within(owner: object, **ranges: tuple[float, float]) -> None:

@@ -46,8 +46,7 @@ class Method:
     pred_dim: int = 512  # width of its hidden layer, the bottleneck (appendix B)
     predictor_lr: Literal["constant", "cosine"] = "constant"  # constant from section 4.3 on (Table 1c)
     predictor_lr_scale: float = 1.0  # times the encoder's peak lr (footnote 2 tries 10 on BYOL)
-    # Batch norm in both heads (Table 3).
-    head_bn: tuple[HeadBN, ...] = ("proj_hidden", "proj_out", "pred_hidden")
+    head_bn: tuple[HeadBN, ...] = ("proj_hidden", "proj_out", "pred_hidden")  # layers with batch norm (Table 3)
     output_bn_affine: bool = False  # affine in f's output BN: 68.1 with, 68.2 without (section 4.4)
     # The loss: the mean of D(p_i, t_j) over `pairs`.
     criterion: Literal["cosine"] = "cosine"  # D (equation 1)
@@ -57,9 +56,9 @@ class Method:
     # How a batch becomes views; the last recipe serves every later view.
     views: tuple[Views, ...] = (Views(),)
     # How the weights move (section 3).
-    optimizer: Literal["sgd"] = "sgd"
+    optimizer: Literal["sgd"] = "sgd"  # no large-batch optimizer is needed (section 3)
     base_lr: float = 0.05  # peak lr = base_lr * batch_size / 256
-    momentum: float = 0.9
+    momentum: float = 0.9  # of the optimizer
     weight_decay: float = 1e-4  # on every parameter, BN and biases too (A)
     warmup_epochs: int = 0  # linear; 10 for batches of 1024 and more (Table 2) and without BN (Table 3a)
 

@@ -9,6 +9,8 @@ instead of shapes). Raw pixels say little about the label, since every copy move
 The drawing is frozen: tests hold a hash of it, because every number measured on `shapes` depends on it.
 """
 
+from functools import lru_cache
+
 import numpy as np
 
 CLASSES = ("bar", "crescent", "disc", "half_disc", "l", "plus", "ring", "square", "star", "triangle")
@@ -17,6 +19,7 @@ GRID = np.arange(SIZE, dtype=np.float64)
 SPLITS = {"train": (0, 4000), "val": (1, 1000), "test": (2, 2000)}  # generator seed, number of images
 
 
+@lru_cache
 def draw(split: str) -> tuple[np.ndarray, np.ndarray]:
     """Pixels, uint8 (N, 3, 32, 32), three equal channels; labels, int64 (N,), classes in turn."""
     seed, n = SPLITS[split]
