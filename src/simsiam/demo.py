@@ -1,5 +1,6 @@
 """See it work: SimSiam on the embedded set, beside what it has to beat and what labels would give."""
 
+import json
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -19,7 +20,7 @@ from simsiam.prepare import prepare
 from simsiam.pretrain import pretrain
 from simsiam.progress import Line, Stopwatch
 from simsiam.recipes import Recipe
-from simsiam.run import Run, load, starting_backbone, transform_of, vacant
+from simsiam.run import Run, load, starting_backbone, transform_of, vacant, whole
 
 RAW, UNTRAINED, SIMSIAM, SUPERVISED = "raw pixels", "untrained network", "SimSiam, no labels", "supervised, all labels"
 
@@ -34,17 +35,18 @@ def demo(*, seeds: int = 1, out: str | None = None) -> dict[str, list[float]]:
     folder = vacant(out) if out else _next_demo()
     source = open_source("shapes")
     found: dict[str, list[float]] = {RAW: [], UNTRAINED: [], SIMSIAM: [], SUPERVISED: []}
-    seconds, verdicts = [], []
+    seconds: dict[str, list[float]] = {SIMSIAM: [], SUPERVISED: []}
+    verdicts = []
     for seed in range(seeds):
         run = Run(pretrain("shapes", out=folder / f"simsiam-{seed}", seed=seed))
         summary = run.json("summary.json")
-        seconds.append(summary["training_seconds"])
+        seconds[SIMSIAM].append(summary["training_seconds"])
         verdicts.append(summary["verdict"])
         found[RAW].append(test_top1(nn.Flatten(), source, run.recipe))
         found[UNTRAINED].append(test_top1(starting_backbone(run.recipe), source, run.recipe))
         found[SIMSIAM].append(test_top1(load(run.path), source, run.recipe))
         backbone, watch = supervised(run.recipe, source)
-        seconds[-1] += watch.seconds
+        seconds[SUPERVISED].append(round(watch.seconds, 1))
         found[SUPERVISED].append(test_top1(backbone, source, run.recipe))
 
     assert source.test is not None
@@ -53,12 +55,21 @@ def demo(*, seeds: int = 1, out: str | None = None) -> dict[str, list[float]]:
     table = Table(title=title, title_justify="left", min_width=60)
     table.add_column("features of")
     table.add_column("%", justify="right")
+    table.add_column("training, s", justify="right")
     for name, values in found.items():
         spread = f" ± {stdev(values):.1f}" if seeds > 1 else ""
-        table.add_row(name, f"{mean(values):.1f}{spread}", style="bold" if name == SIMSIAM else None)
+        took = f"{mean(seconds[name]):.0f}" if name in seconds else ""
+        table.add_row(name, f"{mean(values):.1f}{spread}", took, style="bold" if name == SIMSIAM else None)
     console.print(table)
-    console.print(f"verdict: {', '.join(verdicts)}; training took {mean(seconds):.0f} s a seed, the ceiling included")
+    console.print(
+        f"verdict: {', '.join(verdicts)}; the last epoch's network, on {run.json('environment.json')['device']}"
+    )
     console.print(f"run folder: {folder}/simsiam-0", soft_wrap=True)
+    about = {key: run.json("environment.json")[key] for key in ("commit", "device", "threads", "precision", "versions")}
+    with whole(folder / "demo.json") as part:
+        part.write_text(
+            json.dumps({"top1": found, "training_seconds": seconds, "verdicts": verdicts, **about}, indent=2) + "\n"
+        )
     return found
 
 
