@@ -83,7 +83,7 @@ def test_training_lowers_the_loss_and_logs_both_learning_rates(finished):
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_killed_at_any_step_a_run_goes_on_bit_for_bit(precision, tmp_path):
-    words = TINY | {"precision": precision, "knn_every": 2, "epochs": 4, "save_seconds": 0.2}
+    words = TINY | {"precision": precision, "knn_every": 2, "epochs": 4, "save_seconds": 0.05}
     whole = simsiam.pretrain("shapes", out=tmp_path / "whole", **words)
     killed = tmp_path / "killed"
     process = spawn("pretrain", "shapes", "--out", str(killed), *flags(**words))
@@ -92,7 +92,9 @@ def test_killed_at_any_step_a_run_goes_on_bit_for_bit(precision, tmp_path):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    assert 0 <= Run(killed).checkpoint()["step"] < 64
+    assert 0 < Run(killed).checkpoint()["step"] < 64
+    with open(killed / "metrics.jsonl", "ab") as file:
+        file.write(b'{"step": 23, "lo\xff')  # a line that a crash tore
     simsiam.resume(killed)
     assert_same_run(whole, killed)
 
@@ -126,7 +128,7 @@ def test_a_resume_elsewhere_says_what_changes_the_bits(finished, tmp_path, monke
 def test_extending_a_run_says_what_happens_to_the_schedule(finished, tmp_path, capfd):
     copy = shutil.copytree(finished, tmp_path / "copy")
     simsiam.resume(copy, epochs=3)
-    assert "epochs   2 -> 3" in capfd.readouterr().err
+    assert "epochs   2 -> 3: the cosine is stretched" in capfd.readouterr().err
     assert Run(copy).recipe.epochs == 3 and lines(copy)[-1]["step"] == 48
     with pytest.raises(UsageError, match="only be extended"):
         simsiam.resume(copy, epochs=2)
@@ -146,13 +148,39 @@ def test_a_checkpoint_of_another_recipe_is_refused(finished, tmp_path):
     with pytest.raises(UsageError, match="another recipe"):
         simsiam.resume(copy)
     (copy / "recipe.yaml").write_text(text)
-    (copy / "checkpoints" / "last.pt").write_bytes((finished / "checkpoints" / "last.pt").read_bytes()[:5000])
-    with pytest.raises(UsageError, match="not a readable checkpoint"):
+    last = copy / "checkpoints" / "last.pt"
+    for damaged in (last.read_bytes()[:5000], b"", b"hello", b"\x80\x04\x95", bytes(100)):
+        last.write_bytes(damaged)
+        with pytest.raises(UsageError, match="not a readable checkpoint") as error:
+            simsiam.resume(copy)
+        assert "\n" not in str(error.value)
+    last.unlink()
+    with pytest.raises(UsageError, match=r"no checkpoints/last.pt to go on from"):
         simsiam.resume(copy)
+    assert lines(copy) == lines(finished)
+
+
+def test_resuming_a_finished_run_changes_nothing(finished, tmp_path):
+    copy = shutil.copytree(finished, tmp_path / "copy")
+    simsiam.resume(copy)
+    assert_same_run(finished, copy)
+    for name in ("summary.json", "recipe.yaml"):
+        assert (copy / name).read_text() == (finished / name).read_text()
+
+
+def test_an_extension_that_fails_leaves_the_run_as_it_was(photographs, tmp_path):
+    source = shutil.copytree(photographs, tmp_path / "source")
+    run = simsiam.pretrain(str(source), out=tmp_path / "run", **TINY | {"batch_size": 16, "workers": 0})
+    shutil.rmtree(source)
+    with pytest.raises(UsageError, match="unknown source"):
+        simsiam.resume(run, epochs=5)
+    assert Run(run).recipe.epochs == 2
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_says_where(tmp_path):
-    with pytest.raises(WorkFailed, match=r"diverged: the loss was finite at step \d+ and nan at step \d+"):
+    with pytest.raises(
+        WorkFailed, match=r"diverged: loss and weights were finite at step \d+ and no longer are at step \d+"
+    ):
         simsiam.pretrain("shapes", out=tmp_path / "run", **TINY | {"base_lr": 1e30, "precision": "float32"})
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["verdict"] == "diverged"
     assert all(v.isfinite().all() for v in Run(tmp_path / "run").checkpoint()["model"].values())
@@ -189,8 +217,7 @@ def test_a_streamed_run_is_the_same_with_any_number_of_workers_and_after_a_resum
     half = simsiam.pretrain(str(photographs), out=tmp_path / "half", workers=1, **words | {"steps": 4})
     yaml = (half / "recipe.yaml").read_text()
     assert "steps: 4" in yaml
-    a, b = Run(one).metrics(), Run(half).metrics()
-    assert a[0]["loss"] == b[0]["loss"]  # the same first batch
+    assert lines(one)[0]["loss"] == lines(half)[0]["loss"]  # the same first batch, before the schedules part
 
 
 def test_without_labels_there_is_no_knn_and_the_run_is_fine(photographs, tmp_path):
@@ -206,14 +233,16 @@ def test_without_labels_there_is_no_knn_and_the_run_is_fine(photographs, tmp_pat
 def test_stopped_is_raised_to_python(tmp_path, monkeypatch):
     module = importlib.import_module("simsiam.pretrain")
     real = module.gauges
-    monkeypatch.setattr(module, "gauges", lambda out: (os.kill(os.getpid(), signal.SIGTERM), real(out))[1])
-    with pytest.raises(Stopped, match="stopped at step 1 of 32"):
+    signals = [signal.SIGTERM]  # one: the second would be obeyed at once
+    monkeypatch.setattr(module, "gauges", lambda out: (signals and os.kill(os.getpid(), signals.pop()), real(out))[1])
+    with pytest.raises(Stopped, match="stopped at step 2 of 32"):  # the step after the signal is the last
         simsiam.pretrain("shapes", out=tmp_path / "run", **TINY)
 
 
 def test_init_starts_from_another_runs_backbone(finished, tmp_path):
     run = simsiam.pretrain("shapes", out=tmp_path / "run", init=str(finished), **TINY | {"steps": 1, "base_lr": 1e-12})
     ours, theirs = (simsiam.load(r).conv1.weight for r in (run, finished))
+    assert Run(run).recipe.init == str(finished.resolve())
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
     with pytest.raises(UsageError, match="does not fit"):
         simsiam.pretrain("shapes", out=tmp_path / "other", init=str(finished), **TINY | {"width": 8})

@@ -46,6 +46,10 @@ def test_appendix_d():
         ({"crop_min": 0.0}, "crop_min is 0.0; it lies between"),
         ({"flip": 1.5}, "flip is 1.5; it lies between"),
         ({"base_lr": float("nan")}, "base_lr is nan"),
+        ({"base_lr": float("inf")}, "base_lr is inf"),
+        ({"std": (0.0, 0.2, 0.2)}, "std is 0.0"),
+        ({"mean": (0.5,)}, "mean takes 3 values, not 1"),
+        ({"epochs": 5, "warmup_epochs": 10}, "warmup_epochs is 10 and epochs 5"),
     ],
 )
 def test_wrong_words_are_refused_in_one_line(words, said):
@@ -65,6 +69,11 @@ def test_text_and_numbers_mean_the_same():
     assert Recipe().replace(
         epochs="7", base_lr="0.3", jitter=["0.1"] * 4, limit="none", head_bn=[]
     ) == Recipe().replace(epochs=7, base_lr=0.3, jitter=(0.1,) * 4, limit=None, head_bn=())
+
+
+def test_naming_the_row_it_already_has_keeps_the_cells_that_were_moved():
+    recipe = Recipe().replace(**recipes.cifar())
+    assert recipe.replace(method="simsiam") == recipe
 
 
 def test_a_word_of_the_views_changes_every_view():

@@ -69,7 +69,10 @@ def backbone(name: str, *, image_size: int, width: int = 64, stem: str | None = 
 
 def without_classifier(model: nn.Module, name: str, image_size: int) -> nn.Module:
     """The model with its last fully-connected layer taken out and that layer's input width as `.dim`."""
-    path, last = [(k, m) for k, m in model.named_modules() if isinstance(m, nn.Linear)][-1]
+    linear = [(k, m) for k, m in model.named_modules() if isinstance(m, nn.Linear)]
+    if not linear:
+        raise UsageError(f"{name} has no clear feature output: no fully-connected layer to take out")
+    path, last = linear[-1]
     parent, _, child = path.rpartition(".")
     setattr(model.get_submodule(parent), child, nn.Identity())
     try:

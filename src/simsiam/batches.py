@@ -4,7 +4,6 @@ Images resident in memory are cropped on the device, a whole batch at a time. Ot
 which decode an image once for all its views and crop it; color, blur and normalization follow on the device.
 """
 
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -18,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from simsiam import views
 from simsiam.errors import UsageError, WorkFailed
-from simsiam.images import Images, Unreadable
+from simsiam.images import CORES, Images, Unreadable
 from simsiam.recipes import Recipe
 
 ORDER = 2  # the seed's stream for the order of images; views draw from a stream of their own
@@ -84,11 +83,14 @@ def _resident(images: Images, recipe: Recipe, start: int, stop: int, device: tor
 
 def _streamed(images: Images, recipe: Recipe, start: int, stop: int, device: torch.device) -> Iterator[Batch]:
     assert recipe.mean and recipe.std
-    workers = recipe.workers if recipe.workers is not None else os.cpu_count() or 1
+    workers = CORES if recipe.workers is None else recipe.workers
     crops_of = _Crops(images, recipe)
     pin = device.type == "cuda"
     loader = DataLoader(crops_of, batch_size=None, sampler=range(start, stop), num_workers=workers, pin_memory=pin)
-    for step, (crops, index, skipped) in enumerate(loader, start):
+    for step, made in enumerate(loader, start):
+        if isinstance(made, WorkFailed):
+            raise made
+        crops, index, skipped = made
         x = []
         for view, pixels in enumerate(crops.to(device, non_blocking=True)):
             draws = _draw(recipe, step, view, [(1, 1)] * len(pixels))  # colors do not depend on the image's size
@@ -103,7 +105,13 @@ class _Crops(Dataset):
     def __init__(self, images: Images, recipe: Recipe):
         self.images, self.recipe = images, recipe
 
-    def __getitem__(self, step: int) -> tuple[Tensor, Tensor, list[tuple[str, str]]]:
+    def __getitem__(self, step: int) -> tuple[Tensor, Tensor, list[tuple[str, str]]] | WorkFailed:
+        try:
+            return self._make(step)
+        except WorkFailed as error:  # handed over rather than raised: a worker's exceptions arrive with a traceback
+            return error
+
+    def _make(self, step: int) -> tuple[Tensor, Tensor, list[tuple[str, str]]]:
         skipped: list[tuple[str, str]] = []
         index, batch = zip(*(self._read(i, skipped) for i in members(step, self.recipe, len(self.images))), strict=True)
         size = self.recipe.image_size

@@ -11,16 +11,17 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from simsiam.batches import batches, steps_per_epoch
+from simsiam.errors import UsageError
 from simsiam.features import extract
 from simsiam.images import Images, Source, open_source
 from simsiam.knn import knn_top1
 from simsiam.optim import cosine
 from simsiam.precision import autocast, pick_device, pick_precision
 from simsiam.prepare import prepare
-from simsiam.pretrain import pretrain
+from simsiam.pretrain import assemble, pretrain
 from simsiam.progress import Line, Stopwatch
 from simsiam.recipes import Recipe
-from simsiam.run import Run, load, starting_backbone, transform_of, vacant, whole
+from simsiam.run import Run, load, transform_of, vacant, whole
 
 RAW, UNTRAINED, SIMSIAM, SUPERVISED = "raw pixels", "untrained network", "SimSiam, no labels", "supervised, all labels"
 
@@ -31,6 +32,8 @@ def demo(*, seeds: int = 1, out: str | None = None) -> dict[str, list[float]]:
     The supervised ceiling has the same backbone and sees as many views: two epochs for each of SimSiam's, which makes
     two views of an image.
     """
+    if seeds < 1:
+        raise UsageError(f"seeds is {seeds}; it is at least 1")
     console = Console(highlight=False)
     folder = vacant(out) if out else _next_demo()
     source = open_source("shapes")
@@ -43,7 +46,7 @@ def demo(*, seeds: int = 1, out: str | None = None) -> dict[str, list[float]]:
         seconds[SIMSIAM].append(summary["training_seconds"])
         verdicts.append(summary["verdict"])
         found[RAW].append(test_top1(nn.Flatten(), source, run.recipe))
-        found[UNTRAINED].append(test_top1(starting_backbone(run.recipe), source, run.recipe))
+        found[UNTRAINED].append(test_top1(assemble(run.recipe).model.backbone, source, run.recipe))
         found[SIMSIAM].append(test_top1(load(run.path), source, run.recipe))
         backbone, watch = supervised(run.recipe, source)
         seconds[SUPERVISED].append(round(watch.seconds, 1))
@@ -100,7 +103,7 @@ def supervised(recipe: Recipe, source: Source) -> tuple[nn.Module, Stopwatch]:
     train = prepare(recipe, source).train
     assert train.labels is not None
     labels = torch.from_numpy(train.labels).to(device)
-    backbone = starting_backbone(recipe)
+    backbone = assemble(recipe).model.backbone
     model = nn.Sequential(backbone, nn.Linear(int(backbone.dim), len(train.classes)))  # type: ignore[arg-type]
     model.to(device).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     per_epoch = steps_per_epoch(len(train), recipe.batch_size)

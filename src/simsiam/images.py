@@ -33,6 +33,7 @@ SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "
 LABELS = ("label", "labels", "fine_label")  # usual names of an integer label column
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")  # by content; Pillow would run Ghostscript on an EPS
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 MAX_PIXELS = 89_478_485  # where Pillow starts to warn of a decompression bomb: 256 MiB in RGB
 
 # Pillow's own failures are OSErrors, but its parsers let through whatever a damaged header made them raise.
@@ -164,9 +165,7 @@ def from_arrays(split: str, pixels: np.ndarray, labels: Any = None, classes: Seq
     return Images(keys, None, None if labels is None else np.asarray(labels, np.int64), tuple(classes), tensor)
 
 
-def in_memory(
-    images: Images, limit_bytes: int, threads: int = os.cpu_count() or 1
-) -> tuple[Images, list[tuple[str, str]]]:
+def in_memory(images: Images, limit_bytes: int, threads: int = CORES) -> tuple[Images, list[tuple[str, str]]]:
     """Images decoded into one uint8 tensor (N, 3, H, W), and the (key, reason) of each unreadable image left out.
 
     Returns the images as they are, to be streamed, if they differ in size or would take more than `limit_bytes`.
@@ -216,6 +215,12 @@ def in_memory(
 def spread(n: int, limit: int | None) -> np.ndarray:
     """`limit` positions spread evenly over range(n), int64 and increasing; all n if `limit` is None or at least n."""
     return np.arange(n) if limit is None or limit >= n else np.arange(limit) * n // limit
+
+
+def sample(images: Images, limit: int | None) -> Images:
+    """`limit` images spread evenly over the source, in order, each class in proportion; all if `limit` is None."""
+    order = np.arange(len(images)) if images.labels is None else np.argsort(images.labels, kind="stable")
+    return images.take(np.sort(order[spread(len(images), limit)]))
 
 
 def hold_out(images: Images, count: int, seed: int = 0) -> tuple[Images, Images]:

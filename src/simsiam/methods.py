@@ -67,10 +67,10 @@ class Method:
         within(
             self,
             warmup_epochs=(0, inf),
-            base_lr=(0, inf),
+            base_lr=(0, 1e30),
             momentum=(0, 1),
-            weight_decay=(0, inf),
-            predictor_lr_scale=(0, inf),
+            weight_decay=(0, 1e30),
+            predictor_lr_scale=(0, 1e30),
         )
 
 

@@ -1,17 +1,19 @@
 """Gauges read from one step's output, and the verdict on a run.
 
-What the gauges mean. A view's unit vectors ẑ = z/‖z‖ over a batch satisfy Σ_c var(ẑ_c) = 1 − ‖mean ẑ‖², so the std of
-a channel is at most 1/√d on average, and `z_std_sqrt_d` (at most 1) says which share of each vector is not common to
-all images. That alone misses one collapse: with a batch norm on the output, all images can sit at +v and −v, half and
-half, and the std is perfect. So the verdict also asks for the effective rank of z.
+What the gauges mean. A view's unit vectors ẑ = z/‖z‖ over a batch satisfy Σ_c var(ẑ_c) = 1 − ‖mean ẑ‖², so
+`z_std_sqrt_d` is at most √(1 − ‖mean ẑ‖²), and just that where all channels vary alike, as they do behind a batch norm:
+it says how much of each vector is not common to all images. That alone misses one collapse: with a batch norm on the
+output, all images can sit at +v and −v, half and half, and the std is perfect. So the verdict also asks for the
+effective rank of z.
 
-Where the thresholds come from; they were written down before the runs that test them.
+Where the thresholds come from. They were written down before the runs that test them (results/README.md), though not
+before the first look at healthy ranks on `shapes`, which are 3 to 4 at the end of a run.
 
-- `collapsed`: z_std_sqrt_d below 0.1, that is ‖mean ẑ‖² above 0.99: every image within a few degrees of one vector. Or
-  an effective rank of z of at most 2: what is left is a line or a plane, and r directions have 2^r orthants, so no more
-  than four groups of images stand apart. Isotropic z have a rank near min(N, d).
+- `collapsed`: z_std_sqrt_d below 0.1, which is ‖mean ẑ‖² above 0.99 where channels vary alike: every image within a few
+  degrees of one vector. Or an effective rank of z of at most 2: what is left is a line or a plane, and r directions
+  have 2^r orthants, so no more than four groups of images stand apart. Isotropic z have a rank near min(N, d).
 - `partial collapse`: z_std_sqrt_d below 0.5, so three quarters of each vector's energy is common to all images; or a
-  rank of at most 3, eight orthants, fewer than any data set worth the name has kinds of images.
+  rank of at most 3, eight orthants, fewer than most image sets have kinds of images.
 - `not converging`: the loss has covered less than a quarter of the way from unrelated vectors to its minimum (Table 1b:
   a fixed predictor leaves the loss high; that is no collapse, though the accuracy is near chance too).
 - `too early`: fewer than 200 steps. SGD's momentum forgets in 10 steps, batch norm's averages in about as many, and a
@@ -73,6 +75,12 @@ def gauges(output: Output) -> dict[str, float]:
         "h_rank": effective_rank(h),
     }
     return dict(zip(values, torch.stack([v.float() for v in values.values()]).tolist(), strict=True))
+
+
+def finite(loss: Tensor, model: nn.Module | None = None) -> bool:
+    """Whether the loss and, where a model is given, all its weights and statistics are numbers."""
+    values = [] if model is None else [v for v in model.state_dict().values() if v.is_floating_point()]
+    return all(bool(v.isfinite().all()) for v in [loss.detach(), *values])
 
 
 def grad_norm(model: nn.Module) -> float:

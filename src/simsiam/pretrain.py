@@ -1,6 +1,5 @@
 """Pretraining: the loop. It reads downward once, and whatever it learns goes into the run folder."""
 
-import math
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,13 +11,13 @@ from simsiam.batches import batches, steps_per_epoch
 from simsiam.errors import Stopped, UsageError, WorkFailed
 from simsiam.images import open_source
 from simsiam.knn import knn_monitor
-from simsiam.monitors import gauges, grad_norm, judge
+from simsiam.monitors import finite, gauges, grad_norm, judge
 from simsiam.optim import build_optimizer, set_lr
 from simsiam.precision import autocast, pick_device, pick_precision
 from simsiam.prepare import Data, compose, prepare
 from simsiam.progress import Interrupt, Line, Stopwatch
 from simsiam.recipes import Recipe
-from simsiam.run import Journal, Run, environment, next_free, starting_backbone, transform_of, vacant
+from simsiam.run import Journal, Run, environment, initialize, next_free, transform_of, vacant, write_recipe
 from simsiam.siamese import Siamese, build
 
 
@@ -45,16 +44,15 @@ def pretrain(
 
 def resume(path: str | os.PathLike[str], *, epochs: int | None = None) -> Path:
     """Continue a run bit for bit from its last checkpoint; more `epochs` stretch its schedule, and it is said how."""
-    run, said = Run(path), []
-    if epochs is not None and epochs != run.recipe.epochs:
+    run = Run(path)
+    if epochs is not None:
         if epochs < run.recipe.epochs or run.recipe.steps is not None:
             raise UsageError(f"a run can only be extended: epochs is {run.recipe.epochs}, and steps must not be set")
-        said = [
-            f"epochs   {run.recipe.epochs} -> {epochs}: the cosine is stretched, so the lr jumps up from where it was,",
-            "         and the result is not that of a run planned for this length",
-        ]
-        run.extend(epochs)
-    train(run, prepare(run.recipe, open_source(run.recipe.source)), assemble(run.recipe), said=said)
+        run.recipe = run.recipe.replace(epochs=epochs)
+    recipe = run.recipe.replace(init=None) if run.checkpoint() else run.recipe  # the checkpoint has all weights
+    data, parts = prepare(run.recipe, open_source(run.recipe.source)), assemble(recipe)
+    write_recipe(run.path, run.recipe)
+    train(run, data, parts, said=[])
     return run.path
 
 
@@ -70,7 +68,17 @@ class Parts(NamedTuple):
 def assemble(recipe: Recipe) -> Parts:
     """The recipe's model and optimizer on its device, at their first step."""
     device = pick_device(recipe.device)
-    model = build(recipe.method, backbone=starting_backbone(recipe), seed=recipe.seed)
+    assert recipe.image_size
+    model = build(
+        recipe.method,
+        backbone=recipe.backbone,
+        image_size=recipe.image_size,
+        width=recipe.width,
+        stem=recipe.stem,
+        seed=recipe.seed,
+    )
+    if recipe.init is not None:
+        initialize(model.backbone, recipe)
     model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return Parts(model, build_optimizer(model, recipe.method), device, pick_precision(recipe.precision, device))
 
@@ -124,10 +132,11 @@ def train(run: Run, data: Data, parts: Parts, said: list[str]) -> None:
 
             last, stopping = step == steps, bool(interrupt.signum)
             logged = last or step == 1 or step % recipe.log_every == 0
+            measured = data.held_out and (last or step % (per_epoch * recipe.knn_every) == 0)
             kept = step % (per_epoch * recipe.save_every) == 0
             saved = last or kept or stopping or watch.stale(recipe.save_seconds)
-            if (logged or saved) and not math.isfinite(loss := output.loss.item()):
-                diverged = f"the loss was finite at step {journal.step} and {loss} at step {step}"
+            if (logged or saved or measured) and not finite(output.loss, model if saved or measured else None):
+                diverged = f"loss and weights were finite at step {journal.step} and no longer are at step {step}"
                 break
             watch.count(recipe.batch_size, batch.wait)
             with watch.paused():
@@ -135,7 +144,7 @@ def train(run: Run, data: Data, parts: Parts, said: list[str]) -> None:
                 if logged:
                     found = {"lr": lr["encoder"], "lr_predictor": lr.get("predictor"), **gauges(output)}
                     found |= {"grad_norm": grad_norm(model), **watch.rates()}
-                if data.held_out and (last or step % (per_epoch * recipe.knn_every) == 0):
+                if measured:
                     found |= measure()
                 if found:
                     journal.log({"step": step, "epoch": round(step / per_epoch, 4)} | found)
@@ -149,8 +158,8 @@ def train(run: Run, data: Data, parts: Parts, said: list[str]) -> None:
                 break
 
     verdict = judge(journal.lines, step, diverged=bool(diverged))
-    if diverged and (finite := run.checkpoint()):
-        model.load_state_dict(finite["model"])
+    if diverged and (good := run.checkpoint()):
+        model.load_state_dict(good["model"])
     knn = {"knn_top1": state["knn"]} if state["knn"] else {}
     run.finish(
         model.backbone.state_dict(),
@@ -160,7 +169,7 @@ def train(run: Run, data: Data, parts: Parts, said: list[str]) -> None:
             "steps": step,
             "epochs": round(step / per_epoch, 4),
             **knn,
-            "images_per_second": round(watch.images_per_second, 1),
+            "images_per_second": round(step * recipe.batch_size / max(watch.seconds, 1e-9), 1),
             "training_seconds": round(watch.seconds, 1),
             "unreadable": len(run.quarantined()),
         },

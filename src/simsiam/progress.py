@@ -63,7 +63,7 @@ class Stopwatch:
 
     def __init__(self, seconds: float = 0.0):
         self.seconds, self.images, self.waited = seconds, 0, 0.0
-        self.begun, self.saved, self.since = seconds, time.monotonic(), time.monotonic()
+        self.saved, self.since = time.monotonic(), time.monotonic()
         self.mark = (seconds, 0, 0.0)
 
     def count(self, images: int, waited: float) -> None:
@@ -82,11 +82,6 @@ class Stopwatch:
         (seconds, images, waited), self.mark = self.mark, (self.seconds, self.images, self.waited)
         elapsed = max(self.seconds - seconds, 1e-9)
         return {"images_per_second": (self.images - images) / elapsed, "data_wait": (self.waited - waited) / elapsed}
-
-    @property
-    def images_per_second(self) -> float:
-        """Over the whole session."""
-        return self.images / max(self.seconds - self.begun, 1e-9)
 
     def stale(self, seconds: float) -> bool:
         """True, and the count starts again, if so many seconds have passed since it last was true."""

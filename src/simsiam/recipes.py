@@ -28,8 +28,8 @@ class Recipe:
     stem: Literal["small", "large"] | None = None  # 3x3 without pooling up to 64 px, 7x7 with pooling above (D)
     init: str | None = None  # a run folder or a backbone.safetensors to start the backbone from
     image_size: int | None = None  # side of a view in pixels
-    mean: tuple[float, ...] | None = None  # per channel, in 0..1; known for named sources, else measured
-    std: tuple[float, ...] | None = None  # likewise
+    mean: tuple[float, float, float] | None = None  # per channel, in 0..1; known for named sources, else measured
+    std: tuple[float, float, float] | None = None  # likewise
     limit: int | None = None  # train on this many images, spread evenly over the source
     holdout: int | None = None  # labeled images kept out of training for the kNN monitor; a tenth, at most 5000
     epochs: int = 100  # passes over the training images
@@ -48,8 +48,11 @@ class Recipe:
 
     def __post_init__(self) -> None:
         within(self, width=(1, inf), image_size=(8, 4096), limit=(1, inf), holdout=(0, inf), epochs=(1, inf))
-        within(self, steps=(1, inf), batch_size=(2, inf), seed=(0, 2**63), workers=(0, 1024), cache_gib=(0, inf))
+        within(self, steps=(1, inf), batch_size=(2, inf), seed=(0, 2**63), workers=(0, 1024), cache_gib=(0, 1e6))
         within(self, knn_every=(1, inf), save_every=(1, inf), save_seconds=(0, inf), log_every=(1, inf))
+        within(self, mean=(-10, 10), std=(1e-6, 10))
+        if self.steps is None and self.method.warmup_epochs >= self.epochs:
+            raise UsageError(f"warmup_epochs is {self.method.warmup_epochs} and epochs {self.epochs}: nothing is left")
 
     @property
     def peak_lr(self) -> float:
@@ -62,7 +65,8 @@ class Recipe:
             if name not in WORDS:
                 raise unknown("setting", name, WORDS)
         words = {name: convert(value, WORDS[name], name) for name, value in words.items()}
-        row = METHODS[words.pop("method")] if "method" in words else self.method
+        name = words.pop("method", self.method.name)  # naming the row it already has keeps the cells that were moved
+        row = self.method if name == self.method.name else METHODS[name]
         of_views = {f.name: words.pop(f.name) for f in fields(Views) if f.name in words}
         of_row: dict[str, Any] = {f.name: words.pop(f.name) for f in fields(Method) if f.name in words}
         views = tuple(replace(v, **of_views) for v in row.views)
@@ -91,7 +95,7 @@ def convert(value: Any, kind: Any, name: str) -> Any:
     """`value` as `kind`: from a flag's text, from YAML, or from Python alike. Raises UsageError."""
     origin, options = get_origin(kind), get_args(kind)
     if origin in (Union, types.UnionType):  # here always "X | None"
-        if value is None or (value == "none" and "none" not in get_args(options[0])):
+        if value is None or (value in ("none", ["none"]) and "none" not in get_args(options[0])):
             return None
         return convert(value, options[0], name)
     if origin is Literal:
@@ -156,7 +160,7 @@ def shapes() -> dict[str, Any]:
     Few steps ask for large ones, in the predictor above all: with its lr doubled, z keeps more directions.
     """
     return {
-        "backbone": "resnet10", "width": 16, "image_size": 32, "epochs": 24, "batch_size": 128, "base_lr": 1.0,
+        "backbone": "resnet10", "width": 16, "image_size": 32, "epochs": 32, "batch_size": 128, "base_lr": 1.0,
         "dim": 512, "proj_hidden": 512, "pred_dim": 256, "proj_layers": 2, "predictor_lr_scale": 2.0,
         "crop_min": 0.4, "jitter": (0.4, 0.4, 0.0, 0.0), "gray": 0.0, "blur": 0.0, "knn_every": 4,
     }  # fmt: skip
@@ -183,5 +187,4 @@ RECIPE_OF = {"shapes": "shapes", "cifar10": "cifar", "cifar100": "cifar"}
 STATISTICS = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
-    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }

@@ -5,7 +5,9 @@ checkpoint that the run goes on from, so it never holds a step twice.
 """
 
 import json
+import math
 import os
+import pickle
 import platform
 import subprocess
 import sys
@@ -28,6 +30,8 @@ from simsiam.features import Transform
 from simsiam.recipes import Recipe
 
 FORMAT = 1  # of a checkpoint
+# What may differ between a checkpoint's recipe and the run's: where things are, and how far to go.
+MAY_CHANGE = {"source": "", "init": None, "device": "auto", "workers": None, "epochs": 10**9, "save_seconds": 0}
 
 
 @contextmanager
@@ -54,19 +58,17 @@ class Run:
         self.path = Path(path)
         if not (self.path / "recipe.yaml").is_file():
             raise UsageError(f"{self.path} is not a run folder: it has no recipe.yaml")
-        try:
-            self.recipe = Recipe.from_dict(yaml.safe_load((self.path / "recipe.yaml").read_text()))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UsageError(f"{self.path}/recipe.yaml is not YAML: {' '.join(str(error).split())}") from None
+        self.recipe = read_recipe(self.path / "recipe.yaml")
 
     @classmethod
     def create(cls, path: str | os.PathLike[str], recipe: Recipe) -> "Run":
         """A new run folder. An existing one is never written over."""
         path = vacant(path)
         try:
-            for folder in ("checkpoints", "evaluations"):
-                (path / folder).mkdir(parents=True, exist_ok=True)
+            path.mkdir(parents=True, exist_ok=True)
             write_recipe(path, recipe)
+            for folder in ("checkpoints", "evaluations"):
+                (path / folder).mkdir()
         except OSError as error:
             raise UsageError(f"cannot write to {path}: {error.strerror or error}") from None
         return cls(path)
@@ -76,16 +78,23 @@ class Run:
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl; one that a crash cut short is left out."""
         path, lines = self.path / "metrics.jsonl", []
-        for text in path.read_text().splitlines() if path.exists() else []:
+        for text in path.read_text(errors="replace").splitlines() if path.exists() else []:
             try:
-                lines.append(json.loads(text))
+                line = json.loads(text)
             except ValueError:
                 break
+            if not isinstance(line, dict) or "step" not in line:
+                break
+            lines.append(line)
         return lines
 
     def json(self, name: str) -> dict[str, Any]:
+        """One of the folder's JSON files, {} where there is none."""
         path = self.path / name
-        return json.loads(path.read_text()) if path.exists() else {}
+        try:
+            return json.loads(path.read_text()) if path.exists() else {}
+        except ValueError as error:
+            raise UsageError(f"{path} is damaged: {error}") from None
 
     def checkpoint(self, name: str = "last") -> dict[str, Any] | None:
         """The state saved under a name, on the CPU; None where there is none yet. Executes no code (weights_only)."""
@@ -94,13 +103,13 @@ class Run:
             return None
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-            if state["format"] != FORMAT:
-                raise UsageError(f"{path} has format {state['format']}; this version reads {FORMAT}")
-        except (RuntimeError, OSError, EOFError, KeyError, TypeError, ValueError) as error:
-            if isinstance(error, UsageError):
-                raise
-            raise UsageError(f"{path} is not a readable checkpoint: {str(error).splitlines()[0][:100]}") from None
-        if state["recipe"] | {"epochs": 0} != self.recipe.to_dict() | {"epochs": 0}:  # `extend` changes the epochs
+            made_with = Recipe.from_dict(state["recipe"])
+        except (RuntimeError, OSError, EOFError, LookupError, TypeError, ValueError, pickle.UnpicklingError) as error:
+            reason = (str(error).splitlines() or ["empty"])[0][:100]
+            raise UsageError(f"{path} is not a readable checkpoint: {type(error).__name__}, {reason}") from None
+        if state["format"] != FORMAT:
+            raise UsageError(f"{path} has format {state['format']}; this version reads {FORMAT}")
+        if made_with.replace(**MAY_CHANGE) != self.recipe.replace(**MAY_CHANGE):
             raise UsageError(f"{path} belongs to another recipe than {self.path}/recipe.yaml")
         return state
 
@@ -113,14 +122,23 @@ class Run:
     def begin(self, here: dict[str, Any], images: int) -> tuple[dict[str, Any], list[str]]:
         """The state to go on from, the last checkpoint's or a new one, and what has changed around it, in words."""
         fresh: dict[str, Any] = {"step": 0, "seconds": 0.0, "knn": {}, "images": images, "environment": here}
-        state = self.checkpoint() or fresh
+        state = self.checkpoint()
+        if state is None and self.metrics():
+            raise UsageError(f"{self.path} has logged steps and no checkpoints/last.pt to go on from")
+        state = state or fresh
         if state["images"] != images:
             raise UsageError(f"{self.recipe.source} has {images} images now and had {state['images']} at the start")
         for stray in self.path.rglob("*.part"):
             stray.unlink()
         start = self.json("environment.json").get("start", now())
         self.write("environment.json", here | {"seed": self.recipe.seed, "start": start, "end": None})
-        said = [
+        said = []
+        if state.get("recipe", {}).get("epochs", self.recipe.epochs) != self.recipe.epochs:
+            said += [
+                f"epochs   {state['recipe']['epochs']} -> {self.recipe.epochs}: the cosine is stretched, so the lr",
+                "         jumps up from where it was, and the result is not that of a run planned for this length",
+            ]
+        said += [
             f"note     {name} is {new} now and was {old}: from here on the bits differ from an uninterrupted run's"
             for name, new in conditions(here).items()
             if new != (old := conditions(state["environment"])[name])
@@ -174,6 +192,7 @@ class Journal:
     def log(self, line: dict[str, Any]) -> None:
         """Add a line; it has a `step`."""
         self.step = line["step"]
+        line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}  # strict JSON
         self.lines.append(line)
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()
@@ -200,6 +219,16 @@ def next_free(name: str) -> Path:
     while (path := Path("runs") / f"{name}-{number}").exists():
         number += 1
     return path
+
+
+def read_recipe(path: Path) -> Recipe:
+    """The recipe in a YAML file. Raises UsageError, naming the file."""
+    try:
+        return Recipe.from_dict(yaml.safe_load(path.read_text()))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from None
 
 
 def write_recipe(path: Path, recipe: Recipe) -> None:
@@ -256,20 +285,17 @@ def bare_backbone(recipe: Recipe) -> nn.Module:
     return backbone(recipe.backbone, image_size=recipe.image_size, width=recipe.width, stem=recipe.stem)
 
 
-def starting_backbone(recipe: Recipe) -> nn.Module:
-    """The backbone a run starts from: initialized from the seed, or with the weights that `init` names, strictly."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed)
-        model = bare_backbone(recipe)
-    if recipe.init is not None:
-        path = Path(recipe.init)
-        path = path / "backbone.safetensors" if path.is_dir() else path
-        try:
-            model.load_state_dict(load_file(path))
-        except (OSError, RuntimeError, SafetensorError) as error:
-            reason = " ".join(str(error).split())[:160]
-            raise UsageError(f"init {path} does not fit {recipe.backbone}: {reason}") from None
-    return model
+def initialize(model: nn.Module, recipe: Recipe) -> None:
+    """Give a backbone the weights that `init` names, strictly; raises UsageError where they do not fit."""
+    path = Path(recipe.init or "")
+    path = path / "backbone.safetensors" if path.is_dir() else path
+    if not path.is_file():
+        raise UsageError(f"init {path} is not there")
+    try:
+        model.load_state_dict(load_file(path))
+    except (OSError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UsageError(f"init {path} does not fit {recipe.backbone}: {reason}") from None
 
 
 def load(run: str | os.PathLike[str]) -> nn.Module:
@@ -282,6 +308,9 @@ def load(run: str | os.PathLike[str]) -> nn.Module:
     if not weights.exists():
         raise UsageError(f"{folder.path} has no backbone yet: `simsiam resume {folder.path}` finishes the run")
     model = bare_backbone(folder.recipe)
-    model.load_state_dict(load_file(weights))
+    try:
+        model.load_state_dict(load_file(weights))
+    except (SafetensorError, RuntimeError) as error:
+        raise UsageError(f"{weights} does not fit the recipe: {' '.join(str(error).split())[:160]}") from None
     model.transform = transform_of(folder.recipe)  # type: ignore[assignment]
     return model.eval()

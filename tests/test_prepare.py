@@ -1,0 +1,50 @@
+"""What a source asks for, and what a run is given of it."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from simsiam.images import open_source, sample
+from simsiam.prepare import compose, prepare
+
+
+@pytest.mark.parametrize("limit", [100, 400, 512, 1000])
+def test_a_limit_keeps_every_class_in_proportion(limit):
+    """The labels of shapes come in turn: an even stride through them would skip whole classes."""
+    counts = np.bincount(sample(open_source("shapes").train, limit).labels, minlength=10)
+    assert counts.sum() == limit and counts.max() - counts.min() <= 1
+
+
+def test_a_name_wins_over_a_folder_of_that_name_and_stays_a_name(tmp_path):
+    (tmp_path / "shapes").mkdir()
+    recipe, _, why = compose("shapes", None, {})
+    assert recipe.source == "shapes" and "the recipe for shapes" in why
+
+
+def test_a_folder_called_like_a_named_source_gets_a_folders_recipe(tmp_path):
+    folder = tmp_path / "cifar10"
+    folder.mkdir()
+    for i in range(40):
+        Image.new("RGB", (64, 64), (i, 0, 0)).save(folder / f"{i}.png")
+    recipe, _, why = compose(str(folder), None, {})
+    assert recipe.image_size == 64 and "40 images" in why and recipe.mean[1] == 0
+
+
+def test_mean_and_std_are_measured_and_what_is_given_is_kept():
+    measured, source, _ = compose("shapes", None, {})
+    pixels = source.train.pixels[:, 0].double() / 255
+    assert measured.mean[0] == pytest.approx(pixels.mean().item(), abs=2e-3)
+    assert measured.std[0] == pytest.approx(pixels.std().item(), abs=2e-3)
+    given, _, _ = compose("shapes", None, {"mean": (0.5, 0.5, 0.5)})
+    assert given.mean == (0.5, 0.5, 0.5) and given.std == measured.std
+
+
+def test_images_are_held_out_of_training():
+    recipe, source, _ = compose("shapes", None, {"limit": 1000, "holdout": 200})
+    data = prepare(recipe, source)
+    assert (len(data.train), len(data.held_out)) == (800, 200)
+    assert not set(data.train.keys[i] for i in range(800)) & set(data.held_out.keys[i] for i in range(200))
+    recipe, source, _ = compose("shapes", None, {"limit": 1000})
+    assert len(prepare(recipe, source).held_out) == 1000  # its own val split
+    recipe, source, _ = compose("shapes", None, {"holdout": 0})
+    assert prepare(recipe, source).held_out is None
