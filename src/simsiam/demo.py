@@ -17,8 +17,8 @@ from simsiam.images import Images, Source, open_source
 from simsiam.knn import knn_top1
 from simsiam.optim import cosine
 from simsiam.precision import autocast, pick_device, pick_precision
-from simsiam.prepare import prepare
-from simsiam.pretrain import assemble, pretrain
+from simsiam.prepare import assemble, prepare
+from simsiam.pretrain import pretrain
 from simsiam.progress import Line, Stopwatch
 from simsiam.recipes import Recipe
 from simsiam.run import Run, load, transform_of, vacant, whole

@@ -1,20 +1,24 @@
-"""Before the loop: which recipe a source asks for, what it is trained on, and what is kept out for the kNN monitor."""
+"""Before the loop: the recipe a source asks for, the images to train on and those kept out, the model and optimizer."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch.optim import Optimizer
 
 from simsiam import recipes
 from simsiam.batches import steps_per_epoch
 from simsiam.errors import UsageError, unknown
 from simsiam.features import Transform, chunks
 from simsiam.images import SOURCES, Images, Source, hold_out, in_memory, measure_sizes, open_source, sample
+from simsiam.optim import build_optimizer
+from simsiam.precision import pick_device, pick_precision
 from simsiam.recipes import Recipe
-from simsiam.run import read_recipe
+from simsiam.run import initialize, read_recipe
+from simsiam.siamese import Siamese, build
 
 LOOKED_AT = 1000  # images that mean, std and sizes are measured on, spread evenly over the training set
 
@@ -105,3 +109,30 @@ def prepare(recipe: Recipe, source: Source) -> Data:
             train, held_out = hold_out(train, count)
     steps_per_epoch(len(train), recipe.batch_size)
     return Data(train, held_out, unreadable)
+
+
+class Parts(NamedTuple):
+    """What the loop moves, and where."""
+
+    model: Siamese
+    optimizer: Optimizer
+    device: torch.device
+    precision: str
+
+
+def assemble(recipe: Recipe) -> Parts:
+    """The recipe's model and optimizer on its device, at their first step."""
+    device = pick_device(recipe.device)
+    assert recipe.image_size
+    model = build(
+        recipe.method,
+        backbone=recipe.backbone,
+        image_size=recipe.image_size,
+        width=recipe.width,
+        stem=recipe.stem,
+        seed=recipe.seed,
+    )
+    if recipe.init is not None:
+        initialize(model.backbone, recipe)
+    model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return Parts(model, build_optimizer(model, recipe.method), device, pick_precision(recipe.precision, device))

@@ -2,23 +2,21 @@
 
 import os
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch.optim import Optimizer
 
 from simsiam.batches import batches, steps_per_epoch
 from simsiam.errors import Stopped, UsageError, WorkFailed
 from simsiam.images import open_source
 from simsiam.knn import knn_monitor
 from simsiam.monitors import finite, gauges, grad_norm, judge
-from simsiam.optim import build_optimizer, set_lr
-from simsiam.precision import autocast, pick_device, pick_precision
-from simsiam.prepare import Data, compose, prepare
+from simsiam.optim import set_lr
+from simsiam.precision import autocast
+from simsiam.prepare import Data, Parts, assemble, compose, prepare
 from simsiam.progress import Interrupt, Line, Stopwatch
 from simsiam.recipes import Recipe
-from simsiam.run import Journal, Run, environment, initialize, next_free, transform_of, vacant, write_recipe
-from simsiam.siamese import Siamese, build
+from simsiam.run import Journal, Run, environment, next_free, transform_of, vacant, write_recipe
 
 
 def pretrain(
@@ -54,33 +52,6 @@ def resume(path: str | os.PathLike[str], *, epochs: int | None = None) -> Path:
     write_recipe(run.path, run.recipe)
     train(run, data, parts, said=[])
     return run.path
-
-
-class Parts(NamedTuple):
-    """What the loop moves, and where."""
-
-    model: Siamese
-    optimizer: Optimizer
-    device: torch.device
-    precision: str
-
-
-def assemble(recipe: Recipe) -> Parts:
-    """The recipe's model and optimizer on its device, at their first step."""
-    device = pick_device(recipe.device)
-    assert recipe.image_size
-    model = build(
-        recipe.method,
-        backbone=recipe.backbone,
-        image_size=recipe.image_size,
-        width=recipe.width,
-        stem=recipe.stem,
-        seed=recipe.seed,
-    )
-    if recipe.init is not None:
-        initialize(model.backbone, recipe)
-    model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return Parts(model, build_optimizer(model, recipe.method), device, pick_precision(recipe.precision, device))
 
 
 def train(run: Run, data: Data, parts: Parts, said: list[str]) -> None:
