@@ -155,13 +155,14 @@ def cifar() -> dict[str, Any]:
 
 
 def shapes() -> dict[str, Any]:
-    """The demo: a small ResNet on the embedded set, under two minutes on two cores. Gray images need no color cells.
+    """The demo: a small ResNet on the embedded set, two to three minutes on two cores. Gray images need no color cells.
 
-    Few steps ask for large ones, in the predictor above all: with its lr doubled, z keeps more directions.
+    Few steps ask for large ones, in the predictor above all. A wide z keeps more directions than a narrow one
+    (appendix B): with d = 512 some seeds end at a rank below 3 and a kNN below 80.
     """
     return {
-        "backbone": "resnet10", "width": 16, "image_size": 32, "epochs": 32, "batch_size": 128, "base_lr": 1.0,
-        "dim": 512, "proj_hidden": 512, "pred_dim": 256, "proj_layers": 2, "predictor_lr_scale": 2.0,
+        "backbone": "resnet10", "width": 16, "image_size": 32, "epochs": 28, "batch_size": 128, "base_lr": 0.7,
+        "dim": 2048, "proj_hidden": 512, "pred_dim": 512, "proj_layers": 2, "predictor_lr_scale": 2.0,
         "crop_min": 0.4, "jitter": (0.4, 0.4, 0.0, 0.0), "gray": 0.0, "blur": 0.0, "knn_every": 4,
     }  # fmt: skip
 
