@@ -7,8 +7,8 @@ SHARED = Path(__file__).parents[2] / "shared"
 
 # A run small enough for a test: 16 steps an epoch, 12 k parameters.
 TINY = {
-    "backbone": "resnet10", "width": 4, "dim": 16, "proj_hidden": 16, "pred_dim": 4, "base_lr": 1.0, "limit": 512, "batch_size": 32,
-    "log_every": 1, "epochs": 2,
+    "backbone": "resnet10", "width": 4, "dim": 16, "proj_hidden": 16, "pred_dim": 4, "base_lr": 1.0, "limit": 512,
+    "batch_size": 32, "log_every": 1, "epochs": 2,
 }  # fmt: skip
 
 
