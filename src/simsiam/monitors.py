@@ -7,7 +7,7 @@ output, all images can sit at +v and −v, half and half, and the std is perfect
 effective rank of z.
 
 Where the thresholds come from. They were written down before the runs that test them (results/README.md), though not
-before the first look at healthy ranks on `shapes`, which are 3 to 4 at the end of a run.
+before the first look at healthy ranks on `shapes`: 3 to 4 with d = 512, 5 to 6 with the demo's d = 2048.
 
 - `collapsed`: z_std_sqrt_d below 0.1, which is ‖mean ẑ‖² above 0.99 where channels vary alike: every image within a few
   degrees of one vector. Or an effective rank of z of at most 2: what is left is a line or a plane, and r directions
