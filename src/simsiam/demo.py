@@ -1,7 +1,6 @@
 """See it work: SimSiam on the embedded set, beside what it has to beat and what labels would give."""
 
 import json
-from pathlib import Path
 from statistics import mean, stdev
 
 import torch
@@ -21,7 +20,7 @@ from simsiam.prepare import assemble, prepare
 from simsiam.pretrain import pretrain
 from simsiam.progress import Line, Stopwatch
 from simsiam.recipes import Recipe
-from simsiam.run import Run, load, transform_of, vacant, whole
+from simsiam.run import Run, load, next_free, transform_of, vacant, whole
 
 RAW, UNTRAINED, SIMSIAM, SUPERVISED = "raw pixels", "untrained network", "SimSiam, no labels", "supervised, all labels"
 
@@ -35,7 +34,7 @@ def demo(*, seeds: int = 1, out: str | None = None) -> dict[str, list[float]]:
     if seeds < 1:
         raise UsageError(f"seeds is {seeds}; it is at least 1")
     console = Console(highlight=False)
-    folder = vacant(out) if out else _next_demo()
+    folder = vacant(out) if out else next_free("demo")
     source = open_source("shapes")
     found: dict[str, list[float]] = {RAW: [], UNTRAINED: [], SIMSIAM: [], SUPERVISED: []}
     seconds: dict[str, list[float]] = {SIMSIAM: [], SUPERVISED: []}
@@ -74,13 +73,6 @@ def demo(*, seeds: int = 1, out: str | None = None) -> dict[str, list[float]]:
             json.dumps({"top1": found, "training_seconds": seconds, "verdicts": verdicts, **about}, indent=2) + "\n"
         )
     return found
-
-
-def _next_demo() -> Path:
-    number = 1
-    while (path := Path("runs") / f"demo-{number}").exists():
-        number += 1
-    return path
 
 
 def test_top1(backbone: nn.Module, source: Source, recipe: Recipe) -> float:
