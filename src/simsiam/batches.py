@@ -11,13 +11,13 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from simsiam import views
+from simsiam.decode import Unreadable
 from simsiam.errors import UsageError, WorkFailed
-from simsiam.images import CORES, Images, Unreadable
+from simsiam.images import CORES, Images
 from simsiam.recipes import Recipe
 
 ORDER = 2  # the seed's stream for the order of images; views draw from a stream of their own
@@ -64,7 +64,7 @@ def batches(images: Images, recipe: Recipe, start: int, stop: int, device: torch
 
 def _resident(images: Images, recipe: Recipe, start: int, stop: int, device: torch.device) -> Iterator[Batch]:
     assert images.pixels is not None and recipe.image_size and recipe.mean and recipe.std
-    pixels = images.pixels.to(device)
+    pixels = torch.from_numpy(images.pixels).to(device)
     for step in range(start, stop):
         index = torch.from_numpy(members(step, recipe, len(images)))
         x = views.make_views(
@@ -100,10 +100,13 @@ def _streamed(images: Images, recipe: Recipe, start: int, stop: int, device: tor
 
 
 class _Crops(Dataset):
-    """A step to the crops of its batch, uint8 (views, N, 3, size, size): what a worker does."""
+    """A step to the crops of its batch, uint8 (views, N, C, size, size): what a worker does."""
 
     def __init__(self, images: Images, recipe: Recipe):
         self.images, self.recipe = images, recipe
+        assert recipe.image_size
+        smallest = min(v.crop_min for v in recipe.method.views) * views.ASPECT[0]
+        self.least = round(recipe.image_size / smallest**0.5)  # then no crop is enlarged that need not be
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor, list[tuple[str, str]]] | WorkFailed:
         try:
@@ -118,18 +121,18 @@ class _Crops(Dataset):
         assert size is not None
         crops = []
         for view in range(VIEWS):
-            d = _draw(self.recipe, step, view, [(image.height, image.width) for image in batch])
+            d = _draw(self.recipe, step, view, [image.shape[:2] for image in batch])
             boxes = zip(d.top, d.left, d.height, d.width, d.flip, strict=True)
             crops.append(
                 torch.stack([views.crop_one(image, *box, size) for image, box in zip(batch, boxes, strict=True)])
             )
         return torch.stack(crops), torch.tensor(index), skipped
 
-    def _read(self, i: int, skipped: list[tuple[str, str]]) -> tuple[int, Image.Image]:
+    def _read(self, i: int, skipped: list[tuple[str, str]]) -> tuple[int, np.ndarray]:
         """Image i or, where it is unreadable, the next one that is not: batches stay whole and stay the same."""
         for at in range(i, i + len(self.images)):
             try:
-                return at % len(self.images), self.images.read(at % len(self.images))
+                return at % len(self.images), self.images.read(at % len(self.images), self.least)
             except Unreadable as error:
                 skipped.append((self.images.keys[at % len(self.images)], str(error)))
         raise WorkFailed(f"none of the {len(self.images)} images can be read; the first reason: {skipped[0][1]}")

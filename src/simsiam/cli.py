@@ -68,14 +68,15 @@ def build_parser() -> Parser:
     pretrain = verbs.add_parser(
         "pretrain",
         help="train a backbone on images without labels; writes a run folder",
-        usage="simsiam pretrain [SOURCE] [--out RUN] [--FLAG VALUE ...]",
+        usage="simsiam pretrain [SOURCE ...] [--out RUN] [--FLAG VALUE ...]",
         epilog="In brackets: the paper's baseline. The source or --recipe chooses other values for some; flags win.",
     )
     pretrain.add_argument(
         "source",
-        nargs="?",
+        nargs="*",
         metavar="SOURCE",
-        help="shapes (embedded), cifar10, cifar100, stl10, a folder of images, or a Parquet file or folder [shapes]",
+        help="shapes (embedded), cifar10, cifar100, stl10, folders of images, a .txt that lists them, a .zip or .tar, "
+        "or Parquet [shapes]",
     )
     pretrain.add_argument("--recipe", metavar="NAME or FILE", help=f"{', '.join(recipes.RECIPES)}, or a recipe.yaml")
     pretrain.add_argument("--out", metavar="RUN", help="the run folder; it must not exist [runs/SOURCE-METHOD-N]")

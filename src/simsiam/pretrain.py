@@ -1,6 +1,7 @@
 """Pretraining: the loop. It reads downward once, and whatever it learns goes into the run folder."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,19 +9,19 @@ import torch
 
 from simsiam.batches import batches, steps_per_epoch
 from simsiam.errors import Stopped, UsageError, WorkFailed
-from simsiam.images import open_source
 from simsiam.knn import knn_monitor
 from simsiam.monitors import finite, gauges, grad_norm, judge
 from simsiam.optim import set_lr
 from simsiam.precision import autocast
 from simsiam.prepare import Data, Parts, assemble, compose, prepare
-from simsiam.progress import Interrupt, Line, Stopwatch
+from simsiam.progress import Interrupt, Line, Stopwatch, told
 from simsiam.recipes import Recipe
 from simsiam.run import Journal, Run, environment, next_free, transform_of, vacant, write_recipe
+from simsiam.sources import open_source
 
 
 def pretrain(
-    source: str | None = None,
+    source: str | os.PathLike[str] | Sequence[str] | None = None,
     *,
     recipe: str | Recipe | None = None,
     out: str | os.PathLike[str] | None = None,
@@ -36,7 +37,7 @@ def pretrain(
     path = vacant(out or next_free(f"{opened.name}-{complete.method.name}"))
     data, parts = prepare(complete, opened), assemble(complete)
     run = Run.create(path, complete)  # only now: a wrong request leaves nothing behind
-    train(run, data, parts, said=[f"recipe   {why}", f"run      {path}"])
+    train(run, data, parts, said=[*told("recipe", why), *told("run", [str(path)])])
     return path
 
 
@@ -48,7 +49,7 @@ def resume(path: str | os.PathLike[str], *, epochs: int | None = None) -> Path:
             raise UsageError(f"a run can only be extended: epochs is {run.recipe.epochs}, and steps must not be set")
         run.recipe = run.recipe.replace(epochs=epochs)
     recipe = run.recipe.replace(init=None) if run.checkpoint() else run.recipe  # the checkpoint has all weights
-    data, parts = prepare(run.recipe, open_source(run.recipe.source)), assemble(recipe)
+    data, parts = prepare(run.recipe, open_source(run.recipe.source, run.recipe.channels)), assemble(recipe)
     write_recipe(run.path, run.recipe)
     train(run, data, parts, said=[])
     return run.path

@@ -3,7 +3,7 @@
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -56,6 +56,11 @@ class Line:
 
     def __exit__(self, *error: object) -> None:
         self.live.stop()
+
+
+def told(word: str, lines: Sequence[str]) -> list[str]:
+    """Lines that say one thing, its name before the first."""
+    return [f"{word if i == 0 else '':<8} {line}" for i, line in enumerate(lines)]
 
 
 class Stopwatch:

@@ -31,7 +31,7 @@ from simsiam.recipes import Recipe
 
 FORMAT = 1  # of a checkpoint
 # What may differ between a checkpoint's recipe and the run's: where things are, and how far to go.
-MAY_CHANGE = {"source": "", "init": None, "device": "auto", "workers": None, "epochs": 10**9, "save_seconds": 0}
+MAY_CHANGE = {"source": (), "init": None, "device": "auto", "workers": None, "epochs": 10**9, "save_seconds": 0}
 
 
 @contextmanager
@@ -127,7 +127,7 @@ class Run:
             raise UsageError(f"{self.path} has logged steps and no checkpoints/last.pt to go on from")
         state = state or fresh
         if state["images"] != images:
-            raise UsageError(f"{self.recipe.source} has {images} images now and had {state['images']} at the start")
+            raise UsageError(f"the source has {images} images now and had {state['images']} at the start")
         for stray in self.path.rglob("*.part"):
             stray.unlink()
         start = self.json("environment.json").get("start", now())
@@ -282,7 +282,8 @@ def transform_of(recipe: Recipe) -> Transform:
 def bare_backbone(recipe: Recipe) -> nn.Module:
     """The recipe's backbone, freshly initialized."""
     assert recipe.image_size
-    return backbone(recipe.backbone, image_size=recipe.image_size, width=recipe.width, stem=recipe.stem)
+    size, name = recipe.image_size, recipe.backbone
+    return backbone(name, image_size=size, width=recipe.width, stem=recipe.stem, channels=recipe.channels)
 
 
 def initialize(model: nn.Module, recipe: Recipe) -> None:
