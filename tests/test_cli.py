@@ -109,7 +109,7 @@ def test_cells_reach_the_model_from_the_command_line(tmp_path):
     assert {k: getattr(method, k) for k in cells} == cells and method.head_bn == ("proj_hidden",)
 
 
-def test_a_single_image_is_pointed_at_its_folder(capsys, tmp_path):
+def test_a_single_image_is_too_few(capsys, tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "one.png")
     code, error = said(capsys, "pretrain", tmp_path / "one.png")
-    assert code == 2 and "folder" in error
+    assert code == 2 and "there are only 1 images" in error

@@ -10,9 +10,10 @@ import simsiam
 ROOT = Path(simsiam.__file__).parent
 # A module imports only what stands before it.
 ARROW = [
-    "errors", "methods", "recipes", "shapes", "decode", "images", "sources", "choose", "views", "precision", "backbones", "heads", "criteria",
-    "targets", "siamese", "optim", "monitors", "signals", "features", "knn", "run", "batches", "progress", "prepare", "pretrain",
-    "demo", "cli", "__main__", "__init__",
+    "errors", "methods", "recipes", "shapes", "decode", "images", "sources", "choose", "index", "views", "precision",
+    "backbones", "heads", "criteria", "targets", "siamese", "optim", "monitors", "signals", "features", "knn", "run",
+    "batches", "label_free", "progress", "prepare", "pretrain", "inspect", "preview", "demo", "cli", "__main__",
+    "__init__",
 ]  # fmt: skip
 
 

@@ -4,7 +4,6 @@ What follows never asks where an image came from, only for the i-th one. Loads n
 """
 
 import os
-import struct
 import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +28,7 @@ class Column(Sequence):
     `column[i]` is one value; `column[indices]` is a column of those rows that copies no value.
     """
 
-    def __init__(self, values: pa.ChunkedArray, rows: np.ndarray | None = None):
+    def __init__(self, values: pa.Array | pa.ChunkedArray, rows: np.ndarray | None = None):
         self.values = values
         self.rows = np.arange(len(values)) if rows is None else rows
 
@@ -56,15 +55,13 @@ class Packed:
     """The files inside an archive, read in place: no unpacking, and nothing open between two reads."""
 
     path: Path
-    start: np.ndarray  # int64 (N,), where each file's bytes begin
-    packed: np.ndarray  # int64 (N,), how many they are
-    size: np.ndarray  # int64 (N,), how many they become
-    deflated: np.ndarray  # bool (N,), whether they are compressed
+    places: np.ndarray  # int64 (N, 4): where a file's bytes begin, how many, how many they become, 1 if deflated or 0
 
     def __getitem__(self, at: Any) -> Any:
-        start, packed, size, deflated = (column[at] for column in (self.start, self.packed, self.size, self.deflated))
-        if isinstance(start, np.ndarray):
-            return Packed(self.path, start, packed, size, deflated)
+        places = self.places[at]
+        if places.ndim == 2:
+            return Packed(self.path, places)
+        start, packed, size, deflated = places.tolist()
         if max(packed, size) > MAX_BYTES:
             raise Unreadable(f"{size:,} bytes in the archive; at most {MAX_BYTES:,}")
         try:
@@ -72,8 +69,8 @@ class Packed:
                 file.seek(start)
                 data = file.read(packed)
             if deflated:
-                data = zlib.decompressobj(-15).decompress(data, int(size) + 1)  # never more than was announced
-        except (OSError, zlib.error, struct.error) as error:
+                data = zlib.decompressobj(-15).decompress(data, size + 1)  # never more than was announced
+        except (OSError, ValueError, zlib.error) as error:
             raise Unreadable(f"{self.path.name} is damaged here: {error}") from error
         if len(data) != size:
             raise Unreadable(f"{self.path.name} is damaged here: {len(data):,} of {size:,} bytes")
@@ -137,7 +134,7 @@ def from_arrays(split: str, pixels: np.ndarray, labels: Any = None, classes: Seq
 
 
 def numbered(split: str, n: int) -> Names:
-    return Names(pa.chunked_array([pa.array([f"{split}#{i}".encode() for i in range(n)], pa.large_binary())]))
+    return Names(pa.array([f"{split}#{i}".encode() for i in range(n)], pa.large_binary()))
 
 
 def in_memory(images: Images, limit_bytes: int, threads: int = CORES) -> tuple[Images, list[tuple[str, str]]]:

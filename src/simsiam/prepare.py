@@ -28,11 +28,13 @@ LOOKED_AT = 1000  # images that mean, std and sizes are measured on, spread even
 
 @dataclass(frozen=True)
 class Data:
-    """What a run reads: images to train on, labeled images held out of them (or None), and files that do not decode."""
+    """What a run reads."""
 
     train: Images
-    held_out: Images | None
-    unreadable: list[tuple[str, str]]
+    bank: Images  # labeled images that vote in the kNN monitor, where there are any: the training images if they can
+    held_out: Images | None  # labeled images they vote on
+    unreadable: list[tuple[str, str]]  # key and reason of files that do not decode
+    seen: int  # how many images there were, readable or not
 
 
 def compose(
@@ -87,19 +89,24 @@ def prepare(recipe: Recipe, source: Source) -> Data:
     """Limit, decode what fits in memory, and hold out; a function of the recipe and the files alone.
 
     Labeled images are held out of the training set, unless the source has a `val` split beside its `test` split (a lone
-    `val` is what others test on) and no number is asked for. Raises UsageError where the images do not fill one batch.
+    `val` is what others test on) and no number is asked for. Where only `val` is labeled (STL-10), a fifth of it is
+    classified by the rest. Raises UsageError where the images do not fill one batch.
     """
     limit_bytes = int(recipe.cache_gib * 2**30)
-    train, unreadable = in_memory(sample(source.train, recipe.limit), limit_bytes)
-    held_out = None
-    if train.labels is not None and recipe.holdout != 0:
-        if recipe.holdout is None and source.val is not None and source.test is not None:
-            held_out, more = in_memory(source.val, limit_bytes)
-            unreadable += more
-        elif count := min(len(train) // 10, 5000) if recipe.holdout is None else recipe.holdout:
-            train, held_out = hold_out(train, count)
+    everything = sample(source.train, recipe.limit)
+    train, unreadable = in_memory(everything, limit_bytes)
+    seen, bank, held_out, tenth = len(everything), train, None, min(len(train) // 10, 5000)
+    beside = None if source.val is None or source.val.labels is None or recipe.holdout == 0 else source.val
+    if beside is not None and (train.labels is None or (recipe.holdout is None and source.test is not None)):
+        held_out, more = in_memory(beside, limit_bytes)
+        unreadable, seen = unreadable + more, seen + len(beside)
+        if train.labels is None:
+            bank, held_out = hold_out(held_out, recipe.holdout or max(1, len(held_out) // 5))
+    elif train.labels is not None and (count := tenth if recipe.holdout is None else recipe.holdout):
+        train, held_out = hold_out(train, count)
+        bank = train
     steps_per_epoch(len(train), recipe.batch_size)
-    return Data(train, held_out, unreadable)
+    return Data(train, bank, held_out, unreadable, seen)
 
 
 class Parts(NamedTuple):

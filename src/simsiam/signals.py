@@ -32,7 +32,7 @@ def spectrum_auc(h: Tensor) -> float:
     """
     unit = F.normalize(precise(h), dim=1)
     sigma = torch.linalg.svdvals(unit - unit.mean(0))
-    sigma = F.threshold(sigma, 4 * torch.finfo(h.dtype).eps * math.sqrt(len(h)), 0)
+    sigma = F.threshold(sigma, 4 * torch.finfo(unit.dtype).eps * math.sqrt(len(h)), 0)
     share = sigma / sigma.sum().clamp_min(1e-30)
     # The k-th share, from 0, is in all sums but the first k: right as well where N < d, or where all shares are 0.
     return 1 - (share * torch.arange(len(share), device=share.device)).sum().item() / h.shape[1]
@@ -52,16 +52,16 @@ def _cosines(a: Tensor, b: Tensor, chunk: int) -> Iterator[tuple[Tensor, Tensor]
 def view_retrieval(a: Tensor, b: Tensor, *, chunk: int = 512) -> float:
     """Percent of rows i of a that are more similar (cosine) to row i of b than to any other row of b.
 
-    A tie is a miss, so a constant representation scores 0; chance is 100 / N.
+    A tie (to a millionth) is a miss, so a constant representation scores 0; chance is 100 / N.
     """
     hits = [(cosine >= own[:, None]).sum(1) == 1 for cosine, own in _cosines(a, b, chunk)]
     return 100 * torch.cat(hits).float().mean().item()
 
 
 def neighbors(h: Tensor, k: int = 10, *, chunk: int = 512) -> Tensor:
-    """Positions (N, k), int64, of the k other rows most similar (cosine) to each row, nearest first; k is at most N - 1.
+    """Positions (N, k), int64, of the k other rows most similar (cosine) to each row, nearest first.
 
-    Of equally similar rows the first is taken.
+    Of equally similar rows (to a millionth) the first comes first. k is capped at N - 1.
     """
     n, found = len(h), []
     for cosine, own in _cosines(h, h, chunk):
@@ -72,7 +72,7 @@ def neighbors(h: Tensor, k: int = 10, *, chunk: int = 512) -> Tensor:
 
 
 def neighbor_stability(before: Tensor, now: Tensor) -> float:
-    """Percent of each row's neighbors `before` (N, k) that are neighbors `now` (N, k), averaged; their order is free."""
+    """Percent of the neighbors `before` (N, k) that are still neighbors `now` (N, k), in whatever order."""
     both = torch.cat([before, now], dim=1).sort(dim=1).values
     return 100 * (both[:, 1:] == both[:, :-1]).sum().item() / before.numel()
 

@@ -7,9 +7,11 @@ files are open in seconds.
 import json
 import os
 import re
+import stat
+import struct
 import tarfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from http.client import HTTPException
 from pathlib import Path
@@ -28,6 +30,7 @@ SOURCES = ("shapes", "cifar10", "cifar100", "stl10")  # the names that open_sour
 KINDS = "a folder of images, a Parquet file or folder, a .zip or .tar of images, a .txt that lists images"
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}  # their spelling: ours
 LABELS = ("label", "labels", "fine_label")  # usual names of an integer label column
+SUFFIXES = tuple(extension.encode() for extension in EXTENSIONS)
 CHUNK = 10_000  # file names held as Python objects at a time
 
 
@@ -65,7 +68,7 @@ def open_source(source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]
     for part in opened.splits.values():
         if part.pixels is not None and part.channels != channels:
             raise UsageError(f"the images of {opened.name} have {part.channels} channels, not {channels}")
-    return replace(opened, **{name: replace(part, channels=channels) for name, part in opened.splits.items()})
+    return Source(opened.name, **{split: replace(part, channels=channels) for split, part in opened.splits.items()})
 
 
 def _one(text: str) -> Source:
@@ -78,7 +81,7 @@ def _one(text: str) -> Source:
     path = Path(text)
     if path.is_dir():
         shards = sorted(path.glob("[!.]*.parquet")) or sorted(path.glob("data/[!.]*.parquet"))
-        return _parquet(path, shards) if shards else _tree(path, path, _walk(path))
+        return _parquet(path, shards) if shards else _tree(path, path, _walk(path, set()))
     kind = path.suffix.lower()
     if kind == ".parquet":
         return _parquet(path, [path])
@@ -98,27 +101,27 @@ def _several(texts: list[str]) -> Source:
     if not texts:
         raise UsageError("no source is given")
     for text in texts:
-        if not os.path.exists(text):
-            raise unknown("source", text, KINDS.split(", "))
-        if not os.path.isdir(text) and Path(text).suffix.lower() not in EXTENSIONS:
-            raise UsageError(f"{shown(text)} is neither a folder nor an image: only these can be several")
+        if not os.path.isdir(text) and not (os.path.exists(text) and Path(text).suffix.lower() in EXTENSIONS):
+            raise UsageError(f"{shown(text)} is neither a folder nor an image file: only these can be several")
     paths = sorted({os.path.abspath(text) for text in texts}, key=os.fsencode)
-    root = Path(os.path.commonpath([path if os.path.isdir(path) else os.path.dirname(path) for path in paths]))
-    keys, firsts, seen = [], [], set[tuple[int, int]]()
-    for path in paths:
-        lead = os.fsencode(os.path.relpath(path, root))
-        if os.path.isdir(path):
-            found = _walk(Path(path), seen)
-            keys.append(pc.binary_join_element_wise(lead, found, b"/") if lead != b"." else found)
-            firsts.append(_component(found, 0))
-        else:
-            keys.append(pa.array([lead], pa.large_binary()))
-            firsts.append(pa.nulls(1, pa.large_binary()))
-    whole = pa.chunked_array(keys, pa.large_binary())
-    if not len(whole):
+    folders = [path for path in paths if os.path.isdir(path)]
+    files = [path for path in paths if path not in folders]
+    root = Path(os.path.commonpath([*folders, *map(os.path.dirname, files)]))
+    keys, names, seen = [], [], set[tuple[int, int]]()
+    for folder in folders:
+        found = _walk(Path(folder), seen)
+        lead = b"" if Path(folder) == root else os.fsencode(os.path.relpath(folder, root)) + b"/"
+        keys.append(pc.binary_join_element_wise(pa.scalar(lead, pa.large_binary()), found, pa.scalar(b"", found.type)))
+        names.append(_component(found, 0))
+    alone = pa.array([os.fsencode(os.path.relpath(file, root)) for file in files], pa.large_binary())
+    alone = alone.filter(pc.invert(pc.is_in(alone, pa.chunked_array(keys, alone.type))))
+    every = pa.concat_arrays([*keys, alone])
+    if not len(every):
         raise UsageError(f"no image in {', '.join(map(shown, texts))}: looked for {' '.join(sorted(EXTENSIONS))}")
-    images = Images(Names(whole), root)
-    return _assemble(paths[0] if len(paths) == 1 else root, {"train": (images, *_codes(firsts))})
+    order = pc.sort_indices(every)
+    labels = pa.concat_arrays([*names, pa.nulls(len(alone), alone.type)]).take(order)
+    images = Images(Names(every.take(order)), root)
+    return _assemble(paths[0] if len(paths) == 1 else root, {"train": (images, *_codes(labels))})
 
 
 def _shapes() -> Source:
@@ -154,30 +157,42 @@ def _torchvision(name: str) -> Source:
     return Source(name, fetch("train", cifar, True), None, fetch("test", cifar, False))
 
 
-def _walk(folder: Path, seen: set[tuple[int, int]] | None = None) -> pa.Array:
+def _walk(folder: Path, seen: set[tuple[int, int]]) -> pa.Array:
     """The paths of the images below `folder`, relative to it and with "/", in bytewise order; bytes, as the system has
-    them. Folders in `seen` have been walked already: so links do not loop.
+    them. Folders in `seen` have been walked already: so links do not loop, and what lies below keeps its own path.
     """
-    chunks, found, seen = [], list[bytes](), set() if seen is None else seen
-    root = os.fsencode(folder)
-    for here, folders, files in os.walk(root, followlinks=True):
-        status = os.stat(here)
-        if (status.st_dev, status.st_ino) in seen:  # a link back to a folder that has been walked, perhaps an ancestor
-            folders.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        folders[:] = sorted(name for name in folders if not name.startswith(b"."))
-        below = b"" if here == root else os.path.relpath(here, root).replace(os.fsencode(os.sep), b"/") + b"/"
-        found += [below + name for name in files if _is_image(name)]
-        if len(found) > CHUNK:  # as Python objects, a million names would take 100 MB
-            chunks.append(pa.array(found, pa.large_binary()))
-            found = []
+    root, chunks, found = os.fsencode(folder), [], list[bytes]()
+    folders, links = [b""], list[bytes]()
+    try:
+        while folders or links:
+            if not folders:
+                links.sort(reverse=True)  # links come last, in an order that is not the file system's
+            below = (folders or links).pop()
+            status = os.stat(os.path.join(root, below))
+            if (status.st_dev, status.st_ino) in seen:
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            with os.scandir(os.path.join(root, below)) as entries:
+                for entry in entries:
+                    if entry.name.startswith(b"."):
+                        continue
+                    if entry.is_dir(follow_symlinks=False):
+                        folders.append(below + entry.name + b"/")
+                    elif entry.is_symlink() and os.path.isdir(entry.path):
+                        links.append(below + entry.name + b"/")
+                    elif _is_image(entry.name):
+                        found.append(below + entry.name)
+                    if len(found) == CHUNK:
+                        chunks.append(pa.array(found, pa.large_binary()))
+                        found = []
+    except OSError as error:
+        raise WorkFailed(f"cannot read the folder {shown(os.fsdecode(error.filename))}: {error.strerror}") from error
     keys = pa.concat_arrays([*chunks, pa.array(found, pa.large_binary())])
     return keys.take(pc.sort_indices(keys))
 
 
 def _is_image(name: bytes) -> bool:
-    return os.path.splitext(name)[1].lower().decode("ascii", "replace") in EXTENSIONS and not name.startswith(b".")
+    return name.lower().endswith(SUFFIXES) and not name.startswith(b".")
 
 
 def _component(paths: pa.Array, depth: int) -> pa.Array:
@@ -186,96 +201,114 @@ def _component(paths: pa.Array, depth: int) -> pa.Array:
     return pc.extract_regex(paths, pattern).field("name")
 
 
-def _codes(names: Sequence[pa.Array]) -> tuple[np.ndarray | None, tuple[str, ...]]:
+def _codes(names: pa.Array) -> tuple[np.ndarray | None, tuple[str, ...]]:
     """Label names as positions in a sorted tuple of them; None and () where one is null."""
-    whole = pa.chunked_array(names, pa.large_binary()).combine_chunks().dictionary_encode()
-    if whole.null_count:
+    if names.null_count:
         return None, ()
-    found = whole.dictionary.to_pylist()
-    ranks = np.empty(len(found), np.int64)
-    ranks[sorted(range(len(found)), key=found.__getitem__)] = np.arange(len(found))
-    return ranks[whole.indices.to_numpy()], tuple(os.fsdecode(name) for name in sorted(found))
+    encoded = names.dictionary_encode()
+    found = encoded.dictionary.to_pylist()
+    classes = sorted(found)
+    place = {name: i for i, name in enumerate(classes)}
+    codes = np.array([place[name] for name in found], np.int64)[encoded.indices.to_numpy()]
+    return codes, tuple(map(os.fsdecode, classes))
 
 
 def _tree(path: Path, storage: Path | Packed, keys: pa.Array) -> Source:
     """Splits and classes read from the paths of images, which lie in a folder or in an archive."""
     if not len(keys):
         raise UsageError(f"no image in {shown(str(path))}: looked for {' '.join(sorted(EXTENSIONS))}")
-    around = 0
+    depth = 0
     if isinstance(storage, Packed):  # folders around everything are the archive's wrapping
-        while len(names := pc.unique(_component(keys, around))) == 1 and names[0].as_py() not in (None, b"train"):
-            around += 1
-    first = _component(keys, around).dictionary_encode()
-    words = [SPLITS.get(name.decode("ascii", "replace").lower()) for name in first.dictionary.to_pylist()]
-    codes = first.indices.fill_null(-1).to_numpy()
+        while (
+            len(names := pc.unique(_component(keys, depth))) == 1 and names[0].is_valid and _split(names[0]) != "train"
+        ):
+            depth += 1
+    first = _component(keys, depth).dictionary_encode()
+    words = [_split(name) for name in first.dictionary]
+    splits = np.array([*words, None])[first.indices.fill_null(-1).to_numpy()]
+    if "train" in words:
+        depth += 1
+    else:
+        splits[:] = "train"
     parts: dict[str, Any] = {}
-    for split in ("train", "val", "test") if "train" in words else (None,):
-        rows = np.flatnonzero(np.isin(codes, [i for i, word in enumerate(words) if word == split]))
-        if split is None:
-            rows = np.arange(len(keys))
+    for split in ("train", "val", "test"):
+        rows = np.flatnonzero(splits == split)
         if len(rows):
             mine = keys.take(pa.array(rows))
-            images = Images(Names(pa.chunked_array([mine])), storage[rows] if isinstance(storage, Packed) else storage)
-            parts[split or "train"] = images, *_codes([_component(mine, around + (split is not None))])
+            images = Images(Names(mine), storage[rows] if isinstance(storage, Packed) else storage)
+            parts[split] = images, *_codes(_component(mine, depth))
     return _assemble(path, parts)
+
+
+def _split(name: pa.Scalar) -> str | None:
+    return SPLITS.get(name.as_py().decode("ascii", "replace").lower())
 
 
 def _list(path: Path) -> Source:
     """A path a line, perhaps a tab and a label."""
-    rows = [line.partition(b"\t")[::2] for line in path.read_bytes().splitlines() if line.strip()]
+    try:
+        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines()  # some editors put UTF-8's mark first
+    except OSError as error:
+        raise WorkFailed(f"cannot read {shown(str(path))}: {error.strerror}") from error
+    rows = [line.partition(b"\t")[::2] for line in lines if line.strip()]
     if not rows:
         raise UsageError(f"{shown(str(path))} lists no image: it takes a path a line")
     keys, labels = zip(*rows)
-    images = Images(Names(pa.chunked_array([pa.array(keys, pa.large_binary())])), path.absolute().parent)
+    images = Images(Names(pa.array(keys, pa.large_binary())), path.absolute().parent)
     return _assemble(
-        path, {"train": (images, *_codes([pa.array([label or None for label in labels], pa.large_binary())]))}
+        path, {"train": (images, *_codes(pa.array([label or None for label in labels], pa.large_binary())))}
     )
 
 
 def _archive(path: Path) -> Source:
-    """The images in a .zip or .tar, by where their bytes lie."""
+    """The images in a .zip or .tar, by where their bytes lie; of two with one name, the last, as if unpacked."""
     try:
-        rows = list((_zipped if path.suffix.lower() == ".zip" else _tarred)(path))
-    except (OSError, zipfile.BadZipFile, tarfile.TarError, ValueError, NotImplementedError) as error:
+        found = dict((_zipped if path.suffix.lower() == ".zip" else _tarred)(path))
+        names = sorted(found)
+        places = np.array([found[name] for name in names], np.int64).reshape(-1, 4)
+    except UsageError:
+        raise
+    except (
+        OSError,
+        zipfile.BadZipFile,
+        tarfile.TarError,
+        ValueError,
+        NotImplementedError,
+        OverflowError,
+        struct.error,
+    ) as error:
         raise WorkFailed(f"cannot read {shown(str(path))}: {' '.join(str(error).split())[:200]}") from error
-    rows.sort()
-    names, start, packed, size, deflated = zip(*rows) if rows else ((),) * 5
-    storage = Packed(
-        path.absolute(), *(np.array(column, np.int64) for column in (start, packed, size)), np.array(deflated, bool)
-    )
-    return _tree(path, storage, pa.array(names, pa.large_binary()))
+    return _tree(path, Packed(path.absolute(), places), pa.array(names, pa.large_binary()))
 
 
 def _visible(name: str) -> bytes | None:
-    """The path of an image in an archive, None for other files and hidden ones."""
+    """The path of an image in an archive; None for other files, and for hidden ones, "../" among them."""
     parts = [part for part in os.fsencode(name).split(b"/") if part not in (b"", b".")]
     hidden = any(part.startswith(b".") for part in parts)
     return b"/".join(parts) if parts and _is_image(parts[-1]) and not hidden else None
 
 
-def _zipped(path: Path):
+def _zipped(path: Path) -> Iterator[tuple[bytes, tuple[int, int, int, int]]]:
+    """Name and place (as in Packed) of each image in a .zip."""
     with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
         for info in archive.infolist():
-            if (name := _visible(info.filename)) and not info.is_dir():
-                if info.flag_bits & 1 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-                    raise UsageError(f"{shown(str(path))} is encrypted or packed in a rare way: unpack it")
-                file.seek(info.header_offset + 26)  # the lengths of the local header's two variable fields
-                lengths = file.read(4)
-                start = (
-                    info.header_offset
-                    + 30
-                    + int.from_bytes(lengths[:2], "little")
-                    + int.from_bytes(lengths[2:], "little")
-                )
-                yield name, start, info.compress_size, info.file_size, info.compress_type == zipfile.ZIP_DEFLATED
+            name = _visible(info.filename)
+            if name is None or info.is_dir() or stat.S_ISLNK(info.external_attr >> 16):
+                continue
+            if info.flag_bits & 1 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise UsageError(f"{shown(str(path))} is encrypted or packed in a rare way: unpack it")
+            file.seek(info.header_offset + 26)  # the lengths of the local header's two variable fields
+            start = info.header_offset + 30 + sum(struct.unpack("<2H", file.read(4)))
+            yield name, (start, info.compress_size, info.file_size, info.compress_type == zipfile.ZIP_DEFLATED)
 
 
-def _tarred(path: Path):
+def _tarred(path: Path) -> Iterator[tuple[bytes, tuple[int, int, int, int]]]:
+    """Name and place (as in Packed) of each image in a .tar."""
     with tarfile.open(path, "r:") as archive:
         while (info := archive.next()) is not None:
-            archive.members = []  # it would keep a kilobyte a file
+            archive.members = []  # type: ignore[attr-defined]  # it would keep a kilobyte a file
             if info.isreg() and not info.issparse() and (name := _visible(info.name)):
-                yield name, info.offset_data, info.size, info.size, False
+                yield name, (info.offset_data, info.size, info.size, False)
 
 
 def _parquet(path: Path, files: list[Path]) -> Source:
