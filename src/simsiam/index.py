@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from simsiam.decode import MAX_PIXELS, MODES, Unreadable, decode, header
+from simsiam.decode import EXTENSIONS, MAX_PIXELS, MODES, Unreadable, decode, header
 from simsiam.errors import WorkFailed
 from simsiam.images import CORES, Column, Images, Packed
 from simsiam.sources import SOURCES, Source
@@ -30,11 +30,20 @@ CHUNK = 128  # images looked at before a worker reports
 NAMES = 10_000  # file names held as Python objects at a time
 # What tells whether a file has changed; an mtime in ns, or -1: look every time.
 STAMP = pa.schema({"key": pa.large_binary(), "bytes": pa.int64(), "mtime": pa.int64()})
-# What a look at it finds; the reason is "" for a readable file.
+# What a look at it finds.
 SEEN = pa.schema(
-    {"height": pa.int32(), "width": pa.int32(), "format": pa.string(), "reason": pa.string(), "digest": pa.binary(16)}
+    [
+        ("height", pa.int32()),
+        ("width", pa.int32()),
+        ("format", pa.string()),
+        ("misnamed", pa.bool_()),  # the name ends as that of another format
+        ("reason", pa.string()),  # why it cannot be read, or ""
+        ("digest", pa.binary(16)),  # of the file's bytes
+    ]
 )
 SCHEMA = pa.schema([*STAMP, *SEEN])
+# What the files of a format are called; elsewhere just like the format.
+CALLED = {"JPEG": (".jpg", ".jpeg", ".jfif"), "TIFF": (".tif", ".tiff"), "PPM": (".ppm", ".pgm")}
 # How a complete file ends: with the marker EOI, or with the chunk IEND, empty, and its checksum.
 END = {"JPEG": b"\xff\xd9", "PNG": b"\0\0\0\0IEND\xaeB`\x82"}
 
@@ -83,16 +92,16 @@ def index_of(names: Sequence[str | os.PathLike[str]], source: Source, channels: 
     key = blake2b(json.dumps([VERSION, channels, *paths]).encode(), digest_size=16).hexdigest()
     old = _read(_cache() / f"{key}.arrow", containers)
     parts = list(source.splits.values())
+    pa.default_memory_pool().release_unused()  # what opening a large source took besides
     stamps = _stamps(parts, containers)
 
-    alike = stamps["key"].equals(old.table["key"])
-    before = np.arange(len(stamps)) if alike else pc.index_in(stamps["key"], old.table["key"]).fill_null(-1).to_numpy()
+    if stamps.equals(old.table.select(STAMP.names)) and (stamps["mtime"].to_numpy() >= 0).all():
+        return old
+
+    before = pc.index_in(stamps["key"], old.table["key"]).fill_null(-1).to_numpy()  # the row of each image in the old
     kept = np.flatnonzero((before >= 0) & (stamps["mtime"].to_numpy() >= 0))
     for name in ("bytes", "mtime"):
         kept = kept[stamps[name].to_numpy()[kept] == old.table[name].to_numpy()[before[kept]]]
-    if alike and len(kept) == len(stamps):
-        return old
-
     others = np.setdiff1d(np.arange(len(stamps)), kept)
     seen = [old.table.select(SEEN.names).take(pa.array(before[kept]))]
     try:
@@ -152,7 +161,7 @@ def _stamps(parts: Sequence[Images], containers: list[Any]) -> pa.Table:
     newest = max((mtime for _, mtime, _ in containers), default=-1)
     tables = []
     for images in parts:
-        keys = images.keys.values.take(pa.array(images.keys.rows))
+        keys = images.keys.values  # all of them, in order: the source has just been opened
         sizes, mtimes = np.zeros(len(images), np.int64), np.full(len(images), newest, np.int64)
         if isinstance(images.encoded, Path):
             jobs = [(images.encoded, keys[start : start + NAMES]) for start in range(0, len(keys), NAMES)]
@@ -247,9 +256,9 @@ def look(images: Images, rows: np.ndarray) -> pa.Table:
     return pa.table([pa.array(column, kind) for column, kind in zip(columns, SEEN.types)], SEEN)
 
 
-def _look(images: Images, i: int) -> tuple[int, int, str, str, bytes]:
+def _look(images: Images, i: int) -> tuple[int, int, str, bool, str, bytes]:
     if images.pixels is not None:
-        return *images.header(i), "", _digest(images.pixels[i].tobytes())
+        return *images.header(i), False, "", _digest(images.pixels[i].tobytes())
     height, width, kind, reason, digest = 0, 0, "", "", bytes(16)
     try:
         file = images.file(i)
@@ -261,7 +270,9 @@ def _look(images: Images, i: int) -> tuple[int, int, str, str, bytes]:
             decode(data, images.channels)
     except (Unreadable, OSError, MemoryError) as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return height, width, kind, reason, digest
+    extension = os.path.splitext(images.keys[i])[1].lower()
+    misnamed = kind != "" and extension in EXTENSIONS and extension not in CALLED.get(kind, (f".{kind.lower()}",))
+    return height, width, kind, misnamed, reason, digest
 
 
 def _digest(data: bytes) -> bytes:

@@ -6,6 +6,7 @@ import platform
 import sys
 import textwrap
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from glob import glob
 from importlib.metadata import version
@@ -19,7 +20,6 @@ import pyarrow.compute as pc
 
 from simsiam import recipes
 from simsiam.choose import recipe_for
-from simsiam.decode import EXTENSIONS
 from simsiam.errors import UsageError, WorkFailed, shown
 from simsiam.images import CORES, Images, in_memory, spread
 from simsiam.index import Index, index_of, whole
@@ -29,8 +29,6 @@ from simsiam.sources import Source, open_source
 COLUMNS, INDENT = 80, 12  # of the text
 EXAMPLES = 3  # of a kind of trouble, in the text; the dictionary has all
 PROBE = 6.0  # seconds that measuring the speed of training may take, once torch is loaded
-# What the files of a format are called; a format has the name of its usual extension otherwise.
-CALLED = {"JPEG": {".jpg", ".jpeg", ".jfif"}, "TIFF": {".tif", ".tiff"}, "PPM": {".ppm", ".pgm"}}
 
 
 def inspect(
@@ -87,7 +85,7 @@ def contents(source: Source, table: pa.Table) -> dict[str, dict[str, Any]]:
         "sizes": _sizes(*(table[name].to_numpy()[readable] for name in ("height", "width"))),
         "formats": _formats(table, readable),
         "labels": _labels(source),
-        "duplicates": _duplicates(table, np.flatnonzero(readable), splits),
+        "duplicates": _duplicates(table, readable, splits),
         "unreadable": {"files": [[_name(key), reason.as_py()] for key, reason in zip(*unreadable.columns)]},
     }
 
@@ -119,16 +117,7 @@ def _formats(table: pa.Table, readable: np.ndarray) -> dict[str, Any]:
     """How many readable images have each format, and which are named as if they had another."""
     formats = table["format"].filter(pa.array(readable)).value_counts().to_pylist()
     counts = {found["values"]: found["counts"] for found in sorted(formats, key=lambda found: -found["counts"])}
-    extensions = pc.struct_field(pc.extract_regex(table["key"], r"(?P<extension>\.[A-Za-z]+)$"), [0])
-    encoded = extensions.combine_chunks().dictionary_encode()
-    names = [name.lower().decode() for name in encoded.dictionary.to_pylist()]
-    codes = encoded.indices.fill_null(-1).to_numpy()
-    misnamed = np.zeros(len(table), bool)
-    for kind in counts:
-        wrong = EXTENSIONS - CALLED.get(kind, {f".{kind.lower()}"})
-        lies = np.isin(codes, [code for code, name in enumerate(names) if name in wrong])
-        misnamed |= readable & lies & pc.equal(table["format"], kind).to_numpy()
-    rows = np.flatnonzero(misnamed).tolist()
+    rows = np.flatnonzero(table["misnamed"].to_numpy() & readable).tolist()
     return {"counts": counts, "misnamed": [[_name(table["key"][i]), table["format"][i].as_py()] for i in rows]}
 
 
@@ -144,20 +133,21 @@ def _labels(source: Source) -> dict[str, Any]:
 
 def _duplicates(table: pa.Table, readable: np.ndarray, splits: dict[str, int]) -> dict[str, Any]:
     """Groups of readable images whose files are equal byte for byte, the largest first; how many two splits share."""
-    codes = table["digest"].combine_chunks().dictionary_encode().indices.to_numpy()[readable]
-    times = np.bincount(codes)
-    again = np.flatnonzero(times[codes] > 1)
-    again = again[np.argsort(codes[again], kind="stable")]
-    groups = np.split(readable[again], np.cumsum(times[times > 1]))[:-1]
-    ends = np.cumsum(list(splits.values()))
-    there = {
-        name: np.unique(codes[(readable >= end - count) & (readable < end)])
-        for (name, count), end in zip(splits.items(), ends)
-    }
+    digests = table["digest"].combine_chunks()
+    halves = np.frombuffer(digests.buffers()[1], np.uint64)[2 * digests.offset :][: 2 * len(digests) : 2]
+    inorder = np.sort(halves)  # a half suffices to find the few that may be equal
+    alike = np.isin(halves, inorder[1:][inorder[1:] == inorder[:-1]]) & readable
+    found: dict[bytes, list[int]] = {}
+    for i in np.flatnonzero(alike).tolist():
+        found.setdefault(digests[i].as_py(), []).append(i)
+    groups = sorted((group for group in found.values() if len(group) > 1), key=lambda group: (-len(group), group))
+    stops, names = np.cumsum(list(splits.values())), list(splits)
+    stands = [np.unique(np.searchsorted(stops, group, side="right")).tolist() for group in groups]
+    shared = Counter(pair for places in stands for pair in combinations(places, 2))
     return {
         "copies": sum(map(len, groups)) - len(groups),
-        "groups": [[_name(table["key"][int(i)]) for i in group] for group in sorted(groups, key=lambda g: -len(g))],
-        "across": [[a, b, len(np.intersect1d(there[a], there[b]))] for a, b in combinations(splits, 2)],
+        "groups": [[_name(table["key"][i]) for i in group] for group in groups],
+        "shared": [[names[a], names[b], count] for (a, b), count in sorted(shared.items())],
     }
 
 
@@ -324,10 +314,7 @@ def _say_duplicates(fact: dict[str, Any]) -> list[str]:
         return ["none, byte for byte"]
     lines = [f"{_count(fact['copies'], 'image')} more than once, byte for byte:"]
     lines += _some([" = ".join(group[:3]) + f" = {len(group) - 3} more" * (len(group) > 3) for group in fact["groups"]])
-    lines += [
-        f"{_count(n, 'picture')} both in {a} and in {b}: scores on {b} would flatter" for a, b, n in fact["across"] if n
-    ]
-    return lines
+    return lines + [f"{_count(n, 'picture')} both in {a} and in {b}" for a, b, n in fact["shared"]]
 
 
 def _say_unreadable(fact: dict[str, Any]) -> list[str]:

@@ -198,7 +198,8 @@ def _is_image(name: bytes) -> bool:
 def _component(paths: pa.Array, depth: int) -> pa.Array:
     """The name of each path's folder at a depth; null where there is none."""
     pattern = "^" + "[^/]*/" * depth + "(?P<name>[^/]*)/"
-    return pc.extract_regex(paths, pattern).field("name")
+    found = pc.extract_regex(paths, pattern)
+    return found.flatten()[0]  # `field` would forget the nulls
 
 
 def _codes(names: pa.Array) -> tuple[np.ndarray | None, tuple[str, ...]]:
