@@ -186,10 +186,11 @@ def test_formats_that_torchvision_does_not_know_keep_their_pixels():
     assert same(decode(stereo), decode(encode(smooth(9, 14), "JPEG")))  # two pictures in one JPEG, as of some cameras
 
 
-@pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])
-def test_16_bit_gray_is_scaled_not_clipped(kind):
+def test_16_bit_gray_is_scaled_not_clipped():
     deep = np.arange(0, 65536, 1024, dtype=np.uint16).reshape(8, 8)
-    assert same(decode(encode(Image.fromarray(deep), kind)), np.stack([deep >> 8] * 3, -1))
+    ppm = b"P5\n8 8\n65535\n" + deep.astype(">u2").tobytes()
+    for data in (encode(Image.fromarray(deep)), encode(Image.fromarray(deep), "TIFF"), ppm):
+        assert same(decode(data), np.stack([deep >> 8] * 3, -1)) and same(decode(data, 1)[..., 0], deep >> 8)
 
 
 def test_32_bit_gray_is_scaled_as_16_bits_and_floats_from_0_to_1():
@@ -212,6 +213,8 @@ def test_one_channel_is_gray_and_four_are_rgba():
     assert same(decode(encode(rgb), 4)[..., 3], np.full((8, 8), 255))
     palette = rgb.quantize(4)
     assert same(decode(encode(palette, transparency=bytes([0, 50, 100, 150])), 4)[..., 3], np.asarray(palette) * 50)
+    red = decode(encode(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG")).astype(int)
+    assert np.abs(red - (255, 0, 0)).max() < 10  # ink, not light
     for name, data in odd_files().items():
         assert decode(data, 1).shape == (9, 14, 1) and decode(data, 4).shape == (9, 14, 4), name
 

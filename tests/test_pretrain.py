@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
+from io import BytesIO
 
 import numpy as np
 import pytest
@@ -228,6 +230,60 @@ def test_without_labels_there_is_no_knn_and_the_run_is_fine(photographs, tmp_pat
     run = simsiam.pretrain(str(flat), out=tmp_path / "run", **TINY | {"batch_size": 16, "workers": 0})
     assert "knn_top1" not in json.loads((run / "summary.json").read_text())
     assert not (run / "checkpoints" / "best.pt").exists()
+
+
+def five_channels(root):
+    """Forty 20-px images of five channels, of two sizes: too odd for Pillow, and not one array."""
+    rng = np.random.default_rng(0)
+    for i in range(40):
+        np.save(root / f"{i:02}.npy", rng.integers(0, 256, (20, 20 + i % 2, 5), dtype=np.uint8))
+    return root, {"channels": 5}
+
+
+def zipped(root):
+    """Forty PNGs of one size in two folders of a .zip: read in place, then held in memory."""
+    rng = np.random.default_rng(0)
+    with zipfile.ZipFile(root / "pictures.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for i in range(40):
+            file = BytesIO()
+            Image.fromarray(rng.integers(0, 256, (20, 20, 3), dtype=np.uint8)).save(file, "PNG")
+            archive.writestr(f"pictures/{'ab'[i % 2]}/{i:02}.png", file.getvalue())
+    return root / "pictures.zip", {}
+
+
+@pytest.mark.parametrize("make", [five_channels, zipped])
+def test_other_shapes_of_data_train_and_resume_exactly(make, tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    source, words = make(tmp_path / "data")
+    words |= TINY | {"batch_size": 8, "epochs": 5, "workers": 0, "holdout": 0}
+    whole = simsiam.pretrain(source, out=tmp_path / "whole", **words)
+    assert Run(whole).metrics()[-1]["step"] == 25
+
+    module, calls = importlib.import_module("simsiam.pretrain"), []
+    real = module.gauges
+
+    def stopping(output):
+        calls.append(output.loss)
+        if len(calls) == 13:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(output)
+
+    monkeypatch.setattr(module, "gauges", stopping)
+    with pytest.raises(Stopped, match="stopped at step 14 of 25"):
+        simsiam.pretrain(source, out=tmp_path / "half", **words)
+    assert_same_run(simsiam.resume(tmp_path / "half"), whole)
+    encoder = simsiam.load(whole)
+    image = np.zeros((30, 30, words.get("channels", 3)), np.uint8)
+    assert encoder(encoder.transform(image)).shape == (1, encoder.dim)
+
+
+def test_more_broken_files_than_allowed_stop_the_run(photographs, tmp_path):
+    """Two of sixty-one are broken: 3 % of them."""
+    words = TINY | {"batch_size": 16, "workers": 0}
+    with pytest.raises(WorkFailed, match=r"[12] of \d\d images cannot be read, more than --max-unreadable 0.02 allows"):
+        simsiam.pretrain(str(photographs), out=tmp_path / "run", **words, max_unreadable=0.02)
+    assert (tmp_path / "run" / "quarantine.txt").read_text()
+    simsiam.pretrain(str(photographs), out=tmp_path / "fine", **words | {"epochs": 1}, max_unreadable=0.1)
 
 
 def test_stopped_is_raised_to_python(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """What a source holds, before anything is trained on it: the facts as a dictionary, and in words on 80 columns."""
 
 import json
+import math
 import os
 import platform
 import sys
@@ -180,16 +181,13 @@ def duration(source: Source, recipe: Recipe, index: Index) -> dict[str, Any]:
     epoch = len(images) // recipe.batch_size * recipe.batch_size
     if not epoch:
         raise UsageError(f"{len(images)} readable images are less than a batch of {recipe.batch_size}")
-    pixels = _alike(*(sides := [rows[name].to_numpy()[good] for name in ("height", "width")])) and (
-        len(images) * recipe.channels * int(sides[0][0]) * int(sides[1][0])
-    )
-    resident = images.pixels is not None or 0 < pixels <= recipe.cache_gib * 2**30
+    height, width = (rows[name].to_numpy()[good] for name in ("height", "width"))
+    pixels = len(images) * recipe.channels * int(height[0]) * int(width[0])
+    resident = images.pixels is not None or (_alike(height, width) and pixels <= recipe.cache_gib * 2**30)
     key = f"speed of {json.dumps([_machine(), recipe.to_dict()])}"
     found = index.fact(key, lambda: speed(recipe, images, resident=resident))
-    prepared, trained = found["prepare_seconds"], found["train_seconds"]
-    if not found["resident"]:
-        prepared /= CORES
-    seconds = max(prepared, trained) if found["gpu"] and not found["resident"] else prepared + trained
+    prepared, trained = found["prepared"] / (1 if resident else CORES), found["trained"]
+    seconds = max(prepared, trained) if found["gpu"] and not resident else prepared + trained
     return {
         "seconds": round(seconds * epoch * recipe.epochs, 1),
         "epochs": recipe.epochs,
@@ -210,7 +208,7 @@ def _machine() -> list[Any]:
 def speed(recipe: Recipe, images: Images, *, resident: bool) -> dict[str, Any]:
     """Seconds it takes to prepare the views of an image in one process, and to train on them, and on which device.
 
-    From real steps on images of the source: of 2 images, of 4, and so on up to a whole batch, as far as time allows.
+    From real steps on images of the source: of 8 images, of 16, and so on up to a whole batch, as far as time allows.
     Raises WorkFailed if they do not fit in the device's memory.
     """
     import torch
@@ -221,37 +219,35 @@ def speed(recipe: Recipe, images: Images, *, resident: bool) -> dict[str, Any]:
     from simsiam.run import environment
 
     model, optimizer, device, precision = assemble(recipe)
-    begun, prepared, trained, done = time.monotonic(), 0.0, 0.0, 1
-    sizes = [2**k for k in range(1, 16) if 2**k < recipe.batch_size] + [recipe.batch_size] * 3
-    for size in sizes:
-        if time.monotonic() - begun + (prepared + trained) * size / done > PROBE:
-            break
+
+    def step(size: int) -> tuple[float, float]:
         batch = images.take(spread(len(images), size))
         if resident:
             batch, _ = in_memory(batch, 2**62)
         start = time.monotonic()
-        try:
-            x = views_of(batch, np.arange(size) % len(batch), recipe, 0, device)
-            middle = time.monotonic()
-            with autocast(device, precision):
-                output = model(*x)
-            optimizer.zero_grad()
-            output.loss.backward()
-            optimizer.step()
-            model.after_step()
-            output.loss.item()  # waits for a GPU
-        except torch.OutOfMemoryError:
-            raise WorkFailed(
-                f"{size} of a batch's {recipe.batch_size} images do not fit in the memory of {device}"
-            ) from None
-        prepared, trained, done = middle - start, time.monotonic() - middle, size
-    return {
-        "prepare_seconds": prepared / done,
-        "train_seconds": trained / done,
-        "resident": batch.pixels is not None,
-        "gpu": device.type != "cpu",
-        "device": environment(device, precision)["device"],
-    }
+        x = views_of(batch, np.arange(size) % len(batch), recipe, 0, device)
+        middle = time.monotonic()
+        with autocast(device, precision):
+            output = model(*x)
+        optimizer.zero_grad()
+        output.loss.backward()
+        optimizer.step()
+        model.after_step()
+        output.loss.item()  # waits for a GPU
+        return (middle - start) / size, (time.monotonic() - middle) / size
+
+    prepared = trained = math.inf
+    try:
+        step(2)  # loads what any first step does
+        stop = time.monotonic() + PROBE
+        for size in [2**k for k in range(3, 16) if 2**k < recipe.batch_size] + [recipe.batch_size] * 3:
+            if trained < math.inf and time.monotonic() + size * (prepared + trained) > stop:
+                break
+            prepared, trained = map(min, step(size), (prepared, trained))  # what disturbs one step is not the recipe's
+    except torch.OutOfMemoryError:
+        raise WorkFailed(f"batches of {recipe.batch_size} do not fit in the memory of {device}") from None
+    device_name = environment(device, precision)["device"]
+    return {"prepared": prepared, "trained": trained, "gpu": device.type != "cpu", "device": device_name}
 
 
 # --- in words ---------------------------------------------------------------------------------------------------------
@@ -261,7 +257,9 @@ def tell(name: str, fact: dict[str, Any]) -> None:
     """Print one fact: its name, and beside it what it says."""
     for i, line in enumerate(WORDS[name](fact)):
         first = f"{name if i == 0 else '':<{INDENT}}"
-        text = textwrap.fill(line, COLUMNS, initial_indent=first, subsequent_indent=" " * (INDENT + 2))
+        text = textwrap.fill(
+            line, COLUMNS, initial_indent=first, subsequent_indent=" " * (INDENT + 2), break_on_hyphens=False
+        )
         encoding = sys.stdout.encoding or "utf-8"
         print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
 

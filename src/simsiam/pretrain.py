@@ -130,7 +130,7 @@ def train(run: Run, data: Data, parts: Parts, said: list[str]) -> None:
                     save(f"epoch-{step // per_epoch:04d}")
                 if saved:
                     save("last")
-                run.quarantine(batch.skipped, seen=min(step * recipe.batch_size, data.seen))
+                run.quarantine(batch.skipped, seen=min(max(step * recipe.batch_size, data.seen // 10), data.seen))
             if stopping:
                 break
 

@@ -11,9 +11,12 @@ import stat
 import struct
 import tarfile
 import zipfile
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from http.client import HTTPException
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +35,11 @@ SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "
 LABELS = ("label", "labels", "fine_label")  # usual names of an integer label column
 SUFFIXES = tuple(extension.encode() for extension in EXTENSIONS)
 CHUNK = 10_000  # file names held as Python objects at a time
+
+# What zipfile and tarfile raise.
+DAMAGED = (
+    OSError, ValueError, OverflowError, NotImplementedError, struct.error, zipfile.BadZipFile, tarfile.TarError,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +88,7 @@ def _one(text: str) -> Source:
         raise unknown("source", text, [*SOURCES, *KINDS.split(", ")])
     path = Path(text)
     if path.is_dir():
-        shards = sorted(path.glob("[!.]*.parquet")) or sorted(path.glob("data/[!.]*.parquet"))
+        shards = _shards(path) or _shards(path / "data")
         return _parquet(path, shards) if shards else _tree(path, path, _walk(path, set()))
     kind = path.suffix.lower()
     if kind == ".parquet":
@@ -119,7 +127,7 @@ def _several(texts: list[str]) -> Source:
     if not len(every):
         raise UsageError(f"no image in {', '.join(map(shown, texts))}: looked for {' '.join(sorted(EXTENSIONS))}")
     order = pc.sort_indices(every)
-    labels = pa.concat_arrays([*names, pa.nulls(len(alone), alone.type)]).take(order)
+    labels = pa.concat_arrays([*names, pa.nulls(len(alone), pa.dictionary(pa.int32(), alone.type))]).take(order)
     images = Images(Names(every.take(order)), root)
     return _assemble(paths[0] if len(paths) == 1 else root, {"train": (images, *_codes(labels))})
 
@@ -161,9 +169,9 @@ def _walk(folder: Path, seen: set[tuple[int, int]]) -> pa.Array:
     """The paths of the images below `folder`, relative to it and with "/", in bytewise order; bytes, as the system has
     them. Folders in `seen` have been walked already: so links do not loop, and what lies below keeps its own path.
     """
-    root, chunks, found = os.fsencode(folder), [], list[bytes]()
-    folders, links = [b""], list[bytes]()
-    try:
+
+    def found() -> Iterator[bytes]:
+        root, folders, links = os.fsencode(folder), [b""], list[bytes]()
         while folders or links:
             if not folders:
                 links.sort(reverse=True)  # links come last, in an order that is not the file system's
@@ -181,36 +189,49 @@ def _walk(folder: Path, seen: set[tuple[int, int]]) -> pa.Array:
                     elif entry.is_symlink() and os.path.isdir(entry.path):
                         links.append(below + entry.name + b"/")
                     elif _is_image(entry.name):
-                        found.append(below + entry.name)
-                    if len(found) == CHUNK:
-                        chunks.append(pa.array(found, pa.large_binary()))
-                        found = []
+                        yield below + entry.name
+
+    try:
+        keys = _in_arrow(found())
     except OSError as error:
-        raise WorkFailed(f"cannot read the folder {shown(os.fsdecode(error.filename))}: {error.strerror}") from error
-    keys = pa.concat_arrays([*chunks, pa.array(found, pa.large_binary())])
+        raise WorkFailed(
+            f"cannot read the folder {shown(os.fsdecode(error.filename or folder))}: {error.strerror}"
+        ) from error
     return keys.take(pc.sort_indices(keys))
+
+
+def _in_arrow(values: Iterable[bytes | None]) -> pa.Array:
+    """Bytes as large_binary; as Python objects, a million names would take 100 MB."""
+    values, chunks = iter(values), [pa.array([], pa.large_binary())]
+    while chunk := list(islice(values, CHUNK)):
+        chunks.append(pa.array(chunk, pa.large_binary()))
+    whole = pa.concat_arrays(chunks)
+    chunks.clear()
+    pa.default_memory_pool().release_unused()  # half of what the chunks took: they grew by doubling
+    return whole
 
 
 def _is_image(name: bytes) -> bool:
     return name.lower().endswith(SUFFIXES) and not name.startswith(b".")
 
 
-def _component(paths: pa.Array, depth: int) -> pa.Array:
+def _component(paths: pa.Array, depth: int) -> pa.DictionaryArray:
     """The name of each path's folder at a depth; null where there is none."""
-    pattern = "^" + "[^/]*/" * depth + "(?P<name>[^/]*)/"
-    found = pc.extract_regex(paths, pattern)
-    return found.flatten()[0]  # `field` would forget the nulls
+    pattern, names = "^" + "[^/]*/" * depth + "(?P<name>[^/]*)/", []
+    for start in range(0, len(paths), CHUNK):
+        found = pc.extract_regex(paths[start : start + CHUNK], pattern)
+        names.append(found.flatten()[0].dictionary_encode())  # `field` would forget the nulls
+    return pa.chunked_array(names, pa.dictionary(pa.int32(), paths.type)).unify_dictionaries().combine_chunks()
 
 
-def _codes(names: pa.Array) -> tuple[np.ndarray | None, tuple[str, ...]]:
+def _codes(names: pa.DictionaryArray) -> tuple[np.ndarray | None, tuple[str, ...]]:
     """Label names as positions in a sorted tuple of them; None and () where one is null."""
     if names.null_count:
         return None, ()
-    encoded = names.dictionary_encode()
-    found = encoded.dictionary.to_pylist()
+    found = names.dictionary.to_pylist()
     classes = sorted(found)
     place = {name: i for i, name in enumerate(classes)}
-    codes = np.array([place[name] for name in found], np.int64)[encoded.indices.to_numpy()]
+    codes = np.array([place[name] for name in found], np.int64)[names.indices.to_numpy()]
     return codes, tuple(map(os.fsdecode, classes))
 
 
@@ -218,26 +239,20 @@ def _tree(path: Path, storage: Path | Packed, keys: pa.Array) -> Source:
     """Splits and classes read from the paths of images, which lie in a folder or in an archive."""
     if not len(keys):
         raise UsageError(f"no image in {shown(str(path))}: looked for {' '.join(sorted(EXTENSIONS))}")
-    depth = 0
+    depth, first = 0, _component(keys, 0)
     if isinstance(storage, Packed):  # folders around everything are the archive's wrapping
-        while (
-            len(names := pc.unique(_component(keys, depth))) == 1 and names[0].is_valid and _split(names[0]) != "train"
-        ):
-            depth += 1
-    first = _component(keys, depth).dictionary_encode()
+        while not first.null_count and len(first.dictionary) == 1 and _split(first.dictionary[0]) != "train":
+            depth, first = depth + 1, _component(keys, depth + 1)
     words = [_split(name) for name in first.dictionary]
-    splits = np.array([*words, None])[first.indices.fill_null(-1).to_numpy()]
-    if "train" in words:
-        depth += 1
-    else:
-        splits[:] = "train"
-    parts: dict[str, Any] = {}
+    if "train" not in words:
+        return _assemble(path, {"train": (Images(Names(keys), storage), *_codes(first))})
+    codes, parts = first.indices.fill_null(-1).to_numpy(), {}
     for split in ("train", "val", "test"):
-        rows = np.flatnonzero(splits == split)
+        rows = np.flatnonzero(np.isin(codes, [i for i, word in enumerate(words) if word == split]))
         if len(rows):
             mine = keys.take(pa.array(rows))
             images = Images(Names(mine), storage[rows] if isinstance(storage, Packed) else storage)
-            parts[split] = images, *_codes(_component(mine, depth))
+            parts[split] = images, *_codes(_component(mine, depth + 1))
     return _assemble(path, parts)
 
 
@@ -251,35 +266,34 @@ def _list(path: Path) -> Source:
         lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines()  # some editors put UTF-8's mark first
     except OSError as error:
         raise WorkFailed(f"cannot read {shown(str(path))}: {error.strerror}") from error
-    rows = [line.partition(b"\t")[::2] for line in lines if line.strip()]
+    rows = [line for line in lines if line.strip()]
     if not rows:
         raise UsageError(f"{shown(str(path))} lists no image: it takes a path a line")
-    keys, labels = zip(*rows)
-    images = Images(Names(pa.array(keys, pa.large_binary())), path.absolute().parent)
-    return _assemble(
-        path, {"train": (images, *_codes(pa.array([label or None for label in labels], pa.large_binary())))}
-    )
+    images = Images(Names(_in_arrow(row.partition(b"\t")[0] for row in rows)), path.absolute().parent)
+    labels = _in_arrow(row.partition(b"\t")[2] or None for row in rows)
+    return _assemble(path, {"train": (images, *_codes(labels.dictionary_encode()))})
 
 
 def _archive(path: Path) -> Source:
     """The images in a .zip or .tar, by where their bytes lie; of two with one name, the last, as if unpacked."""
+    places = array("q")
+
+    def names() -> Iterator[bytes]:
+        for name, place in (_zipped if path.suffix.lower() == ".zip" else _tarred)(path):
+            places.extend(place)
+            yield name
+
     try:
-        found = dict((_zipped if path.suffix.lower() == ".zip" else _tarred)(path))
-        names = sorted(found)
-        places = np.array([found[name] for name in names], np.int64).reshape(-1, 4)
+        keys = _in_arrow(names())
     except UsageError:
         raise
-    except (
-        OSError,
-        zipfile.BadZipFile,
-        tarfile.TarError,
-        ValueError,
-        NotImplementedError,
-        OverflowError,
-        struct.error,
-    ) as error:
+    except DAMAGED as error:
         raise WorkFailed(f"cannot read {shown(str(path))}: {' '.join(str(error).split())[:200]}") from error
-    return _tree(path, Packed(path.absolute(), places), pa.array(names, pa.large_binary()))
+    order = pc.sort_indices(keys)  # stable
+    keys = keys.take(order)
+    last = pa.array(np.append(pc.not_equal(keys[1:], keys[:-1]), True)[: len(keys)])
+    rows = order.filter(last).to_numpy()
+    return _tree(path, Packed(path.absolute(), np.asarray(places).reshape(-1, 4)[rows]), keys.filter(last))
 
 
 def _visible(name: str) -> bytes | None:
@@ -305,11 +319,22 @@ def _zipped(path: Path) -> Iterator[tuple[bytes, tuple[int, int, int, int]]]:
 
 def _tarred(path: Path) -> Iterator[tuple[bytes, tuple[int, int, int, int]]]:
     """Name and place (as in Packed) of each image in a .tar."""
-    with tarfile.open(path, "r:") as archive:
+    with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
         while (info := archive.next()) is not None:
             archive.members = []  # type: ignore[attr-defined]  # it would keep a kilobyte a file
             if info.isreg() and not info.issparse() and (name := _visible(info.name)):
                 yield name, (info.offset_data, info.size, info.size, False)
+        file.seek(archive.offset)  # tarfile takes a damaged header for the end
+        if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
+            raise tarfile.ReadError(f"damaged at byte {archive.offset:,}")
+
+
+def _shards(folder: Path) -> list[Path]:
+    """The Parquet files in a folder, in order. Not by `glob`, which holds every name as an object."""
+    with suppress(OSError), os.scandir(folder) as entries:
+        names = (entry.name for entry in entries)
+        return sorted(folder / name for name in names if name.endswith(".parquet") and not name.startswith("."))
+    return []
 
 
 def _parquet(path: Path, files: list[Path]) -> Source:

@@ -1,0 +1,82 @@
+"""The label-free monitor looks at the same images and views every time, and leaves no trace in the network."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY
+from PIL import Image
+
+from simsiam.batches import views_of
+from simsiam.images import sample
+from simsiam.label_free import STEP, label_free_monitor
+from simsiam.prepare import assemble, compose
+from simsiam.run import transform_of
+from simsiam.signals import neighbor_stability, rankme, view_retrieval
+from simsiam.sources import open_source
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def parts():
+    recipe, source, _ = compose("shapes", None, TINY | {"precision": "float32"})
+    return recipe, sample(source.train, 600), assemble(recipe).model
+
+
+def ask(parts, before=None, images=None):
+    recipe, all_images, model = parts
+    images = all_images if images is None else images
+    return label_free_monitor(model, images, recipe, transform_of(recipe), before, device=CPU, precision="float32")
+
+
+def test_it_is_a_function_of_the_weights_and_leaves_them_alone(parts):
+    model = parts[2]
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    first = ask(parts)
+    torch.manual_seed(1)
+    again = ask(parts, first.neighbors)
+    assert again.values == first.values | {"neighbor_stability": 100.0}
+    assert model.training and all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_signals_are_those_of_h_and_of_the_two_views(parts):
+    recipe, images, model = parts
+    found = ask(parts)
+    model.eval()
+    with torch.no_grad():
+        h = model.backbone(transform_of(recipe).normalize(torch.from_numpy(images.pixels)))
+        index = np.array_split(np.arange(600), 3)
+        pairs = [views_of(images, part, recipe, STEP, CPU) for part in index]
+        a, b = (torch.cat([model.backbone(pair[side]) for pair in pairs]) for side in (0, 1))
+    model.train()
+    assert found.values["h_rankme"] == pytest.approx(rankme(h), rel=1e-4)
+    assert found.values["view_retrieval"] == pytest.approx(view_retrieval(a, b), abs=0.5)
+    assert not torch.equal(pairs[0][0], pairs[0][1])
+
+
+def test_weights_that_moved_move_neighbors(parts):
+    recipe, images, _ = parts
+    first = ask(parts)
+    moved = assemble(recipe.replace(seed=7)).model
+    second = ask((recipe, images, moved), first.neighbors)
+    assert second.values["neighbor_stability"] == round(neighbor_stability(first.neighbors, second.neighbors), 4) < 90
+
+
+def test_a_set_that_changed_has_no_stability(parts):
+    first = ask(parts)
+    assert "neighbor_stability" not in ask(parts, first.neighbors, parts[1].take(slice(300))).values
+
+
+def test_streamed_and_resident_images_are_looked_at_alike(parts, tmp_path):
+    """Pillow and torch round crops differently by half a level: the signals agree, not their bits."""
+    some = parts[1].take(slice(60))
+    for i in range(60):
+        Image.fromarray(some.read(i)).save(tmp_path / f"{i:03}.png")
+    (tmp_path / "broken.png").write_bytes(b"")
+    streamed = ask(parts, images=open_source(tmp_path).train)
+    resident = ask(parts, images=replace(some, labels=None))
+    assert [key for key, _ in streamed.skipped] == ["broken.png"]
+    assert streamed.values["h_rankme"] == pytest.approx(resident.values["h_rankme"], rel=1e-3)
+    assert streamed.values["view_retrieval"] == pytest.approx(resident.values["view_retrieval"], abs=4)
