@@ -140,6 +140,7 @@ def odd_files():
     }  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:Palette images with Transparency")
 @pytest.mark.parametrize("name", odd_files())
 def test_every_odd_format_is_what_torchvision_decodes(tmp_path, name):
     data = odd_files()[name]
@@ -206,6 +207,7 @@ def test_broken_exif_does_not_cost_the_image(recwarn):
         assert same(decode(encode(picture(0), exif=exif)), picture(0))
 
 
+@pytest.mark.filterwarnings("ignore:Palette images with Transparency")
 def test_one_channel_is_gray_and_four_are_rgba():
     rgb, alpha = Image.fromarray(picture(0)), picture(1, channels=1)
     assert same(decode(encode(rgb), 1)[..., 0], rgb.convert("L"))
@@ -227,7 +229,7 @@ def test_numpy_arrays_of_any_number_of_channels_first_or_last(channels):
     pixels = picture(0, 20, 30, channels)
     first = pixels.transpose(2, 0, 1)
     everything = [
-        pixels, first, np.asfortranarray(pixels), pixels.astype("<u2") * 257, first.astype(">u2") * 257,
+        pixels, first, np.asfortranarray(pixels), pixels.astype("<u2") * 257, (first.astype("<u2") * 257).astype(">u2"),
         pixels / 255, (first / 255).astype(np.float32), (pixels / 255).astype(np.float16),
     ]  # fmt: skip
     for array in everything + [pixels[..., 0]] * (channels == 1):
@@ -317,6 +319,7 @@ def test_reasons(tmp_path):
         assert reason(data) == f"not one of {', '.join(FORMATS)}"
     for data in (whole[:33], whole[: len(whole) // 2], whole[:200] + bytes(100) + whole[300:]):
         assert reason(data).startswith("damaged or unsupported PNG: ")
+    assert reason(b"RIFF\n\n\n\nWEBP").startswith("damaged or unsupported WEBP")  # any size, and so any byte
     assert reason(tmp_path) == "Is a directory" and reason(tmp_path / "gone.png") == "No such file or directory"
     assert "null byte" in reason("a\0.png")
     (tmp_path / "a\x1b[31m\n.png").write_bytes(whole[:40])

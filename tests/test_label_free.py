@@ -10,7 +10,7 @@ from PIL import Image
 
 from simsiam.batches import views_of
 from simsiam.images import sample
-from simsiam.label_free import STEP, label_free_monitor
+from simsiam.label_free import STEP, advise, label_free_monitor
 from simsiam.prepare import assemble, compose
 from simsiam.run import transform_of
 from simsiam.signals import neighbor_stability, rankme, view_retrieval
@@ -80,3 +80,23 @@ def test_streamed_and_resident_images_are_looked_at_alike(parts, tmp_path):
     assert [key for key, _ in streamed.skipped] == ["broken.png"]
     assert streamed.values["h_rankme"] == pytest.approx(resident.values["h_rankme"], rel=1e-3)
     assert streamed.values["view_retrieval"] == pytest.approx(resident.values["view_retrieval"], abs=4)
+
+
+def measured(**curves):
+    return [dict(zip(curves, values, strict=True)) for values in zip(*curves.values(), strict=True)]
+
+
+def test_the_advice_follows_the_curve_and_gives_its_numbers():
+    rising = advise(measured(view_retrieval=[1, 2, 3, 4, 5, 6, 7, 8, 9.0]))
+    assert rising.startswith("Still rising") and "1.0 first, 6.0 at two thirds, 9.0 at the end" in rising
+    assert advise(measured(view_retrieval=[1, 5, 8, 9, 9.5, 9.6, 9.7, 9.7, 9.8])).startswith("Leveled off")
+    assert advise(measured(view_retrieval=[1, 5, 9, 8, 6, 5, 4, 3, 2])).startswith("Past its best")
+    assert advise(measured(view_retrieval=[5, 4, 3, 2, 2, 2, 2, 2, 2])).startswith("Past its best")
+    assert advise(measured(view_retrieval=[5.0] * 9)).startswith("Leveled off")
+    assert "Fewer than 6 measurements" in advise(measured(view_retrieval=[1, 2, 3, 4, 5]) + [{"loss": 0.0}] * 9)
+
+
+def test_labels_join_the_advice_where_there_are_any():
+    flat = [5.0] * 9
+    both = advise(measured(view_retrieval=flat, knn_top1=[30, 31, 32, 33, 34, 35, 36, 37, 38]))
+    assert both.startswith("Still rising") and "kNN" in both and "views" in both

@@ -159,6 +159,8 @@ def tell(run: Path) -> None:
     if summary["unreadable"]:
         print(f"{summary['unreadable']} unreadable files were left out: {run}/quarantine.txt")
     print(summary["remedy"])
+    if summary["verdict"] == "healthy":
+        print(summary["advice"])
     print(f"run folder: {run}")
 
 

@@ -193,8 +193,6 @@ def _pixels(image: Image.Image, channels: int) -> np.ndarray:
         image = Image.fromarray(_bytes(np.asarray(image)))
     elif image.mode.startswith("I"):  # 16-bit gray, which `convert` would clip at 255
         image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
-    if channels < 4:
-        image.info.pop("transparency", None)  # `convert` drops it too, and warns
     pixels = np.array(image.convert(MODES[channels]))
     return pixels[..., None] if channels == 1 else pixels
 

@@ -226,9 +226,9 @@ def _in_turn(work: Callable[..., Any], jobs: Sequence[tuple]) -> Iterator[Any]:
     pipes = []
     for worker in range(min(CORES, len(jobs))):
         receive, send = context.Pipe(duplex=False)
-        context.Process(target=_work, args=(work, jobs[worker::CORES], send), daemon=True).start()
-        send.close()
         pipes.append(receive)
+        context.Process(target=_work, args=(work, jobs[worker::CORES], send, pipes), daemon=True).start()
+        send.close()
 
     def results() -> Iterator[Any]:
         try:
@@ -243,8 +243,10 @@ def _in_turn(work: Callable[..., Any], jobs: Sequence[tuple]) -> Iterator[Any]:
     return results()
 
 
-def _work(work: Callable[..., Any], jobs: Sequence[tuple], send: Connection) -> None:
+def _work(work: Callable[..., Any], jobs: Sequence[tuple], send: Connection, pipes: Sequence[Connection]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that listens
+    for receive in pipes:
+        receive.close()  # or this process itself would be a listener
     with suppress(BrokenPipeError):
         for job in jobs:
             send.send(work(*job))

@@ -255,70 +255,66 @@ def speed(recipe: Recipe, images: Images, *, resident: bool) -> dict[str, Any]:
 
 def tell(name: str, fact: dict[str, Any]) -> None:
     """Print one fact: its name, and beside it what it says."""
+    encoding = sys.stdout.encoding or "utf-8"
     for i, line in enumerate(WORDS[name](fact)):
         first = f"{name if i == 0 else '':<{INDENT}}"
-        text = textwrap.fill(
-            line, COLUMNS, initial_indent=first, subsequent_indent=" " * (INDENT + 2), break_on_hyphens=False
-        )
-        encoding = sys.stdout.encoding or "utf-8"
+        deeper = " " * (INDENT + 4 if line.startswith("  ") else INDENT + 2)
+        text = textwrap.fill(line, COLUMNS, initial_indent=first, subsequent_indent=deeper, break_on_hyphens=False)
         print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
 
 
 def _say_images(fact: dict[str, Any]) -> list[str]:
     parts = ", ".join(f"{count:,} {split}" for split, count in fact["splits"].items())
-    return [f"{fact['count']:,} in {_bytes(fact['bytes'])}" + (f": {parts}" if len(fact["splits"]) > 1 else "")]
+    power = min(int(math.log10(max(fact["bytes"], 1)) / 3), 4)
+    size = f"{fact['bytes'] / 1000**power:,.4g} {('bytes', 'kB', 'MB', 'GB', 'TB')[power]}"
+    return [f"{fact['count']:,} in {size}" + (f": {parts}" if len(fact["splits"]) > 1 else "")]
 
 
 def _say_sizes(fact: dict[str, Any]) -> list[str]:
     if not fact:
         return ["unknown: no image can be read"]
     if fact["all"]:
-        return ["all {} x {}".format(*fact["all"])]
+        return ["all {} x {} px".format(*fact["all"])]
+    (least, median, most), (square, usual, long) = fact["shorter_side"], fact["longer_to_shorter"]
     return [
-        "shorter side {:,} to {:,} px, median {:,}".format(*_median_last(fact["shorter_side"])),
-        "longer side {} to {} times that, median {}".format(*_median_last(fact["longer_to_shorter"])),
+        f"shorter side {least:,} to {most:,} px, median {median:,}",
+        f"longer side {square:g} to {long:g} times that, median {usual:g}",
     ]
 
 
-def _median_last(numbers: Sequence[float]) -> list[float]:
-    least, median, most = numbers
-    return [least, most, median]
-
-
 def _say_formats(fact: dict[str, Any]) -> list[str]:
-    lines = [", ".join(f"{count:,} {kind}" for kind, count in fact["counts"].items()) or "none"]
-    if liars := fact["misnamed"]:
-        lines.append(f"{_count(len(liars), 'file')} named as another format, which does no harm:")
-        lines += _some([f"{name} is {kind}" for name, kind in liars])
-    return lines
+    plain = {"pixels": "as plain pixels"}
+    lines = [", ".join(f"{count:,} {plain.get(kind, kind)}" for kind, count in fact["counts"].items()) or "none"]
+    if fact["misnamed"]:
+        lines += [f"{_count(fact['misnamed'], 'file')} named as another format, which does no harm:"]
+    return lines + _some([f"{name} is {kind}" for name, kind in fact["misnamed"]])
 
 
 def _say_labels(fact: dict[str, Any]) -> list[str]:
     if not fact:
         return ["none, and none are needed"]
-    ranked = sorted(fact["classes"].items(), key=lambda pair: pair[1])
-    (few, least), (many, most) = ranked[0], ranked[-1]
+    names, ranked = list(fact["classes"]), sorted(fact["classes"].items(), key=lambda pair: pair[1])
+    (small, least), (large, most) = ranked[0], ranked[-1]
+    each = f"{least:,}" if least == most else f"{least:,} ({small}) to {most:,} ({large})"
     return [
-        f"{len(ranked)} classes, in {' and '.join(fact['splits'])}: {', '.join(list(fact['classes'])[:10])}"
-        + (", ..." if len(ranked) > 10 else ""),
-        f"each has {least:,} images in {fact['counted_in']}"
-        if least == most
-        else f"{least:,} ({few}) to {most:,} ({many}) images each in {fact['counted_in']}",
+        f"{len(names):,} classes, in {' and '.join(fact['splits'])}: {', '.join(names[:10])}"
+        + ", ..." * (len(names) > 10),
+        f"{each} images a class in {fact['counted_in']}",
     ]
 
 
 def _say_duplicates(fact: dict[str, Any]) -> list[str]:
-    if not fact["copies"]:
+    if not fact["groups"]:
         return ["none, byte for byte"]
-    lines = [f"{_count(fact['copies'], 'image')} more than once, byte for byte:"]
+    lines = [f"{fact['copies']:,} copies, byte for byte:"]
     lines += _some([" = ".join(group[:3]) + f" = {len(group) - 3} more" * (len(group) > 3) for group in fact["groups"]])
-    return lines + [f"{_count(n, 'picture')} both in {a} and in {b}" for a, b, n in fact["shared"]]
+    return lines + [f"{count:,} of them stand both in {a} and in {b}" for a, b, count in fact["shared"]]
 
 
 def _say_unreadable(fact: dict[str, Any]) -> list[str]:
     if not fact["files"]:
         return ["none"]
-    lines = [f"{_count(len(fact['files']), 'file')} that training would leave out:"]
+    lines = [f"{_count(fact['files'], 'file')}, which training would leave out:"]
     return lines + _some([f"{name}: {reason}" for name, reason in fact["files"]])
 
 
@@ -334,36 +330,27 @@ def _say_colors(fact: dict[str, Any]) -> list[str]:
 def _say_time(fact: dict[str, Any]) -> list[str]:
     if "unknown" in fact:
         return [f"unknown: {fact['unknown']}"]
+    units = {"days": 86_400, "hours": 3_600, "minutes": 60, "seconds": 1}
+    unit = next(unit for unit, length in units.items() if fact["seconds"] >= 2 * length or length == 1)
+    total, prepared, trained = (
+        f"{fact[f'{name}_per_second']:,.{0 if fact[f'{name}_per_second'] >= 10 else 1}f}"
+        for name in ("images", "prepared", "trained")
+    )
     return [
-        f"about {_about(fact['seconds'])} for {fact['epochs']} epochs of {fact['images_per_epoch']:,} images",
-        f"an estimate: {fact['images_per_second']:,.0f} images/s, from {fact['prepared_per_second']:,.0f}/s prepared "
-        f"and {fact['trained_per_second']:,.0f}/s trained on",
-        fact["device"],
+        f"about {fact['seconds'] / units[unit]:,.0f} {unit} for {fact['epochs']} epochs of "
+        f"{fact['images_per_epoch']:,} images, an estimate",
+        f"{total} images/s: {prepared}/s decoded and cropped, {trained}/s trained on",
+        f"on {fact['device']}",
     ]
 
 
-def _count(n: int, noun: str) -> str:
-    return f"{n:,} {noun}" + "s" * (n != 1)
+def _count(things: Sequence[Any], noun: str) -> str:
+    return f"{len(things):,} {noun}" + "s" * (len(things) != 1)
 
 
 def _some(lines: Sequence[str]) -> list[str]:
     more = len(lines) - EXAMPLES
-    return [f"  {line}" for line in lines[:EXAMPLES]] + [f"  and {more:,} more: --out lists them"] * (more > 0)
-
-
-def _bytes(n: float) -> str:
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if n < 1000:
-            break
-        n, unit = n / 1000, "TB"
-    return f"{n:,.0f} bytes" if unit == "bytes" else f"{n:,.1f} {unit}"
-
-
-def _about(seconds: float) -> str:
-    for unit, length in (("day", 86_400), ("hour", 3_600), ("minute", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:,.0f} {unit}s"
-    return f"{seconds:,.0f} seconds"
+    return [f"  {line}" for line in lines[:EXAMPLES]] + [f"  and {more:,} more, all in the file of --out"] * (more > 0)
 
 
 WORDS: dict[str, Callable[[dict[str, Any]], list[str]]] = {

@@ -1,6 +1,7 @@
 """The label-free monitor: signals of a frozen backbone that ask for no label, and what they say about when to stop."""
 
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +18,10 @@ from simsiam.signals import neighbor_stability, neighbors, rankme, spectrum_auc,
 LOOKED_AT = 2000  # images, spread evenly over the training set: the same ones every time
 STEP = 2**63  # whose views they take, the same every time; no run gets there
 K = 10  # neighbors
+# What the advice goes by, with a unit: signals that rose and fell with kNN accuracy in docs/label_free.md.
+FOLLOWED = {"knn_top1": "kNN (%)", "view_retrieval": "views that find each other (%)"}
+ENOUGH = 6  # measurements
+STILL = 0.1  # a share of the whole gain, in the last third of the measurements, that counts as still rising
 
 
 class LabelFree(NamedTuple):
@@ -54,3 +59,34 @@ def label_free_monitor(
     if before is not None and before.shape == now.shape:
         values["neighbor_stability"] = neighbor_stability(before.to(device), now)
     return LabelFree({k: round(v, 4) for k, v in values.items()}, now.int().cpu(), found.skipped)
+
+
+def advise(lines: Sequence[Mapping[str, Any]]) -> str:
+    """Whether more epochs would help, with the reasons, from the lines of metrics.jsonl that have measurements.
+
+    A schedule that ends levels everything off, so a level says that this run is over, not that a longer one is no use.
+    """
+    reasons, rising, falling = [], False, False
+    for name, words in FOLLOWED.items():
+        values = [line[name] for line in lines if line.get(name) is not None]
+        if len(values) < ENOUGH:
+            continue
+        first, before, last, best, least = (
+            values[0],
+            values[-1 - len(values) // 3],
+            values[-1],
+            max(values),
+            min(values),
+        )
+        reasons.append(f"{words}: {first:.1f} first, {before:.1f} at two thirds, {last:.1f} at the end")
+        rising |= last > first and last - before > STILL * (best - least)
+        falling |= best - last > 0.5 * (best - least)
+    if not reasons:
+        return f"Fewer than {ENOUGH} measurements say nothing about when to stop: a smaller --knn-every takes more."
+    if rising:
+        advice = "Still rising at the end: more epochs are likely to help."
+    elif falling:
+        advice = "Past its best: fewer epochs, a lower --base-lr, or an earlier checkpoint."
+    else:
+        advice = "Leveled off: stop here, or plan a new run several times as long."
+    return f"{advice} {'; '.join(reasons)}."

@@ -10,7 +10,7 @@ import torch
 from simsiam.batches import batches, steps_per_epoch
 from simsiam.errors import Stopped, UsageError, WorkFailed
 from simsiam.knn import knn_monitor
-from simsiam.label_free import label_free_monitor
+from simsiam.label_free import advise, label_free_monitor
 from simsiam.monitors import finite, gauges, grad_norm, judge
 from simsiam.optim import set_lr
 from simsiam.precision import autocast
@@ -143,6 +143,7 @@ def train(run: Run, data: Data, parts: Parts, said: list[str]) -> None:
         {
             "verdict": verdict.verdict,
             "remedy": verdict.remedy,
+            "advice": advise(journal.lines),
             "steps": step,
             "epochs": round(step / per_epoch, 4),
             **knn,
