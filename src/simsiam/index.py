@@ -1,6 +1,7 @@
 """The index of a source: what every image file says of itself, looked at once and kept in the user's cache folder.
 
-A file is looked at again only if its path, modification time or size has changed. Loads no torch.
+A file is looked at again only if its path, modification time or size has changed, or if it could not be read: a right
+or a library may have been missing. Loads no torch.
 """
 
 import json
@@ -88,33 +89,38 @@ def index_of(names: Sequence[str | os.PathLike[str]], source: Source, channels: 
     Raises WorkFailed if a worker is killed. What has been seen by then, or by Ctrl-C, is kept.
     """
     paths = [str(name) if name in SOURCES else os.path.abspath(os.path.expanduser(name)) for name in names]
-    containers = [] if isinstance(source.train.encoded, Path) else _containers(paths)
-    key = blake2b(json.dumps([VERSION, channels, *paths]).encode(), digest_size=16).hexdigest()
-    old = _read(_cache() / f"{key}.arrow", containers)
+    containers = _containers(paths) if isinstance(source.train.encoded, Packed | Column) else []
+    name = blake2b(json.dumps([VERSION, channels, *paths]).encode(), digest_size=16).hexdigest()
+    old = _read(_cache() / f"{name}.arrow", containers)
     parts = list(source.splits.values())
     pa.default_memory_pool().release_unused()  # what opening a large source took besides
     stamps = _stamps(parts, containers)
 
-    if stamps.equals(old.table.select(STAMP.names)) and (stamps["mtime"].to_numpy() >= 0).all():
+    alike = stamps["key"].equals(old.table["key"])
+    before = np.arange(len(stamps))  # the row of each image in the old index
+    if not alike:
+        before = pc.index_in(stamps["key"], old.table["key"]).fill_null(-1).to_numpy()
+    kept = np.flatnonzero((before >= 0) & (stamps["mtime"].to_numpy() >= 0))
+    for column in ("bytes", "mtime"):
+        kept = kept[stamps[column].to_numpy()[kept] == old.table[column].to_numpy()[before[kept]]]
+    kept = kept[pc.equal(old.table["reason"], "").to_numpy()[before[kept]]]  # a reason may pass without the file's help
+    if alike and len(kept) == len(stamps):
         return old
 
-    before = pc.index_in(stamps["key"], old.table["key"]).fill_null(-1).to_numpy()  # the row of each image in the old
-    kept = np.flatnonzero((before >= 0) & (stamps["mtime"].to_numpy() >= 0))
-    for name in ("bytes", "mtime"):
-        kept = kept[stamps[name].to_numpy()[kept] == old.table[name].to_numpy()[before[kept]]]
     others = np.setdiff1d(np.arange(len(stamps)), kept)
-    seen = [old.table.select(SEEN.names).take(pa.array(before[kept]))]
+    seen = [SEEN.empty_table()]
     try:
         for part in _look_at(parts, others):
             seen.append(part)
     finally:
-        rows = np.concatenate([kept, others])[: sum(map(len, seen))]  # all, unless it was interrupted
-        order = np.argsort(rows)
-        columns = [*stamps.take(pa.array(rows[order])).columns, *pa.concat_tables(seen).take(pa.array(order)).columns]
-        found = Index(pa.table(columns, SCHEMA), {}, old.path, containers)
-        if found.table.equals(old.table):  # of what is looked at every time, or did not get far
-            found = old
-        else:
+        looked = pa.concat_tables(seen)
+        done = others[: len(looked)]  # all, unless it was interrupted
+        fresh = pa.table([*stamps.take(pa.array(done)).columns, *looked.columns], SCHEMA)
+        found = old
+        if not alike or not fresh.equals(old.table.take(pa.array(before[others]))):
+            table = pa.concat_tables([old.table.take(pa.array(before[kept])), fresh])
+            order = np.argsort(np.concatenate([kept, done]))
+            found = Index(table.take(pa.array(order)), {}, old.path, containers)
             found.save()
     return found
 
@@ -197,15 +203,14 @@ def _look_at(parts: Sequence[Images], rows: np.ndarray) -> Iterator[pa.Table]:
         for mine in [rows[(rows >= end - len(images)) & (rows < end)] - (end - len(images))]
         for start in range(0, len(mine), CHUNK)
     ]
-    found = _in_turn(look, jobs)
-    if len(jobs) < 2:
-        yield from found
+    if len(rows) <= CHUNK:  # done before processes would have started
+        yield from (look(*job) for job in jobs)
         return
 
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress
 
-    console = Console(stderr=True)
+    found, console = _in_turn(look, jobs), Console(stderr=True)
     columns = *Progress.get_default_columns(), MofNCompleteColumn()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("looking", total=len(rows))
