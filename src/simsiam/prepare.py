@@ -10,7 +10,7 @@ import torch
 from torch.optim import Optimizer
 
 from simsiam import recipes
-from simsiam.backbones import input_size
+from simsiam.backbones import RESNETS, input_size
 from simsiam.batches import steps_per_epoch
 from simsiam.choose import recipe_for
 from simsiam.errors import UsageError, unknown
@@ -59,6 +59,8 @@ def compose(
         base, why = recipe_for(names, opened)
     known = recipes.STATISTICS.get(names[0]) if len(names) == 1 else None
     absolute = [name if name in SOURCES else str(Path(name).expanduser().resolve()) for name in names]
+    if words.get("backbone") not in (None, *RESNETS):  # whose width and stem the recipe does not know
+        base = replace(base, width=Recipe.width, stem=None)
     complete = base.replace(**{"source": absolute} | dict(words))
     if complete.init is not None:
         complete = replace(complete, init=str(Path(complete.init).expanduser().resolve()))
