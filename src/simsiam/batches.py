@@ -21,7 +21,7 @@ from simsiam.images import CORES, Images, Unreadable
 from simsiam.recipes import Recipe
 
 ORDER = 2  # the seed's stream for the order of images; views draw from a stream of their own
-VIEWS = 2  # of each image
+SWEEP = 2**40  # the steps from here on take all images in order, once: a look at them before training
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,9 @@ def order(seed: int, epoch: int, count: int) -> np.ndarray:
 def members(step: int, recipe: Recipe, count: int) -> np.ndarray:
     """The images (N,) of a step's batch, by position in the training set."""
     per_epoch = steps_per_epoch(count, recipe.batch_size)
+    if step >= SWEEP:  # the last batch steps back to be whole
+        first = min((step - SWEEP) * recipe.batch_size, count - recipe.batch_size)
+        return np.arange(first, first + recipe.batch_size)
     first = step % per_epoch * recipe.batch_size
     return order(recipe.seed, step // per_epoch, count)[first : first + recipe.batch_size]
 
@@ -62,6 +65,11 @@ def batches(images: Images, recipe: Recipe, start: int, stop: int, device: torch
         clock = time.monotonic()
 
 
+def sweep(images: Images, recipe: Recipe, device: torch.device) -> Iterator[Batch]:
+    """Views of every image, in order."""
+    return batches(images, recipe, SWEEP, SWEEP - (-len(images) // recipe.batch_size), device)
+
+
 def _resident(images: Images, recipe: Recipe, start: int, stop: int, device: torch.device) -> Iterator[Batch]:
     assert images.pixels is not None and recipe.image_size and recipe.mean and recipe.std
     pixels = images.pixels.to(device)
@@ -70,7 +78,7 @@ def _resident(images: Images, recipe: Recipe, start: int, stop: int, device: tor
         x = views.make_views(
             pixels[index.to(device)],
             recipe.method.views,
-            count=VIEWS,
+            count=recipe.method.view_count,
             size=recipe.image_size,
             mean=recipe.mean,
             std=recipe.std,
@@ -117,7 +125,7 @@ class _Crops(Dataset):
         size = self.recipe.image_size
         assert size is not None
         crops = []
-        for view in range(VIEWS):
+        for view in range(self.recipe.method.view_count):
             d = _draw(self.recipe, step, view, [(image.height, image.width) for image in batch])
             boxes = zip(d.top, d.left, d.height, d.width, d.flip, strict=True)
             crops.append(

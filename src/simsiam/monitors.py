@@ -108,8 +108,19 @@ REMEDIES = {
 }
 
 
-def judge(lines: Sequence[Mapping[str, Any]], steps: int, *, diverged: bool = False) -> Verdict:
-    """The verdict on a run from its logged lines (those of metrics.jsonl that have a loss) after so many steps."""
+def judge(
+    lines: Sequence[Mapping[str, Any]],
+    steps: int,
+    *,
+    diverged: bool = False,
+    high: float | None = -0.25,
+    labels: bool = False,
+) -> Verdict:
+    """The verdict on a run from its logged lines (those of metrics.jsonl that have a loss) after so many steps.
+
+    A loss above `high` is not converging; a criterion that cannot say its range has None. With `labels` z are logits,
+    whose rank is that of the classes: the loss alone speaks.
+    """
     lines = [line for line in lines if "loss" in line]
     if diverged:
         return Verdict("diverged", REMEDIES["diverged"])
@@ -117,11 +128,11 @@ def judge(lines: Sequence[Mapping[str, Any]], steps: int, *, diverged: bool = Fa
         return Verdict("too early", REMEDIES["too early"])
     recent = lines[-max(3, len(lines) // 10) :]
     loss, std, rank = (median(line[key] for line in recent) for key in ("loss", "z_std_sqrt_d", "z_rank"))
-    if std < 0.1 or rank <= 2:
+    if not labels and (std < 0.1 or rank <= 2):
         word = "collapsed"
-    elif loss > -0.25:
+    elif high is not None and loss > high:
         word = "not converging"
-    elif std < 0.5 or rank <= 3:
+    elif not labels and (std < 0.5 or rank <= 3):
         word = "partial collapse"
     else:
         word = "healthy"
