@@ -11,6 +11,8 @@ from typing import Literal
 from simsiam.errors import UsageError, within
 
 HeadBN = Literal["proj_hidden", "proj_out", "pred_hidden", "pred_out"]
+Solution = Literal["shared", "momentum", "alternation", "moving_average", "expectation", "labels"]
+Pairs = Literal["symmetric", "asymmetric", "asymmetric_2x", "single"]
 
 # The terms of the loss, each (view of p, view of t); views are counted from 0 (section 4.6).
 PAIRS = {
@@ -60,8 +62,8 @@ class Method:
     output_bn_affine: bool = False  # affine in f's output BN: 68.1 with, 68.2 without (section 4.4)
     output_bias: bool = True  # a bias in a head's last layer, where no batch norm follows it
     bn: Literal["per_view", "joint", "split"] = "per_view"  # whose statistics: a view's, all views', an eighth's (MoCo)
-    # t, the target: how the paper's eta is solved (section 5).
-    target: Literal["shared", "momentum", "alternation", "moving_average", "expectation", "labels"] = "shared"  # of t
+    # t, the target.
+    target: Solution = "shared"  # how t, the paper's eta, is solved (section 5)
     target_decay: float | None = None  # m of momentum (else 0.99, BYOL's) or moving_average (else 0.8, section 5.2)
     target_schedule: Literal["constant", "cosine"] = "constant"  # of momentum's m; cosine takes it to 1 (BYOL)
     target_steps: int = 1  # alternation: steps between two solutions for eta, 0 for an epoch; 1 is SimSiam (5.2)
@@ -70,7 +72,7 @@ class Method:
     # The loss: `loss_scale` times the mean of D(p_i, t_j) over `pairs`.
     criterion: str = "cosine"  # D: cosine (equation 1), cross_entropy (4.5), or one of another row
     loss_scale: float = 1.0  # matters to weight decay, and to parameters that LARS does not adapt
-    pairs: Literal["symmetric", "asymmetric", "asymmetric_2x", "single"] = "symmetric"  # (1,2) (2,1); (1,2); .. (4.6)
+    pairs: Pairs = "symmetric"  # views (1,2) and (2,1); (1,2); (1,2) and (3,4); one view and its label (section 4.6)
     tau: float = 0.1  # temperature of nt_xent, info_nce and swapped
     queue: int = 65536  # info_nce: past targets that serve as negatives
     barlow_lambda: float = 5e-3  # barlow_twins: weight of the correlations off the diagonal

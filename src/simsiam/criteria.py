@@ -65,8 +65,9 @@ def nt_xent(p: Tensor, t: Tensor, *, tau: float) -> Tensor:
     """
     p, t = F.normalize(p, dim=1), F.normalize(t, dim=1)
     others, targets = gather(p), gather(t)
-    label = own(torch.arange(len(targets), device=t.device), len(t))
-    itself = F.one_hot(label, len(targets)).bool()
+    every = torch.arange(len(targets), device=t.device)
+    label = own(every, len(t))
+    itself = label[:, None] == every
     similarities = torch.cat([p @ targets.T, (p @ others.T).masked_fill(itself, -math.inf)], dim=1)
     return F.cross_entropy(similarities / tau, label)
 

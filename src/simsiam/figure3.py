@@ -49,31 +49,22 @@ def svg() -> str:
     ]
     style = 'font-family="sans-serif" font-size="11" text-anchor="middle" stroke-width="1.2"'
     ground = '<rect width="100%" height="100%" fill="white"/>'
-    return "\n".join([f'<svg xmlns="http://www.w3.org/2000/svg" {size} {style}>', ground, *panels, "</svg>", ""])
+    return "\n".join([f'<svg xmlns="http://www.w3.org/2000/svg" {size} {style}>', ground, *panels, "</svg>"])
 
 
 def panel(row: Method) -> str:
     """One method: the branch of p on the left, that of t on the right, D above them."""
     left, right, labels = 44, 124, row.target == "labels"
-    side = {"swapped": "Sinkhorn", "info_nce": "queue"}.get(row.criterion, "")
-    encoder = (
-        "labels" if labels else f"{row.target} encoder".replace("shared ", "") if row.target in COPIES else "encoder"
-    )
-    parts = [_text(84, 18, row.name, INK, "bold")]
-    parts += [_arrow(left, 206, 182), _text(84, 224, "image", INK)] + [_arrow(right, 206, 182)] * (not labels)
-    parts += [_box(left, 168, "encoder", INK), _box(right, 168, encoder, INK if encoder == "encoder" else NEW)]
-    parts += [_arrow(left, 154, 122), _box(left, 108, "predictor", INK), _arrow(left, 94, 62)]
-    if row.predictor == "none":
-        parts[-3:] = [_arrow(left, 154, 62)]
-    parts += [_arrow(right, 154, 122), _box(right, 108, side, NEW), _arrow(right, 94, 62)]
-    if not side:
-        parts[-3:] = [_arrow(right, 154, 62)]
+    between = {"swapped": "Sinkhorn", "info_nce": "queue"}.get(row.criterion, "")  # encoder and D, on the right
+    second = row.target if labels else f"{row.target} encoder" if row.target in COPIES else "encoder"
+    parts = [_text(84, 18, row.name, INK, "bold"), _text(84, 224, "image", INK), _dashed(left - 14)]
+    parts += [_bar(right)] if row.stop_gradient else [_dashed(right + 14)]
+    parts += [_arrow(left, 206, 182)] + [_arrow(right, 206, 182)] * (not labels)
+    parts += [_arrow(left, 154, 62), _arrow(right, 154, 62)]
+    parts += [_box(left, 168, "encoder", INK), _box(right, 168, second, INK if second == "encoder" else NEW)]
+    parts += [_box(left, 108, "predictor", INK)] * (row.predictor != "none")
+    parts += [_box(right, 108, between, NEW)] * bool(between)
     parts += [_box(84, 48, row.criterion, INK if row.criterion == SIMSIAM.criterion else NEW, 150)]
-    parts += [_dashed(left - 14)]
-    if row.stop_gradient:
-        parts += [f'<path d="M{right + 6} 76h16" stroke="{INK}" stroke-width="3"/>']
-    else:
-        parts += [_dashed(right + 14)]
     return "".join(parts)
 
 
@@ -83,7 +74,7 @@ def _text(x: int, y: int, words: str, color: str, weight: str = "normal") -> str
 
 def _box(x: int, y: int, words: str, color: str, width: int = 76) -> str:
     outline = (
-        f'<rect x="{x - width // 2}" y="{y - 14}" width="{width}" height="28" rx="4" fill="none" stroke="{color}"/>'
+        f'<rect x="{x - width // 2}" y="{y - 14}" width="{width}" height="28" rx="4" fill="white" stroke="{color}"/>'
     )
     if len(words) > 12 and " " in words and width < 100:
         first, second = words.split(" ", 1)
@@ -97,3 +88,7 @@ def _arrow(x: int, start: int, stop: int) -> str:
 
 def _dashed(x: int) -> str:
     return f'<path d="M{x} 62V154" fill="none" stroke="{INK}" stroke-dasharray="4 3"/>'
+
+
+def _bar(x: int) -> str:
+    return f'<path d="M{x - 8} 80h16" stroke="{INK}" stroke-width="3"/>'

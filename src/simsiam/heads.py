@@ -66,7 +66,10 @@ def joint(network: nn.Module, views: dict[int, Tensor]) -> dict[int, Tensor]:
 
 
 def split(network: nn.Module, views: dict[int, Tensor]) -> dict[int, Tensor]:
-    """A call for each eighth of each view: what 8 GPUs compute that do not synchronize batch norm."""
+    """A call for each eighth of each view: what 8 GPUs compute that do not synchronize batch norm.
+
+    Each process splits its own share of the batch, so several processes do not compute what one does.
+    """
     return {view: torch.cat([network(part) for part in x.tensor_split(PARTS)]) for view, x in views.items()}
 
 

@@ -97,11 +97,12 @@ REMEDIES = {
     "healthy": "Nothing to mend. More epochs usually help: compare kNN, or simply use the backbone.",
     "too early": f"Fewer than {ENOUGH_STEPS} steps say nothing yet: train longer, or take a smaller batch to get more "
     "steps from the same images.",
-    "collapsed": "All images get nearly the same output, so the backbone has learned nothing. Check that stop-gradient "
-    "is on and that there is a predictor; then lower --base-lr by 4 and start again.",
+    "collapsed": "All images get nearly the same output, so the backbone has learned nothing. Check that the "
+    "cells are the row's in `simsiam methods` (simsiam: a predictor, the gradient stopped); then lower --base-lr by 4 "
+    "and start again.",
     "partial collapse": "The outputs use only a few directions. Lower --base-lr by 2 to 4, try a larger backbone or "
     "more varied views (a smaller --crop-min), and start again.",
-    "not converging": "The loss stays high. Check that the predictor is trained (not fixed) and that its output has no "
+    "not converging": "The loss stays high. Check that a predictor is trained (not fixed) and that its output has no "
     "batch norm; then lower --base-lr by 4, or add --warmup-epochs 10.",
     "diverged": "The loss is no longer a number. Lower --base-lr by 4, or add --warmup-epochs 10, and start again; "
     "--precision float32 rules out rounding.",
