@@ -116,20 +116,15 @@ def test_a_row_on_equal_terms_and_the_table_of_rows(tmp_path, capsys):
 
     run = ["pretrain", "--out", str(tmp_path / "run"), "--method", "simclr", "--equal-terms", "--predictor", "mlp"]
     assert main([*run, "--stop-gradient", *flags(**QUICK)]) == 0
-    method = Run(tmp_path / "run").recipe.method
-    assert (method.criterion, method.optimizer, method.predictor, method.stop_gradient) == (
-        "nt_xent",
-        "sgd",
-        "mlp",
-        True,
-    )
+    row = Run(tmp_path / "run").recipe.method
+    assert (row.criterion, row.optimizer, row.predictor, row.stop_gradient) == ("nt_xent", "sgd", "mlp", True)
     capsys.readouterr()
     for how, start in (("text", "method "), ("markdown", "| method |"), ("svg", "<svg ")):
         assert main(["methods", "--format", how]) == 0
         assert capsys.readouterr().out.startswith(start)
 
 
-def test_a_single_image_is_pointed_at_its_folder(capsys, tmp_path):
+def test_a_single_image_is_too_few(capsys, tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "one.png")
     code, error = said(capsys, "pretrain", tmp_path / "one.png")
-    assert code == 2 and "folder" in error
+    assert code == 2 and "there are only 1 images" in error

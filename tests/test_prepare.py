@@ -1,11 +1,16 @@
 """What a source asks for, and what a run is given of it."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from simsiam.images import open_source, sample
+from simsiam.images import sample
 from simsiam.prepare import compose, prepare
+from simsiam.recipes import Recipe, folder
+from simsiam.sources import open_source
 
 
 @pytest.mark.parametrize("limit", [100, 400, 512, 1000])
@@ -18,7 +23,7 @@ def test_a_limit_keeps_every_class_in_proportion(limit):
 def test_a_name_wins_over_a_folder_of_that_name_and_stays_a_name(tmp_path):
     (tmp_path / "shapes").mkdir()
     recipe, _, why = compose("shapes", None, {})
-    assert recipe.source == "shapes" and "the recipe for shapes" in why
+    assert recipe.source == ("shapes",) and "the recipe for shapes" in why
 
 
 def test_a_folder_called_like_a_named_source_gets_a_folders_recipe(tmp_path):
@@ -27,16 +32,37 @@ def test_a_folder_called_like_a_named_source_gets_a_folders_recipe(tmp_path):
     for i in range(40):
         Image.new("RGB", (64, 64), (i, 0, 0)).save(folder / f"{i}.png")
     recipe, _, why = compose(str(folder), None, {})
-    assert recipe.image_size == 64 and "40 images" in why and recipe.mean[1] == 0
+    assert recipe.image_size == 64 and "40 images" in why[1] and recipe.mean[1] == 0
 
 
 def test_mean_and_std_are_measured_and_what_is_given_is_kept():
     measured, source, _ = compose("shapes", None, {})
-    pixels = source.train.pixels[:, 0].double() / 255
+    pixels = torch.from_numpy(source.train.pixels[:, 0]).double() / 255
     assert measured.mean[0] == pytest.approx(pixels.mean().item(), abs=2e-3)
     assert measured.std[0] == pytest.approx(pixels.std().item(), abs=2e-3)
     given, _, _ = compose("shapes", None, {"mean": (0.5, 0.5, 0.5)})
     assert given.mean == (0.5, 0.5, 0.5) and given.std == measured.std
+
+
+def test_tiny_images_take_larger_crops_and_large_ones_the_papers(tmp_path):
+    """No crop of a folder's recipe is enlarged more than a fifth of a CIFAR image: 1 / sqrt(0.2) times."""
+    for side, size in ((20, 32), (32, 32), (50, 32), (64, 64), (96, 96), (300, 224)):
+        words = folder(1000, side)
+        assert words["image_size"] == size
+        assert size / (side * words["crop_min"] ** 0.5) < 0.2**-0.5 + 0.03, side
+        assert words["crop_min"] == 0.2 or side < 32
+
+
+def test_where_only_val_is_labeled_it_is_split_into_voters_and_voted_on():
+    """STL-10: unlabeled images to learn from; the test set stays out of it."""
+    shapes = open_source("shapes")
+    source = replace(shapes, train=replace(shapes.train, labels=None, classes=()))
+    recipe = Recipe().replace(batch_size=32, image_size=32)
+    data = prepare(recipe, source)
+    assert len(data.train) == 4000 and (len(data.bank), len(data.held_out)) == (800, 200)
+    assert np.bincount(data.held_out.labels).tolist() == [20] * 10
+    assert {key.split("#")[0] for key in [*data.bank.keys, *data.held_out.keys]} == {"val"}
+    assert prepare(recipe.replace(holdout=0), source).held_out is None
 
 
 def test_images_are_held_out_of_training():

@@ -48,7 +48,7 @@ def test_appendix_d():
         ({"base_lr": float("nan")}, "base_lr is nan"),
         ({"base_lr": float("inf")}, "base_lr is inf"),
         ({"std": (0.0, 0.2, 0.2)}, "std is 0.0"),
-        ({"mean": (0.5,)}, "mean takes 3 values, not 1"),
+        ({"mean": (0.5,)}, "mean has 1 values for 3 channels"),
         ({"epochs": 5, "warmup_epochs": 10}, "warmup_epochs is 10 and epochs 5"),
     ],
 )

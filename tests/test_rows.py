@@ -13,12 +13,12 @@ import simsiam
 from simsiam import figure3
 from simsiam.columns import TERMS, Method
 from simsiam.errors import UsageError
-from simsiam.images import open_source
 from simsiam.methods import METHODS
 from simsiam.prepare import compose
 from simsiam.recipes import Recipe
 from simsiam.run import Run
 from simsiam.siamese import build
+from simsiam.sources import open_source
 
 HERE = Path(__file__).parents[1]
 SMALL = {"backbone": "resnet10", "width": 4, "image_size": 16}

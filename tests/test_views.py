@@ -148,11 +148,21 @@ def test_crop_one_is_pillow_and_agrees_with_crop(h, w, size):
     for i in range(16):
         top, left, height, width, flip = (v[i].item() for v in (d.top, d.left, d.height, d.width, d.flip))
         image = F.to_pil_image(images[i])
-        ours = crop_one(image, top, left, height, width, flip, size)
+        ours = crop_one(np.asarray(image), top, left, height, width, flip, size)
         assert ours.dtype == torch.uint8 and ours.is_contiguous()
         theirs = F.resized_crop(image, top, left, height, width, [size, size])
         assert ours.equal(pil_to_tensor(F.hflip(theirs) if flip else theirs))
         assert (ours / 255 - together[i]).abs().max() < 1.5 / 255
+
+
+@pytest.mark.parametrize("channels", [1, 2, 5, 16])
+def test_crop_one_of_any_number_of_channels_crops_each_alike(channels):
+    image = np.random.default_rng(channels).integers(0, 256, (20, 30, channels), dtype=np.uint8)
+    ours = crop_one(image, 3, 4, 15, 11, True, 8)
+    assert ours.shape == (channels, 8, 8)
+    for c in range(channels):
+        alike = crop_one(image[..., [c, c, c]], 3, 4, 15, 11, True, 8)
+        assert alike.equal(ours[[c, c, c]])
 
 
 ADJUST = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
@@ -279,7 +289,7 @@ def test_cropping_in_workers_gives_the_views_of_the_batch():
     for image, p in zip(images, positions, strict=True):
         d = draw(recipe, np.array([[40, 28]]), positions=np.array([p]), **key)
         box = (v.item() for v in (d.top, d.left, d.height, d.width, d.flip))
-        crops.append(crop_one(F.to_pil_image(image), *box, size=24))
+        crops.append(crop_one(image.permute(1, 2, 0).numpy(), *box, size=24))
     d = draw(recipe, np.full((16, 2), 24), positions=positions, **key)
     view = normalize(color(torch.stack(crops) / 255, d), HALF, HALF)
     (batch,) = two_views(images, positions, recipes=(recipe,), count=1)

@@ -1,7 +1,12 @@
 """Backbones: an image in, one feature vector h out, with the vector's width in `.dim`.
 
-Networks and parameter names are torchvision's, so weights move freely between the two libraries.
+Networks and parameter names are torchvision's, or timm's for `timm/NAME`, so weights move freely between the libraries.
 """
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from difflib import get_close_matches
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,27 +25,34 @@ RESNETS: dict[str, tuple[type[BasicBlock | Bottleneck], list[int]]] = {
     "resnet152": (Bottleneck, [3, 8, 36, 3]),
 }
 SMALL = 64  # up to this many pixels a ResNet takes the small stem
+TIMM = "timm/"  # what stands before the name of a model of timm's
 
 
 class ResNet(models.ResNet):
     """torchvision's ResNet without its classifier, with a width and, for small images, CIFAR's stem.
 
-    Images (N, 3, H, W) to features (N, dim), dim = 8 * width (4 times that with bottlenecks). Convolutions are
+    Images (N, channels, H, W) to features (N, dim), dim = 8 * width (4 times that with bottlenecks). Convolutions are
     initialized as in torchvision, and the last batch norm of every residual block starts at zero (appendix A).
     """
 
     def __init__(
-        self, block: type[BasicBlock | Bottleneck], layers: list[int], *, width: int = 64, stem: str = "large"
+        self,
+        block: type[BasicBlock | Bottleneck],
+        layers: list[int],
+        *,
+        width: int = 64,
+        stem: str = "large",
+        channels: int = 3,
     ):
         self.width = width
         super().__init__(block, layers, zero_init_residual=True)
         self.dim = self.inplanes
         self.fc = nn.Identity()  # type: ignore[assignment]
         if stem == "small":  # appendix D: 3x3, stride 1, no pooling
-            self.conv1 = nn.Conv2d(3, width, 3, stride=1, padding=1, bias=False)
+            self.conv1 = nn.Conv2d(channels, width, 3, stride=1, padding=1, bias=False)
             self.maxpool = nn.Identity()  # type: ignore[assignment]
         else:
-            self.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
+            self.conv1 = nn.Conv2d(channels, width, 7, stride=2, padding=3, bias=False)
         nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
         self.bn1 = nn.BatchNorm2d(width)
 
@@ -50,21 +62,62 @@ class ResNet(models.ResNet):
         return super()._make_layer(block, planes * self.width // 64, *args, **kwargs)
 
 
-def backbone(name: str, *, image_size: int, width: int = 64, stem: str | None = None) -> nn.Module:
-    """The named network without its classifier. Raises UsageError for a name or a combination that has none.
+def backbone(name: str, *, image_size: int, width: int = 64, stem: str | None = None, channels: int = 3) -> nn.Module:
+    """The named network, freshly initialized and without its classifier: (N, channels, H, W) to (N, dim).
 
-    `stem` is "small" or "large" (ResNets only); by default small up to 64 px.
+    The name is one of RESNETS, a classification model of torchvision's, or `timm/NAME`. `stem` is "small" or "large"
+    (RESNETS only); by default small up to 64 px. Raises UsageError for a name or a combination that has no network.
     """
+    input_size(name)  # raises for an unknown name
+    if not 1 <= channels <= 16:
+        raise UsageError(f"channels is {channels}; it lies between 1 and 16")
     if name in RESNETS:
         block, layers = RESNETS[name]
-        return ResNet(block, layers, width=width, stem=stem or ("small" if image_size <= SMALL else "large"))
-    known = models.list_models(module=models)
-    if name not in known:
-        raise unknown("backbone", name, [*RESNETS, *known])
+        stem = stem or ("small" if image_size <= SMALL else "large")
+        return ResNet(block, layers, width=width, stem=stem, channels=channels)
     if width != 64 or stem is not None:
         raise UsageError(f"width and stem belong to {', '.join(RESNETS)}; {name} has neither")
+    if name.startswith(TIMM):
+        return from_timm(name, image_size, channels)
+    if channels != 3:
+        raise UsageError(f"{name} takes 3 channels, not {channels}; {', '.join(RESNETS)} and {TIMM}... take 1 to 16")
     plain = {"aux_logits": False, "init_weights": True} if name in ("googlenet", "inception_v3") else {}
     return without_classifier(models.get_model(name, weights=None, **plain), name, image_size)
+
+
+def input_size(name: str) -> int | None:
+    """The image size that the named network was designed for, or None where none is stated; builds no network.
+
+    timm states one for each model, the other networks have none. Raises UsageError for an unknown name.
+    """
+    if name.startswith(TIMM):
+        return min(timm_config(name).input_size[1:])
+    known = [*RESNETS, *models.list_models(module=models)]
+    if name not in known:
+        raise unknown("backbone", name, known)
+    return None
+
+
+def timm_config(name: str) -> Any:
+    """What timm states about `timm/NAME`: its PretrainedCfg. Raises UsageError for an unknown name."""
+    import timm
+
+    names = [TIMM + known for known in timm.list_models(name_matches_cfg=True)]
+    if name not in names:
+        raise unknown("backbone", name, get_close_matches(name, names, n=5, cutoff=0))  # of more than a thousand
+    return timm.get_pretrained_cfg(name.removeprefix(TIMM))
+
+
+def from_timm(name: str, image_size: int, channels: int) -> nn.Module:
+    """timm's model without classifier and pretrained weights, made for images of this size and so many channels."""
+    import timm
+
+    # timm calls an input size fixed where the constructor fixes it, by img_size; other models take images as they come.
+    img_size = image_size if timm_config(name).fixed_input_size else None
+    with refusing(name, image_size, channels):
+        model = timm.create_model(name.removeprefix(TIMM), num_classes=0, in_chans=channels, img_size=img_size)
+        h = features_of_zeros(model, image_size, channels)
+    return with_dim(model, name, h, model.head_hidden_size)  # type: ignore[arg-type]
 
 
 def without_classifier(model: nn.Module, name: str, image_size: int) -> nn.Module:
@@ -75,12 +128,34 @@ def without_classifier(model: nn.Module, name: str, image_size: int) -> nn.Modul
     path, last = linear[-1]
     parent, _, child = path.rpartition(".")
     setattr(model.get_submodule(parent), child, nn.Identity())
+    with refusing(name, image_size):
+        h = features_of_zeros(model, image_size)
+    return with_dim(model, name, h, last.in_features)
+
+
+@contextmanager
+def refusing(name: str, image_size: int, channels: int = 3) -> Iterator[None]:
+    """Whatever a network raises on images it cannot take becomes one UsageError, with the size it is made for."""
     try:
-        with torch.no_grad():
-            shape = tuple(model.eval()(torch.zeros(1, 3, image_size, image_size)).shape)
-    except (RuntimeError, AssertionError, ValueError) as error:
-        raise UsageError(f"{name} does not take images of {image_size} px: {str(error).splitlines()[0]}") from None
-    if shape != (1, last.in_features):
-        raise UsageError(f"{name} has no clear feature output: {shape} where (1, {last.in_features}) was expected")
-    model.dim = last.in_features  # type: ignore[assignment]
+        yield
+    except Exception as error:  # the libraries raise RuntimeError, AssertionError, TypeError, ZeroDivisionError, ...
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        images = f"images of {image_size} px" + (f" with {channels} channels" if channels != 3 else "")
+        made_for = input_size(name)
+        hint = f" (it is made for {made_for} px)" if made_for else ""
+        raise UsageError(f"{name} does not take {images}{hint}: {reason}") from None
+
+
+def features_of_zeros(model: nn.Module, image_size: int, channels: int = 3) -> Any:
+    """What the model gives for one zero image; batch norm's statistics and the random numbers stay as they are."""
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        return model.eval()(torch.zeros(1, channels, image_size, image_size))
+
+
+def with_dim(model: nn.Module, name: str, h: Any, dim: int) -> nn.Module:
+    """The model with `.dim`, in training mode; raises UsageError where h, one image's features, is not (1, dim)."""
+    if not isinstance(h, torch.Tensor) or h.shape != (1, dim):
+        shape = tuple(h.shape) if isinstance(h, torch.Tensor) else type(h).__name__
+        raise UsageError(f"{name} has no clear feature output: {shape} where (1, {dim}) was expected")
+    model.dim = dim  # type: ignore[assignment]
     return model.train()

@@ -11,16 +11,17 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from simsiam import views
+from simsiam.decode import Unreadable
 from simsiam.errors import UsageError, WorkFailed
-from simsiam.images import CORES, Images, Unreadable
+from simsiam.images import CORES, Images
 from simsiam.recipes import Recipe
 
 ORDER = 2  # the seed's stream for the order of images; views draw from a stream of their own
+VIEWS = 2  # of each image, where nobody trains on them
 SWEEP = 2**40  # the steps from here on take all images in order, once: a look at them before training
 
 
@@ -71,76 +72,101 @@ def sweep(images: Images, recipe: Recipe, device: torch.device) -> Iterator[Batc
 
 
 def _resident(images: Images, recipe: Recipe, start: int, stop: int, device: torch.device) -> Iterator[Batch]:
-    assert images.pixels is not None and recipe.image_size and recipe.mean and recipe.std
-    pixels = images.pixels.to(device)
+    assert images.pixels is not None
+    pixels = torch.from_numpy(images.pixels).to(device)
     for step in range(start, stop):
         index = torch.from_numpy(members(step, recipe, len(images)))
-        x = views.make_views(
-            pixels[index.to(device)],
-            recipe.method.views,
-            count=recipe.method.view_count,
-            size=recipe.image_size,
-            mean=recipe.mean,
-            std=recipe.std,
-            seed=recipe.seed,
-            step=step,
-            positions=np.arange(recipe.batch_size),
-        )
-        yield Batch(step, index, x, 0.0, [])
+        yield Batch(step, index, _views_of(pixels[index.to(device)], recipe, step, recipe.method.view_count), 0.0, [])
 
 
 def _streamed(images: Images, recipe: Recipe, start: int, stop: int, device: torch.device) -> Iterator[Batch]:
-    assert recipe.mean and recipe.std
     workers = CORES if recipe.workers is None else recipe.workers
-    crops_of = _Crops(images, recipe)
-    pin = device.type == "cuda"
-    loader = DataLoader(crops_of, batch_size=None, sampler=range(start, stop), num_workers=workers, pin_memory=pin)
+    steps, pin = _Steps(images, recipe), device.type == "cuda"
+    loader = DataLoader(steps, batch_size=None, sampler=range(start, stop), num_workers=workers, pin_memory=pin)
     for step, made in enumerate(loader, start):
         if isinstance(made, WorkFailed):
             raise made
         crops, index, skipped = made
-        x = []
-        for view, pixels in enumerate(crops.to(device, non_blocking=True)):
-            draws = _draw(recipe, step, view, [(1, 1)] * len(pixels))  # colors do not depend on the image's size
-            colored = views.color(pixels.float().div_(255), draws)
-            x.append(views.normalize(colored, recipe.mean, recipe.std).contiguous(memory_format=torch.channels_last))
-        yield Batch(step, index, x, 0.0, skipped)
+        yield Batch(step, index, _finished(crops.to(device, non_blocking=True), recipe, step), 0.0, skipped)
 
 
-class _Crops(Dataset):
-    """A step to the crops of its batch, uint8 (views, N, 3, size, size): what a worker does."""
+def views_of(
+    images: Images, index: np.ndarray, recipe: Recipe, step: int, device: torch.device, *, count: int = VIEWS
+) -> list[Tensor]:
+    """The first views, as in training, of the images at `index`, as if they were the batch of that step."""
+    if images.pixels is not None:
+        return _views_of(torch.from_numpy(images.pixels[index]).to(device), recipe, step, count)
+    crops, _, _ = _crops(images, index, recipe, step, count)
+    return _finished(crops.to(device), recipe, step)
+
+
+def _views_of(pixels: Tensor, recipe: Recipe, step: int, count: int) -> list[Tensor]:
+    assert recipe.image_size and recipe.mean and recipe.std
+    return views.make_views(
+        pixels,
+        recipe.method.views,
+        count=count,
+        size=recipe.image_size,
+        mean=recipe.mean,
+        std=recipe.std,
+        seed=recipe.seed,
+        step=step,
+        positions=np.arange(len(pixels)),
+    )
+
+
+def _finished(crops: Tensor, recipe: Recipe, step: int) -> list[Tensor]:
+    """Crops uint8 (views, N, C, size, size) to views: what the device does."""
+    assert recipe.mean and recipe.std
+    x = []
+    for view, pixels in enumerate(crops):
+        draws = _draw(recipe, step, view, [(1, 1)] * len(pixels))  # colors do not depend on the image's size
+        colored = views.color(pixels.float().div_(255), draws)
+        x.append(views.normalize(colored, recipe.mean, recipe.std).contiguous(memory_format=torch.channels_last))
+    return x
+
+
+class _Steps(Dataset):
+    """A step to the crops of its batch: what a worker does."""
 
     def __init__(self, images: Images, recipe: Recipe):
         self.images, self.recipe = images, recipe
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor, list[tuple[str, str]]] | WorkFailed:
         try:
-            return self._make(step)
+            index = members(step, self.recipe, len(self.images))
+            return _crops(self.images, index, self.recipe, step, self.recipe.method.view_count)
         except WorkFailed as error:  # handed over rather than raised: a worker's exceptions arrive with a traceback
             return error
 
-    def _make(self, step: int) -> tuple[Tensor, Tensor, list[tuple[str, str]]]:
-        skipped: list[tuple[str, str]] = []
-        index, batch = zip(*(self._read(i, skipped) for i in members(step, self.recipe, len(self.images))), strict=True)
-        size = self.recipe.image_size
-        assert size is not None
-        crops = []
-        for view in range(self.recipe.method.view_count):
-            d = _draw(self.recipe, step, view, [(image.height, image.width) for image in batch])
-            boxes = zip(d.top, d.left, d.height, d.width, d.flip, strict=True)
-            crops.append(
-                torch.stack([views.crop_one(image, *box, size) for image, box in zip(batch, boxes, strict=True)])
-            )
-        return torch.stack(crops), torch.tensor(index), skipped
 
-    def _read(self, i: int, skipped: list[tuple[str, str]]) -> tuple[int, Image.Image]:
-        """Image i or, where it is unreadable, the next one that is not: batches stay whole and stay the same."""
-        for at in range(i, i + len(self.images)):
+def _crops(
+    images: Images, index: np.ndarray, recipe: Recipe, step: int, count: int
+) -> tuple[Tensor, Tensor, list[tuple[str, str]]]:
+    """Crops uint8 (views, N, C, size, size) of images read once each, which images they are, and what was unreadable.
+
+    In the place of an unreadable image stands the next one that is not: batches stay whole and stay the same.
+    """
+    size, skipped = recipe.image_size, list[tuple[str, str]]()
+    assert size
+    smallest = min(v.crop_min for v in recipe.method.views) * views.ASPECT[0]
+    least = round(size / smallest**0.5)  # a large JPEG need not be decoded larger: no crop of it is enlarged
+
+    def read(i: int) -> tuple[int, np.ndarray]:
+        for at in range(i, i + len(images)):
             try:
-                return at % len(self.images), self.images.read(at % len(self.images))
+                return at % len(images), images.read(at % len(images), least)
             except Unreadable as error:
-                skipped.append((self.images.keys[at % len(self.images)], str(error)))
-        raise WorkFailed(f"none of the {len(self.images)} images can be read; the first reason: {skipped[0][1]}")
+                skipped.append((images.keys[at % len(images)], str(error)))
+        raise WorkFailed(f"none of the {len(images)} images can be read; the first reason: {skipped[0][1]}")
+
+    found, batch = zip(*map(read, index), strict=True)
+    crops = []
+    for view in range(count):
+        d = _draw(recipe, step, view, [image.shape[:2] for image in batch])
+        boxes = zip(d.top, d.left, d.height, d.width, d.flip, strict=True)
+        crops.append(torch.stack([views.crop_one(image, *box, size) for image, box in zip(batch, boxes, strict=True)]))
+    return torch.stack(crops), torch.tensor(found), skipped
 
 
 def _draw(recipe: Recipe, step: int, view: int, sizes: list[tuple[int, int]]) -> views.Draws:

@@ -53,6 +53,11 @@ def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--equal-terms", action="store_true", default=argparse.SUPPRESS, help=note)
 
 
+def add_source(parser: argparse.ArgumentParser, count: str, default: str = "") -> None:
+    text = "shapes (embedded), cifar10, cifar100, stl10, folders of images, a .txt that lists them, a .zip or .tar, "
+    parser.add_argument("source", nargs=count, metavar="SOURCE", help=f"{text}or Parquet {default}".strip())
+
+
 def _metavar(kind: Any) -> str:
     options = typing.get_args(kind)
     if typing.get_origin(kind) is typing.Literal:
@@ -70,15 +75,10 @@ def build_parser() -> Parser:
     pretrain = verbs.add_parser(
         "pretrain",
         help="train a backbone on images without labels; writes a run folder",
-        usage="simsiam pretrain [SOURCE] [--out RUN] [--FLAG VALUE ...]",
+        usage="simsiam pretrain [SOURCE ...] [--out RUN] [--FLAG VALUE ...]",
         epilog="In brackets: the paper's baseline. The source or --recipe chooses other values for some; flags win.",
     )
-    pretrain.add_argument(
-        "source",
-        nargs="?",
-        metavar="SOURCE",
-        help="shapes (embedded), cifar10, cifar100, stl10, a folder of images, or a Parquet file or folder [shapes]",
-    )
+    add_source(pretrain, "*", "[shapes]")
     pretrain.add_argument("--recipe", metavar="NAME or FILE", help=f"{', '.join(recipes.RECIPES)}, or a recipe.yaml")
     pretrain.add_argument("--out", metavar="RUN", help="the run folder; it must not exist [runs/SOURCE-METHOD-N]")
     add_recipe_flags(pretrain)
@@ -86,6 +86,27 @@ def build_parser() -> Parser:
     resume = verbs.add_parser("resume", help="continue a run bit for bit from its last checkpoint")
     resume.add_argument("run", metavar="RUN")
     resume.add_argument("--epochs", metavar="N", type=int, help="extend the run; says what that does to the schedule")
+
+    inspect = verbs.add_parser(
+        "inspect",
+        help="what a source holds: sizes, formats, labels, duplicates, broken files, the recipe, the time it takes",
+        usage="simsiam inspect SOURCE [SOURCE ...] [--channels N] [--out FILE.json]",
+    )
+    add_source(inspect, "+")
+    inspect.add_argument("--channels", metavar="N", type=int, default=3, help="of an image [3]")
+    inspect.add_argument("--out", metavar="FILE.json", help="write the facts here too")
+
+    preview = verbs.add_parser(
+        "preview",
+        help="a picture of images and the views made of them",
+        usage="simsiam preview SOURCE [SOURCE ...] --out FILE.png [--FLAG VALUE ...]",
+        epilog="The flags are those of pretrain; the source or --recipe chooses their values as it does there.",
+    )
+    add_source(preview, "+")
+    preview.add_argument("--out", metavar="FILE.png", required=True, help="the picture; one of that name is replaced")
+    preview.add_argument("--rows", metavar="N", type=int, default=8, help="images [8]")
+    preview.add_argument("--recipe", metavar="NAME or FILE", help=f"{', '.join(recipes.RECIPES)}, or a recipe.yaml")
+    add_recipe_flags(preview)
 
     demo = verbs.add_parser("demo", help="see it work: pretrain on the embedded set, beside baselines and a ceiling")
     demo.add_argument("--seeds", metavar="N", type=int, default=1, help="runs to average over [1]")
@@ -112,6 +133,14 @@ def run(arguments: dict[str, Any]) -> None:
         from simsiam.pretrain import resume
 
         tell(resume(arguments["run"], epochs=arguments["epochs"]))
+    elif verb == "inspect":
+        from simsiam.inspect import inspect
+
+        inspect(arguments["source"], channels=arguments["channels"], out=arguments["out"])
+    elif verb == "preview":
+        from simsiam.preview import preview
+
+        print(preview(arguments.pop("source"), **arguments))
     elif verb == "demo":
         from simsiam.demo import demo
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from simsiam.batches import batches, steps_per_epoch
 from simsiam.errors import UsageError
 from simsiam.features import extract
-from simsiam.images import Images, Source, open_source
+from simsiam.images import Images
 from simsiam.knn import knn_top1
 from simsiam.optim import cosine
 from simsiam.precision import autocast, pick_device, pick_precision
@@ -21,6 +21,7 @@ from simsiam.pretrain import pretrain
 from simsiam.progress import Line, Stopwatch
 from simsiam.recipes import Recipe
 from simsiam.run import Run, load, next_free, transform_of, vacant, whole
+from simsiam.sources import Source, open_source
 
 RAW, UNTRAINED, SIMSIAM, SUPERVISED = "raw pixels", "untrained network", "SimSiam, no labels", "supervised, all labels"
 

@@ -21,6 +21,11 @@ def unknown(kind: str, given: object, allowed: Iterable[str]) -> UsageError:
     return UsageError(f"unknown {kind} {str(given)!r}: {hint}")
 
 
+def shown(name: str) -> str:
+    """A file's name as one printable line: line breaks, terminal escapes and what is not UTF-8 as backslashes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+
+
 def within(owner: object, **ranges: tuple[float, float]) -> None:
     """Raises UsageError for a field of `owner` (or a value of a tuple there) that is set and outside its range."""
     for name, (low, high) in ranges.items():

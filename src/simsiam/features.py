@@ -11,8 +11,9 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as TF
 
+from simsiam.decode import Unreadable
 from simsiam.errors import WorkFailed
-from simsiam.images import Images, Unreadable
+from simsiam.images import CORES, Images
 from simsiam.precision import autocast
 
 
@@ -30,10 +31,11 @@ class Transform:
         """256 for a crop of 224 and in proportion for others; small images are not cropped (section A, appendix D)."""
         return self.size if self.size <= 64 else round(self.size * 256 / 224)
 
-    def __call__(self, image: Image.Image | Sequence[Image.Image]) -> Tensor:
-        """One image or several to a batch (N, 3, size, size), float32."""
-        images = [image] if isinstance(image, Image.Image) else image
-        return self.normalize(torch.cat([self.crop(TF.pil_to_tensor(i.convert("RGB"))[None]) for i in images]))
+    def __call__(self, image: Image.Image | np.ndarray | Sequence[Image.Image | np.ndarray]) -> Tensor:
+        """One image or several to a batch (N, C, size, size), float32. An array is uint8 (H, W, C)."""
+        images = [image] if isinstance(image, Image.Image | np.ndarray) else image
+        arrays = [np.asarray(i.convert("RGB")) if isinstance(i, Image.Image) else i for i in images]
+        return self.normalize(torch.cat([self.crop(tensor(array)) for array in arrays]))
 
     def crop(self, pixels: Tensor) -> Tensor:
         """uint8 (N, C, H, W) to uint8 (N, C, size, size)."""
@@ -45,6 +47,11 @@ class Transform:
         """uint8 (N, C, size, size) to float32, (x / 255 - mean) / std."""
         mean, std = (torch.tensor(v, device=pixels.device).view(-1, 1, 1) for v in (self.mean, self.std))
         return (pixels.float() / 255 - mean) / std
+
+
+def tensor(pixels: np.ndarray) -> Tensor:
+    """uint8 (H, W, C) to (1, C, H, W)."""
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))[None]
 
 
 class Features(NamedTuple):
@@ -94,16 +101,16 @@ def chunks(
 
     def read(i: int) -> Tensor | None:
         try:
-            return transform.crop(TF.pil_to_tensor(images.read(i))[None])
+            return transform.crop(tensor(images.read(i, least=2 * transform.resize)))
         except Unreadable as error:
             skipped.append((images.keys[i], str(error)))
             return None
 
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(CORES) as pool:
         for start in range(0, len(images), size):
             index = np.arange(start, min(start + size, len(images)))
             if images.pixels is not None:
-                yield index, transform.crop(images.pixels[start : start + size])
+                yield index, transform.crop(torch.from_numpy(images.pixels[start : start + size]))
                 continue
             found = [(i, pixels) for i, pixels in zip(index, pool.map(read, index), strict=True) if pixels is not None]
             if found:

@@ -1,25 +1,28 @@
 """Before the loop: the recipe a source asks for, the images to train on and those kept out, the model and optimizer."""
 
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch.optim import Optimizer
 
 from simsiam import recipes
+from simsiam.backbones import input_size
 from simsiam.batches import steps_per_epoch, sweep
+from simsiam.choose import recipe_for
 from simsiam.errors import UsageError, unknown
 from simsiam.features import Transform, chunks
-from simsiam.images import SOURCES, Images, Source, hold_out, in_memory, measure_sizes, open_source, sample
+from simsiam.images import Images, hold_out, in_memory, sample
 from simsiam.optim import build_optimizer
 from simsiam.precision import autocast, pick_device, pick_precision
 from simsiam.recipes import Recipe
 from simsiam.run import initialize, read_recipe
 from simsiam.siamese import Siamese, build
+from simsiam.sources import SOURCES, Source, open_source
 from simsiam.targets import MovingAverage
 
 LOOKED_AT = 1000  # images that mean, std and sizes are measured on, spread evenly over the training set
@@ -27,63 +30,53 @@ LOOKED_AT = 1000  # images that mean, std and sizes are measured on, spread even
 
 @dataclass(frozen=True)
 class Data:
-    """What a run reads: images to train on, labeled images held out of them (or None), and files that do not decode."""
+    """What a run reads."""
 
     train: Images
-    held_out: Images | None
-    unreadable: list[tuple[str, str]]
+    bank: Images  # labeled images that vote in the kNN monitor, where there are any: the training images if they can
+    held_out: Images | None  # labeled images they vote on
+    unreadable: list[tuple[str, str]]  # key and reason of files that do not decode
+    seen: int  # how many images there were, readable or not
 
 
-def compose(source: str | None, recipe: str | Recipe | None, words: Mapping[str, Any]) -> tuple[Recipe, Source, str]:
-    """The complete recipe for a source, the opened source, and why this recipe: the source decides, words override."""
+def compose(
+    sources: str | os.PathLike[str] | Sequence[str] | None, recipe: str | Recipe | None, words: Mapping[str, Any]
+) -> tuple[Recipe, Source, list[str]]:
+    """The complete recipe, the opened source, and why this recipe: the source decides, words override."""
     if isinstance(recipe, Recipe):
-        base, why = recipe, "given"
+        base, why = recipe, ["given"]
     elif recipe in recipes.RECIPES:
-        base, why = Recipe().replace(**recipes.RECIPES[recipe]()), f"{recipe}, by name"
+        base, why = Recipe().replace(**recipes.RECIPES[recipe]()), [f"{recipe}, by name"]
     elif recipe is not None:
         if not Path(recipe).is_file():
             raise unknown("recipe", recipe, [*recipes.RECIPES, "a YAML file"])
-        base, why = read_recipe(Path(recipe)), f"from {recipe}"
+        base, why = read_recipe(Path(recipe)), [f"from {recipe}"]
     else:
-        base, why = None, ""
-    name = source or (base.source if base else "shapes")
-    opened = open_source(name)
+        base, why = None, []
+    given = [os.fspath(sources)] if isinstance(sources, str | os.PathLike) else list(sources or [])
+    names = given or (list(base.source) if base else ["shapes"])
+    channels = words.get("channels", base.channels if base else 3)
+    opened = open_source(names, Recipe().replace(channels=channels).channels)
     if base is None:
-        base, why = recipe_for(name, opened)
-    known = recipes.STATISTICS.get(name)
-    name = name if name in SOURCES else str(Path(name).expanduser().resolve())
-    complete = base.replace(**{"source": name} | dict(words))
+        base, why = recipe_for(names, opened)
+    known = recipes.STATISTICS.get(names[0]) if len(names) == 1 else None
+    absolute = [name if name in SOURCES else str(Path(name).expanduser().resolve()) for name in names]
+    complete = base.replace(**{"source": absolute} | dict(words))
     if complete.init is not None:
         complete = replace(complete, init=str(Path(complete.init).expanduser().resolve()))
     if complete.image_size is None:
-        complete = replace(complete, image_size=224)
+        complete = replace(complete, image_size=input_size(complete.backbone) or 224)
     if complete.mean is None or complete.std is None:
         mean, std = known or statistics(opened.train, complete)
         complete = complete.replace(mean=complete.mean or mean, std=complete.std or std)
     return complete, opened, why
 
 
-def recipe_for(name: str, source: Source) -> tuple[Recipe, str]:
-    """The recipe that a source asks for, and the reason in words."""
-    if name in recipes.RECIPE_OF:
-        recipe = recipes.RECIPE_OF[name]
-        return Recipe().replace(**recipes.RECIPES[recipe]()), f"{recipe}, the recipe for {name}"
-    sides = measure_sizes(source.train).min(axis=1)
-    if len(sides) == 0:
-        raise UsageError(f"no image in {source.name} can be read")
-    side, count = int(np.median(sides)), len(source.train)
-    if side <= 32 and count >= 10_000:
-        return Recipe().replace(**recipes.cifar()), f"cifar, for {count:,} images of {side} px"
-    words = recipes.folder(count, side)
-    size = f"views of {words['image_size']} px"
-    return Recipe().replace(**words), f"folder, for {count:,} images with a median shorter side of {side} px: {size}"
-
-
 def statistics(images: Images, recipe: Recipe) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of each channel, in 0..1, over images prepared as for evaluation."""
     assert recipe.image_size
     transform = Transform(size=recipe.image_size, mean=(0.0,), std=(1.0,))
-    count, total, squares = 0, torch.zeros(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
+    count, total, squares = 0, torch.zeros(recipe.channels).double(), torch.zeros(recipe.channels).double()
     for _, pixels in chunks(sample(images, LOOKED_AT), transform, []):
         x = transform.normalize(pixels).double().movedim(1, 0).flatten(1)
         count, total, squares = count + x.shape[1], total + x.sum(1), squares + x.square().sum(1)
@@ -98,24 +91,27 @@ def prepare(recipe: Recipe, source: Source) -> Data:
     """Limit, decode what fits in memory, and hold out; a function of the recipe and the files alone.
 
     Labeled images are held out of the training set, unless the source has a `val` split beside its `test` split (a lone
-    `val` is what others test on) and no number is asked for. Raises UsageError where the images do not fill one batch.
+    `val` is what others test on) and no number is asked for. Where only `val` is labeled (STL-10), a fifth of it is
+    classified by the rest. Raises UsageError where the images do not fill one batch.
     """
     limit_bytes = int(recipe.cache_gib * 2**30)
-    train, unreadable = in_memory(sample(source.train, recipe.limit), limit_bytes)
-    held_out = None
-    if train.labels is not None and recipe.holdout != 0:
-        if recipe.holdout is None and source.val is not None and source.test is not None:
-            held_out, more = in_memory(source.val, limit_bytes)
-            unreadable += more
-        elif count := min(len(train) // 10, 5000) if recipe.holdout is None else recipe.holdout:
-            train, held_out = hold_out(train, count)
+    everything = sample(source.train, recipe.limit)
+    train, unreadable = in_memory(everything, limit_bytes)
+    seen, bank, held_out, tenth = len(everything), train, None, min(len(train) // 10, 5000)
+    beside = None if source.val is None or source.val.labels is None or recipe.holdout == 0 else source.val
+    if beside is not None and (train.labels is None or (recipe.holdout is None and source.test is not None)):
+        held_out, more = in_memory(beside, limit_bytes)
+        unreadable, seen = unreadable + more, seen + len(beside)
+        if train.labels is None:
+            bank, held_out = hold_out(held_out, recipe.holdout or max(1, len(held_out) // 5))
+    elif train.labels is not None and (count := tenth if recipe.holdout is None else recipe.holdout):
+        train, held_out = hold_out(train, count)
+        bank = train
     steps_per_epoch(len(train), recipe.batch_size)
     if recipe.method.target == "labels" and (train.labels is None or len(train.classes) > recipe.method.dim):
         known = "no labels" if train.labels is None else f"{len(train.classes)} classes: dim is {recipe.method.dim}"
-        raise UsageError(
-            f"target labels needs one of at most `dim` labels for each image, and {source.name} has {known}"
-        )
-    return Data(train, held_out, unreadable)
+        raise UsageError(f"target labels needs a label, of at most `dim`, for each image; {source.name} has {known}")
+    return Data(train, bank, held_out, unreadable, seen)
 
 
 class Parts(NamedTuple):
@@ -137,6 +133,7 @@ def assemble(recipe: Recipe) -> Parts:
         image_size=recipe.image_size,
         width=recipe.width,
         stem=recipe.stem,
+        channels=recipe.channels,
         seed=recipe.seed,
     )
     if recipe.init is not None:

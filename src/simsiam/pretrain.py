@@ -1,6 +1,7 @@
 """Pretraining: the loop. It reads downward once, and whatever it learns goes into the run folder."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,20 +9,21 @@ import torch
 
 from simsiam.batches import batches, steps_per_epoch
 from simsiam.errors import Stopped, UsageError, WorkFailed
-from simsiam.images import open_source
 from simsiam.knn import knn_monitor
+from simsiam.label_free import label_free_monitor
 from simsiam.monitors import finite, gauges, grad_norm, judge
 from simsiam.optim import set_lr
 from simsiam.precision import autocast
 from simsiam.prepare import Data, Parts, assemble, compose, prepare, solve_first
-from simsiam.progress import Interrupt, Line, Stopwatch
+from simsiam.progress import Interrupt, Line, Stopwatch, told
 from simsiam.recipes import Recipe
 from simsiam.run import Journal, Run, environment, next_free, transform_of, vacant, write_recipe
+from simsiam.sources import open_source
 from simsiam.targets import eta_bytes
 
 
 def pretrain(
-    source: str | None = None,
+    source: str | os.PathLike[str] | Sequence[str] | None = None,
     *,
     recipe: str | Recipe | None = None,
     out: str | os.PathLike[str] | None = None,
@@ -37,7 +39,7 @@ def pretrain(
     path = vacant(out or next_free(f"{opened.name}-{complete.method.name}"))
     data, parts = prepare(complete, opened), assemble(complete)
     run = Run.create(path, complete)  # only now: a wrong request leaves nothing behind
-    train(run, data, parts, said=[f"recipe   {why}", f"run      {path}"])
+    train(run, data, parts, said=[*told("recipe", why), *told("run", [str(path)])])
     return path
 
 
@@ -49,7 +51,7 @@ def resume(path: str | os.PathLike[str], *, epochs: int | None = None) -> Path:
             raise UsageError(f"a run can only be extended: epochs is {run.recipe.epochs}, and steps must not be set")
         run.recipe = run.recipe.replace(epochs=epochs)
     recipe = run.recipe.replace(init=None) if run.checkpoint() else run.recipe  # the checkpoint has all weights
-    data, parts = prepare(run.recipe, open_source(run.recipe.source)), assemble(recipe)
+    data, parts = prepare(run.recipe, open_source(run.recipe.source, run.recipe.channels)), assemble(recipe)
     write_recipe(run.path, run.recipe)
     train(run, data, parts, said=[])
     return run.path
@@ -74,22 +76,26 @@ def train(run: Run, data: Data, parts: Parts, said: list[str]) -> None:
         optimizer.load_state_dict(state["optimizer"])
     start = step = state["step"]
     diverged = ""
-    run.quarantine(data.unreadable)
+    run.quarantine(data.unreadable, seen=data.seen)
 
     def save(name: str) -> None:
         moved = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
         run.save(name, state | moved | {"step": step, "seconds": watch.seconds})
 
     def measure() -> dict[str, float]:
-        assert data.held_out is not None
-        sets = data.train, data.held_out
-        found, skipped = knn_monitor(model, *sets, transform_of(recipe), device=device, precision=precision)
+        how: dict[str, Any] = {"device": device, "precision": precision}
+        found = label_free_monitor(model, data.train, recipe, transform_of(recipe), state.get("neighbors"), **how)
+        run.quarantine(found.skipped)
+        state["neighbors"] = found.neighbors
+        if data.held_out is None:
+            return found.values
+        top1, skipped = knn_monitor(model, data.bank, data.held_out, transform_of(recipe), **how)
         run.quarantine(skipped)
-        state["knn"] |= {"last": found["knn_top1"]}
-        if found["knn_top1"] > state["knn"].get("best", -1):
-            state["knn"] |= {"best": found["knn_top1"], "best_step": step}
+        state["knn"] |= {"last": top1["knn_top1"]}
+        if top1["knn_top1"] > state["knn"].get("best", -1):
+            state["knn"] |= {"best": top1["knn_top1"], "best_step": step}
             save("best")
-        return found
+        return found.values | top1
 
     with Journal(run, start) as journal, Line(start, steps, per_epoch) as line, Interrupt() as interrupt:
         for text in said + changed:
@@ -110,7 +116,7 @@ def train(run: Run, data: Data, parts: Parts, said: list[str]) -> None:
 
             last, stopping = step == steps, bool(interrupt.signum)
             logged = last or step == 1 or step % recipe.log_every == 0
-            measured = data.held_out and (last or step % (per_epoch * recipe.knn_every) == 0)
+            measured = last or step % (per_epoch * recipe.knn_every) == 0
             kept = step % (per_epoch * recipe.save_every) == 0
             saved = last or kept or stopping or watch.stale(recipe.save_seconds)
             if (logged or saved or measured) and not finite(output.loss, model if saved or measured else None):
@@ -131,7 +137,7 @@ def train(run: Run, data: Data, parts: Parts, said: list[str]) -> None:
                     save(f"epoch-{step // per_epoch:04d}")
                 if saved:
                     save("last")
-                run.quarantine(batch.skipped)
+                run.quarantine(batch.skipped, seen=min(step * recipe.batch_size, data.seen))
             if stopping:
                 break
 

@@ -3,7 +3,7 @@
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,7 +20,7 @@ class Line:
         self.values: dict[str, Any] = {}
         self.console = Console(stderr=True, highlight=False)
         self.live = Progress(
-            TextColumn("{task.fields[epochs]}"), BarColumn(8), TextColumn("{task.fields[words]}"),
+            TextColumn("{task.fields[epochs]}"), BarColumn(5), TextColumn("{task.fields[words]}"),
             console=self.console, disable=not self.console.is_terminal,
         )  # fmt: skip
         self.task = self.live.add_task("", total=steps, completed=start, epochs="", words="starting")
@@ -37,6 +37,7 @@ class Line:
                 "data_wait": "wait {:.0%}",
                 "loss": "loss {:.3f}",
                 "z_std_sqrt_d": "z-std {:.2f}",
+                "view_retrieval": "views {:.0f}%",
                 "knn_top1": "kNN {:.1f}",
             }.items()
             if name in self.values
@@ -56,6 +57,11 @@ class Line:
 
     def __exit__(self, *error: object) -> None:
         self.live.stop()
+
+
+def told(word: str, lines: Sequence[str]) -> list[str]:
+    """Lines that say one thing, its name before the first."""
+    return [f"{word if i == 0 else '':<8} {line}" for i, line in enumerate(lines)]
 
 
 class Stopwatch:

@@ -15,6 +15,7 @@ from simsiam.columns import BELONGS, PARTS, TERMS, Method, Views
 from simsiam.errors import UsageError, unknown, within
 from simsiam.methods import METHODS
 
+SMALL = 64  # up to this many pixels a ResNet takes the small stem (D)
 STANDARD_SIZES = (32, 64, 96, 128, 224)  # sizes of a view that a folder's images are matched with
 
 
@@ -22,15 +23,16 @@ STANDARD_SIZES = (32, 64, 96, 128, 224)  # sizes of a view that a folder's image
 class Recipe:
     """One run of one method. None means "chosen from the images", and the run folder records what was chosen."""
 
-    source: str = "shapes"  # a name, a folder of images, or a Parquet file or folder
+    source: tuple[str, ...] = ("shapes",)  # a name, folders of images, a list, an archive, or Parquet
     method: Method = METHODS["simsiam"]
     backbone: str = "resnet50"  # resnet10 to resnet152, or any torchvision classification model
     width: int = 64  # channels of a ResNet's first stage; 64 is the standard network
     stem: Literal["small", "large"] | None = None  # 3x3 without pooling up to 64 px, 7x7 with pooling above (D)
     init: str | None = None  # a run folder or a backbone.safetensors to start the backbone from
+    channels: int = 3  # of an image: 3 RGB, 1 gray, 4 RGBA, or as many as NumPy and TIFF files have
     image_size: int | None = None  # side of a view in pixels
-    mean: tuple[float, float, float] | None = None  # per channel, in 0..1; known for named sources, else measured
-    std: tuple[float, float, float] | None = None  # likewise
+    mean: tuple[float, ...] | None = None  # per channel, in 0..1; known for named sources, else measured
+    std: tuple[float, ...] | None = None  # likewise
     limit: int | None = None  # train on this many images, spread evenly over the source
     holdout: int | None = None  # labeled images kept out of training for the kNN monitor; a tenth, at most 5000
     epochs: int = 100  # passes over the training images
@@ -41,6 +43,7 @@ class Recipe:
     precision: Literal["auto", "bfloat16", "float32"] = "auto"  # auto: bfloat16 where the device is fast at it
     compile: bool = False  # torch.compile the network; a minute to start, and the bits differ from eager
     workers: int | None = None  # processes that decode images too many for memory; as many as cores
+    max_unreadable: float = 0.5  # stop when more than this share of the images cannot be read
     cache_gib: float = 1.0  # images of one size whose pixels fit in this many GiB stay decoded in memory
     knn_every: int = 1  # epochs between measurements of the kNN monitor
     save_every: int = 100  # epochs between the checkpoints that are kept
@@ -51,7 +54,10 @@ class Recipe:
         within(self, width=(1, inf), image_size=(8, 4096), limit=(1, inf), holdout=(0, inf), epochs=(1, inf))
         within(self, steps=(1, inf), batch_size=(2, inf), seed=(0, 2**63), workers=(0, 1024), cache_gib=(0, 1e6))
         within(self, knn_every=(1, inf), save_every=(1, inf), save_seconds=(0, inf), log_every=(1, inf))
-        within(self, mean=(-10, 10), std=(1e-6, 10))
+        within(self, mean=(-10, 10), std=(1e-6, 10), channels=(1, 16), max_unreadable=(0, 1))
+        for name in ("mean", "std"):
+            if (values := getattr(self, name)) is not None and len(values) != self.channels:
+                raise UsageError(f"{name} has {len(values)} values for {self.channels} channels")
         if self.steps is None and self.method.warmup_epochs >= self.epochs:
             raise UsageError(f"warmup_epochs is {self.method.warmup_epochs} and epochs {self.epochs}: nothing is left")
         if self.method.bn == "split" and self.batch_size < 2 * PARTS:
@@ -185,14 +191,18 @@ def folder(count: int, side: int) -> dict[str, Any]:
     """A folder of photographs: the paper's baseline on a ResNet-18, sized by the images.
 
     A crop keeps 60 % of an image's area on average, so the largest standard size below sqrt(0.6) of the median shorter
-    side asks for no upsampling; images of 96 px and less keep their own size. Few images take a smaller batch, so that
-    an epoch has at least 16 steps.
+    side asks for no upsampling; images of 96 px and less keep their own size. Images smaller than a view take larger
+    crops, so that none is enlarged more than on CIFAR: 1 / sqrt(0.2) times. Few images take a smaller batch, so that an
+    epoch has at least 16 steps.
     """
     wanted = side if side <= 96 else 0.6**0.5 * side
     size = max(s for s in STANDARD_SIZES if s <= max(wanted, 32))
     batch = next(b for b in (256, 128, 64, 32, 16) if b == 16 or count >= 16 * b)
-    blur = {} if size > 32 else {"blur": 0.0}  # as in appendix D
-    return {"backbone": "resnet18", "image_size": size, "epochs": 200, "batch_size": batch, **blur, "knn_every": 5}
+    return {
+        "backbone": "resnet18", "image_size": size, "epochs": 200, "batch_size": batch, "knn_every": 5,
+        "blur": 0.5 if size > 32 else 0.0,  # as in appendix D
+        "crop_min": round(min(0.2 * max(1.0, size / side) ** 2, 0.6), 2),
+    }  # fmt: skip
 
 
 RECIPES: dict[str, Callable[[], dict[str, Any]]] = {"imagenet": imagenet, "cifar": cifar, "shapes": shapes}

@@ -25,13 +25,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from simsiam.backbones import backbone
-from simsiam.errors import UsageError
+from simsiam.errors import UsageError, WorkFailed, shown
 from simsiam.features import Transform
 from simsiam.recipes import Recipe
 
 FORMAT = 1  # of a checkpoint
+ENOUGH_SEEN = 20  # images; among fewer, the share of unreadable ones says little
 # What may differ between a checkpoint's recipe and the run's: where things are, and how far to go.
-MAY_CHANGE = {"source": "", "init": None, "device": "auto", "workers": None, "epochs": 10**9, "save_seconds": 0}
+MAY_CHANGE = {"source": (), "init": None, "device": "auto", "workers": None, "epochs": 10**9, "save_seconds": 0}
 
 
 @contextmanager
@@ -127,7 +128,7 @@ class Run:
             raise UsageError(f"{self.path} has logged steps and no checkpoints/last.pt to go on from")
         state = state or fresh
         if state["images"] != images:
-            raise UsageError(f"{self.recipe.source} has {images} images now and had {state['images']} at the start")
+            raise UsageError(f"the source has {images} images now and had {state['images']} at the start")
         for stray in self.path.rglob("*.part"):
             stray.unlink()
         start = self.json("environment.json").get("start", now())
@@ -152,13 +153,22 @@ class Run:
         self.write("summary.json", summary)
         self.write("environment.json", self.json("environment.json") | {"end": now()})
 
-    def quarantine(self, unreadable: Sequence[tuple[str, str]]) -> None:
-        """List files that do not decode, each once, with the reason."""
-        if unreadable:
-            known = self.quarantined()
-            new = dict.fromkeys(f"{key}\t{reason}" for key, reason in unreadable) | dict.fromkeys(known)
-            if len(new) > len(known):
-                self.write("quarantine.txt", "".join(f"{line}\n" for line in sorted(new)))
+    def quarantine(self, unreadable: Sequence[tuple[str, str]], seen: int | None = None) -> None:
+        """List files that do not decode, each once, with the reason.
+
+        Raises WorkFailed when they are more than the recipe's share of the images `seen` so far.
+        """
+        if not unreadable:
+            return
+        known = self.quarantined()
+        new = dict.fromkeys(f"{shown(key)}\t{reason}" for key, reason in unreadable) | dict.fromkeys(known)
+        if len(new) > len(known):
+            self.write("quarantine.txt", "".join(f"{line}\n" for line in sorted(new)))
+        if seen and len(new) > max(seen, ENOUGH_SEEN) * self.recipe.max_unreadable:
+            raise WorkFailed(
+                f"{len(new)} of {seen} images cannot be read, more than --max-unreadable "
+                f"{self.recipe.max_unreadable:g} allows: {self.path}/quarantine.txt lists them with the reasons"
+            )
 
     def quarantined(self) -> list[str]:
         path = self.path / "quarantine.txt"
@@ -282,7 +292,8 @@ def transform_of(recipe: Recipe) -> Transform:
 def bare_backbone(recipe: Recipe) -> nn.Module:
     """The recipe's backbone, freshly initialized."""
     assert recipe.image_size
-    return backbone(recipe.backbone, image_size=recipe.image_size, width=recipe.width, stem=recipe.stem)
+    size, name = recipe.image_size, recipe.backbone
+    return backbone(name, image_size=size, width=recipe.width, stem=recipe.stem, channels=recipe.channels)
 
 
 def initialize(model: nn.Module, recipe: Recipe) -> None:

@@ -89,6 +89,7 @@ def build(
     image_size: int = 224,
     width: int = 64,
     stem: str | None = None,
+    channels: int = 3,
     seed: int = 0,
 ) -> Siamese:
     """The named method on the named backbone, or on any module with a `.dim`; torch's global generator is left alone.
@@ -102,5 +103,5 @@ def build(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if isinstance(backbone, str):
-            backbone = named_backbone(backbone, image_size=image_size, width=width, stem=stem)
+            backbone = named_backbone(backbone, image_size=image_size, width=width, stem=stem, channels=channels)
         return Siamese(backbone, method)

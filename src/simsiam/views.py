@@ -111,11 +111,13 @@ def crop(images: Tensor, draws: Draws, size: int) -> Tensor:
     return _both_axes(rows, images.float().div_(255), columns).clamp_(0, 1)
 
 
-def crop_one(image: Image.Image, top: int, left: int, height: int, width: int, flip: bool, size: int) -> Tensor:
-    """The same for one RGB image of any size, by Pillow: uint8 (3, size, size)."""
+def crop_one(image: np.ndarray, top: int, left: int, height: int, width: int, flip: bool, size: int) -> Tensor:
+    """The same for one image uint8 (H, W, C) of any size, by Pillow: uint8 (C, size, size)."""
     # Not resize(box=...): at the edges of the box its filter reaches beyond, into the rest of the image.
-    box = image.crop((left, top, left + width, top + height))
-    pixels = np.asarray(box.resize((size, size), Image.Resampling.BILINEAR))
+    box = image[top : top + height, left : left + width]
+    parts = [box] if box.shape[2] == 3 else np.moveaxis(box, 2, 0)  # Pillow has no image of 5 channels
+    resized = [Image.fromarray(part).resize((size, size), Image.Resampling.BILINEAR) for part in parts]
+    pixels = np.dstack([np.asarray(part) for part in resized])
     return torch.from_numpy((pixels[:, ::-1] if flip else pixels).transpose(2, 0, 1).copy())
 
 

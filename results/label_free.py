@@ -1,0 +1,72 @@
+"""Which label-free signals follow kNN accuracy? Spearman's correlation over the kept checkpoints of finished runs.
+
+    simsiam pretrain CIFAR10 --recipe cifar --backbone resnet18 --width 16 --batch-size 256 --epochs 24 --save-every 1 \\
+        --holdout 0 --log-every 25 --seed S --out runs/S       (for S in 0 1 2; any labeled source will do)
+    python results/label_free.py runs/0 runs/1 runs/2 --out results/label_free.json
+
+kNN: k = 200, 10,000 training images vote on 5,000 test images. Every signal is a function of one checkpoint (neighbor
+stability: of two consecutive ones); the loss and the gauges are the run's own, logged nearest before it.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from statistics import mean, stdev
+
+import torch
+from scipy.stats import spearmanr
+
+from simsiam.images import in_memory, sample
+from simsiam.knn import knn_monitor
+from simsiam.label_free import label_free_monitor
+from simsiam.prepare import assemble
+from simsiam.run import Run, transform_of, whole
+from simsiam.sources import open_source
+
+GAUGES = ("loss", "z_std_sqrt_d", "z_rank", "z_cosine_squared", "h_rank")
+
+
+def curves(path: str, until: int | None) -> list[dict]:
+    """A row for each kept checkpoint: epoch, kNN, signals, gauges."""
+    run = Run(path)
+    source = open_source(run.recipe.source, run.recipe.channels)
+    assert source.test is not None and source.train.labels is not None, "a labeled source with a test split"
+    bank, queries = (in_memory(sample(s, n), 2**31)[0] for s, n in ((source.train, 10_000), (source.test, 5_000)))
+    parts, transform, before, rows = assemble(run.recipe), transform_of(run.recipe), None, []
+    how = {"device": parts.device, "precision": parts.precision}
+    for file in sorted((run.path / "checkpoints").glob("epoch-*.pt"))[:until]:
+        state = torch.load(file, weights_only=True)
+        parts.model.load_state_dict(state["model"])
+        free = label_free_monitor(parts.model, bank, run.recipe, transform, before, **how)
+        before = free.neighbors
+        knn, _ = knn_monitor(parts.model, bank, queries, transform, **how)
+        logged = [line for line in run.metrics() if line["step"] <= state["step"] and "loss" in line][-1]
+        rows.append({"epoch": int(file.stem[6:])} | knn | free.values | {name: logged[name] for name in GAUGES})
+        print(path, rows[-1], file=sys.stderr, flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+")
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--until", type=int, help="use the first so many checkpoints")
+    asked = parser.parse_args()
+    of_runs = {Path(path).name: curves(path, asked.until) for path in asked.runs}
+    names = [name for name in next(iter(of_runs.values()))[-1] if name not in ("epoch", "knn_top1")]
+    table = {}
+    for name in names:
+        rhos = []
+        for rows in of_runs.values():
+            pairs = [(row[name], row["knn_top1"]) for row in rows if name in row]
+            rhos.append(spearmanr(*zip(*pairs, strict=True)).statistic)
+        table[name] = {"spearman": [round(r, 3) for r in rhos], "mean": round(mean(rhos), 3)}
+        table[name] |= {"std": round(stdev(rhos), 3)} if len(rhos) > 1 else {}
+        print(f"{name:20} " + " ".join(f"{r:6.2f}" for r in rhos) + f"   mean {mean(rhos):5.2f}")
+    with whole(Path(asked.out)) as part:
+        part.write_text(json.dumps({"command": sys.argv, "spearman_with_knn": table, "curves": of_runs}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,279 @@
+"""The index of a source: what every image file says of itself, looked at once and kept in the user's cache folder.
+
+A file is looked at again only if its path, modification time or size has changed. Loads no torch.
+"""
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from hashlib import blake2b
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from simsiam.decode import EXTENSIONS, MAX_PIXELS, MODES, Unreadable, decode, header
+from simsiam.errors import WorkFailed
+from simsiam.images import CORES, Column, Images, Packed
+from simsiam.sources import SOURCES, Source
+
+VERSION = 1  # of the files in the cache
+CHUNK = 128  # images looked at before a worker reports
+NAMES = 10_000  # file names held as Python objects at a time
+# What tells whether a file has changed; an mtime in ns, or -1: look every time.
+STAMP = pa.schema({"key": pa.large_binary(), "bytes": pa.int64(), "mtime": pa.int64()})
+# What a look at it finds.
+SEEN = pa.schema(
+    [
+        ("height", pa.int32()),
+        ("width", pa.int32()),
+        ("format", pa.string()),
+        ("misnamed", pa.bool_()),  # the name ends as that of another format
+        ("reason", pa.string()),  # why it cannot be read, or ""
+        ("digest", pa.binary(16)),  # of the file's bytes
+    ]
+)
+SCHEMA = pa.schema([*STAMP, *SEEN])
+# What the files of a format are called; elsewhere just like the format.
+CALLED = {"JPEG": (".jpg", ".jpeg", ".jfif"), "TIFF": (".tif", ".tiff"), "PPM": (".ppm", ".pgm")}
+# How a complete file ends: with the marker EOI, or with the chunk IEND, empty, and its checksum.
+END = {"JPEG": b"\xff\xd9", "PNG": b"\0\0\0\0IEND\xaeB`\x82"}
+
+
+@dataclass(frozen=True, eq=False)
+class Index:
+    """A row an image, split after split in the order of the source, and what is known of exactly these images."""
+
+    table: pa.Table  # of SCHEMA
+    facts: dict[str, Any]  # whatever was measured on the images, as JSON; empty once one has changed, come or gone
+    path: Path  # where it is kept
+    containers: list[Any]  # path, mtime and size of the archive or the Parquet files that the images lie in
+
+    def fact(self, key: str, measure: Callable[[], Any]) -> Any:
+        """What `measure()` returned, once for exactly these images; it is JSON."""
+        if key not in self.facts:
+            self.facts[key] = measure()
+            self.save()
+        return self.facts[key]
+
+    def save(self) -> None:
+        """Keep it for the next time. A cache that cannot be written is no error."""
+        about = json.dumps({"containers": self.containers, "facts": self.facts})
+        table = self.table.replace_schema_metadata({"simsiam": about})
+        with suppress(OSError):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with (
+                whole(self.path) as part,
+                pa.OSFile(str(part), "wb") as file,
+                pa.ipc.new_file(file, table.schema) as to,
+            ):
+                to.write_table(table)
+
+
+def index_of(names: Sequence[str | os.PathLike[str]], source: Source, channels: int = 3) -> Index:
+    """The index of the source that `names` opened, taken from the cache as far as that still holds.
+
+    A file is readable if its header parses and it is complete: a JPEG or PNG that ends as it should, and anything else
+    if it decodes, so no good file is called bad. Damage in the middle of a JPEG or PNG shows only when it is decoded,
+    in training. The digest is of the file's bytes: blake2b, 128 bits.
+
+    Raises WorkFailed if a worker is killed. What has been seen by then, or by Ctrl-C, is kept.
+    """
+    paths = [str(name) if name in SOURCES else os.path.abspath(os.path.expanduser(name)) for name in names]
+    containers = [] if isinstance(source.train.encoded, Path) else _containers(paths)
+    key = blake2b(json.dumps([VERSION, channels, *paths]).encode(), digest_size=16).hexdigest()
+    old = _read(_cache() / f"{key}.arrow", containers)
+    parts = list(source.splits.values())
+    pa.default_memory_pool().release_unused()  # what opening a large source took besides
+    stamps = _stamps(parts, containers)
+
+    if stamps.equals(old.table.select(STAMP.names)) and (stamps["mtime"].to_numpy() >= 0).all():
+        return old
+
+    before = pc.index_in(stamps["key"], old.table["key"]).fill_null(-1).to_numpy()  # the row of each image in the old
+    kept = np.flatnonzero((before >= 0) & (stamps["mtime"].to_numpy() >= 0))
+    for name in ("bytes", "mtime"):
+        kept = kept[stamps[name].to_numpy()[kept] == old.table[name].to_numpy()[before[kept]]]
+    others = np.setdiff1d(np.arange(len(stamps)), kept)
+    seen = [old.table.select(SEEN.names).take(pa.array(before[kept]))]
+    try:
+        for part in _look_at(parts, others):
+            seen.append(part)
+    finally:
+        rows = np.concatenate([kept, others])[: sum(map(len, seen))]  # all, unless it was interrupted
+        order = np.argsort(rows)
+        columns = [*stamps.take(pa.array(rows[order])).columns, *pa.concat_tables(seen).take(pa.array(order)).columns]
+        found = Index(pa.table(columns, SCHEMA), {}, old.path, containers)
+        if found.table.equals(old.table):  # of what is looked at every time, or did not get far
+            found = old
+        else:
+            found.save()
+    return found
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A file to write beside `path`; it takes the place of `path` once it is complete and on the disk."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        yield part
+        with open(part, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _cache() -> Path:
+    """The user's folder of indices: $SIMSIAM_CACHE, or `simsiam` in $XDG_CACHE_HOME or ~/.cache."""
+    given, shared = os.environ.get("SIMSIAM_CACHE"), os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.path.expanduser(given or os.path.join(shared, "simsiam")), "index")
+
+
+def _read(path: Path, containers: list[Any]) -> Index:
+    """The index in a file; an empty one if it is not there, damaged, or of other containers."""
+    with suppress(OSError, ValueError, LookupError, TypeError, pa.ArrowException):
+        table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        table.validate(full=True)
+        about = json.loads(table.schema.metadata[b"simsiam"])
+        if table.schema.equals(SCHEMA) and about["containers"] == containers:
+            return Index(table.replace_schema_metadata(None), about["facts"], path, containers)
+    return Index(SCHEMA.empty_table(), {}, path, containers)
+
+
+def _containers(paths: Sequence[str]) -> list[Any]:
+    files = []
+    for path in map(Path, paths):
+        files += sorted([*path.glob("*.parquet"), *path.glob("data/*.parquet")]) if path.is_dir() else [path]
+    return [[str(file), (status := file.stat()).st_mtime_ns, status.st_size] for file in files if file.is_file()]
+
+
+def _stamps(parts: Sequence[Images], containers: list[Any]) -> pa.Table:
+    """What tells whether the images of all parts have changed, from the file system alone."""
+    newest = max((mtime for _, mtime, _ in containers), default=-1)
+    tables = []
+    for images in parts:
+        keys = images.keys.values  # all of them, in order: the source has just been opened
+        sizes, mtimes = np.zeros(len(images), np.int64), np.full(len(images), newest, np.int64)
+        if isinstance(images.encoded, Path):
+            jobs = [(images.encoded, keys[start : start + NAMES]) for start in range(0, len(keys), NAMES)]
+            sizes, mtimes = np.concatenate([np.zeros((2, 0), np.int64), *_in_turn(_status, jobs)], axis=1)
+        elif isinstance(images.encoded, Packed):
+            sizes = images.encoded.places[:, 2]
+        elif isinstance(images.encoded, Column):
+            sizes = pc.binary_length(images.encoded.values).fill_null(0).to_numpy()[images.encoded.rows]
+        elif images.pixels is not None and len(images):
+            sizes[:] = images.pixels[0].nbytes
+        tables.append(pa.table([keys, sizes, mtimes], STAMP))
+    return pa.concat_tables(tables)
+
+
+def _status(folder: Path, names: pa.ChunkedArray) -> np.ndarray:
+    """Bytes and mtimes of files, int64 (2, N); 0 and -1 where there is none."""
+    start, found = os.fsencode(folder) + b"/", []
+    for name in names.to_pylist():
+        try:
+            status = os.stat(name if name.startswith(b"/") else start + name)
+            found.append((status.st_size, status.st_mtime_ns))
+        except OSError:
+            found.append((0, -1))
+    return np.array(found, np.int64).T
+
+
+def _look_at(parts: Sequence[Images], rows: np.ndarray) -> Iterator[pa.Table]:
+    """What is seen of the images at `rows`, counted over all parts, in that order, CHUNK by CHUNK."""
+    ends = np.cumsum([len(images) for images in parts])
+    jobs = [
+        (images, mine[start : start + CHUNK])
+        for images, end in zip(parts, ends)
+        for mine in [rows[(rows >= end - len(images)) & (rows < end)] - (end - len(images))]
+        for start in range(0, len(mine), CHUNK)
+    ]
+    found = _in_turn(look, jobs)
+    if len(jobs) < 2:
+        yield from found
+        return
+
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress
+
+    console = Console(stderr=True)
+    columns = *Progress.get_default_columns(), MofNCompleteColumn()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("looking", total=len(rows))
+        for part in found:
+            bar.advance(task, len(part))
+            yield part
+
+
+def _in_turn(work: Callable[..., Any], jobs: Sequence[tuple]) -> Iterator[Any]:
+    """work(*job) of each job, in order, done by all cores; raises WorkFailed if a process is killed.
+
+    Processes, because Pillow parses headers under the GIL. Each reports through a pipe of its own, and ends when nobody
+    listens any more.
+    """
+    if len(jobs) < 2:
+        return iter([work(*job) for job in jobs])
+    context: Any = get_context("fork" if sys.platform == "linux" else None)
+    pipes = []
+    for worker in range(min(CORES, len(jobs))):
+        receive, send = context.Pipe(duplex=False)
+        context.Process(target=_work, args=(work, jobs[worker::CORES], send), daemon=True).start()
+        send.close()
+        pipes.append(receive)
+
+    def results() -> Iterator[Any]:
+        try:
+            for i in range(len(jobs)):
+                yield pipes[i % CORES].recv()
+        except EOFError:
+            raise WorkFailed("a process that looked at images was killed: perhaps memory ran out; try again") from None
+        finally:
+            for receive in pipes:
+                receive.close()
+
+    return results()
+
+
+def _work(work: Callable[..., Any], jobs: Sequence[tuple], send: Connection) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that listens
+    with suppress(BrokenPipeError):
+        for job in jobs:
+            send.send(work(*job))
+
+
+def look(images: Images, rows: np.ndarray) -> pa.Table:
+    """What is seen of the images at `rows` (at least one): a table of SEEN."""
+    columns = zip(*(_look(images, i) for i in rows))
+    return pa.table([pa.array(column, kind) for column, kind in zip(columns, SEEN.types)], SEEN)
+
+
+def _look(images: Images, i: int) -> tuple[int, int, str, bool, str, bytes]:
+    if images.pixels is not None:
+        return *images.header(i), False, "", _digest(images.pixels[i].tobytes())
+    height, width, kind, reason, digest = 0, 0, "", "", bytes(16)
+    try:
+        file = images.file(i)
+        data = file if isinstance(file, bytes) else Path(file).read_bytes()
+        digest = _digest(data)
+        height, width, kind = header(data, images.channels)
+        cheap = kind in END and images.channels in MODES and height * width <= MAX_PIXELS
+        if not cheap or not data.endswith(END[kind]):
+            decode(data, images.channels)
+    except (Unreadable, OSError, MemoryError) as error:
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    extension = os.path.splitext(images.keys[i])[1].lower()
+    misnamed = kind != "" and extension in EXTENSIONS and extension not in CALLED.get(kind, (f".{kind.lower()}",))
+    return height, width, kind, misnamed, reason, digest
+
+
+def _digest(data: bytes) -> bytes:
+    return blake2b(data, digest_size=16).digest()

@@ -1,0 +1,385 @@
+"""What a source holds, before anything is trained on it: the facts as a dictionary, and in words on 80 columns."""
+
+import json
+import os
+import platform
+import sys
+import textwrap
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from glob import glob
+from importlib.metadata import version
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from simsiam import recipes
+from simsiam.choose import recipe_for
+from simsiam.columns import PARTS
+from simsiam.errors import UsageError, WorkFailed, shown
+from simsiam.images import CORES, Images, in_memory, spread
+from simsiam.index import Index, index_of, whole
+from simsiam.recipes import Recipe
+from simsiam.sources import Source, open_source
+
+COLUMNS, INDENT = 80, 12  # of the text
+EXAMPLES = 3  # of a kind of trouble, in the text; the dictionary has all
+PROBE = 6.0  # seconds that measuring the speed of training may take, once torch is loaded
+
+
+def inspect(
+    sources: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    *,
+    channels: int = 3,
+    out: str | os.PathLike[str] | None = None,
+) -> dict[str, Any]:
+    """Print what a source holds, what would be trained on it, and how long that would take here; returns these facts.
+
+    Every file is looked at once, and again only when it has changed: see `index_of`. What needs torch is measured once
+    for the same images and, where speed matters, the same machine. `out` is a file for the facts, as JSON.
+    """
+    path = None if out is None else Path(out)
+    if path and (path.is_dir() or not path.parent.is_dir()):
+        raise UsageError(f"--out is {shown(str(path))}: it takes the name of a file in a folder that exists")
+    names = [os.fspath(one) for one in ([sources] if isinstance(sources, str | os.PathLike) else sources)]
+    wanted = Recipe().replace(channels=channels)
+    source = open_source(names, wanted.channels)
+    index = index_of(names, source, wanted.channels)
+    facts: dict[str, Any] = {"source": source.name}
+
+    def found(name: str, fact: dict[str, Any]) -> dict[str, Any]:
+        facts[name] = fact
+        tell(name, fact)
+        return fact
+
+    for name, fact in contents(source, index.table).items():
+        found(name, fact)
+    try:
+        recipe, why = recipe_for(names, source)
+        found("recipe", {"chosen": why[0], "because": why[1:]})
+        recipe = recipe.replace(source=names, channels=channels)
+        color = found("colors", colors(names, source, recipe, index))
+        found("time", duration(source, recipe.replace(mean=color["mean"], std=color["std"]), index))
+    except (UsageError, WorkFailed) as error:  # of images that cannot be trained on, the rest is told all the same
+        found("time", {"unknown": str(error)})
+    if path:
+        with whole(path) as part:
+            part.write_text(json.dumps(facts, indent=2) + "\n")
+    return facts
+
+
+# --- what there is ----------------------------------------------------------------------------------------------------
+
+
+def contents(source: Source, table: pa.Table) -> dict[str, dict[str, Any]]:
+    """What the index knows of the images, and the source of their labels."""
+    readable = pc.equal(table["reason"], "").to_numpy()
+    unreadable = table.select(["key", "reason"]).filter(pa.array(~readable))
+    splits = {name: len(images) for name, images in source.splits.items()}
+    return {
+        "images": {"count": len(table), "bytes": pc.sum(table["bytes"]).as_py(), "splits": splits},
+        "sizes": _sizes(*(table[name].to_numpy()[readable] for name in ("height", "width"))),
+        "formats": _formats(table, readable),
+        "labels": _labels(source),
+        "duplicates": _duplicates(table, readable, splits),
+        "unreadable": {"files": [[_name(key), reason.as_py()] for key, reason in zip(*unreadable.columns)]},
+    }
+
+
+def _name(key: pa.Scalar) -> str:
+    return shown(os.fsdecode(key.as_py()))
+
+
+def _sizes(height: np.ndarray, width: np.ndarray) -> dict[str, Any]:
+    """The shorter side in pixels, and how many times longer the other one is: least, median, most; {} of no image.
+
+    As stored, before any rotation by EXIF.
+    """
+    if not len(height):
+        return {}
+    shorter, longer = np.minimum(height, width), np.maximum(height, width)
+    return {
+        "all": [int(width[0]), int(height[0])] if _alike(height, width) else None,
+        "shorter_side": [int(f(shorter)) for f in (np.min, np.median, np.max)],
+        "longer_to_shorter": [round(float(f(longer / shorter)), 2) for f in (np.min, np.median, np.max)],
+    }
+
+
+def _alike(height: np.ndarray, width: np.ndarray) -> bool:
+    return bool((height == height[0]).all() and (width == width[0]).all())
+
+
+def _formats(table: pa.Table, readable: np.ndarray) -> dict[str, Any]:
+    """How many readable images have each format, and which are named as if they had another."""
+    formats = table["format"].filter(pa.array(readable)).value_counts().to_pylist()
+    counts = {found["values"]: found["counts"] for found in sorted(formats, key=lambda found: -found["counts"])}
+    rows = np.flatnonzero(table["misnamed"].to_numpy() & readable).tolist()
+    return {"counts": counts, "misnamed": [[_name(table["key"][i]), table["format"][i].as_py()] for i in rows]}
+
+
+def _labels(source: Source) -> dict[str, Any]:
+    """The classes, and how many images of each are in the first split that has labels; {} without any."""
+    labeled = {split: images for split, images in source.splits.items() if images.labels is not None}
+    for split, images in labeled.items():
+        counts = np.bincount(np.asarray(images.labels), minlength=len(images.classes)).tolist()
+        classes = dict(zip(map(shown, images.classes), counts))
+        return {"splits": list(labeled), "counted_in": split, "classes": classes}
+    return {}
+
+
+def _duplicates(table: pa.Table, readable: np.ndarray, splits: dict[str, int]) -> dict[str, Any]:
+    """Groups of readable images whose files are equal byte for byte, the largest first; how many two splits share."""
+    digests = table["digest"].combine_chunks()
+    halves = np.frombuffer(digests.buffers()[1], np.uint64)[2 * digests.offset :][: 2 * len(digests) : 2]
+    inorder = np.sort(halves)  # a half suffices to find the few that may be equal
+    alike = np.isin(halves, inorder[1:][inorder[1:] == inorder[:-1]]) & readable
+    found: dict[bytes, list[int]] = {}
+    for i in np.flatnonzero(alike).tolist():
+        found.setdefault(digests[i].as_py(), []).append(i)
+    groups = sorted((group for group in found.values() if len(group) > 1), key=lambda group: (-len(group), group))
+    stops, names = np.cumsum(list(splits.values())), list(splits)
+    stands = [np.unique(np.searchsorted(stops, group, side="right")).tolist() for group in groups]
+    shared = Counter(pair for places in stands for pair in combinations(places, 2))
+    return {
+        "copies": sum(map(len, groups)) - len(groups),
+        "groups": [[_name(table["key"][i]) for i in group] for group in groups],
+        "shared": [[names[a], names[b], count] for (a, b), count in sorted(shared.items())],
+    }
+
+
+# --- what would be trained --------------------------------------------------------------------------------------------
+
+
+def colors(names: Sequence[str], source: Source, recipe: Recipe, index: Index) -> dict[str, Any]:
+    """Mean and standard deviation of each channel, in 0..1: those that training would normalize with."""
+    known = recipes.STATISTICS.get(names[0]) if len(names) == 1 else None
+    mean, std = known or index.fact(f"colors at {recipe.image_size} px", lambda: _measured(source.train, recipe))
+    return {"mean": list(mean), "std": list(std), "measured": not known}
+
+
+def _measured(images: Images, recipe: Recipe) -> Any:
+    from simsiam.prepare import statistics
+
+    return statistics(images, recipe)
+
+
+def duration(source: Source, recipe: Recipe, index: Index) -> dict[str, Any]:
+    """An estimate of the time that the recipe's run takes here, without kNN monitor and checkpoints.
+
+    An image is prepared (decoded, cropped, colored), then trained on. Worker processes prepare images beside a GPU, and
+    the slower of the two decides; on a CPU they take its cores from training. Images that fit in memory are decoded
+    only once, which is left out, and the rest of their preparation is done between the steps.
+    """
+    rows = index.table.slice(0, len(source.train))
+    good = np.flatnonzero(pc.equal(rows["reason"], "").to_numpy())
+    images = source.train.take(good)
+    epoch = len(images) // recipe.batch_size * recipe.batch_size
+    if not epoch:
+        raise UsageError(f"{len(images)} readable images are less than a batch of {recipe.batch_size}")
+    pixels = _alike(*(sides := [rows[name].to_numpy()[good] for name in ("height", "width")])) and (
+        len(images) * recipe.channels * int(sides[0][0]) * int(sides[1][0])
+    )
+    resident = images.pixels is not None or 0 < pixels <= recipe.cache_gib * 2**30
+    key = f"speed of {json.dumps([_machine(), recipe.to_dict()])}"
+    found = index.fact(key, lambda: speed(recipe, images, resident=resident))
+    prepared, trained = found["prepare_seconds"], found["train_seconds"]
+    if not found["resident"]:
+        prepared /= CORES
+    seconds = max(prepared, trained) if found["gpu"] and not found["resident"] else prepared + trained
+    return {
+        "seconds": round(seconds * epoch * recipe.epochs, 1),
+        "epochs": recipe.epochs,
+        "images_per_epoch": epoch,
+        "images_per_second": round(1 / seconds, 1),
+        "prepared_per_second": round(1 / prepared, 1),
+        "trained_per_second": round(1 / trained, 1),
+        "device": found["device"],
+    }
+
+
+def _machine() -> list[Any]:
+    """What the speed of a run depends on besides its recipe."""
+    chosen = [os.environ.get(name) for name in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")]
+    return [platform.node(), CORES, *chosen, sorted(glob("/dev/nvidia[0-9]*")), version("torch")]
+
+
+def speed(recipe: Recipe, images: Images, *, resident: bool) -> dict[str, Any]:
+    """Seconds it takes to prepare the views of an image in one process, and to train on them, and on which device.
+
+    From real steps on images of the source: of 2 images, of 4, and so on up to a whole batch, as far as time allows.
+    Raises WorkFailed if they do not fit in the device's memory.
+    """
+    import torch
+
+    from simsiam.batches import views_of
+    from simsiam.precision import autocast
+    from simsiam.prepare import assemble
+    from simsiam.run import environment
+
+    model, optimizer, device, precision = assemble(recipe)
+    model.begin(images=len(images), labels=torch.zeros(len(images), dtype=torch.long), steps=1, per_epoch=1)
+    begun, prepared, trained, done = time.monotonic(), 0.0, 0.0, 1
+    least = 2 * PARTS if recipe.method.bn == "split" else 2
+    sizes = [2**k for k in range(1, 16) if least <= 2**k < recipe.batch_size] + [recipe.batch_size] * 3
+    for size in sizes:
+        if time.monotonic() - begun + (prepared + trained) * size / done > PROBE:
+            break
+        batch = images.take(spread(len(images), size))
+        if resident:
+            batch, _ = in_memory(batch, 2**62)
+        start = time.monotonic()
+        try:
+            index = np.arange(size) % len(batch)
+            x = views_of(batch, index, recipe, 0, device, count=recipe.method.view_count)
+            middle = time.monotonic()
+            with autocast(device, precision):
+                output = model(*x, index=torch.from_numpy(index).to(device))
+            optimizer.zero_grad()
+            output.loss.backward()
+            optimizer.step()
+            model.after_step(output, 0, torch.from_numpy(index).to(device))
+            output.loss.item()  # waits for a GPU
+        except torch.OutOfMemoryError:
+            raise WorkFailed(
+                f"{size} of a batch's {recipe.batch_size} images do not fit in the memory of {device}"
+            ) from None
+        prepared, trained, done = middle - start, time.monotonic() - middle, size
+    return {
+        "prepare_seconds": prepared / done,
+        "train_seconds": trained / done,
+        "resident": batch.pixels is not None,
+        "gpu": device.type != "cpu",
+        "device": environment(device, precision)["device"],
+    }
+
+
+# --- in words ---------------------------------------------------------------------------------------------------------
+
+
+def tell(name: str, fact: dict[str, Any]) -> None:
+    """Print one fact: its name, and beside it what it says."""
+    for i, line in enumerate(WORDS[name](fact)):
+        first = f"{name if i == 0 else '':<{INDENT}}"
+        text = textwrap.fill(line, COLUMNS, initial_indent=first, subsequent_indent=" " * (INDENT + 2))
+        encoding = sys.stdout.encoding or "utf-8"
+        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+
+
+def _say_images(fact: dict[str, Any]) -> list[str]:
+    parts = ", ".join(f"{count:,} {split}" for split, count in fact["splits"].items())
+    return [f"{fact['count']:,} in {_bytes(fact['bytes'])}" + (f": {parts}" if len(fact["splits"]) > 1 else "")]
+
+
+def _say_sizes(fact: dict[str, Any]) -> list[str]:
+    if not fact:
+        return ["unknown: no image can be read"]
+    if fact["all"]:
+        return ["all {} x {}".format(*fact["all"])]
+    return [
+        "shorter side {:,} to {:,} px, median {:,}".format(*_median_last(fact["shorter_side"])),
+        "longer side {} to {} times that, median {}".format(*_median_last(fact["longer_to_shorter"])),
+    ]
+
+
+def _median_last(numbers: Sequence[float]) -> list[float]:
+    least, median, most = numbers
+    return [least, most, median]
+
+
+def _say_formats(fact: dict[str, Any]) -> list[str]:
+    lines = [", ".join(f"{count:,} {kind}" for kind, count in fact["counts"].items()) or "none"]
+    if liars := fact["misnamed"]:
+        lines.append(f"{_count(len(liars), 'file')} named as another format, which does no harm:")
+        lines += _some([f"{name} is {kind}" for name, kind in liars])
+    return lines
+
+
+def _say_labels(fact: dict[str, Any]) -> list[str]:
+    if not fact:
+        return ["none, and none are needed"]
+    ranked = sorted(fact["classes"].items(), key=lambda pair: pair[1])
+    (few, least), (many, most) = ranked[0], ranked[-1]
+    return [
+        f"{len(ranked)} classes, in {' and '.join(fact['splits'])}: {', '.join(list(fact['classes'])[:10])}"
+        + (", ..." if len(ranked) > 10 else ""),
+        f"each has {least:,} images in {fact['counted_in']}"
+        if least == most
+        else f"{least:,} ({few}) to {most:,} ({many}) images each in {fact['counted_in']}",
+    ]
+
+
+def _say_duplicates(fact: dict[str, Any]) -> list[str]:
+    if not fact["copies"]:
+        return ["none, byte for byte"]
+    lines = [f"{_count(fact['copies'], 'image')} more than once, byte for byte:"]
+    lines += _some([" = ".join(group[:3]) + f" = {len(group) - 3} more" * (len(group) > 3) for group in fact["groups"]])
+    return lines + [f"{_count(n, 'picture')} both in {a} and in {b}" for a, b, n in fact["shared"]]
+
+
+def _say_unreadable(fact: dict[str, Any]) -> list[str]:
+    if not fact["files"]:
+        return ["none"]
+    lines = [f"{_count(len(fact['files']), 'file')} that training would leave out:"]
+    return lines + _some([f"{name}: {reason}" for name, reason in fact["files"]])
+
+
+def _say_recipe(fact: dict[str, Any]) -> list[str]:
+    return [fact["chosen"], *fact["because"]]
+
+
+def _say_colors(fact: dict[str, Any]) -> list[str]:
+    lines = [f"{name:<4} " + " ".join(f"{value:.4f}" for value in fact[name]) for name in ("mean", "std")]
+    return [*lines, f"of each channel in 0..1, {'measured on a sample' if fact['measured'] else 'as published'}"]
+
+
+def _say_time(fact: dict[str, Any]) -> list[str]:
+    if "unknown" in fact:
+        return [f"unknown: {fact['unknown']}"]
+    return [
+        f"about {_about(fact['seconds'])} for {fact['epochs']} epochs of {fact['images_per_epoch']:,} images",
+        f"an estimate: {fact['images_per_second']:,.0f} images/s, from {fact['prepared_per_second']:,.0f}/s prepared "
+        f"and {fact['trained_per_second']:,.0f}/s trained on",
+        fact["device"],
+    ]
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n:,} {noun}" + "s" * (n != 1)
+
+
+def _some(lines: Sequence[str]) -> list[str]:
+    more = len(lines) - EXAMPLES
+    return [f"  {line}" for line in lines[:EXAMPLES]] + [f"  and {more:,} more: --out lists them"] * (more > 0)
+
+
+def _bytes(n: float) -> str:
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if n < 1000:
+            break
+        n, unit = n / 1000, "TB"
+    return f"{n:,.0f} bytes" if unit == "bytes" else f"{n:,.1f} {unit}"
+
+
+def _about(seconds: float) -> str:
+    for unit, length in (("day", 86_400), ("hour", 3_600), ("minute", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:,.0f} {unit}s"
+    return f"{seconds:,.0f} seconds"
+
+
+WORDS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
+    "images": _say_images,
+    "sizes": _say_sizes,
+    "formats": _say_formats,
+    "labels": _say_labels,
+    "duplicates": _say_duplicates,
+    "unreadable": _say_unreadable,
+    "recipe": _say_recipe,
+    "colors": _say_colors,
+    "time": _say_time,
+}

@@ -1,0 +1,390 @@
+"""Any source becomes images by position: a name, folders, a list, an archive, Parquet.
+
+`open_source` returns a `Source`: up to three splits of `Images`. It looks at names, never into an image, so a million
+files are open in seconds.
+"""
+
+import json
+import os
+import re
+import stat
+import struct
+import tarfile
+import zipfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from simsiam.decode import EXTENSIONS
+from simsiam.errors import UsageError, WorkFailed, shown, unknown
+from simsiam.images import Column, Images, Names, Packed, from_arrays, numbered
+
+SOURCES = ("shapes", "cifar10", "cifar100", "stl10")  # the names that open_source knows
+KINDS = "a folder of images, a Parquet file or folder, a .zip or .tar of images, a .txt that lists images"
+SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}  # their spelling: ours
+LABELS = ("label", "labels", "fine_label")  # usual names of an integer label column
+SUFFIXES = tuple(extension.encode() for extension in EXTENSIONS)
+CHUNK = 10_000  # file names held as Python objects at a time
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    name: str  # short, usable in a folder name: "shapes", "cifar10", the folder's name
+    train: Images
+    val: Images | None = None
+    test: Images | None = None
+
+    @property
+    def splits(self) -> dict[str, Images]:
+        """The splits there are, by name."""
+        found = {"train": self.train, "val": self.val, "test": self.test}
+        return {name: images for name, images in found.items() if images is not None}
+
+
+def open_source(source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], channels: int = 3) -> Source:
+    """The images behind a name of SOURCES, one or more folders or image files, a list, an archive, or Parquet.
+
+    Folder: images at any depth, in the bytewise order of their paths; hidden names are skipped, links are followed and
+    each folder is walked once. A sub-folder `train` makes `train`, `val` and `test` the splits, and what lies beside
+    them is left alone. If train's images all lie in first-level folders, two or more, these are the classes.
+    Several folders are one set, with the classes of all; an image file among them is itself.
+    List: a .txt with a path a line, relative to the list's folder, perhaps a tab and a label.
+    Archive: a .zip or .tar, read in place by the rules of a folder; folders around everything do not count.
+    Parquet: a file, or shards in a folder (or its `data`) whose first word is the split: `test-00000-of-00001.parquet`.
+    Without a `train` split, everything is train. A name wins over a folder of that name: write `./cifar10`.
+
+    Raises UsageError if the source is none of these or holds no image, WorkFailed if it cannot be fetched or read.
+    """
+    given = [source] if isinstance(source, str | os.PathLike) else list(source)
+    texts = [os.path.expanduser(os.fspath(one)) for one in given]
+    opened = _several(texts) if len(texts) != 1 else _one(texts[0])
+    for part in opened.splits.values():
+        if part.pixels is not None and part.channels != channels:
+            raise UsageError(f"the images of {opened.name} have {part.channels} channels, not {channels}")
+    return Source(opened.name, **{split: replace(part, channels=channels) for split, part in opened.splits.items()})
+
+
+def _one(text: str) -> Source:
+    if text == "shapes":
+        return _shapes()
+    if text in SOURCES:
+        return _torchvision(text)
+    if not os.path.exists(text):
+        raise unknown("source", text, [*SOURCES, *KINDS.split(", ")])
+    path = Path(text)
+    if path.is_dir():
+        shards = sorted(path.glob("[!.]*.parquet")) or sorted(path.glob("data/[!.]*.parquet"))
+        return _parquet(path, shards) if shards else _tree(path, path, _walk(path, set()))
+    kind = path.suffix.lower()
+    if kind == ".parquet":
+        return _parquet(path, [path])
+    if kind == ".txt":
+        return _list(path)
+    if kind in (".zip", ".tar"):
+        return _archive(path)
+    if kind in EXTENSIONS:
+        return _several([text])
+    if kind in (".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar"):
+        raise UsageError(f"{shown(text)} cannot be read in place: unpack it, or pack it as .zip or .tar")
+    raise UsageError(f"{shown(text)} is not a source: give {', '.join(SOURCES)}, {KINDS}")
+
+
+def _several(texts: list[str]) -> Source:
+    """Folders and image files as one set; keys are relative to what they have in common."""
+    if not texts:
+        raise UsageError("no source is given")
+    for text in texts:
+        if not os.path.isdir(text) and not (os.path.exists(text) and Path(text).suffix.lower() in EXTENSIONS):
+            raise UsageError(f"{shown(text)} is neither a folder nor an image file: only these can be several")
+    paths = sorted({os.path.abspath(text) for text in texts}, key=os.fsencode)
+    folders = [path for path in paths if os.path.isdir(path)]
+    files = [path for path in paths if path not in folders]
+    root = Path(os.path.commonpath([*folders, *map(os.path.dirname, files)]))
+    keys, names, seen = [], [], set[tuple[int, int]]()
+    for folder in folders:
+        found = _walk(Path(folder), seen)
+        lead = b"" if Path(folder) == root else os.fsencode(os.path.relpath(folder, root)) + b"/"
+        keys.append(pc.binary_join_element_wise(pa.scalar(lead, pa.large_binary()), found, pa.scalar(b"", found.type)))
+        names.append(_component(found, 0))
+    alone = pa.array([os.fsencode(os.path.relpath(file, root)) for file in files], pa.large_binary())
+    alone = alone.filter(pc.invert(pc.is_in(alone, pa.chunked_array(keys, alone.type))))
+    every = pa.concat_arrays([*keys, alone])
+    if not len(every):
+        raise UsageError(f"no image in {', '.join(map(shown, texts))}: looked for {' '.join(sorted(EXTENSIONS))}")
+    order = pc.sort_indices(every)
+    labels = pa.concat_arrays([*names, pa.nulls(len(alone), alone.type)]).take(order)
+    images = Images(Names(every.take(order)), root)
+    return _assemble(paths[0] if len(paths) == 1 else root, {"train": (images, *_codes(labels))})
+
+
+def _shapes() -> Source:
+    from simsiam import shapes
+
+    splits = ((split, *shapes.draw(split)) for split in ("train", "val", "test"))
+    return Source("shapes", *(from_arrays(split, pixels, labels, shapes.CLASSES) for split, pixels, labels in splits))
+
+
+def _torchvision(name: str) -> Source:
+    from torchvision.datasets import CIFAR10, CIFAR100, STL10
+
+    root = os.path.expanduser(os.environ.get("SIMSIAM_DATA") or "~/.cache/simsiam/data")
+
+    def fetch(split: str, data_set: Any, part: str | bool) -> Images:
+        try:
+            got = data_set(root, part, download=True)
+        except (OSError, RuntimeError, HTTPException) as error:  # no network or disk; wrong checksum; cut connection
+            raise WorkFailed(
+                f"{name} could not be fetched into {root!r} ({' '.join(str(error).split())[:200]}): "
+                "give a local Parquet file or a folder of images instead"
+            ) from error
+        if part == "unlabeled":
+            return from_arrays(split, got.data)
+        if name == "stl10":
+            return from_arrays(split, got.data, got.labels, got.classes)
+        return from_arrays(split, got.data.transpose(0, 3, 1, 2), got.targets, got.classes)
+
+    if name == "stl10":  # its labeled training images are few: the unlabeled ones are there to be learned from
+        parts = {"train": "unlabeled", "val": "train", "test": "test"}
+        return Source(name, *(fetch(split, STL10, part) for split, part in parts.items()))
+    cifar = CIFAR10 if name == "cifar10" else CIFAR100
+    return Source(name, fetch("train", cifar, True), None, fetch("test", cifar, False))
+
+
+def _walk(folder: Path, seen: set[tuple[int, int]]) -> pa.Array:
+    """The paths of the images below `folder`, relative to it and with "/", in bytewise order; bytes, as the system has
+    them. Folders in `seen` have been walked already: so links do not loop, and what lies below keeps its own path.
+    """
+    root, chunks, found = os.fsencode(folder), [], list[bytes]()
+    folders, links = [b""], list[bytes]()
+    try:
+        while folders or links:
+            if not folders:
+                links.sort(reverse=True)  # links come last, in an order that is not the file system's
+            below = (folders or links).pop()
+            status = os.stat(os.path.join(root, below))
+            if (status.st_dev, status.st_ino) in seen:
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            with os.scandir(os.path.join(root, below)) as entries:
+                for entry in entries:
+                    if entry.name.startswith(b"."):
+                        continue
+                    if entry.is_dir(follow_symlinks=False):
+                        folders.append(below + entry.name + b"/")
+                    elif entry.is_symlink() and os.path.isdir(entry.path):
+                        links.append(below + entry.name + b"/")
+                    elif _is_image(entry.name):
+                        found.append(below + entry.name)
+                    if len(found) == CHUNK:
+                        chunks.append(pa.array(found, pa.large_binary()))
+                        found = []
+    except OSError as error:
+        raise WorkFailed(f"cannot read the folder {shown(os.fsdecode(error.filename))}: {error.strerror}") from error
+    keys = pa.concat_arrays([*chunks, pa.array(found, pa.large_binary())])
+    return keys.take(pc.sort_indices(keys))
+
+
+def _is_image(name: bytes) -> bool:
+    return name.lower().endswith(SUFFIXES) and not name.startswith(b".")
+
+
+def _component(paths: pa.Array, depth: int) -> pa.Array:
+    """The name of each path's folder at a depth; null where there is none."""
+    pattern = "^" + "[^/]*/" * depth + "(?P<name>[^/]*)/"
+    found = pc.extract_regex(paths, pattern)
+    return found.flatten()[0]  # `field` would forget the nulls
+
+
+def _codes(names: pa.Array) -> tuple[np.ndarray | None, tuple[str, ...]]:
+    """Label names as positions in a sorted tuple of them; None and () where one is null."""
+    if names.null_count:
+        return None, ()
+    encoded = names.dictionary_encode()
+    found = encoded.dictionary.to_pylist()
+    classes = sorted(found)
+    place = {name: i for i, name in enumerate(classes)}
+    codes = np.array([place[name] for name in found], np.int64)[encoded.indices.to_numpy()]
+    return codes, tuple(map(os.fsdecode, classes))
+
+
+def _tree(path: Path, storage: Path | Packed, keys: pa.Array) -> Source:
+    """Splits and classes read from the paths of images, which lie in a folder or in an archive."""
+    if not len(keys):
+        raise UsageError(f"no image in {shown(str(path))}: looked for {' '.join(sorted(EXTENSIONS))}")
+    depth = 0
+    if isinstance(storage, Packed):  # folders around everything are the archive's wrapping
+        while (
+            len(names := pc.unique(_component(keys, depth))) == 1 and names[0].is_valid and _split(names[0]) != "train"
+        ):
+            depth += 1
+    first = _component(keys, depth).dictionary_encode()
+    words = [_split(name) for name in first.dictionary]
+    splits = np.array([*words, None])[first.indices.fill_null(-1).to_numpy()]
+    if "train" in words:
+        depth += 1
+    else:
+        splits[:] = "train"
+    parts: dict[str, Any] = {}
+    for split in ("train", "val", "test"):
+        rows = np.flatnonzero(splits == split)
+        if len(rows):
+            mine = keys.take(pa.array(rows))
+            images = Images(Names(mine), storage[rows] if isinstance(storage, Packed) else storage)
+            parts[split] = images, *_codes(_component(mine, depth))
+    return _assemble(path, parts)
+
+
+def _split(name: pa.Scalar) -> str | None:
+    return SPLITS.get(name.as_py().decode("ascii", "replace").lower())
+
+
+def _list(path: Path) -> Source:
+    """A path a line, perhaps a tab and a label."""
+    try:
+        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines()  # some editors put UTF-8's mark first
+    except OSError as error:
+        raise WorkFailed(f"cannot read {shown(str(path))}: {error.strerror}") from error
+    rows = [line.partition(b"\t")[::2] for line in lines if line.strip()]
+    if not rows:
+        raise UsageError(f"{shown(str(path))} lists no image: it takes a path a line")
+    keys, labels = zip(*rows)
+    images = Images(Names(pa.array(keys, pa.large_binary())), path.absolute().parent)
+    return _assemble(
+        path, {"train": (images, *_codes(pa.array([label or None for label in labels], pa.large_binary())))}
+    )
+
+
+def _archive(path: Path) -> Source:
+    """The images in a .zip or .tar, by where their bytes lie; of two with one name, the last, as if unpacked."""
+    try:
+        found = dict((_zipped if path.suffix.lower() == ".zip" else _tarred)(path))
+        names = sorted(found)
+        places = np.array([found[name] for name in names], np.int64).reshape(-1, 4)
+    except UsageError:
+        raise
+    except (
+        OSError,
+        zipfile.BadZipFile,
+        tarfile.TarError,
+        ValueError,
+        NotImplementedError,
+        OverflowError,
+        struct.error,
+    ) as error:
+        raise WorkFailed(f"cannot read {shown(str(path))}: {' '.join(str(error).split())[:200]}") from error
+    return _tree(path, Packed(path.absolute(), places), pa.array(names, pa.large_binary()))
+
+
+def _visible(name: str) -> bytes | None:
+    """The path of an image in an archive; None for other files, and for hidden ones, "../" among them."""
+    parts = [part for part in os.fsencode(name).split(b"/") if part not in (b"", b".")]
+    hidden = any(part.startswith(b".") for part in parts)
+    return b"/".join(parts) if parts and _is_image(parts[-1]) and not hidden else None
+
+
+def _zipped(path: Path) -> Iterator[tuple[bytes, tuple[int, int, int, int]]]:
+    """Name and place (as in Packed) of each image in a .zip."""
+    with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
+        for info in archive.infolist():
+            name = _visible(info.filename)
+            if name is None or info.is_dir() or stat.S_ISLNK(info.external_attr >> 16):
+                continue
+            if info.flag_bits & 1 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise UsageError(f"{shown(str(path))} is encrypted or packed in a rare way: unpack it")
+            file.seek(info.header_offset + 26)  # the lengths of the local header's two variable fields
+            start = info.header_offset + 30 + sum(struct.unpack("<2H", file.read(4)))
+            yield name, (start, info.compress_size, info.file_size, info.compress_type == zipfile.ZIP_DEFLATED)
+
+
+def _tarred(path: Path) -> Iterator[tuple[bytes, tuple[int, int, int, int]]]:
+    """Name and place (as in Packed) of each image in a .tar."""
+    with tarfile.open(path, "r:") as archive:
+        while (info := archive.next()) is not None:
+            archive.members = []  # type: ignore[attr-defined]  # it would keep a kilobyte a file
+            if info.isreg() and not info.issparse() and (name := _visible(info.name)):
+                yield name, (info.offset_data, info.size, info.size, False)
+
+
+def _parquet(path: Path, files: list[Path]) -> Source:
+    shards: dict[str, list[Path]] = {}
+    for file in files:
+        word = re.match("[a-z]*", file.name.lower())
+        shards.setdefault(SPLITS.get(word.group() if word else "", "train"), []).append(file)
+    if "train" not in shards:
+        shards = {"train": files}
+    parts: dict[str, Any] = {}
+    agreed = set()
+    for split, group in shards.items():
+        columns, labels, theirs = zip(*map(_shard, group))
+        encoded = Column(pa.chunked_array([chunk for column in columns for chunk in column.chunks], pa.large_binary()))
+        names = next((one for one in theirs if one), ())
+        agreed |= {one for one in theirs if one}
+        codes = None if any(part is None for part in labels) else np.concatenate(labels)
+        if codes is not None and not names:
+            values, codes = np.unique(codes, return_inverse=True)
+            names = tuple(map(str, values))
+        parts[split] = Images(numbered(split, len(encoded)), encoded), codes, names
+    if not len(parts["train"][0]):
+        raise UsageError(f"no row in {shown(str(path))}")
+    if len(agreed) > 1:
+        raise UsageError(f"the Parquet files in {shown(str(path))} disagree about the class names")
+    return _assemble(path, parts)
+
+
+def _shard(file: Path) -> tuple[pa.ChunkedArray, np.ndarray | None, tuple[str, ...]]:
+    """One file's images (large_binary), labels (None if any is missing) and class names (() if it gives none)."""
+    try:
+        parquet = pq.ParquetFile(file)
+        schema = parquet.schema_arrow
+        about = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+        kinds = {name: feature.get("_type") for name, feature in about.items() if isinstance(feature, dict)}
+        images = sorted((f for f in schema if _holds_bytes(f.type)), key=lambda f: kinds.get(f.name) != "Image")
+        if not images:
+            raise UsageError(f"no column of image files in {str(file)!r}, only {', '.join(schema.names)}")
+        nested = pa.types.is_struct(images[0].type)
+        labels = [f.name for f in schema if pa.types.is_integer(f.type)]
+        labels = [name for name in labels if kinds.get(name) == "ClassLabel" or name in LABELS]
+        labels.sort(key=lambda name: (kinds.get(name) != "ClassLabel", name not in LABELS))
+        table = parquet.read([images[0].name + ".bytes" * nested, *labels[:1]])
+    except (pa.ArrowException, OSError) as error:
+        raise WorkFailed(f"cannot read {str(file)!r}: {' '.join(str(error).split())[:200]}") from error
+    encoded = table[images[0].name]
+    encoded = (encoded.flatten()[0] if nested else encoded).cast(pa.large_binary())
+    if not labels:
+        return encoded, None, ()
+    raw, names = table[labels[0]], tuple(about.get(labels[0], {}).get("names", ()))
+    # A label of -1 is how Hugging Face hides the labels of a test set.
+    missing = raw.null_count or (names and (raw.to_numpy() < 0).any())
+    return encoded, None if missing else raw.to_numpy(), names
+
+
+def _holds_bytes(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+        kind = kind.field("bytes").type
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def _assemble(path: str | Path, parts: dict[str, tuple[Images, np.ndarray | None, tuple[str, ...]]]) -> Source:
+    """The source of (images, labels as positions in names, names) by split; the classes are those of train."""
+    known = parts["train"][2] if len(parts["train"][2]) > 1 else ()  # a label that never varies says nothing
+    splits = {}
+    for split, (images, codes, names) in parts.items():
+        if codes is not None and known:
+            used = np.unique(codes)
+            if strange := [code for code in used if not 0 <= code < len(names) or names[code] not in known]:
+                name = names[strange[0]] if 0 <= strange[0] < len(names) else str(strange[0])
+                raise unknown(f"class in the {split} split of {shown(str(path))}", name, known)
+            place = np.zeros(len(names), np.int64)
+            place[used] = [known.index(names[code]) for code in used]
+            images = replace(images, labels=place[codes], classes=known)
+        splits[split] = images
+    whole = Path(os.path.abspath(path))
+    stem = whole.stem if whole.is_file() else whole.name
+    return Source(re.sub(r"[^\w.-]+", "-", stem, flags=re.ASCII).strip("-.") or "images", **splits)
