@@ -105,6 +105,8 @@ def test_byols_momentum_rises_to_one_on_a_cosine():
     with pytest.raises(UsageError, match=r"call model\.begin"):
         model.target.decay(0)
     model.begin(steps=100)
+    with pytest.raises(UsageError, match=r"give it to model\.after_step"):
+        model.after_step(model(*batch(0)[0]))
     assert model.target.decay(0) == pytest.approx(0.9)
     assert [model.target.decay(s) for s in (25, 99)] == [pytest.approx(1 - 0.1 * cosine(s, 100)) for s in (25, 99)]
     assert model.target.decay(99) > 0.9999

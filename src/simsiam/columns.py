@@ -70,7 +70,7 @@ class Method:
     target_views: int = 1  # expectation: views that eta is the mean over; 1 is SimSiam (equation 9)
     stop_gradient: bool = True  # t is a constant (equation 3)
     # The loss: `loss_scale` times the mean of D(p_i, t_j) over `pairs`.
-    criterion: str = "cosine"  # D: cosine (equation 1), cross_entropy (4.5), or one of another row
+    criterion: str = "cosine"  # D: cosine (1), cross_entropy (4.5), nt_xent, info_nce, swapped, barlow_twins, vicreg
     loss_scale: float = 1.0  # matters to weight decay, and to parameters that LARS does not adapt
     pairs: Pairs = "symmetric"  # views (1,2) and (2,1); (1,2); (1,2) and (3,4); one view and its label (section 4.6)
     tau: float = 0.1  # temperature of nt_xent, info_nce and swapped

@@ -68,7 +68,7 @@ def train(run: Run, data: Data, parts: Parts, said: list[str]) -> None:
 
     state, changed = run.begin(environment(device, precision), images=len(data.train))
     if eta := eta_bytes(method, len(data.train)):
-        said = [*said, f"eta      {eta / 2**20:,.1f} MiB on {device.type} and in every checkpoint"]
+        said = [*said, f"eta      {eta / 2**20:,.2f} MiB on {device.type} and in every checkpoint"]
     labels = None if data.train.labels is None else torch.from_numpy(data.train.labels)
     model.begin(images=len(data.train), labels=labels, steps=steps, per_epoch=per_epoch)
     if "model" in state:

@@ -76,7 +76,7 @@ class Siamese(nn.Module):
         """Learn the size of the run, before its first step and before an earlier run's state is loaded."""
         self.target.begin(self.f, images=images, labels=labels, steps=steps, per_epoch=per_epoch)
 
-    def after_step(self, output: Output, step: int = 0, index: Tensor | None = None) -> None:
+    def after_step(self, output: Output, step: int | None = None, index: Tensor | None = None) -> None:
         """Move what gradients do not move, once after each step of the optimizer; steps count from 0."""
         self.target.after_step(self.f, output.targets, step, index)
         self.criterion.after_step(output.targets)

@@ -36,7 +36,7 @@ class Shared(nn.Module):
     def forward(self, x: Sequence[Tensor], z: PerView, index: Tensor | None) -> PerView:
         return {j: z[j] for j in self.views}
 
-    def after_step(self, f: nn.Module, t: list[Tensor], step: int, index: Tensor | None) -> None:
+    def after_step(self, f: nn.Module, t: list[Tensor], step: int | None, index: Tensor | None) -> None:
         """Move what gradients do not move; `step` counts from 0."""
 
 
@@ -66,17 +66,20 @@ class Copy(Shared):
             return {j: t[dealt.argsort()] for j, t in shuffled.items()}
         return GROUPING[self.method.bn](self.copy, views)
 
-    def decay(self, step: int) -> float:
+    def decay(self, step: int | None) -> float:
         """m after the step."""
+        if self.method.target == "momentum" and self.method.target_schedule == "constant":
+            return self.method.decay
+        if step is None:
+            raise UsageError(f"target {self.method.target} depends on the step: give it to model.after_step")
         if self.method.target == "alternation":
             block = self.method.target_steps or self.per_epoch or _unbegun("target_steps 0", "per_epoch")
             return 0.0 if (step + 1) % block == 0 else 1.0
-        if self.method.target_schedule == "constant":
-            return self.method.decay
-        return 1 - (1 - self.method.decay) * SCHEDULES["cosine"](step, self.steps or _unbegun("a cosine", "steps"))
+        steps = self.steps or _unbegun("target_schedule cosine", "steps")
+        return 1 - (1 - self.method.decay) * SCHEDULES["cosine"](step, steps)
 
     @torch.no_grad()
-    def after_step(self, f: nn.Module, t: list[Tensor], step: int, index: Tensor | None) -> None:
+    def after_step(self, f: nn.Module, t: list[Tensor], step: int | None, index: Tensor | None) -> None:
         if (m := self.decay(step)) < 1:
             for mine, new in zip(self.copy.parameters(), f.parameters(), strict=True):
                 mine.lerp_(new, 1 - m)
@@ -109,8 +112,9 @@ class MovingAverage(Shared):
         return {j: m * self.eta[index] + (1 - m) * F.normalize(precise(z[j]), dim=1) for j in self.views}
 
     @torch.no_grad()
-    def after_step(self, f: nn.Module, t: list[Tensor], step: int, index: Tensor | None) -> None:
-        assert index is not None
+    def after_step(self, f: nn.Module, t: list[Tensor], step: int | None, index: Tensor | None) -> None:
+        if index is None:
+            _unbegun("moving_average", "images, and an index with every batch")
         self.start(torch.stack(t).mean(0), index)
 
 
