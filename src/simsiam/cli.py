@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from simsiam import __version__, recipes
+from simsiam.columns import TERMS, Method, Views
 from simsiam.errors import Stopped, UsageError, WorkFailed, unknown
-from simsiam.methods import METHODS, Method, Views
 
 EPILOG = "Documentation and source of every setting: README.md; `simsiam VERB --help` lists a verb's flags."
 
@@ -39,7 +39,7 @@ def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
         for f in fields(owner):
             if f.name in ("source", "name", "views") or f.name not in recipes.WORDS:
                 continue
-            kind, default = recipes.WORDS[f.name], METHODS["simsiam"].name if f.name == "method" else f.default
+            kind, default = recipes.WORDS[f.name], "simsiam" if f.name == "method" else f.default
             note = said.get(f.name, "a row of `simsiam methods`" if f.name == "method" else "").replace("%", "%%")
             if default is not MISSING and default is not None:
                 shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
@@ -49,6 +49,8 @@ def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
             if tuple in (typing.get_origin(kind), *(typing.get_origin(option) for option in typing.get_args(kind))):
                 how["nargs"] = "*"
             group.add_argument("--" + f.name.replace("_", "-"), **how)
+    note = "the row on simsiam's views and optimizer: " + ", ".join(TERMS)
+    parser.add_argument("--equal-terms", action="store_true", default=argparse.SUPPRESS, help=note)
 
 
 def add_source(parser: argparse.ArgumentParser, count: str, default: str = "") -> None:
@@ -110,7 +112,8 @@ def build_parser() -> Parser:
     demo.add_argument("--seeds", metavar="N", type=int, default=1, help="runs to average over [1]")
     demo.add_argument("--out", metavar="FOLDER", help="where the run folders go [runs/demo-N]")
 
-    verbs.add_parser("methods", help="the methods as rows of one table (Figure 3)")
+    methods = verbs.add_parser("methods", help="the methods as rows of one table (Figure 3)")
+    methods.add_argument("--format", choices=("text", "markdown", "svg"), default="text", help="svg draws them [text]")
     return parser
 
 
@@ -143,9 +146,9 @@ def run(arguments: dict[str, Any]) -> None:
 
         demo(**arguments)
     elif verb == "methods":
-        from simsiam.methods import table
+        from simsiam import figure3
 
-        print(table())
+        print({"text": figure3.table, "markdown": figure3.markdown, "svg": figure3.svg}[arguments["format"]]())
 
 
 def tell(run: Path) -> None:

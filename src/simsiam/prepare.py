@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,17 +12,18 @@ from torch.optim import Optimizer
 
 from simsiam import recipes
 from simsiam.backbones import RESNETS, input_size
-from simsiam.batches import steps_per_epoch
+from simsiam.batches import steps_per_epoch, sweep
 from simsiam.choose import recipe_for
 from simsiam.errors import UsageError, unknown
 from simsiam.features import Transform, chunks
 from simsiam.images import Images, hold_out, in_memory, sample
 from simsiam.optim import build_optimizer
-from simsiam.precision import pick_device, pick_precision
+from simsiam.precision import autocast, pick_device, pick_precision
 from simsiam.recipes import Recipe
 from simsiam.run import initialize, read_recipe
 from simsiam.siamese import Siamese, build
 from simsiam.sources import SOURCES, Source, open_source
+from simsiam.targets import MovingAverage
 
 LOOKED_AT = 1000  # images that mean, std and sizes are measured on, spread evenly over the training set
 
@@ -108,6 +110,9 @@ def prepare(recipe: Recipe, source: Source) -> Data:
         train, held_out = hold_out(train, count)
         bank = train
     steps_per_epoch(len(train), recipe.batch_size)
+    if recipe.method.target == "labels" and (train.labels is None or len(train.classes) > recipe.method.dim):
+        known = "no labels" if train.labels is None else f"{len(train.classes)} classes: dim is {recipe.method.dim}"
+        raise UsageError(f"target labels needs a label, of at most `dim`, for each image; {source.name} has {known}")
     return Data(train, bank, held_out, unreadable, seen)
 
 
@@ -137,3 +142,15 @@ def assemble(recipe: Recipe) -> Parts:
         initialize(model.backbone, recipe)
     model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return Parts(model, build_optimizer(model, recipe.method), device, pick_precision(recipe.precision, device))
+
+
+def solve_first(model: Siamese, images: Images, recipe: Recipe, device: torch.device, precision: str) -> None:
+    """Give every image its first eta, what the initial network makes of one view, where the target keeps one (5.2).
+
+    Without it, in the first epoch t would be the other view's z alone: Table 1a, which collapses.
+    """
+    if isinstance(model.target, MovingAverage):
+        f = deepcopy(model.f)  # a copy: the running statistics of the model's batch norms stay as they are
+        for batch in sweep(images, recipe, device):
+            with torch.no_grad(), autocast(device, precision):
+                model.target.start(f(batch.views[0]), batch.index.to(device))
