@@ -10,9 +10,9 @@ import simsiam
 ROOT = Path(simsiam.__file__).parent
 # A module imports only what stands before it.
 ARROW = [
-    "errors", "methods", "recipes", "shapes", "images", "views", "precision", "backbones", "heads", "criteria",
-    "targets", "siamese", "optim", "monitors", "features", "knn", "run", "batches", "progress", "prepare", "pretrain",
-    "demo", "cli", "__main__", "__init__",
+    "errors", "methods", "recipes", "shapes", "images", "views", "precision", "backbones", "heads", "releases",
+    "checkpoints", "criteria", "targets", "siamese", "optim", "monitors", "features", "knn", "run", "convert",
+    "batches", "progress", "prepare", "pretrain", "demo", "cli", "__main__", "__init__",
 ]  # fmt: skip
 
 
