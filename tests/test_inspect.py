@@ -10,7 +10,6 @@ import zipfile
 import zlib
 from hashlib import blake2b
 from io import BytesIO
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -24,7 +23,7 @@ from simsiam import inspect as verb
 from simsiam.decode import Unreadable
 from simsiam.errors import UsageError, WorkFailed
 from simsiam.images import from_arrays
-from simsiam.index import SEEN, index_of, look
+from simsiam.index import SEEN, index_of, look, whole
 from simsiam.recipes import Recipe
 from simsiam.sources import Source, open_source
 
@@ -296,12 +295,14 @@ def test_however_images_are_packed_the_facts_are_the_same(tmp_path, quick):
 
 
 def test_another_archive_of_the_same_name_is_noticed(tmp_path):
-    for seeds in ((1, 2), (3, 4)):
-        with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+    path = tmp_path / "x.zip"
+    for time, extra, seeds in ((1, "", (1, 2)), (2, "", (3, 4)), (2, "longer", (5, 6))):  # at another time, or larger
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("notes.txt", extra)
             for i, seed in enumerate(seeds):
-                archive.writestr(f"{i}.bmp", encode(seed, "BMP"))  # as many bytes
-        images = open_source(tmp_path / "x.zip").train
-        assert indexed(tmp_path / "x.zip")["digest"].to_pylist() == look(images, np.arange(2))["digest"].to_pylist()
+                archive.writestr(f"{i}.bmp", encode(seed, "BMP"))  # as many bytes, whatever the seed
+        os.utime(path, (time, time))
+        assert indexed(path)["digest"].to_pylist() == look(open_source(path).train, np.arange(2))["digest"].to_pylist()
 
 
 def test_copies_are_found_also_across_splits(tmp_path, quick):
@@ -386,7 +387,7 @@ def test_what_cannot_be_trained_on_is_told_all_the_same(tmp_path, capsys, monkey
     assert "can be read" in facts["time"]["unknown"] and len(facts["unreadable"]["files"]) == 20
     assert facts["sizes"] == {} and facts["formats"]["counts"] == {} and facts["duplicates"]["copies"] == 0
 
-    def full(*_):
+    def full(*_, **__):
         raise torch.OutOfMemoryError
 
     monkeypatch.undo()
@@ -442,22 +443,21 @@ def test_a_long_list_of_trouble_is_cut_short(tmp_path, capsys, quick):
 
 def test_pixels_and_published_colors(tmp_path, capsys, monkeypatch, quick):
     pixels = np.random.default_rng(0).integers(0, 256, (70, 3, 32, 32), dtype=np.uint8)
-    pixels[3] = pixels[60]
+    pixels[3] = pixels[50]
     parts = from_arrays("train", pixels[:50], np.arange(50) % 2, "ab"), None, from_arrays("test", pixels[50:])
     monkeypatch.setattr(verb, "open_source", lambda names, channels: Source("cifar10", *parts))
     for _ in range(2):
         facts = inspect("cifar10")
+        assert facts["duplicates"]["shared"] == [["train", "test", 1]]
         assert facts["images"] == {"count": 70, "bytes": pixels.nbytes, "splits": {"train": 50, "test": 20}}
         assert facts["sizes"]["all"] == [32, 32] and facts["labels"]["splits"] == ["train"]
-        assert facts["duplicates"]["groups"] == [["train#3", "test#10"]]
+        assert facts["duplicates"]["groups"] == [["train#3", "test#0"]]
         assert facts["colors"]["mean"] == [0.4914, 0.4822, 0.4465] and not facts["colors"]["measured"]
         text = capsys.readouterr().out
         assert "70 as plain pixels" in text and "as published" in text
         pixels[7] = 0  # what is drawn by a program may be drawn otherwise by another version
-    assert (
-        index_of(["cifar10"], Source("cifar10", *parts)).table["digest"][7].as_py()
-        == blake2b(bytes(3072), digest_size=16).digest()
-    )
+    black = index_of(["cifar10"], Source("cifar10", *parts)).table["digest"][7].as_py()
+    assert black == blake2b(bytes(3 * 32 * 32), digest_size=16).digest()
 
 
 def test_wrong_requests_are_one_line(tmp_path):
@@ -470,10 +470,22 @@ def test_wrong_requests_are_one_line(tmp_path):
 
 
 def test_a_second_inspect_loads_no_torch_and_says_the_same(tmp_path, capsys, quick):
-    root = write(tmp_path / "pets", pets())
+    root = write(tmp_path / "pets", pets() | {"train/cat/\u732b.jpg": b""})
     inspect(root)
     first = capsys.readouterr().out
     code = "import sys; from simsiam.inspect import inspect; inspect(sys.argv[1]); assert 'torch' not in sys.modules"
-    done = subprocess.run([sys.executable, "-c", code, str(root)], capture_output=True, text=True, cwd=Path.cwd())
+    here = os.environ | {"PYTHONIOENCODING": "ascii"}  # what such a terminal cannot show is escaped
+    done = subprocess.run([sys.executable, "-c", code, str(root)], capture_output=True, text=True, env=here)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == first
+    assert done.stdout == first.encode("ascii", "backslashreplace").decode() and r"\u732b" in done.stdout
+
+
+def test_a_file_is_whole_or_as_it_was(tmp_path):
+    path = tmp_path / "facts.json"
+    with whole(path) as part:
+        part.write_text("all")
+        assert not path.exists()
+    with pytest.raises(ZeroDivisionError), whole(path) as part:
+        part.write_text("half")
+        1 / 0  # noqa: B018
+    assert path.read_text() == "all" and list(tmp_path.iterdir()) == [path]

@@ -112,6 +112,22 @@ def build_parser() -> Parser:
     demo.add_argument("--seeds", metavar="N", type=int, default=1, help="runs to average over [1]")
     demo.add_argument("--out", metavar="FOLDER", help="where the run folders go [runs/demo-N]")
 
+    convert = verbs.add_parser(
+        "convert",
+        help="make a run folder of other people's checkpoint",
+        epilog="Layouts known: the authors' SimSiam, MoCo, lightly, mmselfsup, PatrickHua's SimSiam, solo-learn, "
+        "torchvision, timm. Known by name: simsiam_resnet50_100ep, simsiam_resnet50_100ep_256bs, "
+        "simsiam_resnet50_200ep_256bs, and torchvision's, such as ResNet50_Weights.IMAGENET1K_V2.",
+    )
+    convert.add_argument("checkpoint", metavar="CHECKPOINT", help="a file, or the name of published weights")
+    convert.add_argument("--out", metavar="RUN", required=True, help="the run folder; it must not exist")
+    convert.add_argument("--backbone", metavar="NAME", help="its torchvision network, where that is no ResNet")
+    convert.add_argument(
+        "--image-size", metavar="N", type=int, help="side of its images in pixels [224; 32 small stem]"
+    )
+    convert.add_argument("--mean", metavar="X", type=float, nargs=3, help="of each channel, in 0..1 [ImageNet's]")
+    convert.add_argument("--std", metavar="X", type=float, nargs=3, help="likewise [ImageNet's]")
+
     methods = verbs.add_parser("methods", help="the methods as rows of one table (Figure 3)")
     methods.add_argument("--format", choices=("text", "markdown", "svg"), default="text", help="svg draws them [text]")
     return parser
@@ -145,6 +161,10 @@ def run(arguments: dict[str, Any]) -> None:
         from simsiam.demo import demo
 
         demo(**arguments)
+    elif verb == "convert":
+        from simsiam.convert import convert, told
+
+        print(told(convert(**arguments)))
     elif verb == "methods":
         from simsiam import figure3
 

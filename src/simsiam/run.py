@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from simsiam.backbones import backbone
+from simsiam.checkpoints import backbone_weights
 from simsiam.errors import UsageError, WorkFailed, shown
 from simsiam.features import Transform
 from simsiam.recipes import Recipe
@@ -298,15 +299,12 @@ def bare_backbone(recipe: Recipe) -> nn.Module:
 
 def initialize(model: nn.Module, recipe: Recipe) -> None:
     """Give a backbone the weights that `init` names, strictly; raises UsageError where they do not fit."""
-    path = Path(recipe.init or "")
-    path = path / "backbone.safetensors" if path.is_dir() else path
-    if not path.is_file():
-        raise UsageError(f"init {path} is not there")
+    weights = backbone_weights(recipe.init or "", recipe.backbone)
     try:
-        model.load_state_dict(load_file(path))
-    except (OSError, RuntimeError, SafetensorError) as error:
+        model.load_state_dict(weights)
+    except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:160]
-        raise UsageError(f"init {path} does not fit {recipe.backbone}: {reason}") from None
+        raise UsageError(f"init {recipe.init} does not fit {recipe.backbone}: {reason}") from None
 
 
 def load(run: str | os.PathLike[str]) -> nn.Module:
@@ -321,7 +319,7 @@ def load(run: str | os.PathLike[str]) -> nn.Module:
     model = bare_backbone(folder.recipe)
     try:
         model.load_state_dict(load_file(weights))
-    except (SafetensorError, RuntimeError) as error:
+    except (SafetensorError, RuntimeError, ValueError) as error:  # ValueError: mnasnet's own
         raise UsageError(f"{weights} does not fit the recipe: {' '.join(str(error).split())[:160]}") from None
     model.transform = transform_of(folder.recipe)  # type: ignore[assignment]
     return model.eval()
