@@ -35,4 +35,5 @@ def shared():
 def in_an_empty_folder(tmp_path_factory, monkeypatch):
     """Runs are made in the working directory by default."""
     monkeypatch.chdir(tmp_path_factory.mktemp("work"))
+    monkeypatch.setenv("SIMSIAM_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
     os.environ["COLUMNS"] = "80"

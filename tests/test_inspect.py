@@ -22,8 +22,9 @@ from simsiam import index as module
 from simsiam import inspect as verb
 from simsiam.decode import Unreadable
 from simsiam.errors import UsageError, WorkFailed
+from simsiam.files import whole
 from simsiam.images import from_arrays
-from simsiam.index import SEEN, index_of, look, whole
+from simsiam.index import SEEN, index_of, look
 from simsiam.recipes import Recipe
 from simsiam.sources import Source, open_source
 

@@ -12,10 +12,10 @@ import simsiam
 ROOT = Path(simsiam.__file__).parent
 # A module imports only what stands before it.
 ARROW = [
-    "errors", "columns", "methods", "figure3", "recipes", "shapes", "decode", "images", "sources", "choose", "index",
-    "views", "precision", "backbones", "heads", "releases", "checkpoints", "optim", "criteria", "targets", "siamese",
-    "monitors", "signals", "features", "knn", "run", "convert", "batches", "label_free", "progress", "prepare",
-    "pretrain", "inspect", "preview", "demo", "cli", "__main__", "__init__",
+    "errors", "files", "columns", "methods", "figure3", "recipes", "shapes", "decode", "images", "sources", "choose",
+    "index", "views", "precision", "backbones", "heads", "releases", "checkpoints", "optim", "criteria", "targets",
+    "siamese", "monitors", "signals", "features", "knn", "run", "convert", "batches", "label_free", "progress",
+    "prepare", "pretrain", "inspect", "preview", "demo", "cli", "__main__", "__init__",
 ]  # fmt: skip
 
 

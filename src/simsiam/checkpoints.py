@@ -246,7 +246,7 @@ def resnet_of(names: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[s
 def method_of(layout: Layout, heads: Mapping[str, Head]) -> Method:
     """SimSiam's row, called as the layout's method, with the heads that the shapes say; without heads it is "none".
 
-    Only its heads are the layout's: a converted MoCo has no key encoder and no queue, so it cannot be trained on as one.
+    Only its heads are the layout's: a converted MoCo has no key encoder and no queue, so its training cannot go on.
     """
     row = replace(METHODS["simsiam"], name=layout.method)
     if not heads:

@@ -22,8 +22,9 @@ import pyarrow.compute as pc
 from simsiam import recipes
 from simsiam.choose import recipe_for
 from simsiam.errors import UsageError, WorkFailed, shown
+from simsiam.files import whole
 from simsiam.images import CORES, Images, in_memory, spread
-from simsiam.index import Index, index_of, whole
+from simsiam.index import Index, index_of
 from simsiam.recipes import Recipe
 from simsiam.sources import Source, open_source
 

@@ -11,8 +11,7 @@ import pickle
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -28,25 +27,13 @@ from simsiam.backbones import backbone
 from simsiam.checkpoints import backbone_weights
 from simsiam.errors import UsageError, WorkFailed, shown
 from simsiam.features import Transform
+from simsiam.files import whole
 from simsiam.recipes import Recipe
 
 FORMAT = 1  # of a checkpoint
 ENOUGH_SEEN = 20  # images; among fewer, the share of unreadable ones says little
 # What may differ between a checkpoint's recipe and the run's: where things are, and how far to go.
 MAY_CHANGE = {"source": (), "init": None, "device": "auto", "workers": None, "epochs": 10**9, "save_seconds": 0}
-
-
-@contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """A file to write beside `path`; it takes the place of `path` once it is complete and on the disk."""
-    part = path.with_name(path.name + ".part")
-    try:
-        yield part
-        with open(part, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def now() -> str:
