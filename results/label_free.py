@@ -1,7 +1,7 @@
 """Which label-free signals follow kNN accuracy? Spearman's correlation over the kept checkpoints of finished runs.
 
-    simsiam pretrain CIFAR10 --recipe cifar --backbone resnet18 --width 16 --batch-size 256 --epochs 24 --save-every 1 \\
-        --holdout 0 --log-every 25 --seed S --out runs/S       (for S in 0 1 2; any labeled source will do)
+    simsiam pretrain CIFAR10 --recipe cifar --backbone resnet18 --width 16 --batch-size 256 --base-lr 0.2 --epochs 12 \\
+        --save-every 1 --holdout 0 --log-every 25 --seed S --out runs/S       (S = 0, 1, 2)
     python results/label_free.py runs/0 runs/1 runs/2 --out results/label_free.json
 
 kNN: k = 200, 10,000 training images vote on 5,000 test images. Every signal is a function of one checkpoint (neighbor
