@@ -23,6 +23,8 @@ def unknown(kind: str, given: object, allowed: Iterable[str]) -> UsageError:
 
 def shown(name: str) -> str:
     """A file's name as one printable line: line breaks, terminal escapes and what is not UTF-8 as backslashes."""
+    if name.isprintable():
+        return name
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
 
 

@@ -58,7 +58,7 @@ def inspect(
         tell(name, fact)
         return fact
 
-    for name, fact in contents(source, index.table).items():
+    for name, fact in contents(source, index).items():
         found(name, fact)
     try:
         recipe, why = recipe_for(names, source)
@@ -77,8 +77,9 @@ def inspect(
 # --- what there is ----------------------------------------------------------------------------------------------------
 
 
-def contents(source: Source, table: pa.Table) -> dict[str, dict[str, Any]]:
+def contents(source: Source, index: Index) -> dict[str, dict[str, Any]]:
     """What the index knows of the images, and the source of their labels."""
+    table = index.table
     readable = pc.equal(table["reason"], "").to_numpy()
     unreadable = table.select(["key", "reason"]).filter(pa.array(~readable))
     splits = {name: len(images) for name, images in source.splits.items()}
@@ -87,7 +88,7 @@ def contents(source: Source, table: pa.Table) -> dict[str, dict[str, Any]]:
         "sizes": _sizes(*(table[name].to_numpy()[readable] for name in ("height", "width"))),
         "formats": _formats(table, readable),
         "labels": _labels(source),
-        "duplicates": _duplicates(table, readable, splits),
+        "duplicates": index.fact(f"duplicates in {splits}", lambda: _duplicates(table, readable, splits)),
         "unreadable": {"files": [[_name(key), reason.as_py()] for key, reason in zip(*unreadable.columns)]},
     }
 
