@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import SGD, Optimizer
 
@@ -22,6 +23,34 @@ def constant(step: int, steps: int, warmup: int = 0) -> float:
 
 
 SCHEDULES = {"cosine": cosine, "constant": constant}
+
+
+class LARS(Optimizer):
+    """SGD whose update of a weight is as long as the weight asks, whatever its gradient's size (You et al., 2017).
+
+    Where a group says `adapt`, gradient plus decay is scaled to `trust` times the weight's length. The lr stands
+    outside the momentum, as in BYOL's, Barlow Twins' and VICReg's code. (SimCLR's has it inside: the same while the lr
+    changes little in ten steps. SwAV's LARC adds the lengths of gradient and decay: the same while the decay is small.)
+    A group at lr 0 rests, its momentum too.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], *, lr: float, momentum: float, weight_decay: float):
+        settings = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "adapt": True, "trust": 1e-3}
+        super().__init__(groups, settings)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in (group for group in self.param_groups if group["lr"]):
+            for w in (w for w in group["params"] if w.grad is not None):
+                update = w.grad.add(w, alpha=group["weight_decay"])
+                if group["adapt"]:
+                    length, wanted = update.norm(), group["trust"] * w.norm()
+                    update *= torch.where((length > 0) & (wanted > 0), wanted / length, 1.0)
+                state = self.state[w]
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(w)
+                state["momentum_buffer"].mul_(group["momentum"]).add_(update)
+                w.sub_(state["momentum_buffer"], alpha=group["lr"])
 
 
 def build_optimizer(model: nn.Module, method: Method) -> Optimizer:
