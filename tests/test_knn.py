@@ -12,7 +12,7 @@ from simsiam.knn import knn_scores, knn_top1
 
 
 def brute_force(bank, labels, queries, *, classes, k, tau):
-    """Votes, relative to the largest weight: one dot product at a time in float64; a stable sort keeps ties in order."""
+    """Votes relative to the largest weight: a dot product in float64 at a time, and a sort that keeps ties in order."""
     rows = []
     for query in queries.double():
         cosines = [(torch.dot(query, b) / query.norm() / b.norm()).item() for b in bank.double()]
