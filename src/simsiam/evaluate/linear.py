@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from simsiam.batches import batches, steps_per_epoch
+from simsiam.errors import UsageError
 from simsiam.evaluate.frozen import STANDARDIZED, Answer, Frozen, Known, drawn, kinds, likeliest
 from simsiam.optim import LARS, cosine
 from simsiam.precision import autocast
@@ -46,8 +47,11 @@ def probes(frozen: Frozen, how: Settings) -> Iterator[Answer]:
 def cached(known: Known, kind: str, how: Settings, device: torch.device) -> Answer:
     """Every cell of GRID learns four fifths of each class, and the one best at the rest learns them all."""
     x, labels = known.train.to(device), known.labels.to(device)
-    held = drawn(known.labels.numpy(), np.bincount(known.labels) // 5, [how.seed])
+    sizes = np.bincount(known.labels)
+    held = drawn(known.labels.numpy(), np.minimum(-(-sizes // 5), sizes - 1).clip(0), [how.seed])
     rest = np.setdiff1d(np.arange(len(x)), held)
+    if not len(held):
+        raise UsageError("linear chooses on a fifth of each class, and no class has two training images")
     epochs = max(how.linear_epochs, -(-STEPS * BATCH // len(x)))
     heads = partial(train_heads, classes=known.classes, epochs=epochs, seed=how.seed)
     tried = scores(heads(x[rest], labels[rest], GRID), x[held])
@@ -58,9 +62,9 @@ def cached(known: Known, kind: str, how: Settings, device: torch.device) -> Answ
         name="cached",
         features=kind,
         parameters={
-            "linear": "cached", "lr": LRS, "weight_decay": DECAYS, "optimizer": "sgd", "momentum": MOMENTUM, "schedule": "cosine", "epochs": epochs,
-            "batch_size": min(BATCH, len(x)), "views": "none, as for testing", "standardized": STANDARDIZED,
-            "held_out": "a fifth of each class", "seed": how.seed,
+            "linear": "cached", "lr": LRS, "weight_decay": DECAYS, "held_out": "a fifth of each class",
+            "optimizer": "sgd", "momentum": MOMENTUM, "schedule": "cosine", "batch_size": min(BATCH, len(x)),
+            "epochs": epochs, "views": "none, as for testing", "standardized": STANDARDIZED, "seed": how.seed,
         },
         chosen={"lr": lr, "weight_decay": decay, "held_out_top1": round(100 * max(right) / len(held), 3)},
         ranked=[likeliest(scores(head, known.test.to(device))[:, :, 0])],
