@@ -76,8 +76,8 @@ def evaluate(
         "checkpoint": checkpoint, "step": frozen.step, "backbone_sha256": weights,
         "source": opened.name, **split, "train_images": len(train), "classes": len(train.classes),
     }  # fmt: skip
-    kept = ("commit", "device", "precision", "threads")
-    where = {"environment": {k: here[k] for k in kept} | {"torch": here["versions"]["torch"]}}
+    conditions = {k: here[k] for k in ("commit", "device", "precision", "threads")}
+    where = {"environment": conditions | {"torch": here["versions"]["torch"]}}
 
     found = []
     for protocol in protocols:
@@ -89,8 +89,9 @@ def evaluate(
         assert fingerprint(frozen.backbone) == weights, "a frozen backbone moved"
         unreadable = len(broken + more + frozen.unreadable)
         spent = {"measured": now(), "seconds": round(time.monotonic() - started, 1)}
-        found += [record | {"unreadable": unreadable, "frozen": True} | where | spent for record in records]
-        write(folder, protocol, found[-len(records) :])
+        records = [record | {"unreadable": unreadable, "frozen": True} | where | spent for record in records]
+        write(folder, protocol, records)
+        found += records
     show(found, f"{opened.name}: classifiers learn from {split['train']} and are tested on {split['test']}")
     return found
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from hashlib import sha256
 from typing import Any, NamedTuple
 
@@ -75,7 +74,7 @@ class Frozen:
         self.backbone = self.loaded(bare_backbone(self.recipe), "backbone")
         self.readable: np.ndarray = np.arange(len(test))  # positions of the test images that features are of
         self.unreadable: list[tuple[str, str]] = []
-        self.features = lru_cache(self.features)  # type: ignore[method-assign]
+        self.known: dict[str, Known] = {}
 
     def loaded(self, part: nn.Module, name: str) -> nn.Module:
         """A part of the network with the checkpoint's weights, in eval mode and without gradients."""
@@ -107,6 +106,11 @@ class Frozen:
 
     def features(self, kind: str) -> Known:
         """Features of a kind of all images that can be read, computed once."""
+        if kind not in self.known:
+            self.known[kind] = self.extracted(kind)
+        return self.known[kind]
+
+    def extracted(self, kind: str) -> Known:
         network, transform = self.network(kind), transform_of(self.recipe)
         train, test = (
             extract(network, images, transform, device=self.device, precision=self.precision)
