@@ -1,7 +1,7 @@
 """Which label-free signals follow kNN accuracy? Spearman's correlation over the kept checkpoints of finished runs.
 
-    simsiam pretrain CIFAR10 --recipe cifar --backbone resnet18 --width 16 --batch-size 256 --epochs 24 --save-every 1 \\
-        --holdout 0 --log-every 25 --seed S --out runs/S       (for S in 0 1 2; any labeled source will do)
+    simsiam pretrain CIFAR10 --recipe cifar --backbone resnet18 --width 16 --batch-size 256 --base-lr 0.2 --epochs 12 \\
+        --save-every 1 --holdout 0 --log-every 25 --seed S --out runs/S       (S = 0, 1, 2)
     python results/label_free.py runs/0 runs/1 runs/2 --out results/label_free.json
 
 kNN: k = 200, 10,000 training images vote on 5,000 test images. Every signal is a function of one checkpoint (neighbor
@@ -17,11 +17,12 @@ from statistics import mean, stdev
 import torch
 from scipy.stats import spearmanr
 
+from simsiam.files import whole
 from simsiam.images import in_memory, sample
 from simsiam.knn import knn_monitor
 from simsiam.label_free import label_free_monitor
 from simsiam.prepare import assemble
-from simsiam.run import Run, transform_of, whole
+from simsiam.run import Run, transform_of
 from simsiam.sources import open_source
 
 GAUGES = ("loss", "z_std_sqrt_d", "z_rank", "z_cosine_squared", "h_rank")
@@ -65,7 +66,9 @@ def main() -> None:
         table[name] |= {"std": round(stdev(rhos), 3)} if len(rhos) > 1 else {}
         print(f"{name:20} " + " ".join(f"{r:6.2f}" for r in rhos) + f"   mean {mean(rhos):5.2f}")
     with whole(Path(asked.out)) as part:
-        part.write_text(json.dumps({"command": sys.argv, "spearman_with_knn": table, "curves": of_runs}, indent=1) + "\n")
+        part.write_text(
+            json.dumps({"command": sys.argv, "spearman_with_knn": table, "curves": of_runs}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

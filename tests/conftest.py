@@ -10,6 +10,8 @@ TINY = {
     "backbone": "resnet10", "width": 4, "dim": 16, "proj_hidden": 16, "pred_dim": 4, "base_lr": 1.0, "limit": 512,
     "batch_size": 32, "log_every": 1, "epochs": 2,
 }  # fmt: skip
+# Three steps and nothing measured.
+QUICK = TINY | {"limit": 64, "batch_size": 16, "steps": 3, "holdout": 0, "save_every": 9, "knn_every": 9}
 
 
 def flags(**words) -> list[str]:
@@ -33,4 +35,5 @@ def shared():
 def in_an_empty_folder(tmp_path_factory, monkeypatch):
     """Runs are made in the working directory by default."""
     monkeypatch.chdir(tmp_path_factory.mktemp("work"))
+    monkeypatch.setenv("SIMSIAM_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
     os.environ["COLUMNS"] = "80"

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from simsiam.batches import batches, members, order
+from simsiam.batches import batches, members, order, sweep
 from simsiam.errors import UsageError
 from simsiam.images import from_arrays
 from simsiam.recipes import Recipe
@@ -48,3 +48,16 @@ def test_a_step_is_the_same_whatever_ran_before(images):
 def test_batches_larger_than_the_set_are_refused(images):
     with pytest.raises(UsageError, match="take a smaller --batch-size"):
         next(batches(images, recipe().replace(batch_size=64), 0, 1, CPU))
+
+
+def test_a_sweep_sees_every_image_in_order(images):
+    """The last batch steps back to be whole."""
+    swept = list(sweep(images, recipe(), CPU))
+    assert torch.equal(torch.cat([batch.index for batch in swept]), torch.cat([torch.arange(48), torch.arange(42, 50)]))
+    assert all(len(batch.views[0]) == 8 for batch in swept)
+
+
+def test_a_row_says_how_many_views_it_takes(images):
+    for count, words in [(1, {"method": "supervised"}), (4, {"pairs": "asymmetric_2x"}), (2, {})]:
+        batch = next(batches(images, recipe(**words), 0, 1, CPU))
+        assert len(batch.views) == count

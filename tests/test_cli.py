@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import TINY, flags
+from conftest import QUICK, TINY, flags
 from PIL import Image
 
 from simsiam.cli import build_parser, main
@@ -37,6 +37,8 @@ def said(capsys, *arguments: str) -> tuple[int, str]:
         (["pretrain", "--output-bn-affine", "--head-bn", "pred_hidden"], "add proj_out to head_bn"),
         (["pretrain", "--backbone", "squeezenet1_0", "--width", "64"], "no clear feature output"),
         (["pretrain", "--device", "meta"], "device 'meta' cannot be used here"),
+        (["pretrain", "--target", "momentum", "--no-stop-gradient"], "a second encoder gets no gradient"),
+        (["pretrain", "--queue", "64"], "queue says nothing here: it belongs to criterion info_nce"),
         (["demo", "--seeds", "0"], "seeds is 0; it is at least 1"),
         (["resume", "nowhere"], "nowhere is not a run folder"),
         (["resume"], "the following arguments are required: RUN"),
@@ -107,6 +109,19 @@ def test_cells_reach_the_model_from_the_command_line(tmp_path):
     assert main(run + flags(**TINY | cells)) == 0
     method = Run(tmp_path / "run").recipe.method
     assert {k: getattr(method, k) for k in cells} == cells and method.head_bn == ("proj_hidden",)
+
+
+def test_a_row_on_equal_terms_and_the_table_of_rows(tmp_path, capsys):
+    from simsiam.run import Run
+
+    run = ["pretrain", "--out", str(tmp_path / "run"), "--method", "simclr", "--equal-terms", "--predictor", "mlp"]
+    assert main([*run, "--stop-gradient", *flags(**QUICK)]) == 0
+    row = Run(tmp_path / "run").recipe.method
+    assert (row.criterion, row.optimizer, row.predictor, row.stop_gradient) == ("nt_xent", "sgd", "mlp", True)
+    capsys.readouterr()
+    for how, start in (("text", "method "), ("markdown", "| method |"), ("svg", "<svg ")):
+        assert main(["methods", "--format", how]) == 0
+        assert capsys.readouterr().out.startswith(start)
 
 
 def test_a_single_image_is_too_few(capsys, tmp_path):

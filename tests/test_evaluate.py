@@ -17,7 +17,9 @@ import simsiam
 from simsiam import shapes
 from simsiam.batches import batches
 from simsiam.cli import main
-from simsiam.evaluate import ANSWERS, evaluate, few_label, frozen, linear, score, wilson
+from simsiam.evaluate import ANSWERS, evaluate, few_label, frozen, linear
+from simsiam.evaluate.finetune import finetune
+from simsiam.evaluate.scores import score, wilson
 from simsiam.features import extract
 from simsiam.images import from_arrays
 from simsiam.knn import knn_scores, knn_top1, usual_k
@@ -156,6 +158,23 @@ def test_training_a_layer_on_crops_leaves_the_backbone_bit_for_bit(run, kind, co
     assert len(seen) == 2 and all(x.shape == (120, 3, 32, 32) for x in seen) and not torch.equal(*seen)
 
 
+def test_fine_tuning_is_a_protocol_that_freezes_nothing(run, folder):
+    """On the labels that few_label draws; each has a folder of its own, and the numbers are those of finetune."""
+    how = {"protocols": ["finetune"], **QUICK, "finetune_epochs": 1}
+    found = evaluate(run, **how | {"labels": ("25%",)}) + evaluate(run, **how | {"labels": None}, from_scratch=True)
+    assert timeless(read(run, "finetune")) == timeless(json.loads(json.dumps(found)))
+    few, whole = found
+    assert (few["name"], few["features"], few["frozen"]) == ("25 %, 1 epochs", "pretrained", False)
+    assert (whole["name"], whole["features"]) == ("all labels, 1 epochs", "from scratch")
+    assert len(few["draws"]) == len(few["val_top1"]) == 2 and "interval" in whole and len(whole["val_top1"][0]) == 1
+    assert len(list((run / "finetuning").iterdir())) == 3 and few["n"] == 50 and few["unreadable"] == 1
+    source = open_source(folder)
+    rows = few_label.planned(source.train, Settings(labels=("25%",), draws=2))["25 %"][1]
+    where = {"device": "cpu", "precision": "float32", "out": run / "alone"}
+    alone = finetune(run, source.train.take(rows), source.test, epochs=1, seed=1, **where)
+    assert few["draws"][1] == alone["top1"]
+
+
 def test_a_backbone_that_moves_is_noticed(run, monkeypatch):
     def moving(given, how):
         given.backbone.train()(torch.randn(4, 3, 32, 32))  # no parameter moves, batch norm's statistics do
@@ -268,6 +287,7 @@ def test_label_free_needs_no_labels(run, folder, tmp_path, capsys):
         (["--few-label-list", "nowhere.txt"], "few_label_list nowhere.txt cannot be read"),
         (["--linear", "laper"], "unknown linear 'laper': did you mean 'paper'?"),
         (["--features", "p"], "unknown features 'p'"),
+        (["--protocol", "finetune", "--checkpoint", "best"], "finetune starts from the run's backbone"),
         (["--k", "0"], "k is 0; it is at least 1"),
         (["--precision", "float16"], "unknown precision 'float16'"),
         (["nowhere"], "unknown source 'nowhere'"),

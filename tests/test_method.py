@@ -156,6 +156,8 @@ def test_a_layer_has_a_bias_exactly_where_no_batch_norm_follows(hidden_bn, out_b
     for layer, after in zip(head, [*head[1:], None]):
         if isinstance(layer, nn.Linear):
             assert (layer.bias is None) == isinstance(after, nn.BatchNorm1d)
+    without = mlp([3, 4, 5, 6], hidden_bn=hidden_bn, out_bn=out_bn, out_bias=False)
+    assert [m.bias is None for m in without if isinstance(m, nn.Linear)] == [hidden_bn, hidden_bn, True]
 
 
 def test_predictor_cells():

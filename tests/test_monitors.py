@@ -1,11 +1,14 @@
 """Gauges measure what the paper says, and the verdict tells the failures apart."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
+from simsiam.methods import METHODS
 from simsiam.monitors import REMEDIES, effective_rank, judge, squared_cosine, z_std
+from simsiam.siamese import build
 
 
 def test_isotropic_gaussian_has_std_one_over_sqrt_d():
@@ -75,6 +78,22 @@ def test_one_noisy_batch_decides_nothing():
     lines = [{"step": s, "loss": -0.9, "z_std_sqrt_d": 0.9, "z_rank": 20.0} for s in range(0, 1000, 10)]
     lines[-1] = lines[-1] | {"z_rank": 1.0}
     assert judge(lines, 1000).verdict == "healthy"
+
+
+def test_each_criterion_says_what_a_high_loss_is():
+    """A quarter of the way from unrelated views to the minimum; where labels are the target, only the loss speaks."""
+    lines = [{"step": s, "loss": 4.0, "z_std_sqrt_d": 0.9, "z_rank": 20.0} for s in range(0, 1000, 10)]
+    assert judge(lines, 1000, high=3.0).verdict == "not converging"
+    assert judge(lines, 1000, high=5.0).verdict == judge(lines, 1000, high=None).verdict == "healthy"
+    flat = [line | {"z_std_sqrt_d": 0.01, "z_rank": 1.0} for line in lines]
+    assert judge(flat, 1000, high=5.0).verdict == "collapsed"
+    assert judge(flat, 1000, high=5.0, labels=True).verdict == "healthy"
+    assert judge(flat, 1000, high=3.0, labels=True).verdict == "not converging"
+    small = {"backbone": "resnet10", "width": 4, "image_size": 16}
+    high = {name: build(replace(row, dim=16), **small).high_loss(128) for name, row in METHODS.items()}
+    assert high["simsiam"] == -0.25 and high["byol"] == -1.0 and high["swav"] is None
+    assert high["simclr"] == pytest.approx(0.75 * math.log(255) + 0.25 * math.log1p(254 * math.exp(-10)))
+    assert high["moco_v2_plus"] == 2 * high["moco_v2"]
 
 
 def test_every_remedy_is_one_line():

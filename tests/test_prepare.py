@@ -65,6 +65,12 @@ def test_where_only_val_is_labeled_it_is_split_into_voters_and_voted_on():
     assert prepare(recipe.replace(holdout=0), source).held_out is None
 
 
+def test_another_network_does_not_inherit_the_recipes_width():
+    recipe, _, _ = compose("shapes", None, {"backbone": "timm/resnet10t"})
+    assert recipe.width == 64 and compose("shapes", None, {"backbone": "resnet18"})[0].width == 16
+    assert compose("shapes", None, {"backbone": "timm/resnet10t", "width": 8})[0].width == 8  # and is refused later
+
+
 def test_images_are_held_out_of_training():
     recipe, source, _ = compose("shapes", None, {"limit": 1000, "holdout": 200})
     data = prepare(recipe, source)

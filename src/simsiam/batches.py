@@ -21,7 +21,8 @@ from simsiam.images import CORES, Images
 from simsiam.recipes import Recipe
 
 ORDER = 2  # the seed's stream for the order of images; views draw from a stream of their own
-VIEWS = 2  # of each image
+VIEWS = 2  # of each image, where nobody trains on them
+SWEEP = 2**40  # the steps from here on take all images in order, once: a look at them before training
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,9 @@ def order(seed: int, epoch: int, count: int) -> np.ndarray:
 def members(step: int, recipe: Recipe, count: int) -> np.ndarray:
     """The images (N,) of a step's batch, by position in the training set."""
     per_epoch = steps_per_epoch(count, recipe.batch_size)
+    if step >= SWEEP:  # the last batch steps back to be whole
+        first = min((step - SWEEP) * recipe.batch_size, count - recipe.batch_size)
+        return np.arange(first, first + recipe.batch_size)
     first = step % per_epoch * recipe.batch_size
     return order(recipe.seed, step // per_epoch, count)[first : first + recipe.batch_size]
 
@@ -62,12 +66,17 @@ def batches(images: Images, recipe: Recipe, start: int, stop: int, device: torch
         clock = time.monotonic()
 
 
+def sweep(images: Images, recipe: Recipe, device: torch.device) -> Iterator[Batch]:
+    """Views of every image, in order."""
+    return batches(images, recipe, SWEEP, SWEEP - (-len(images) // recipe.batch_size), device)
+
+
 def _resident(images: Images, recipe: Recipe, start: int, stop: int, device: torch.device) -> Iterator[Batch]:
     assert images.pixels is not None
     pixels = torch.from_numpy(images.pixels).to(device)
     for step in range(start, stop):
         index = torch.from_numpy(members(step, recipe, len(images)))
-        yield Batch(step, index, _views_of(pixels[index.to(device)], recipe, step), 0.0, [])
+        yield Batch(step, index, _views_of(pixels[index.to(device)], recipe, step, recipe.method.view_count), 0.0, [])
 
 
 def _streamed(images: Images, recipe: Recipe, start: int, stop: int, device: torch.device) -> Iterator[Batch]:
@@ -81,20 +90,22 @@ def _streamed(images: Images, recipe: Recipe, start: int, stop: int, device: tor
         yield Batch(step, index, _finished(crops.to(device, non_blocking=True), recipe, step), 0.0, skipped)
 
 
-def views_of(images: Images, index: np.ndarray, recipe: Recipe, step: int, device: torch.device) -> list[Tensor]:
-    """The views, as in training, of the images at `index`, as if they were the batch of that step."""
+def views_of(
+    images: Images, index: np.ndarray, recipe: Recipe, step: int, device: torch.device, *, count: int = VIEWS
+) -> list[Tensor]:
+    """The first views, as in training, of the images at `index`, as if they were the batch of that step."""
     if images.pixels is not None:
-        return _views_of(torch.from_numpy(images.pixels[index]).to(device), recipe, step)
-    crops, _, _ = _crops(images, index, recipe, step)
+        return _views_of(torch.from_numpy(images.pixels[index]).to(device), recipe, step, count)
+    crops, _, _ = _crops(images, index, recipe, step, count)
     return _finished(crops.to(device), recipe, step)
 
 
-def _views_of(pixels: Tensor, recipe: Recipe, step: int) -> list[Tensor]:
+def _views_of(pixels: Tensor, recipe: Recipe, step: int, count: int) -> list[Tensor]:
     assert recipe.image_size and recipe.mean and recipe.std
     return views.make_views(
         pixels,
         recipe.method.views,
-        count=VIEWS,
+        count=count,
         size=recipe.image_size,
         mean=recipe.mean,
         std=recipe.std,
@@ -123,13 +134,14 @@ class _Steps(Dataset):
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor, list[tuple[str, str]]] | WorkFailed:
         try:
-            return _crops(self.images, members(step, self.recipe, len(self.images)), self.recipe, step)
+            index = members(step, self.recipe, len(self.images))
+            return _crops(self.images, index, self.recipe, step, self.recipe.method.view_count)
         except WorkFailed as error:  # handed over rather than raised: a worker's exceptions arrive with a traceback
             return error
 
 
 def _crops(
-    images: Images, index: np.ndarray, recipe: Recipe, step: int
+    images: Images, index: np.ndarray, recipe: Recipe, step: int, count: int
 ) -> tuple[Tensor, Tensor, list[tuple[str, str]]]:
     """Crops uint8 (views, N, C, size, size) of images read once each, which images they are, and what was unreadable.
 
@@ -150,7 +162,7 @@ def _crops(
 
     found, batch = zip(*map(read, index), strict=True)
     crops = []
-    for view in range(VIEWS):
+    for view in range(count):
         d = _draw(recipe, step, view, [image.shape[:2] for image in batch])
         boxes = zip(d.top, d.left, d.height, d.width, d.flip, strict=True)
         crops.append(torch.stack([views.crop_one(image, *box, size) for image, box in zip(batch, boxes, strict=True)]))

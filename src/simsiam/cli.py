@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from simsiam import __version__, recipes
+from simsiam.columns import TERMS, Method, Views
 from simsiam.errors import Stopped, UsageError, WorkFailed, unknown
-from simsiam.methods import METHODS, Method, Views
-from simsiam.protocols import PROTOCOLS, Settings
+from simsiam.protocols import FROZEN, PROTOCOLS, Settings
 
 EPILOG = "Documentation and source of every setting: README.md; `simsiam VERB --help` lists a verb's flags."
 
@@ -37,6 +37,8 @@ def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
     """A flag for every word of a recipe, with the paper's baseline as its default."""
     for owner, title in ((recipes.Recipe, "the run"), (Method, "the method's cells"), (Views, "the views")):
         add_flags(parser, owner, title, recipes.WORDS)
+    note = "the row on simsiam's views and optimizer: " + ", ".join(TERMS)
+    parser.add_argument("--equal-terms", action="store_true", default=argparse.SUPPRESS, help=note)
 
 
 def add_flags(parser: argparse.ArgumentParser, owner: type, title: str, words: typing.Mapping[str, Any]) -> None:
@@ -45,7 +47,7 @@ def add_flags(parser: argparse.ArgumentParser, owner: type, title: str, words: t
     for f in fields(owner):
         if f.name in ("source", "name", "views") or f.name not in words:
             continue
-        kind, default = words[f.name], METHODS["simsiam"].name if f.name == "method" else f.default
+        kind, default = words[f.name], "simsiam" if f.name == "method" else f.default
         note = said.get(f.name, "a row of `simsiam methods`" if f.name == "method" else "").replace("%", "%%")
         if default is not MISSING and default is not None:
             shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
@@ -120,8 +122,8 @@ def build_parser() -> Parser:
     )
     evaluate.add_argument("run", metavar="RUN")
     add_source(evaluate, "*", "[the run's own]")
-    names = f"{', '.join(PROTOCOLS)} [all of them]"
-    evaluate.add_argument("--protocol", dest="protocols", metavar="NAME", nargs="+", default=PROTOCOLS, help=names)
+    names = f"{', '.join(PROTOCOLS)} [{' '.join(FROZEN)}]"
+    evaluate.add_argument("--protocol", dest="protocols", metavar="NAME", nargs="+", default=FROZEN, help=names)
     evaluate.add_argument("--checkpoint", metavar="NAME", default="last", help="last, best or epoch-NNNN [last]")
     evaluate.add_argument("--device", metavar="NAME", default="auto", help="cpu, cuda, ... [auto]")
     precisions = "auto, bfloat16 or float32; of the backbone alone [auto]"
@@ -132,7 +134,24 @@ def build_parser() -> Parser:
     demo.add_argument("--seeds", metavar="N", type=int, default=1, help="runs to average over [1]")
     demo.add_argument("--out", metavar="FOLDER", help="where the run folders go [runs/demo-N]")
 
-    verbs.add_parser("methods", help="the methods as rows of one table (Figure 3)")
+    convert = verbs.add_parser(
+        "convert",
+        help="make a run folder of other people's checkpoint",
+        epilog="Layouts known: the authors' SimSiam, MoCo, lightly, mmselfsup, PatrickHua's SimSiam, solo-learn, "
+        "torchvision, timm. Known by name: simsiam_resnet50_100ep, simsiam_resnet50_100ep_256bs, "
+        "simsiam_resnet50_200ep_256bs, and torchvision's, such as ResNet50_Weights.IMAGENET1K_V2.",
+    )
+    convert.add_argument("checkpoint", metavar="CHECKPOINT", help="a file, or the name of published weights")
+    convert.add_argument("--out", metavar="RUN", required=True, help="the run folder; it must not exist")
+    convert.add_argument("--backbone", metavar="NAME", help="its torchvision network, where that is no ResNet")
+    convert.add_argument(
+        "--image-size", metavar="N", type=int, help="side of its images in pixels [224; 32 small stem]"
+    )
+    convert.add_argument("--mean", metavar="X", type=float, nargs=3, help="of each channel, in 0..1 [ImageNet's]")
+    convert.add_argument("--std", metavar="X", type=float, nargs=3, help="likewise [ImageNet's]")
+
+    methods = verbs.add_parser("methods", help="the methods as rows of one table (Figure 3)")
+    methods.add_argument("--format", choices=("text", "markdown", "svg"), default="text", help="svg draws them [text]")
     return parser
 
 
@@ -168,10 +187,14 @@ def run(arguments: dict[str, Any]) -> None:
         from simsiam.demo import demo
 
         demo(**arguments)
-    elif verb == "methods":
-        from simsiam.methods import table
+    elif verb == "convert":
+        from simsiam.convert import convert, told
 
-        print(table())
+        print(told(convert(**arguments)))
+    elif verb == "methods":
+        from simsiam import figure3
+
+        print({"text": figure3.table, "markdown": figure3.markdown, "svg": figure3.svg}[arguments["format"]]())
 
 
 def tell(run: Path) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from simsiam.batches import batches, steps_per_epoch
 from simsiam.errors import UsageError
 from simsiam.features import extract
+from simsiam.files import whole
 from simsiam.images import Images
 from simsiam.knn import knn_top1
 from simsiam.optim import cosine
@@ -20,7 +21,7 @@ from simsiam.prepare import assemble, prepare
 from simsiam.pretrain import pretrain
 from simsiam.progress import Line, Stopwatch
 from simsiam.recipes import Recipe
-from simsiam.run import Run, load, next_free, transform_of, vacant, whole
+from simsiam.run import Run, load, next_free, transform_of, vacant
 from simsiam.sources import Source, open_source
 
 RAW, UNTRAINED, SIMSIAM, SUPERVISED = "raw pixels", "untrained network", "SimSiam, no labels", "supervised, all labels"

@@ -1,24 +1,28 @@
-"""The heads: f's projector and the predictor h, both plain MLPs (section 3)."""
+"""The heads: f's projector and the predictor h, both plain MLPs (section 3); and who shares batch norm's statistics."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from simsiam.columns import PARTS, Method
 from simsiam.errors import UsageError
-from simsiam.methods import Method
 
 
-def mlp(widths: Sequence[int], *, hidden_bn: bool, out_bn: bool, out_affine: bool = True) -> nn.Sequential:
+def mlp(
+    widths: Sequence[int], *, hidden_bn: bool, out_bn: bool, out_affine: bool = True, out_bias: bool = True
+) -> nn.Sequential:
     """Fully-connected layers (N, widths[0]) to (N, widths[-1]), ReLU between them and none after the last.
 
-    A layer has a bias exactly where no batch norm follows it: the norm would take the bias away again.
+    A layer has a bias exactly where no batch norm follows it: the norm would take the bias away again. Without
+    `out_bias` the last layer has none in any case.
     """
     layers: list[nn.Module] = []
     last = len(widths) - 2
     for i, (fan_in, fan_out) in enumerate(pairwise(widths)):
         bn = out_bn if i == last else hidden_bn
-        layers.append(nn.Linear(fan_in, fan_out, bias=not bn))
+        layers.append(nn.Linear(fan_in, fan_out, bias=not bn and (i < last or out_bias)))
         if bn:
             layers.append(nn.BatchNorm1d(fan_out, affine=i < last or out_affine))
         if i < last:
@@ -35,6 +39,7 @@ def projector(method: Method, dim: int) -> nn.Sequential:
         hidden_bn="proj_hidden" in method.head_bn,
         out_bn="proj_out" in method.head_bn,
         out_affine=method.output_bn_affine,
+        out_bias=method.output_bias,
     )
 
 
@@ -43,5 +48,30 @@ def predictor(method: Method) -> nn.Module:
     if method.predictor == "none":
         return nn.Identity()
     bn = {"hidden_bn": "pred_hidden" in method.head_bn, "out_bn": "pred_out" in method.head_bn}
-    head = mlp([method.dim, method.pred_dim, method.dim], **bn)
+    head = mlp([method.dim, method.pred_dim, method.dim], out_bias=method.output_bias, **bn)
     return head.requires_grad_(method.predictor != "fixed")
+
+
+# --- what a batch is to batch norm: a network applied to views, {view: (N, ...)} to {view: (N, d)} ---
+
+
+def per_view(network: nn.Module, views: dict[int, Tensor]) -> dict[int, Tensor]:
+    """A call for each view, so batch norm's statistics are each view's own, as in SimSiam's code."""
+    return {view: network(x) for view, x in views.items()}
+
+
+def joint(network: nn.Module, views: dict[int, Tensor]) -> dict[int, Tensor]:
+    """One call for all views, so they share their statistics."""
+    return dict(zip(views, network(torch.cat(list(views.values()))).chunk(len(views)), strict=True))
+
+
+def split(network: nn.Module, views: dict[int, Tensor]) -> dict[int, Tensor]:
+    """A call for each eighth of each view: what 8 GPUs compute that do not synchronize batch norm.
+
+    Each process splits its own share of the batch, so several processes do not compute what one does.
+    """
+    return {view: torch.cat([network(part) for part in x.tensor_split(PARTS)]) for view, x in views.items()}
+
+
+GROUPING: dict[str, Callable[[nn.Module, dict[int, Tensor]], dict[int, Tensor]]]
+GROUPING = {"per_view": per_view, "joint": joint, "split": split}

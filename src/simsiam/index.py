@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import blake2b
 from multiprocessing import get_context
@@ -23,6 +23,7 @@ import pyarrow.compute as pc
 
 from simsiam.decode import EXTENSIONS, MAX_PIXELS, MODES, Unreadable, decode, header
 from simsiam.errors import WorkFailed
+from simsiam.files import whole
 from simsiam.images import CORES, Column, Images, Packed
 from simsiam.sources import SOURCES, Source
 
@@ -123,19 +124,6 @@ def index_of(names: Sequence[str | os.PathLike[str]], source: Source, channels: 
             found = Index(table.take(pa.array(order)), {}, old.path, containers)
             found.save()
     return found
-
-
-@contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """A file to write beside `path`; it takes the place of `path` once it is complete and on the disk."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        yield part
-        with open(part, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _cache() -> Path:

@@ -22,8 +22,9 @@ import pyarrow.compute as pc
 from simsiam import recipes
 from simsiam.choose import recipe_for
 from simsiam.errors import UsageError, WorkFailed, shown
+from simsiam.files import whole
 from simsiam.images import CORES, Images, in_memory, spread
-from simsiam.index import Index, index_of, whole
+from simsiam.index import Index, index_of
 from simsiam.recipes import Recipe
 from simsiam.sources import Source, open_source
 
@@ -219,20 +220,22 @@ def speed(recipe: Recipe, images: Images, *, resident: bool) -> dict[str, Any]:
     from simsiam.run import environment
 
     model, optimizer, device, precision = assemble(recipe)
+    model.begin(images=len(images), labels=None, steps=1, per_epoch=1)
 
     def step(size: int) -> tuple[float, float]:
         batch = images.take(spread(len(images), size))
         if resident:
             batch, _ = in_memory(batch, 2**62)
         start = time.monotonic()
-        x = views_of(batch, np.arange(size) % len(batch), recipe, 0, device)
+        rows = np.arange(size) % len(batch)
+        x, index = views_of(batch, rows, recipe, 0, device, count=recipe.method.view_count), torch.from_numpy(rows)
         middle = time.monotonic()
         with autocast(device, precision):
-            output = model(*x)
+            output = model(*x, index=index.to(device))
         optimizer.zero_grad()
         output.loss.backward()
         optimizer.step()
-        model.after_step()
+        model.after_step(output, 0, index.to(device))
         output.loss.item()  # waits for a GPU
         return (middle - start) / size, (time.monotonic() - middle) / size
 

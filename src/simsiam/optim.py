@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import SGD, Optimizer
+from torch.optim import SGD, AdamW, Optimizer
 
-from simsiam.methods import Method
+from simsiam.columns import Method
 
 
 def cosine(step: int, steps: int, warmup: int = 0) -> float:
@@ -54,24 +54,37 @@ class LARS(Optimizer):
 
 
 def build_optimizer(model: nn.Module, method: Method) -> Optimizer:
-    """SGD with momentum over everything that is trained, weight decay on all of it, BN and biases too (appendix A).
+    """The row's optimizer over everything that is trained.
 
-    The predictor is a group of its own, because its lr may have another schedule and another scale.
+    The predictor is a group of its own, because its lr may have another schedule and another scale; so are the
+    prototypes, which start late. What is excluded from decay and adaptation makes a second group of each.
     """
-    of_predictor = {id(p) for p in model.predictor.parameters()}  # type: ignore[union-attr]
-    trained = [p for p in model.parameters() if p.requires_grad]
-    encoder = {"name": "encoder", "schedule": "cosine", "lr_scale": 1.0}
-    predictor = {"name": "predictor", "schedule": method.predictor_lr, "lr_scale": method.predictor_lr_scale}
-    groups: list[dict[str, Any]] = [
-        encoder | {"params": [p for p in trained if id(p) not in of_predictor]},
-        predictor | {"params": [p for p in trained if id(p) in of_predictor]},
-    ]
+    rest = method.freeze_prototypes if method.criterion == "swapped" else 0
+    schedules: dict[str, dict[str, Any]] = {
+        "encoder": {"schedule": "cosine", "lr_scale": 1.0},
+        "predictor": {"schedule": method.predictor_lr, "lr_scale": method.predictor_lr_scale},
+        "criterion": {"schedule": "cosine", "lr_scale": 1.0, "rest": rest},
+    }
+    groups: list[dict[str, Any]] = []
+    for name, schedule in schedules.items():
+        trained = [(k.partition(".")[0], p) for k, p in model.named_parameters() if p.requires_grad]
+        mine = [p for owner, p in trained if (owner if owner in schedules else "encoder") == name]
+        excluded = [method.exclude == "bias_and_norm" and p.ndim == 1 for p in mine]
+        groups.append({"name": name, "params": [p for p, out in zip(mine, excluded) if not out]} | schedule)
+        groups.append({"name": f"{name}, excluded", "params": [p for p, out in zip(mine, excluded) if out]} | schedule)
+        groups[-1] |= {"weight_decay": 0.0, "adapt": False}
     groups = [group for group in groups if group["params"]]
-    return SGD(groups, lr=method.base_lr, momentum=method.momentum, weight_decay=method.weight_decay, fused=True)
+    how: dict[str, Any] = {"lr": method.base_lr, "weight_decay": method.weight_decay}
+    if method.optimizer == "adamw":
+        return AdamW(groups, betas=(method.momentum, 0.999), **how, fused=True)
+    if method.optimizer == "lars":
+        return LARS(groups, momentum=method.momentum, **how)
+    return SGD(groups, momentum=method.momentum, **how, fused=True)
 
 
 def set_lr(optimizer: Optimizer, step: int, *, peak: float, steps: int, warmup: int) -> dict[str, float]:
-    """Give every group its lr of this step; returns them by the group's name."""
+    """Give every group its lr of this step; returns them by the group's name. A group that rests has none yet."""
     for group in optimizer.param_groups:
-        group["lr"] = peak * group["lr_scale"] * SCHEDULES[group["schedule"]](step, steps, warmup)
+        share = SCHEDULES[group["schedule"]](step, steps, warmup) if step >= group.get("rest", 0) else 0.0
+        group["lr"] = peak * group["lr_scale"] * share
     return {group["name"]: group["lr"] for group in optimizer.param_groups}

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,18 +11,20 @@ import torch
 from torch.optim import Optimizer
 
 from simsiam import recipes
-from simsiam.backbones import input_size
-from simsiam.batches import steps_per_epoch
+from simsiam.backbones import RESNETS, input_size
+from simsiam.batches import steps_per_epoch, sweep
 from simsiam.choose import recipe_for
 from simsiam.errors import UsageError, unknown
 from simsiam.features import Transform, chunks
 from simsiam.images import Images, hold_out, in_memory, sample
 from simsiam.optim import build_optimizer
-from simsiam.precision import pick_device, pick_precision
+from simsiam.precision import autocast, pick_device, pick_precision
 from simsiam.recipes import Recipe
+from simsiam.releases import release_of
 from simsiam.run import initialize, read_recipe
 from simsiam.siamese import Siamese, build
 from simsiam.sources import SOURCES, Source, open_source
+from simsiam.targets import MovingAverage
 
 LOOKED_AT = 1000  # images that mean, std and sizes are measured on, spread evenly over the training set
 
@@ -59,8 +62,10 @@ def compose(
         base, why = recipe_for(names, opened)
     known = recipes.STATISTICS.get(names[0]) if len(names) == 1 else None
     absolute = [name if name in SOURCES else str(Path(name).expanduser().resolve()) for name in names]
+    if words.get("backbone") not in (None, *RESNETS):  # whose width and stem the recipe does not know
+        base = replace(base, width=Recipe.width, stem=None)
     complete = base.replace(**{"source": absolute} | dict(words))
-    if complete.init is not None:
+    if complete.init is not None and release_of(complete.init) is None:  # a published name stays a name
         complete = replace(complete, init=str(Path(complete.init).expanduser().resolve()))
     if complete.image_size is None:
         complete = replace(complete, image_size=input_size(complete.backbone) or 224)
@@ -106,6 +111,9 @@ def prepare(recipe: Recipe, source: Source) -> Data:
         train, held_out = hold_out(train, count)
         bank = train
     steps_per_epoch(len(train), recipe.batch_size)
+    if recipe.method.target == "labels" and (train.labels is None or len(train.classes) > recipe.method.dim):
+        known = "no labels" if train.labels is None else f"{len(train.classes)} classes: dim is {recipe.method.dim}"
+        raise UsageError(f"target labels needs a label, of at most `dim`, for each image; {source.name} has {known}")
     return Data(train, bank, held_out, unreadable, seen)
 
 
@@ -135,3 +143,15 @@ def assemble(recipe: Recipe) -> Parts:
         initialize(model.backbone, recipe)
     model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return Parts(model, build_optimizer(model, recipe.method), device, pick_precision(recipe.precision, device))
+
+
+def solve_first(model: Siamese, images: Images, recipe: Recipe, device: torch.device, precision: str) -> None:
+    """Give every image its first eta, what the initial network makes of one view, where the target keeps one (5.2).
+
+    Without it, in the first epoch t would be the other view's z alone: Table 1a, which collapses.
+    """
+    if isinstance(model.target, MovingAverage):
+        f = deepcopy(model.f)  # a copy: the running statistics of the model's batch norms stay as they are
+        for batch in sweep(images, recipe, device):
+            with torch.no_grad(), autocast(device, precision):
+                model.target.start(f(batch.views[0]), batch.index.to(device))

@@ -14,11 +14,12 @@ from simsiam.label_free import advise, label_free_monitor
 from simsiam.monitors import finite, gauges, grad_norm, judge
 from simsiam.optim import set_lr
 from simsiam.precision import autocast
-from simsiam.prepare import Data, Parts, assemble, compose, prepare
+from simsiam.prepare import Data, Parts, assemble, compose, prepare, solve_first
 from simsiam.progress import Interrupt, Line, Stopwatch, told
 from simsiam.recipes import Recipe
 from simsiam.run import Journal, Run, environment, next_free, transform_of, vacant, write_recipe
 from simsiam.sources import open_source
+from simsiam.targets import eta_bytes
 
 
 def pretrain(
@@ -66,6 +67,10 @@ def train(run: Run, data: Data, parts: Parts, said: list[str]) -> None:
     warmup = method.warmup_epochs * per_epoch
 
     state, changed = run.begin(environment(device, precision), images=len(data.train))
+    if eta := eta_bytes(method, len(data.train)):
+        said = [*said, f"eta      {eta / 2**20:,.2f} MiB on {device.type} and in every checkpoint"]
+    labels = None if data.train.labels is None else torch.from_numpy(data.train.labels)
+    model.begin(images=len(data.train), labels=labels, steps=steps, per_epoch=per_epoch)
     if "model" in state:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
@@ -95,17 +100,19 @@ def train(run: Run, data: Data, parts: Parts, said: list[str]) -> None:
     with Journal(run, start) as journal, Line(start, steps, per_epoch) as line, Interrupt() as interrupt:
         for text in said + changed:
             line.say(text)
+        if "model" not in state:
+            solve_first(model, data.train, recipe, device, precision)
         watch = Stopwatch(state["seconds"])
         save("last")
         for batch in batches(data.train, recipe, start, steps, device):
-            step = batch.step + 1
+            step, index = batch.step + 1, batch.index.to(device)
             lr = set_lr(optimizer, batch.step, peak=recipe.peak_lr, steps=steps, warmup=warmup)
             with autocast(device, precision):
-                output = network(*batch.views)
+                output = network(*batch.views, index=index)
             optimizer.zero_grad()
             output.loss.backward()
             optimizer.step()
-            model.after_step()
+            model.after_step(output, batch.step, index)
 
             last, stopping = step == steps, bool(interrupt.signum)
             logged = last or step == 1 or step % recipe.log_every == 0
@@ -134,7 +141,8 @@ def train(run: Run, data: Data, parts: Parts, said: list[str]) -> None:
             if stopping:
                 break
 
-    verdict = judge(journal.lines, step, diverged=bool(diverged))
+    high, labeled = model.high_loss(recipe.batch_size), method.target == "labels"
+    verdict = judge(journal.lines, step, diverged=bool(diverged), high=high, labels=labeled)
     if diverged and (good := run.checkpoint()):
         model.load_state_dict(good["model"])
     knn = {"knn_top1": state["knn"]} if state["knn"] else {}

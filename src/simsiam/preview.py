@@ -15,10 +15,10 @@ from simsiam.backbones import RESNETS
 from simsiam.batches import VIEWS, views_of
 from simsiam.decode import Unreadable
 from simsiam.errors import UsageError, WorkFailed, shown, within
+from simsiam.files import whole
 from simsiam.images import Images, sample, spread
 from simsiam.prepare import compose
 from simsiam.recipes import SMALL, Recipe
-from simsiam.run import whole
 from simsiam.sources import Source
 from simsiam.views import describe
 

@@ -39,6 +39,7 @@ class Line:
                 "z_std_sqrt_d": "z-std {:.2f}",
                 "view_retrieval": "views {:.0f}%",
                 "knn_top1": "kNN {:.1f}",
+                "val_top1": "val {:.1f}",
             }.items()
             if name in self.values
         )

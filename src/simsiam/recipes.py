@@ -11,8 +11,9 @@ from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from math import inf
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from simsiam.columns import BELONGS, PARTS, TERMS, Method, Views
 from simsiam.errors import UsageError, unknown, within
-from simsiam.methods import METHODS, Method, Views
+from simsiam.methods import METHODS
 
 SMALL = 64  # up to this many pixels a ResNet takes the small stem (D)
 STANDARD_SIZES = (32, 64, 96, 128, 224)  # sizes of a view that a folder's images are matched with
@@ -27,7 +28,7 @@ class Recipe:
     backbone: str = "resnet50"  # resnet10 to resnet152, or any torchvision classification model
     width: int = 64  # channels of a ResNet's first stage; 64 is the standard network
     stem: Literal["small", "large"] | None = None  # 3x3 without pooling up to 64 px, 7x7 with pooling above (D)
-    init: str | None = None  # a run folder or a backbone.safetensors to start the backbone from
+    init: str | None = None  # start the backbone from a run folder, a checkpoint or published weights
     channels: int = 3  # of an image: 3 RGB, 1 gray, 4 RGBA, or as many as NumPy and TIFF files have
     image_size: int | None = None  # side of a view in pixels
     mean: tuple[float, ...] | None = None  # per channel, in 0..1; known for named sources, else measured
@@ -59,6 +60,8 @@ class Recipe:
                 raise UsageError(f"{name} has {len(values)} values for {self.channels} channels")
         if self.steps is None and self.method.warmup_epochs >= self.epochs:
             raise UsageError(f"warmup_epochs is {self.method.warmup_epochs} and epochs {self.epochs}: nothing is left")
+        if self.method.bn == "split" and self.batch_size < 2 * PARTS:
+            raise UsageError(f"batch_size is {self.batch_size} and bn split: {PARTS} parts need {2 * PARTS} images")
 
     @property
     def peak_lr(self) -> float:
@@ -72,11 +75,22 @@ class Recipe:
                 raise unknown("setting", name, WORDS)
         words = {name: convert(value, WORDS[name], name) for name, value in words.items()}
         name = words.pop("method", self.method.name)  # naming the row it already has keeps the cells that were moved
+        if name not in METHODS and name != self.method.name:
+            raise unknown("method", name, METHODS)
         row = self.method if name == self.method.name else METHODS[name]
+        if words.pop("equal_terms", False):
+            terms = self.method if self.method.name == "simsiam" else METHODS["simsiam"]
+            row = replace(row, **{cell: vars(terms)[cell] for cell in TERMS})
         of_views = {f.name: words.pop(f.name) for f in fields(Views) if f.name in words}
         of_row: dict[str, Any] = {f.name: words.pop(f.name) for f in fields(Method) if f.name in words}
-        views = tuple(replace(v, **of_views) for v in row.views)
-        return replace(self, method=replace(row, **of_row, views=views), **words)
+        row = replace(row, **of_row, views=tuple(replace(v, **of_views) for v in row.views))
+        for word in of_row.keys() & BELONGS.keys():
+            cell, values = BELONGS[word]
+            if (value := vars(row)[cell]) not in values:
+                raise UsageError(
+                    f"{word} says nothing here: it belongs to {cell} {' or '.join(values)}, not to {value}"
+                )
+        return replace(self, method=row, **words)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, dictionaries and scalars: what recipe.yaml and a checkpoint hold."""
@@ -89,9 +103,9 @@ class Recipe:
 
 
 def _words() -> dict[str, Any]:
-    """Every word of a recipe and its type; `method` is given by the name of its row."""
+    """Every word of a recipe and its type; `method` is the name of a row, `equal_terms` lends it simsiam's TERMS."""
     hints = {k: v for owner in (Views, Method, Recipe) for k, v in get_type_hints(owner).items()}
-    return {k: v for k, v in hints.items() if k not in ("name", "views")} | {"method": Literal[tuple(METHODS)]}
+    return {k: v for k, v in hints.items() if k not in ("name", "views")} | {"method": str, "equal_terms": bool}
 
 
 WORDS = _words()

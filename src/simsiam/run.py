@@ -11,8 +11,7 @@ import pickle
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -25,27 +24,16 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from simsiam.backbones import backbone
+from simsiam.checkpoints import backbone_weights
 from simsiam.errors import UsageError, WorkFailed, shown
 from simsiam.features import Transform
+from simsiam.files import whole
 from simsiam.recipes import Recipe
 
 FORMAT = 1  # of a checkpoint
 ENOUGH_SEEN = 20  # images; among fewer, the share of unreadable ones says little
 # What may differ between a checkpoint's recipe and the run's: where things are, and how far to go.
 MAY_CHANGE = {"source": (), "init": None, "device": "auto", "workers": None, "epochs": 10**9, "save_seconds": 0}
-
-
-@contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """A file to write beside `path`; it takes the place of `path` once it is complete and on the disk."""
-    part = path.with_name(path.name + ".part")
-    try:
-        yield part
-        with open(part, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def now() -> str:
@@ -298,15 +286,12 @@ def bare_backbone(recipe: Recipe) -> nn.Module:
 
 def initialize(model: nn.Module, recipe: Recipe) -> None:
     """Give a backbone the weights that `init` names, strictly; raises UsageError where they do not fit."""
-    path = Path(recipe.init or "")
-    path = path / "backbone.safetensors" if path.is_dir() else path
-    if not path.is_file():
-        raise UsageError(f"init {path} is not there")
+    weights = backbone_weights(recipe.init or "", recipe.backbone)
     try:
-        model.load_state_dict(load_file(path))
-    except (OSError, RuntimeError, SafetensorError) as error:
+        model.load_state_dict(weights)
+    except (RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:160]
-        raise UsageError(f"init {path} does not fit {recipe.backbone}: {reason}") from None
+        raise UsageError(f"init {recipe.init} does not fit {recipe.backbone}: {reason}") from None
 
 
 def load(run: str | os.PathLike[str]) -> nn.Module:
@@ -321,7 +306,7 @@ def load(run: str | os.PathLike[str]) -> nn.Module:
     model = bare_backbone(folder.recipe)
     try:
         model.load_state_dict(load_file(weights))
-    except (SafetensorError, RuntimeError) as error:
+    except (SafetensorError, RuntimeError, ValueError) as error:  # ValueError: mnasnet's own
         raise UsageError(f"{weights} does not fit the recipe: {' '.join(str(error).split())[:160]}") from None
     model.transform = transform_of(folder.recipe)  # type: ignore[assignment]
     return model.eval()

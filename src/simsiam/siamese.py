@@ -6,17 +6,16 @@ import torch
 from torch import Tensor, nn
 
 from simsiam.backbones import backbone as named_backbone
+from simsiam.columns import PAIRS
 from simsiam.criteria import CRITERIA
-from simsiam.errors import unknown
-from simsiam.heads import predictor, projector
+from simsiam.errors import UsageError, unknown
+from simsiam.heads import GROUPING, predictor, projector
 from simsiam.methods import METHODS, Method
 from simsiam.targets import TARGETS
 
-PAIRS = {"symmetric": ((0, 1), (1, 0)), "asymmetric": ((0, 1),)}  # (view of p, view of t), section 4.6
-
 
 class Output(NamedTuple):
-    """What one step computes, with one tensor a view: features (N, dim), all others (N, d)."""
+    """What one step computes: features (N, dim), all others (N, d), a tensor for each view that has one."""
 
     loss: Tensor
     features: list[Tensor]  # h
@@ -26,35 +25,61 @@ class Output(NamedTuple):
 
 
 class Siamese(nn.Module):
-    """A backbone, a projector and a predictor, put together as a row of METHODS says.
+    """A backbone, a projector, a predictor, a target and a criterion, put together as a row of METHODS says.
 
-    Call it with two views of a batch, each (N, 3, H, W) and normalized; `.loss` of what it returns is a scalar to call
-    `backward` on. After the optimizer's step call `after_step`.
+    Call it with `method.view_count` views of a batch, each (N, 3, H, W) and normalized; `.loss` of what it returns is a
+    scalar to call `backward` on. After the optimizer's step call `after_step`. Targets that depend on the run (eta for
+    each image, schedules, labels) need `begin` first, and `index`, the images' positions in the training set.
     """
 
     def __init__(self, backbone: nn.Module, method: Method):
         super().__init__()
+        if method.criterion not in CRITERIA:
+            raise unknown("criterion", method.criterion, CRITERIA)
         self.method = method
         self.backbone = backbone
         self.projector = projector(method, int(backbone.dim))  # type: ignore[arg-type]
         self.predictor = predictor(method)
-        self.target = TARGETS[method.target]()
-        self.criterion = CRITERIA[method.criterion]
+        self.target = TARGETS[method.target](method, self.f)
+        self.criterion = CRITERIA[method.criterion](method)
+        self.each_view = GROUPING[method.bn]
         self.pairs = PAIRS[method.pairs]
+        self.predicted = sorted({i for i, _ in self.pairs})
 
-    def forward(self, *x: Tensor) -> Output:
-        h = [self.backbone(view) for view in x]  # view by view: batch norm's statistics are each view's own
-        z = [self.projector(view) for view in h]
-        p = [self.predictor(view) for view in z]
-        t = self.target(x, z)
+    @property
+    def f(self) -> nn.Module:
+        """The encoder: a view to its z."""
+        return nn.Sequential(self.backbone, self.projector)
+
+    def forward(self, *x: Tensor, index: Tensor | None = None) -> Output:
+        if len(x) != self.method.view_count:
+            raise UsageError(f"{self.method.name} takes {self.method.view_count} views of each image, not {len(x)}")
+        seen = sorted({*self.predicted, *self.target.made_of})
+        h = self.each_view(self.backbone, {i: x[i] for i in seen})
+        z = self.each_view(self.projector, h)
+        p = self.each_view(self.predictor, {i: z[i] for i in self.predicted})
+        eta = self.target(x, z, index)
+        t = {j: self.criterion.code(eta[j]) for j in eta}
         if self.method.stop_gradient:
-            t = [view.detach() for view in t]
+            t = {j: t[j].detach() for j in t}
         loss = torch.stack([self.criterion(p[i], t[j]) for i, j in self.pairs]).mean()
-        return Output(loss, h, z, p, t)
+        return Output(self.method.loss_scale * loss, *(list(by_view.values()) for by_view in (h, z, p, t)))
 
-    def after_step(self) -> None:
-        """Move what gradients do not move, once a step."""
-        self.target.after_step()
+    def high_loss(self, n: int) -> float | None:
+        """A loss above this, over a batch of n, is less than a quarter of the way from unrelated views down."""
+        if (span := self.criterion.span(n)) is None:
+            return None
+        unrelated, least = span
+        return self.method.loss_scale * (unrelated - (unrelated - least) / 4)
+
+    def begin(self, *, images: int = 0, labels: Tensor | None = None, steps: int = 0, per_epoch: int = 0) -> None:
+        """Learn the size of the run, before its first step and before an earlier run's state is loaded."""
+        self.target.begin(self.f, images=images, labels=labels, steps=steps, per_epoch=per_epoch)
+
+    def after_step(self, output: Output, step: int | None = None, index: Tensor | None = None) -> None:
+        """Move what gradients do not move, once after each step of the optimizer; steps count from 0."""
+        self.target.after_step(self.f, output.targets, step, index)
+        self.criterion.after_step(output.targets)
 
 
 def build(

@@ -188,7 +188,7 @@ def _walk(folder: Path, seen: set[tuple[int, int]]) -> pa.Array:
                         folders.append(below + entry.name + b"/")
                     elif entry.is_symlink() and os.path.isdir(entry.path):
                         links.append(below + entry.name + b"/")
-                    elif _is_image(entry.name):
+                    elif _is_image(entry.name) and (entry.is_file() or entry.is_symlink()):  # a dead link is listed
                         yield below + entry.name
 
     try:

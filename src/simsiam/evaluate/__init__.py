@@ -9,15 +9,12 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from math import sqrt
-from statistics import mean, stdev
+from functools import partial
 from typing import Any
 
-import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
 from simsiam.errors import UsageError, unknown
 from simsiam.evaluate.few_label import planned, with_few_labels
@@ -25,8 +22,10 @@ from simsiam.evaluate.frozen import UNTRAINED, Answer, Frozen, divide, fingerpri
 from simsiam.evaluate.knn import by_neighbors
 from simsiam.evaluate.label_free import without_labels
 from simsiam.evaluate.linear import probes
+from simsiam.evaluate.scores import score
+from simsiam.evaluate.tuned import tuned
 from simsiam.images import in_memory
-from simsiam.protocols import PROTOCOLS, Settings
+from simsiam.protocols import FROZEN, PROTOCOLS, Settings
 from simsiam.run import Run, environment, now
 from simsiam.sources import open_source
 
@@ -36,7 +35,7 @@ ANSWERS: dict[str, Callable[[Frozen, Settings], Iterator[Answer]]] = {
     "few_label": with_few_labels,
     "label_free": without_labels,
 }
-assert tuple(ANSWERS) == PROTOCOLS
+assert tuple(ANSWERS) == FROZEN
 SIGNALS = ("rankme", "spectrum_auc", "alignment", "uniformity", "view_retrieval")
 # A record is of the same measurement as another if these agree; it then takes the other's place in the file.
 SAME = ("protocol", "parameters", "features", "checkpoint", "source", "train", "test")
@@ -46,7 +45,7 @@ def evaluate(
     run: str | os.PathLike[str],
     source: str | os.PathLike[str] | Sequence[str] | None = None,
     *,
-    protocols: Sequence[str] = PROTOCOLS,
+    protocols: Sequence[str] = FROZEN,
     checkpoint: str = "last",
     device: str = "auto",
     precision: str = "auto",
@@ -59,16 +58,18 @@ def evaluate(
     """
     how = Settings.of(words)
     for protocol in protocols:
-        if protocol not in ANSWERS:
-            raise unknown("protocol", protocol, ANSWERS)
+        if protocol not in PROTOCOLS:
+            raise unknown("protocol", protocol, PROTOCOLS)
     folder = Run(run)
     opened = open_source(source or folder.recipe.source, folder.recipe.channels)
     train, test, split = divide(opened, labeled=set(protocols) != {"label_free"})
     limit = int(folder.recipe.cache_gib * 2**30)
     (train, broken), (test, more) = in_memory(train, limit), in_memory(test, limit)
-    frozen = Frozen(folder, checkpoint, train, replace(test, labels=None), device=device, precision=precision)
+    where: dict[str, Any] = {"device": device, "precision": precision}
+    frozen = Frozen(folder, checkpoint, train, replace(test, labels=None), **where)
     truth: Any = test.labels  # here, and nowhere below
-    if "few_label" in protocols:
+    tuning = partial(tuned, folder, checkpoint, train, test, how, **where)  # it alone is given test labels
+    if {"few_label", "finetune"} & set(protocols):
         planned(train, how)  # refuses now what could not be drawn after an hour
     weights = fingerprint(frozen.backbone)
     here = environment(frozen.device, frozen.precision)
@@ -77,45 +78,24 @@ def evaluate(
         "source": opened.name, **split, "train_images": len(train), "classes": len(train.classes),
     }  # fmt: skip
     conditions = {k: here[k] for k in ("commit", "device", "precision", "threads")}
-    where = {"environment": conditions | {"torch": here["versions"]["torch"]}}
+    conditions["torch"] = here["versions"]["torch"]
 
     found = []
     for protocol in protocols:
         started, records = time.monotonic(), []
-        for answer in ANSWERS[protocol](frozen, how):
+        for answer in tuning() if protocol == "finetune" else ANSWERS[protocol](frozen, how):
             result = answer.values or score(answer.ranked, truth[frozen.readable], len(train.classes))
             given = {"name": answer.name, "features": answer.features, "parameters": answer.parameters}
             records.append({"protocol": protocol, **given, "chosen": answer.chosen, **result, **about})
         assert fingerprint(frozen.backbone) == weights, "a frozen backbone moved"
-        unreadable = len(broken + more + frozen.unreadable)
+        lost = len(broken + more + frozen.unreadable)
         spent = {"measured": now(), "seconds": round(time.monotonic() - started, 1)}
-        records = [record | {"unreadable": unreadable, "frozen": True} | where | spent for record in records]
+        said = {"frozen": protocol != "finetune", "environment": conditions} | spent
+        records = [r | {"unreadable": lost + r.get("unreadable", 0)} | said for r in records]
         write(folder, protocol, records)
         found += records
     show(found, f"{opened.name}: classifiers learn from {split['train']} and are tested on {split['test']}")
     return found
-
-
-def score(ranked: Sequence[Tensor], truth: Any, classes: int) -> dict[str, Any]:
-    """Percent of the test images whose class is the likeliest, and is among the five likeliest.
-
-    With a 95 % Wilson interval, or, of several draws, as mean and standard deviation. Five of five are no feat.
-    """
-    right = [classes_of == torch.from_numpy(truth)[:, None] for classes_of in ranked]
-    n = len(truth)
-    top1 = [100 * hits[:, 0].sum().item() / n for hits in right]
-    top5 = [100 * hits.any(1).sum().item() / n for hits in right]
-    result = {"top1": round(mean(top1), 3), "top5": round(mean(top5), 3) if classes > 5 else None, "n": n}
-    if len(ranked) == 1:
-        return result | {"interval": [round(100 * end, 3) for end in wilson(round(top1[0] * n / 100), n)]}
-    return result | {"top1_std": round(stdev(top1), 3), "draws": [round(value, 3) for value in top1]}
-
-
-def wilson(right: int, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """The interval for a share of which `right` of n were seen, with 95 % confidence (Wilson, 1927)."""
-    p, weight = right / n, 1 / (1 + z * z / n)
-    center, half = weight * (p + z * z / (2 * n)), weight * z * sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return center - half, center + half
 
 
 def write(run: Run, protocol: str, records: Sequence[dict[str, Any]]) -> None:
@@ -143,7 +123,7 @@ def show(records: Sequence[dict[str, Any]], title: str) -> None:
         low_high = "{:.1f}–{:.1f}".format(*r["interval"]) if "interval" in r else f"± {r['top1_std']:.1f}"
         features = "untrained" if r["features"] == UNTRAINED else r["features"]
         cells = (r["protocol"], r["name"], r["checkpoint"], features, f"{r['top1']:.1f}", top5, str(r["n"]), low_high)
-        table.add_row(*cells, style="bold" if r["features"] in ("h", "z") else None)
+        table.add_row(*cells, style="bold" if r["features"] in ("h", "z", "pretrained") else None)
     console = Console(highlight=False)
     if table.rows:
         console.print(table)

@@ -5,6 +5,7 @@ images. paper: on fresh crops, with LARS (appendix A). sgd: the same with plain 
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from typing import Any
@@ -18,6 +19,7 @@ from torch.optim import SGD, Optimizer
 from simsiam.batches import batches, steps_per_epoch
 from simsiam.errors import UsageError
 from simsiam.evaluate.frozen import STANDARDIZED, Answer, Frozen, Known, drawn, kinds, likeliest
+from simsiam.methods import SUPERVISED  # its views: crops and flips
 from simsiam.optim import LARS, cosine
 from simsiam.precision import autocast
 from simsiam.progress import Line, Stopwatch
@@ -30,8 +32,7 @@ LRS, DECAYS = (10.0, 30.0, 100.0, 300.0), (1e-3, 1e-4, 1e-5, 1e-6, 0.0)
 GRID = [(lr, decay) for decay, lr in product(DECAYS, LRS)]
 BATCH = 512
 STEPS = 1000  # at least: a small set is passed over more often
-# paper and sgd. Training crops are torchvision's default, test images as ever.
-CROPS = {"crop_min": 0.08, "flip": 0.5, "jitter_p": 0.0, "gray": 0.0, "blur": 0.0, "solarize": 0.0}
+# paper and sgd.
 LARGE = 4096  # the paper's batch, or all images if they are fewer
 
 
@@ -112,7 +113,7 @@ def on_crops(frozen: Frozen, how: Settings) -> Iterator[Answer]:
     paper = how.linear == "paper"
     size = min(LARGE if paper else 256, n)
     base_lrs = (0.1 if paper else 30.0, *([] if paper else [100.0])) if how.base_lr is None else (how.base_lr,)
-    recipe = frozen.recipe.replace(batch_size=size, seed=how.seed, **CROPS)
+    recipe = replace(frozen.recipe, method=SUPERVISED, batch_size=size, seed=how.seed)
     per_epoch = steps_per_epoch(n, size)
     steps = how.linear_epochs * per_epoch
     known, network = frozen.features(how.features), frozen.network(how.features)

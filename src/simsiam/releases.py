@@ -1,0 +1,138 @@
+"""Checkpoint files: the published ones known by name, their download, and reading one without running what it holds."""
+
+import hashlib
+import os
+import pickle
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torchvision import models
+
+from simsiam.errors import UsageError, WorkFailed, unknown
+
+IMAGENET: dict[str, Any] = {"image_size": 224, "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+
+
+class Release(NamedTuple):
+    """Published weights."""
+
+    url: str
+    sha256: str  # its first digits; "" where none are published
+    words: dict[str, Any]  # what is known of the recipe
+    note: str
+
+
+_URL = "https://dl.fbaipublicfiles.com/simsiam/models"
+_NOTE = "% linear on ImageNet, as its authors measured; CC BY-NC 4.0; no checksum is published"
+# facebookresearch/simsiam: README.md, and issue 18 for the 200 epochs.
+RELEASES = {
+    "simsiam_resnet50_100ep": Release(
+        f"{_URL}/100ep/pretrain/checkpoint_0099.pth.tar", "", {"epochs": 100, "batch_size": 512}, f"68.1 {_NOTE}"
+    ),
+    "simsiam_resnet50_100ep_256bs": Release(
+        f"{_URL}/100ep-256bs/pretrain/checkpoint_0099.pth.tar", "", {"epochs": 100, "batch_size": 256}, f"68.3 {_NOTE}"
+    ),
+    "simsiam_resnet50_200ep_256bs": Release(
+        f"{_URL}/200ep-256bs/pretrain/checkpoint_0199.pth.tar", "", {"epochs": 200, "batch_size": 256}, f"69.8 {_NOTE}"
+    ),
+}
+
+
+def release_of(name: str) -> Release | None:
+    """What is published under a name: one of RELEASES, or torchvision's, such as ResNet50_Weights.IMAGENET1K_V2."""
+    if name in RELEASES:
+        release = RELEASES[name]
+        return release._replace(words={"backbone": "resnet50", "source": "imagenet"} | IMAGENET | release.words)
+    network, dot, _ = name.partition("_Weights.")
+    if not dot or os.sep in name:
+        return None
+    try:
+        weights = models.get_weight(name)
+        preset = weights.transforms()
+        images = {"image_size": preset.crop_size[0], "mean": tuple(preset.mean), "std": tuple(preset.std)}
+    except (KeyError, ValueError, AttributeError):
+        raise UsageError(f"torchvision has no classifier's weights {name!r}") from None
+    digits = re.search(r"-([0-9a-f]{8,})\.\w+$", weights.url)  # torchvision's file names carry them
+    words = {"backbone": network.lower(), "source": "imagenet"} | images
+    return Release(weights.url, digits[1] if digits else "", words, "torchvision's, trained with ImageNet's labels")
+
+
+def locate(given: str | os.PathLike[str]) -> tuple[Path, Release | None]:
+    """The file behind a published name (downloaded once), a run folder (its backbone) or a path. Raises UsageError."""
+    if release := release_of(os.fspath(given)):
+        return fetch(os.fspath(given), release), release
+    path = Path(given).expanduser()
+    if path.is_dir():
+        path = path / "backbone.safetensors"
+        if not path.is_file():
+            raise UsageError(f"{path} is not there: give a finished run, or a file")
+    elif not path.is_file():
+        names = [*RELEASES, "ResNet50_Weights.IMAGENET1K_V2 or another of torchvision's", "a file", "a run folder"]
+        raise unknown("checkpoint", given, names)
+    return path, None
+
+
+def fetch(name: str, release: Release) -> Path:
+    """The release's file in torch's cache, downloaded if it is not there, checked each time. Raises WorkFailed."""
+    published = Path(release.url).name
+    path = Path(torch.hub.get_dir()) / "checkpoints" / (published if release.sha256 else f"{name}-{published}")
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(release.url, str(path), hash_prefix=release.sha256 or None)
+        except (OSError, RuntimeError) as error:
+            raise WorkFailed(f"{name} cannot be downloaded from {release.url}: {error}") from None
+    elif not sha256(path).startswith(release.sha256):
+        raise WorkFailed(f"{path} is damaged: its sha256 does not start with {release.sha256}; delete it and try again")
+    return path
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def read(path: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """The model's tensors in a PyTorch or safetensors file, and the names of what else is in it.
+
+    Runs nothing that the file holds. Raises UsageError for code, damage, or no state dict.
+    """
+    content: Any
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of foreign pickles; what matters becomes an error
+            content = (
+                load_file(path)
+                if path.suffix == ".safetensors"
+                else torch.load(path, map_location="cpu", weights_only=True)
+            )
+    except Exception as error:  # a damaged pickle can raise anything
+        code = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+        if code:
+            advice = "none of it was run; where you trust the file, save its state dict alone"
+            raise UsageError(f"{path} carries code ({code[1]}): {advice}") from None
+        raise UsageError(f"{path} is no checkpoint that can be read ({type(error).__name__})") from None
+    aside: list[str] = []
+    inner = [key for key, value in content.items() if holds_tensors(value)] if isinstance(content, Mapping) else []
+    if inner:
+        chosen = next(key for key in ("state_dict", "model", *inner) if key in inner)
+        aside = [str(key) for key in content if key != chosen]
+        content = content[chosen]
+    if not holds_tensors(content):
+        held = ", ".join(map(str, content))[:160] if isinstance(content, Mapping) else type(content).__name__
+        raise UsageError(f"{path} holds no state dict, only {held or 'nothing'}")
+    aside += [str(key) for key, value in content.items() if not isinstance(value, Tensor)]
+    return {str(key): value.detach() for key, value in content.items() if isinstance(value, Tensor)}, aside
+
+
+def holds_tensors(value: Any) -> bool:
+    return isinstance(value, Mapping) and any(isinstance(v, Tensor) for v in value.values())

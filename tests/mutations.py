@@ -1,0 +1,216 @@
+"""Break the code in one place at a time, and see the theorem about that place fail: python tests/mutations.py [WORD].
+
+Each mutation replaces one piece of text in a copy of src and runs one test on it. Where the test still passes, the
+mutation survives, the exit code is 1, and a theorem is missing. With a WORD, only the mutations whose line has it.
+"""
+
+import contextlib
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Mutation(NamedTuple):
+    what: str
+    file: str
+    old: str
+    new: str
+    test: str
+
+
+def m(what: str, file: str, old: str, new: str, test: str) -> Mutation:
+    return Mutation(what, f"{file}.py", old, new, f"test_{test}")
+
+
+ASKED = "rows.py::test_a_gradient_comes_through_the_target_only_when_asked"
+MUTATIONS = [
+    # the method
+    m("remove the stop-gradient", "siamese", "t[j].detach()", "t[j]", "method.py::test_simsiam_is_algorithm_1"),
+    m("stop it where it should flow", "siamese", "if self.method.stop_gradient:", "if True:",
+      "method.py::test_stop_gradient_halves_the_gradient_where_there_is_no_predictor"),
+    m("always stop the gradient", "siamese", "if self.method.stop_gradient:", "if True:", f"{ASKED}[simclr]"),
+    m("swap the target", "siamese", "self.criterion(p[i], t[j])", "self.criterion(p[i], t[i])",
+      "method.py::test_simsiam_is_algorithm_1"),
+    m("swap the arguments of D", "siamese", "self.criterion(p[i], t[j])", "self.criterion(t[j], p[i])",
+      f"{ASKED}[simclr]"),
+    m("sum instead of the mean", "siamese", "for i, j in self.pairs]).mean()", "for i, j in self.pairs]).sum()",
+      "method.py::test_simsiam_is_algorithm_1"),
+    m("forget the loss scale", "siamese", "self.method.loss_scale * loss,", "loss,", f"{ASKED}[byol]"),
+    m("let codes' gradient reach the prototypes", "siamese", "t = {j: t[j].detach() for j in t}",
+      "t = {j: self.criterion.code(eta[j].detach()) for j in t}",
+      f"{ASKED}[swav]"),
+    m("predict from h's input", "siamese", "self.each_view(self.predictor, {i: z[i]",
+      "self.each_view(nn.Identity(), {i: z[i]",
+      "method.py::test_simsiam_is_algorithm_1"),
+    m("leave the criterion's state", "siamese", "self.criterion.after_step(output.targets)", "pass",
+      "rows.py::test_queued_keys_are_the_second_views_and_in_the_plus_both"),
+    m("encode what is not predicted", "siamese", "seen = sorted({*self.predicted, *self.target.made_of})",
+      "seen = range(len(x))",
+      "rows.py::test_no_row_wastes_encoder_passes[moco_v2-2]"),
+    m("share statistics", "heads", '"per_view": per_view', '"per_view": joint',
+      "method.py::test_batch_norm_statistics_are_each_views_own"),
+    m("do not share them", "heads", '"joint": joint', '"joint": per_view',
+      "rows.py::test_joint_statistics_are_of_all_views_in_one_call"),
+    m("do not split them", "heads", '"split": split', '"split": per_view',
+      "targets.py::test_split_statistics_are_an_eighths_and_the_copys_company_differs"),
+    # D
+    m("turn the cosine round", "criteria", "return -F.cosine_similarity", "return F.cosine_similarity",
+      "method.py::test_simsiam_is_algorithm_1"),
+    m("swap softmax and log softmax", "criteria", "(t.softmax(1) * p.log_softmax(1))",
+      "(p.softmax(1) * t.log_softmax(1))",
+      "criteria.py::test_cross_entropy_is_section_4_5"),
+    m("softmax over the batch", "criteria", "t.softmax(1) * p", "t.softmax(0) * p",
+      "criteria.py::test_cross_entropy_is_section_4_5"),
+    m("halve NT-Xent's temperature", "criteria", "similarities / tau", "similarities / (tau / 2)",
+      "criteria.py::test_directed_nt_xent_averages_to_the_full_loss"),
+    m("let an image be its own negative", "criteria", ".masked_fill(itself, -math.inf)", "",
+      "criteria.py::test_directed_nt_xent_averages_to_the_full_loss"),
+    m("negatives of the same view from t", "criteria", "p @ others.T", "p @ targets.T",
+      "criteria.py::test_with_a_predictor_the_negatives_of_the_same_view_are_predictions"),
+    m("halve InfoNCE's temperature", "criteria", "p @ queue.T], dim=1) / tau", "p @ queue.T], dim=1) * 2 / tau",
+      "criteria.py::test_info_nce_is_the_cross_entropy_of_the_positive_against_the_queue"),
+    m("queue the newest first", "criteria", "torch.cat([self.queue, new])[-len(self.queue) :]",
+      "torch.cat([new, self.queue])[: len(self.queue)]",
+      "criteria.py::test_the_queue_holds_the_latest_targets_in_order[3]"),
+    m("queue in forward", "criteria", "return info_nce(p, t, self.queue",
+      "return self.after_step([t]) or info_nce(p, t, self.queue",
+      "criteria.py::test_the_queue_moves_after_the_step_and_not_before"),
+    m("do not balance the codes", "criteria", "log = log - log.logsumexp(0)", "pass",
+      "criteria.py::test_sinkhorn_codes_are_balanced"),
+    m("sharpen the codes", "criteria", "gather(scores) / epsilon", "gather(scores) / (epsilon / 2)",
+      "criteria.py::test_sinkhorn_codes_are_the_optimal_transport"),
+    m("no gradient through Sinkhorn", "criteria", "return sinkhorn(self.scores(t)",
+      "return sinkhorn(self.scores(t).detach()",
+      "criteria.py::test_gradcheck[swapped]"),
+    m("never renormalize prototypes", "criteria", 'prototype_norm == "outside"', 'prototype_norm == "never"',
+      "criteria.py::test_prototypes_are_normalized_inside_or_outside_the_gradient"),
+    m("prototypes of any length", "criteria", 'prototype_norm == "inside"', 'prototype_norm == "never"',
+      "criteria.py::test_prototypes_are_normalized_inside_or_outside_the_gradient"),
+    m("correlations about zero", "criteria", "F.normalize(x - x.mean(0), dim=0)", "F.normalize(x, dim=0)",
+      "criteria.py::test_barlow_twins_is_invariant_to_affine_maps_of_each_channel"),
+    m("covariances for correlations", "criteria", "(F.normalize(x - x.mean(0), dim=0) for",
+      "((x - x.mean(0)) / len(x) ** 0.5 for",
+      "criteria.py::test_barlow_twins_is_invariant_to_affine_maps_of_each_channel"),
+    m("weigh the diagonal too", "criteria", "weight * (c.square().sum() - on.square().sum())",
+      "weight * c.square().sum()",
+      "criteria.py::test_barlow_twins_is_equations_1_and_2"),
+    m("divide by n", "criteria", "x.T @ x / (len(x) - 1)", "x.T @ x / len(x)",
+      "criteria.py::test_vicreg_is_its_algorithm_1"),
+    m("hinge at 2", "criteria", "F.relu(1 - (on", "F.relu(2 - (on", "criteria.py::test_vicreg_is_its_algorithm_1"),
+    m("variance of p alone", "criteria", "    for x in (p, t):\n        x = x - x.mean(0)\n",
+      "    for x in (p,):\n        x = x - x.mean(0)\n",
+      "criteria.py::test_vicreg_is_its_algorithm_1"),
+    m("lose precision", "criteria", "x.element_size() >= 4 else x.float()", "True else x.float()",
+      "criteria.py::test_half_precision_stays_outside[cosine]"),
+    m("stay in autocast", "criteria", "with torch.autocast(tensors[0].device.type, enabled=False):", "if True:",
+      "criteria.py::test_half_precision_stays_outside[nt_xent]"),
+    m("gather without gradient", "criteria", "torch.cat(all_gather(x.contiguous()))",
+      "torch.cat(all_gather(x.contiguous())).detach()",
+      "criteria.py::test_two_processes_equal_one"),
+    m("take the first process's rows", "criteria", "x.split(n)[distributed.get_rank()]", "x.split(n)[0]",
+      "criteria.py::test_two_processes_equal_one"),
+    # eta
+    m("swap momentum's shares", "targets", "mine.lerp_(new, 1 - m)", "mine.lerp_(new, m)",
+      "targets.py::test_momentum_is_an_exponential_average_in_training_mode"),
+    m("a copy of the wrong view", "targets", "{j: x[j] for j in self.views}", "{j: x[1 - j] for j in self.views}",
+      "targets.py::test_neutral_targets_are_simsiam_bit_for_bit"),
+    m("a copy that never moves", "targets", "if (m := self.decay(step)) < 1:", "if (m := self.decay(step)) < 0:",
+      "targets.py::test_neutral_targets_are_simsiam_bit_for_bit"),
+    m("forget the pair's own view", "targets", "for view in (j, *self.more)", "for view in (0, *self.more)",
+      "targets.py::test_neutral_targets_are_simsiam_bit_for_bit"),
+    m("a copy in evaluation mode", "targets", "self.copy = deepcopy(f).requires_grad_(False)",
+      "self.copy = deepcopy(f).requires_grad_(False).eval()",
+      "targets.py::test_momentum_is_an_exponential_average_in_training_mode"),
+    m("a copy that is trained", "targets", "deepcopy(f).requires_grad_(False)", "deepcopy(f)", f"{ASKED}[byol]"),
+    m("a copy of the untouched weights", "targets", "self.copy.load_state_dict(f.state_dict())", "pass",
+      "targets.py::test_a_copy_starts_from_the_weights_at_the_start_of_the_run"),
+    m("blocks one step late", "targets", "(step + 1) % block == 0", "step % block == 0",
+      "targets.py::test_alternation_equals_targets_cached_ahead"),
+    m("momentum that falls", "targets", "return 1 - (1 - self.method.decay) * ", "return self.method.decay * ",
+      "targets.py::test_byols_momentum_rises_to_one_on_a_cosine"),
+    m("keys in their queries' company", "targets", "% PARTS).argsort(stable=True)", "* 0).argsort(stable=True)",
+      "targets.py::test_split_statistics_are_an_eighths_and_the_copys_company_differs"),
+    m("minimize, then update eta", "targets", "m * self.eta[index] + (1 - m) * F.normalize(precise(z[j]), dim=1)",
+      "self.eta[index] + 0 * z[j]",
+      "targets.py::test_moving_average_is_updated_and_then_minimized"),
+    m("swap eta's shares", "targets", "m * self.eta[index] + (1 - m) * F", "(1 - m) * self.eta[index] + m * F",
+      "targets.py::test_moving_average_without_memory_is_simsiam_without_a_predictor"),
+    m("keep one view of the pair", "targets", "torch.stack(t).mean(0), index", "t[0], index",
+      "targets.py::test_moving_average_is_updated_and_then_minimized"),
+    m("eta of any length", "targets", "F.normalize(gather(precise(z)), dim=1)", "gather(precise(z))",
+      "targets.py::test_moving_average_is_updated_and_then_minimized"),
+    m("mean over too few views", "targets", "for view in (j, *self.more)", "for view in self.more or (j,)",
+      "targets.py::test_expectation_is_the_minimizer_of_etas_problem"),
+    m("labels of other images", "targets", "self.labels[index])", "self.labels[: len(index)])",
+      "targets.py::test_labels_are_targets"),
+    # optimization, terms, batches
+    m("adapt by the gradient alone", "optim", "length, wanted = update.norm()", "length, wanted = w.grad.norm()",
+      "optim.py::test_lars_is_the_formula_of_its_authors[True]"),
+    m("adapt all groups", "optim", 'if group["adapt"]:', "if True:",
+      "optim.py::test_lars_is_the_formula_of_its_authors[False]"),
+    m("exclude nothing", "optim", "and p.ndim == 1 for p in mine", "and p.ndim == 0 for p in mine",
+      "optim.py::test_biases_and_norms_are_excluded_where_the_row_says_so"),
+    m("never let prototypes rest", "optim", 'if step >= group.get("rest", 0) else 0.0', "if True else 0.0",
+      "optim.py::test_prototypes_rest_and_then_move"),
+    m("let momentum wait at lr 0", "optim", 'for group in (group for group in self.param_groups if group["lr"]):',
+      "for group in self.param_groups:",
+      "optim.py::test_prototypes_rest_and_then_move"),
+    m("own views on equal terms", "recipes", "for cell in TERMS}", "for cell in TERMS[1:]}",
+      "rows.py::test_equal_terms_are_those_of_the_recipe_at_hand"),
+    m("a sweep that leaves images out", "batches", "count - recipe.batch_size)\n", "count - 2 * recipe.batch_size)\n",
+      "batches.py::test_a_sweep_sees_every_image_in_order"),
+]  # fmt: skip
+
+
+def fails(test: str, mutation: Mutation | None) -> bool:
+    """Whether the test fails with the mutation, or with the code as it is; run in a child, which imports the copy."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "src"
+        shutil.copytree(ROOT / "src", source, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+        if mutation:
+            path = source / "simsiam" / mutation.file
+            text = path.read_text()
+            assert text.count(mutation.old) == 1, (
+                f"{mutation.file} has {mutation.old!r} {text.count(mutation.old)} times"
+            )
+            path.write_text(text.replace(mutation.old, mutation.new))
+        if (child := os.fork()) == 0:
+            os.environ["PYTHONPATH"] = str(source)  # for processes that a test starts
+            sys.path.insert(0, str(source))
+            sys.dont_write_bytecode = True
+            with (
+                open(os.devnull, "w") as nowhere,
+                contextlib.redirect_stdout(nowhere),
+                contextlib.redirect_stderr(nowhere),
+            ):
+                import simsiam
+
+                assert Path(simsiam.__file__).is_relative_to(source)
+                how = ["-q", "-x", "-p", "no:cacheprovider", "--rootdir", str(ROOT)]
+                os._exit(int(pytest.main([*how, str(ROOT / "tests" / test)])))
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert code in (0, 1), f"{test} ended with {code}"
+        return code == 1
+
+
+if __name__ == "__main__":
+    import numpy  # noqa: F401  what is loaded here is loaded once
+    import pytest
+    import scipy.optimize  # noqa: F401
+    import torch  # noqa: F401
+    import torchvision  # noqa: F401
+
+    chosen = [x for x in MUTATIONS if all(word in " ".join(x) for word in sys.argv[1:])]
+    already = [test for test in dict.fromkeys(x.test for x in chosen) if fails(test, None)]
+    survived = 0
+    for x in chosen:
+        found = "fails anyway" if x.test in already else "fails" if fails(x.test, x) else "SURVIVES"
+        survived += found != "fails"
+        print(f"{found:<10}{x.file:<14}{x.what:<42}{x.test.removeprefix('test_')}", flush=True)
+    print(f"{len(chosen) - survived} of {len(chosen)} mutations are caught")
+    sys.exit(bool(survived))

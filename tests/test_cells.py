@@ -1,0 +1,108 @@
+"""Every row and every cell trains, and what it remembers survives a stop."""
+
+import importlib
+import os
+import signal
+
+import pytest
+import torch
+from conftest import QUICK
+
+import simsiam
+from simsiam.batches import batches, steps_per_epoch
+from simsiam.errors import Stopped
+from simsiam.images import hold_out, sample
+from simsiam.methods import METHODS
+from simsiam.optim import set_lr
+from simsiam.prepare import assemble, compose, solve_first
+from simsiam.run import Run
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_row_trains_three_steps_on_shapes(name):
+    row = METHODS[name]
+    run = simsiam.pretrain("shapes", method=name, **QUICK | {"base_lr": row.base_lr, "dim": 16})
+    losses = [line["loss"] for line in Run(run).metrics()]
+    assert len(losses) == 3 and all(torch.tensor(losses).isfinite())
+    method = Run(run).recipe.method
+    assert method.optimizer == row.optimizer and method.name == name
+    assert method.views == row.views or name == "simsiam"  # whose views are the recipe's, chosen for shapes
+
+
+CELLS = [
+    {"stop_gradient": False}, {"predictor": "none"}, {"predictor": "none", "pairs": "asymmetric"},
+    {"predictor": "fixed"}, {"predictor_lr": "cosine"}, {"predictor_lr_scale": 10.0}, {"head_bn": ()},
+    {"head_bn": ("proj_hidden",)}, {"head_bn": ("proj_hidden", "proj_out", "pred_hidden", "pred_out")},
+    {"output_bn_affine": True}, {"output_bias": False}, {"criterion": "cross_entropy"}, {"criterion": "nt_xent"},
+    {"criterion": "info_nce", "queue": 64}, {"criterion": "swapped", "prototypes": 20}, {"criterion": "barlow_twins"},
+    {"criterion": "vicreg"}, {"pairs": "asymmetric"}, {"pairs": "asymmetric_2x"}, {"target": "momentum"},
+    {"target": "momentum", "target_schedule": "cosine", "target_decay": 0.9}, {"target": "alternation"},
+    {"target": "alternation", "target_steps": 2}, {"target": "alternation", "target_steps": 0},
+    {"target": "moving_average", "predictor": "none"}, {"target": "moving_average", "stop_gradient": False},
+    {"target": "expectation", "target_views": 3}, {"target": "expectation", "target_views": 2, "stop_gradient": False},
+    {"target": "expectation", "target_views": 2, "pairs": "asymmetric_2x"}, {"dim": 8, "pred_dim": 2},
+    {"batch_size": 32, "warmup_epochs": 1, "epochs": 2, "steps": None}, {"optimizer": "lars"}, {"optimizer": "adamw"},
+    {"optimizer": "lars", "exclude": "bias_and_norm"}, {"optimizer": "sgd", "exclude": "bias_and_norm"},
+    {"bn": "joint"}, {"bn": "split"}, {"target": "momentum", "bn": "joint"}, {"target": "momentum", "bn": "split"},
+    {"method": "simclr", "predictor": "mlp"}, {"method": "simclr", "predictor": "mlp", "stop_gradient": True},
+    {"method": "swav", "predictor": "mlp", "prototypes": 20}, {"method": "swav", "stop_gradient": False},
+    {"method": "swav", "prototype_norm": "outside", "freeze_prototypes": 1, "sinkhorn_iterations": 1},
+    {"method": "byol", "target": "shared", "predictor_lr_scale": 10.0},
+    *({"method": name, "equal_terms": True} for name in METHODS),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("cells", CELLS, ids=lambda cells: " ".join(f"{k}={v}" for k, v in cells.items()))
+def test_every_cell_trains_three_steps_on_shapes(cells):
+    recipe, source, _ = compose("shapes", None, QUICK | {"dim": 16, "precision": "float32"} | cells)
+    model, optimizer, device, precision = assemble(recipe)
+    images, _ = hold_out(sample(source.train, 70), 6)
+    per_epoch = steps_per_epoch(len(images), recipe.batch_size)
+    model.begin(images=len(images), labels=torch.from_numpy(images.labels), steps=3, per_epoch=per_epoch)
+    solve_first(model, images, recipe, device, precision)
+    before = [p.clone() for p in model.parameters()]
+    for batch in batches(images, recipe, 0, 3, device):
+        set_lr(optimizer, batch.step, peak=recipe.peak_lr, steps=3, warmup=recipe.method.warmup_epochs)
+        out = model(*batch.views, index=batch.index)
+        optimizer.zero_grad()
+        out.loss.backward()
+        optimizer.step()
+        model.after_step(out, batch.step, batch.index)
+        assert out.loss.isfinite()
+    assert any(not torch.equal(p, q) for p, q in zip(before, model.parameters()))
+
+
+def test_eta_starts_with_one_pass_over_every_image():
+    """52 images in batches of 16: the last batch steps back. The model itself is left as it was."""
+    words = QUICK | {"target": "moving_average", "predictor": "none", "precision": "float32"}
+    recipe, source, _ = compose("shapes", None, words)
+    model, _, device, precision = assemble(recipe)
+    images = sample(source.train, 52)
+    model.begin(images=len(images))
+    before = {k: v.clone() for k, v in model.state_dict().items() if k != "target.eta"}
+    solve_first(model, images, recipe, device, precision)
+    torch.testing.assert_close(model.target.eta.norm(dim=1), torch.ones(52))
+    assert len(model.target.eta.unique(dim=0)) == 52
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in before.items())
+
+
+STATEFUL = [
+    {"target": "moving_average", "predictor": "none"}, {"target": "alternation", "target_steps": 4},
+    {"method": "byol", "base_lr": 1.0}, {"method": "moco_v2_plus", "queue": 100}, {"method": "swav", "base_lr": 1.0},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("cells", STATEFUL, ids=lambda cells: next(iter(cells.values())))
+def test_what_targets_remember_survives_a_resume_bit_for_bit(cells, monkeypatch, capfd):
+    words = QUICK | {"dim": 16, "steps": 6} | cells
+    whole = simsiam.pretrain("shapes", out="whole", **words)
+    assert ("eta      " in capfd.readouterr().err) == ("moving_average" in cells.values())
+    module = importlib.import_module("simsiam.pretrain")
+    real, signals = module.gauges, [signal.SIGTERM]
+    monkeypatch.setattr(module, "gauges", lambda out: (signals and os.kill(os.getpid(), signals.pop()), real(out))[1])
+    with pytest.raises(Stopped, match="stopped at step 2"):
+        simsiam.pretrain("shapes", out="half", **words)
+    simsiam.resume("half")
+    one, other = (Run(run).checkpoint()["model"] for run in (whole, "half"))
+    assert all(torch.equal(one[k], other[k]) for k in one)
+    assert [line["loss"] for line in Run(whole).metrics()] == [line["loss"] for line in Run("half").metrics()]

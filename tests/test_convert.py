@@ -1,0 +1,382 @@
+"""A checkpoint of any known layout comes back as the same model, and one that is not whole does not come back at all.
+
+Layouts are made from our own model by renaming in the other direction, written here by hand.
+"""
+
+import argparse
+import copy
+import os
+import pickle
+import re
+from collections import Counter
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from torchvision import models
+
+from simsiam import Run, build, checkpoints, load, releases
+from simsiam.backbones import RESNETS, backbone
+from simsiam.checkpoints import backbone_weights, identify
+from simsiam.convert import convert, told
+from simsiam.errors import UsageError, WorkFailed
+from simsiam.recipes import Recipe
+from simsiam.releases import Release, read, release_of, sha256
+
+SMALL = {"dim": 12, "proj_hidden": 10, "pred_dim": 6}
+
+
+def trained(stem="large", network="resnet10", **cells):
+    """A small model in which no parameter and no statistic has its initial value."""
+    method = Recipe().replace(**SMALL | cells).method
+    model = build(method, backbone=network, width=4, stem=stem)
+    generator = torch.Generator().manual_seed(1)
+    for name, tensor in model.state_dict().items():
+        if name.endswith("num_batches_tracked"):
+            tensor.fill_(7)
+        elif name.endswith("running_var") or (tensor.ndim == 1 and name.endswith("weight")):
+            tensor.uniform_(0.5, 1.5, generator=generator)
+        elif tensor.ndim == 1:
+            tensor.normal_(0, 0.1, generator=generator)
+    return model
+
+
+def biased(state, fc, bn, noise=0.3):
+    """A bias in front of a batch norm, which the running mean has followed."""
+    state[f"{fc}.bias"] = torch.randn(state[f"{bn}.running_mean"].shape).to(state[f"{bn}.running_mean"]) * noise
+    state[f"{bn}.running_mean"] = state[f"{bn}.running_mean"] + state[f"{fc}.bias"]
+
+
+def renamed(state, *rules):
+    """Each rule a pattern and its replacement; the first that matches counts."""
+
+    def rename(name):
+        for pattern, to in rules:
+            if re.match(pattern, name):
+                return re.sub(f"^{pattern}", to, name)
+        return name
+
+    return {rename(name): tensor.clone() for name, tensor in state.items()}
+
+
+def authors(state):
+    state = renamed(
+        state,
+        ("backbone", "module.encoder"), ("projector", "module.encoder.fc"), ("predictor", "module.predictor"),
+    )  # fmt: skip
+    biased(state, "module.encoder.fc.6", "module.encoder.fc.7")
+    return {"epoch": 100, "arch": "resnet50", "state_dict": state, "optimizer": {"state": {}, "param_groups": []}}
+
+
+def moco(state):
+    query = renamed(state, ("backbone", "module.encoder_q"), ("projector", "module.encoder_q.fc"))
+    key = renamed(query, ("module.encoder_q", "module.encoder_k"))
+    queue = {"module.queue": torch.zeros(12, 8), "module.queue_ptr": torch.zeros(1, dtype=torch.long)}
+    return {"state_dict": query | key | queue}
+
+
+def lightly(state):
+    children = ["conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4"]
+    numbers = [(rf"backbone\.{child}\.", f"backbone.{i}.") for i, child in enumerate(children)]
+    heads = ("projector", "projection_head.layers"), ("predictor", "prediction_head.layers")
+    return {"state_dict": renamed(state, *numbers, *heads), "pytorch-lightning_version": "2.0"}
+
+
+def lightly_older(state):
+    nested = {"0": "0.0", "1": "0.1", "3": "1.0", "4": "1.1", "6": "2.0", "7": "2.1"}
+    heads = [(rf"projector\.{i}\.", f"projection_mlp.{to}.") for i, to in nested.items()]
+    heads += [(r"predictor\.0\.", "prediction_mlp.0.0."), (r"predictor\.1\.", "prediction_mlp.0.1.")]
+    heads += [(r"predictor\.3\.", "prediction_mlp.1.")]
+    return renamed(state, *heads)
+
+
+def mmselfsup(state):
+    parts = {"0": "fc0", "1": "bn0", "3": "fc1", "4": "bn1", "6": "fc2", "7": "bn2"}
+    heads = [(rf"projector\.{i}\.", f"neck.{to}.") for i, to in parts.items()]
+    heads += [(rf"predictor\.{i}\.", f"head.predictor.{to}.") for i, to in parts.items()]
+    return {"meta": {"epoch": 100}, "state_dict": renamed(state, *heads)}
+
+
+def solo_learn(state):
+    state = {name: tensor.clone() for name, tensor in state.items()}
+    biased(state, "projector.6", "projector.7")
+    return {"state_dict": state | {"classifier.weight": torch.zeros(10, 32), "classifier.bias": torch.zeros(10)}}
+
+
+def solo_learn_older(state):
+    return {"state_dict": renamed(solo_learn(state)["state_dict"], ("backbone", "encoder"))}
+
+
+def patrick_hua(state):
+    """Two layers of three: layer2 stands idle in the checkpoint, freshly initialized."""
+    parts = {"0": "layer1.0", "1": "layer1.1", "3": "layer3.0", "4": "layer3.1"}
+    rules = [(rf"projector\.{i}\.", f"projector.{to}.") for i, to in parts.items()]
+    rules += [(r"predictor\.0\.", "predictor.layer1.0."), (r"predictor\.1\.", "predictor.layer1.1.")]
+    rules += [(r"predictor\.3\.", "predictor.layer2."), (r"(backbone.*)downsample", r"\1shortcut")]
+    state = renamed(state, *rules)
+    for fc, bn in (("projector.layer1.0", "projector.layer1.1"), ("projector.layer3.0", "projector.layer3.1")):
+        biased(state, fc, bn)
+    biased(state, "predictor.layer1.0", "predictor.layer1.1")
+    idle = nn.Sequential(nn.Linear(10, 10), nn.BatchNorm1d(10)).to(state["projector.layer1.0.weight"].dtype)
+    state |= {f"projector.layer2.{name}": tensor for name, tensor in idle.state_dict().items()}
+    return {"epoch": 800, "state_dict": state | renamed(state, ("backbone", "encoder.0"), ("projector", "encoder.1"))}
+
+
+def torchvision(state):
+    backbone = {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}
+    return backbone | {"fc.weight": torch.zeros(1000, 32), "fc.bias": torch.zeros(1000)}
+
+
+MOCO = {"predictor": "none", "head_bn": (), "proj_layers": 2}
+HUA = {"proj_layers": 2, "output_bn_affine": True, "stem": "small"}
+# The layout, the cells of the model in it, the program, and the parts left over.
+LAYOUTS = {
+    "authors": (authors, {}, "the authors' SimSiam", {}),
+    "moco": (moco, MOCO, "MoCo", {"encoder_k": 76, "queue": 1, "queue_ptr": 1}),
+    "lightly": (lightly, {}, "lightly", {}),
+    "lightly_older": (lightly_older, {}, "lightly", {}),
+    "mmselfsup": (mmselfsup, {}, "mmselfsup", {}),
+    "solo_learn": (solo_learn, {"stem": "small"}, "solo-learn", {"classifier": 2}),
+    "solo_learn_older": (solo_learn_older, {}, "solo-learn", {"classifier": 2}),
+    "patrick_hua": (patrick_hua, HUA, "PatrickHua's SimSiam", {"projector": 7, "encoder": 7}),
+    "torchvision": (torchvision, {}, "torchvision or timm", {"fc": 2}),
+}
+layouts = pytest.mark.parametrize("name", LAYOUTS)
+
+
+def outputs(model, train):
+    torch.manual_seed(0)
+    x = torch.randn(2, 8, 3, 40, 40, dtype=next(model.parameters()).dtype)
+    out = copy.deepcopy(model).train(train)(*x)
+    return torch.cat([t.flatten() for t in (out.loss, *out.features, *out.projections, *out.predictions)])
+
+
+@layouts
+def test_a_layout_comes_back_as_the_same_model(name, tmp_path):
+    export, cells, program, left = LAYOUTS[name]
+    exact, single = (torch.float64, 1e-12), (torch.float32, 1e-6)
+    for (dtype, bound), train in ((exact, True), (exact, False), (single, False)):
+        model = trained(**cells).to(dtype)
+        torch.save(export(model.state_dict()), tmp_path / "theirs.pt")
+        run = Run(convert(tmp_path / "theirs.pt", out=tmp_path / f"run-{dtype}-{train}"))
+        state = run.checkpoint()["model"]
+        if name == "torchvision":  # which has no heads to bring back
+            assert run.recipe.method.name == "none" and all(key.startswith("backbone.") for key in state)
+            state = model.state_dict() | state
+            run.recipe = run.recipe.replace(**SMALL)
+        back = build(run.recipe.method, backbone=run.recipe.backbone, width=run.recipe.width, stem=run.recipe.stem)
+        back.to(dtype).load_state_dict(state)
+        torch.testing.assert_close(outputs(back, train), outputs(model, train), rtol=bound, atol=bound)
+
+    encoder, x = load(run.path), torch.randn(2, 3, 40, 40)
+    assert torch.equal(encoder(x), model.backbone.eval()(x))
+    assert (encoder.transform.size, encoder.transform.mean[0]) == (32 if cells.get("stem") == "small" else 224, 0.485)
+    said = run.json("converted.json")
+    assert said["layout"] == program and Counter(n.split(".")[0] for n in said["left_over"]) == left
+    assert said["placed"] + len(said["left_over"]) == len(read(tmp_path / "theirs.pt")[0])
+    assert all(part in told(run.path) for part in left)
+
+
+@layouts
+def test_the_contract_of_a_run_folder_holds(name, tmp_path, shared):
+    spec = spec_from_file_location("check_run", shared / "check_run.py")
+    check_run = module_from_spec(spec)
+    spec.loader.exec_module(check_run)
+    export, cells, *_ = LAYOUTS[name]
+    torch.save(export(trained(**cells).state_dict()), tmp_path / "theirs.pt")
+    assert list(check_run.breaches(convert(tmp_path / "theirs.pt", out="run"))) == []
+
+
+@layouts
+def test_no_tensor_can_be_missing_misshapen_extra_or_infinite(name, monkeypatch):
+    """Taken one by one; of the backbone's, every fourth."""
+    monkeypatch.setattr(checkpoints, "backbone", cache(backbone))  # only to be quick
+    export, cells, *_ = LAYOUTS[name]
+    content = export(trained(**cells).state_dict())
+    tensors = content.get("state_dict", content)
+    left = identify(tensors).left_over
+    assert identify(dict(reversed(tensors.items()))).method == identify(tensors).method  # their order is of no matter
+    used = [key for key in tensors if key.removeprefix("module.") not in left]
+    heads = [key for key in used if not re.search("conv|bn|layer[1-4]|downsample", key) or ".fc." in key]
+
+    def refused(changed):
+        with pytest.raises(UsageError) as error:
+            identify(changed)
+        assert "\n" not in str(error.value)
+
+    for key in {*used[::4], *heads}:
+        if key.endswith("num_batches_tracked"):
+            continue  # torch fills it in for old files
+        if not (name.startswith("solo") and key == "projector.6.bias"):  # our own last.pt is that layout without it
+            refused({k: v for k, v in tensors.items() if k != key})
+        wider = torch.cat([tensors[key], tensors[key][:1]])
+        refused(tensors | {key: wider})
+        refused(tensors | {key: tensors[key] * float("nan")})
+    layout = identify(tensors).layout
+    wrapper = "module." if name in ("authors", "moco") else ""
+    for prefix in {layout.backbone, *layout.heads.values()}:
+        for shape in ((3,), (3, 3)):
+            refused(tensors | {f"{wrapper}{prefix}more.weight": torch.zeros(shape)})
+
+
+def test_a_bias_before_a_batch_norm_is_absorbed(tmp_path):
+    """Against torch's own modules, which keep the bias."""
+    torch.save(authors(trained().state_dict()), tmp_path / "theirs.pt")
+    run = Run(convert(tmp_path / "theirs.pt", out="run"))
+    assert run.json("converted.json")["absorbed"] == ["encoder.fc.6.bias"]
+    layers = [nn.Linear(32, 10, bias=False), nn.BatchNorm1d(10), nn.ReLU(), nn.Linear(10, 10, bias=False)]
+    layers += [nn.BatchNorm1d(10), nn.ReLU(), nn.Linear(10, 12), nn.BatchNorm1d(12, affine=False)]
+    theirs, _ = read(tmp_path / "theirs.pt")
+    fc = nn.Sequential(*layers).eval()
+    fc.load_state_dict({k.removeprefix("module.encoder.fc."): v for k, v in theirs.items() if ".fc." in k})
+    ours = build(run.recipe.method, backbone="resnet10", width=4).eval()
+    ours.load_state_dict(run.checkpoint()["model"])
+    h = torch.randn(8, 32)
+    torch.testing.assert_close(ours.projector(h), fc(h), rtol=1e-6, atol=1e-6)
+    assert ours.projector[7].running_mean.sub(fc[7].running_mean).abs().max() > 0.1
+
+
+def test_lightlys_sequence_of_children_and_timms_names_are_the_same_network():
+    """Against the libraries' own networks."""
+    x = torch.randn(2, 3, 64, 64)
+    theirs = [nn.Sequential(*list(models.resnet18().children())[:-1], nn.Flatten())]
+    if find_spec("timm"):
+        theirs.append(import_module("timm").create_model("resnet18", num_classes=0))
+    for network in theirs:
+        save_file(network.state_dict(), "theirs.safetensors")
+        bare = backbone("resnet18", image_size=224)
+        bare.load_state_dict(backbone_weights("theirs.safetensors", "resnet18"))
+        assert torch.equal(bare.eval()(x), network.eval()(x))
+
+
+@pytest.mark.parametrize("stem", ["small", "large"])
+def test_depth_width_and_stem_are_read_from_the_shapes(stem):
+    for network in RESNETS:
+        state = backbone(network, image_size=32, width=2, stem=stem).state_dict()
+        assert identify(state).words == {"backbone": network, "width": 2, "stem": stem}
+
+
+def test_a_network_that_is_no_resnet_goes_by_its_name(tmp_path):
+    theirs = models.mobilenet_v3_small()
+    torch.save(theirs.state_dict(), tmp_path / "theirs.pt")
+    with pytest.raises(UsageError, match="no ResNet"):
+        convert(tmp_path / "theirs.pt", out="run")
+    run = convert(
+        tmp_path / "theirs.pt", out="run", backbone="mobilenet_v3_small", image_size=64, mean=[0.5] * 3, std=[1] * 3
+    )
+    assert Run(run).json("converted.json")["left_over"] == ["classifier.3.weight", "classifier.3.bias"]
+    x = torch.randn(2, 3, 64, 64)
+    theirs.classifier[3] = nn.Identity()
+    assert torch.equal(load(run)(x), theirs.eval()(x)) and load(run).transform.mean == (0.5, 0.5, 0.5)
+    with pytest.raises(UsageError, match="resnet10, not a resnet18"):
+        identify(torchvision(trained().state_dict()), "resnet18")
+
+
+def test_twins_must_agree():
+    tensors = patrick_hua(trained(**HUA).state_dict())["state_dict"]
+    tensors["encoder.0.conv1.weight"] += 1
+    with pytest.raises(UsageError, match=r"backbone\.conv1\.weight and encoder\.0\.conv1\.weight are one tensor"):
+        identify(tensors)
+
+
+class Code:
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+def damaged():
+    """Files that are no checkpoint of a model, and what is said of each."""
+    whole = torchvision(trained().state_dict())
+    torch.save({"state_dict": whole, "hook": Code()}, "code.pt")
+    yield "code.pt", r"carries code \(\w+.mkdir\): none of it was run"
+    torch.save({"state_dict": whole, "args": argparse.Namespace(lr=0.05)}, "namespace.pt")
+    yield "namespace.pt", r"carries code \(argparse.Namespace\)"
+    for protocol in (2, 4):
+        with open(f"pickle{protocol}.pt", "wb") as file:
+            pickle.dump({"state_dict": Code()}, file, protocol=protocol)
+        yield f"pickle{protocol}.pt", "carries code|no checkpoint that can be read"
+    torch.save(whole, "cut.pt")
+    with open("cut.pt", "rb+") as file:
+        file.truncate(9_000)
+    yield "cut.pt", "no checkpoint that can be read"
+    for name, content in (("empty.pt", b""), ("text.pt", b"hello world"), ("text.safetensors", b"hello world")):
+        with open(name, "wb") as file:
+            file.write(content)
+        yield name, "no checkpoint that can be read"
+    torch.save({"epoch": 3, "optimizer": {"state": {}}}, "optimizer.pt")
+    yield "optimizer.pt", "holds no state dict, only epoch, optimizer"
+    torch.save(torch.zeros(3), "tensor.pt")
+    yield "tensor.pt", "holds no state dict, only Tensor"
+    torch.save({"conv.weight": torch.zeros(3), "fc.bias": torch.zeros(3)}, "strange.pt")
+    yield "strange.pt", "no ResNet as the authors' SimSiam, MoCo, .* store it; its tensors are in conv, fc; name other"
+    names = [f"backbone.{i}" for i in range(6)] + ["projection_head.0", "prediction_head.0"]
+    torch.save({f"{name}.weight": torch.zeros(3) for name in names}, "generator.pt")
+    yield "generator.pt", "are children 0, 1, 2, 3, 4, 5 of a Sequential, and a ResNet's are 0, 1, 4"
+    yield "nowhere.pt", "unknown checkpoint 'nowhere.pt'"
+    yield "simsiam_resnet50_100e", "did you mean 'simsiam_resnet50_100ep'"
+    yield "ResNet50_Weights.IMAGENET1K_V3", "torchvision has no classifier's weights"
+    os.mkdir("folder")
+    yield "folder", "backbone.safetensors is not there"
+
+
+def test_what_is_no_checkpoint_gets_one_line_and_runs_nothing():
+    for name, said in damaged():
+        with pytest.raises(UsageError, match=said) as error:
+            convert(name, out="run")
+        assert "\n" not in str(error.value) and len(str(error.value)) < 400
+    assert not os.path.exists("executed") and not os.path.exists("run")
+
+
+def test_a_release_is_downloaded_once_and_checked(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    published = tmp_path / "checkpoint_0099.pth.tar"
+    torch.save(authors(trained(network="resnet50").state_dict()), published)
+    digest = sha256(published)
+
+    def publish(digits):
+        url, words = published.as_uri(), {"epochs": 100, "batch_size": 256}
+        monkeypatch.setitem(releases.RELEASES, "simsiam_resnet50_100ep", Release(url, digits, words, "CC BY-NC 4.0"))
+
+    publish("0" * 8)
+    with pytest.raises(WorkFailed, match=r"cannot be downloaded from file://.*invalid hash"):
+        convert("simsiam_resnet50_100ep", out="run")
+    assert not list((tmp_path / "cache").rglob("*.*"))
+    publish(digest[:8])
+    run = Run(convert("simsiam_resnet50_100ep", out="run"))
+    assert (run.recipe.epochs, run.recipe.batch_size, run.recipe.image_size) == (100, 256, 224)
+    assert run.json("converted.json")["sha256"] == digest and "CC BY-NC 4.0" in told(run.path)
+    published.unlink()
+    bare = backbone("resnet50", image_size=224, width=4)
+    bare.load_state_dict(backbone_weights("simsiam_resnet50_100ep", "resnet50"))  # from the cache
+    (cached,) = (tmp_path / "cache").rglob("*.tar")
+    cached.write_bytes(b"")
+    with pytest.raises(WorkFailed, match="is damaged: its sha256 does not start with"):
+        convert("simsiam_resnet50_100ep", out="again")
+    cached.unlink()
+    with pytest.raises(WorkFailed, match="cannot be downloaded"):
+        convert("simsiam_resnet50_100ep", out="again")
+
+
+def test_every_classifier_of_torchvision_is_known_by_name():
+    for network in models.list_models(module=models):
+        for weights in models.get_model_weights(network):
+            release = release_of(f"{type(weights).__name__}.{weights.name}")
+            assert release.words["backbone"] == network and release.url == weights.url
+            assert len(release.sha256) >= 8 and release.sha256 in release.url
+
+
+def test_a_backbone_can_start_from_any_of_them(tmp_path):
+    model = trained()
+    state = model.backbone.state_dict()
+    torch.save(authors(model.state_dict()), tmp_path / "theirs.pt")
+    save_file(state, tmp_path / "backbone.safetensors")
+    run = convert(tmp_path / "theirs.pt", out=tmp_path / "run")
+    for given in (tmp_path / "theirs.pt", tmp_path / "backbone.safetensors", run, run / "checkpoints" / "last.pt"):
+        found = backbone_weights(given, "resnet10")
+        assert found.keys() == state.keys() and all(torch.equal(found[k], state[k]) for k in state)
+    with pytest.raises(UsageError, match="its backbone is a resnet10, not a resnet50"):
+        backbone_weights(run, "resnet50")

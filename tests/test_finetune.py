@@ -1,0 +1,245 @@
+"""Fine-tuning: its start, its steps, that it goes on bit for bit, and that it learns nothing from test images."""
+
+import json
+import os
+import signal
+from dataclasses import replace
+from math import cos, pi
+
+import numpy as np
+import pytest
+import torch
+from conftest import QUICK
+from PIL import Image
+
+import simsiam
+from simsiam.batches import members, views_of
+from simsiam.errors import Stopped, UsageError, WorkFailed
+from simsiam.evaluate import finetune as module
+from simsiam.evaluate.finetune import compare, divide, finetune
+from simsiam.run import Run
+from simsiam.sources import open_source
+
+EPOCHS, STEPS, BATCH = 4, 12, 32
+WORDS = {"epochs": EPOCHS, "labels": 120, "batch_size": BATCH, "device": "cpu", "precision": "float32"}  # 108 + 12
+
+
+@pytest.fixture(scope="module")
+def data():
+    source = open_source("shapes")
+    return source.train, source.test.take(slice(200))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return simsiam.pretrain("shapes", out=tmp_path_factory.mktemp("pretrained") / "run", workers=0, **QUICK)
+
+
+@pytest.fixture(scope="module")
+def finished(run, data, tmp_path_factory):
+    """A whole fine-tuning, and its record; only read."""
+    out = tmp_path_factory.mktemp("finished") / "finetune"
+    return out, finetune(run, *data, out=out, **WORDS)
+
+
+def last(out):
+    return torch.load(out / "last.pt", weights_only=True)
+
+
+def backbone(weights) -> dict[str, torch.Tensor]:
+    return {k.removeprefix("backbone."): v for k, v in weights.items() if k.startswith("backbone.")}
+
+
+def assert_equal(a, b):
+    assert a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())
+
+
+def test_it_is_cross_entropy_and_sgd_with_a_cosine_lr_for_backbone_and_head_each(run, data, finished):
+    """Written out with other tools: torch's own schedule, one optimizer for each part, plain operations."""
+    out, record = finished
+    encoder, head = simsiam.load(run), module.classifier(Run(run), 10, seed=0, from_scratch=True).head
+    model = torch.nn.Sequential(encoder, head).to(memory_format=torch.channels_last).train()
+    train, val = divide(*data, None, 120, 0)
+    recipe = Run(run).recipe.replace(batch_size=BATCH, jitter_p=0.0, gray=0.0, blur=0.0)
+    optimizers = [
+        torch.optim.SGD(part.parameters(), lr=peak * BATCH / 256, momentum=0.9, weight_decay=5e-4, foreach=False)
+        for part, peak in ((encoder, 0.1), (head, 1.0))
+    ]
+    schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda t: (1 + cos(pi * t / STEPS)) / 2) for o in optimizers]
+    losses = []
+    for step in range(STEPS):
+        index = members(step, recipe, len(train))
+        logits = model(views_of(train, index, recipe, step, torch.device("cpu"))[0])
+        loss = -logits.log_softmax(1)[range(BATCH), train.labels[index]].mean()
+        for o in optimizers:
+            o.zero_grad()
+        loss.backward()
+        for o in (*optimizers, *schedules):
+            o.step()
+        losses.append(loss.item())
+    for part, name in ((encoder, "backbone"), (head, "head")):
+        for k, v in part.state_dict().items():
+            torch.testing.assert_close(last(out)["model"][f"{name}.{k}"], v, rtol=1e-3, atol=1e-5)
+    rows = [json.loads(line) for line in (out / "curve.jsonl").read_text().splitlines()]
+    assert [row["loss"] for row in rows] == pytest.approx(np.reshape(losses, (EPOCHS, -1)).mean(axis=1), rel=1e-4)
+    with torch.no_grad():
+        logits = model.eval()(encoder.transform([val.read(i) for i in range(len(val))]))
+    assert record["val_top1"][-1] == pytest.approx(100 * (logits.argmax(1).numpy() == val.labels).mean(), abs=1e-3)
+
+
+def test_pretrained_starts_from_the_run_and_from_scratch_from_its_initialization(run, data, tmp_path):
+    """At lr 0 the weights stay what they were at the start; the head is the same in both."""
+    still = WORDS | {"base_lr": 0.0, "head_lr": 0.0, "epochs": 1}
+    found = {}
+    for from_scratch in (False, True):
+        finetune(run, *data, out=tmp_path / str(from_scratch), from_scratch=from_scratch, **still)
+        found[from_scratch] = last(tmp_path / str(from_scratch))["model"]
+    initial = simsiam.build(Run(run).recipe.method, backbone="resnet10", width=4, image_size=32, seed=0).backbone
+    for weights, expected in ((found[False], simsiam.load(run)), (found[True], initial)):
+        assert_equal(
+            {k: backbone(weights)[k] for k, _ in expected.named_parameters()}, dict(expected.named_parameters())
+        )
+    assert not torch.equal(found[False]["backbone.conv1.weight"], found[True]["backbone.conv1.weight"])
+    assert torch.equal(found[False]["head.weight"], found[True]["head.weight"])
+    assert found[False]["head.weight"].std() == pytest.approx(0.01, rel=0.2) and not found[False]["head.bias"].any()
+
+
+def test_the_curve_has_a_line_an_epoch_with_the_lr_of_its_last_step(finished):
+    out, record = finished
+    rows = [json.loads(line) for line in (out / "curve.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [1, 2, 3, 4] and rows[-1]["step"] == STEPS
+    assert [row["val_top1"] for row in rows] == record["val_top1"]
+    for row in rows:
+        share = (1 + cos(pi * (row["step"] - 1) / STEPS)) / 2 * BATCH / 256
+        assert (row["lr"], row["lr_head"]) == pytest.approx((0.1 * share, 1.0 * share))
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_stopped_in_the_middle_of_an_epoch_it_goes_on_bit_for_bit(
+    precision, run, data, finished, tmp_path, monkeypatch
+):
+    words = WORDS | {"precision": precision, "from_scratch": precision == "bfloat16"}
+    whole, record = finished if precision == "float32" else (tmp_path / "whole", None)
+    record = record or finetune(run, *data, out=whole, **words)
+
+    def set_lr(optimizer, step, **how):
+        if step == 6:  # the first of the third epoch's three
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(optimizer, step, **how)
+
+    real = module.set_lr
+    monkeypatch.setattr(module, "set_lr", set_lr)
+    with pytest.raises(Stopped, match="stopped at step 7 of 12"):
+        finetune(run, *data, out=tmp_path / "half", **words)
+    assert last(tmp_path / "half")["step"] == 7 and not (tmp_path / "half" / "curve.png").exists()
+    monkeypatch.setattr(module, "set_lr", real)
+    torch.manual_seed(1)
+    again = finetune(run, *data, out=tmp_path / "half", **words)
+
+    one, other = last(whole), last(tmp_path / "half")
+    assert_equal(one["model"], other["model"])
+    for i, state in one["optimizer"]["state"].items():
+        assert torch.equal(state["momentum_buffer"], other["optimizer"]["state"][i]["momentum_buffer"])
+    assert (whole / "curve.jsonl").read_bytes() == (tmp_path / "half" / "curve.jsonl").read_bytes()
+    assert again | {"seconds": 0} == record | {"seconds": 0}
+
+
+def test_a_finished_one_is_read_and_not_repeated(run, data, finished, monkeypatch):
+    monkeypatch.setattr(module, "set_lr", None)
+    assert finetune(run, *data, out=finished[0], **WORDS) == finished[1]
+
+
+def test_test_images_are_looked_at_once_at_the_end_and_change_nothing_else(run, data, finished, tmp_path, monkeypatch):
+    train, test = data
+    asked, real = [], module.extract
+    monkeypatch.setattr(
+        module, "extract", lambda model, images, *a, **k: asked.append(images) or real(model, images, *a, **k)
+    )
+    wrong = replace(test, labels=(test.labels + 1) % 10)
+    record = finetune(run, train, wrong, out=tmp_path, **WORDS)
+    assert [images is wrong for images in asked] == [False] * EPOCHS + [True]
+    assert {len(images) for images in asked[:-1]} == {12} and not any(k.startswith("test") for k in asked[0].keys)
+    assert_equal(last(tmp_path)["model"], last(finished[0])["model"])
+    assert record["val_top1"] == finished[1]["val_top1"] and record["top1"] != finished[1]["top1"]
+    assert (record["n"], record["parameters"]["epoch"]) == (200, "last")
+
+
+def test_top1_and_top5_are_those_of_the_weights_in_last_pt(run, data, finished):
+    encoder, weights, test = simsiam.load(run), last(finished[0])["model"], data[1]
+    encoder.load_state_dict(backbone(weights))
+    with torch.no_grad():
+        h = encoder(encoder.transform([test.read(i) for i in range(200)]))
+    order = (h @ weights["head.weight"].T + weights["head.bias"]).argsort(dim=1, descending=True).numpy()
+    hits = order == test.labels[:, None]
+    top1, top5 = 100 * hits[:, 0].mean(), 100 * hits[:, :5].any(axis=1).mean()
+    assert (finished[1]["top1"], finished[1]["top5"]) == pytest.approx((top1, top5)) and top1 < top5 < 100
+
+
+def test_labels_are_drawn_from_each_class_alike_and_some_are_kept_out(data):
+    train, test = data
+    used, val = divide(train, test, None, 200, 0)
+    assert np.bincount(used.labels).tolist() == [18] * 10 and np.bincount(val.labels).tolist() == [2] * 10
+    assert not set(used.keys) & set(val.keys) and set(used.keys) | set(val.keys) <= set(train.keys)
+    again, other = (divide(train, test, None, 200, seed)[0] for seed in (0, 1))
+    assert list(again.keys) == list(used.keys) != list(other.keys)
+    every, given = divide(train, test, val, 30, 0)
+    assert np.bincount(every.labels).tolist() == [3] * 10 and given is val
+    assert [len(part) for part in divide(train, test, None, None, 0)] == [3600, 400]
+
+
+def test_files_of_many_sizes_are_streamed_and_an_unreadable_one_is_counted(run, tmp_path):
+    for i in range(24):
+        path = tmp_path / "images" / "ab"[i % 2] / f"{i:02}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (32 + i, 40), 100 * (i % 2)).save(path)
+    images = open_source(tmp_path / "images").train
+    path.write_bytes(path.read_bytes()[:40])
+    record = finetune(run, images, images, val=images.take(slice(12)), out=tmp_path, **WORDS | {"labels": 24})
+    assert record["unreadable"] == 1 and record["n"] == 23 and record["parameters"]["batch_size"] == 24
+    assert record["top5"] == 100  # of two classes
+
+
+def test_what_cannot_be_is_refused_in_one_line(run, data, finished, tmp_path):
+    train, test = data
+    wrong = [
+        ({"base_lr": 0.2}, "holds a fine-tuning with base_lr 0.1, not 0.2"),
+        ({"from_scratch": True}, "with start backbone.safetensors [0-9a-f]{16}, not random, seed 0"),
+        ({"labels": 9}, "labels is 9; it lies between 10, one a class, and 4000"),
+        ({"labels": 19}, "too few to keep some out for the curve: take 20 labels or more"),
+        ({"head_lr": float("nan")}, "head_lr is nan"),
+        ({"base_lr": -1.0}, "base_lr is -1.0"),
+        ({"seed": -1}, "seed is -1"),
+        ({"epochs": 0}, "epochs is 0"),
+    ]
+    for words, message in wrong:
+        with pytest.raises(UsageError, match=message):
+            finetune(run, train, test, out=finished[0], **WORDS | words)
+    for images, message in (
+        (replace(test, labels=None), "the test images have none"),
+        (replace(test, classes=tuple("abcdefghij")), "the test images have other classes"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            finetune(run, train, images, out=tmp_path, **WORDS)
+    (tmp_path / "last.pt").write_bytes((finished[0] / "last.pt").read_bytes()[:999])
+    with pytest.raises(UsageError, match="not a readable checkpoint") as error:
+        finetune(run, train, test, out=tmp_path, **WORDS)
+    assert "\n" not in str(error.value)
+    with pytest.raises(WorkFailed, match="diverged in epoch 1: take a base_lr smaller than 1e"):
+        finetune(run, train, test, out=tmp_path / "new", **WORDS | {"base_lr": 1e25})
+
+
+def test_curves_are_drawn_each_seed_pale_and_their_mean_bold(finished, tmp_path):
+    assert Image.open(finished[0] / "curve.png").size == (1400, 900)
+    rising = [[30.0 + 10 * seed + 0.2 * epoch for epoch in range(200)] for seed in (-1, 0, 1)]
+    falling = [[100 - value for value in curve] for curve in rising]
+    compare({"pretrained": rising, "from scratch": falling}, tmp_path / "two.png", title="shapes, 120 labels")
+    page = np.asarray(Image.open(tmp_path / "two.png").convert("RGB")).astype(int)
+    assert page.shape == (900, 1400, 3)
+    for color in ((0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)):
+        color = np.array(color)
+        bold, pale = (abs(page - c).sum(2) < 12 for c in (color, 255 - 0.4 * (255 - color)))
+        columns = bold[:, 300:900].any(axis=0)  # left of the legend: the mean crosses the picture
+        assert columns.mean() > 0.5 and bold.sum() > 2000 and pale.sum() > 800
+    with pytest.raises(UsageError, match=r"the curves of 'a' differ in epochs: \[1, 2\]"):
+        compare({"a": [[1.0], [1.0, 2.0]]}, tmp_path / "bad.png")
+    assert not (tmp_path / "bad.png").exists()

@@ -1,0 +1,95 @@
+"""LARS is its formula, and what moves how is what the row says."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from simsiam.methods import METHODS, Method
+from simsiam.optim import LARS, build_optimizer, set_lr
+from simsiam.siamese import build
+
+SMALL = {"backbone": "resnet10", "width": 4, "image_size": 16}
+
+
+def row(name: str, **cells) -> Method:
+    return replace(METHODS[name], **{"dim": 8, "proj_hidden": 8, "pred_dim": 4, "prototypes": 5} | cells)
+
+
+@pytest.mark.parametrize("adapt", [True, False])
+def test_lars_is_the_formula_of_its_authors(adapt):
+    """u = g + decay w; u <- 0.001 |w| / |u| u where adapted; v <- 0.9 v + u; w <- w - lr v."""
+    torch.manual_seed(0)
+    w = nn.Parameter(torch.randn(4, 3, dtype=torch.float64))
+    lars = LARS([{"params": [w], "adapt": adapt}], lr=0.0, momentum=0.9, weight_decay=0.01)
+    by_hand, v = w.detach().clone(), torch.zeros(4, 3, dtype=torch.float64)
+    for lr in (0.5, 2.0, 1.0):
+        w.grad = torch.randn(4, 3, dtype=torch.float64)
+        kept = w.grad.clone()
+        u = w.grad + 0.01 * by_hand
+        if adapt:
+            u = u * 0.001 * by_hand.norm() / u.norm()
+        v = 0.9 * v + u
+        by_hand = by_hand - lr * v
+        lars.param_groups[0]["lr"] = lr
+        lars.step()
+        torch.testing.assert_close(w.detach(), by_hand)
+        assert torch.equal(w.grad, kept), "the gradient is left for the monitors"
+
+
+def test_lars_adapts_neither_a_weight_at_zero_nor_a_gradient_of_zero():
+    w, still = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.ones(3))
+    w.grad, still.grad = torch.ones(3), torch.zeros(3)
+    LARS([{"params": [w, still]}], lr=0.5, momentum=0.9, weight_decay=0.0).step()
+    assert torch.equal(w.detach(), torch.full((3,), -0.5)) and torch.equal(still.detach(), torch.ones(3))
+
+
+def test_biases_and_norms_are_excluded_where_the_row_says_so():
+    for name in ("byol", "simclr", "barlow_twins", "vicreg"):
+        model = build(row(name), **SMALL)
+        groups = build_optimizer(model, model.method).param_groups
+        assert sum(len(g["params"]) for g in groups) == sum(p.requires_grad for p in model.parameters())
+        for g in groups:
+            out = "excluded" in g["name"]
+            assert all((p.ndim == 1) == out for p in g["params"])
+            assert (g["weight_decay"], g["adapt"]) == ((0.0, False) if out else (1e-6, True))
+    for name in ("simsiam", "moco_v2", "swav"):
+        groups = build_optimizer(build(row(name), **SMALL), row(name)).param_groups
+        assert not any("excluded" in g["name"] for g in groups)
+    swav = build_optimizer(build(row("swav"), **SMALL), row("swav"))
+    assert isinstance(swav, LARS) and all(g["adapt"] for g in swav.param_groups), "SwAV adapts every parameter"
+
+
+def test_prototypes_rest_and_then_move():
+    """SwAV drops their gradients in the first steps, so no momentum waits for them either."""
+    model = build(row("swav", freeze_prototypes=2), **SMALL)
+    optimizer, weight = build_optimizer(model, model.method), model.criterion.prototypes.weight
+    before = weight.detach().clone()
+    for step in range(3):
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        lr = set_lr(optimizer, step, peak=1.0, steps=10, warmup=0)
+        assert (lr["criterion"] > 0) == (step == 2) and lr["encoder"] > 0
+        optimizer.step()
+        assert torch.equal(weight.detach(), before) == (step < 2)
+    update = torch.ones_like(before) + 1e-6 * before
+    expected = before - lr["criterion"] * 1e-3 * before.norm() / update.norm() * update
+    torch.testing.assert_close(weight.detach(), expected)
+
+
+def test_adamw_is_torchs():
+    method = row("simsiam", optimizer="adamw", base_lr=1e-3, weight_decay=0.05, predictor_lr="cosine")
+    ours, theirs = (build(method, **SMALL) for _ in range(2))
+    optimizer = build_optimizer(ours, method)
+    reference = torch.optim.AdamW(theirs.parameters(), lr=1e-3, betas=(0.9, 0.999), weight_decay=0.05)
+    for step in range(3):
+        torch.manual_seed(step)
+        for p, q in zip(ours.parameters(), theirs.parameters()):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        set_lr(optimizer, step, peak=1e-3, steps=10**9, warmup=0)
+        optimizer.step()
+        reference.step()
+    for p, q in zip(ours.parameters(), theirs.parameters()):
+        torch.testing.assert_close(p, q)

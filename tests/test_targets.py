@@ -1,0 +1,225 @@
+"""How eta is solved: each target is what section 5 says, and with its neutral setting each is SimSiam."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from simsiam.errors import UsageError
+from simsiam.methods import METHODS, Method
+from simsiam.optim import build_optimizer, cosine, set_lr
+from simsiam.siamese import build
+from simsiam.targets import eta_bytes
+
+SMALL = {"backbone": "resnet10", "width": 4, "image_size": 16}
+N, IMAGES = 8, 24  # a batch; an epoch is three
+
+
+def small(**cells) -> Method:
+    return Method(name="simsiam", **{"dim": 12, "proj_hidden": 10, "pred_dim": 6, "base_lr": 4.0} | cells)
+
+
+def batch(step: int, views: int = 2) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """The views of a step and the positions of its images."""
+    generator = torch.Generator().manual_seed(step)
+    return list(torch.randn(views, N, 3, 16, 16, generator=generator)), torch.arange(N) + N * step % IMAGES
+
+
+def train(method: Method, steps: int = 8, dtype: torch.dtype = torch.float32):
+    """Losses of some steps of SGD, and the model after them."""
+    model = build(method, **SMALL).to(dtype)
+    model.begin(images=IMAGES, steps=steps, per_epoch=3)
+    optimizer, losses = build_optimizer(model, method), []
+    for step in range(steps):
+        x, index = batch(step, method.view_count)
+        set_lr(optimizer, step, peak=method.base_lr * N / 256, steps=steps, warmup=0)
+        out = model(*(view.to(dtype) for view in x), index=index)
+        optimizer.zero_grad()
+        out.loss.backward()
+        optimizer.step()
+        model.after_step(out, step, index)
+        losses.append(out.loss.item())
+    return losses, model
+
+
+def same(one, other) -> bool:
+    """Equal losses and weights, to the last bit."""
+    weights = [dict(model.named_parameters()) for _, model in (one, other)]
+    encoder = [k for k in weights[0] if not k.startswith("target")]
+    return one[0] == other[0] and all(torch.equal(weights[0][k], weights[1][k]) for k in encoder)
+
+
+def test_training_moves_the_loss():
+    """Without this, equal trajectories would say little."""
+    losses, _ = train(small())
+    assert max(losses) - min(losses) > 0.05
+
+
+@pytest.mark.parametrize(
+    "cells",
+    [
+        {"target": "momentum", "target_decay": 0.0},
+        {"target": "alternation", "target_steps": 1},
+        {"target": "expectation", "target_views": 1},
+    ],
+)
+def test_neutral_targets_are_simsiam_bit_for_bit(cells):
+    assert same(train(small(**cells)), train(small()))
+
+
+@pytest.mark.parametrize(
+    "cells",
+    [
+        {"target": "momentum", "target_decay": 0.5},
+        {"target": "alternation", "target_steps": 2},
+        {"target": "expectation", "target_views": 2},
+    ],
+)
+def test_and_others_are_not(cells):
+    assert not same(train(small(**cells)), train(small()))
+
+
+def test_momentum_is_an_exponential_average_in_training_mode():
+    """theta' <- m theta' + (1 - m) theta after every step, and z' with the batch's own statistics."""
+    method = small(target="momentum", target_decay=0.7)
+    expected = [p.clone() for p in build(method, **SMALL).f.parameters()]
+    model = build(method, **SMALL)
+    out = model(*batch(0)[0])
+    for step in range(3):
+        with torch.no_grad():
+            for p in model.f.parameters():
+                p.add_(torch.randn_like(p))  # what an optimizer may do
+        model.after_step(out, step)
+        expected = [0.7 * e + 0.3 * p for e, p in zip(expected, model.f.parameters())]
+    for mine, by_hand in zip(model.target.copy.parameters(), expected, strict=True):
+        torch.testing.assert_close(mine, by_hand)
+    x, _ = batch(9)
+    alone = deepcopy(model.target.copy).train()
+    for t, view in zip(model(*x).targets, x):
+        assert torch.equal(t, alone(view))
+
+
+def test_byols_momentum_rises_to_one_on_a_cosine():
+    model = build(small(target="momentum", target_decay=0.9, target_schedule="cosine"), **SMALL)
+    with pytest.raises(UsageError, match=r"call model\.begin"):
+        model.target.decay(0)
+    model.begin(steps=100)
+    with pytest.raises(UsageError, match=r"give it to model\.after_step"):
+        model.after_step(model(*batch(0)[0]))
+    assert model.target.decay(0) == pytest.approx(0.9)
+    assert [model.target.decay(s) for s in (25, 99)] == [pytest.approx(1 - 0.1 * cosine(s, 100)) for s in (25, 99)]
+    assert model.target.decay(99) > 0.9999
+
+
+@pytest.mark.parametrize("k", [2, 3])
+def test_alternation_equals_targets_cached_ahead(k):
+    """Section 5.2: at the start of a block compute eta for both views of its k batches, then take k steps on them."""
+    method = small(target="alternation", target_steps=k)
+    by_copy = train(method)
+    model = build(small(), **SMALL)
+    optimizer, losses = build_optimizer(model, method), []
+    for step in range(8):
+        if step % k == 0:
+            ahead = deepcopy(model.f)
+            with torch.no_grad():
+                cache = {s: [ahead(view) for view in batch(s)[0]] for s in range(step, step + k)}
+        set_lr(optimizer, step, peak=method.base_lr * N / 256, steps=8, warmup=0)
+        p = [model.predictor(model.f(view)) for view in batch(step)[0]]
+        loss = sum(-F.cosine_similarity(p[i], cache[step][j]).mean() for i, j in ((0, 1), (1, 0))) / 2
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert same(by_copy, (losses, model))
+
+
+def test_a_block_of_an_epoch():
+    assert same(train(small(target="alternation", target_steps=0)), train(small(target="alternation", target_steps=3)))
+
+
+def test_moving_average_without_memory_is_simsiam_without_a_predictor():
+    """m = 0: t is the other view's z, and D does not see its length (footnote 5)."""
+    moving = train(small(predictor="none", target="moving_average", target_decay=0.0), dtype=torch.float64)
+    plain = train(small(predictor="none"), dtype=torch.float64)
+    torch.testing.assert_close(moving[0], plain[0], rtol=1e-9, atol=0)
+    for mine, theirs in zip(moving[1].parameters(), plain[1].parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-9)
+
+
+def test_moving_average_is_updated_and_then_minimized():
+    """Section 5.2, with one eta an image: t = m eta + (1 - m) z, and eta becomes their mean over the pair's views."""
+    method = small(predictor="none", target="moving_average", target_decay=0.8)
+    model = build(method, **SMALL)
+    model.begin(images=IMAGES)
+    model.target.start(torch.randn(IMAGES, 12), torch.arange(IMAGES))
+    eta = {i: row.clone() for i, row in enumerate(model.target.eta)}
+    assert all(row.norm().item() == pytest.approx(1) for row in eta.values())
+    for step in range(5):
+        x, index = batch(step)
+        out = model(*x, index=index)
+        assert torch.equal(model.target.eta, torch.stack(list(eta.values()))), "forward is pure"
+        z = [F.normalize(z, dim=1) for z in out.projections]
+        for row, i in enumerate(index.tolist()):
+            t = [0.8 * eta[i] + 0.2 * view[row] for view in z]
+            torch.testing.assert_close(torch.stack([v[row] for v in out.targets]), torch.stack(t))
+            eta[i] = F.normalize(t[0] + t[1], dim=0).detach()
+        model.after_step(out, step, index)
+        torch.testing.assert_close(model.target.eta, torch.stack(list(eta.values())))
+        eta = dict(enumerate(model.target.eta.clone()))
+
+
+def test_memory_of_eta():
+    assert eta_bytes(METHODS["simsiam"], 10**6) == 0
+    assert eta_bytes(small(target="moving_average", dim=2048), 1_281_167) == 1_281_167 * 2048 * 4
+    model = build(small(target="moving_average"), **SMALL)
+    model.begin(images=100)
+    assert model.target.eta.nbytes == eta_bytes(model.method, 100)
+
+
+def test_expectation_is_the_minimizer_of_etas_problem():
+    """Equation 9: the mean over views is where the gradient of the mean squared distance (equation 5) vanishes."""
+    model = build(small(target="expectation", target_views=4), **SMALL).double()
+    x, _ = batch(0, views=5)
+    out = model(*(view.double() for view in x))
+    z = [model.f(view.double()).detach() for view in x]
+    for t, views in zip(out.targets, ((0, 2, 3, 4), (1, 2, 3, 4)), strict=True):
+        eta = t.clone().requires_grad_()
+        problem = sum((z[view] - eta).square().sum() for view in views)
+        (gradient,) = torch.autograd.grad(problem, eta)
+        torch.testing.assert_close(gradient, torch.zeros_like(gradient), rtol=0, atol=1e-12)
+    assert len(out.projections) == 5 and len(out.predictions) == len(out.targets) == 2
+
+
+def test_labels_are_targets():
+    model = build(METHODS["supervised"], **SMALL)
+    with pytest.raises(UsageError, match=r"call model\.begin with labels"):
+        model(batch(0)[0][0], index=torch.arange(N))
+    labels = torch.randint(10, (IMAGES,))
+    model.begin(labels=labels)
+    (x, _), index = batch(1)
+    out = model(x, index=index)
+    by_hand = F.cross_entropy(model.projector(model.backbone(x)), labels[index])
+    torch.testing.assert_close(out.loss, by_hand)
+    assert out.projections[0].shape == (N, 1000)
+
+
+def test_a_copy_starts_from_the_weights_at_the_start_of_the_run():
+    """`init` gives the backbone other weights after it was built."""
+    model = build(small(target="momentum"), **SMALL)
+    with torch.no_grad():
+        model.backbone.conv1.weight.add_(1)
+    model.begin(images=IMAGES)
+    assert torch.equal(model.target.copy[0].conv1.weight, model.backbone.conv1.weight)
+
+
+def test_split_statistics_are_an_eighths_and_the_copys_company_differs():
+    """MoCo: with the same company on both sides, batch norm would tell which key belongs to which query."""
+    method = small(predictor="none", target="momentum", bn="split", head_bn=("proj_hidden",))
+    model = build(method, **SMALL).double()
+    x = [torch.randn(16, 3, 16, 16, dtype=torch.float64) for _ in range(2)]
+    out = model(*x)
+    f = deepcopy(model.f)
+    for view, z, t in zip(x, out.projections, out.targets):
+        torch.testing.assert_close(z[2:4], f(view[2:4]))
+        torch.testing.assert_close(t[[1, 9]], f(view[[1, 9]]))
