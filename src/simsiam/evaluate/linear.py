@@ -33,6 +33,7 @@ GRID = [(lr, decay) for decay, lr in product(DECAYS, LRS)]
 BATCH = 512
 STEPS = 1000  # at least: a small set is passed over more often
 # paper and sgd.
+BASE_LRS = {"paper": (0.1,), "sgd": (30.0, 100.0)}  # times batch / 256; the authors' code; MoCo's, and what users needed
 LARGE = 4096  # the paper's batch, or all images if they are fewer
 
 
@@ -112,7 +113,7 @@ def on_crops(frozen: Frozen, how: Settings) -> Iterator[Answer]:
     n, device = len(frozen.train), frozen.device
     paper = how.linear == "paper"
     size = min(LARGE if paper else 256, n)
-    base_lrs = (0.1 if paper else 30.0, *([] if paper else [100.0])) if how.base_lr is None else (how.base_lr,)
+    base_lrs = BASE_LRS[how.linear] if how.base_lr is None else (how.base_lr,)
     recipe = replace(frozen.recipe, method=SUPERVISED, batch_size=size, seed=how.seed)
     per_epoch = steps_per_epoch(n, size)
     steps = how.linear_epochs * per_epoch
