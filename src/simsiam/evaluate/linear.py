@@ -33,7 +33,7 @@ GRID = [(lr, decay) for decay, lr in product(DECAYS, LRS)]
 BATCH = 512
 STEPS = 1000  # at least: a small set is passed over more often
 # paper and sgd.
-BASE_LRS = {"paper": (0.1,), "sgd": (30.0, 100.0)}  # times batch / 256; the authors' code; MoCo's, and what users needed
+BASE_LRS = {"paper": (0.1,), "sgd": (30.0, 100.0)}  # times batch / 256: the authors'; MoCo's, and what users needed
 LARGE = 4096  # the paper's batch, or all images if they are fewer
 
 
