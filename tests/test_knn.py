@@ -1,26 +1,83 @@
-"""The weighted kNN equals a brute-force reference written here."""
+"""The weighted kNN equals a brute-force reference written here, ties and all, however the queries are divided."""
 
 import math
+import random
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from simsiam import knn
 from simsiam.knn import knn_scores, knn_top1
 
 
-@pytest.mark.parametrize("k", [1, 7, 50])
-@pytest.mark.parametrize("chunk", [3, 1000])
-def test_votes_equal_brute_force(k, chunk):
-    torch.manual_seed(k)
-    bank, queries = torch.randn(50, 8, dtype=torch.float64), torch.randn(11, 8, dtype=torch.float64)
-    labels = torch.randint(0, 4, (50,))
-    scores = knn_scores(bank, labels, queries, classes=4, k=k, tau=0.1, chunk=chunk)
-    for query, row in zip(queries, scores):
-        cosines = [(torch.dot(query, b) / query.norm() / b.norm()).item() for b in bank]
-        votes = [0.0] * 4
-        for i in sorted(range(50), key=lambda i: -cosines[i])[:k]:
-            votes[labels[i]] += math.exp(cosines[i] / 0.1)
-        assert row.tolist() == pytest.approx(votes, rel=1e-9)
+def brute_force(bank, labels, queries, *, classes, k, tau):
+    """Votes relative to the largest weight: a dot product in float64 at a time, and a sort that keeps ties in order."""
+    rows = []
+    for query in queries.double():
+        cosines = [(torch.dot(query, b) / query.norm() / b.norm()).item() for b in bank.double()]
+        order, votes = sorted(range(len(bank)), key=lambda i: -cosines[i])[:k], [0.0] * classes
+        for i in order:
+            votes[labels[i]] += math.exp((cosines[i] - cosines[order[0]]) / tau)
+        rows.append(votes)
+    return rows
+
+
+def data(kind: str, dtype=torch.float32):
+    """Random rows; or rows half of which stand in the bank twice; or corners of a cube, tied in most comparisons."""
+    torch.manual_seed(0)
+    if kind == "corners":  # in 16 dimensions their norm is 4, so every cosine is exact
+        bank, queries = (torch.randint(0, 2, (n, 16)).to(dtype) * 2 - 1 for n in (150, 12))
+    else:
+        bank, queries = torch.randn(150, 24, dtype=dtype), torch.randn(12, 24, dtype=dtype)
+    if kind == "duplicates":
+        places = random.Random(0).sample(range(150), 150)
+        bank[places[:75]] = bank[places[75:]]
+    return bank, torch.randint(0, 4, (150,)), queries
+
+
+@pytest.mark.parametrize("k", [1, 7, 50, 150, 900])
+@pytest.mark.parametrize("kind", ["random", "duplicates", "corners"])
+def test_votes_equal_brute_force(k, kind):
+    bank, labels, queries = data(kind)
+    expected = torch.tensor(brute_force(bank, labels, queries, classes=4, k=k, tau=0.1))
+    for chunk in (1, 5, 12, None):
+        scores = knn_scores(bank, labels, queries, classes=4, k=k, tau=0.1, chunk=chunk)
+        torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_of_equal_rows_the_first_vote():
+    """A bank of one point, a label each: the k votes are those of its first k rows."""
+    scores = knn_scores(torch.ones(30, 3), torch.arange(30), torch.ones(2, 3), classes=30, k=9)
+    assert scores.tolist() == [[1.0] * 9 + [0.0] * 21] * 2
+
+
+def test_a_small_tau_does_not_overflow():
+    bank, labels, queries = data("random")
+    scores = knn_scores(bank, labels, queries, classes=4, k=20, tau=0.001)
+    assert scores.isfinite().all()
+    assert torch.equal(scores.argmax(1), knn_scores(bank, labels, queries, classes=4, k=1).argmax(1))
+
+
+@pytest.mark.parametrize("kind", ["random", "corners"])
+def test_similarities_stay_within_the_bytes_that_are_stated(kind, monkeypatch):
+    """However many queries, so many are taken at once; and nothing as large as the bank is made."""
+    bank, labels, queries = data(kind)
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, tuple | list) else [out]:
+                if isinstance(tensor, torch.Tensor) and tensor.data_ptr() != bank.data_ptr():
+                    largest = max(largest, tensor.numel() * tensor.element_size())
+            return out
+
+    monkeypatch.setattr(knn, "AT_ONCE", 150 * 4 * 11)  # 11 of the 12 queries
+    with Watch():
+        knn_scores(bank, labels, queries, classes=4, k=7)
+    assert largest == 150 * 4 * 12 < bank.numel() * bank.element_size()  # a row more, see there
 
 
 def test_accuracy_is_percent_and_k_is_capped_for_small_sets():

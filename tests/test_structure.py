@@ -12,28 +12,40 @@ import simsiam
 ROOT = Path(simsiam.__file__).parent
 # A module imports only what stands before it.
 ARROW = [
-    "errors", "files", "columns", "methods", "figure3", "recipes", "shapes", "decode", "images", "sources", "choose",
-    "index", "views", "precision", "backbones", "heads", "releases", "checkpoints", "optim", "criteria", "targets",
-    "siamese", "monitors", "signals", "features", "knn", "run", "convert", "batches", "label_free", "progress",
-    "prepare", "pretrain", "inspect", "preview", "demo", "cli", "__main__", "__init__",
+    "errors", "files", "columns", "methods", "figure3", "recipes", "protocols", "shapes", "decode", "images", "sources",
+    "choose", "index", "views", "precision", "backbones", "heads", "releases", "checkpoints", "optim", "criteria",
+    "targets", "siamese", "monitors", "signals", "features", "knn", "run", "convert", "batches", "label_free",
+    "progress", "prepare", "pretrain", "evaluate.frozen", "evaluate.scores", "evaluate.knn", "evaluate.linear",
+    "evaluate.few_label", "evaluate.label_free", "evaluate.finetune", "evaluate.tuned", "evaluate", "inspect",
+    "preview", "demo", "cli", "__main__", "__init__",
 ]  # fmt: skip
+
+
+def name_of(path: Path) -> str:
+    """A file's module without the package's name: "run", "evaluate" for evaluate/__init__.py, "evaluate.knn"."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts)
+
+
+FILES = {name_of(path): path for path in ROOT.rglob("*.py")}
 
 
 def imported(path: Path) -> set[str]:
     """The modules of this package that a file imports, anywhere in it."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module == "simsiam":
-            found |= {alias.name for alias in node.names if (ROOT / f"{alias.name}.py").exists()}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("simsiam."):
-            found.add(node.module.split(".")[1])
-    return found
+        if isinstance(node, ast.ImportFrom) and f"{node.module}.".startswith("simsiam."):
+            owner = node.module.partition(".")[2]
+            inside = {f"{owner}.{alias.name}".strip(".") for alias in node.names}
+            found |= inside & FILES.keys() or {owner or "__init__"}
+        assert not isinstance(node, ast.ImportFrom) or node.level == 0, f"{path} imports from '.'"
+    return found - {"__init__"}
 
 
 def test_imports_follow_the_arrow():
-    assert {path.stem for path in ROOT.glob("*.py")} == set(ARROW)
+    assert FILES.keys() == set(ARROW)
     for module in ARROW:
-        late = imported(ROOT / f"{module}.py") - set(ARROW[: ARROW.index(module)])
+        late = imported(FILES[module]) - set(ARROW[: ARROW.index(module)])
         assert not late, f"{module} imports {late}, which stand after it"
 
 

@@ -19,6 +19,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from simsiam.errors import Stopped, UsageError, WorkFailed
+    from simsiam.evaluate import evaluate
     from simsiam.methods import METHODS, Method, Views
     from simsiam.pretrain import pretrain, resume
     from simsiam.recipes import Recipe
@@ -36,13 +37,14 @@ _HOME = {
     "Views": "methods",
     "WorkFailed": "errors",
     "build": "siamese",
+    "evaluate": "evaluate",
     "load": "run",
     "pretrain": "pretrain",
     "resume": "pretrain",
 }
 __all__ = [
     "METHODS", "Method", "Recipe", "Run", "Siamese", "Stopped", "UsageError", "Views", "WorkFailed",
-    "build", "load", "pretrain", "resume",
+    "build", "evaluate", "load", "pretrain", "resume",
 ]  # fmt: skip
 
 

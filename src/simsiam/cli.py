@@ -13,6 +13,7 @@ from typing import Any
 from simsiam import __version__, recipes
 from simsiam.columns import TERMS, Method, Views
 from simsiam.errors import Stopped, UsageError, WorkFailed, unknown
+from simsiam.protocols import FROZEN, PROTOCOLS, Settings
 
 EPILOG = "Documentation and source of every setting: README.md; `simsiam VERB --help` lists a verb's flags."
 
@@ -35,22 +36,27 @@ def comments(owner: type) -> dict[str, str]:
 def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
     """A flag for every word of a recipe, with the paper's baseline as its default."""
     for owner, title in ((recipes.Recipe, "the run"), (Method, "the method's cells"), (Views, "the views")):
-        group, said = parser.add_argument_group(title), comments(owner)
-        for f in fields(owner):
-            if f.name in ("source", "name", "views") or f.name not in recipes.WORDS:
-                continue
-            kind, default = recipes.WORDS[f.name], "simsiam" if f.name == "method" else f.default
-            note = said.get(f.name, "a row of `simsiam methods`" if f.name == "method" else "").replace("%", "%%")
-            if default is not MISSING and default is not None:
-                shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
-                note += f" [{'on' if default is True else 'off' if default is False else shown}]"
-            how: dict[str, Any] = {"help": note, "default": argparse.SUPPRESS}
-            how |= {"action": argparse.BooleanOptionalAction} if kind is bool else {"metavar": _metavar(kind)}
-            if tuple in (typing.get_origin(kind), *(typing.get_origin(option) for option in typing.get_args(kind))):
-                how["nargs"] = "*"
-            group.add_argument("--" + f.name.replace("_", "-"), **how)
+        add_flags(parser, owner, title, recipes.WORDS)
     note = "the row on simsiam's views and optimizer: " + ", ".join(TERMS)
     parser.add_argument("--equal-terms", action="store_true", default=argparse.SUPPRESS, help=note)
+
+
+def add_flags(parser: argparse.ArgumentParser, owner: type, title: str, words: typing.Mapping[str, Any]) -> None:
+    """A flag for every field of a dataclass that is among `words`, which gives its type."""
+    group, said = parser.add_argument_group(title), comments(owner)
+    for f in fields(owner):
+        if f.name in ("source", "name", "views") or f.name not in words:
+            continue
+        kind, default = words[f.name], "simsiam" if f.name == "method" else f.default
+        note = said.get(f.name, "a row of `simsiam methods`" if f.name == "method" else "").replace("%", "%%")
+        if default is not MISSING and default is not None:
+            shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+            note += f" [{'on' if default is True else 'off' if default is False else shown}]"
+        how: dict[str, Any] = {"help": note, "default": argparse.SUPPRESS}
+        how |= {"action": argparse.BooleanOptionalAction} if kind is bool else {"metavar": _metavar(kind)}
+        if tuple in (typing.get_origin(kind), *(typing.get_origin(option) for option in typing.get_args(kind))):
+            how["nargs"] = "*"
+        group.add_argument("--" + f.name.replace("_", "-"), **how)
 
 
 def add_source(parser: argparse.ArgumentParser, count: str, default: str = "") -> None:
@@ -108,6 +114,22 @@ def build_parser() -> Parser:
     preview.add_argument("--recipe", metavar="NAME or FILE", help=f"{', '.join(recipes.RECIPES)}, or a recipe.yaml")
     add_recipe_flags(preview)
 
+    evaluate = verbs.add_parser(
+        "evaluate",
+        help="what a backbone is worth, by every protocol; writes RUN/evaluations/PROTOCOL.json",
+        usage="simsiam evaluate RUN [SOURCE ...] [--protocol NAME ...] [--FLAG VALUE ...]",
+        epilog="In brackets: the default. Any labeled source works; label_free needs no labels.",
+    )
+    evaluate.add_argument("run", metavar="RUN")
+    add_source(evaluate, "*", "[the run's own]")
+    names = f"{', '.join(PROTOCOLS)} [{' '.join(FROZEN)}]"
+    evaluate.add_argument("--protocol", dest="protocols", metavar="NAME", nargs="+", default=FROZEN, help=names)
+    evaluate.add_argument("--checkpoint", metavar="NAME", default="last", help="last, best or epoch-NNNN [last]")
+    evaluate.add_argument("--device", metavar="NAME", default="auto", help="cpu, cuda, ... [auto]")
+    precisions = "auto, bfloat16 or float32; of the backbone alone [auto]"
+    evaluate.add_argument("--precision", metavar="NAME", default="auto", help=precisions)
+    add_flags(evaluate, Settings, "the protocols", typing.get_type_hints(Settings))
+
     demo = verbs.add_parser("demo", help="see it work: pretrain on the embedded set, beside baselines and a ceiling")
     demo.add_argument("--seeds", metavar="N", type=int, default=1, help="runs to average over [1]")
     demo.add_argument("--out", metavar="FOLDER", help="where the run folders go [runs/demo-N]")
@@ -157,6 +179,10 @@ def run(arguments: dict[str, Any]) -> None:
         from simsiam.preview import preview
 
         print(preview(arguments.pop("source"), **arguments))
+    elif verb == "evaluate":
+        from simsiam.evaluate import evaluate
+
+        evaluate(arguments.pop("run"), arguments.pop("source"), **arguments)
     elif verb == "demo":
         from simsiam.demo import demo
 

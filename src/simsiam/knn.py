@@ -8,29 +8,62 @@ from simsiam.features import Transform, extract
 from simsiam.images import Images
 from simsiam.siamese import Siamese
 
+K = 200  # neighbors, on ImageNet
+AT_ONCE = 2**28  # bytes of similarities held at a time; breaking ties takes as much again
+
 
 def knn_scores(
-    bank: Tensor, labels: Tensor, queries: Tensor, *, classes: int, k: int = 200, tau: float = 0.1, chunk: int = 1024
+    bank: Tensor,
+    labels: Tensor,
+    queries: Tensor,
+    *,
+    classes: int,
+    k: int = K,
+    tau: float = 0.1,
+    chunk: int | None = None,
 ) -> Tensor:
     """Votes (M, classes) of the k nearest of `bank` (N, d) for each of `queries` (M, d), weighted exp(cosine / tau).
 
-    `labels` (N,) are int64. Queries are taken `chunk` at a time, so memory is bounded by chunk * N similarities.
+    `labels` (N,) are int64. The search is exhaustive, and of equally similar rows of the bank the first are taken.
+    Weights are relative to that of a query's nearest row, so no tau overflows. Queries are taken `chunk` at a time, by
+    default so many that their similarities fill AT_ONCE bytes, and no copy is made of the bank.
     """
-    bank, k = F.normalize(bank, dim=1), min(k, len(bank))
+    k, norms = min(k, len(bank)), bank.norm(dim=1).clamp_min(1e-12)
     votes = []
-    for part in F.normalize(queries, dim=1).split(chunk):
-        cosine, nearest = (part @ bank.T).topk(k, dim=1)
-        votes.append(cosine.new_zeros(len(part), classes).scatter_add_(1, labels[nearest], (cosine / tau).exp()))
+    for part in F.normalize(queries, dim=1).split(chunk or max(1, AT_ONCE // (len(bank) * bank.element_size()))):
+        # A row more, for one row alone is multiplied in another way, in which equal rows of the bank may round apart.
+        cosine = (torch.cat([part, part[:1]]) @ bank.T)[:-1].div_(norms)
+        cosine, nearest = first_largest(cosine, k)
+        weight = ((cosine - cosine.amax(1, keepdim=True)) / tau).exp()
+        votes.append(weight.new_zeros(len(part), classes).scatter_add_(1, labels[nearest], weight))
     return torch.cat(votes)
 
 
-def knn_top1(bank: Tensor, labels: Tensor, queries: Tensor, truth: Tensor, *, classes: int, k: int = 200) -> float:
-    """Top-1 accuracy in percent, with k capped at a sixth of an average class.
+def first_largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row of `values` (M, N), of equal ones the first; they and their positions, both (M, k)."""
+    largest, index = values.topk(min(k + 1, values.shape[1]), dim=1)
+    if k < values.shape[1]:  # ties matter where the last one taken equals the first one left out
+        tied = (largest[:, k - 1] == largest[:, k]).nonzero().flatten()
+        for rows in tied.split(len(values) // 8 + 1):  # an eighth at a time, for the memory's sake
+            some, least = values[rows], largest[rows, k - 1 : k]
+            above, equal = some > least, some == least
+            taken = above | (equal & (equal.cumsum(1) <= k - above.sum(1, keepdim=True)))
+            index[rows, :k] = taken.nonzero()[:, 1].view(-1, k)
+            largest[rows, :k] = some[taken].view(-1, k)
+    return largest[:, :k], index[:, :k]
+
+
+def usual_k(count: int, classes: int, k: int = K) -> int:
+    """k, but at most a sixth of an average class of the bank.
 
     That is the share k = 200 has on ImageNet; on a small set 200 neighbors would reach far beyond an image's own kind.
     """
-    capped = max(1, min(k, len(bank) // (6 * classes)))
-    predicted = knn_scores(bank, labels, queries, classes=classes, k=capped).argmax(1)
+    return max(1, min(k, count // (6 * classes)))
+
+
+def knn_top1(bank: Tensor, labels: Tensor, queries: Tensor, truth: Tensor, *, classes: int, k: int = K) -> float:
+    """Top-1 accuracy in percent, with the usual k."""
+    predicted = knn_scores(bank, labels, queries, classes=classes, k=usual_k(len(bank), classes, k)).argmax(1)
     return 100 * (predicted == truth).float().mean().item()
 
 

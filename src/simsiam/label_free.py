@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from simsiam.batches import views_of
 from simsiam.features import Transform, extract
@@ -44,21 +44,31 @@ def label_free_monitor(
     looked_at = sample(images, LOOKED_AT)
     found = extract(model.backbone, looked_at, transform, device=device, precision=precision)
     h = found.matrices[0].to(device)
-    training, pairs = model.training, []
+    training = model.training
     model.eval()
     try:
-        for index in np.array_split(found.kept, len(found.kept) // 250 + 1):
-            views = views_of(looked_at, index, recipe, STEP, device)[:2]
-            with torch.no_grad(), autocast(device, precision):
-                pairs.append([model.backbone(x).float() for x in views])
+        shown = looked_at.take(found.kept)
+        a, b = both_views(model.backbone, shown, recipe, device=device, precision=precision)
     finally:
         model.train(training)
-    a, b = (torch.cat(side) for side in zip(*pairs, strict=True))
     now = neighbors(h, K)
     values = {"view_retrieval": view_retrieval(a, b), "h_rankme": rankme(h), "h_spectrum_auc": spectrum_auc(h)}
     if before is not None and before.shape == now.shape:
         values["neighbor_stability"] = neighbor_stability(before.to(device), now)
     return LabelFree({k: round(v, 4) for k, v in values.items()}, now.int().cpu(), found.skipped)
+
+
+def both_views(
+    network: nn.Module, images: Images, recipe: Recipe, *, device: torch.device, precision: str
+) -> tuple[Tensor, Tensor]:
+    """Features (N, d), float32, of two views of each image, the same two every time; `network` is in eval mode."""
+    pairs = []
+    for index in np.array_split(np.arange(len(images)), len(images) // 250 + 1):
+        views = views_of(images, index, recipe, STEP, device)[:2]
+        with torch.no_grad(), autocast(device, precision):
+            pairs.append([network(x).float() for x in views])
+    a, b = (torch.cat(side) for side in zip(*pairs, strict=True))
+    return a, b
 
 
 def advise(lines: Sequence[Mapping[str, Any]]) -> str:
