@@ -57,6 +57,7 @@ def main() -> None:
     of_runs = {Path(path).name: curves(path, asked.until) for path in asked.runs}
     names = [name for name in next(iter(of_runs.values()))[-1] if name not in ("epoch", "knn_top1")]
     table = {}
+    print("| signal | " + " | ".join(of_runs) + " | mean ± std |\n|" + "---|" * (len(of_runs) + 2))
     for name in names:
         rhos = []
         for rows in of_runs.values():
@@ -64,7 +65,8 @@ def main() -> None:
             rhos.append(spearmanr(*zip(*pairs, strict=True)).statistic)
         table[name] = {"spearman": [round(r, 3) for r in rhos], "mean": round(mean(rhos), 3)}
         table[name] |= {"std": round(stdev(rhos), 3)} if len(rhos) > 1 else {}
-        print(f"{name:20} " + " ".join(f"{r:6.2f}" for r in rhos) + f"   mean {mean(rhos):5.2f}")
+        spread = f" ± {stdev(rhos):.2f}" if len(rhos) > 1 else ""
+        print(f"| `{name}` | " + " | ".join(f"{r:.2f}" for r in rhos) + f" | {mean(rhos):.2f}{spread} |")
     with whole(Path(asked.out)) as part:
         part.write_text(
             json.dumps({"command": sys.argv, "spearman_with_knn": table, "curves": of_runs}, indent=1) + "\n"
