@@ -12,7 +12,9 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 
 class Line:
-    """Epochs, time left, images/s, share of time spent waiting for data, loss, z std and the last kNN; 80 columns."""
+    """Epochs, time left, images/s, share of time spent waiting for data, loss, z std times sqrt d, views that find each
+    other, and the last kNN: 80 columns.
+    """
 
     def __init__(self, start: int, steps: int, per_epoch: int):
         self.start, self.steps, self.per_epoch = start, steps, per_epoch
@@ -33,10 +35,10 @@ class Line:
         words = f"{int(left // 60)}:{int(left % 60):02d} left " + " ".join(
             form.format(self.values[name])
             for name, form in {
-                "images_per_second": "{:.0f} img/s",
+                "images_per_second": "{:.0f}/s",
                 "data_wait": "wait {:.0%}",
-                "loss": "loss {:.3f}",
-                "z_std_sqrt_d": "z-std {:.2f}",
+                "loss": "loss {:.2f}",
+                "z_std_sqrt_d": "std {:.2f}",
                 "view_retrieval": "views {:.0f}%",
                 "knn_top1": "kNN {:.1f}",
                 "val_top1": "val {:.1f}",
