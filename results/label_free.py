@@ -4,8 +4,9 @@
         --save-every 1 --holdout 0 --log-every 25 --seed S --out runs/S       (S = 0, 1, 2)
     python results/label_free.py runs/0 runs/1 runs/2 --out results/label_free.json
 
-kNN: 10,000 training images vote on 5,000 test images, k capped at a sixth of a class. Every signal is a function of one checkpoint (neighbor
-stability: of two consecutive ones); the loss and the gauges are the run's own, logged nearest before it.
+kNN: 10,000 training images vote on 5,000 test images, k capped at a sixth of a class. Every signal is a function of one
+checkpoint (neighbor stability: of two consecutive ones); the loss and the gauges are the run's own, logged nearest
+before it.
 """
 
 import argparse
