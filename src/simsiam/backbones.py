@@ -14,6 +14,7 @@ from torchvision import models
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from simsiam.errors import UsageError, unknown
+from simsiam.recipes import stem_for
 
 # Blocks in each of the four stages. resnet10 is the demo's: one block a stage.
 RESNETS: dict[str, tuple[type[BasicBlock | Bottleneck], list[int]]] = {
@@ -24,7 +25,6 @@ RESNETS: dict[str, tuple[type[BasicBlock | Bottleneck], list[int]]] = {
     "resnet101": (Bottleneck, [3, 4, 23, 3]),
     "resnet152": (Bottleneck, [3, 8, 36, 3]),
 }
-SMALL = 64  # up to this many pixels a ResNet takes the small stem
 TIMM = "timm/"  # what stands before the name of a model of timm's
 
 
@@ -73,8 +73,7 @@ def backbone(name: str, *, image_size: int, width: int = 64, stem: str | None = 
         raise UsageError(f"channels is {channels}; it lies between 1 and 16")
     if name in RESNETS:
         block, layers = RESNETS[name]
-        stem = stem or ("small" if image_size <= SMALL else "large")
-        return ResNet(block, layers, width=width, stem=stem, channels=channels)
+        return ResNet(block, layers, width=width, stem=stem or stem_for(image_size), channels=channels)
     if width != 64 or stem is not None:
         raise UsageError(f"width and stem belong to {', '.join(RESNETS)}; {name} has neither")
     if name.startswith(TIMM):

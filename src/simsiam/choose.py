@@ -24,7 +24,7 @@ def recipe_for(names: Sequence[str], source: Source) -> tuple[Recipe, list[str]]
     if side <= 32 and count >= 10_000:
         return Recipe().replace(**recipes.cifar()), ["cifar: appendix D of the paper", because]
     words = recipes.folder(count, side)
-    stem = "small" if words["image_size"] <= recipes.SMALL else "large"
+    stem = recipes.stem_for(words["image_size"])
     crops = f"crops from {words['crop_min']:.0%} of the area"
     return Recipe().replace(**words), [
         f"folder: {words['backbone']}, {stem} stem, views of {words['image_size']} px, {crops}",

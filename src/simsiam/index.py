@@ -25,7 +25,7 @@ from simsiam.decode import EXTENSIONS, MAX_PIXELS, MODES, Unreadable, decode, he
 from simsiam.errors import WorkFailed
 from simsiam.files import whole
 from simsiam.images import CORES, Column, Images, Packed
-from simsiam.sources import SOURCES, Source
+from simsiam.sources import SOURCES, Source, shards_in
 
 VERSION = 1  # of the files in the cache
 CHUNK = 128  # images looked at before a worker reports
@@ -146,7 +146,7 @@ def _read(path: Path, containers: list[Any]) -> Index:
 def _containers(paths: Sequence[str]) -> list[Any]:
     files = []
     for path in map(Path, paths):
-        files += sorted([*path.glob("*.parquet"), *path.glob("data/*.parquet")]) if path.is_dir() else [path]
+        files += shards_in(path) if path.is_dir() else [path]
     return [[str(file), (status := file.stat()).st_mtime_ns, status.st_size] for file in files if file.is_file()]
 
 

@@ -18,7 +18,7 @@ from simsiam.errors import UsageError, WorkFailed, shown, within
 from simsiam.files import whole
 from simsiam.images import Images, sample, spread
 from simsiam.prepare import compose
-from simsiam.recipes import SMALL, Recipe
+from simsiam.recipes import Recipe, stem_for
 from simsiam.sources import Source
 from simsiam.views import describe
 
@@ -130,7 +130,7 @@ def in_words(recipe: Recipe) -> list[tuple[str, list[str]]]:
     """The recipe's parameters that the pictures depend on, and how the pictures show them."""
     size, channels = recipe.image_size, recipe.channels
     assert size and recipe.mean and recipe.std
-    stem = recipe.stem or ("small" if size <= SMALL else "large")
+    stem = recipe.stem or stem_for(size)
     network = f"{recipe.backbone}, width {recipe.width}, {stem} stem" if recipe.backbone in RESNETS else recipe.backbone
     mean, std = (" ".join(f"{v:.3f}" for v in values) for values in (recipe.mean, recipe.std))
     made = [v if channels == 3 else replace(v, jitter=(*v.jitter[:2], 0, 0), gray=0) for v in recipe.method.views]

@@ -15,7 +15,6 @@ from simsiam.columns import BELONGS, PARTS, TERMS, Method, Views
 from simsiam.errors import UsageError, unknown, within
 from simsiam.methods import METHODS
 
-SMALL = 64  # up to this many pixels a ResNet takes the small stem (D)
 STANDARD_SIZES = (32, 64, 96, 128, 224)  # sizes of a view that a folder's images are matched with
 
 
@@ -100,6 +99,11 @@ class Recipe:
     def from_dict(cls, data: Mapping[str, Any]) -> "Recipe":
         """The recipe of `to_dict`. Raises UsageError for an unknown key (with the nearest name) or a wrong type."""
         return convert(data, cls, "recipe")
+
+
+def stem_for(image_size: int) -> str:
+    """The stem that a ResNet takes by itself: CIFAR's for small images (D), ImageNet's for others."""
+    return "small" if image_size <= 64 else "large"
 
 
 def _words() -> dict[str, Any]:

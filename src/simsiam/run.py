@@ -162,11 +162,6 @@ class Run:
         path = self.path / "quarantine.txt"
         return path.read_text().splitlines() if path.exists() else []
 
-    def extend(self, epochs: int) -> None:
-        """Plan more epochs."""
-        self.recipe = self.recipe.replace(epochs=epochs)
-        write_recipe(self.path, self.recipe)
-
     def save(self, name: str, state: Mapping[str, Any]) -> None:
         with whole(self.path / "checkpoints" / f"{name}.pt") as part:
             torch.save({"format": FORMAT, "recipe": self.recipe.to_dict(), **state}, part)

@@ -38,7 +38,7 @@ CHUNK = 10_000  # file names held as Python objects at a time
 
 # What zipfile and tarfile raise.
 DAMAGED = (
-    OSError, ValueError, OverflowError, NotImplementedError, struct.error, zipfile.BadZipFile, tarfile.TarError,
+    OSError, ValueError, OverflowError, RuntimeError, struct.error, zipfile.BadZipFile, tarfile.TarError,
 )  # fmt: skip
 
 
@@ -88,7 +88,7 @@ def _one(text: str) -> Source:
         raise unknown("source", text, [*SOURCES, *KINDS.split(", ")])
     path = Path(text)
     if path.is_dir():
-        shards = _shards(path) or _shards(path / "data")
+        shards = shards_in(path)
         return _parquet(path, shards) if shards else _tree(path, path, _walk(path, set()))
     kind = path.suffix.lower()
     if kind == ".parquet":
@@ -329,8 +329,13 @@ def _tarred(path: Path) -> Iterator[tuple[bytes, tuple[int, int, int, int]]]:
             raise tarfile.ReadError(f"damaged at byte {archive.offset:,}")
 
 
-def _shards(folder: Path) -> list[Path]:
-    """The Parquet files in a folder, in order. Not by `glob`, which holds every name as an object."""
+def shards_in(folder: Path) -> list[Path]:
+    """The Parquet files in a folder, or else in its `data`, in order."""
+    return _parquets(folder) or _parquets(folder / "data")
+
+
+def _parquets(folder: Path) -> list[Path]:
+    """Not by `glob`, which holds every name as an object."""
     with suppress(OSError), os.scandir(folder) as entries:
         names = (entry.name for entry in entries)
         return sorted(folder / name for name in names if name.endswith(".parquet") and not name.startswith("."))
