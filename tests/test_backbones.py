@@ -1,6 +1,7 @@
 """Backbones by name: what they draw at random, how wide their features are, and which images they take."""
 
 import runpy
+import subprocess
 import sys
 
 import pytest
@@ -180,3 +181,26 @@ def test_channels_are_1_to_16_and_3_where_the_stem_is_fixed():
     assert "timm/csatv2 does not take images of 64 px with 5 channels" in refusal(
         "timm/csatv2", image_size=64, channels=5
     )
+
+
+NARROW = """
+import sys, torch
+from simsiam.backbones import backbone
+torch.set_num_threads(2)
+for seed in range(12):
+    model = backbone("resnet10", image_size=32, width=int(sys.argv[1])).to(memory_format=torch.channels_last)
+    model(torch.randn(27, 3, 32, 32).to(memory_format=torch.channels_last)).sum().backward()
+"""
+
+
+@pytest.mark.parametrize("width", ["2", "4", "8"])
+def test_a_narrow_network_writes_inside_its_memory(width):
+    """In a process of its own, for oneDNN's fault ends the process (an odd batch and two threads show it)."""
+    subprocess.run([sys.executable, "-c", NARROW, width], check=True)
+
+
+def test_a_subsampled_shortcut_is_the_strided_convolution():
+    model, x = backbone("resnet10", image_size=32, width=4).double(), torch.randn(5, 4, 15, 15, dtype=torch.float64)
+    ours = model.layer2[0].downsample[0]
+    assert torch.equal(ours(x), nn.functional.conv2d(x, ours.weight, stride=2))
+    assert type(backbone("resnet10", image_size=32, width=16).layer2[0].downsample[0]) is nn.Conv2d

@@ -59,7 +59,26 @@ class ResNet(models.ResNet):
     def _make_layer(self, block, planes, *args, **kwargs):  # called by torchvision once a stage, with planes 64 to 512
         if planes == 64:
             self.inplanes = self.width
-        return super()._make_layer(block, planes * self.width // 64, *args, **kwargs)
+        stage = super()._make_layer(block, planes * self.width // 64, *args, **kwargs)
+        for shortcut in [block.downsample for block in stage if block.downsample is not None]:
+            if shortcut[0].in_channels < 16:
+                shortcut[0] = nn.utils.skip_init(Subsampled, shortcut[0])
+        return stage
+
+
+class Subsampled(nn.Conv2d):
+    """A strided 1 x 1 convolution in two steps: every second pixel, then the convolution. The same function.
+
+    For fewer than 16 channels only: there oneDNN's gradient of the fused form writes outside its memory, on a CPU, in
+    float32 and channels_last (github.com/uxlfoundation/oneDNN issue 6035).
+    """
+
+    def __init__(self, like: nn.Conv2d, device: Any = None):
+        super().__init__(like.in_channels, like.out_channels, 1, bias=False, device=device)
+        self.step = like.stride
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x[..., :: self.step[0], :: self.step[1]])
 
 
 def backbone(name: str, *, image_size: int, width: int = 64, stem: str | None = None, channels: int = 3) -> nn.Module:
