@@ -234,6 +234,7 @@ def shares(name, rank=0, processes=1):
 def process(rank: int, folder: str) -> None:
     distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
     torch.save([shares(name, rank, 2) for name in DISTRIBUTED], f"{folder}/{rank}.pt")
+    distributed.barrier()
     distributed.destroy_process_group()
 
 
