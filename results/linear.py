@@ -1,0 +1,63 @@
+"""Is the cached linear protocol a good optimizer? Beside scikit-learn's logistic regression, on the same features.
+
+    python results/linear.py RUN [SOURCE] --out results/linear.json
+
+Both learn from all training images' features and are tested on the test split; C is chosen as the protocol chooses its
+cell, on a fifth of each class kept out, and the best C on the test images (an oracle) is given beside it.
+"""
+
+import argparse
+import json
+import sys
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+
+from simsiam.evaluate.frozen import UNTRAINED, Frozen, divide, drawn
+from simsiam.evaluate.linear import cached
+from simsiam.files import whole
+from simsiam.images import in_memory
+from simsiam.protocols import Settings
+from simsiam.run import Run
+from simsiam.sources import open_source
+
+CS = [10.0**n for n in range(-2, 6)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run")
+    parser.add_argument("source", nargs="?")
+    parser.add_argument("--features", nargs="+", default=["h", UNTRAINED])
+    parser.add_argument("--out", required=True)
+    asked = parser.parse_args()
+    warnings.simplefilter("ignore", ConvergenceWarning)
+    run, how = Run(asked.run), Settings()
+    train, test, _ = divide(open_source([asked.source] if asked.source else run.recipe.source), labeled=True)
+    (train, _), (test, _) = in_memory(train, 2**31), in_memory(test, 2**31)
+    where = {"device": "cpu", "precision": "auto"}
+    frozen = Frozen(run, "last", train, replace(test, labels=None), **where)
+    rows = {}
+    for kind in asked.features:
+        known = frozen.features(kind).standardized()
+        truth = test.labels[frozen.readable]
+        ours = 100 * float((cached(known, kind, how, frozen.device).ranked[0][:, 0].numpy() == truth).mean())
+        x, y = known.train.numpy(), known.labels.numpy()
+        held = drawn(y, np.ceil(np.bincount(y) / 5).astype(int), [how.seed])
+        rest = np.setdiff1d(np.arange(len(x)), held)
+        chosen = [LogisticRegression(C=c, max_iter=500).fit(x[rest], y[rest]).score(x[held], y[held]) for c in CS]
+        tested = [100 * LogisticRegression(C=c, max_iter=500).fit(x, y).score(known.test.numpy(), truth) for c in CS]
+        best = int(np.argmax(chosen))
+        row = {"cached": ours, "scikit_learn": tested[best], "C": CS[best], "best_C_on_test": max(tested)}
+        rows[kind] = {k: round(v, 3) for k, v in row.items()}
+        print(kind, rows[kind], flush=True)
+    with whole(Path(asked.out)) as part:
+        part.write_text(json.dumps({"command": sys.argv, "n": len(truth), "top1": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
