@@ -10,7 +10,6 @@ accuracy is that of the last epoch on the test images. Stopped and started again
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -46,7 +45,7 @@ def main() -> None:
     title = f"CIFAR-10 (JPEG), {asked.labels:,} labels"
     compare({k: [r["val_top1"] for r in rs] for k, rs in found.items()}, f"{asked.out}.png", title=title)
     with whole(Path(f"{asked.out}.json")) as part:
-        part.write_text(json.dumps({"command": sys.argv, "test_top1": top1, "runs": found}, indent=1) + "\n")
+        part.write_text(json.dumps({"test_top1": top1, "runs": found}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,91 @@
+"""Every row at the demo's size: kNN on the test images of `shapes`, gauges and verdict, over seeds.
+
+    python results/methods.py --runs runs/methods --seeds 0 1 2 --out results/methods     (writes .json and .md)
+
+Rows run on SimSiam's views; heads, queue, prototypes and dims are cut to the demo's size, and the base lr was chosen
+once, with seed 0 and half the epochs, by kNN on held-out training images (TUNED says what was tried). Runs that are
+there are reused, and --rows and --seeds let two processes share the work.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from statistics import mean, median, stdev
+
+import simsiam
+from simsiam.demo import test_top1
+from simsiam.files import whole
+from simsiam.run import Run
+from simsiam.sources import open_source
+
+HEADS = {"proj_layers": 2, "proj_hidden": 512}
+LARS = {"optimizer": "lars", "exclude": "bias_and_norm", "weight_decay": 1e-6, "warmup_epochs": 1}
+MOCO = {**HEADS, "dim": 128, "queue": 1024, "target_decay": 0.99}  # 0.999 would outlast the 784 steps
+SMALL = {
+    "simsiam": {},  # the demo
+    "byol": {**HEADS, "dim": 256, "pred_dim": 512, "base_lr": 0.7},
+    "simclr": {**HEADS, "dim": 128, "tau": 0.5, "base_lr": 2.0},
+    "moco_v2": {**MOCO, "base_lr": 2.0},
+    "moco_v2_plus": {**MOCO, "base_lr": 0.7},
+    "swav": {**HEADS, "dim": 128, "prototypes": 128, "freeze_prototypes": 28, "base_lr": 2.0},
+    "barlow_twins": {**HEADS, "dim": 512, "base_lr": 0.2},
+    "vicreg": {**HEADS, "dim": 512, "base_lr": 0.02},
+    "supervised": {"dim": 10},
+}
+GAUGES = ("loss", "z_rank", "h_rank", "z_std_sqrt_d")
+
+
+def measure(row: str, seed: int, runs: Path) -> dict:
+    out = runs / f"{row}-{seed}"
+    if not (out / "summary.json").exists():
+        if out.exists():
+            simsiam.resume(out)
+        else:
+            words = {} if row == "simsiam" else {"method": row, "equal_terms": True, **SMALL[row]}
+            simsiam.pretrain("shapes", out=out, seed=seed, knn_every=28, **words)
+    run = Run(out)
+    summary, here = run.json("summary.json"), run.json("environment.json")
+    lines = [line for line in run.metrics() if "loss" in line]
+    recent = lines[-max(3, len(lines) // 10) :]
+    gauges = {name: round(median(line[name] for line in recent), 3) for name in GAUGES}
+    top1 = round(test_top1(simsiam.load(out), open_source("shapes"), run.recipe), 2)
+    found = {"seed": seed, "knn_top1": top1, "verdict": summary["verdict"], **gauges}
+    return found | {"seconds": summary["training_seconds"], "commit": here["commit"], "threads": here["threads"]}
+
+
+def table(found: dict[str, list[dict]]) -> str:
+    head = ("row", "kNN, %", *GAUGES, "verdicts", "s a run", "n")
+    lines = [" | ".join(head), " | ".join("---" for _ in head)]
+    for row, results in found.items():
+        top1 = [r["knn_top1"] for r in results]
+        spread = f" ± {stdev(top1):.1f}" if len(top1) > 1 else ""
+        values = [f"{mean(r[name] for r in results):.2f}" for name in GAUGES]
+        verdicts = [r["verdict"] for r in results]
+        said = ", ".join(f"{verdicts.count(v)} {v}" for v in dict.fromkeys(verdicts))
+        took = f"{mean(r['seconds'] for r in results):.0f}"
+        lines.append(" | ".join((f"`{row}`", f"{mean(top1):.1f}{spread}", *values, said, took, str(len(top1)))))
+    return "".join(f"| {line} |\n" for line in lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", required=True, type=Path)
+    parser.add_argument("--rows", nargs="+", default=list(SMALL))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--out", help="without suffix; nothing is written without it")
+    asked = parser.parse_args()
+    found: dict[str, list[dict]] = {row: [] for row in asked.rows}
+    for seed in asked.seeds:
+        for row in asked.rows:
+            found[row].append(measure(row, seed, asked.runs))
+            print(row, found[row][-1], file=sys.stderr, flush=True)
+    print(table(found))
+    if asked.out:
+        for suffix, text in ((".md", table(found)), (".json", json.dumps({"small": SMALL, "runs": found}, indent=1))):
+            with whole(Path(asked.out + suffix)) as part:
+                part.write_text(text.rstrip() + "\n")
+
+
+if __name__ == "__main__":
+    main()
