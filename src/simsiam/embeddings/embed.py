@@ -70,7 +70,8 @@ def embed(
         "source": opened.name,
         "transform": {name: getattr(transform, name) for name in ("size", "mean", "std", "interpolation")},
     }
-    job: dict[str, Any] = {**about, "device": there.type, "precision": exact, "images": fingerprint(splits), "labels": labeled(splits)}
+    labeled = any(images.labels is not None for images in splits)
+    job = about | {"device": there.type, "precision": exact, "labeled": labeled, "images": fingerprint(splits)}
 
     work = path.with_name(path.name + ".parts")
     begin(work, job)
@@ -83,7 +84,7 @@ def embed(
         task = bar.add_task("embedding", total=sum(map(len, jobs)))
         for part, images in zip(parts, jobs):
             if not part.exists():
-                table = rows(network, images, transform, there, exact, job["labels"])
+                table = rows(network, images, transform, there, exact, labeled)
                 with whole(part) as file:
                     pq.write_table(table, file)
             bar.advance(task, len(images))
@@ -107,10 +108,6 @@ def fingerprint(splits: Sequence[Images]) -> str:
         for key in images.keys:
             digest.update(os.fsencode(key) + b"\0")
     return digest.hexdigest()
-
-
-def labeled(splits: Sequence[Images]) -> bool:
-    return any(images.labels is not None for images in splits)
 
 
 def begin(work: Path, job: dict[str, Any]) -> None:
