@@ -133,6 +133,22 @@ def build_parser() -> Parser:
 
     add_embedding_verbs(verbs)
 
+    export = verbs.add_parser(
+        "export",
+        help="the backbone for other programs, loaded again and compared before it is kept",
+        usage="simsiam export RUN --format NAME [--out FOLDER] [--license NAME] [--push OWNER/NAME]",
+    )
+    export.add_argument("run", metavar="RUN")
+    formats = "torchvision, timm, safetensors, onnx, torch_export or huggingface"
+    export.add_argument("--format", metavar="NAME", required=True, help=formats)
+    export.add_argument("--out", metavar="FOLDER", help="a new folder [RUN/exports/FORMAT]")
+    export.add_argument("--license", metavar="NAME", help="huggingface: of the weights, for the model card")
+    push = "huggingface: upload to the hub too, as a private repository where there is none; else nothing leaves here"
+    export.add_argument("--push", metavar="OWNER/NAME", help=push)
+
+    compare = verbs.add_parser("compare", help="what differs between runs, in how they were made and what came of it")
+    compare.add_argument("runs", metavar="RUN", nargs="+", help="two or more")
+
     demo = verbs.add_parser("demo", help="see it work: pretrain on the embedded set, beside baselines and a ceiling")
     demo.add_argument("--seeds", metavar="N", type=int, default=1, help="runs to average over [1]")
     demo.add_argument("--out", metavar="FOLDER", help="where the run folders go [runs/demo-N]")
@@ -235,6 +251,14 @@ def run(arguments: dict[str, Any]) -> None:
     elif verb in ("neighbors", "duplicates", "cluster", "probe", "outliers"):
         module = import_module(f"simsiam.embeddings.{verb}")
         print(module.told(vars(module)[verb](**arguments)))
+    elif verb == "export":
+        from simsiam import export
+
+        print(export.told(export.export(arguments.pop("run"), **arguments)))
+    elif verb == "compare":
+        from simsiam.compare import compare
+
+        compare(arguments["runs"])
     elif verb == "demo":
         from simsiam.demo import demo
 
