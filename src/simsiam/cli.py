@@ -7,6 +7,7 @@ import re
 import sys
 import typing
 from dataclasses import MISSING, fields
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,24 @@ def build_parser() -> Parser:
     evaluate.add_argument("--precision", metavar="NAME", default="auto", help=precisions)
     add_flags(evaluate, Settings, "the protocols", typing.get_type_hints(Settings))
 
+    add_embedding_verbs(verbs)
+
+    export = verbs.add_parser(
+        "export",
+        help="the backbone for other programs, loaded again and compared before it is kept",
+        usage="simsiam export RUN --format NAME [--out FOLDER] [--license NAME] [--push OWNER/NAME]",
+    )
+    export.add_argument("run", metavar="RUN")
+    formats = "torchvision, timm, safetensors, onnx, torch_export or huggingface"
+    export.add_argument("--format", metavar="NAME", required=True, help=formats)
+    export.add_argument("--out", metavar="FOLDER", help="a new folder [RUN/exports/FORMAT]")
+    export.add_argument("--license", metavar="NAME", help="huggingface: of the weights, for the model card")
+    push = "huggingface: upload to the hub too, as a private repository where there is none; else nothing leaves here"
+    export.add_argument("--push", metavar="OWNER/NAME", help=push)
+
+    compare = verbs.add_parser("compare", help="what differs between runs, in how they were made and what came of it")
+    compare.add_argument("runs", metavar="RUN", nargs="+", help="two or more")
+
     demo = verbs.add_parser("demo", help="see it work: pretrain on the embedded set, beside baselines and a ceiling")
     demo.add_argument("--seeds", metavar="N", type=int, default=1, help="runs to average over [1]")
     demo.add_argument("--out", metavar="FOLDER", help="where the run folders go [runs/demo-N]")
@@ -153,6 +172,48 @@ def build_parser() -> Parser:
     methods = verbs.add_parser("methods", help="the methods as rows of one table (Figure 3)")
     methods.add_argument("--format", choices=("text", "markdown", "svg"), default="text", help="svg draws them [text]")
     return parser
+
+
+def add_embedding_verbs(verbs: typing.Any) -> None:
+    """embed, and the verbs that work on what it writes."""
+    embed = verbs.add_parser(
+        "embed",
+        help="a backbone's features of every image, as Parquet; killed and started anew, it goes on",
+        usage="simsiam embed RUN [SOURCE ...] --out FILE.parquet [--device NAME] [--precision NAME]",
+    )
+    embed.add_argument("run", metavar="RUN")
+    add_source(embed, "*", "[the run's own]")
+    outs = "a new .parquet, a folder for many files of 100,000 images, or a .npy with a .csv of paths beside it"
+    embed.add_argument("--out", metavar="FILE.parquet", required=True, help=outs)
+    embed.add_argument("--device", metavar="NAME", default="auto", help="cpu, cuda, ... [auto]")
+    embed.add_argument("--precision", metavar="NAME", default="auto", help="auto, bfloat16 or float32 [auto]")
+
+    def verb(name: str, help: str, out: str = "", html: str = "") -> Parser:
+        found = verbs.add_parser(name, help=help)
+        found.add_argument("file", metavar="FILE.parquet", help="what `simsiam embed` wrote, a file or a folder")
+        if out:
+            found.add_argument("--out", metavar="FILE.csv", required=name == "probe", help=out)
+        if html:
+            found.add_argument("--html", metavar="FILE.html", help=f"a page of {html}")
+        return found
+
+    neighbors = verb("neighbors", "the images most similar to one", html="them")
+    neighbors.add_argument("query", metavar="QUERY", help="an embedded image's path or name, or another image file")
+    neighbors.add_argument("--k", metavar="N", type=int, default=10, help="how many [10]")
+
+    duplicates = verb("duplicates", "copies, resized or compressed again, in groups", "group, path, distance", "groups")
+    note = "most that two thumbnails differ, relative to their contrast [0.28]"
+    duplicates.add_argument("--threshold", metavar="X", type=float, default=argparse.SUPPRESS, help=note)
+
+    cluster = verb("cluster", "images in groups of similar ones (k-means)", "path, cluster, distance", "every cluster")
+    cluster.add_argument("--clusters", metavar="N", type=int, default=10, help="how many [10]")
+    cluster.add_argument("--seed", metavar="N", type=int, default=0, help="of the first centers [0]")
+
+    probe = verb("probe", "label a few images and have all others labeled", "path, label, predicted, confidence")
+    probe.add_argument("labels", metavar="LABELS.csv", help="columns path and label, a line an image")
+
+    outliers = verb("outliers", "the images that are least like any other", "path, label, distance", "the first")
+    outliers.add_argument("--k", metavar="N", type=int, default=10, help="neighbors that count [10]")
 
 
 def flags_of(parser: Parser, verb: str | None) -> list[str]:
@@ -183,6 +244,21 @@ def run(arguments: dict[str, Any]) -> None:
         from simsiam.evaluate import evaluate
 
         evaluate(arguments.pop("run"), arguments.pop("source"), **arguments)
+    elif verb == "embed":
+        from simsiam.embeddings.embed import embed
+
+        print(embed(arguments.pop("run"), arguments.pop("source"), **arguments))
+    elif verb in ("neighbors", "duplicates", "cluster", "probe", "outliers"):
+        module = import_module(f"simsiam.embeddings.{verb}")
+        print(module.told(vars(module)[verb](**arguments)))
+    elif verb == "export":
+        from simsiam import export
+
+        print(export.told(export.export(arguments.pop("run"), **arguments)))
+    elif verb == "compare":
+        from simsiam.compare import compare
+
+        compare(arguments["runs"])
     elif verb == "demo":
         from simsiam.demo import demo
 

@@ -82,16 +82,26 @@ def extract(
     skipped: list[tuple[str, str]] = []
     try:
         for index, pixels in chunks(images, transform, skipped):
-            x = transform.normalize(pixels.to(device)).contiguous(memory_format=torch.channels_last)
-            with torch.no_grad(), autocast(device, precision):
-                out = forward(x) if forward else (model(x),)
-            rows.append([h.float().cpu() for h in out])
+            rows.append(outputs(forward or (lambda x: (model(x),)), pixels, transform, device, precision))
             kept.append(index)
     finally:
         model.train(training)
     if not rows:
         raise WorkFailed(f"none of the {len(images)} images can be read; the first, {skipped[0][0]}: {skipped[0][1]}")
     return Features([torch.cat(column) for column in zip(*rows, strict=True)], np.concatenate(kept), skipped)
+
+
+def outputs(
+    forward: Callable[[Tensor], tuple[Tensor, ...]],
+    pixels: Tensor,
+    transform: Transform,
+    device: torch.device,
+    precision: str,
+) -> list[Tensor]:
+    """What `forward` returns for cropped pixels, uint8 (N, C, size, size): float32, on the CPU, without gradients."""
+    x = transform.normalize(pixels.to(device)).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad(), autocast(device, precision):
+        return [h.float().cpu() for h in forward(x)]
 
 
 def chunks(

@@ -1,7 +1,8 @@
 """Files appear whole or not at all."""
 
+import csv
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,3 +18,8 @@ def whole(path: Path) -> Iterator[Path]:
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def write_csv(path: Path, heading: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    with whole(path) as part, open(part, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([heading, *rows])

@@ -1,5 +1,7 @@
 """The weighted k-nearest-neighbor classifier of Wu et al. (2018), the paper's monitor of progress (Figure 2)."""
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -28,15 +30,22 @@ def knn_scores(
     Weights are relative to that of a query's nearest row, so no tau overflows. Queries are taken `chunk` at a time, by
     default so many that their similarities fill AT_ONCE bytes, and no copy is made of the bank.
     """
-    k, norms = min(k, len(bank)), bank.norm(dim=1).clamp_min(1e-12)
     votes = []
+    for cosine, index in nearest(bank, queries, k, chunk):
+        weight = ((cosine - cosine.amax(1, keepdim=True)) / tau).exp()
+        votes.append(weight.new_zeros(len(cosine), classes).scatter_add_(1, labels[index], weight))
+    return torch.cat(votes)
+
+
+def nearest(bank: Tensor, queries: Tensor, k: int, chunk: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    """Cosines and positions, both (m, k), of the k rows of `bank` that are most similar to each of m queries.
+
+    All queries come in turn, `chunk` at a time. The k are in no order; of equally similar rows the first are taken.
+    """
+    k, norms = min(k, len(bank)), bank.norm(dim=1).clamp_min(1e-12)
     for part in F.normalize(queries, dim=1).split(chunk or max(1, AT_ONCE // (len(bank) * bank.element_size()))):
         # A row more, for one row alone is multiplied in another way, in which equal rows of the bank may round apart.
-        cosine = (torch.cat([part, part[:1]]) @ bank.T)[:-1].div_(norms)
-        cosine, nearest = first_largest(cosine, k)
-        weight = ((cosine - cosine.amax(1, keepdim=True)) / tau).exp()
-        votes.append(weight.new_zeros(len(part), classes).scatter_add_(1, labels[nearest], weight))
-    return torch.cat(votes)
+        yield first_largest((torch.cat([part, part[:1]]) @ bank.T)[:-1].div_(norms), k)
 
 
 def first_largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ from simsiam.images import Images, hold_out, in_memory, sample
 from simsiam.optim import build_optimizer
 from simsiam.precision import autocast, pick_device, pick_precision
 from simsiam.recipes import Recipe
-from simsiam.releases import release_of
+from simsiam.releases import published
 from simsiam.run import initialize, read_recipe
 from simsiam.siamese import Siamese, build
 from simsiam.sources import SOURCES, Source, open_source
@@ -65,7 +65,7 @@ def compose(
     if words.get("backbone") not in (None, *RESNETS):  # whose width and stem the recipe does not know
         base = replace(base, width=Recipe.width, stem=None)
     complete = base.replace(**{"source": absolute} | dict(words))
-    if complete.init is not None and release_of(complete.init) is None:  # a published name stays a name
+    if complete.init is not None and not published(complete.init):  # a published name stays a name
         complete = replace(complete, init=str(Path(complete.init).expanduser().resolve()))
     if complete.image_size is None:
         complete = replace(complete, image_size=input_size(complete.backbone) or 224)

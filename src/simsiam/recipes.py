@@ -27,7 +27,7 @@ class Recipe:
     backbone: str = "resnet50"  # resnet10 to resnet152, or any torchvision classification model
     width: int = 64  # channels of a ResNet's first stage; 64 is the standard network
     stem: Literal["small", "large"] | None = None  # 3x3 without pooling up to 64 px, 7x7 with pooling above (D)
-    init: str | None = None  # start the backbone from a run folder, a checkpoint or published weights
+    init: str | None = None  # start the backbone from a run folder, a checkpoint, published weights, hf-hub:owner/name
     channels: int = 3  # of an image: 3 RGB, 1 gray, 4 RGBA, or as many as NumPy and TIFF files have
     image_size: int | None = None  # side of a view in pixels
     mean: tuple[float, ...] | None = None  # per channel, in 0..1; known for named sources, else measured

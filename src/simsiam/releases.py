@@ -16,6 +16,7 @@ from torchvision import models
 
 from simsiam.errors import UsageError, WorkFailed, unknown
 
+HUB = "hf-hub:"  # as timm writes it
 IMAGENET: dict[str, Any] = {"image_size": 224, "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
@@ -63,11 +64,20 @@ def release_of(name: str) -> Release | None:
     return Release(weights.url, digits[1] if digits else "", words, "torchvision's, trained with ImageNet's labels")
 
 
+def published(name: str) -> bool:
+    """Whether a name means the same on every machine: a release's, or a repository's on the hub."""
+    return name.startswith(HUB) or release_of(name) is not None
+
+
 def locate(given: str | os.PathLike[str]) -> tuple[Path, Release | None]:
-    """The file behind a published name (downloaded once), a run folder (its backbone) or a path. Raises UsageError."""
+    """The file behind a published name (downloaded once), a run folder (its backbone) or a path. Raises UsageError.
+
+    "hf-hub:owner/name" is a run folder that `simsiam export --format huggingface --push` uploaded.
+    """
     if release := release_of(os.fspath(given)):
         return fetch(os.fspath(given), release), release
-    path = Path(given).expanduser()
+    given = os.fspath(given)
+    path = from_hub(given.removeprefix(HUB)) if given.startswith(HUB) else Path(given).expanduser()
     if path.is_dir():
         path = path / "backbone.safetensors"
         if not path.is_file():
@@ -76,6 +86,19 @@ def locate(given: str | os.PathLike[str]) -> tuple[Path, Release | None]:
         names = [*RELEASES, "ResNet50_Weights.IMAGENET1K_V2 or another of torchvision's", "a file", "a run folder"]
         raise unknown("checkpoint", given, names)
     return path, None
+
+
+def from_hub(name: str) -> Path:
+    """The folder of a repository on the hub, in its cache. Raises UsageError without the package, WorkFailed."""
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise UsageError(f'{HUB}{name} needs huggingface_hub: pip install "simsiam[hub]"') from None
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=["recipe.yaml", "backbone.safetensors"]))
+    except (OSError, ValueError) as error:  # its own errors are among these
+        reason = " ".join(str(error).split())[:200]
+        raise WorkFailed(f"{name} cannot be fetched from the hub: {reason}") from None
 
 
 def fetch(name: str, release: Release) -> Path:

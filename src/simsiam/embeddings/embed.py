@@ -1,0 +1,210 @@
+"""simsiam embed: a backbone's features of every image of a source, as a file.
+
+The work goes part by part, in a folder beside the file that is to be. A part that is on the disk is not done again, and
+a part is a function of its images alone: killed and started anew, it becomes the same file to the bit.
+"""
+
+import io
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress
+from torch import Tensor, nn
+from torchvision.transforms.v2 import functional as TF
+
+from simsiam.errors import UsageError, WorkFailed, shown
+from simsiam.features import Transform, chunks, outputs
+from simsiam.files import whole, write_csv
+from simsiam.images import Images
+from simsiam.precision import pick_device, pick_precision
+from simsiam.recipes import WORDS, convert
+from simsiam.releases import sha256
+from simsiam.run import Run, load
+from simsiam.sources import open_source
+
+PART = 2048  # images that a kill costs at most; a row group of the file
+SHARD = 50  # parts in each file of a folder
+THUMBNAIL = 96  # pixels a side, at most
+
+
+def embed(
+    run: str | os.PathLike[str],
+    source: str | os.PathLike[str] | Sequence[str] | None = None,
+    *,
+    out: str | os.PathLike[str],
+    device: str = "auto",
+    precision: str = "auto",
+) -> Path:
+    """Write the features of all images that can be read, by default of the run's own source; returns the path.
+
+    `out` is a .parquet, a folder for many files of 100,000 images each, or a .npy, the vectors alone, with a .csv of
+    their paths beside it. Raises UsageError for a wrong request, WorkFailed where no image can be read.
+    """
+    path = Path(out)
+    write = WRITERS.get(path.suffix)
+    if write is None:
+        raise UsageError(f"--out {path} ends in {path.suffix}: give a .parquet, a .npy, or a folder")
+    if path.exists():
+        raise UsageError(f"{path} exists and is not written over: choose another --out")
+    network, recipe = load(run), Run(run).recipe
+    transform: Any = network.transform
+    there = pick_device(device)
+    exact = pick_precision(convert(precision, WORDS["precision"], "precision"), there)
+    opened = open_source(source or recipe.source, recipe.channels)
+    splits = list(opened.splits.values())
+    about = {
+        "run": str(Path(run).absolute()),
+        "backbone_sha256": sha256(Path(run) / "backbone.safetensors"),
+        "source": opened.name,
+        "transform": {name: getattr(transform, name) for name in ("size", "mean", "std", "interpolation")},
+    }
+    labeled = any(images.labels is not None for images in splits)
+    job = about | {"device": there.type, "precision": exact, "labeled": labeled, "images": fingerprint(splits)}
+
+    work = path.with_name(path.name + ".parts")
+    begin(work, job)
+    network.to(there).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    jobs = [part.take(slice(start, start + PART)) for part in splits for start in range(0, len(part), PART)]
+    parts = [work / f"{n:06}.parquet" for n in range(len(jobs))]
+    console = Console(stderr=True)
+    columns = *Progress.get_default_columns(), MofNCompleteColumn()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("embedding", total=sum(map(len, jobs)))
+        for part, images in zip(parts, jobs):
+            if not part.exists():
+                table = rows(network, images, transform, there, exact, labeled)
+                with whole(part) as file:
+                    pq.write_table(table, file)
+            bar.advance(task, len(images))
+
+    lost = [line for part in parts for line in json.loads(pq.read_schema(part).metadata[b"unreadable"])]
+    count = sum(map(len, jobs))
+    if len(lost) == count:
+        shutil.rmtree(work)
+        raise WorkFailed(f"none of the {count} images can be read; the first, {lost[0][0]}: {lost[0][1]}")
+    if lost:
+        print(f"{len(lost)} of {count} images cannot be read; the first, {lost[0][0]}: {lost[0][1]}", file=sys.stderr)
+    write(parts, path, json.dumps(about | {"unreadable": lost}))
+    shutil.rmtree(work)
+    return path
+
+
+def fingerprint(splits: Sequence[Images]) -> str:
+    """What changes when an image comes, goes, moves, or is renamed."""
+    digest = blake2b(digest_size=16)
+    for images in splits:
+        for key in images.keys:
+            digest.update(os.fsencode(key) + b"\0")
+    return digest.hexdigest()
+
+
+def begin(work: Path, job: dict[str, Any]) -> None:
+    """Make the folder of the parts, or go on in the one that was left. Raises UsageError where another job left it."""
+    about = json.dumps(job, indent=2)
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        if not (work / "job.json").exists():
+            with whole(work / "job.json") as part:
+                part.write_text(about)
+    except OSError as error:
+        raise UsageError(f"cannot write to {work}: {error.strerror or error}") from None
+    if (work / "job.json").read_text() != about:
+        raise UsageError(f"{work} holds the parts of another job, which was not finished: delete it, or change --out")
+    for stray in work.glob("*.part"):
+        stray.unlink()
+
+
+def rows(
+    network: nn.Module, images: Images, transform: Transform, device: torch.device, precision: str, labeled: bool
+) -> pa.Table:
+    """One part: a row of each of these images that can be read, and in the metadata those that cannot."""
+    unreadable: list[tuple[str, str]] = []
+    vectors, thumbnails, kept = [torch.zeros(0, int(network.dim))], list[bytes](), list[int]()  # type: ignore[arg-type]
+    for index, pixels in chunks(images, transform, unreadable):
+        vectors += outputs(lambda x: (network(x),), pixels, transform, device, precision)
+        thumbnails += map(jpeg, shrunk(pixels))
+        kept += index.tolist()
+    flat = torch.cat(vectors)
+    columns = {
+        "path": pa.array([shown(images.keys[i]) for i in kept], pa.string()),
+        "vector": pa.FixedSizeListArray.from_arrays(pa.array(flat.flatten().numpy()), flat.shape[1]),
+        "thumbnail": pa.array(thumbnails, pa.binary()),
+    }
+    if labeled:
+        names = [None if images.labels is None else images.classes[images.labels[i]] for i in kept]
+        columns["label"] = pa.array(names, pa.string())
+    said = json.dumps([(shown(key), reason) for key, reason in unreadable])
+    return pa.table(columns).replace_schema_metadata({"unreadable": said})
+
+
+def shrunk(pixels: Tensor) -> np.ndarray:
+    """uint8 (N, C, S, S) to (N, s, s, 3), s at most THUMBNAIL: RGB, gray of one channel, the first three of many."""
+    side = min(pixels.shape[-1], THUMBNAIL)
+    color = pixels[:, :3] if pixels.shape[1] >= 3 else pixels[:, :1].expand(-1, 3, -1, -1)
+    return TF.resize(color, [side, side], antialias=True).permute(0, 2, 3, 1).numpy()
+
+
+def jpeg(pixels: np.ndarray) -> bytes:
+    """uint8 (H, W, 3) to a file's bytes."""
+    file = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(pixels)).save(file, "JPEG", quality=85)
+    return file.getvalue()
+
+
+# --- the parts become one -------------------------------------------------------------------------------------------
+
+
+def tables(parts: Sequence[Path]) -> Iterator[pa.Table]:
+    return (pq.ParquetFile(part).read() for part in parts)
+
+
+def write_parquet(parts: Sequence[Path], path: Path, about: str) -> None:
+    schema = pq.read_schema(parts[0]).with_metadata({"simsiam": about})
+    with whole(path) as file, pq.ParquetWriter(file, schema) as to:
+        for table in tables(parts):
+            to.write_table(table.replace_schema_metadata(schema.metadata))
+
+
+def write_folder(parts: Sequence[Path], path: Path, about: str) -> None:
+    shards = [parts[start : start + SHARD] for start in range(0, len(parts), SHARD)]
+    folder = parts[0].parent / "whole"
+    shutil.rmtree(folder, ignore_errors=True)  # one that was not finished
+    folder.mkdir()
+    for n, shard in enumerate(shards):
+        write_parquet(shard, folder / f"embeddings-{n:05}-of-{len(shards):05}.parquet", about)
+    os.replace(folder, path)
+
+
+def write_npy(parts: Sequence[Path], path: Path, about: str) -> None:
+    """Vectors (N, d) float32 in one file, and a line an image in the .csv beside it."""
+    count = sum(pq.read_metadata(part).num_rows for part in parts)
+    lines: list[Sequence[str]] = []
+    with whole(path) as file:
+        dim = pq.read_schema(parts[0]).field("vector").type.list_size
+        to = np.lib.format.open_memmap(file, mode="w+", dtype=np.float32, shape=(count, dim))
+        for table in tables(parts):
+            vectors = table["vector"].combine_chunks().flatten().to_numpy()
+            to[len(lines) : len(lines) + len(table)] = vectors.reshape(-1, dim)
+            lines += zip(*(table[name].to_pylist() for name in table.column_names if name in ("path", "label")))
+        to.flush()
+        names = ["path", "label"] if "label" in table.column_names else ["path"]
+        write_csv(path.with_suffix(".csv"), names, lines)
+
+
+WRITERS: dict[str, Callable[[Sequence[Path], Path, str], None]] = {
+    ".parquet": write_parquet,
+    "": write_folder,
+    ".npy": write_npy,
+}

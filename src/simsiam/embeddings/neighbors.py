@@ -1,0 +1,76 @@
+"""simsiam neighbors: the images most similar to one."""
+
+import os
+from collections.abc import Sequence
+from math import inf
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from simsiam.decode import Unreadable, decode
+from simsiam.embeddings import Embeddings, read
+from simsiam.embeddings.page import write_page
+from simsiam.errors import UsageError, WorkFailed, within
+from simsiam.features import outputs, tensor
+from simsiam.releases import sha256
+from simsiam.run import Run, load
+
+
+class Neighbor(NamedTuple):
+    path: str
+    label: str  # "" without one
+    cosine: float
+
+
+def neighbors(
+    file: str | os.PathLike[str], query: str, *, k: int = 10, html: str | os.PathLike[str] | None = None
+) -> list[Neighbor]:
+    """The k images nearest to `query` by the cosine of h, nearest first; `html` is a page to write.
+
+    `query` is an embedded image, by its path or its file's name, which is not its own neighbor; or another image file,
+    which then goes through the run's backbone. The search is exact. Raises UsageError.
+    """
+    within(SimpleNamespace(k=k), k=(1, inf))
+    images = read(file)
+    h, own = vector_of(query, images)
+    cosine = F.normalize(images.vectors, dim=1) @ F.normalize(h, dim=0)
+    if own is not None:
+        cosine[own] = -2
+    count = min(k, len(images) - (own is not None))
+    order = cosine.sort(descending=True, stable=True).indices[:count].tolist()
+    if html:
+        figures = [(i, f"{cosine[i]:.3f} {images.caption(i)}") for i in order]
+        sections = [("Neighbors, nearest first", figures)]
+        if own is not None:
+            sections.insert(0, ("Query", [(own, images.caption(own))]))
+        write_page(Path(html), f"Neighbors of {query}", f"The {count} nearest by cosine.", sections, images)
+    return [Neighbor(images.paths[i], images.label(i), cosine[i].item()) for i in order]
+
+
+def vector_of(query: str, images: Embeddings) -> tuple[Tensor, int | None]:
+    """h of the query, (d,), and its position if it is an embedded image."""
+    if query in images.places or not os.path.isfile(query):
+        own = images.find(query)
+        return images.vectors[own], own
+    run = images.about.get("run", "")
+    if not run or not Path(run).is_dir():
+        raise UsageError(f"{query} is not embedded, and the run that could do it is gone: {run or 'unknown'}")
+    if sha256(Path(run) / "backbone.safetensors") != images.about["backbone_sha256"]:
+        raise UsageError(f"{query} is not embedded, and {run} has changed since the others were: embed them anew")
+    network = load(run)
+    try:
+        pixels = tensor(decode(query, Run(run).recipe.channels))
+    except Unreadable as error:
+        raise WorkFailed(f"{query} cannot be read: {error}") from None
+    transform = network.transform
+    size = transform.crop(pixels)  # type: ignore[operator, union-attr]
+    (h,) = outputs(lambda x: (network(x),), size, transform, torch.device("cpu"), "float32")  # type: ignore[arg-type]
+    return h[0], None
+
+
+def told(found: Sequence[Neighbor]) -> str:
+    return "\n".join(f"{x.cosine:6.3f}  {x.path}" + f"  ({x.label})" * bool(x.label) for x in found)

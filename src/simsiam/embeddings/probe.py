@@ -1,0 +1,106 @@
+"""simsiam probe: a few labels in, a prediction for every image out, and how far to trust it."""
+
+import csv
+import os
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from simsiam.embeddings import Embeddings, read
+from simsiam.errors import UsageError, shown
+from simsiam.evaluate.few_label import C
+from simsiam.evaluate.scores import wilson
+from simsiam.files import write_csv
+
+FOLDS = 5  # of cross-validation, or as many as the smallest class has images
+
+
+class Probe(NamedTuple):
+    classes: list[str]
+    predicted: np.ndarray  # int (N,), positions in classes
+    confidence: np.ndarray  # (N,), 0 to 1: the probability of the predicted class
+    given: dict[int, str]  # positions of the labeled images, and their labels
+    right: int | None  # of the labeled images, predicted without their own label; None where none can be left out
+
+
+def probe(file: str | os.PathLike[str], labels: str | os.PathLike[str], *, out: str | os.PathLike[str]) -> Probe:
+    """Logistic regression on the images that the .csv `labels` names (columns path and label), asked about all.
+
+    `out` is a .csv: path, label as given, predicted, confidence. A name is a path or a file's name. Raises UsageError.
+    """
+    images = read(file)
+    given = labels_in(Path(labels), images)
+    classes = sorted(set(given.values()))
+    if len(classes) < 2:
+        raise UsageError(f"{labels} has one label, {classes[0]!r}: it takes two to tell images apart")
+    rows, y = np.array(list(given)), np.array([classes.index(label) for label in given.values()])
+    x = standardized(images.vectors)
+    chances = fitted(x[rows], y).predict_proba(x)
+    predicted = chances.argmax(1)
+    found = Probe(classes, predicted, chances.max(1), given, validated(x[rows], y))
+    lines = (
+        (images.paths[i], given.get(i, ""), classes[predicted[i]], f"{found.confidence[i]:.4f}")
+        for i in range(len(images))
+    )
+    write_csv(Path(out), ("path", "label", "predicted", "confidence"), lines)
+    return found
+
+
+def labels_in(path: Path, images: Embeddings) -> dict[int, str]:
+    """Positions of the labeled images, and their labels. Raises UsageError."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            lines = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UsageError(f"{path} cannot be read: {error}") from None
+    given: dict[int, str] = {}
+    for number, line in enumerate(lines, 2):
+        if not line.get("path") or not line.get("label"):
+            raise UsageError(f"{path}, line {number}: each line has a path and a label, under a heading path,label")
+        i = images.find(line["path"])
+        if given.setdefault(i, line["label"]) != line["label"]:
+            raise UsageError(f"{path}, line {number}: {shown(line['path'])} has another label already: {given[i]!r}")
+    if not given:
+        raise UsageError(f"{path} labels no image: it takes a heading, path,label, and a line an image")
+    return given
+
+
+def standardized(h: Tensor) -> np.ndarray:
+    """As in protocol few_label: mean 0 and variance 1 / d over all images, labeled or not."""
+    std = h.std(0)
+    scale = std.where(std > 1e-6 * h.abs().max(), std.new_tensor(1)) * h.shape[1] ** 0.5
+    return ((h - h.mean(0)) / scale).numpy()
+
+
+def fitted(x: np.ndarray, y: np.ndarray):
+    from sklearn.linear_model import LogisticRegression
+
+    return LogisticRegression(C=C, max_iter=1000).fit(x, y)
+
+
+def validated(x: np.ndarray, y: np.ndarray) -> int | None:
+    """How many are predicted right by what the others teach, in FOLDS rounds; None where a class has one image."""
+    from sklearn.model_selection import StratifiedKFold
+
+    folds = min(FOLDS, min(Counter(y.tolist()).values()))
+    if folds < 2:
+        return None
+    rounds = StratifiedKFold(folds, shuffle=True, random_state=0).split(x, y)
+    return sum(int((fitted(x[learned], y[learned]).predict(x[asked]) == y[asked]).sum()) for learned, asked in rounds)
+
+
+def told(found: Probe) -> str:
+    n = len(found.given)
+    counts = Counter(found.classes[c] for c in found.predicted.tolist())
+    lines = [f"{n} labels of {len(found.classes)} classes: " + ", ".join(shown(name) for name in found.classes)]
+    if found.right is None:
+        lines.append("accuracy unknown: cross-validation takes two images of each class")
+    else:
+        low, high = (100 * end for end in wilson(found.right, n))
+        share = 100 * found.right / n
+        lines.append(f"cross-validated accuracy {share:.1f} %, {low:.0f} to {high:.0f} with 95 % confidence (n = {n})")
+    lines.append("predicted: " + ", ".join(f"{shown(name)} {count}" for name, count in counts.most_common()))
+    return "\n".join(lines)

@@ -1,0 +1,277 @@
+"""Embeddings and the questions to them: the same file after any crash, and answers that NumPy confirms."""
+
+import csv
+import io
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import QUICK
+from PIL import Image
+
+import simsiam
+from simsiam import shapes
+from simsiam.cli import main
+from simsiam.embeddings import embed as module
+from simsiam.embeddings import read
+from simsiam.embeddings.cluster import cluster
+from simsiam.embeddings.duplicates import duplicates
+from simsiam.embeddings.embed import embed
+from simsiam.embeddings.neighbors import neighbors
+from simsiam.embeddings.outliers import outliers
+from simsiam.embeddings.probe import probe
+from simsiam.embeddings.search import others
+
+EVIL = "<img src=x onerror=alert(1)>.png"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Three classes, 40 images; one is broken, one has a wicked name."""
+    root = tmp_path_factory.mktemp("data") / "few"
+    pixels, labels = shapes.draw("test")
+    chosen = np.concatenate([np.flatnonzero(labels == c)[:13] for c in range(3)])
+    for i in chosen:
+        path = root / shapes.CLASSES[labels[i]] / f"{i:04}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels[i].transpose(1, 2, 0)).save(path)
+    path.rename(path.with_name(EVIL))
+    (root / shapes.CLASSES[0] / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    return root
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return simsiam.pretrain("shapes", out=tmp_path_factory.mktemp("runs") / "run", **QUICK)
+
+
+@pytest.fixture(scope="module")
+def file(run, folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("embedded") / "few.parquet"
+    return embed(run, folder, out=out, device="cpu", precision="float32")
+
+
+def rows_of(path) -> list[dict[str, str]]:
+    with open(path, newline="") as opened:
+        return list(csv.DictReader(opened))
+
+
+def test_a_row_is_what_the_loaded_backbone_says_of_the_image(run, folder, file):
+    encoder, found = simsiam.load(run), read(file)
+    assert len(found) == 39 and found.vectors.shape == (39, encoder.dim)
+    for i in (0, 20, 38):
+        with torch.no_grad():
+            h = encoder(encoder.transform(Image.open(folder / found.paths[i])))[0]
+        assert torch.allclose(found.vectors[i], h, atol=1e-5)
+        assert found.labels[i] == found.paths[i].split("/")[0]
+        assert Image.open(io.BytesIO(found.thumbnails[i])).size == (32, 32)
+    assert [path.rpartition("/")[2] for path, _ in found.about["unreadable"]] == ["broken.png"]
+    assert found.paths == sorted(found.paths) and found.find(EVIL) == found.find(f"{shapes.CLASSES[2]}/{EVIL}")
+
+
+def test_killed_and_started_anew_it_is_the_same_file(run, folder, file, tmp_path, monkeypatch):
+    """SIGKILL in the middle, and parts of 8 images: what was done stays as it is, and nothing else is left."""
+    out = tmp_path / "again.parquet"
+    code = (
+        "import sys, time; from simsiam.embeddings import embed as m; m.PART = 8; rows = m.rows\n"
+        "def slow(*a):\n    time.sleep(0.5 * (len(list(m.Path(sys.argv[3]).parent.glob('*/0*.parquet'))) > 1))\n"
+        "    return rows(*a)\n"
+        "m.rows = slow; m.embed(sys.argv[1], sys.argv[2], out=sys.argv[3], device='cpu', precision='float32')"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(run), str(folder), str(out)])
+    parts = tmp_path / "again.parquet.parts"
+    while len(list(parts.glob("0*.parquet"))) < 2 and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = sorted(parts.glob("0*.parquet"))
+    assert not out.exists() and 2 <= len(done) < 5
+    before = {part: part.stat().st_mtime_ns for part in done}
+    monkeypatch.setattr(module, "PART", 8)
+    seen = []
+    monkeypatch.setattr(module, "rows", lambda *a, rows=module.rows: seen.append(len(a[1])) or rows(*a))
+    assert embed(run, folder, out=out, device="cpu", precision="float32") == out
+    assert len(seen) == 5 - len(before) and not parts.exists()
+    whole = embed(run, folder, out=tmp_path / "whole.parquet", device="cpu", precision="float32")
+    assert out.read_bytes() == whole.read_bytes()
+    assert torch.allclose(read(out).vectors, read(file).vectors, atol=1e-5)
+
+
+def test_all_forms_hold_the_same_rows(run, folder, file, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "PART", 8)
+    monkeypatch.setattr(module, "SHARD", 2)
+    shards = embed(run, folder, out=tmp_path / "shards", device="cpu", precision="float32")
+    assert len(list(shards.iterdir())) == 3
+    whole, parts = read(file), read(shards)
+    assert whole.paths == parts.paths and whole.labels == parts.labels and whole.about == parts.about
+    array = np.load(embed(run, folder, out=tmp_path / "h.npy", device="cpu", precision="float32"))
+    assert array.tobytes() == parts.vectors.numpy().tobytes()
+    assert [(r["path"], r["label"]) for r in rows_of(tmp_path / "h.csv")] == list(zip(whole.paths, whole.labels))
+
+
+def test_the_parts_of_another_job_are_not_taken_for_ones_own(run, folder, tmp_path, capsys, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    out = tmp_path / "x.parquet"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module, "rows", stop)
+        embed(run, folder, out=out)
+    assert main(["embed", str(run), "shapes", "--out", str(out)]) == 2
+    assert "parts of another job" in capsys.readouterr().err and not out.exists()
+
+
+def test_neighbors_are_those_of_plain_cosines(file, folder, run, tmp_path):
+    found = read(file)
+    h = found.vectors.numpy().astype(np.float64)
+    unit = h / np.linalg.norm(h, axis=1, keepdims=True)
+    cosine = unit @ unit[5]
+    order = [i for i in np.argsort(-cosine, kind="stable") if i != 5][:4]
+    near = neighbors(file, found.paths[5], k=4, html=tmp_path / "near.html")
+    assert [x.cosine for x in near] == pytest.approx(cosine[order], abs=1e-5)
+    assert near[0].path != found.paths[5] and len(neighbors(file, found.paths[5], k=1000)) == 38
+    copy = shutil.copy(folder / found.paths[5], tmp_path / "another name.png")
+    first = neighbors(file, str(copy), k=1)[0]
+    assert first.path == found.paths[5] and first.cosine == pytest.approx(1, abs=1e-5)
+    everything = neighbors(file, found.paths[5], k=1000, html=tmp_path / "near.html")
+    page = (tmp_path / "near.html").read_text()
+    assert page.count("<img ") == len(everything) + 1 and "<img src=x" not in page and "&lt;img src=x" in page
+    assert "http" not in page
+
+
+def test_others_are_the_nearest_and_never_oneself():
+    x = torch.randn(30, 5, generator=torch.Generator().manual_seed(0))
+    x[10:13] = x[0]  # equal rows
+    unit = (x / x.norm(dim=1, keepdim=True)).double()
+    cosines = (unit @ unit.T).fill_diagonal_(-2)
+    cosine, index = others(x, 4)
+    assert torch.allclose(cosine.double(), cosines.sort(dim=1, descending=True).values[:, :4], atol=1e-6)
+    assert torch.allclose(cosine.double(), cosines.gather(1, index), atol=1e-6)
+    assert not (index == torch.arange(30)[:, None]).any() and {10, 11, 12} <= set(index[0].tolist())
+
+
+def photographs(count: int, seed: int = 0) -> list[Image.Image]:
+    """Pictures of clouds of color, as different as photographs are."""
+    rng = np.random.default_rng(seed)
+    small = rng.integers(0, 256, (count, 6, 8, 3), np.uint8)
+    return [Image.fromarray(x).resize((160, 120), Image.Resampling.BICUBIC) for x in small]
+
+
+def test_copies_are_found_and_nothing_else(run, tmp_path):
+    """Resized and compressed copies, plain pictures of two colors, and 60 pictures that have no copy."""
+    source = tmp_path / "photos"
+    source.mkdir()
+    pictures = photographs(70)
+    for i, picture in enumerate(pictures):
+        picture.save(source / f"{i:02}.png")
+    for i, (size, quality) in enumerate([((80, 60), 90), ((320, 240), 20), ((160, 120), 10), ((53, 40), 50)]):
+        pictures[i].resize(size, Image.Resampling.LANCZOS).save(source / f"{i:02} copy.jpg", quality=quality)
+    pictures[0].save(source / "00 third.jpg", quality=40)
+    for name in ("a", "b"):
+        Image.new("RGB", (64, 64), (200, 30, 30)).save(source / f"plain {name}.png")
+    Image.new("RGB", (64, 64), (30, 30, 200)).save(source / "plain blue.png")
+    file = embed(run, source, out=tmp_path / "photos.parquet", device="cpu")
+    groups = duplicates(file, out=tmp_path / "copies.csv", html=tmp_path / "copies.html")
+    expected = [{"00.png", "00 copy.jpg", "00 third.jpg"}, {"plain a.png", "plain b.png"}]
+    expected += [{f"{i:02}.png", f"{i:02} copy.jpg"} for i in (1, 2, 3)]
+    assert sorted(sorted(c.path for c in group) for group in groups) == sorted(map(sorted, expected))
+    assert [len(group) for group in groups] == [3, 2, 2, 2, 2] and all(group[0].distance == 0 for group in groups)
+    lines = rows_of(tmp_path / "copies.csv")
+    assert [(line["group"], line["path"]) for line in lines] == [
+        (str(n), c.path) for n, group in enumerate(groups, 1) for c in group
+    ]
+    assert (tmp_path / "copies.html").read_text().count("<img ") == 11
+    assert duplicates(file, threshold=0.0) == [group for group in groups if "plain" in group[0].path]
+
+
+def blobs(tmp_path, labels: bool = True):
+    """A file as another program may write it: three well separated classes and one image far from all."""
+    import pyarrow as pa
+
+    rng = np.random.default_rng(0)
+    centers = np.eye(8)[:3] * 10
+    h = np.concatenate([centers[i % 3] + rng.normal(size=8) for i in range(60)] + [np.eye(8)[7] * 12]).astype("f4")
+    path = tmp_path / "blobs.parquet"
+    columns = {
+        "path": pa.array([f"d/{i}.jpg" for i in range(61)]),
+        "vector": pa.FixedSizeListArray.from_arrays(pa.array(h), 8),
+    }
+    if labels:
+        columns["label"] = pa.array(["abc"[i % 3] for i in range(60)] + [None])
+    pq.write_table(pa.table(columns), path)
+    return path
+
+
+def test_clusters_and_outliers_of_what_is_well_separated(tmp_path):
+    file = blobs(tmp_path)
+    found = cluster(file, clusters=4, out=tmp_path / "c.csv")
+    assert found.agreement == pytest.approx(1) and np.bincount(found.names).tolist() == [20, 20, 20, 1]
+    assert [int(line["cluster"]) for line in rows_of(tmp_path / "c.csv")] == found.names.tolist()
+    first = outliers(file, out=tmp_path / "o.csv")
+    assert first[0].path == "d/60.jpg" and first[0].distance > 2 * first[1].distance
+    assert [line["path"] for line in rows_of(tmp_path / "o.csv")] == [x.path for x in first]
+
+
+def test_a_few_labels_label_everything_and_say_how_well(tmp_path, capsys):
+    file, given = blobs(tmp_path), tmp_path / "labels.csv"
+    given.write_text("path,label\n" + "".join(f"d/{i}.jpg,{'abc'[i % 3]}\n" for i in range(15)))
+    assert main(["probe", str(file), str(given), "--out", str(tmp_path / "all.csv")]) == 0
+    lines = rows_of(tmp_path / "all.csv")
+    assert [line["predicted"] for line in lines[:60]] == ["abc"[i % 3] for i in range(60)]
+    assert [line["label"] for line in lines] == ["abc"[i % 3] for i in range(15)] + [""] * 46
+    assert all(1 / 3 < float(line["confidence"]) <= 1 for line in lines)
+    assert "cross-validated accuracy 100.0 %, 80 to 100" in capsys.readouterr().out
+    wrong = [("abc"[i % 3] if i > 5 else "abc"[(i + 1) % 3]) for i in range(15)]  # 6 of 15 labels are mistaken
+    given.write_text("path,label\n" + "".join(f"{i}.jpg,{wrong[i]}\n" for i in range(15)))
+    assert probe(file, given, out=tmp_path / "all.csv").right < 13  # an honest number: not that of the fit itself
+    given.write_text("path,label\nd/0.jpg,a\nd/1.jpg,b\n")
+    assert probe(file, given, out=tmp_path / "all.csv").right is None
+
+
+@pytest.mark.parametrize(
+    ("verb", "text"),
+    [
+        ("neighbors {file} nothing.png", "no image nothing.png among the 39 embedded"),
+        ("neighbors {file} {broken}", "cannot be read"),
+        ("neighbors {file} 0.png --k 0", "k is 0; it is at least 1"),
+        ("neighbors nowhere.parquet x", "nowhere.parquet is not there"),
+        ("neighbors {csv} x", "is no Parquet of `simsiam embed`"),
+        ("duplicates {blobs}", "no thumbnails"),
+        ("duplicates {file} --threshold nan", "threshold is nan"),
+        ("cluster {file} --clusters 1 --out o.csv", "clusters is 1"),
+        ("cluster {file} --clusters 99 --out o.csv", "clusters is 99, and there are 39 images"),
+        ("outliers {file} --k 0 --out o.csv", "k is 0"),
+        ("probe {file} {csv} --out o.csv", "line 2: each line has a path and a label"),
+        ("probe {file} {one} --out o.csv", "has one label, 'y'"),
+        ("probe {file} nowhere.csv --out o.csv", "cannot be read"),
+        ("embed {run} shapes --out x.txt", "ends in .txt: give a .parquet"),
+        ("embed nowhere shapes --out x.parquet", "nowhere is not a run folder"),
+        ("embed {run} nothing --out x.parquet", "unknown source"),
+        ("embed {run} shapes --out {file}", "not written over"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(verb, text, run, folder, file, tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "bad.csv").write_text("name,label\nx,y\n")
+    path = read(file).paths[0]
+    (tmp_path / "in" / "one.csv").write_text(f"path,label\n{path},y\n")
+    names = {
+        "file": file, "run": run, "blobs": blobs(tmp_path / "in"), "csv": tmp_path / "in" / "bad.csv",
+        "one": tmp_path / "in" / "one.csv", "broken": folder / shapes.CLASSES[0] / "broken.png",
+    }  # fmt: skip
+    code = main([word.format(**names) for word in verb.split()])
+    error = capsys.readouterr().err.strip()
+    assert code in (1, 2) and text in error and "\n" not in error, error
+    assert not list(module.Path.cwd().iterdir())
+
+
+def test_metadata_says_where_vectors_come_from(run, file):
+    about = json.loads(pq.read_schema(file).metadata[b"simsiam"])
+    assert about["run"] == str(run.absolute()) and about["transform"]["size"] == 32 and about["source"] == "few"

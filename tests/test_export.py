@@ -1,0 +1,178 @@
+"""Exports agree with eager features in the format's own library, or are not there; cards and comparisons tell facts."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import yaml
+from conftest import QUICK
+from safetensors.torch import load_file, save_file
+
+import simsiam
+from simsiam import export
+from simsiam.cli import main
+from simsiam.compare import compare
+from simsiam.recipes import Recipe
+from simsiam.run import Run, bare_backbone
+
+NEEDS = {"onnx": ("onnx", "onnxruntime", "onnxscript")}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    return simsiam.pretrain("shapes", out=tmp_path_factory.mktemp("runs") / "run", **QUICK)
+
+
+@pytest.fixture(scope="module")
+def standard(tmp_path_factory):
+    """A finished run of the published ResNet-18, without the training."""
+    words = {"backbone": "resnet18", "image_size": 72, "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.25)}
+    run = Run.create(tmp_path_factory.mktemp("runs") / "standard", Recipe().replace(**words))
+    torch.manual_seed(0)
+    network = bare_backbone(run.recipe).eval()
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):  # as different from its initial state as training makes it
+            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+            torch.nn.init.normal_(module.running_mean, std=0.1)
+    run.finish(network.state_dict(), {"verdict": "healthy", "steps": 7})
+    return run.path
+
+
+def features(run, x):
+    with torch.no_grad():
+        return simsiam.load(run)(x)
+
+
+def needs(format: str) -> None:
+    for package in NEEDS.get(format, ()):
+        pytest.importorskip(package)
+
+
+@pytest.mark.parametrize("format", ["safetensors", "torch_export", "onnx", "huggingface"])
+def test_a_narrow_network_goes_where_graphs_go(format, trained, tmp_path, capsys):
+    needs(format)
+    assert main(["export", str(trained), "--format", format, "--out", str(tmp_path / "out")]) == 0
+    assert "largest difference to eager features: " in capsys.readouterr().out
+    said = json.loads((tmp_path / "out" / "preprocessing.json").read_text())
+    recipe = Run(trained).recipe
+    assert said["center_crop"] == recipe.image_size and said["mean"] == list(recipe.mean)
+
+
+@pytest.mark.parametrize("format", ["torchvision", "timm", "huggingface"])
+def test_a_published_network_is_that_of_the_library(format, standard, tmp_path):
+    """The library is asked here in its own words, so what `export` compares is the right thing."""
+    folder = export.export(standard, format=format, out=tmp_path / "out").path
+    x = torch.randn(2, 3, 72, 72)
+    if format == "torchvision":
+        import torchvision
+
+        model = torchvision.models.resnet18()
+        found = model.load_state_dict(torch.load(folder / "backbone.pth", weights_only=True), strict=False)
+        assert set(found.missing_keys) == {"fc.weight", "fc.bias"} and not found.unexpected_keys
+        model.fc = torch.nn.Identity()
+    else:
+        import timm
+
+        model = timm.create_model(f"local-dir:{folder}", pretrained=True)
+        known = timm.data.resolve_model_data_config(model)
+        assert list(known["mean"]) == [0.5, 0.4, 0.3] and known["input_size"] == (3, 72, 72)
+    with torch.no_grad():
+        assert torch.allclose(model.eval()(x), features(standard, x), atol=1e-5)
+
+
+def test_an_upload_is_a_run_to_start_from(standard, tmp_path):
+    folder = export.export(standard, format="huggingface", out=tmp_path / "out", license="cc-by-4.0").path
+    x = torch.randn(2, 3, 72, 72)
+    assert torch.equal(features(folder, x), features(standard, x))
+    heading, text = (folder / "README.md").read_text().split("---\n")[1:3]
+    assert yaml.safe_load(heading)["license"] == "cc-by-4.0" and "healthy" in text and "Nothing yet" in text
+
+
+def test_a_card_has_what_was_measured(trained, tmp_path):
+    run = shutil.copytree(trained, tmp_path / "run")
+    record = {
+        "protocol": "knn", "name": "k 20", "features": "h", "source": "a|b", "checkpoint": "last", "top1": 61.25,
+        "interval": [60.0, 62.5], "n": 2000,
+    }  # fmt: skip
+    (run / "evaluations" / "knn.json").write_text(json.dumps([record]))
+    text = (export.export(run, format="huggingface").path / "README.md").read_text()
+    assert "| knn | k 20 | h | a\\|b | last | 61.2 | 60.0 to 62.5 | 2000 |" in text and "has not said" in text
+
+
+@pytest.mark.parametrize("format", ["safetensors", "torch_export", "onnx", "timm"])
+def test_a_wrong_export_is_not_kept(format, trained, standard, tmp_path, monkeypatch, capsys):
+    """One weight is changed between writing and loading."""
+    needs(format)
+    kind = export.FORMATS[format]
+
+    def damaged(network, run, folder):
+        other = simsiam.load(run.path)
+        next(p for p in other.parameters() if p.ndim == 4).data.flatten()[0] += 1
+        kind.write(other, run, folder)
+
+    monkeypatch.setitem(export.FORMATS, format, kind._replace(write=damaged))
+    run = standard if format == "timm" else trained
+    assert main(["export", str(run), "--format", format, "--out", str(tmp_path / "out")]) == 1
+    assert "not kept: features of the exported file are off by" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        ("--format onxn", "unknown format 'onxn': did you mean 'onnx'?"),
+        ("--format torchvision", "torchvision has no resnet10 of width 4 with a small stem"),
+        ("--format timm", "timm has no resnet10 of width 4"),
+        ("--format safetensors --push a/b", "belong to format huggingface"),
+    ],
+)
+def test_what_cannot_be_exported_is_one_line(words, text, trained, tmp_path, capsys):
+    assert main(["export", str(trained), *words.split(), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err.strip()
+    assert text in error and "\n" not in error and not list(tmp_path.iterdir())
+
+
+def test_an_export_is_not_written_over(trained, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    assert main(["export", str(trained), "--format", "safetensors", "--out", str(tmp_path / "out")]) == 2
+    assert "not written over" in capsys.readouterr().err and not list((tmp_path / "out").iterdir())
+
+
+def test_nothing_is_pushed_but_what_was_proved_and_only_when_asked(trained, tmp_path, monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+    calls = []
+    monkeypatch.setattr(hub.HfApi, "create_repo", lambda self, name, **how: calls.append((name, how)))
+    monkeypatch.setattr(hub.HfApi, "upload_folder", lambda self, repo_id, folder_path: calls.append(folder_path))
+    export.export(trained, format="huggingface", out=tmp_path / "one")
+    assert not calls
+    path = export.export(trained, format="huggingface", out=tmp_path / "two", push="me/it").path
+    assert calls == [("me/it", {"private": True, "exist_ok": True}), path]
+    monkeypatch.setattr(hub, "snapshot_download", lambda name, allow_patterns: str(path))
+    again = simsiam.pretrain("shapes", out=tmp_path / "again", **QUICK | {"init": "hf-hub:me/it", "base_lr": 0.0})
+    theirs, ours = load_file(again / "backbone.safetensors"), load_file(trained / "backbone.safetensors")
+    assert torch.equal(theirs["conv1.weight"], ours["conv1.weight"])
+
+
+def test_compare_tells_what_differs_and_only_that(trained, tmp_path, capsys):
+    other = shutil.copytree(trained, tmp_path / "other")
+    recipe = yaml.safe_load((other / "recipe.yaml").read_text())
+    recipe["method"]["dim"], recipe["method"]["views"][0]["blur"] = 99, 0.25
+    (other / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    for run, top1 in ((trained, 40.0), (other, 42.5)):
+        record = {"protocol": "knn", "name": "k 5", "features": "h", "checkpoint": "last", "source": "s", "top1": top1}
+        (run / "evaluations" / "knn.json").write_text(json.dumps([record]))
+    found = compare([trained, other])
+    blur = Run(trained).recipe.method.views[0].blur
+    assert found["recipe"] == {"method.dim": [16, 99], "method.views.0.blur": [blur, 0.25]}
+    assert found["environment"] == {} and found["results"]["knn k 5, h, last, s"] == [40.0, 42.5]
+    out = capsys.readouterr().out
+    assert "+2.5" in out and "environment: the same" in out
+    assert main(["compare", str(trained)]) == 2 and main(["compare", str(trained), "nowhere"]) == 2
+
+
+def test_a_damaged_weights_file_is_no_run(trained, tmp_path, capsys):
+    run = shutil.copytree(trained, tmp_path / "run")
+    save_file({"conv1.weight": torch.zeros(1)}, run / "backbone.safetensors")
+    assert main(["export", str(run), "--format", "safetensors"]) == 2
+    assert "does not fit the recipe" in capsys.readouterr().err and not (run / "exports").exists()
