@@ -130,6 +130,18 @@ def build_parser() -> Parser:
     evaluate.add_argument("--precision", metavar="NAME", default="auto", help=precisions)
     add_flags(evaluate, Settings, "the protocols", typing.get_type_hints(Settings))
 
+    report = verbs.add_parser(
+        "report",
+        help="one web page about a run, or about several side by side: verdict, results, curves, a map of the images",
+        usage="simsiam report RUN [RUN ...] [--out FILE.html] [--limit N] [--no-map]",
+    )
+    report.add_argument("runs", metavar="RUN", nargs="+")
+    report.add_argument(
+        "--out", metavar="FILE.html", help="one of that name is replaced [report.html in the first RUN]"
+    )
+    report.add_argument("--limit", metavar="N", type=int, default=3000, help="images on the map, spread evenly [3000]")
+    report.add_argument("--no-map", dest="images", action="store_false", help="read no image: no views and no map")
+
     demo = verbs.add_parser("demo", help="see it work: pretrain on the embedded set, beside baselines and a ceiling")
     demo.add_argument("--seeds", metavar="N", type=int, default=1, help="runs to average over [1]")
     demo.add_argument("--out", metavar="FOLDER", help="where the run folders go [runs/demo-N]")
@@ -183,6 +195,11 @@ def run(arguments: dict[str, Any]) -> None:
         from simsiam.evaluate import evaluate
 
         evaluate(arguments.pop("run"), arguments.pop("source"), **arguments)
+    elif verb == "report":
+        from simsiam.report import report
+
+        page = report(arguments.pop("runs"), **arguments)
+        print(f"{page}: {page.stat().st_size / 1e6:.1f} MB")
     elif verb == "demo":
         from simsiam.demo import demo
 
