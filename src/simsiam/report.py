@@ -31,8 +31,9 @@ from simsiam.features import extract
 from simsiam.files import whole
 from simsiam.images import CORES, Images, measure_sizes, sample, spread
 from simsiam.knn import AT_ONCE, first_largest
-from simsiam.precision import pick_device, pick_precision
+from simsiam.precision import pick_device
 from simsiam.preview import LEAST, in_words, lay_out, rgb
+from simsiam.protocols import PROTOCOLS
 from simsiam.run import Run, load, now
 from simsiam.sources import Source, open_source
 
@@ -44,7 +45,7 @@ QUALITIES = (80, 60, 40, 20)  # of WebP: the first with which all sheets of a pa
 BYTES = 14_000_000  # a third more as text; 10,000 images then leave 5 MB of a page's 25 MB for all else
 NEIGHBORS = 8  # of every image
 POINTS = 1000  # of a curve
-ROWS, VIEWS = 6, 6  # images shown with their views, and views of each
+ROWS, VIEWS = 6, 8  # images shown with their views, and views of each
 CURVES = (
     "loss", "z_std_sqrt_d", "z_rank", "h_rank", "knn_top1", "knn_top1_z", "lr", "lr_predictor", "view_retrieval",
 )  # fmt: skip
@@ -129,7 +130,10 @@ def tell(run: Run) -> dict[str, Any]:
 def records(run: Run) -> list[dict[str, Any]]:
     """All measurements in the files of evaluations."""
     every = []
-    for path in sorted((run.path / "evaluations").glob("*.json")):
+    ranks = {name: rank for rank, name in enumerate(PROTOCOLS)}
+    for path in sorted(
+        (run.path / "evaluations").glob("*.json"), key=lambda p: (ranks.get(p.stem, len(ranks)), p.stem)
+    ):
         found: Any = run.json(f"evaluations/{path.name}")
         if not (isinstance(found, list) and all(isinstance(r, dict) and "protocol" in r for r in found)):
             raise UsageError(f"{shown(str(path))} is not a list of records: move it away")
@@ -269,8 +273,7 @@ def mapped(encoder: Any, images: Images) -> dict[str, Any]:
     if len(images) < FEWEST:
         raise WorkFailed(f"a map takes at least {FEWEST} images, and there are {len(images)}")
     device = pick_device("auto")
-    how: dict[str, Any] = {"device": device, "precision": pick_precision("auto", device)}
-    found = extract(encoder.to(device), images, encoder.transform, **how)
+    found = extract(encoder.to(device), images, encoder.transform, device=device)  # float32: cosines lie close together
     if found.skipped:
         raise WorkFailed("{}, which could be read, cannot be read again: {}".format(*found.skipped[0]))
     h = F.normalize(found.matrices[0], dim=1)
@@ -289,14 +292,15 @@ def mapped(encoder: Any, images: Images) -> dict[str, Any]:
 
 
 def neighbors(h: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Of each of h (N, d), rows of length 1, the k most similar others: cosines and positions, both (N, k)."""
+    """Of each of h (N, d), rows of length 1, the k most similar others, best first: cosines and positions, (N, k)."""
     found = []
     for rows in torch.arange(len(h)).split(max(1, AT_ONCE // (4 * len(h)))):
         cosine = h[rows] @ h.T
         cosine[torch.arange(len(rows)), rows] = -math.inf
         found.append(first_largest(cosine, k))
     cosine, index = (torch.cat(part) for part in zip(*found, strict=True))
-    return cosine, index
+    cosine, order = cosine.sort(dim=1, descending=True, stable=True)
+    return cosine, index.gather(1, order)
 
 
 def compressed(h: Tensor) -> np.ndarray:

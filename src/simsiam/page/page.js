@@ -12,7 +12,7 @@ function build(node, attributes, children) {
     else if (name === "style") Object.assign(node.style, value);
     else if (value !== null && value !== undefined && value !== false) node.setAttribute(name, value);
   }
-  node.append(...children.flat().filter((child) => child !== null && child !== undefined));
+  node.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined));
   return node;
 }
 
@@ -63,7 +63,7 @@ function percent(value) {
 
 function duration(seconds) {
   for (const [unit, length] of [["days", 86400], ["hours", 3600], ["min", 60]]) {
-    if (seconds >= 2 * length) return `${number(seconds / length, 3)} ${unit}`;
+    if (seconds >= 2 * length) return `${number(seconds / length, 2)} ${unit}`;
   }
   return `${Math.round(seconds)} s`;
 }
@@ -96,8 +96,8 @@ function verdict(run) {
   const tone = word === "healthy" ? "good" : ["collapsed", "partial collapse", "diverged", "not converging"].includes(word) ? "bad" : "";
   const steps = run.curves.step ?? [];
   const figures = [
-    ["kNN at the end, %", summary.knn_top1 && percent(summary.knn_top1.last)],
-    ["kNN at best, %", summary.knn_top1 && percent(summary.knn_top1.best)],
+    ["kNN, last, %", summary.knn_top1 && percent(summary.knn_top1.last)],
+    ["kNN, best, %", summary.knn_top1 && percent(summary.knn_top1.best)],
     ["epochs", summary.epochs ?? run.curves.epoch?.at(-1)],
     ["steps", summary.steps ?? steps.at(-1)],
     ["training", summary.training_seconds && duration(summary.training_seconds)],
@@ -127,10 +127,12 @@ function results() {
   }
   return section("results", "Results", "top-1, percent; small: the 95 % interval, or ± the standard deviation over draws of labels",
     ...[...groups.values()].map((group) => el("div", { class: "card stack" },
-      el("div", { class: "head" }, el("h3", {}, group[0].protocol.replace("_", " ")), el("small", {}, protocol(group))),
+      el("div", { class: "head" }, el("h3", {}, PROTOCOLS[group[0].protocol] ?? group[0].protocol), el("small", {}, protocol(group))),
       el("div", { class: "scroll" }, group.some((r) => "top1" in r) ? accuracies(group) : signals(group)),
       conditions(group))));
 }
+
+const PROTOCOLS = { knn: "Nearest neighbors", linear: "Linear classifier", few_label: "Few labels", finetune: "Fine-tuning", label_free: "Without labels" };
 
 function protocol(group) {
   const { source, train, test, checkpoint, train_images, n } = group[0];
@@ -148,7 +150,7 @@ function accuracies(group) {
   const columnOf = (r) => (several ? r.run : r.features);
   const rows = [...new Set(group.map(rowOf))];
   const columns = several ? data.runs : [...new Set(group.map(columnOf))];
-  return el("table", {},
+  return el("table", { class: "accuracies" },
     el("tr", {}, el("th", {}, "protocol"), several ? el("th", {}, "features") : null, el("th", {}, "0 to 100 %"),
       columns.map((c) => el("th", { class: "number" }, several ? el("span", {}, swatch(c.color), ` ${c.name}`) : c))),
     rows.map((row) => {
@@ -203,7 +205,7 @@ function conditions(group) {
 
 const CHARTS = [
   { title: "Loss", series: [["loss", "loss"]] },
-  { title: "Standard deviation of z, × √d", series: [["z_std_sqrt_d", "z"]], from: 0, mark: 1, note: "1: spread over the sphere, 0: collapsed" },
+  { title: "Standard deviation of z, × √d", series: [["z_std_sqrt_d", "z"]], from: 0, mark: 1, note: "1 spread evenly, 0 collapsed" },
   { title: "Effective rank", series: [["z_rank", "z"], ["h_rank", "h"]], from: 0 },
   { title: "kNN accuracy, %", series: [["knn_top1", "h"], ["knn_top1_z", "z"]] },
   { title: "Learning rate", series: [["lr", "encoder"], ["lr_predictor", "predictor"]], from: 0 },
@@ -253,10 +255,10 @@ function chart({ title, series, from, mark, note }) {
     mark === undefined ? null : svg("line", { class: "mark", x1: left, x2: width - right, y1: py(mark), y2: py(mark) }),
     lines.map((line) => svg("path", { class: `curve${line.second ? " second" : ""}`, style: { stroke: line.color },
       d: "M" + line.points.map(([x, y]) => `${px(x).toFixed(1)} ${py(y).toFixed(1)}`).join("L") })),
-    lines.map((line) => (line.points.length > 40 ? null : line.points.map(([x, y]) => svg("circle", { cx: px(x), cy: py(y), r: 2.2, style: { fill: line.color } })))).flat(),
+    lines.map((line) => (line.points.length > 40 ? null : line.points.map(([x, y]) => svg("circle", { cx: px(x), cy: py(y), r: 2.2, style: { fill: line.color } })))),
     cross,
     lines.map((line) => (line.dot = svg("circle", { class: "hidden", r: 3.5, style: { fill: line.color } }))));
-  const when = el("small", {}, note ?? "");
+  const when = el("small");
   const values = lines.map((line) => (line.value = el("b", {})));
   const at = (epoch) => {
     cross.classList.toggle("hidden", epoch === null);
@@ -268,7 +270,7 @@ function chart({ title, series, from, mark, note }) {
       line.dot.setAttribute("cy", py(point[1]));
     }
     if (epoch !== null) for (const end of ["x1", "x2"]) cross.setAttribute(end, px(epoch));
-    when.textContent = epoch === null ? note ?? "" : `epoch ${epoch.toFixed(1)}`;
+    when.textContent = epoch === null ? "" : `epoch ${epoch.toFixed(1)}`;
   };
   at(null);
   return {
@@ -280,7 +282,7 @@ function chart({ title, series, from, mark, note }) {
     },
     card: el("figure", { class: "card chart stack", style: { margin: 0 } },
       el("div", { class: "head" }, el("h3", {}, title), when), plot,
-      el("div", { class: "legend" }, lines.map((line, i) => el("span", {}, el("i", { class: line.second ? "second" : "", style: { color: line.color } }), line.name, values[i])))),
+      el("div", { class: "legend" }, lines.map((line, i) => el("span", {}, el("i", { class: line.second ? "second" : "", style: { color: line.color } }), line.name, values[i])), note ?? "")),
   };
 }
 
@@ -493,7 +495,7 @@ function mapOf(run) {
       thumbnail(gallery, i, 144),
       el("div", {}, el("b", {}, gallery.names[i]), el("div", { class: "pale" }, [labelOf(gallery, i), `cluster ${clusters[i] + 1}`].filter(Boolean).join(" · "))),
       el("div", { class: "tiles" }, neighbors[i].map((j, k) => tile(gallery, j, { cosine: cosines[i][k], query: i, pick }))),
-      el("small", {}, `Cosine similarity of h${gallery.labels ? "; underlined: of the same class" : ""}.`),
+      el("small", {}, `Cosine of their features${gallery.labels ? "; underlined: of the same class" : ""}.`),
     ];
   }
 
