@@ -150,13 +150,13 @@ function accuracies(group) {
   const columnOf = (r) => (several ? r.run : r.features);
   const rows = [...new Set(group.map(rowOf))];
   const columns = several ? data.runs : [...new Set(group.map(columnOf))];
-  return el("table", { class: "accuracies" },
-    el("tr", {}, el("th", {}, "protocol"), several ? el("th", {}, "features") : null, el("th", {}, "0 to 100 %"),
+  return el("table", { class: "accuracies", style: { minWidth: `${5 + 4.3 * columns.length}rem` } },
+    el("tr", {}, el("th", {}, "protocol"), several ? el("th", {}, "features") : null, el("th", { class: "wide" }, "0 to 100 %"),
       columns.map((c) => el("th", { class: "number" }, several ? el("span", {}, swatch(c.color), ` ${c.name}`) : c))),
     rows.map((row) => {
       const inRow = group.filter((r) => rowOf(r) === row);
       return el("tr", { class: several && isBaseline(inRow[0]) ? "pale" : null },
-        el("td", {}, inRow[0].name), several ? el("td", {}, inRow[0].features) : null, el("td", {}, track(inRow)),
+        el("td", {}, inRow[0].name), several ? el("td", {}, inRow[0].features) : null, el("td", { class: "wide" }, track(inRow)),
         columns.map((c) => accuracy(inRow.find((r) => columnOf(r) === c))));
     }));
 }
@@ -164,9 +164,9 @@ function accuracies(group) {
 function accuracy(record) {
   if (!record) return el("td", { class: "number pale" }, "–");
   const spread = record.interval ? record.interval.map(percent).join("–") : `± ${percent(record.top1_std)}`;
-  const top5 = record.top5 === null || record.top5 === undefined ? "" : ` · top-5 ${percent(record.top5)}`;
+  const top5 = record.top5 === null || record.top5 === undefined ? null : el("span", { class: "wide" }, ` · top-5 ${percent(record.top5)}`);
   const value = percent(record.top1);
-  return el("td", { class: "number" }, isBaseline(record) ? value : el("b", {}, value), el("small", {}, spread + top5));
+  return el("td", { class: "number" }, isBaseline(record) ? value : el("b", {}, value), el("small", {}, spread, top5));
 }
 
 function track(records) {
@@ -189,9 +189,8 @@ const SIGNALS = [
 function signals(group) {
   const known = SIGNALS.filter(([key]) => group.some((r) => key in r));
   return el("table", {},
-    el("tr", {}, el("th", {}, several ? "run" : "images"), known.map(([, name]) => el("th", { class: "number" }, name))),
-    group.map((r) => el("tr", {}, el("td", {}, several ? `${r.run.name}, ${r.name}` : r.name),
-      known.map(([key]) => el("td", { class: "number" }, number(r[key]))))));
+    el("tr", {}, el("th", {}, "signal"), group.map((r) => el("th", { class: "number" }, several ? `${r.run.name}, ${r.name}` : r.name))),
+    known.map(([key, name]) => el("tr", {}, el("td", {}, name), group.map((r) => el("td", { class: "number" }, number(r[key]))))));
 }
 
 function conditions(group) {
@@ -206,7 +205,7 @@ function conditions(group) {
 const CHARTS = [
   { title: "Loss", series: [["loss", "loss"]] },
   { title: "Standard deviation of z, × √d", series: [["z_std_sqrt_d", "z"]], from: 0, mark: 1, note: "1 spread evenly, 0 collapsed" },
-  { title: "Effective rank", series: [["z_rank", "z"], ["h_rank", "h"]], from: 0 },
+  { title: "Effective rank", series: [["h_rank", "h"], ["z_rank", "z"]], from: 0 },
   { title: "kNN accuracy, %", series: [["knn_top1", "h"], ["knn_top1_z", "z"]] },
   { title: "Learning rate", series: [["lr", "encoder"], ["lr_predictor", "predictor"]], from: 0 },
   { title: "Views that find each other, %", series: [["view_retrieval", "h"]], from: 0 },
@@ -348,7 +347,8 @@ function tile(gallery, i, { cosine, query, pick }) {
 
 // --- map ---------------------------------------------------------------------------------------------------------------
 
-const HUES = ["#4c78d8", "#e07b39", "#3aa26b", "#c94f7c", "#8d6fd1", "#2ba3b8", "#b59a2c", "#a8674f", "#7d8794", "#d2524c"];
+const HUES = ["#4a7bc8", "#ee8a2e", "#4fa254", "#dd5254", "#9a6bc0", "#35afc0", "#d9b42f", "#98694f", "#8a929c", "#ea86b6"];
+const CELL = 30; // pixels that a picture takes on the map
 const categoryColor = (index, count) => (count <= HUES.length ? HUES[index] : `hsl(${(index * 137.508) % 360} 58% 56%)`);
 
 function mappedRuns() {
@@ -370,7 +370,7 @@ function mapOf(run) {
   kinds.cluster.names = Array.from({ length: clusters.reduce((a, b) => Math.max(a, b), 0) + 1 }, (_, c) => `cluster ${c + 1}`);
   const all = () => Array.from({ length: count }, (_, i) => i);
   const whole = around(all());
-  const state = { kind: gallery.labels ? "label" : "cluster", pictures: false, only: null, query: "", view: whole, hover: null, picked: null, selected: [], drag: null };
+  const state = { kind: gallery.labels ? "label" : "cluster", pictures: false, only: null, query: "", view: whole, hover: null, picked: null, selected: [], drag: null, cells: new Map() };
 
   const canvas = el("canvas", { role: "img", tabindex: 0, "aria-label": `A map of ${count} images` });
   const tip = el("div", { class: "tip hidden" });
@@ -435,18 +435,18 @@ function mapOf(run) {
 
   /** Thumbnails at their points, each where there is still room. */
   function pictures(pen, lit) {
-    const size = 30, taken = new Set();
     pen.imageSmoothingEnabled = !gallery.pixelated;
+    state.cells.clear();
     for (const i of lit) {
-      const column = Math.floor(atX(i) / size), row = Math.floor(atY(i) / size), cell = column * 4096 + row;
-      if (taken.has(cell)) continue;
-      taken.add(cell);
+      const column = Math.floor(atX(i) / CELL), row = Math.floor(atY(i) / CELL);
+      if (state.cells.has(`${column} ${row}`)) continue;
+      state.cells.set(`${column} ${row}`, i);
       const { sheet: index, x, y } = place(gallery, i);
       const image = gallery.ready?.[index];
       if (!image) { sheetOf(gallery, index).then(redraw); continue; }
       pen.fillStyle = colorOf(i);
-      pen.fillRect(column * size, row * size, size - 1, size - 1);
-      pen.drawImage(image, x, y, gallery.side, gallery.side, column * size + 2, row * size + 2, size - 5, size - 5);
+      pen.fillRect(column * CELL, row * CELL, CELL - 1, CELL - 1);
+      pen.drawImage(image, x, y, gallery.side, gallery.side, column * CELL + 2, row * CELL + 2, CELL - 5, CELL - 5);
     }
   }
 
@@ -457,7 +457,9 @@ function mapOf(run) {
     requestAnimationFrame(() => { waiting = false; draw(); });
   }
 
+  /** The image under the pointer: the picture where pictures are shown, else the closest point within reach. */
   function closest(x, y, reach) {
+    if (state.pictures) return state.cells.get(`${Math.floor(x / CELL)} ${Math.floor(y / CELL)}`) ?? null;
     let best = null, least = reach * reach;
     for (let i = 0; i < count; i++) {
       const distance = (atX(i) - x) ** 2 + (atY(i) - y) ** 2;
