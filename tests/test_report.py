@@ -282,6 +282,17 @@ def test_hover_shows_the_image_and_click_its_neighbors(visit, run, made, photos)
         assert names[tiles[0]] in tab.locator("aside").inner_text()
 
 
+def test_pictures_answer_to_the_pointer(visit, made):
+    tab, data = visit(made), held(made)
+    points = on_screen(tab, data)
+    tab.get_by_role("button", name="Pictures").click()
+    tab.evaluate("new Promise(requestAnimationFrame).then(() => new Promise(requestAnimationFrame)).then(() => 0)")
+    tab.mouse.move(*points[0])
+    box = tab.locator(".plot canvas").first.bounding_box()
+    cells = ((points - [box["x"], box["y"]]) // 30).tolist()
+    assert data["galleries"][0]["names"][cells.index(cells[0])] in tab.locator(".tip").inner_text()
+
+
 def test_search_filters_and_downloads_what_it_finds(visit, made):
     tab, data = visit(made), held(made)
     names = data["galleries"][0]["names"]

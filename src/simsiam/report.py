@@ -39,7 +39,7 @@ from simsiam.sources import Source, open_source
 
 FEWEST, MOST = 5, 20_000  # images on a map
 SIDES = (96, 64, 48, 32)  # of a thumbnail in pixels: the largest with which all fill at most PIXELS
-PIXELS = 2**25  # what a browser keeps in memory, times 4 bytes
+PIXELS = 42_000_000  # of 10,000 images 64 x 64; what a browser decodes, sheet by sheet as needed, times 4 bytes
 SHEET = 1920  # the side of a sheet of thumbnails in pixels; every one of SIDES divides it
 QUALITIES = (80, 60, 40, 20)  # of WebP: the first with which all sheets of a page fit in BYTES
 BYTES = 14_000_000  # a third more as text; 10,000 images then leave 5 MB of a page's 25 MB for all else

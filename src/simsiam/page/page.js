@@ -382,9 +382,27 @@ function mapOf(run) {
   const shows = (i) => (state.only === null || kinds[state.kind].of[i] === state.only) && (!state.query || lowered[i].includes(state.query));
   const colorOf = (i) => categoryColor(kinds[state.kind].of[i], kinds[state.kind].names.length);
 
-  let width = 0, height = 0, scale = 1;
+  const layer = el("canvas");
+  let width = 0, height = 0, scale = 1, stale = true, waiting = false;
   const atX = (i) => width / 2 + (xs[i] - state.view.x) * scale;
   const atY = (i) => height / 2 + (ys[i] - state.view.y) * scale;
+  const dot = (pen, i, radius) => { pen.beginPath(); pen.arc(atX(i), atY(i), radius, 0, 7); pen.fill(); };
+
+  /** Points, or pictures, into `layer`, which lasts until they change; what the pointer does is drawn over it. */
+  function drawLayer(ink, radius) {
+    const pen = layer.getContext("2d");
+    pen.setTransform(layer.width / width, 0, 0, layer.width / width, 0, 0);
+    pen.clearRect(0, 0, width, height);
+    const inside = (i) => atX(i) > -50 && atX(i) < width + 50 && atY(i) > -50 && atY(i) < height + 50;
+    const lit = [];
+    pen.globalAlpha = 0.13;
+    pen.fillStyle = ink;
+    for (let i = 0; i < count; i++) if (inside(i)) { if (shows(i)) lit.push(i); else dot(pen, i, radius); }
+    pen.globalAlpha = state.pictures ? 0.35 : 0.85;
+    for (const i of lit) { pen.fillStyle = colorOf(i); dot(pen, i, radius); }
+    pen.globalAlpha = 1;
+    if (state.pictures) pictures(pen, lit);
+  }
 
   function draw() {
     const ratio = window.devicePixelRatio || 1;
@@ -392,24 +410,22 @@ function mapOf(run) {
     height = Math.round(Math.min(width, 620));
     scale = (Math.min(width, height) - 40) / state.view.size;
     if (!width) return;
-    canvas.style.height = `${height}px`;
-    if (canvas.width !== Math.round(width * ratio)) { canvas.width = Math.round(width * ratio); canvas.height = Math.round(height * ratio); }
-    const pen = canvas.getContext("2d");
     const style = getComputedStyle(document.documentElement);
     const accent = style.getPropertyValue("--accent"), ink = style.getPropertyValue("--ink");
-    pen.setTransform(ratio, 0, 0, ratio, 0, 0);
-    pen.clearRect(0, 0, width, height);
     const radius = (count > 4000 ? 2 : 3) * Math.min(2, state.view.size ** -0.35);
-    const dot = (i, r) => { pen.beginPath(); pen.arc(atX(i), atY(i), r, 0, 7); pen.fill(); };
-    const inside = (i) => atX(i) > -50 && atX(i) < width + 50 && atY(i) > -50 && atY(i) < height + 50;
-    const lit = [];
-    pen.globalAlpha = 0.13;
-    pen.fillStyle = ink;
-    for (let i = 0; i < count; i++) if (inside(i)) { if (shows(i)) lit.push(i); else dot(i, radius); }
-    pen.globalAlpha = state.pictures ? 0.35 : 0.85;
-    for (const i of lit) { pen.fillStyle = colorOf(i); dot(i, radius); }
-    pen.globalAlpha = 1;
-    if (state.pictures) pictures(pen, lit);
+    canvas.style.height = `${height}px`;
+    if (canvas.width !== Math.round(width * ratio)) {
+      canvas.width = layer.width = Math.round(width * ratio);
+      canvas.height = layer.height = Math.round(height * ratio);
+      stale = true;
+    }
+    if (stale) drawLayer(ink, radius);
+    stale = false;
+    const pen = canvas.getContext("2d");
+    pen.setTransform(1, 0, 0, 1, 0, 0);
+    pen.clearRect(0, 0, canvas.width, canvas.height);
+    pen.drawImage(layer, 0, 0);
+    pen.setTransform(canvas.width / width, 0, 0, canvas.width / width, 0, 0);
     pen.strokeStyle = ink;
     pen.lineWidth = 1.5;
     for (const i of state.selected) { pen.beginPath(); pen.arc(atX(i), atY(i), radius + 1.5, 0, 7); pen.stroke(); }
@@ -422,7 +438,7 @@ function mapOf(run) {
         pen.beginPath(); pen.arc(atX(j), atY(j), radius + 2, 0, 7); pen.stroke();
       }
       pen.fillStyle = accent;
-      dot(state.picked, radius + 4);
+      dot(pen, state.picked, radius + 4);
     }
     if (state.hover !== null) { pen.strokeStyle = ink; pen.beginPath(); pen.arc(atX(state.hover), atY(state.hover), radius + 4, 0, 7); pen.stroke(); }
     if (state.drag) {
@@ -443,15 +459,16 @@ function mapOf(run) {
       state.cells.set(`${column} ${row}`, i);
       const { sheet: index, x, y } = place(gallery, i);
       const image = gallery.ready?.[index];
-      if (!image) { sheetOf(gallery, index).then(redraw); continue; }
+      if (!image) { sheetOf(gallery, index).then(() => redraw()); continue; }
       pen.fillStyle = colorOf(i);
       pen.fillRect(column * CELL, row * CELL, CELL - 1, CELL - 1);
       pen.drawImage(image, x, y, gallery.side, gallery.side, column * CELL + 2, row * CELL + 2, CELL - 5, CELL - 5);
     }
   }
 
-  let waiting = false;
-  function redraw() {
+  /** At the next frame; `over` is true where only what is drawn over the points has changed. */
+  function redraw(over = false) {
+    stale ||= !over;
     if (waiting) return;
     waiting = true;
     requestAnimationFrame(() => { waiting = false; draw(); });
@@ -473,7 +490,7 @@ function mapOf(run) {
       state.hover = i;
       tip.classList.toggle("hidden", i === null);
       if (i !== null) tip.replaceChildren(thumbnail(gallery, i, 144), gallery.names[i], el("div", { class: "pale" }, [labelOf(gallery, i), `cluster ${clusters[i] + 1}`].filter(Boolean).join(" · ")));
-      redraw();
+      redraw(true);
     }
     if (i !== null) {
       tip.style.left = `${x + 16 + 158 > width ? Math.max(0, x - 174) : x + 16}px`;
@@ -484,7 +501,7 @@ function mapOf(run) {
   function pick(i) {
     state.picked = i;
     side.replaceChildren(...(i === null ? hint() : details(i)));
-    redraw();
+    redraw(true);
   }
 
   function hint() {
@@ -513,7 +530,7 @@ function mapOf(run) {
           el("button", { onclick: () => select([]) }, "Clear"))),
       el("div", { class: "tiles" }, indices.slice(0, 64).map((i) => tile(gallery, i, { pick }))),
       indices.length > 64 ? el("small", {}, `and ${number(indices.length - 64)} more`) : "");
-    redraw();
+    redraw(true);
   }
 
   function around(indices) {
@@ -557,10 +574,10 @@ function mapOf(run) {
   });
   canvas.addEventListener("pointermove", (event) => {
     const [x, y] = point(event);
-    if (state.drag) { Object.assign(state.drag, { x1: x, y1: y }); hover(null); redraw(); } else if (event.pointerType !== "touch") hover(closest(x, y, 14), x, y);
+    if (state.drag) { Object.assign(state.drag, { x1: x, y1: y }); hover(null); redraw(true); } else if (event.pointerType !== "touch") hover(closest(x, y, 14), x, y);
   });
   canvas.addEventListener("pointerleave", () => hover(null));
-  canvas.addEventListener("pointercancel", () => { state.drag = null; redraw(); });
+  canvas.addEventListener("pointercancel", () => { state.drag = null; redraw(true); });
   canvas.addEventListener("pointerup", (event) => {
     if (event.button) return;
     const { x0, y0, x1, y1 } = state.drag ?? { x0: 0, y0: 0, x1: 0, y1: 0 };
@@ -572,8 +589,8 @@ function mapOf(run) {
     } else pick(closest(...point(event), event.pointerType === "touch" ? 24 : 14));
   });
   canvas.addEventListener("keydown", (event) => { if (event.key === "Escape") { select([]); pick(null); } });
-  new ResizeObserver(redraw).observe(canvas);
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
+  new ResizeObserver(() => redraw()).observe(canvas);
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => redraw());
 
   legend();
   pick(null);
