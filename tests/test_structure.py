@@ -19,7 +19,7 @@ ARROW = [
     "evaluate.few_label", "evaluate.label_free", "evaluate.finetune", "evaluate.tuned", "evaluate", "inspect",
     "preview", "embeddings", "embeddings.embed", "embeddings.page", "embeddings.search", "embeddings.neighbors",
     "embeddings.duplicates", "embeddings.cluster", "embeddings.outliers", "embeddings.probe", "card", "export", "compare",
-    "demo", "cli", "__main__", "__init__",
+    "report", "demo", "cli", "__main__", "__init__",
 ]  # fmt: skip
 
 

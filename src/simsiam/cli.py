@@ -149,6 +149,18 @@ def build_parser() -> Parser:
     compare = verbs.add_parser("compare", help="what differs between runs, in how they were made and what came of it")
     compare.add_argument("runs", metavar="RUN", nargs="+", help="two or more")
 
+    report = verbs.add_parser(
+        "report",
+        help="one web page about a run, or about several side by side: verdict, results, curves, a map of the images",
+        usage="simsiam report RUN [RUN ...] [--out FILE.html] [--limit N] [--no-map]",
+    )
+    report.add_argument("runs", metavar="RUN", nargs="+")
+    report.add_argument(
+        "--out", metavar="FILE.html", help="one of that name is replaced [report.html in the first RUN]"
+    )
+    report.add_argument("--limit", metavar="N", type=int, default=3000, help="images on the map, spread evenly [3000]")
+    report.add_argument("--no-map", dest="images", action="store_false", help="read no image: no views and no map")
+
     demo = verbs.add_parser("demo", help="see it work: pretrain on the embedded set, beside baselines and a ceiling")
     demo.add_argument("--seeds", metavar="N", type=int, default=1, help="runs to average over [1]")
     demo.add_argument("--out", metavar="FOLDER", help="where the run folders go [runs/demo-N]")
@@ -259,6 +271,11 @@ def run(arguments: dict[str, Any]) -> None:
         from simsiam.compare import compare
 
         compare(arguments["runs"])
+    elif verb == "report":
+        from simsiam.report import report
+
+        page = report(arguments.pop("runs"), **arguments)
+        print(f"{page}: {page.stat().st_size / 1e6:.1f} MB")
     elif verb == "demo":
         from simsiam.demo import demo
 

@@ -1,0 +1,347 @@
+"""The page says what the run folders say, shows what the network finds alike, and lets no name become markup."""
+
+import base64
+import json
+import re
+import shutil
+from io import BytesIO
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_structure import FILES, imported
+
+import simsiam
+from simsiam import report as module
+from simsiam.cli import main
+from simsiam.errors import UsageError
+from simsiam.images import from_arrays
+from simsiam.recipes import Recipe
+from simsiam.report import clusters, curves, drawn, gallery, lay_flat, neighbors, page, report
+from simsiam.run import Run, bare_backbone
+
+HOSTILE = "<img src=x onerror=alert(1)>.jpg"
+EACH = 14  # images of a class
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Red and blue noise; a class, a file and the folder have names that want to be markup."""
+    folder, rng = tmp_path_factory.mktemp("a") / "<photos>", np.random.default_rng(0)
+    for name, color in (("<!--red<script>", (200, 60, 60)), ("blue", (60, 60, 200))):
+        (folder / name).mkdir(parents=True)
+        for i in range(EACH):
+            noise = (np.array(color) + rng.integers(-50, 50, (40, 44, 3))).astype(np.uint8)
+            Image.fromarray(noise).save(folder / name / (HOSTILE if i == 3 else f"{i:02}.png"), quality=95)
+    return folder
+
+
+def run_folder(path, source, **words) -> Run:
+    """What a run of the source leaves behind, with the weights that it began with."""
+    how = {"backbone": "resnet10", "width": 4, "image_size": 32, "mean": [0.4] * 3, "std": [0.2] * 3, "dim": 16}
+    run = Run.create(path, Recipe().replace(source=[str(source)], **how | words))
+    torch.manual_seed(run.recipe.seed)
+    steps = [{"step": s, "epoch": s / 10, "loss": -s / 100, "z_rank": 3.5, "lr": 0.1} for s in range(1, 100)]
+    lines = [*steps, {"step": 100, "epoch": 10.0, "loss": float("nan"), "knn_top1": 61.5, "knn_top1_z": 60.0}]
+    run.write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    run.write("environment.json", {"versions": {"torch": "2"}, "command": ["simsiam", "pretrain"]})
+    record = {"protocol": "knn", "name": "k 5", "features": "h", "top1": 71.43, "top5": None, "n": 28}
+    run.write("evaluations/knn.json", json.dumps([record | {"interval": [52.9, 84.7], "source": "photos"}]))
+    remedy = "Nothing </script><script>alert(2)</script> to mend."
+    run.finish(bare_backbone(run.recipe).state_dict(), {"verdict": "healthy", "remedy": remedy, "steps": 100})
+    return run
+
+
+def held(path) -> dict:
+    """The data that a page holds."""
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', path.read_text(), re.S)[1])
+
+
+@pytest.fixture(scope="module")
+def run(photos, tmp_path_factory):
+    return run_folder(tmp_path_factory.mktemp("b") / "<i>run", photos)
+
+
+@pytest.fixture(scope="module")
+def made(run):
+    return report(run.path)
+
+
+def alike(run: Run, folder, names) -> np.ndarray:
+    """For each image the others by falling cosine of the backbone's features: (N, N - 1)."""
+    encoder = simsiam.load(run.path)
+    with torch.no_grad():
+        rows = [encoder(encoder.transform(Image.open(folder / name)))[0].double().numpy() for name in names]
+    cosine = np.array([[a @ b / np.linalg.norm(a) / np.linalg.norm(b) for b in rows] for a in rows])
+    np.fill_diagonal(cosine, -2)
+    return np.argsort(-cosine, axis=1)[:, :-1]
+
+
+# --- what the page holds ----------------------------------------------------------------------------------------------
+
+
+def test_nothing_on_the_way_to_a_page_trains():
+    found, new = set(), {"report"}
+    while new:
+        found |= new
+        new = set().union(*(imported(FILES[name]) for name in new)) - found
+    assert not found & {"pretrain", "evaluate", "demo"}
+
+
+def test_the_page_says_what_the_run_folder_says(run, made):
+    (about,) = held(made)["runs"]
+    assert made == run.path / "report.html" and about["recipe"] == run.recipe.to_dict()
+    assert about["summary"] == run.json("summary.json") and about["results"] == run.json("evaluations/knn.json")
+    assert about["curves"]["loss"][:2] == [-0.01, -0.02] and about["curves"]["loss"][-1] is None
+    assert about["curves"]["knn_top1"] == [None] * 99 + [61.5] and "lr_predictor" not in about["curves"]
+
+
+def test_no_data_end_the_element_they_stand_in():
+    data = {"a": "</script><!-- {js} {data} -->", "b": [float("nan"), 1.5], "c": "\udc80\u2028"}
+    text = page(data)
+    assert text.count("</script") == 2 and text.count("<!--") == 0
+    assert json.loads(re.search(r'id="data">(.*?)</script>', text)[1]) == data | {"b": [None, 1.5]}
+
+
+def test_the_script_makes_no_markup_and_asks_nobody():
+    script = page({})
+    for way in ("innerHTML", "outerHTML", "insertAdjacent", "document.write", "eval(", "fetch(", "XMLHttp", "http:"):
+        assert way not in script.replace("http://www.w3.org/2000/svg", ""), way
+    assert "default-src 'none'" in script and "unsafe" not in script
+
+
+def test_a_long_run_keeps_its_ends_and_all_that_was_measured():
+    lines = [{"step": s, "epoch": s / 100, "loss": -1 / s} | ({"knn_top1": s / 100} if s % 777 == 0 else {})
+             for s in range(1, 9001)]  # fmt: skip
+    columns = curves(lines)
+    assert [v for v in columns["knn_top1"] if v is not None] == [s / 100 for s in range(777, 9001, 777)]
+    assert columns["step"][0] == 1 and columns["step"][-1] == 9000 and columns["step"] == sorted(columns["step"])
+    assert module.POINTS <= len(columns["step"]) <= module.POINTS + 12
+
+
+def test_neighbors_are_the_most_similar_others(run, made, photos):
+    data = held(made)
+    names, found = data["galleries"][0]["names"], np.array(data["runs"][0]["map"]["neighbors"])
+    assert sorted(names) == sorted(str(path.relative_to(photos)) for path in photos.rglob("*.*"))
+    assert np.array_equal(found, alike(run, photos, names)[:, : module.NEIGHBORS])
+
+
+def test_of_equal_images_the_others_are_neighbors_and_never_itself(monkeypatch):
+    monkeypatch.setattr(module, "AT_ONCE", 4 * 6 * 2)  # two rows at a time
+    h = torch.eye(3).repeat_interleave(2, 0)
+    cosine, index = neighbors(h, 2)
+    assert index[:, 0].tolist() == [1, 0, 3, 2, 5, 4] and cosine.tolist() == [[1, 0]] * 6
+    assert index[:, 1].tolist() == [2, 2, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("x", [np.zeros((40, 7), np.float32), np.arange(5.0)[:, None], np.eye(6)])
+def test_a_map_of_collapsed_or_few_images_is_finite(x):
+    _, xy = lay_flat(x)
+    assert xy.shape == (len(x), 2) and np.isfinite(xy).all() and xy.min() >= 0 and xy.max() <= 1
+    assert len(set(clusters(x, 0))) == len(np.unique(x, axis=0))
+
+
+def test_images_alike_lie_together():
+    x = np.random.default_rng(0).normal(size=(60, 8)) + 30 * np.eye(8)[np.arange(60) % 3]
+    _, xy = lay_flat(x)
+    distance = np.linalg.norm(xy[:, None] - xy[None], axis=2) + 9 * np.eye(60)
+    assert (distance.argmin(1) % 3 == np.arange(60) % 3).all()
+
+
+def test_thumbnails_are_the_images_in_order_and_fit_the_space():
+    rng = np.random.default_rng(0)
+    pixels = np.repeat(rng.integers(0, 256, (300, 3, 1, 1)), 32 * 32, 2).reshape(300, 3, 32, 32).astype(np.uint8)
+    seen = drawn(gallery(from_arrays("train", pixels)), 10**6)
+    sheet = np.asarray(Image.open(BytesIO(base64.b64decode(seen["sheets"][0].partition(",")[2]))).convert("RGB"))
+    assert (seen["side"], seen["across"], seen["pixelated"], seen["labels"]) == (32, 60, True, None)
+    for i in (0, 59, 60, 299):
+        cell = sheet[32 * (i // 60) + 12 : 32 * (i // 60) + 20, 32 * (i % 60) + 12 : 32 * (i % 60) + 20]
+        assert np.abs(cell.mean((0, 1)) - pixels[i, :, 0, 0]).max() < 12
+    noise = gallery(from_arrays("train", rng.integers(0, 256, (300, 3, 32, 32), dtype=np.uint8)))
+    size = len(drawn(noise, 10**9)["sheets"][0]) * 3 / 4
+    assert len(drawn(noise, round(0.6 * size))["sheets"][0]) * 3 / 4 <= 0.6 * size + 100
+
+
+def test_what_cannot_be_shown_is_said(photos, tmp_path, capsys):
+    moved = run_folder(tmp_path / "moved", photos)
+    moved.write("recipe.yaml", (moved.path / "recipe.yaml").read_text().replace("<photos>", "<gone>"))
+    unfinished = run_folder(tmp_path / "unfinished", photos)
+    (unfinished.path / "backbone.safetensors").unlink()
+    data = held(report([moved.path, unfinished.path], out=tmp_path / "page.html"))
+    said, unsaid = [about["missing"] for about in data["runs"]]
+    assert said.startswith("no images: unknown source") and "no map: " in unsaid and "simsiam resume" in unsaid
+    assert [bool(about["views"]) for about in data["runs"]] == [False, True] and data["galleries"] == []
+    assert all(reason in capsys.readouterr().out for reason in (said,))
+    assert "missing" not in held(report(moved.path, images=False))["runs"][0]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--out", "page.txt"], "page.txt: it takes the name of a page that ends in .html"),
+        (["--out", "nowhere/page.html"], "there is no folder nowhere"),
+        (["--limit", "2"], "limit is 2; it lies between 5 and 20000"),
+        (["elsewhere"], "elsewhere is not a run folder"),
+    ],
+)
+def test_a_wrong_request_is_one_line(run, words, said, capsys):
+    before = sorted(run.path.rglob("*"))
+    assert main(["report", str(run.path), *words]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1 and sorted(run.path.rglob("*")) == before
+
+
+def test_damaged_evaluations_are_named(photos, tmp_path):
+    run = run_folder(tmp_path / "run", photos)
+    run.write("evaluations/linear.json", '{"top1": 3}')
+    with pytest.raises(UsageError, match=r"linear.json is not a list of records"):
+        report(run.path, images=False)
+
+
+# --- what a reader does with it ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def browser():
+    sync_api = pytest.importorskip("playwright.sync_api")
+    path = shutil.which("chromium")
+    if not path:
+        pytest.skip("needs chromium")
+    how = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    with sync_api.sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=path, args=how, timeout=120_000)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(browser):
+    """Opens a page; at the end nothing was asked of anybody, no script failed, and nothing popped up."""
+    seen, contexts = [], []
+
+    def visit(path, width=1440):
+        context = browser.new_context(viewport={"width": width, "height": 900}, accept_downloads=True)
+        contexts.append(context)
+        tab = context.new_page()
+        tab.set_default_timeout(120_000)
+        tab.on("console", lambda message: seen.append(message.text))
+        tab.on("pageerror", lambda error: seen.append(str(error)))
+        tab.on("dialog", lambda dialog: (seen.append(dialog.message), dialog.dismiss()))
+        tab.on("request", lambda r: None if r.url.startswith(("data:", "blob:")) else seen.append(r.url))
+        tab.goto(path.as_uri())
+        assert seen.pop(0) == path.as_uri()
+        return tab
+
+    yield visit
+    for context in contexts:
+        context.close()
+    assert not seen
+
+
+def on_screen(tab, data):
+    """Where each image's point is on the map's canvas in pixels, and where the canvas is."""
+    canvas = tab.locator(".plot canvas")
+    canvas.scroll_into_view_if_needed()
+    box = canvas.bounding_box()
+    xy = np.array([data["runs"][0]["map"]["x"], data["runs"][0]["map"]["y"]]).T
+    low, high = xy.min(0), xy.max(0)
+    scale = (min(box["width"], box["height"]) - 40) / (high - low).max()
+    return (xy - (low + high) / 2) * scale + [box["x"] + box["width"] / 2, box["y"] + box["height"] / 2]
+
+
+def alone(points) -> int:
+    """The image whose point is farthest from any other."""
+    return int((np.linalg.norm(points[:, None] - points[None], axis=2) + 1e9 * np.eye(len(points))).min(1).argmax())
+
+
+def downloaded(tab) -> list[str]:
+    with tab.expect_download() as download:
+        tab.locator("#download").click()
+    return download.value.path().read_text().splitlines()
+
+
+def test_hover_shows_the_image_and_click_its_neighbors(visit, run, made, photos):
+    data = held(made)
+    names = data["galleries"][0]["names"]
+    for i in (alone(on_screen(visit(made), data)), next(i for i, name in enumerate(names) if HOSTILE in name)):
+        tab = visit(made)
+        points = on_screen(tab, data)
+        tab.mouse.move(*points[i])
+        tip = tab.locator(".tip")
+        tip.wait_for()
+        assert names[i] in tip.inner_text()
+        tab.evaluate("sheetOf(data.galleries[0], 0).then(() => 0)")  # decoded and drawn
+        color = np.asarray(Image.open(BytesIO(tip.locator("canvas").screenshot())).convert("RGB")).mean((0, 1))
+        assert (color[0] > color[2]) == ("red" in names[i])
+        tab.mouse.click(*points[i])
+        tiles = tab.locator("aside .tile").evaluate_all("tiles => tiles.map(t => Number(t.dataset.image))")
+        assert tiles == alike(run, photos, names)[i, : module.NEIGHBORS].tolist()
+        assert names[i] in tab.locator("aside").inner_text()
+        tab.locator("aside .tile").first.click()
+        assert names[tiles[0]] in tab.locator("aside").inner_text()
+
+
+def test_pictures_answer_to_the_pointer(visit, made):
+    tab, data = visit(made), held(made)
+    points = on_screen(tab, data)
+    tab.get_by_role("button", name="Pictures").click()
+    tab.evaluate("new Promise(requestAnimationFrame).then(() => new Promise(requestAnimationFrame)).then(() => 0)")
+    tab.mouse.move(*points[0])
+    box = tab.locator(".plot canvas").first.bounding_box()
+    cells = ((points - [box["x"], box["y"]]) // 30).tolist()
+    assert data["galleries"][0]["names"][cells.index(cells[0])] in tab.locator(".tip").inner_text()
+
+
+def test_search_filters_and_downloads_what_it_finds(visit, made):
+    tab, data = visit(made), held(made)
+    names = data["galleries"][0]["names"]
+    tab.get_by_role("searchbox").fill("BLUE/0")
+    wanted = [name for name in names if name.startswith("blue/0")]
+    assert tab.locator("#found").inner_text() == f"{len(wanted)} of {len(names)}"
+    tab.get_by_role("button", name="Select them").click()
+    assert downloaded(tab) == wanted and len(wanted) == 9
+    points = on_screen(tab, data)
+    hidden = [i for i, name in enumerate(names) if name not in wanted]
+    shown = np.array([i for i, name in enumerate(names) if name in wanted])
+    far = max(hidden, key=lambda i: np.linalg.norm(points[shown] - points[i], axis=1).min())
+    tab.mouse.move(*points[far])
+    assert tab.locator(".tip").is_hidden()
+
+
+def test_a_region_is_selected_by_dragging(visit, made):
+    tab, data = visit(made), held(made)
+    points, names = on_screen(tab, data), data["galleries"][0]["names"]
+    corner, half = points.min(0) - 5, np.median(points[:, 0]) + 0.5
+    tab.mouse.move(*corner)
+    tab.mouse.down()
+    tab.mouse.move(half, points[:, 1].max() + 5, steps=3)
+    tab.mouse.up()
+    wanted = [name for name, (x, _) in zip(names, points, strict=True) if x <= half]
+    assert downloaded(tab) == wanted and 0 < len(wanted) < len(names)
+    tab.get_by_role("button", name="Clear").click()
+    assert tab.locator("#selection").is_hidden()
+
+
+@pytest.mark.parametrize("width", [1440, 390])
+def test_names_are_text_and_the_page_fits(visit, made, width):
+    tab = visit(made, width)
+    assert "healthy" in tab.locator(".verdict").inner_text()
+    assert "Nothing </script><script>alert(2)</script> to mend." in tab.locator("#page").inner_text()
+    assert tab.locator("[onerror]").count() == 0 and tab.locator("script").count() == 2
+    assert tab.evaluate("document.documentElement.scrollWidth") == width
+    assert tab.locator(".accuracies").inner_text().count("71.4\n52.9–84.7") == 1
+    tab.locator("#curves svg").first.hover()
+    tab.get_by_text("epoch 4.5").first.wait_for()
+
+
+def test_runs_stand_side_by_side_with_what_differs(visit, run, photos, tmp_path):
+    other = run_folder(tmp_path / "other", photos, seed=7, base_lr=0.2)
+    path = report([run.path, other.path], out=tmp_path / "both.html", limit=20)
+    data = held(path)
+    assert len(data["galleries"]) == 1 and len(data["galleries"][0]["names"]) == 20
+    assert data["runs"][0]["map"]["neighbors"] != data["runs"][1]["map"]["neighbors"]
+    tab = visit(path)
+    differing = tab.locator("#recipe .card").first.locator(".differs").all_inner_texts()
+    assert [line.split() for line in differing] == [["seed", "0", "7"], ["base_lr", "0.05", "0.2"]]
+    assert tab.locator(".verdict").count() == 2 and tab.locator("#curves .curve.second").count() > 0
