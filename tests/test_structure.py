@@ -17,7 +17,9 @@ ARROW = [
     "targets", "siamese", "monitors", "signals", "features", "knn", "run", "convert", "batches", "label_free",
     "progress", "prepare", "pretrain", "evaluate.frozen", "evaluate.scores", "evaluate.knn", "evaluate.linear",
     "evaluate.few_label", "evaluate.label_free", "evaluate.finetune", "evaluate.tuned", "evaluate", "inspect",
-    "preview", "demo", "cli", "__main__", "__init__",
+    "preview", "demo", "laboratory.claims", "laboratory.scales", "laboratory.experiments", "laboratory.plan",
+    "laboratory.measure", "laboratory.drawing", "laboratory.pages", "laboratory.reproduce", "laboratory",
+    "cli", "__main__", "__init__",
 ]  # fmt: skip
 
 
