@@ -224,7 +224,12 @@ def test_killed_and_started_again_it_repeats_nothing_and_gives_the_same_table(sm
     rows = list(csv.reader(Path("results/tiny/table1.csv").read_text().splitlines()))
     assert [row[0] for row in rows[1:]] == list(EXPERIMENTS["table1"].cells)
     assert rows[1][1] != "–" and {row[1] for row in rows[2:]} == {"–"}
-    assert "paper: ImageNet" in rows[0][-1] and rows[0][1].startswith("ours: shapes")
+    assert "paper: ImageNet" in rows[0][-1] and rows[0][1].startswith("ours: shapes from images, ")
+    assert "it is so" not in Path("results/tiny/README.md").read_text()
+    Path("results/tiny/table1.reading.md").write_text("it is so\n")
+    assert reproduce("table1", "--only", "baseline", "--seeds", 1, *small) == 0
+    assert "without a predictor it collapses: **within noise**" in Path("results/tiny/README.md").read_text()
+    assert "it is so" in Path("results/tiny/README.md").read_text()
     about = json.loads(Path("half/figure2.json").read_text())
     assert {run["state"] for run in about["runs"]} == {FINISHED} and about["runs"][0]["environment"]["device"]
 
@@ -270,7 +275,7 @@ def test_what_h_predicts_is_measured_on_other_views(small, monkeypatch):
         (["table1", "--scale", "tinyy"], "unknown scale 'tinyy': did you mean 'tiny'?"),
         (["table1", "--only", "basline"], "unknown cell 'basline': did you mean 'baseline'?"),
         (["table1", "--seeds", "0"], "seeds is 0; it is at least 1"),
-        (["table1", "--source", "nowhere"], "is not a source"),
+        (["table1", "--source", "nowhere"], "unknown source"),
         (["figure2", "--scale", "imagenet"], "scale imagenet needs the data: --source FOLDER"),
     ],
 )

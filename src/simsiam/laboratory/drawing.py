@@ -7,10 +7,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from simsiam.evaluate.finetune import COLORS, DASHES
+from simsiam.evaluate import finetune
 from simsiam.files import whole
 from simsiam.laboratory.claims import Values
 
+COLORS = (*finetune.COLORS, "black")
+DASHES: tuple[Any, ...] = (*finetune.DASHES, (0, (6, 1)))
 MARKS = ("o", "s", "^", "D", "v")
 LABELS = {
     "loss": "training loss",
@@ -18,6 +20,7 @@ LABELS = {
     "knn_top1": "kNN on held-out images (%)",
     "linear": "linear top-1 on test images (%)",
 }
+RANGES = {"loss": (-1.05, 0.05), "z_std_sqrt_d": (0, 1.05), "knn_top1": (0, None)}  # as in Figure 2
 Curve = Sequence[tuple[float, float]]
 
 
@@ -32,12 +35,11 @@ def curves(found: Mapping[str, Mapping[str, Sequence[Curve]]], path: Path, title
                 for x, y in curve:
                     at[x].append(y)
             mean = [(x, fmean(ys)) for x, ys in sorted(at.items())]
-            axes.plot(*zip(*mean), dash, color=color, linewidth=2, label=cell)
+            axes.plot(*zip(*mean), linestyle=dash, color=color, linewidth=2, label=cell)
         if metric == "z_std_sqrt_d":
             axes.axhline(1, color="gray", linewidth=0.8, linestyle=":", label="1/√d: isotropic z")
-        axes.set(xlabel="epoch", ylabel=LABELS[metric])
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+        finish(axes, "epoch", LABELS[metric])
+        axes.set_ylim(RANGES.get(metric))
     figure.suptitle(title)
     save(figure, path)
 
@@ -54,10 +56,9 @@ def dots(values: Values, paper: Mapping[str, Any], ours: str, theirs: str, path:
             left.scatter(fmean(accuracies), y, color=COLORS[0], marker="|", s=250, linewidths=2.5)
         if (top1 := paper.get(cell, {}).get("top1")) is not None:
             right.scatter(top1, y, color=COLORS[1], marker="D", s=35)
-    left.set(xlabel=wrapped(ours), yticks=range(len(cells)), yticklabels=cells, ylim=(len(cells) - 0.5, -0.5))
-    right.set(xlabel=wrapped(theirs))
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
+    left.set(yticks=range(len(cells)), yticklabels=cells, ylim=(len(cells) - 0.5, -0.5))
+    finish(left, wrapped(ours), "")
+    finish(right, wrapped(theirs), "")
     figure.suptitle(title)
     save(figure, path)
 
@@ -69,7 +70,7 @@ def lines(
     """Accuracies against a word of the recipe, `x` of each cell; cells that differ in their last number are a line."""
     figure = blank(9, 4)
     left, right = figure.subplots(1, 2)
-    series: dict[str, list[str]] = defaultdict(list)
+    series, there = defaultdict[str, list[str]](list), set[int]()
     for cell in values:
         series[cell.rstrip("0123456789").rstrip(" =,")].append(cell)
     for (name, cells), color, dash, mark in zip(series.items(), cycle(COLORS), cycle(DASHES), cycle(MARKS)):
@@ -82,14 +83,20 @@ def lines(
         printed = [(int(cell.split()[-1]), paper[cell]["top1"]) for cell in cells if paper.get(cell, {}).get("top1")]
         if printed:
             right.plot(*zip(*printed), **style, label=name)
-    for axes, metric in ((left, ours), (right, theirs)):
+            there |= {at for at, _ in printed}
+    for axes, metric, ticks in ((left, ours, set(x.values())), (right, theirs, there)):
         axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter("{x:g}")
-        axes.set(xlabel=word.replace("_", " "), ylabel=wrapped(metric))
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+        axes.set_xticks(sorted(ticks), labels=map(str, sorted(ticks)))
+        finish(axes, word.replace("_", " "), wrapped(metric))
     figure.suptitle(title)
     save(figure, path)
+
+
+def finish(axes: Any, x: str, y: str) -> None:
+    axes.set(xlabel=x, ylabel=y)
+    axes.grid(alpha=0.3)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=8)
 
 
 def known(seeds: Mapping[int, Mapping[str, Any]]) -> list[float]:

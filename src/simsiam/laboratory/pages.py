@@ -1,4 +1,7 @@
-"""An experiment's numbers as Markdown, CSV and JSON: functions of the run folders alone, so they repeat exactly."""
+"""An experiment's numbers as Markdown, CSV and JSON: functions of the run folders alone, so they repeat exactly.
+
+People add what no program can: NAME.reading.md beside a page is an honest reading of it, and the index holds it.
+"""
 
 import csv
 import io
@@ -9,8 +12,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from simsiam.laboratory.claims import Claim, Ruling, Values
-from simsiam.laboratory.experiments import Experiment
+from simsiam.laboratory.claims import HOLDS, NOISE, NOT, Claim, Ruling, Values
+from simsiam.laboratory.experiments import EXPERIMENTS, Experiment
 from simsiam.laboratory.scales import Scale
 
 PAPER: dict[str, Any] = json.loads(Path(__file__).with_name("paper.json").read_text(encoding="utf-8"))
@@ -105,3 +108,19 @@ def page(
         f"shared with other experiments included. Every run and its recipe: {name}.json.",
     ]
     return "\n\n".join(lines) + "\n"
+
+
+def index(folder: Path, scale: Scale) -> str:
+    """All experiments of a folder of results, by their JSON: what became of the paper's claims, and the readings."""
+    parts = [f"# The paper at scale {scale.name}"]
+    for name, experiment in EXPERIMENTS.items():
+        if (path := folder / f"{name}.json").exists():
+            claims = json.loads(path.read_text(encoding="utf-8"))["claims"]
+            ended = [claim["verdict"] for claim in claims]
+            counts = ", ".join(f"{ended.count(v)} {v}" for v in (HOLDS, NOISE, NOT) if v in ended)
+            said = [f"- {claim['says']}: **{claim['verdict']}**" for claim in claims]
+            parts += [f"## [{experiment.title}]({name}.md)", f"{experiment.where}; of {len(ended)} claims {counts}"]
+            parts += ["\n".join(said), f"![{experiment.title}]({name}.svg)"]
+            if (reading := folder / f"{name}.reading.md").exists():
+                parts.append(reading.read_text(encoding="utf-8").strip())
+    return "\n\n".join([*parts, f"Settings: {'; '.join(scale.mapping)}."]) + "\n"

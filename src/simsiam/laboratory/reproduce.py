@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,11 @@ def reproduce(
         return []
     if not images and size.source is None:
         raise UsageError(f"scale {scale} needs the data: --source FOLDER, with train/CLASS/ and val/CLASS/ in it")
-    open_source(images or size.source or "")
+    if every(wanted.values()):
+        opened = open_source(images or size.source or "")  # now rather than once for every run
+        if images:  # they may have other classes than the scale's own
+            data = f"{size.data} from {', '.join(Path(one).name for one in images)}"
+            size = replace(size, data=data, classes=len(opened.train.classes) or size.classes)
 
     results, failures, written = Path(out or f"results/{scale}"), dict[Path, str](), []
     results.mkdir(parents=True, exist_ok=True)
@@ -89,6 +94,7 @@ def reproduce(
             write(name, experiment, size, plans[name], f"simsiam reproduce {name}{flags}", failures, results)
         )
         console.print(f"wrote    {written[-1]}", soft_wrap=True)
+    text(results / "README.md", pages.index(results, size))
     if failures:
         path, reason = next(iter(failures.items()))
         raise WorkFailed(
@@ -192,6 +198,7 @@ def draw(
     experiment: Experiment, scale: Scale, plan: Jobs, values: Values, paper: Mapping[str, Any], path: Path, title: str
 ) -> None:
     """The experiment's figure, as PNG and SVG."""
+    metrics = (f"ours: {scale.metric}", f"paper: {paper['metric']}")
     if experiment.curves:
         found: dict[str, dict[str, list[drawing.Curve]]] = {metric: {} for metric in experiment.curves}
         for metric, (cell, seeds) in product(experiment.curves, values.items()):
@@ -201,9 +208,9 @@ def draw(
     elif experiment.against:
         first = {cell: next(iter(seeds.values())).recipe for cell, seeds in plan.items()}
         x = {cell: (vars(r) | vars(r.method))[experiment.against] for cell, r in first.items()}
-        drawing.lines(values, x, paper["cells"], experiment.against, scale.metric, paper["metric"], path, title)
+        drawing.lines(values, x, paper["cells"], experiment.against, *metrics, path, title)
     else:
-        drawing.dots(values, paper["cells"], scale.metric, paper["metric"], path, title)
+        drawing.dots(values, paper["cells"], *metrics, path, title)
 
 
 def text(path: Path, content: str) -> None:
