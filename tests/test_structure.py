@@ -18,8 +18,10 @@ ARROW = [
     "progress", "prepare", "pretrain", "evaluate.frozen", "evaluate.scores", "evaluate.knn", "evaluate.linear",
     "evaluate.few_label", "evaluate.label_free", "evaluate.finetune", "evaluate.tuned", "evaluate", "inspect",
     "preview", "embeddings", "embeddings.embed", "embeddings.page", "embeddings.search", "embeddings.neighbors",
-    "embeddings.duplicates", "embeddings.cluster", "embeddings.outliers", "embeddings.probe", "card", "export", "compare",
-    "report", "demo", "cli", "__main__", "__init__",
+    "embeddings.duplicates", "embeddings.cluster", "embeddings.outliers", "embeddings.probe", "card", "export",
+    "compare", "report", "demo", "laboratory.claims", "laboratory.scales", "laboratory.experiments", "laboratory.plan",
+    "laboratory.measure", "laboratory.drawing", "laboratory.pages", "laboratory.reproduce", "laboratory", "cli",
+    "__main__", "__init__",
 ]  # fmt: skip
 
 

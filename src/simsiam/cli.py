@@ -14,6 +14,8 @@ from typing import Any
 from simsiam import __version__, recipes
 from simsiam.columns import TERMS, Method, Views
 from simsiam.errors import Stopped, UsageError, WorkFailed, unknown
+from simsiam.laboratory.experiments import EXPERIMENTS
+from simsiam.laboratory.scales import SCALES
 from simsiam.protocols import FROZEN, PROTOCOLS, Settings
 
 EPILOG = "Documentation and source of every setting: README.md; `simsiam VERB --help` lists a verb's flags."
@@ -165,6 +167,24 @@ def build_parser() -> Parser:
     demo.add_argument("--seeds", metavar="N", type=int, default=1, help="runs to average over [1]")
     demo.add_argument("--out", metavar="FOLDER", help="where the run folders go [runs/demo-N]")
 
+    reproduce = verbs.add_parser(
+        "reproduce",
+        help="repeat tables and figures of the paper; writes results/SCALE/EXPERIMENT.md, .csv, .svg, .png, .json",
+        usage="simsiam reproduce EXPERIMENT [EXPERIMENT ...] [--scale NAME] [--FLAG VALUE ...]",
+        epilog="It shows its plan first. Runs are shared between experiments, and finished ones are reused; stopped or "
+        "killed, it goes on where it was, and two of it share the work.",
+    )
+    reproduce.add_argument("experiments", metavar="EXPERIMENT", nargs="+", help=f"{', '.join(EXPERIMENTS)}, or all")
+    reproduce.add_argument("--scale", metavar="NAME", default="tiny", help=f"{', '.join(SCALES)} [tiny]")
+    reproduce.add_argument("--source", metavar="SOURCE", nargs="+", default=(), help="the images [the scale's]")
+    reproduce.add_argument("--seeds", metavar="N", type=int, help="runs of each cell [3; 5 for figure2]")
+    reproduce.add_argument("--epochs", metavar="N", type=int, help="what the paper's 100 epochs become [the scale's]")
+    reproduce.add_argument("--limit", metavar="N", type=int, help="train on this many images [all]")
+    reproduce.add_argument("--only", metavar="CELL", nargs="+", default=(), help="run only these cells [all]")
+    reproduce.add_argument("--out", metavar="FOLDER", help="where pages and figures go [results/SCALE]")
+    reproduce.add_argument("--device", metavar="NAME", default="auto", help="cpu, cuda, ... [auto]")
+    reproduce.add_argument("--plan", action="store_true", help="show the plan and stop")
+
     convert = verbs.add_parser(
         "convert",
         help="make a run folder of other people's checkpoint",
@@ -280,6 +300,10 @@ def run(arguments: dict[str, Any]) -> None:
         from simsiam.demo import demo
 
         demo(**arguments)
+    elif verb == "reproduce":
+        from simsiam.laboratory.reproduce import reproduce
+
+        reproduce(arguments.pop("experiments"), **arguments)
     elif verb == "convert":
         from simsiam.convert import convert, told
 

@@ -1,0 +1,123 @@
+"""Figures: curves over epochs, or accuracies beside the paper's. Seeds light, means bold; told apart in gray too."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from itertools import cycle
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from simsiam.evaluate import finetune
+from simsiam.files import whole
+from simsiam.laboratory.claims import Values
+
+COLORS = (*finetune.COLORS, "black")
+DASHES: tuple[Any, ...] = (*finetune.DASHES, (0, (6, 1)))
+MARKS = ("o", "s", "^", "D", "v")
+LABELS = {
+    "loss": "training loss",
+    "z_std_sqrt_d": "std of z/‖z‖, times √d",
+    "knn_top1": "kNN on held-out images (%)",
+    "linear": "linear top-1 on test images (%)",
+}
+RANGES = {"loss": (-1.05, 0.05), "z_std_sqrt_d": (0, 1.05), "knn_top1": (0, None)}  # as in Figure 2
+Curve = Sequence[tuple[float, float]]
+
+
+def curves(found: Mapping[str, Mapping[str, Sequence[Curve]]], path: Path, title: str) -> None:
+    """A panel for each metric of `found`, with a curve for each seed of each cell and their mean."""
+    figure = blank(4.2 * len(found), 3.6)
+    for axes, (metric, cells) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items()):
+        for (cell, seeds), color, dash in zip(cells.items(), cycle(COLORS), cycle(DASHES)):
+            at: dict[float, list[float]] = defaultdict(list)
+            for curve in seeds:
+                axes.plot(*zip(*curve), color=color, linewidth=0.8, alpha=0.35)
+                for x, y in curve:
+                    at[x].append(y)
+            mean = [(x, fmean(ys)) for x, ys in sorted(at.items())]
+            axes.plot(*zip(*mean), linestyle=dash, color=color, linewidth=2, label=cell)
+        if metric == "z_std_sqrt_d":
+            axes.axhline(1, color="gray", linewidth=0.8, linestyle=":", label="1/√d: isotropic z")
+        finish(axes, "epoch", LABELS[metric])
+        axes.set_ylim(RANGES.get(metric))
+    figure.suptitle(title)
+    save(figure, path)
+
+
+def dots(values: Values, paper: Mapping[str, Any], ours: str, theirs: str, path: Path, title: str) -> None:
+    """Accuracies of every cell, ours and the paper's in a panel each: their metrics differ."""
+    cells = list(values)
+    figure = blank(9, 1.6 + 0.4 * len(cells))
+    left, right = figure.subplots(1, 2, sharey=True)
+    for y, cell in enumerate(cells):
+        accuracies = known(values[cell])
+        left.scatter(accuracies, [y] * len(accuracies), color=COLORS[0], alpha=0.35, s=25)
+        if accuracies:
+            left.scatter(fmean(accuracies), y, color=COLORS[0], marker="|", s=250, linewidths=2.5)
+        if (top1 := paper.get(cell, {}).get("top1")) is not None:
+            right.scatter(top1, y, color=COLORS[1], marker="D", s=35)
+    left.set(yticks=range(len(cells)), yticklabels=cells, ylim=(len(cells) - 0.5, -0.5))
+    finish(left, wrapped(ours), "")
+    finish(right, wrapped(theirs), "")
+    figure.suptitle(title)
+    save(figure, path)
+
+
+def lines(
+    values: Values, x: Mapping[str, float], paper: Mapping[str, Any], word: str, ours: str, theirs: str, path: Path,
+    title: str,
+) -> None:  # fmt: skip
+    """Accuracies against a word of the recipe, `x` of each cell; cells that differ in their last number are a line."""
+    figure = blank(9, 4)
+    left, right = figure.subplots(1, 2)
+    series, there = defaultdict[str, list[str]](list), set[int]()
+    for cell in values:
+        series[cell.rstrip("0123456789").rstrip(" =,")].append(cell)
+    for (name, cells), color, dash, mark in zip(series.items(), cycle(COLORS), cycle(DASHES), cycle(MARKS)):
+        style = {"color": color, "linestyle": dash, "marker": mark}
+        measured = [(x[cell], known(values[cell])) for cell in cells if known(values[cell])]
+        for at, accuracies in measured:
+            left.scatter([at] * len(accuracies), accuracies, color=color, alpha=0.35, s=15)
+        if measured:
+            left.plot([at for at, _ in measured], [fmean(a) for _, a in measured], **style, label=name)
+        printed = [(int(cell.split()[-1]), paper[cell]["top1"]) for cell in cells if paper.get(cell, {}).get("top1")]
+        if printed:
+            right.plot(*zip(*printed), **style, label=name)
+            there |= {at for at, _ in printed}
+    for axes, metric, ticks in ((left, ours, set(x.values())), (right, theirs, there)):
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(sorted(ticks), labels=map(str, sorted(ticks)))
+        finish(axes, word.replace("_", " "), wrapped(metric))
+    figure.suptitle(title)
+    save(figure, path)
+
+
+def finish(axes: Any, x: str, y: str) -> None:
+    axes.set(xlabel=x, ylabel=y)
+    axes.grid(alpha=0.3)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=8)
+
+
+def known(seeds: Mapping[int, Mapping[str, Any]]) -> list[float]:
+    return [v["linear"] for v in seeds.values() if v.get("linear") is not None]
+
+
+def wrapped(metric: str) -> str:
+    return metric.replace(", linear", ",\nlinear")
+
+
+def blank(width: float, height: float) -> Any:
+    from matplotlib.figure import Figure  # not pyplot: no display, no global state
+
+    return Figure(figsize=(width, height), dpi=150, layout="constrained")
+
+
+def save(figure: Any, path: Path) -> None:
+    """As PNG and as SVG, the same bytes for the same numbers."""
+    from matplotlib import rc_context
+
+    with rc_context({"svg.hashsalt": "simsiam"}):
+        for kind, about in (("png", {"Software": None}), ("svg", {"Date": None})):
+            with whole(path.with_suffix(f".{kind}")) as part:
+                figure.savefig(part, format=kind, metadata=about)

@@ -1,0 +1,329 @@
+"""Every table and figure of the paper as data: cells in the paper's words, claims with their margins. Loads no torch.
+
+A cell says what differs from the paper's baseline (section 3, with the constant predictor lr of section 4.3 on); a
+scale turns it into a recipe. Margins are points of accuracy unless a metric is named, and were chosen before any run:
+2 for "the same", 10 for "fails". The paper's own numbers are in paper.json, under the same names.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise, product
+
+from simsiam.laboratory.claims import Claim, above, alike, is_not, is_so, lies
+from simsiam.laboratory.scales import Words
+
+SAME, FAILS = 2.0, 10.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """One table or figure: its runs are cells x seeds. Without cells it is drawn from METHODS."""
+
+    title: str
+    where: str  # in the paper
+    cells: Mapping[str, Words] = field(default_factory=dict)
+    claims: tuple[Claim, ...] = ()
+    common: Words = field(default_factory=dict)  # words of all cells
+    seeds: int = 3
+    epochs: int = 100  # of its runs in the paper, but for cells that say theirs
+    curves: tuple[str, ...] = ()  # metrics to draw over epochs; "linear" keeps checkpoints and classifies from each
+    against: str = ""  # or a word to draw accuracies against; cells that differ in their last number are a line
+    reads_h: bool = False  # measure what the predictor predicts (section 5.1)
+
+
+COSINE = {"predictor_lr": "cosine"}  # Figure 2, and the baseline of Table 1
+NO_PREDICTOR = COSINE | {"predictor": "none"}  # Table 1a
+NO_BN = {"head_bn": (), "output_bn_affine": False}
+WARM = {"warmup_epochs": 10}
+LARS = {"optimizer": "lars", "base_lr": 0.3, "weight_decay": 1e-6, "exclude": "bias_and_norm"}  # SimCLR's; ours to say
+WIDTHS = (256, 512, 1024, 2048)
+LENGTHS = (100, 200, 400, 800)
+ROWS = ("simclr", "moco_v2_plus", "byol", "swav", "simsiam")
+
+
+EXPERIMENTS: dict[str, Experiment] = {
+    "figure2": Experiment(
+        title="With and without stop-gradient",
+        where="section 4.1, Figure 2",
+        seeds=5,
+        cells={"with stop-gradient": COSINE, "without stop-gradient": COSINE | {"stop_gradient": False}},
+        curves=("loss", "z_std_sqrt_d", "knn_top1"),
+        claims=(
+            lies("without, the loss falls to its minimum of -1", "without stop-gradient", "loss", high=-0.9),
+            lies("without, z/|z| is constant", "without stop-gradient", "z_std_sqrt_d", high=0.1),
+            is_so("without, the outputs collapse (std or rank)", "without stop-gradient", "collapsed"),
+            lies("without, accuracy is at chance", "without stop-gradient", "above_chance", high=SAME),
+            lies("with it, the std is near 1/sqrt(d)", "with stop-gradient", "z_std_sqrt_d", low=0.9),
+            is_not("with it, nothing collapses", "with stop-gradient", "collapsed"),
+            above("stop-gradient makes the difference", "with stop-gradient", "without stop-gradient", FAILS),
+        ),
+    ),
+    "table1": Experiment(
+        title="The predictor",
+        where="section 4.2, Table 1",
+        cells={
+            "baseline": COSINE,
+            "(a) no predictor": NO_PREDICTOR,
+            "no predictor, asymmetric": NO_PREDICTOR | {"pairs": "asymmetric"},
+            "(b) fixed at random": COSINE | {"predictor": "fixed"},
+            "(c) lr not decayed": {},
+        },
+        claims=(
+            above("without a predictor it does not work", "baseline", "(a) no predictor", FAILS),
+            is_so("without a predictor it collapses", "(a) no predictor", "collapsed"),
+            is_so("so it does with the asymmetric loss", "no predictor, asymmetric", "collapsed"),
+            above("a fixed predictor does not work", "baseline", "(b) fixed at random", FAILS),
+            is_not("that failure is no collapse", "(b) fixed at random", "collapsed"),
+            above("its loss stays high", "(b) fixed at random", "baseline", 0.1, "loss"),
+            above("a constant predictor lr is better than a decayed one", "(c) lr not decayed", "baseline"),
+        ),
+    ),
+    "table2": Experiment(
+        title="The batch size",
+        where="section 4.3, Table 2",
+        against="batch_size",
+        cells={
+            **{f"batch {n}": {"batch_size": n} | (WARM if n >= 1024 else {}) for n in (64, 128, 256)},
+            "batch 512": {},
+            **{f"batch {n}": {"batch_size": n} | WARM for n in (1024, 2048, 4096)},
+            "LARS, batch 4096": {"batch_size": 4096} | WARM | LARS,
+        },
+        claims=(
+            alike("256 is as good as 512", "batch 256", "batch 512", SAME),
+            alike("1024 is as good as 512", "batch 1024", "batch 512", SAME),
+            alike("2048 is as good as 512", "batch 2048", "batch 512", SAME),
+            Claim(says="64 is decent", of={"batch 512": 1, "batch 64": -1}, high=2 * SAME),
+            Claim(says="128 is decent", of={"batch 512": 1, "batch 128": -1}, high=2 * SAME),
+            above("SGD is worse at 4096", "batch 512", "batch 4096"),
+            is_not("it does not collapse there", "batch 4096", "collapsed"),
+            above("LARS should help at 4096 (expected in the paper, not tried)", "LARS, batch 4096", "batch 4096"),
+        ),
+    ),
+    "table3": Experiment(
+        title="Batch norm in the heads",
+        where="section 4.4, Table 3",
+        cells={
+            "(a) none": NO_BN | WARM,
+            "(b) hidden": {"head_bn": ("proj_hidden", "pred_hidden"), "output_bn_affine": False},
+            "(c) default": {},
+            "(d) all": {"head_bn": ("proj_hidden", "proj_out", "pred_hidden", "pred_out")},
+            "default, no affine": {"output_bn_affine": False},
+        },
+        claims=(
+            is_not("without batch norm it does not collapse", "(a) none", "collapsed"),
+            above("but accuracy is low", "(c) default", "(a) none", FAILS),
+            above("batch norm in hidden layers makes the difference", "(b) hidden", "(a) none", FAILS),
+            above("that of f's output adds to it", "(c) default", "(b) hidden"),
+            alike("its affine part does not matter", "default, no affine", "(c) default", SAME),
+            above("batch norm on h's output does not work", "(c) default", "(d) all", FAILS),
+            is_not("that failure is no collapse", "(d) all", "collapsed"),
+            above("there the loss oscillates", "(d) all", "(c) default", metric="loss_swing"),
+        ),
+    ),
+    "similarity": Experiment(
+        title="The similarity function",
+        where="section 4.5",
+        cells={"cosine": {}, "cross-entropy": {"criterion": "cross_entropy"}},
+        claims=(
+            is_not("cross-entropy does not collapse", "cross-entropy", "collapsed"),
+            above("cosine is better", "cosine", "cross-entropy"),
+        ),
+    ),
+    "symmetrization": Experiment(
+        title="Symmetrization",
+        where="section 4.6",
+        cells={
+            "symmetric": {},
+            "asymmetric": {"pairs": "asymmetric"},
+            "asymmetric 2x": {"pairs": "asymmetric_2x"},
+        },
+        claims=(
+            is_not("asymmetric does not collapse", "asymmetric", "collapsed"),
+            above("asymmetric is worse than asymmetric 2x", "asymmetric 2x", "asymmetric"),
+            above("asymmetric 2x is worse than symmetric", "symmetric", "asymmetric 2x"),
+        ),
+    ),
+    "alternation": Experiment(
+        title="Multi-step alternation",
+        where="section 5.2",
+        cells={
+            "1 step": {},
+            "10 steps": {"target": "alternation", "target_steps": 10},
+            "100 steps": {"target": "alternation", "target_steps": 100},
+            "1 epoch": {"target": "alternation", "target_steps": 0},
+        },
+        claims=(
+            above("10 steps are better than 1", "10 steps", "1 step"),
+            above("100 steps are better than 1", "100 steps", "1 step"),
+            alike("an epoch works as well", "1 epoch", "1 step", SAME),
+            is_not("and does not collapse", "1 epoch", "collapsed"),
+        ),
+    ),
+    "moving_average": Experiment(
+        title="A moving average in place of the predictor",
+        where="section 5.2",
+        cells={
+            "simsiam": {},
+            "no predictor": NO_PREDICTOR,
+            "no predictor, moving average": NO_PREDICTOR | {"target": "moving_average", "target_decay": 0.8},
+        },
+        claims=(
+            is_so("without both it collapses", "no predictor", "collapsed"),
+            is_not("the moving average prevents it", "no predictor, moving average", "collapsed"),
+            above("and learns", "no predictor, moving average", "no predictor", FAILS),
+            above("less than with a predictor", "simsiam", "no predictor, moving average"),
+        ),
+    ),
+    "expectation": Experiment(
+        title="The expectation over views, and what h predicts",
+        where="sections 5.1 and 5.2, equation 9",
+        cells={
+            "simsiam": {},
+            "mean of 3 views": {"target": "expectation", "target_views": 3},
+            "no predictor": NO_PREDICTOR,
+            "no predictor, mean of 3 views": NO_PREDICTOR | {"target": "expectation", "target_views": 3},
+        },
+        reads_h=True,
+        claims=(
+            lies("p1 lies nearer to E[z] than z1 does", "simsiam", "h_gain", low=0),
+            is_not(
+                "with the expectation no predictor is needed (suggested)", "no predictor, mean of 3 views", "collapsed"
+            ),
+            above(
+                "with the expectation it learns without one (suggested)",
+                "no predictor, mean of 3 views",
+                "no predictor",
+                FAILS,
+            ),
+        ),
+    ),
+    "table4": Experiment(
+        title="Methods and lengths of training",
+        where="section 6.1, Table 4",
+        against="epochs",
+        common={"batch_size": 256},
+        cells={f"{row} {n}": {"method": row, "epochs": n} for row, n in product(ROWS, LENGTHS)},
+        claims=(
+            *(above(f"best at 100 epochs: above {row}", "simsiam 100", f"{row} 100") for row in ROWS[:-1]),
+            *(above(f"above SimCLR at {n} epochs", f"simsiam {n}", f"simclr {n}") for n in LENGTHS),
+            *(
+                Claim(
+                    says=f"gains less from longer training than {row}",
+                    of={f"{row} 800": 1, f"{row} 100": -1, "simsiam 800": -1, "simsiam 100": 1},
+                    low=0,
+                )
+                for row in ROWS[:-1]
+            ),
+        ),
+    ),
+    "simclr_ablation": Experiment(
+        title="A predictor and a stop-gradient for SimCLR",
+        where="section 6.2",
+        cells={
+            "simclr": {"method": "simclr"},
+            "with predictor": {"method": "simclr", "predictor": "mlp"},
+            "with predictor and stop-gradient": {"method": "simclr", "predictor": "mlp", "stop_gradient": True},
+        },
+        claims=(
+            Claim(says="a predictor does not help", of={"with predictor": 1, "simclr": -1}, high=SAME),
+            Claim(says="both do not help", of={"with predictor and stop-gradient": 1, "simclr": -1}, high=SAME),
+            is_not("neither is needed", "simclr", "collapsed"),
+        ),
+    ),
+    "swav_ablation": Experiment(
+        title="A predictor for SwAV, and no stop-gradient",
+        where="section 6.2",
+        cells={
+            "swav": {"method": "swav"},
+            "with predictor": {"method": "swav", "predictor": "mlp"},
+            "without stop-gradient": {"method": "swav", "stop_gradient": False},
+        },
+        claims=(
+            Claim(says="a predictor does not help", of={"with predictor": 1, "swav": -1}, high=SAME),
+            is_so("without stop-gradient it diverges", "without stop-gradient", "diverged"),
+        ),
+    ),
+    "byol_without_momentum": Experiment(
+        title="BYOL without its momentum encoder",
+        where="section 2, footnote 2",
+        epochs=300,
+        cells={
+            "byol": {"method": "byol"},
+            "no momentum": {"method": "byol", "target": "shared"},
+            "no momentum, predictor lr x 10": {"method": "byol", "target": "shared", "predictor_lr_scale": 10.0},
+        },
+        claims=(
+            above("without it BYOL fails (its v1)", "byol", "no momentum", FAILS),
+            is_not(
+                "with ten times the predictor's lr nothing collapses", "no momentum, predictor lr x 10", "collapsed"
+            ),
+            above("which mends it (its v3)", "no momentum, predictor lr x 10", "no momentum"),
+            above("the momentum encoder is still of use", "byol", "no momentum, predictor lr x 10"),
+        ),
+    ),
+    "output_dim": Experiment(
+        title="The output dimension d",
+        where="appendix B",
+        against="dim",
+        cells={
+            **{f"d = {d}": {"dim": d, "pred_dim": d // 4} for d in WIDTHS},
+            "hidden = d = 2048": {"dim": 2048, "pred_dim": 2048},
+        },
+        claims=(
+            *(above(f"{b} is better than {a}", f"d = {b}", f"d = {a}") for a, b in pairwise(WIDTHS)),
+            above(
+                "a predictor without bottleneck is less stable", "hidden = d = 2048", "d = 2048", metric="loss_swing"
+            ),
+            above("or fails", "d = 2048", "hidden = d = 2048", FAILS),
+        ),
+    ),
+    "figure_d1": Experiment(
+        title="SimSiam beside SimCLR on equal terms",
+        where="appendix D, Figure D.1",
+        epochs=800,
+        cells={"simsiam": {}, "simclr": {"method": "simclr", "proj_layers": 2}},
+        curves=("knn_top1", "linear"),
+        claims=(
+            is_not("SimSiam does not collapse", "simsiam", "collapsed"),
+            alike("the kNN curves are similar: their means over training", "simsiam", "simclr", 2 * SAME, "knn_mean"),
+            alike("the results are similar", "simsiam", "simclr", SAME),
+            above("SimSiam is slightly better", "simsiam", "simclr"),
+        ),
+    ),
+    "figure3": Experiment(title="Siamese architectures", where="section 6.2, Figure 3"),
+    "optimal_recipe": Experiment(
+        title="The recipe that transfers better",
+        where="section 6.1, Table 5",
+        epochs=200,
+        common={"batch_size": 256},
+        cells={"base": {}, "optimal": {"base_lr": 0.5, "weight_decay": 1e-5}},
+        claims=(
+            is_not("it does not collapse", "optimal", "collapsed"),
+            alike("its linear accuracy is similar", "optimal", "base", SAME),
+        ),
+    ),
+    "table_c1": Experiment(
+        title="The other methods, as in their papers and improved",
+        where="appendix C, Table C.1",
+        common={"batch_size": 256},
+        cells={
+            **{f"simclr original {n}": {"method": "simclr", "epochs": n, "proj_layers": 2} for n in (200, 800)},
+            **{f"simclr improved {n}": {"method": "simclr", "epochs": n} for n in (200, 800)},
+            **{f"{row} {n}": {"method": row, "epochs": n} for n in (200, 800) for row in ("moco_v2", "moco_v2_plus")},
+            "byol 300": {"method": "byol", "epochs": 300},
+            "swav original 400": {"method": "swav", "epochs": 400, "proj_layers": 2},
+            "swav improved 400": {"method": "swav", "epochs": 400},
+        },
+        claims=(
+            *(
+                above(f"three layers are better: SimCLR, {n} epochs", f"simclr improved {n}", f"simclr original {n}")
+                for n in (200, 800)
+            ),
+            *(
+                above(f"both directions are better: MoCo v2, {n} epochs", f"moco_v2_plus {n}", f"moco_v2 {n}")
+                for n in (200, 800)
+            ),
+            above("three layers are better: SwAV, 400 epochs", "swav improved 400", "swav original 400"),
+        ),
+    ),
+}

@@ -1,0 +1,218 @@
+"""`simsiam reproduce`: plan, run what is missing, measure, judge, write. Killed anywhere, it goes on where it was.
+
+Several processes may work on one folder of runs: whoever starts a run locks it, and the others take another.
+"""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from simsiam import figure3
+from simsiam.errors import Stopped, UsageError, WorkFailed, unknown
+from simsiam.files import whole
+from simsiam.laboratory import drawing, measure, pages
+from simsiam.laboratory.claims import Values
+from simsiam.laboratory.experiments import EXPERIMENTS, Experiment
+from simsiam.laboratory.plan import FINISHED, INTERRUPTED, Job, Jobs, every, hours, jobs
+from simsiam.laboratory.scales import SCALES, Scale
+from simsiam.pretrain import pretrain, resume
+from simsiam.run import Run
+from simsiam.sources import SOURCES, open_source
+
+
+def reproduce(
+    experiments: Sequence[str],
+    *,
+    scale: str = "tiny",
+    source: Sequence[str] = (),
+    seeds: int | None = None,
+    epochs: int | None = None,
+    limit: int | None = None,
+    only: Sequence[str] = (),
+    out: str | os.PathLike[str] | None = None,
+    device: str = "auto",
+    plan: bool = False,
+) -> list[Path]:
+    """Repeat experiments of the paper; returns the page of each.
+
+    Runs are kept in runs/laboratory/SCALE and shared by all experiments; pages, tables, figures and JSON go to `out`,
+    results/SCALE. `seeds` is how many, `epochs` what the paper's 100 become, `only` the cells to run; with `plan`
+    nothing is run. Raises UsageError for a wrong request, WorkFailed at the end if a run failed, Stopped at a signal.
+    """
+    chosen = named(experiments)
+    if scale not in SCALES:
+        raise unknown("scale", scale, SCALES)
+    size = SCALES[scale]
+    for name, number in {"seeds": seeds, "epochs": epochs, "limit": limit}.items():
+        if number is not None and number < 1:
+            raise UsageError(f"{name} is {number}; it is at least 1")
+    cells = {cell for experiment in chosen.values() for cell in experiment.cells}
+    for cell in only:
+        if cell not in cells:
+            raise unknown("cell", cell, cells)
+    images = tuple(one if one in SOURCES else str(Path(one).expanduser().resolve()) for one in source)
+    words: dict[str, Any] = {"source": images or (size.source or "",), "limit": limit, "device": device}
+    folder = Path("runs") / "laboratory" / scale
+    plans = {n: jobs(e, size, folder, seeds, epochs, **words) for n, e in chosen.items()}
+    wanted = {n: {c: s for c, s in p.items() if not only or c in only} for n, p in plans.items()}
+
+    console = Console(highlight=False)
+    console.print(told(wanted, size, limit), soft_wrap=True)
+    if plan:
+        return []
+    if not images and size.source is None:
+        raise UsageError(f"scale {scale} needs the data: --source FOLDER, with train/CLASS/ and val/CLASS/ in it")
+    if every(wanted.values()):
+        opened = open_source(images or size.source or "")  # now rather than once for every run
+        if images:  # they may have other classes than the scale's own
+            data = f"{size.data} from {', '.join(Path(one).name for one in images)}"
+            size = replace(size, data=data, classes=len(opened.train.classes) or size.classes)
+
+    results, failures, written = Path(out or f"results/{scale}"), dict[Path, str](), []
+    results.mkdir(parents=True, exist_ok=True)
+    asked = {"scale": scale, "seeds": seeds, "epochs": epochs, "limit": limit}
+    flags = "".join(f" --{flag} {value}" for flag, value in asked.items() if value is not None)
+    for name, experiment in chosen.items():
+        pending = every([wanted[name]])
+        for wait in (False, True):  # first whatever nobody else is at
+            for path, job in list(pending.items()):
+                with locked(path, wait) as mine:
+                    if mine:
+                        del pending[path]
+                        if path not in failures and (reason := perform(job, size, experiment)):
+                            failures[path] = reason
+                            console.print(f"failed   {path}: {reason}", soft_wrap=True)
+        written.append(
+            write(name, experiment, size, plans[name], f"simsiam reproduce {name}{flags}", failures, results)
+        )
+        console.print(f"wrote    {written[-1]}", soft_wrap=True)
+    text(results / "README.md", pages.index(results, size))
+    if failures:
+        path, reason = next(iter(failures.items()))
+        raise WorkFailed(
+            f"{len(failures)} runs failed and the rest is done; the same command goes on: {path}: {reason}"
+        )
+    return written
+
+
+def named(experiments: Sequence[str]) -> dict[str, Experiment]:
+    """Experiments by name; `all` is every one."""
+    for name in experiments:
+        if name not in (*EXPERIMENTS, "all"):
+            raise unknown("experiment", name, [*EXPERIMENTS, "all"])
+    return {n: e for n, e in EXPERIMENTS.items() if n in experiments or "all" in experiments}
+
+
+def told(plans: Mapping[str, Jobs], scale: Scale, limit: int | None) -> str:
+    """The plan in words: each experiment's runs, how many are there, and the time that the others take together."""
+    lines = []
+    for name, plan in plans.items():
+        states = [job.state for job in every([plan]).values()]
+        there, begun = states.count(FINISHED), states.count(INTERRUPTED)
+        lines.append(f"{name:<22} {len(states):>3} runs, {there} finished, {begun} to continue")
+    together = every(plans.values()).values()
+    missing, time = sum(job.state != FINISHED for job in together), hours(together, scale, limit)
+    on = "at the speed of the finished ones" if missing < len(together) else f"on {scale.hardware}"
+    unit = "GPU-hours" if scale.source is None else "hours"
+    return "\n".join([*lines, f"{'together':<22} {len(together):>3} runs, {missing} to do: {time:,.1f} {unit} {on}"])
+
+
+@contextmanager
+def locked(path: Path, wait: bool) -> Iterator[bool]:
+    """Whether this process has the run to itself; the lock goes with the process, however it ends."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_name(f"{path.name}.lock"), "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+def perform(job: Job, scale: Scale, experiment: Experiment) -> str:
+    """Start, continue and measure a run, whatever of it is missing; why that failed, or ""."""
+    try:
+        try:
+            if job.state == INTERRUPTED:
+                resume(job.path)
+            elif job.state != FINISHED:
+                for stray in job.path.glob("*.part"):  # of a process killed before there was a recipe
+                    stray.unlink()
+                pretrain(job.recipe.source, recipe=job.recipe, out=job.path)
+        except WorkFailed:
+            if job.state != FINISHED:  # to diverge is a result
+                raise
+        measured = measure.values(Run(job.path), scale, reads_h=experiment.reads_h)
+        if "linear" in experiment.curves and not measured["diverged"]:
+            measure.linear_curve(Run(job.path), scale)
+    except Stopped:
+        raise
+    except Exception as error:  # whatever it is, the other runs go on; it is said, and the exit code is 1
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return ""
+
+
+def write(
+    name: str, experiment: Experiment, scale: Scale, plan: Jobs, command: str, failures: Mapping[Path, str], out: Path
+) -> Path:
+    """An experiment's page, table, figure and JSON, from the runs that are finished; returns the page."""
+    page, title = out / f"{name}.md", f"{experiment.title} ({scale.name})"
+    if not experiment.cells:
+        text(out / f"{name}.svg", figure3.svg())
+        text(page, f"# {name}: {experiment.title}\n\n![{experiment.title}]({name}.svg)\n\n{figure3.markdown()}\n")
+        return page
+    values: dict[str, dict[int, Any]] = {cell: {} for cell in plan}
+    runs = []
+    for cell, seed, job in ((cell, seed, job) for cell, seeds in plan.items() for seed, job in seeds.items()):
+        told = {"cell": cell, "seed": seed, "run": str(job.path), "state": failures.get(job.path, job.state)}
+        if job.state == FINISHED and job.path not in failures:
+            run = Run(job.path)
+            values[cell][seed] = measure.values(run, scale, reads_h=experiment.reads_h)
+            here = {"environment": run.json("environment.json"), "recipe": run.recipe.to_dict()}
+            told |= {"values": values[cell][seed], **here}
+        runs.append(told)
+    rulings = [(claim, claim.judge(values)) for claim in experiment.claims]
+    paper = pages.PAPER[name]
+    about = {
+        "experiment": name, "title": experiment.title, "where": experiment.where, "command": command,
+        "scale": scale.name, "mapping": scale.mapping, "metric": scale.metric, "paper": paper,
+        "claims": [pages.plain(claim, ruling) for claim, ruling in rulings], "runs": runs,
+    }  # fmt: skip
+    draw(experiment, scale, plan, values, paper, out / name, title)
+    text(out / f"{name}.csv", pages.as_csv(pages.table(name, experiment, scale, values)))
+    text(out / f"{name}.json", json.dumps(about, indent=2) + "\n")
+    text(page, pages.page(name, experiment, scale, values, rulings, about))
+    return page
+
+
+def draw(
+    experiment: Experiment, scale: Scale, plan: Jobs, values: Values, paper: Mapping[str, Any], path: Path, title: str
+) -> None:
+    """The experiment's figure, as PNG and SVG."""
+    metrics = (f"ours: {scale.metric}", f"paper: {paper['metric']}")
+    if experiment.curves:
+        found: dict[str, dict[str, list[drawing.Curve]]] = {metric: {} for metric in experiment.curves}
+        for metric, (cell, seeds) in product(experiment.curves, values.items()):
+            ends = [Run(plan[cell][seed].path) for seed, v in seeds.items() if not v["diverged"]]
+            found[metric][cell] = [measure.curve(run, metric, scale) for run in ends]
+        drawing.curves(found, path, title)
+    elif experiment.against:
+        first = {cell: next(iter(seeds.values())).recipe for cell, seeds in plan.items()}
+        x = {cell: (vars(r) | vars(r.method))[experiment.against] for cell, r in first.items()}
+        drawing.lines(values, x, paper["cells"], experiment.against, *metrics, path, title)
+    else:
+        drawing.dots(values, paper["cells"], *metrics, path, title)
+
+
+def text(path: Path, content: str) -> None:
+    with whole(path) as part:
+        part.write_text(content, encoding="utf-8")

@@ -1,0 +1,175 @@
+"""The paper's settings at three sizes: what a cell, told in the paper's words, becomes. Plain data; loads no torch."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import log
+from typing import Any
+
+from simsiam import recipes
+from simsiam.recipes import Recipe
+
+Words = Mapping[str, Any]
+BASE_LR, WEIGHT_DECAY = 0.05, 1e-4  # the paper's baseline (section 3)
+PER_EPOCH = 1281167 // 512  # steps of the baseline's epoch on ImageNet
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """A size at which experiments are repeated, and how the paper's settings map to it."""
+
+    name: str
+    data: str  # the images, in words
+    source: str | None  # None: has to be given
+    base: Words  # SimSiam's recipe
+    rows: Mapping[str, Words]  # what a method takes besides its row of METHODS; "byol 800": at that length in the paper
+    epochs: int | None  # of each run, unless lengths are compared; None: the paper's
+    ladder: float  # what the paper's 100 epochs become where lengths are compared
+    divisor: int  # of the paper's batches
+    linear: str  # the linear protocol
+    images: int  # that a run trains on
+    classes: int
+    rate: float  # images a second of a run with two views, before any has been measured ...
+    hardware: str  # ... on this
+    mapping: tuple[str, ...]  # the same in words, for readers of a table
+
+    @property
+    def metric(self) -> str:
+        return f"{self.data}, linear top-1 (%)"
+
+    @property
+    def chance(self) -> float:
+        return 100 / self.classes
+
+    def recipe(self, cell: Words, *, common: Words, epochs: int, given: int | None = None, **run: Any) -> Recipe:
+        """The recipe of a cell of an experiment whose runs take `epochs` in the paper; `run` is taken as it is.
+
+        A method's own words precede those `common` to the experiment, and the cell's precede all. A cell that says
+        `epochs` compares lengths. `given` is what 100 epochs become, if the user says so. Raises UsageError for words
+        that contradict each other.
+        """
+        cell = dict(cell)
+        compared, length = "epochs" in cell, cell.pop("epochs", epochs)
+        method = cell.pop("method", "simsiam")
+        if given is not None:
+            long = round(given * length / 100) if compared else given
+        else:
+            long = round(self.ladder * length / 100) if compared else self.epochs or length
+        own = {**self.rows.get(method, {}), **self.rows.get(f"{method} {length}", {})}
+        recipe = Recipe().replace(**self.base).replace(method=method, **own)
+        cell = {word: value for word, value in common.items() if word not in own} | cell
+        for name, paper in {"base_lr": BASE_LR, "weight_decay": WEIGHT_DECAY}.items():
+            if name in cell:  # relative to the baseline's
+                cell[name] = float(f"{cell[name] * self.base.get(name, paper) / paper:.3g}")
+        if "batch_size" in cell:
+            cell["batch_size"] //= self.divisor
+        if cell.get("target_steps", 0) > 1:  # as far between a step and an epoch, on a log scale
+            per_epoch = self.images // recipe.batch_size
+            cell["target_steps"] = round(per_epoch ** (log(cell["target_steps"]) / log(PER_EPOCH)))
+        warmup = cell.pop("warmup_epochs", recipe.method.warmup_epochs)
+        warmup = min(max(1, round(warmup * long / length)), max(long, 1) - 1) if warmup else 0
+        return recipe.replace(**cell, epochs=max(long, 1), warmup_epochs=warmup, **run)
+
+
+AFFINE = {"output_bn_affine": True}  # the paper's default (section 4.4); ours, and the authors' code's, is without
+LARGE = {"batch_size": 4096}  # of the other methods in Table 4
+
+TINY = Scale(
+    name="tiny",
+    data="shapes",
+    source="shapes",
+    base=recipes.shapes() | {"knn_every": 3, "log_every": 5},
+    rows={
+        "simsiam": AFFINE,
+        "byol": {"equal_terms": True, "base_lr": 0.7, "dim": 256, "proj_hidden": 512, "pred_dim": 512},
+        "simclr": {"equal_terms": True, "base_lr": 0.7, "dim": 128, "proj_hidden": 512, "tau": 0.5},
+        "moco_v2": {
+            "equal_terms": True, "base_lr": 0.7, "dim": 128, "proj_hidden": 512, "queue": 1024, "target_decay": 0.99,
+        },
+        "moco_v2_plus": {
+            "equal_terms": True, "base_lr": 0.7, "dim": 128, "proj_hidden": 512, "queue": 1024, "target_decay": 0.99,
+        },
+        "swav": {
+            "equal_terms": True, "base_lr": 0.7, "dim": 128, "proj_hidden": 512, "prototypes": 128,
+            "freeze_prototypes": 31,
+        },
+    },
+    epochs=14,
+    ladder=2,
+    divisor=4,
+    linear="cached",
+    images=4000,
+    classes=10,
+    rate=830.0,
+    hardware="two cores of a Xeon with AMX",
+    mapping=(
+        "ResNet-10 of width 16, 32 px, crops of 40 to 100 % of the area, no color and no blur",
+        "batches are a quarter of the paper's: 16 to 1024",
+        "14 epochs for each run; where lengths are compared (tables 4 and C.1) 100 epochs become 2, 800 become 16",
+        "learning rates and weight decays are the paper's relative to its baseline, times 14 and times 1",
+        "d and the predictor's hidden width as in the paper; hidden projector layers 512 wide, one fewer",
+        "alternation every 3 and 8 steps for 10 and 100: as far between a step and an epoch, on a log scale",
+        "other methods on SimSiam's views, batch and SGD, each with a base lr of its own; queue 1024, 128 prototypes",
+    ),
+)  # fmt: skip
+
+EQUAL = {"equal_terms": True}
+CIFAR10 = Scale(
+    name="cifar10",
+    data="CIFAR-10",
+    source="cifar10",
+    base=recipes.cifar(),
+    rows={
+        "simsiam": AFFINE,
+        "byol": EQUAL,
+        "simclr": EQUAL | {"tau": 0.5},  # tau: SimCLR's on CIFAR-10
+        "moco_v2": EQUAL | {"queue": 4096, "target_decay": 0.99},
+        "moco_v2_plus": EQUAL | {"queue": 4096, "target_decay": 0.99},
+        "swav": EQUAL | {"prototypes": 300, "freeze_prototypes": 87},
+    },
+    epochs=800,
+    ladder=100,
+    divisor=1,
+    linear="cached",
+    images=45000,
+    classes=10,
+    rate=60.0,
+    hardware="two cores of a Xeon with AMX, a rough figure; finished runs correct it",
+    mapping=(
+        "appendix D: ResNet-18 for 32 px, no blur, a two-layer projector, base lr 0.03, weight decay 5e-4",
+        "800 epochs for each run, or --epochs N; where lengths are compared they are the paper's, or N for 100",
+        "learning rates and weight decays are the paper's relative to its baseline, times 0.6 and times 5",
+        "alternation every 4 and 14 steps for 10 and 100: as far between a step and an epoch, on a log scale",
+        "other methods on SimSiam's views, batch and SGD (appendix D); tau of SimCLR 0.5, queue 4096, 300 prototypes",
+    ),
+)
+
+IMAGENET = Scale(
+    name="imagenet",
+    data="ImageNet",
+    source=None,
+    base=recipes.imagenet(),
+    rows={
+        "simsiam": AFFINE,
+        "simclr": LARGE,
+        "swav": LARGE,
+        "byol": LARGE,
+        "byol 200": {"base_lr": 0.3},  # footnote 6, as are those below
+        "byol 300": {"base_lr": 0.3},
+        "byol 400": {"base_lr": 0.3},
+        "byol 800": {"base_lr": 0.2, "weight_decay": 1.5e-6, "target_decay": 0.996},
+        "byol 1000": {"base_lr": 0.2, "weight_decay": 1.5e-6, "target_decay": 0.996},
+        "moco_v2": {"batch_size": 256},
+        "moco_v2_plus": {"batch_size": 256},
+    },
+    epochs=None,
+    ladder=100,
+    divisor=1,
+    linear="paper",
+    images=1281167,
+    classes=1000,
+    rate=137.0,  # MoCo v2, table 3: 65 hours for 200 epochs end to end on 8 V100
+    hardware="one V100 in float32",
+    mapping=("as in the paper",),
+)
+
+SCALES = {scale.name: scale for scale in (TINY, CIFAR10, IMAGENET)}

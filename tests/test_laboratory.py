@@ -1,0 +1,291 @@
+"""The laboratory: claims are Student's, cells are recipes, and a campaign killed anywhere gives the same tables."""
+
+import csv
+import importlib
+import json
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from scipy import stats
+from torch import nn
+
+from simsiam.batches import views_of
+from simsiam.cli import main
+from simsiam.images import from_arrays
+from simsiam.laboratory import measure, scales
+from simsiam.laboratory.claims import HOLDS, NOISE, NOT, Claim, above, alike, is_not, is_so
+from simsiam.laboratory.experiments import EXPERIMENTS
+from simsiam.laboratory.pages import PAPER
+from simsiam.laboratory.plan import FINISHED, digest, every, jobs
+from simsiam.laboratory.scales import SCALES
+from simsiam.prepare import assemble
+from simsiam.recipes import Recipe
+from simsiam.run import Run
+from simsiam.siamese import Siamese
+
+METRICS = {
+    "linear", "knn", "knn_mean", "above_chance", "loss", "loss_swing", "z_std_sqrt_d", "z_rank", "collapsed",
+    "diverged", "h_gain",
+}  # fmt: skip
+
+
+def cells(**numbers):
+    """Values of one metric, from a list a cell; None is a run without it."""
+    return {cell: {i: {"linear": x} for i, x in enumerate(xs)} for cell, xs in numbers.items()}
+
+
+def test_a_claim_is_a_paired_t_interval():
+    rng = np.random.default_rng(0)
+    seed = rng.normal(70, 5, 6)  # what a seed does to both cells: pairing removes it
+    a, b = seed + 3 + rng.normal(0, 0.5, 6), seed + rng.normal(0, 0.5, 6)
+    ruling = above("", "a", "b", by=1).judge(cells(a=a, b=b))
+    reference = stats.ttest_rel(a, b).confidence_interval(0.95)
+    assert ruling.interval == pytest.approx((reference.low, reference.high)) and ruling.n == 6
+    assert ruling.verdict == HOLDS and reference.low > 1
+    gain = Claim(says="", of={"a": 2.0, "b": -1.0}, low=0).judge(cells(a=a, b=b))
+    assert gain.interval == pytest.approx(stats.t.interval(0.95, 5, (2 * a - b).mean(), stats.sem(2 * a - b)))
+
+
+@pytest.mark.parametrize(
+    ("claim", "a", "b", "verdict"),
+    [
+        (above("", "a", "b"), [5, 6, 7], [1, 2, 3.5], HOLDS),
+        (above("", "a", "b"), [1, 2, 3.5], [5, 6, 7], NOT),
+        (above("", "a", "b"), [5, 1, 7], [1, 2, 3], NOISE),
+        (above("", "a", "b"), [5, 5, 5], [5, 5, 5], NOT),  # equal is not above
+        (above("", "a", "b", by=5), [5, 6, 7], [1, 2.5, 3], NOT),
+        (alike("", "a", "b", 2), [5, 6, 7], [5.1, 6, 7.1], HOLDS),
+        (alike("", "a", "b", 2), [9, 9, 9], [5, 5.1, 5.2], NOT),
+        (alike("", "a", "b", 2), [9, 5, 1], [5, 5, 5], NOISE),
+        (is_so("", "a", "linear"), [1, 1], [], HOLDS),
+        (is_so("", "a", "linear"), [0, 0], [], NOT),
+        (is_so("", "a", "linear"), [1, 1, 0], [], NOISE),
+        (is_not("", "a", "linear"), [0, 0], [], HOLDS),
+        (above("", "a", "b"), [5], [1], NOISE),  # one seed has no interval
+        (above("", "a", "b"), [5, None, 5], [1, 1, None], NOISE),  # one pair is left
+        (above("", "a", "b"), [], [1, 2], NOISE),
+        (is_so("", "c", "linear"), [1], [1], NOISE),  # nothing holds by default
+    ],
+)
+def test_a_claim_holds_or_not_or_is_within_noise(claim, a, b, verdict):
+    assert claim.judge(cells(a=a, b=b)).verdict == verdict
+
+
+@pytest.mark.parametrize("scale", SCALES.values(), ids=SCALES)
+def test_every_cell_is_a_model_and_every_claim_is_of_its_cells(scale, tmp_path):
+    class Backbone(nn.Module):
+        dim = 8
+
+    for name, experiment in EXPERIMENTS.items():
+        for seeds in jobs(experiment, scale, tmp_path, 2, None).values():
+            assert [job.recipe.seed for job in seeds.values()] == [0, 1]
+            with torch.device("meta"):
+                Siamese(Backbone(), seeds[0].recipe.method)
+        for claim in experiment.claims:
+            assert claim.of.keys() <= experiment.cells.keys() and claim.metric in METRICS, (name, claim)
+        for one in (1, 3):  # whatever the user says of epochs
+            jobs(experiment, scale, tmp_path, 1, one)
+
+
+def test_imagenet_is_the_paper():
+    def recipe(name, cell):
+        e = EXPERIMENTS[name]
+        return SCALES["imagenet"].recipe(e.cells[cell], common=e.common, epochs=e.epochs)
+
+    baseline = Recipe().replace(backbone="resnet50", image_size=224, output_bn_affine=True)
+    default = recipe("table3", "(c) default")
+    assert replace(default, knn_every=1, save_every=100) == baseline
+    assert (default.epochs, default.batch_size, default.peak_lr) == (100, 512, 0.1)
+    large = recipe("table2", "batch 4096")
+    assert (large.batch_size, large.method.warmup_epochs, large.method.optimizer) == (4096, 10, "sgd")
+    assert [recipe("table4", f"simsiam {n}").batch_size for n in (100, 800)] == [256, 256]
+    byol = [recipe("table4", f"byol {n}") for n in (100, 200, 400, 800)]
+    assert [(r.epochs, r.batch_size, r.method.base_lr, r.method.weight_decay, r.method.decay) for r in byol] == [
+        (100, 4096, 0.45, 1e-6, 0.99), (200, 4096, 0.3, 1e-6, 0.99), (400, 4096, 0.3, 1e-6, 0.99),
+        (800, 4096, 0.2, 1.5e-6, 0.996),
+    ]  # fmt: skip
+    assert recipe("alternation", "100 steps").method.target_steps == 100
+    assert recipe("byol_without_momentum", "byol").epochs == 300
+
+
+def test_tiny_maps_the_papers_settings():
+    def recipe(name, cell):
+        e = EXPERIMENTS[name]
+        return SCALES["tiny"].recipe(e.cells[cell], common=e.common, epochs=e.epochs)
+
+    batches = [recipe("table2", cell).batch_size for cell in EXPERIMENTS["table2"].cells]
+    assert batches == [16, 32, 64, 128, 256, 512, 1024, 1024]
+    assert [recipe("table4", f"swav {n}").epochs for n in (100, 200, 400, 800)] == [2, 4, 8, 16]
+    steps = [recipe("alternation", cell).method.target_steps for cell in ("10 steps", "100 steps")]
+    assert 1 < steps[0] < steps[1] < 31 and recipe("alternation", "1 epoch").method.target_steps == 0
+    optimal = recipe("optimal_recipe", "optimal").method
+    assert (optimal.base_lr, optimal.weight_decay) == (7.0, 1e-5)
+    for row in ("simclr", "moco_v2_plus", "byol", "swav"):  # on SimSiam's views, batch and optimizer
+        one, simsiam = recipe("table4", f"{row} 400"), recipe("table4", "simsiam 400")
+        assert (one.method.views, one.batch_size) == (simsiam.method.views, simsiam.batch_size)
+        assert one.method.optimizer == "sgd"
+
+
+def test_experiments_share_equal_runs_and_only_those(tmp_path):
+    tiny = SCALES["tiny"]
+    plans = {name: jobs(e, tiny, tmp_path, 1, None) for name, e in EXPERIMENTS.items()}
+    assert plans["figure2"]["with stop-gradient"][0].path == plans["table1"]["baseline"][0].path
+    assert plans["table1"]["(c) lr not decayed"][0].path == plans["table3"]["(c) default"][0].path
+    recipes = {path: job.recipe for path, job in every(plans.values()).items()}
+    listed = [job.recipe.to_dict() for plan in plans.values() for seeds in plan.values() for job in seeds.values()]
+    assert len(recipes) == len({json.dumps(r) for r in listed}) < len(listed)
+    recipe = next(iter(recipes.values()))
+    assert digest(recipe) == digest(recipe.replace(seed=5, device="cpu"))
+    assert digest(recipe) != digest(recipe.replace(base_lr=0.1)) != digest(recipe.replace(limit=9))
+
+
+def test_the_papers_numbers_are_those_of_the_reference(shared):
+    reference = json.loads((shared / "reference/paper.json").read_text())
+
+    def numbers(name):
+        return [c["top1"] for c in PAPER[name]["cells"].values()]
+
+    def table(key, *leave):
+        found = [v for k, v in reference[key].items() if k not in ("note", *leave)]
+        return [v["top1"] if isinstance(v, dict) else v for v in found if not isinstance(v, (str, list))]
+
+    assert numbers("figure2") == table("figure2") and numbers("table1") == table("table1_predictor")
+    assert numbers("table2") == table("table2_batch_size") and numbers("table3") == table("table3_batch_norm")
+    assert numbers("similarity") == table("section4_5_similarity")
+    assert numbers("symmetrization") == table("section4_6_symmetrization")
+    assert numbers("alternation") == table("section5_2_alternation")
+    assert numbers("output_dim")[:4] == table("appendixB_output_dim")
+    assert numbers("simclr_ablation") == table("section6_2_simclr")
+    assert numbers("figure_d1") == table("appendixD_cifar10")
+    for row, known in reference["table4_comparison"].items():
+        if isinstance(known, dict):
+            name = row.removesuffix("_plus") if row != "moco_v2_plus" else row
+            assert [PAPER["table4"]["cells"][f"{name} {n}"]["top1"] for n in (100, 200, 400, 800)] == known["top1"]
+    for name, known in PAPER.items():
+        assert name == "source" or known["cells"].keys() <= EXPERIMENTS[name].cells.keys()
+
+
+# --- real runs, of a network of a few thousand parameters on a few dozen images ---------------------------------------
+
+
+@pytest.fixture
+def small(monkeypatch, tmp_path):
+    """Scale tiny, smaller; returns the flag that gives the images."""
+    tiny = SCALES["tiny"]
+    base = tiny.base | {"width": 4, "dim": 16, "pred_dim": 4, "proj_hidden": 16, "batch_size": 16, "log_every": 1}
+    monkeypatch.setitem(scales.SCALES, "tiny", replace(tiny, base=base, epochs=1))
+    rng = np.random.default_rng(0)
+    for split, n in (("train", 40), ("test", 10)):
+        for label in range(2):
+            folder = tmp_path / "images" / split / str(label)
+            folder.mkdir(parents=True)
+            for i in range(n):
+                Image.fromarray(rng.integers(0, 128 + 127 * label, (32, 32, 3), np.uint8)).save(folder / f"{i}.png")
+    return ["--source", str(tmp_path / "images")]
+
+
+def reproduce(*arguments):
+    return main(["reproduce", *map(str, arguments)])
+
+
+def test_killed_and_started_again_it_repeats_nothing_and_gives_the_same_table(small, monkeypatch, capfd):
+    plan = ["figure2", "--seeds", 1, *small]
+    assert reproduce(*plan, "--out", "whole") == 0
+    os.rename("runs", "finished")
+    module = importlib.import_module("simsiam.pretrain")
+    real, seen = module.gauges, []
+    strike = len([line for line in Run(next(iter(every_run("finished")))).metrics() if "loss" in line]) + 2
+
+    def gauges(output):
+        seen.append(1)
+        if len(seen) == strike:  # the second step of the second run
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(output)
+
+    monkeypatch.setattr(module, "gauges", gauges)
+    assert reproduce(*plan, "--out", "half") == 128 + signal.SIGTERM
+    done = {run / "summary.json": (run / "summary.json").stat().st_mtime_ns for run in every_run("runs")}
+    assert len(done) == 2
+    assert reproduce(*plan, "--out", "half") == 0
+    assert "2 runs, 1 finished, 1 to continue" in capfd.readouterr().out
+    first = min(done, key=done.get)
+    assert first.stat().st_mtime_ns == done[first] and len(every_run("runs")) == 2
+    for kind in ("csv", "svg"):
+        assert Path(f"whole/figure2.{kind}").read_text() == Path(f"half/figure2.{kind}").read_text()
+    seen.clear()
+    assert reproduce("table1", "--only", "baseline", "--seeds", 1, *small) == 0 and not seen  # shared with figure2
+    rows = list(csv.reader(Path("results/tiny/table1.csv").read_text().splitlines()))
+    assert [row[0] for row in rows[1:]] == list(EXPERIMENTS["table1"].cells)
+    assert rows[1][1] != "–" and {row[1] for row in rows[2:]} == {"–"}
+    assert "paper: ImageNet" in rows[0][-1] and rows[0][1].startswith("ours: shapes from images, ")
+    assert "it is so" not in Path("results/tiny/README.md").read_text()
+    Path("results/tiny/table1.reading.md").write_text("it is so\n")
+    assert reproduce("table1", "--only", "baseline", "--seeds", 1, *small) == 0
+    assert "without a predictor it collapses: **within noise**" in Path("results/tiny/README.md").read_text()
+    assert "it is so" in Path("results/tiny/README.md").read_text()
+    about = json.loads(Path("half/figure2.json").read_text())
+    assert {run["state"] for run in about["runs"]} == {FINISHED} and about["runs"][0]["environment"]["device"]
+
+
+def every_run(folder):
+    return sorted(path.parent for path in Path(folder).rglob("recipe.yaml"))
+
+
+def test_a_failing_run_is_told_and_survived(small, capsys):
+    code = reproduce("table2", "--only", "batch 512", "batch 4096", "--seeds", 1, *small)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert code == 1 and "1 runs failed" in error and "batch_size is 1024 and there are only" in error
+    page = Path("results/tiny/table2.md").read_text()
+    assert "| batch 512 |" in page and "not finished: batch 4096, seed 0: UsageError" in page
+
+
+def test_what_h_predicts_is_measured_on_other_views(small, monkeypatch):
+    """cos(p1, E[z]) against a loop over images and views."""
+    assert reproduce("expectation", "--only", "simsiam", "--seeds", 1, *small) == 0
+    (run,) = map(Run, every_run("runs"))
+    found = run.json("laboratory.json")
+    model, _, device, _ = assemble(run.recipe)
+    model.load_state_dict(run.checkpoint()["model"])
+    model.eval()
+    paths = [p for label in "01" for p in sorted((Path(small[1]) / "test" / label).iterdir())]
+    pixels = np.stack([np.asarray(Image.open(p)).transpose(2, 0, 1) for p in paths])
+    views = views_of(from_arrays("test", pixels), np.arange(20), run.recipe, measure.STEP, device, count=33)
+    of_p, of_z = [], []
+    with torch.no_grad():
+        for i in range(20):
+            z = [model.f(x[i : i + 1])[0] for x in views]
+            mean = sum(v / v.norm() for v in z[1:]) / 32
+            of_p.append(F.cosine_similarity(model.predictor(z[0][None])[0], mean, dim=0).item())
+            of_z.append(F.cosine_similarity(z[0], mean, dim=0).item())
+    assert found["cos_p_mean"] == pytest.approx(np.mean(of_p), abs=1e-4)
+    assert found["cos_z_mean"] == pytest.approx(np.mean(of_z), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["tabel1"], "unknown experiment 'tabel1': did you mean 'table1'?"),
+        (["table1", "--scale", "tinyy"], "unknown scale 'tinyy': did you mean 'tiny'?"),
+        (["table1", "--only", "basline"], "unknown cell 'basline': did you mean 'baseline'?"),
+        (["table1", "--seeds", "0"], "seeds is 0; it is at least 1"),
+        (["table1", "--source", "nowhere"], "unknown source"),
+        (["figure2", "--scale", "imagenet"], "scale imagenet needs the data: --source FOLDER"),
+    ],
+)
+def test_wrong_usage_is_one_line(arguments, text, capsys):
+    assert reproduce(*arguments) == 2
+    out, error = capsys.readouterr()
+    assert text in error and error.count("\n") == 1 and not os.listdir()
+    assert "GPU-hours" in out or "imagenet" not in arguments
+
+
+def test_figure3_is_drawn_from_methods(capsys):
+    assert reproduce("figure3") == 0
+    assert Path("results/tiny/figure3.svg").read_text().startswith("<svg") and not os.path.exists("runs")
