@@ -22,8 +22,8 @@ from simsiam.views import (
     crop_one,
     describe,
     draw,
+    finish,
     make_views,
-    normalize,
     uniforms,
 )
 
@@ -267,7 +267,7 @@ def test_a_recipe_with_everything_off_is_normalization():
     (view,) = make_views(images, (OFF,), count=1, size=24, mean=mean, std=std, seed=0, step=0, positions=np.arange(5))
     torch.testing.assert_close(view, F.normalize(images / 255, mean, std), rtol=0, atol=1e-5)
     with pytest.raises(ValueError):
-        normalize(view, (0.5,), (0.5,))
+        finish(images, nothing(5), mean=(0.5,), std=(0.5,))
 
 
 def test_make_views_gives_each_view_its_recipe_and_its_form():
@@ -291,7 +291,7 @@ def test_cropping_in_workers_gives_the_views_of_the_batch():
         box = (v.item() for v in (d.top, d.left, d.height, d.width, d.flip))
         crops.append(crop_one(image.permute(1, 2, 0).numpy(), *box, size=24))
     d = draw(recipe, np.full((16, 2), 24), positions=positions, **key)
-    view = normalize(color(torch.stack(crops) / 255, d), HALF, HALF)
+    view = finish(torch.stack(crops), d, mean=HALF, std=HALF)
     (batch,) = two_views(images, positions, recipes=(recipe,), count=1)
     torch.testing.assert_close(view, batch, rtol=0, atol=1.5 / 255 / 0.5)
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -112,18 +113,16 @@ def _views_of(pixels: Tensor, recipe: Recipe, step: int, count: int) -> list[Ten
         seed=recipe.seed,
         step=step,
         positions=np.arange(len(pixels)),
+        compiled=recipe.compile,
     )
 
 
 def _finished(crops: Tensor, recipe: Recipe, step: int) -> list[Tensor]:
     """Crops uint8 (views, N, C, size, size) to views: what the device does."""
     assert recipe.mean and recipe.std
-    x = []
-    for view, pixels in enumerate(crops):
-        draws = _draw(recipe, step, view, [(1, 1)] * len(pixels))  # colors do not depend on the image's size
-        colored = views.color(pixels.float().div_(255), draws)
-        x.append(views.normalize(colored, recipe.mean, recipe.std).contiguous(memory_format=torch.channels_last))
-    return x
+    how: dict[str, Any] = {"mean": recipe.mean, "std": recipe.std, "compiled": recipe.compile}
+    sizes = [(1, 1)] * crops.shape[1]  # colors do not depend on the image's size
+    return [views.finish(pixels, _draw(recipe, step, view, sizes), **how) for view, pixels in enumerate(crops)]
 
 
 class _Steps(Dataset):

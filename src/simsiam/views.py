@@ -7,12 +7,18 @@ what ran before. Operations and distributions are torchvision's, the blur is Pil
 (appendix A).
 
 Images that differ in size are cropped one by one in data workers: there, `draw` and `crop_one`; then, on the batch,
-`draw` again (only the crop depends on `sizes`), `color` and `normalize`.
+`draw` again (only the crop depends on `sizes`) and `finish`.
+
+Most of the time would go into moving pixels between memory and cache, so a CPU takes a batch in parts that its cache
+can hold, and the three operations that touch pixels most often are `Kernels`, each one loop where they are compiled.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from functools import cache
 from itertools import permutations
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,6 +34,8 @@ ASPECT = (3 / 4, 4 / 3)  # width / height of a crop (RandomResizedCrop)
 BRIGHTNESS, CONTRAST, SATURATION, HUE = COLOR_OPS = range(4)
 ORDERS = np.array(list(permutations(COLOR_OPS)))
 IDENTITY = np.array([1.0, 1.0, 1.0, 0.0])  # three factors and a shift that change nothing
+AT_ONCE = 2**18  # values of a part: 1 MiB in float32, half of a core's cache on most machines
+BAND = 32  # rows of a banded matrix that are multiplied at a time
 
 
 def uniforms(seed: int, step: int, view: int, positions: np.ndarray) -> np.ndarray:
@@ -60,6 +68,10 @@ class Draws:
     gray: np.ndarray  # bool
     sigma: np.ndarray  # of the blur, in pixels of the view; 0 is no blur
     solarize: np.ndarray  # bool
+
+    def __getitem__(self, rows: Any) -> "Draws":
+        """The draws of some of the images: rows is whatever indexes an array."""
+        return Draws(*(getattr(self, f.name)[rows] for f in fields(self)))
 
 
 def draw(recipe: Views, sizes: np.ndarray, *, seed: int, step: int, view: int, positions: np.ndarray) -> Draws:
@@ -106,9 +118,10 @@ def crop(images: Tensor, draws: Draws, size: int) -> Tensor:
     """
     params = np.stack([draws.top, draws.height, draws.left, draws.width, draws.flip])
     top, height, left, width, flip = _send(params, images.device)[..., None, None]
-    rows = _resampling(top, height, images.shape[2], size, torch.zeros_like(flip))
+    rows = _resampling(top, height, images.shape[2], size, torch.zeros_like(flip)).div_(255)
     columns = _resampling(left, width, images.shape[3], size, flip)
-    return _both_axes(rows, images.float().div_(255), columns).clamp_(0, 1)
+    x = images.float().flatten(1, 2) @ columns.mT  # all channels in one product
+    return (rows[:, None] @ x.unflatten(1, images.shape[1:3])).clamp_(0, 1)
 
 
 def crop_one(image: np.ndarray, top: int, left: int, height: int, width: int, flip: bool, size: int) -> Tensor:
@@ -121,29 +134,46 @@ def crop_one(image: np.ndarray, top: int, left: int, height: int, width: int, fl
     return torch.from_numpy((pixels[:, ::-1] if flip else pixels).transpose(2, 0, 1).copy())
 
 
-def color(x: Tensor, draws: Draws) -> Tensor:
-    """Jitter (each image in its own order), gray, blur and solarize x (N, C, H, W), floats in [0, 1], in place.
+def color(x: Tensor, draws: Draws, *, compiled: bool = False) -> Tensor:
+    """Jitter (each image in its own order), gray, blur and solarize x (N, C, H, W), floats in [0, 1]; x may be reused.
 
     Without three channels there is no color: saturation, hue and gray are left out.
     """
     rgb = x.shape[1] == 3
     factors = draws.factors if rgb else np.where([True, True, False, False], draws.factors, IDENTITY)
-    for op in draws.order.T:  # what each image does first, second, third, fourth
-        factor = factors[np.arange(len(x)), op]
-        _blend(x, op, np.where(op == HUE, 1.0, factor))
-        _change(x, (op == HUE) & (factor != 0), _shift_hue, factor)
+    x = _jitter(x, draws.order, factors, kernels(x.device) if compiled else EAGER)
     if rgb:
-        _change(x, draws.gray, lambda x: _gray(x).expand_as(x))
-    _change(x, draws.sigma > 0, _blur, _box_radius(draws.sigma))
-    _change(x, draws.solarize, lambda x: torch.minimum(x, 1 - x))  # that is, 1 - x from 1/2 upwards
-    return x
+        x = _change(x, draws.gray, lambda x: x.copy_(_gray(x)))
+    x = _change(x, draws.sigma > 0, _blur, _box_radius(draws.sigma))
+    return _change(x, draws.solarize, lambda x: torch.minimum(x, 1 - x))  # that is, 1 - x from 1/2 upwards
 
 
-def normalize(x: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """(x - mean) / std for each channel of x (N, C, H, W), in place."""
-    for channel, m, s in zip(x.unbind(1), mean, std, strict=True):
-        channel.sub_(m).div_(s)
-    return x
+def finish(
+    pixels: Tensor,
+    draws: Draws,
+    *,
+    size: int | None = None,
+    mean: Sequence[float],
+    std: Sequence[float],
+    compiled: bool = False,
+) -> Tensor:
+    """A view of uint8 images (N, C, H, W): (N, C, size, size) float32, normalized, channels last.
+
+    Without a size, the pixels are crops already. `compiled`, the kernels are. Call it outside autocast, which
+    would crop and blur in half precision.
+    """
+    n, channels, *cropped = pixels.shape
+    shape = (n, channels, size, size) if size else (n, channels, *cropped)
+    view = torch.empty(shape, device=pixels.device, memory_format=torch.channels_last)
+    if not channels == len(mean) == len(std):
+        raise ValueError(f"{len(mean)} means and {len(std)} standard deviations for {channels} channels")
+    means, stds = _send(np.array([mean, std]), pixels.device)[..., None, None]
+    normalize = (kernels(pixels.device) if compiled else EAGER).normalize
+    for part in _parts(view):
+        some = draws[part]
+        x = crop(pixels[part], some, size) if size else pixels[part].float().div_(255)
+        normalize(color(x, some, compiled=compiled), means, stds, view[part])
+    return view
 
 
 def make_views(
@@ -157,18 +187,15 @@ def make_views(
     seed: int,
     step: int,
     positions: np.ndarray,
+    compiled: bool = False,
 ) -> list[Tensor]:
-    """`count` views of uint8 images (N, C, H, W), each (N, C, size, size) float32, normalized, channels last.
-
-    The last recipe serves every later view. Call it outside autocast, which would crop and blur in half precision.
-    """
+    """`count` views of uint8 images (N, C, H, W), each as by `finish`. The last recipe serves every later view."""
     sizes = np.broadcast_to(images.shape[2:], (len(images), 2))
     views = []
     for view in range(count):
         recipe = recipes[min(view, len(recipes) - 1)]
         draws = draw(recipe, sizes, seed=seed, step=step, view=view, positions=positions)
-        x = normalize(color(crop(images, draws, size), draws), mean, std)
-        views.append(x.contiguous(memory_format=torch.channels_last))
+        views.append(finish(images, draws, size=size, mean=mean, std=std, compiled=compiled))
     return views
 
 
@@ -196,20 +223,58 @@ def _send(values: np.ndarray, device: torch.device, dtype: type = np.float32) ->
     return torch.from_numpy(values.astype(dtype)).to(device, non_blocking=device.type == "cuda")
 
 
-def _change(x: Tensor, drawn: np.ndarray, op: Callable[..., Tensor], *values: np.ndarray) -> None:
-    """x[drawn] = op(x[drawn], *values[drawn]), the values as (n, 1, 1, 1).
+def _parts(x: Tensor) -> Iterator[slice]:
+    """Slices of the batch that a CPU's cache can hold; a GPU takes all at once."""
+    step = max(1, AT_ONCE // x[0].numel()) if x.device.type == "cpu" else len(x)
+    return (slice(start, start + step) for start in range(0, len(x), step))
+
+
+def _take(x: Tensor, rows: np.ndarray) -> Tensor:
+    return x.index_select(0, _send(rows, x.device, np.int64))
+
+
+def _change(x: Tensor, drawn: np.ndarray, op: Callable[..., Tensor], *values: np.ndarray) -> Tensor:
+    """x with op(x[drawn], *values[drawn]) in the place of x[drawn].
 
     Who was drawn is known on the host, so the device is not asked how many they are, and works on nobody else.
     """
-    if drawn.any():
-        index = _send(np.flatnonzero(drawn), x.device, np.int64)
-        changed = op(x.index_select(0, index), *(_send(v[drawn], x.device)[:, None, None, None] for v in values))
-        x.index_copy_(0, index, changed)
+    if drawn.all():
+        return op(x, *values)
+    rows = np.flatnonzero(drawn)
+    if len(rows):
+        changed = op(_take(x, rows), *(v[rows] for v in values))
+        x.index_copy_(0, _send(rows, x.device, np.int64), changed)
+    return x
 
 
-def _both_axes(rows: Tensor, x: Tensor, columns: Tensor) -> Tensor:
-    """rows @ x @ columns.mT, image by image: (N, I, H), (N, C, H, W), (N, J, W) to (N, C, I, J)."""
-    return torch.einsum("nciw,njw->ncij", torch.einsum("nih,nchw->nciw", rows, x), columns)
+def _jitter(x: Tensor, order: np.ndarray, factors: np.ndarray, kernels: "Kernels") -> Tensor:
+    """The four operations on x (N, C, H, W), each image's in its row of `order` (N, 4), by its row of `factors`.
+
+    Three of the operations are one formula, `_blend`, and only hue is another. So images are sorted: where hue comes
+    last they stand first, and those without jitter at the end. Then what is due before hue, hue itself, and what is due
+    after it are each for neighbors, and nobody waits.
+    """
+    turn = np.where((factors != IDENTITY).any(axis=1), (order == HUE).argmax(axis=1), -1)
+    rows = np.argsort(-turn, kind="stable")
+    turn, order, factors = turn[rows], order[rows], np.take_along_axis(factors, order, axis=1)[rows]
+    jittered, moved = int((turn >= 0).sum()), (np.diff(rows) != 1).any()
+    y = _take(x, rows) if moved else x
+
+    rest = 1 - factors
+    values = _send(np.stack([rest, order == CONTRAST, order == SATURATION]), x.device)[..., None, None, None]
+
+    def blend(some: slice, step: int) -> None:
+        if rest[some, step].any():
+            kernels.blend(y[some], *values[:, some, step])
+
+    for step in range(3):
+        blend(slice(0, (turn > step).sum()), step)
+    shift = np.where(turn >= 0, np.take_along_axis(factors, turn[:, None], axis=1)[:, 0], 0.0)[:jittered]
+    if shift.any():
+        kernels.shift_hue(y[:jittered], _send(shift, x.device)[:, None, None, None])
+    for step in range(1, 4):
+        blend(slice((turn >= step).sum(), jittered), step)
+    return _take(y, np.argsort(rows)) if moved else y
 
 
 def _resampling(start: Tensor, length: Tensor, total: int, size: int, mirror: Tensor) -> Tensor:
@@ -222,9 +287,9 @@ def _resampling(start: Tensor, length: Tensor, total: int, size: int, mirror: Te
     target = torch.arange(size, device=start.device)[:, None] + 0.5
     scale = length / size
     center = start + scale * torch.where(mirror > 0, size - target, target)
-    weight = (1 - (pixel - center).abs_() / scale.clamp(min=1)).clamp_(min=0)
+    weight = (scale.clamp(min=1) - (pixel - center).abs_()).clamp_(min=0)
     weight *= (pixel > start) & (pixel < start + length)
-    return weight / weight.sum(2, keepdim=True)
+    return weight.div_(weight.sum(2, keepdim=True))
 
 
 def _gray(x: Tensor) -> Tensor:
@@ -235,33 +300,65 @@ def _gray(x: Tensor) -> Tensor:
     return (0.2989 * r).add_(g, alpha=0.587).add_(b, alpha=0.114)
 
 
-def _blend(x: Tensor, op: np.ndarray, factor: np.ndarray) -> None:
-    """factor * x + (1 - factor) * base, one pass for three operations, as their bases are black, mean gray and gray."""
-    rest = 1 - factor
-    if rest.any():
-        shares = np.stack([factor, rest * (op == CONTRAST), rest * (op == SATURATION)])
-        of_x, of_mean, of_gray = _send(shares, x.device)[..., None, None, None]
-        base = of_mean * _gray(x.mean((2, 3), keepdim=True))
-        if rest[op == SATURATION].any():
-            base = base + of_gray * _gray(x)
-        x.mul_(of_x).add_(base).clamp_(0, 1)
+def _blend(x: Tensor, rest: Tensor, contrast: Tensor, saturation: Tensor) -> None:
+    """(1 - rest) * x + rest * base, in place. The base is black, mean gray for contrast, gray for saturation: 0 or 1.
+
+    x is (n, C, H, W), the others (n, 1, 1, 1).
+    """
+    gray = _gray(x)
+    base = gray.mul(saturation).add_(contrast * gray.mean((2, 3), keepdim=True))
+    x.lerp_(base.expand_as(x), rest).clamp_(0, 1)
 
 
-def _shift_hue(x: Tensor, shift: Tensor) -> Tensor:
-    """Turn the hue of x (n, 3, H, W) by `shift` (n, 1, 1, 1) of a circle; value and saturation stay."""
+def _shift_hue(x: Tensor, shift: Tensor) -> None:
+    """Turn the hue of x (n, 3, H, W) by `shift` (n, 1, 1, 1) of a circle, in place; value and saturation stay."""
     r, g, b = x.split(1, dim=1)
-    value = x.amax(1, keepdim=True)
-    chroma = value - x.amin(1, keepdim=True)
+    value = torch.maximum(torch.maximum(r, g), b)
+    chroma = value - torch.minimum(torch.minimum(r, g), b)
     # The usual three cases in one (to branch on pixels would take most of the time): `red` is how far red is below the
     # largest, `side` tells green (+) from blue (-). In sixths of a circle from red, the hue is |side| where red is
     # largest, 1 + red where it is in the middle, 3 - |side| where it is smallest, to the left or right by the sign.
     safe = chroma.clamp(min=torch.finfo(x.dtype).tiny)
-    red, side = (value - r) / safe, (g - b) / safe
-    hue = (side.abs() + red * (3 - 2 * side.abs())).copysign_(side)
-    hue = (hue / 6 + (1 + shift % 1)).frac_() * 6
+    red, side = (value - r).div_(safe), (g - b).div_(safe)
+    hue = side.abs()
+    hue = torch.addcmul(hue, red, 3 - 2 * hue).copysign_(side)
+    hue = hue.div_(6).add_(1 + shift % 1).frac_().mul_(6)
     # And back: how far each channel is below the value, in units of the chroma.
-    below = torch.cat([2 - (hue - 3).abs_(), (hue - 2).abs_() - 1, (hue - 4).abs_() - 1], dim=1).clamp_(0, 1)
-    return torch.addcmul(value, chroma, below, value=-1)
+    below = 2 - (hue - 3).abs_(), (hue - 2).abs_() - 1, (hue - 4).abs_() - 1
+    for channel, units in zip((r, g, b), below, strict=True):
+        channel.copy_(value - units.clamp_(0, 1).mul_(chroma))
+
+
+def _normalize(x: Tensor, mean: Tensor, std: Tensor, out: Tensor) -> None:
+    """out = (x - mean) / std for x (N, C, H, W), with mean and std (C, 1, 1)."""
+    out.copy_((x - mean) / std)
+
+
+class Kernels(NamedTuple):
+    """What touches the pixels most often."""
+
+    blend: Callable[..., None]
+    shift_hue: Callable[..., None]
+    normalize: Callable[..., None]
+
+
+EAGER = Kernels(_blend, _shift_hue, _normalize)
+
+
+@cache
+def kernels(device: torch.device) -> Kernels:
+    """The kernels by `torch.compile`, equal up to rounding; where that fails, one line on stderr, and EAGER."""
+    tried = Kernels(*(torch.compile(kernel, dynamic=True) for kernel in EAGER))
+    x, value = torch.zeros(2, 3, 8, 8, device=device), torch.zeros(2, 1, 1, 1, device=device)
+    try:
+        tried.blend(x, value, value, value)
+        tried.shift_hue(x, value)
+        tried.normalize(x, value[0].expand(3, 1, 1), value[0].expand(3, 1, 1) + 1, x.clone())
+    except RuntimeError as error:  # no C++ compiler, a platform that has none, ...
+        reason = str(error).strip().partition("\n")[0]
+        print(f"simsiam: torch.compile fails here, so views are made without it: {reason}", file=sys.stderr)
+        return EAGER
+    return tried
 
 
 def _box_radius(sigma: np.ndarray) -> np.ndarray:
@@ -271,18 +368,30 @@ def _box_radius(sigma: np.ndarray) -> np.ndarray:
     return whole + (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1) ** 2))
 
 
-def _blur(x: Tensor, radius: Tensor) -> Tensor:
-    """Pillow's GaussianBlur of x (n, C, H, W): three box filters of `radius` (n, 1, 1, 1), edges replicated."""
+def _blur(x: Tensor, radius: np.ndarray) -> Tensor:
+    """Pillow's GaussianBlur of x (n, C, H, W): three box filters of `radius` (n,), edges replicated."""
+    reach = int(np.ceil(radius.max()))
+    r = _send(radius, x.device)[:, None, None]
 
     def smoothing(length: int) -> Tensor:
         # A pixel's weight in the box around i is the part of the pixel inside the box: the share of the box left of its
         # right edge, minus that of its left edge. The outermost pixels go on for ever, as replicated edges do.
         i = torch.arange(length, device=x.device)[:, None]
         edge = torch.arange(length + 1, device=x.device)
-        share = ((edge - i + radius[:, 0]) / (2 * radius[:, 0] + 1)).clamp_(0, 1)
+        share = ((edge - i + r) / (2 * r + 1)).clamp_(0, 1)
         share[..., 0], share[..., -1] = 0, 1
         box = share.diff(dim=2)
-        return box @ box @ box
+        return _banded(box, _banded(box, box[:, None], reach), reach)[:, 0]
 
     rows = smoothing(x.shape[2])
-    return _both_axes(rows, x, rows if x.shape[2] == x.shape[3] else smoothing(x.shape[3]))
+    columns = rows if x.shape[2] == x.shape[3] else smoothing(x.shape[3])
+    return _banded(rows, _banded(columns, x.mT, 3 * reach).mT, 3 * reach)
+
+
+def _banded(matrix: Tensor, x: Tensor, reach: int) -> Tensor:
+    """matrix @ x, (n, H, H) times (n, C, H, W), for matrices that are 0 farther than `reach` from the diagonal."""
+    blocks = []
+    for start in range(0, matrix.shape[1], BAND):
+        near = slice(max(0, start - reach), start + BAND + reach)
+        blocks.append(matrix[:, None, start : start + BAND, near] @ x[:, :, near])
+    return torch.cat(blocks, dim=2)
