@@ -184,19 +184,18 @@ def test_channels_are_1_to_16_and_3_where_the_stem_is_fixed():
 
 
 NARROW = """
-import sys, torch
+import torch
 from simsiam.backbones import backbone
 torch.set_num_threads(2)
-for seed in range(12):
-    model = backbone("resnet10", image_size=32, width=int(sys.argv[1])).to(memory_format=torch.channels_last)
+for width in (2, 4, 8) * 4:
+    model = backbone("resnet10", image_size=32, width=width).to(memory_format=torch.channels_last)
     model(torch.randn(27, 3, 32, 32).to(memory_format=torch.channels_last)).sum().backward()
 """
 
 
-@pytest.mark.parametrize("width", ["2", "4", "8"])
-def test_a_narrow_network_writes_inside_its_memory(width):
+def test_a_narrow_network_writes_inside_its_memory():
     """In a process of its own, for oneDNN's fault ends the process (an odd batch and two threads show it)."""
-    subprocess.run([sys.executable, "-c", NARROW, width], check=True)
+    subprocess.run([sys.executable, "-c", NARROW], check=True)
 
 
 def test_a_subsampled_shortcut_is_the_strided_convolution():
