@@ -76,7 +76,7 @@ def test_a_published_network_is_that_of_the_library(format, standard, tmp_path):
 
         model = timm.create_model(f"local-dir:{folder}", pretrained=True)
         known = timm.data.resolve_model_data_config(model)
-        assert list(known["mean"]) == [0.5, 0.4, 0.3] and known["input_size"] == (3, 72, 72)
+        assert list(known["mean"]) == [0.5, 0.4, 0.3] and list(known["input_size"]) == [3, 72, 72]
     with torch.no_grad():
         assert torch.allclose(model.eval()(x), features(standard, x), atol=1e-5)
 

@@ -18,8 +18,8 @@ ARROW = [
     "progress", "prepare", "pretrain", "evaluate.frozen", "evaluate.scores", "evaluate.knn", "evaluate.linear",
     "evaluate.few_label", "evaluate.label_free", "evaluate.finetune", "evaluate.tuned", "evaluate", "inspect",
     "preview", "embeddings", "embeddings.embed", "embeddings.page", "embeddings.search", "embeddings.neighbors",
-    "embeddings.duplicates", "embeddings.cluster", "embeddings.outliers", "embeddings.probe", "card", "export", "compare",
-    "demo", "cli", "__main__", "__init__",
+    "embeddings.duplicates", "embeddings.cluster", "embeddings.outliers", "embeddings.probe", "card", "export",
+    "compare", "demo", "cli", "__main__", "__init__",
 ]  # fmt: skip
 
 
