@@ -164,6 +164,17 @@ MUTATIONS = [
       "rows.py::test_equal_terms_are_those_of_the_recipe_at_hand"),
     m("a sweep that leaves images out", "batches", "count - recipe.batch_size)\n", "count - 2 * recipe.batch_size)\n",
       "batches.py::test_a_sweep_sees_every_image_in_order"),
+    # what it is used for
+    m("do all parts again", "embeddings/embed", "if not part.exists():", "if True:",
+      "embeddings.py::test_killed_and_started_anew_it_is_the_same_file"),
+    m("be one's own neighbor", "embeddings/search", "index == torch.arange(len(x))[:, None]", "index < 0",
+      "embeddings.py::test_others_are_the_nearest_and_never_oneself"),
+    m("forget that colors differ", "embeddings/duplicates", "(a - b).square()", "(a - b - (a - b).mean()).square()",
+      "embeddings.py::test_copies_are_found_and_nothing_else"),
+    m("confidence of any penalty", "embeddings/probe", "lambda i: -np.log", "lambda i: np.log",
+      "embeddings.py::test_a_few_labels_label_everything_and_say_how_well"),
+    m("keep any export", "export", "if not delta <= TOLERANCE", "if delta != delta <= TOLERANCE",
+      "export.py::test_a_wrong_export_is_not_kept[safetensors]"),
 ]  # fmt: skip
 
 

@@ -20,7 +20,7 @@ import simsiam
 from simsiam import shapes
 from simsiam.cli import main
 from simsiam.embeddings import embed as module
-from simsiam.embeddings import read
+from simsiam.embeddings import read, search
 from simsiam.embeddings.cluster import cluster
 from simsiam.embeddings.duplicates import duplicates
 from simsiam.embeddings.embed import embed
@@ -157,6 +157,15 @@ def test_others_are_the_nearest_and_never_oneself():
     assert not (index == torch.arange(30)[:, None]).any() and {10, 11, 12} <= set(index[0].tolist())
 
 
+def test_faiss_finds_the_same_others(monkeypatch):
+    pytest.importorskip("faiss")
+    x = torch.randn(500, 16, generator=torch.Generator().manual_seed(0))
+    exact = others(x, 5)
+    monkeypatch.setattr(search, "LARGE", 100)
+    cosine, index = others(x, 5)
+    assert torch.equal(index, exact[1]) and torch.allclose(cosine, exact[0], atol=1e-5)
+
+
 def photographs(count: int, seed: int = 0) -> list[Image.Image]:
     """Pictures of clouds of color, as different as photographs are."""
     rng = np.random.default_rng(seed)
@@ -231,6 +240,7 @@ def test_a_few_labels_label_everything_and_say_how_well(tmp_path, capsys):
     wrong = [("abc"[i % 3] if i > 5 else "abc"[(i + 1) % 3]) for i in range(15)]  # 6 of 15 labels are mistaken
     given.write_text("path,label\n" + "".join(f"{i}.jpg,{wrong[i]}\n" for i in range(15)))
     assert probe(file, given, out=tmp_path / "all.csv").right < 13  # an honest number: not that of the fit itself
+    assert probe(file, given, out=tmp_path / "all.csv").confidence.mean() < 0.8  # and no false confidence
     given.write_text("path,label\nd/0.jpg,a\nd/1.jpg,b\n")
     assert probe(file, given, out=tmp_path / "all.csv").right is None
 

@@ -10,9 +10,10 @@ from conftest import QUICK
 from safetensors.torch import load_file, save_file
 
 import simsiam
-from simsiam import export
 from simsiam.cli import main
 from simsiam.compare import compare
+from simsiam.convert import convert
+from simsiam.export import FORMATS, export
 from simsiam.recipes import Recipe
 from simsiam.run import Run, bare_backbone
 
@@ -62,7 +63,7 @@ def test_a_narrow_network_goes_where_graphs_go(format, trained, tmp_path, capsys
 @pytest.mark.parametrize("format", ["torchvision", "timm", "huggingface"])
 def test_a_published_network_is_that_of_the_library(format, standard, tmp_path):
     """The library is asked here in its own words, so what `export` compares is the right thing."""
-    folder = export.export(standard, format=format, out=tmp_path / "out").path
+    folder = export(standard, format=format, out=tmp_path / "out").path
     x = torch.randn(2, 3, 72, 72)
     if format == "torchvision":
         import torchvision
@@ -76,15 +77,17 @@ def test_a_published_network_is_that_of_the_library(format, standard, tmp_path):
 
         model = timm.create_model(f"local-dir:{folder}", pretrained=True)
         known = timm.data.resolve_model_data_config(model)
-        assert list(known["mean"]) == [0.5, 0.4, 0.3] and known["input_size"] == (3, 72, 72)
+        assert list(known["mean"]) == [0.5, 0.4, 0.3] and list(known["input_size"]) == [3, 72, 72]
     with torch.no_grad():
         assert torch.allclose(model.eval()(x), features(standard, x), atol=1e-5)
 
 
 def test_an_upload_is_a_run_to_start_from(standard, tmp_path):
-    folder = export.export(standard, format="huggingface", out=tmp_path / "out", license="cc-by-4.0").path
+    folder = export(standard, format="huggingface", out=tmp_path / "out", license="cc-by-4.0").path
     x = torch.randn(2, 3, 72, 72)
     assert torch.equal(features(folder, x), features(standard, x))
+    again = simsiam.load(convert(folder, out=tmp_path / "again"))
+    assert again.transform == simsiam.load(standard).transform and torch.equal(features(folder, x), again(x).detach())
     heading, text = (folder / "README.md").read_text().split("---\n")[1:3]
     assert yaml.safe_load(heading)["license"] == "cc-by-4.0" and "healthy" in text and "Nothing yet" in text
 
@@ -96,7 +99,7 @@ def test_a_card_has_what_was_measured(trained, tmp_path):
         "interval": [60.0, 62.5], "n": 2000,
     }  # fmt: skip
     (run / "evaluations" / "knn.json").write_text(json.dumps([record]))
-    text = (export.export(run, format="huggingface").path / "README.md").read_text()
+    text = (export(run, format="huggingface").path / "README.md").read_text()
     assert "| knn | k 20 | h | a\\|b | last | 61.2 | 60.0 to 62.5 | 2000 |" in text and "has not said" in text
 
 
@@ -104,14 +107,14 @@ def test_a_card_has_what_was_measured(trained, tmp_path):
 def test_a_wrong_export_is_not_kept(format, trained, standard, tmp_path, monkeypatch, capsys):
     """One weight is changed between writing and loading."""
     needs(format)
-    kind = export.FORMATS[format]
+    kind = FORMATS[format]
 
     def damaged(network, run, folder):
         other = simsiam.load(run.path)
         next(p for p in other.parameters() if p.ndim == 4).data.flatten()[0] += 1
         kind.write(other, run, folder)
 
-    monkeypatch.setitem(export.FORMATS, format, kind._replace(write=damaged))
+    monkeypatch.setitem(FORMATS, format, kind._replace(write=damaged))
     run = standard if format == "timm" else trained
     assert main(["export", str(run), "--format", format, "--out", str(tmp_path / "out")]) == 1
     assert "not kept: features of the exported file are off by" in capsys.readouterr().err
@@ -144,9 +147,9 @@ def test_nothing_is_pushed_but_what_was_proved_and_only_when_asked(trained, tmp_
     calls = []
     monkeypatch.setattr(hub.HfApi, "create_repo", lambda self, name, **how: calls.append((name, how)))
     monkeypatch.setattr(hub.HfApi, "upload_folder", lambda self, repo_id, folder_path: calls.append(folder_path))
-    export.export(trained, format="huggingface", out=tmp_path / "one")
+    export(trained, format="huggingface", out=tmp_path / "one")
     assert not calls
-    path = export.export(trained, format="huggingface", out=tmp_path / "two", push="me/it").path
+    path = export(trained, format="huggingface", out=tmp_path / "two", push="me/it").path
     assert calls == [("me/it", {"private": True, "exist_ok": True}), path]
     monkeypatch.setattr(hub, "snapshot_download", lambda name, allow_patterns: str(path))
     again = simsiam.pretrain("shapes", out=tmp_path / "again", **QUICK | {"init": "hf-hub:me/it", "base_lr": 0.0})

@@ -18,8 +18,11 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from simsiam.compare import compare
+    from simsiam.embeddings.embed import embed
     from simsiam.errors import Stopped, UsageError, WorkFailed
     from simsiam.evaluate import evaluate
+    from simsiam.export import export
     from simsiam.methods import METHODS, Method, Views
     from simsiam.pretrain import pretrain, resume
     from simsiam.recipes import Recipe
@@ -37,14 +40,17 @@ _HOME = {
     "Views": "methods",
     "WorkFailed": "errors",
     "build": "siamese",
+    "compare": "compare",
+    "embed": "embeddings.embed",
     "evaluate": "evaluate",
+    "export": "export",
     "load": "run",
     "pretrain": "pretrain",
     "resume": "pretrain",
 }
 __all__ = [
     "METHODS", "Method", "Recipe", "Run", "Siamese", "Stopped", "UsageError", "Views", "WorkFailed",
-    "build", "evaluate", "load", "pretrain", "resume",
+    "build", "compare", "embed", "evaluate", "export", "load", "pretrain", "resume",
 ]  # fmt: skip
 
 

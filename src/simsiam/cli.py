@@ -284,9 +284,9 @@ def run(arguments: dict[str, Any]) -> None:
         module = import_module(f"simsiam.embeddings.{verb}")
         print(module.told(vars(module)[verb](**arguments)))
     elif verb == "export":
-        from simsiam import export
+        from simsiam.export import export, told
 
-        print(export.told(export.export(arguments.pop("run"), **arguments)))
+        print(told(export(arguments.pop("run"), **arguments)))
     elif verb == "compare":
         from simsiam.compare import compare
 

@@ -13,7 +13,7 @@ from simsiam.checkpoints import Found, identify
 from simsiam.errors import UsageError
 from simsiam.recipes import Recipe
 from simsiam.releases import IMAGENET, locate, read, sha256
-from simsiam.run import Run, environment, load, now, vacant
+from simsiam.run import Run, environment, load, now, read_recipe, vacant
 
 MEASURED = ("loss", "lr", "z_std", "z_std_sqrt_d", "z_rank", "images_per_second")
 
@@ -36,7 +36,7 @@ def convert(
     vacant(out)
     path, release = locate(checkpoint)
     tensors, aside = read(path)
-    known = dict(release.words) if release else {}
+    known = dict(release.words) if release else beside(path)
     try:
         found = identify(tensors, backbone or known.get("backbone"))
     except UsageError as error:
@@ -70,6 +70,14 @@ def convert(
     run.finish(parts, summary | {"images_per_second": 0.0, "training_seconds": 0.0, "unreadable": 0})
     load(run.path)  # the proof
     return run.path
+
+
+def beside(path: Path) -> dict[str, Any]:
+    """What the recipe in a run folder says of the backbone there; {} of a file that lies elsewhere."""
+    if path.name != "backbone.safetensors" or not path.with_name("recipe.yaml").is_file():
+        return {}
+    recipe = read_recipe(path.with_name("recipe.yaml"))
+    return {name: getattr(recipe, name) for name in ("backbone", "image_size", "mean", "std", "channels")}
 
 
 def notes(found: Found, assumed: dict[str, Any]) -> list[str]:
