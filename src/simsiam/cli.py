@@ -284,9 +284,10 @@ def run(arguments: dict[str, Any]) -> None:
         module = import_module(f"simsiam.embeddings.{verb}")
         print(module.told(vars(module)[verb](**arguments)))
     elif verb == "export":
-        from simsiam.export import export, told
+        from simsiam.export import export
+        from simsiam.export import told as exported
 
-        print(told(export(arguments.pop("run"), **arguments)))
+        print(exported(export(arguments.pop("run"), **arguments)))
     elif verb == "compare":
         from simsiam.compare import compare
 
