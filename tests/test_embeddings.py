@@ -255,6 +255,8 @@ def test_a_few_labels_label_everything_and_say_how_well(tmp_path, capsys):
         ("neighbors {csv} x", "is no Parquet of `simsiam embed`"),
         ("duplicates {blobs}", "no thumbnails"),
         ("duplicates {file} --threshold nan", "threshold is nan"),
+        ("cluster {blobs} --out o.csv --html o.html", "no thumbnails"),
+        ("outliers {blobs} --out o.csv --html o.html", "no thumbnails"),
         ("cluster {file} --clusters 1 --out o.csv", "clusters is 1"),
         ("cluster {file} --clusters 99 --out o.csv", "clusters is 99, and there are 39 images"),
         ("outliers {file} --k 0 --out o.csv", "k is 0"),

@@ -72,6 +72,7 @@ def read(path: str | os.PathLike[str]) -> Embeddings:
     files = shards_in(path) if path.is_dir() else [path]
     try:
         table = pa.concat_tables([pq.ParquetFile(file).read() for file in files])
+        columns = {n: table[n].cast(pa.string()).to_pylist() for n in ("path", "label") if n in table.column_names}
     except (pa.ArrowException, OSError) as error:
         reason = " ".join(str(error).split())[:160]
         raise UsageError(f"{path} is no Parquet of `simsiam embed`: {reason or 'no file in it'}") from None
@@ -79,14 +80,14 @@ def read(path: str | os.PathLike[str]) -> Embeddings:
         if name not in table.column_names:
             raise UsageError(f"{path} has no column {name!r}, only {', '.join(table.column_names)[:160]}")
     vector = table["vector"]
-    if not pa.types.is_fixed_size_list(vector.type) or vector.null_count or not len(table):
-        raise UsageError(f"{path} has no vector of one length in each row: `simsiam embed` writes such files")
+    complete = not (vector.null_count or table["path"].null_count) and len(table)
+    if not pa.types.is_fixed_size_list(vector.type) or not complete:
+        raise UsageError(f"{path} has no path and vector of one length in each row: `simsiam embed` writes such files")
     flat = np.concatenate([chunk.flatten().to_numpy() for chunk in vector.chunks]).astype(np.float32, copy=False)
     vectors = torch.from_numpy(flat.reshape(len(table), -1))
     if not vectors.isfinite().all():
         raise WorkFailed(f"{path} has vectors that are not finite: the run behind it has diverged")
     metadata = table.schema.metadata or {}
-    columns = {name: table[name].to_pylist() for name in ("path", "label") if name in table.column_names}
     return Embeddings(
         paths=columns["path"],
         vectors=vectors,

@@ -43,9 +43,6 @@ def cluster(
         raise UsageError(f"clusters is {clusters}, and there are {len(images)} images")
     found = kmeans(spread_out(images.vectors).numpy(), clusters, seed)
     found = found._replace(agreement=agreement(images, found.names))
-    if out:
-        lines = ((images.paths[i], found.names[i], f"{found.distances[i]:.4f}") for i in range(len(images)))
-        write_csv(Path(out), ("path", "cluster", "distance"), lines)
     if html:
         sections = []
         for name in range(clusters):
@@ -55,6 +52,9 @@ def cluster(
             sections.append((heading, [(i, images.caption(i)) for i in central]))
         note = f"{len(images)} images in {clusters} clusters; of each, those nearest to its center."
         write_page(Path(html), "Clusters", note, sections, images)
+    if out:
+        lines = ((images.paths[i], found.names[i], f"{found.distances[i]:.4f}") for i in range(len(images)))
+        write_csv(Path(out), ("path", "cluster", "distance"), lines)
     return found
 
 

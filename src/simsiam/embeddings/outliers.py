@@ -40,13 +40,13 @@ def outliers(
     distance = 1 - cosine.mean(1)
     order = distance.sort(descending=True, stable=True).indices.tolist()
     found = [Outlier(images.paths[i], images.label(i), distance[i].item()) for i in order]
-    if out:
-        lines = ((x.path, x.label, f"{x.distance:.4f}") for x in found)
-        write_csv(Path(out), ("path", "label", "distance"), lines)
     if html:
         figures = [(i, f"{distance[i]:.3f} {images.caption(i)}") for i in order[:SHOWN]]
         note = f"Of {len(images)} images, those farthest from their {k} nearest."
         write_page(Path(html), "Outliers", note, [("Loneliest first", figures)], images)
+    if out:
+        lines = ((x.path, x.label, f"{x.distance:.4f}") for x in found)
+        write_csv(Path(out), ("path", "label", "distance"), lines)
     return found
 
 
