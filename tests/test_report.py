@@ -344,4 +344,8 @@ def test_runs_stand_side_by_side_with_what_differs(visit, run, photos, tmp_path)
     tab = visit(path)
     differing = tab.locator("#recipe .card").first.locator(".differs").all_inner_texts()
     assert [line.split() for line in differing] == [["seed", "0", "7"], ["base_lr", "0.05", "0.2"]]
+    headings = [
+        [text.strip() for text in tab.locator("#recipe table").nth(n).locator("th").all_text_contents()] for n in (0, 1)
+    ]
+    assert headings == [["", "<i>run", "other"]] * 2
     assert tab.locator(".verdict").count() == 2 and tab.locator("#curves .curve.second").count() > 0
