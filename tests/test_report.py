@@ -20,6 +20,7 @@ from simsiam.images import from_arrays
 from simsiam.recipes import Recipe
 from simsiam.report import clusters, curves, drawn, gallery, lay_flat, neighbors, page, report
 from simsiam.run import Run, bare_backbone
+from simsiam.sources import open_source
 
 HOSTILE = "<img src=x onerror=alert(1)>.jpg"
 EACH = 14  # images of a class
@@ -309,16 +310,23 @@ def test_search_filters_and_downloads_what_it_finds(visit, made):
     assert tab.locator(".tip").is_hidden()
 
 
-def test_a_region_is_selected_by_dragging(visit, made):
+def test_a_region_is_selected_by_dragging(visit, made, photos, tmp_path):
     tab, data = visit(made), held(made)
     points, names = on_screen(tab, data), data["galleries"][0]["names"]
-    corner, half = points.min(0) - 5, np.median(points[:, 0]) + 0.5
+    corner, xs = points.min(0) - 5, np.sort(points[:, 0])
+    cut = 4 + np.diff(xs)[4:10].argmax()
+    right = (xs[cut] + xs[cut + 1]) / 2  # between neighbors inside a group
     tab.mouse.move(*corner)
     tab.mouse.down()
-    tab.mouse.move(half, points[:, 1].max() + 5, steps=3)
+    tab.mouse.move(right, points[:, 1].max() + 5, steps=3)
     tab.mouse.up()
-    wanted = [name for name, (x, _) in zip(names, points, strict=True) if x <= half]
-    assert downloaded(tab) == wanted and 0 < len(wanted) < len(names)
+    wanted = [name for name, (x, _) in zip(names, points, strict=True) if x <= right]
+    listed = downloaded(tab)
+    assert listed == wanted and 0 < len(wanted) < len(names)
+    copy = shutil.copytree(photos, tmp_path / "copy")
+    (copy / "selection.txt").write_text("\n".join(listed))
+    train = open_source(copy / "selection.txt").train  # what was downloaded is a source
+    assert [train.read(i).shape for i in range(len(train))] == [(40, 44, 3)] * len(wanted)
     tab.get_by_role("button", name="Clear").click()
     assert tab.locator("#selection").is_hidden()
 
@@ -333,6 +341,12 @@ def test_names_are_text_and_the_page_fits(visit, made, width):
     assert tab.locator(".accuracies").inner_text().count("71.4\n52.9–84.7") == 1
     tab.locator("#curves svg").first.hover()
     tab.get_by_text("epoch 4.5").first.wait_for()
+
+
+def test_a_run_that_has_only_begun_has_a_page(visit, tmp_path):
+    run = Run.create(tmp_path / "run", Recipe())
+    tab = visit(report(run.path, images=False))
+    assert tab.locator(".verdict").inner_text() == "unfinished" and tab.locator("section").count() == 1
 
 
 def test_runs_stand_side_by_side_with_what_differs(visit, run, photos, tmp_path):
