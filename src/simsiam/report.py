@@ -311,8 +311,12 @@ def compressed(h: Tensor) -> np.ndarray:
 
 
 def lay_flat(x: np.ndarray) -> tuple[str, np.ndarray]:
-    """The name of the layout, and points (N, 2) in the unit square: PaCMAP or UMAP where installed, else t-SNE."""
-    name, xy = _pacmap(x) or _umap(x) or _tsne(x)
+    """The name of the layout, and points (N, 2) in the unit square: PaCMAP or UMAP where installed, else t-SNE.
+
+    t-SNE alone also takes what lies on a line or in a point, as after a collapse.
+    """
+    plane = x.shape[1] > 1 and x[:, 1].std() > 1e-6
+    name, xy = (plane and (_pacmap(x) or _umap(x))) or _tsne(x)
     xy = xy - xy.min(0)
     return name, xy / (xy.max() or 1)
 
