@@ -18,8 +18,9 @@ from simsiam.cli import main
 from simsiam.errors import UsageError
 from simsiam.images import from_arrays
 from simsiam.recipes import Recipe
-from simsiam.report import clusters, curves, drawn, gallery, lay_flat, neighbors, page, report
+from simsiam.report import clusters, curves, drawn, gallery, lay_flat, page, report
 from simsiam.run import Run, bare_backbone
+from simsiam.sources import open_source
 
 HOSTILE = "<img src=x onerror=alert(1)>.jpg"
 EACH = 14  # images of a class
@@ -127,19 +128,11 @@ def test_neighbors_are_the_most_similar_others(run, made, photos):
     assert np.array_equal(found, alike(run, photos, names)[:, : module.NEIGHBORS])
 
 
-def test_of_equal_images_the_others_are_neighbors_and_never_itself(monkeypatch):
-    monkeypatch.setattr(module, "AT_ONCE", 4 * 6 * 2)  # two rows at a time
-    h = torch.eye(3).repeat_interleave(2, 0)
-    cosine, index = neighbors(h, 2)
-    assert index[:, 0].tolist() == [1, 0, 3, 2, 5, 4] and cosine.tolist() == [[1, 0]] * 6
-    assert index[:, 1].tolist() == [2, 2, 0, 0, 0, 0]
-
-
-@pytest.mark.parametrize("x", [np.zeros((40, 7), np.float32), np.arange(5.0)[:, None], np.eye(6)])
-def test_a_map_of_collapsed_or_few_images_is_finite(x):
+@pytest.mark.parametrize(("x", "groups"), [(np.zeros((40, 7)), 1), (np.arange(5.0)[:, None], 3), (np.eye(6), 6)])
+def test_a_map_of_collapsed_or_few_images_is_finite(x, groups):
     _, xy = lay_flat(x)
     assert xy.shape == (len(x), 2) and np.isfinite(xy).all() and xy.min() >= 0 and xy.max() <= 1
-    assert len(set(clusters(x, 0))) == len(np.unique(x, axis=0))
+    assert len(set(clusters(torch.from_numpy(x), 0))) == groups  # of numbers, less, equal and greater than the mean
 
 
 def test_images_alike_lie_together():
@@ -309,16 +302,23 @@ def test_search_filters_and_downloads_what_it_finds(visit, made):
     assert tab.locator(".tip").is_hidden()
 
 
-def test_a_region_is_selected_by_dragging(visit, made):
+def test_a_region_is_selected_by_dragging(visit, made, photos, tmp_path):
     tab, data = visit(made), held(made)
     points, names = on_screen(tab, data), data["galleries"][0]["names"]
-    corner, half = points.min(0) - 5, np.median(points[:, 0]) + 0.5
+    corner, xs = points.min(0) - 5, np.sort(points[:, 0])
+    cut = 4 + np.diff(xs)[4:10].argmax()
+    right = (xs[cut] + xs[cut + 1]) / 2  # between neighbors inside a group
     tab.mouse.move(*corner)
     tab.mouse.down()
-    tab.mouse.move(half, points[:, 1].max() + 5, steps=3)
+    tab.mouse.move(right, points[:, 1].max() + 5, steps=3)
     tab.mouse.up()
-    wanted = [name for name, (x, _) in zip(names, points, strict=True) if x <= half]
-    assert downloaded(tab) == wanted and 0 < len(wanted) < len(names)
+    wanted = [name for name, (x, _) in zip(names, points, strict=True) if x <= right]
+    listed = downloaded(tab)
+    assert listed == wanted and 0 < len(wanted) < len(names)
+    copy = shutil.copytree(photos, tmp_path / "copy")
+    (copy / "selection.txt").write_text("\n".join(listed))
+    train = open_source(copy / "selection.txt").train  # what was downloaded is a source
+    assert [train.read(i).shape for i in range(len(train))] == [(40, 44, 3)] * len(wanted)
     tab.get_by_role("button", name="Clear").click()
     assert tab.locator("#selection").is_hidden()
 
@@ -335,6 +335,12 @@ def test_names_are_text_and_the_page_fits(visit, made, width):
     tab.get_by_text("epoch 4.5").first.wait_for()
 
 
+def test_a_run_that_has_only_begun_has_a_page(visit, tmp_path):
+    run = Run.create(tmp_path / "run", Recipe())
+    tab = visit(report(run.path, images=False))
+    assert tab.locator(".verdict").inner_text() == "unfinished" and tab.locator("section").count() == 1
+
+
 def test_runs_stand_side_by_side_with_what_differs(visit, run, photos, tmp_path):
     other = run_folder(tmp_path / "other", photos, seed=7, base_lr=0.2)
     path = report([run.path, other.path], out=tmp_path / "both.html", limit=20)
@@ -344,4 +350,8 @@ def test_runs_stand_side_by_side_with_what_differs(visit, run, photos, tmp_path)
     tab = visit(path)
     differing = tab.locator("#recipe .card").first.locator(".differs").all_inner_texts()
     assert [line.split() for line in differing] == [["seed", "0", "7"], ["base_lr", "0.05", "0.2"]]
+    headings = [
+        [text.strip() for text in tab.locator("#recipe table").nth(n).locator("th").all_text_contents()] for n in (0, 1)
+    ]
+    assert headings == [["", "<i>run", "other"]] * 2
     assert tab.locator(".verdict").count() == 2 and tab.locator("#curves .curve.second").count() > 0

@@ -19,18 +19,18 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
 from simsiam import __version__
 from simsiam.decode import Unreadable
+from simsiam.embeddings.cluster import kmeans, spread_out
+from simsiam.embeddings.search import others
 from simsiam.errors import UsageError, WorkFailed, shown, within
 from simsiam.features import extract
 from simsiam.files import whole
 from simsiam.images import CORES, Images, measure_sizes, sample, spread
-from simsiam.knn import AT_ONCE, first_largest
 from simsiam.precision import pick_device
 from simsiam.preview import LEAST, in_words, lay_out, rgb
 from simsiam.protocols import PROTOCOLS
@@ -277,30 +277,17 @@ def mapped(encoder: Any, images: Images) -> dict[str, Any]:
     if found.skipped:
         raise WorkFailed("{}, which could be read, cannot be read again: {}".format(*found.skipped[0]))
     h = F.normalize(found.matrices[0], dim=1)
-    cosine, nearest = neighbors(h, min(NEIGHBORS, len(h) - 1))
-    x = compressed(h)
-    layout, xy = lay_flat(x)
+    cosine, nearest = others(h, NEIGHBORS)
+    layout, xy = lay_flat(compressed(h))
     return {
         "layout": layout,
         "dim": h.shape[1],
         "x": [round(v, 4) for v in xy[:, 0].tolist()],
         "y": [round(v, 4) for v in xy[:, 1].tolist()],
-        "clusters": clusters(x, len(images.classes)),
+        "clusters": clusters(h, len(images.classes)),
         "neighbors": nearest.tolist(),
         "cosines": [[round(v, 3) for v in row] for row in cosine.tolist()],
     }
-
-
-def neighbors(h: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Of each of h (N, d), rows of length 1, the k most similar others, best first: cosines and positions, (N, k)."""
-    found = []
-    for rows in torch.arange(len(h)).split(max(1, AT_ONCE // (4 * len(h)))):
-        cosine = h[rows] @ h.T
-        cosine[torch.arange(len(rows)), rows] = -math.inf
-        found.append(first_largest(cosine, k))
-    cosine, index = (torch.cat(part) for part in zip(*found, strict=True))
-    cosine, order = cosine.sort(dim=1, descending=True, stable=True)
-    return cosine, index.gather(1, order)
 
 
 def compressed(h: Tensor) -> np.ndarray:
@@ -311,8 +298,12 @@ def compressed(h: Tensor) -> np.ndarray:
 
 
 def lay_flat(x: np.ndarray) -> tuple[str, np.ndarray]:
-    """The name of the layout, and points (N, 2) in the unit square: PaCMAP or UMAP where installed, else t-SNE."""
-    name, xy = _pacmap(x) or _umap(x) or _tsne(x)
+    """The name of the layout, and points (N, 2) in the unit square: PaCMAP or UMAP where installed, else t-SNE.
+
+    t-SNE alone also takes what lies on a line or in a point, as after a collapse.
+    """
+    plane = x.shape[1] > 1 and x[:, 1].std() > 1e-6
+    name, xy = (plane and (_pacmap(x) or _umap(x))) or _tsne(x)
     xy = xy - xy.min(0)
     return name, xy / (xy.max() or 1)
 
@@ -341,9 +332,8 @@ def _tsne(x: np.ndarray) -> tuple[str, np.ndarray]:
     return "t-SNE", TSNE(perplexity=min(30, (len(x) - 1) / 3), init=start, random_state=0).fit_transform(x)
 
 
-def clusters(x: np.ndarray, classes: int) -> list[int]:
-    """k-means on points (N, d): as many clusters as classes, or ten, or as few as there are different points."""
-    from sklearn.cluster import KMeans
-
+def clusters(h: Tensor, classes: int) -> list[int]:
+    """Those of `simsiam cluster`: as many as classes, or ten, or as few as there are different images."""
+    x = spread_out(h).numpy()
     count = min(classes or 10, len(np.unique(x.round(6), axis=0)))
-    return KMeans(count, n_init=4, random_state=0).fit_predict(x).tolist()
+    return kmeans(x, count, seed=0).names.tolist()

@@ -654,9 +654,9 @@ function settings(title, columns) {
   const names = [...new Set(columns.flatMap(Object.keys))];
   const rows = names.map((name) => ({ name, cells: columns.map((column) => words(column[name])) }))
     .map((row) => ({ ...row, differs: new Set(row.cells).size > 1 }));
-  const heading = several ? el("tr", {}, el("th", {}, ""), data.runs.map((run) => el("th", {}, swatch(run.color), ` ${run.name}`))) : null;
+  const heading = () => el("tr", {}, el("th", {}, ""), data.runs.map((run) => el("th", {}, swatch(run.color), ` ${run.name}`)));
   const fact = ({ name, cells }) => el("div", {}, el("dt", {}, name), el("dd", {}, cells[0]));
-  const table = (kept) => el("div", { class: "scroll" }, el("table", { class: "settings" }, heading,
+  const table = (kept) => el("div", { class: "scroll" }, el("table", { class: "settings" }, heading(),
     kept.map(({ name, cells, differs }) => el("tr", { class: differs ? "differs" : null }, el("td", {}, name), cells.map((cell) => el("td", {}, cell))))));
   if (!several) return el("div", { class: "card stack" }, el("h3", {}, title), el("dl", { class: "facts" }, rows.map(fact)));
   const differing = rows.filter((row) => row.differs), equal = rows.filter((row) => !row.differs);
