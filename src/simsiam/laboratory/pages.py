@@ -17,6 +17,7 @@ from simsiam.laboratory.experiments import EXPERIMENTS, Experiment
 from simsiam.laboratory.scales import Scale
 
 PAPER: dict[str, Any] = json.loads(Path(__file__).with_name("paper.json").read_text(encoding="utf-8"))
+UNPRINTED: dict[str, Any] = {"metric": "none", "cells": {}}  # of an experiment that is not in the paper
 # Columns of a table between the cell and the paper's number: metric and heading.
 COLUMNS = {"knn": "kNN (%)", "loss": "loss", "z_std_sqrt_d": "z std × √d", "z_rank": "rank of z"}
 READING = {"cos_p_mean": "cos(p1, E[z])", "cos_z_mean": "cos(z1, E[z])"}

@@ -122,7 +122,9 @@ def told(plans: Mapping[str, Jobs], scale: Scale, limit: int | None) -> str:
     missing, time = sum(job.state != FINISHED for job in together), hours(together, scale, limit)
     on = "at the speed of the finished ones" if missing < len(together) else f"on {scale.hardware}"
     unit = "GPU-hours" if scale.source is None else "hours"
-    return "\n".join([*lines, f"{'together':<22} {len(together):>3} runs, {missing} to do: {time:,.1f} {unit} {on}"])
+    return "\n".join(
+        [*lines, f"{'together':<22} {len(together):>3} runs, {missing} to do: {time:,.2f} {unit} of training {on}"]
+    )
 
 
 @contextmanager
@@ -181,7 +183,7 @@ def write(
             told |= {"values": values[cell][seed], **here}
         runs.append(told)
     rulings = [(claim, claim.judge(values)) for claim in experiment.claims]
-    paper = pages.PAPER[name]
+    paper = pages.PAPER.get(name, pages.UNPRINTED)
     about = {
         "experiment": name, "title": experiment.title, "where": experiment.where, "command": command,
         "scale": scale.name, "mapping": scale.mapping, "metric": scale.metric, "paper": paper,

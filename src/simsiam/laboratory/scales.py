@@ -73,6 +73,11 @@ class Scale:
 AFFINE = {"output_bn_affine": True}  # the paper's default (section 4.4); ours, and the authors' code's, is without
 LARGE = {"batch_size": 4096}  # of the other methods in Table 4
 
+TINY_MOCO = {
+    "equal_terms": True, "base_lr": 0.7, "dim": 128, "proj_hidden": 512, "queue": 1024, "target_decay": 0.99,
+    "head_bn": ("proj_hidden", "proj_out"),
+}  # fmt: skip
+
 TINY = Scale(
     name="tiny",
     data="shapes",
@@ -82,15 +87,11 @@ TINY = Scale(
         "simsiam": AFFINE,
         "byol": {"equal_terms": True, "base_lr": 0.7, "dim": 256, "proj_hidden": 512, "pred_dim": 512},
         "simclr": {"equal_terms": True, "base_lr": 0.7, "dim": 128, "proj_hidden": 512, "tau": 0.5},
-        "moco_v2": {
-            "equal_terms": True, "base_lr": 0.7, "dim": 128, "proj_hidden": 512, "queue": 1024, "target_decay": 0.99,
-        },
-        "moco_v2_plus": {
-            "equal_terms": True, "base_lr": 0.7, "dim": 128, "proj_hidden": 512, "queue": 1024, "target_decay": 0.99,
-        },
+        "moco_v2": TINY_MOCO,
+        "moco_v2_plus": TINY_MOCO,
         "swav": {
             "equal_terms": True, "base_lr": 0.7, "dim": 128, "proj_hidden": 512, "prototypes": 128,
-            "freeze_prototypes": 31,
+            "freeze_prototypes": 31, "head_bn": ("proj_hidden", "proj_out", "pred_hidden"),
         },
     },
     epochs=14,
@@ -108,7 +109,8 @@ TINY = Scale(
         "learning rates and weight decays are the paper's relative to its baseline, times 14 and times 1",
         "d and the predictor's hidden width as in the paper; hidden projector layers 512 wide, one fewer",
         "alternation every 3 and 8 steps for 10 and 100: as far between a step and an epoch, on a log scale",
-        "other methods on SimSiam's views, batch and SGD, each with a base lr of its own; queue 1024, 128 prototypes",
+        "other methods on SimSiam's views, batch and SGD; queue 1024, 128 prototypes; MoCo v2 and SwAV with batch norm "
+        "in and after the projector, for without it they collapse here",
     ),
 )  # fmt: skip
 
