@@ -20,8 +20,8 @@ ARROW = [
     "preview", "embeddings", "embeddings.embed", "embeddings.page", "embeddings.search", "embeddings.neighbors",
     "embeddings.duplicates", "embeddings.cluster", "embeddings.outliers", "embeddings.probe", "card", "export",
     "compare", "report", "demo", "laboratory.claims", "laboratory.scales", "laboratory.experiments", "laboratory.plan",
-    "laboratory.measure", "laboratory.drawing", "laboratory.pages", "laboratory.reproduce", "laboratory", "cli",
-    "__main__", "__init__",
+    "laboratory.measure", "laboratory.drawing", "laboratory.pages", "laboratory.reproduce", "laboratory", "bench",
+    "cli", "__main__", "__init__",
 ]  # fmt: skip
 
 

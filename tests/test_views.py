@@ -1,6 +1,7 @@
 """Views are pure functions of (seed, step, view, position); their pixels and distributions are torchvision's."""
 
 from dataclasses import fields, replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torchvision.transforms.v2.functional as F
 from PIL import ImageFilter
 from torchvision.transforms.functional import pil_to_tensor
 
+from simsiam import views
 from simsiam.methods import Views
 from simsiam.views import (
     CONTRAST,
@@ -294,6 +296,61 @@ def test_cropping_in_workers_gives_the_views_of_the_batch():
     view = finish(torch.stack(crops), d, mean=HALF, std=HALF)
     (batch,) = two_views(images, positions, recipes=(recipe,), count=1)
     torch.testing.assert_close(view, batch, rtol=0, atol=1.5 / 255 / 0.5)
+
+
+# Speed changes nothing.
+
+
+@pytest.mark.parametrize("at_once", [1, 3 * 24 * 24 * 7, 2**30])
+def test_parts_of_any_size_give_the_same_view(at_once, monkeypatch):
+    """One image at a time is the plain way: nothing to sort, and no neighbor to be mixed up with."""
+    images, positions = photos(30, 40, 28), np.arange(30)
+    monkeypatch.setattr(views, "AT_ONCE", 1)
+    plain = two_views(images, positions)
+    monkeypatch.setattr(views, "AT_ONCE", at_once)
+    for view, again in zip(plain, two_views(images, positions), strict=True):
+        torch.testing.assert_close(again, view, rtol=0, atol=5e-6)
+
+
+@pytest.mark.parametrize("h, w, band", [(70, 40, 32), (33, 65, 8)])
+def test_a_banded_blur_is_the_whole_blur(h, w, band, monkeypatch):
+    sigma, x = np.array([0.3, 1.0, 2.0, 4.0]), pixels(4, h, w)
+    monkeypatch.setattr(views, "BAND", 1000)
+    whole = color(x.clone(), replace(nothing(4), sigma=sigma))
+    monkeypatch.setattr(views, "BAND", band)
+    torch.testing.assert_close(color(x.clone(), replace(nothing(4), sigma=sigma)), whole, rtol=0, atol=1e-6)
+
+
+def test_a_compiled_kernel_is_the_eager_one(monkeypatch):
+    """As torch.compile captures it, for any size; making C++ of that takes too long for a test."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    views._kernels.cache_clear()
+    compiled = views._kernels(torch.device("cpu"), True)
+    views._kernels.cache_clear()
+    assert compiled is not views.EAGER
+    some = torch.linspace(0.2, 1.0, 5).view(5, 1, 1)
+    spans = 3 * some, 20 * some, 24, 16, (some > 0.5).float()
+    torch.testing.assert_close(compiled.resampling(*spans), views.EAGER.resampling(*spans), rtol=0, atol=1e-5)
+    blends = some[..., None], (some[..., None] > 0.7).float(), (some[..., None] < 0.5).float()
+    for name, values in {"blend": blends, "shift_hue": (some[..., None],)}.items():
+        x, eager = pixels(5, 24, 16), pixels(5, 24, 16)
+        getattr(compiled, name)(x, *values)
+        getattr(views.EAGER, name)(eager, *values)
+        torch.testing.assert_close(x, eager, rtol=0, atol=1e-5)
+
+
+def test_where_nothing_can_be_compiled_one_line_says_so(monkeypatch, capsys):
+    def refuse(*tensors):
+        raise RuntimeError("no C++ compiler found\nand a long trace")
+
+    monkeypatch.setattr(torch, "compile", lambda kernel, **how: refuse)
+    views._kernels.cache_clear()
+    images, positions = photos(4, 24, 24), np.arange(4)
+    eager = two_views(images, positions)
+    assert all(a.equal(b) for a, b in zip(eager, two_views(images, positions, compiled=True), strict=True))
+    views._kernels.cache_clear()
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "no C++ compiler found" in said and "long trace" not in said
 
 
 # Distributions. The seeds are fixed: these fail for a wrong distribution, not by chance.

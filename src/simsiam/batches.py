@@ -97,7 +97,7 @@ def views_of(
     """The first views, as in training, of the images at `index`, as if they were the batch of that step."""
     if images.pixels is not None:
         return _views_of(torch.from_numpy(images.pixels[index]).to(device), recipe, step, count)
-    crops, _, _ = _crops(images, index, recipe, step, count)
+    crops, _, _ = crops_of(images, index, recipe, step, count)
     return _finished(crops.to(device), recipe, step)
 
 
@@ -134,12 +134,12 @@ class _Steps(Dataset):
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor, list[tuple[str, str]]] | WorkFailed:
         try:
             index = members(step, self.recipe, len(self.images))
-            return _crops(self.images, index, self.recipe, step, self.recipe.method.view_count)
+            return crops_of(self.images, index, self.recipe, step, self.recipe.method.view_count)
         except WorkFailed as error:  # handed over rather than raised: a worker's exceptions arrive with a traceback
             return error
 
 
-def _crops(
+def crops_of(
     images: Images, index: np.ndarray, recipe: Recipe, step: int, count: int
 ) -> tuple[Tensor, Tensor, list[tuple[str, str]]]:
     """Crops uint8 (views, N, C, size, size) of images read once each, which images they are, and what was unreadable.

@@ -185,6 +185,11 @@ def build_parser() -> Parser:
     reproduce.add_argument("--device", metavar="NAME", default="auto", help="cpu, cuda, ... [auto]")
     reproduce.add_argument("--plan", action="store_true", help="show the plan and stop")
 
+    bench = verbs.add_parser("bench", help="speed beside the plain way of doing the same, as ratios")
+    bench.add_argument("--only", metavar="CASE", nargs="+", default=(), help="cases; an unknown one lists them [all]")
+    bench.add_argument("--device", metavar="NAME", default="auto", help="cpu, cuda, ... [auto]")
+    bench.add_argument("--out", metavar="FILE.json", help="write everything measured here")
+
     convert = verbs.add_parser(
         "convert",
         help="make a run folder of other people's checkpoint",
@@ -305,6 +310,10 @@ def run(arguments: dict[str, Any]) -> None:
         from simsiam.laboratory.reproduce import reproduce
 
         reproduce(arguments.pop("experiments"), **arguments)
+    elif verb == "bench":
+        from simsiam.bench import bench
+
+        bench(**arguments)
     elif verb == "convert":
         from simsiam.convert import convert, told
 

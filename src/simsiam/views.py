@@ -13,11 +13,11 @@ Most of the time would go into moving pixels between memory and cache, so a CPU 
 can hold, and the three operations that touch pixels most often are `Kernels`, each one loop where they are compiled.
 """
 
+import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
-from itertools import permutations
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,7 +32,7 @@ BLOCKS = 9  # counts of the Philox counter that one position owns; a count yield
 ATTEMPTS = 10  # crops tried before the central one (RandomResizedCrop)
 ASPECT = (3 / 4, 4 / 3)  # width / height of a crop (RandomResizedCrop)
 BRIGHTNESS, CONTRAST, SATURATION, HUE = COLOR_OPS = range(4)
-ORDERS = np.array(list(permutations(COLOR_OPS)))
+ORDERS = np.array(list(itertools.permutations(COLOR_OPS)))
 IDENTITY = np.array([1.0, 1.0, 1.0, 0.0])  # three factors and a shift that change nothing
 AT_ONCE = 2**18  # values of a part: 1 MiB in float32, half of a core's cache on most machines
 BAND = 32  # rows of a banded matrix that are multiplied at a time
@@ -111,15 +111,16 @@ def draw(recipe: Views, sizes: np.ndarray, *, seed: int, step: int, view: int, p
     )
 
 
-def crop(images: Tensor, draws: Draws, size: int) -> Tensor:
+def crop(images: Tensor, draws: Draws, size: int, *, compiled: bool = False) -> Tensor:
     """uint8 images (N, C, H, W) to float32 crops (N, C, size, size) in [0, 1]: antialiased `resized_crop`, then flip.
 
     Both are linear and separable, so each image takes one matrix for its rows and one for its columns.
     """
     params = np.stack([draws.top, draws.height, draws.left, draws.width, draws.flip])
     top, height, left, width, flip = _send(params, images.device)[..., None, None]
-    rows = _resampling(top, height, images.shape[2], size, torch.zeros_like(flip)).div_(255)
-    columns = _resampling(left, width, images.shape[3], size, flip)
+    resampling = _kernels(images.device, compiled).resampling
+    rows = resampling(top, height, images.shape[2], size, torch.zeros_like(flip)).div_(255)
+    columns = resampling(left, width, images.shape[3], size, flip)
     x = images.float().flatten(1, 2) @ columns.mT  # all channels in one product
     return (rows[:, None] @ x.unflatten(1, images.shape[1:3])).clamp_(0, 1)
 
@@ -141,7 +142,7 @@ def color(x: Tensor, draws: Draws, *, compiled: bool = False) -> Tensor:
     """
     rgb = x.shape[1] == 3
     factors = draws.factors if rgb else np.where([True, True, False, False], draws.factors, IDENTITY)
-    x = _jitter(x, draws.order, factors, kernels(x.device) if compiled else EAGER)
+    x = _jitter(x, draws.order, factors, _kernels(x.device, compiled))
     if rgb:
         x = _change(x, draws.gray, lambda x: x.copy_(_gray(x)))
     x = _change(x, draws.sigma > 0, _blur, _box_radius(draws.sigma))
@@ -168,11 +169,10 @@ def finish(
     if not channels == len(mean) == len(std):
         raise ValueError(f"{len(mean)} means and {len(std)} standard deviations for {channels} channels")
     means, stds = _send(np.array([mean, std]), pixels.device)[..., None, None]
-    normalize = (kernels(pixels.device) if compiled else EAGER).normalize
     for part in _parts(view):
         some = draws[part]
-        x = crop(pixels[part], some, size) if size else pixels[part].float().div_(255)
-        normalize(color(x, some, compiled=compiled), means, stds, view[part])
+        x = crop(pixels[part], some, size, compiled=compiled) if size else pixels[part].float().div_(255)
+        view[part] = color(x, some, compiled=compiled).sub_(means).div_(stds)
     return view
 
 
@@ -224,9 +224,10 @@ def _send(values: np.ndarray, device: torch.device, dtype: type = np.float32) ->
 
 
 def _parts(x: Tensor) -> Iterator[slice]:
-    """Slices of the batch that a CPU's cache can hold; a GPU takes all at once."""
-    step = max(1, AT_ONCE // x[0].numel()) if x.device.type == "cpu" else len(x)
-    return (slice(start, start + step) for start in range(0, len(x), step))
+    """Equal slices of the batch, of about AT_ONCE values on a CPU; a GPU takes all at once."""
+    count = min(len(x), max(1, round(x.numel() / AT_ONCE))) if x.device.type == "cpu" else 1
+    ends = [len(x) * i // count for i in range(count + 1)]
+    return itertools.starmap(slice, itertools.pairwise(ends))
 
 
 def _take(x: Tensor, rows: np.ndarray) -> Tensor:
@@ -329,36 +330,33 @@ def _shift_hue(x: Tensor, shift: Tensor) -> None:
         channel.copy_(value - units.clamp_(0, 1).mul_(chroma))
 
 
-def _normalize(x: Tensor, mean: Tensor, std: Tensor, out: Tensor) -> None:
-    """out = (x - mean) / std for x (N, C, H, W), with mean and std (C, 1, 1)."""
-    out.copy_((x - mean) / std)
-
-
 class Kernels(NamedTuple):
-    """What touches the pixels most often."""
+    """What `torch.compile` is for here: where many operations follow each other on every pixel, or make few of them."""
 
-    blend: Callable[..., None]
-    shift_hue: Callable[..., None]
-    normalize: Callable[..., None]
+    resampling: Callable[..., Any]
+    blend: Callable[..., Any]
+    shift_hue: Callable[..., Any]
 
 
-EAGER = Kernels(_blend, _shift_hue, _normalize)
+EAGER = Kernels(_resampling, _blend, _shift_hue)
 
 
 @cache
-def kernels(device: torch.device) -> Kernels:
-    """The kernels by `torch.compile`, equal up to rounding; where that fails, one line on stderr, and EAGER."""
-    tried = Kernels(*(torch.compile(kernel, dynamic=True) for kernel in EAGER))
-    x, value = torch.zeros(2, 3, 8, 8, device=device), torch.zeros(2, 1, 1, 1, device=device)
+def _kernels(device: torch.device, compiled: bool) -> Kernels:
+    """The kernels, if `compiled` each one loop, equal up to rounding; where that fails a line on stderr, and EAGER."""
+    if not compiled:
+        return EAGER
+    kernels = Kernels(*(torch.compile(kernel, dynamic=True) for kernel in EAGER))
+    x, ones = torch.zeros(2, 3, 8, 8, device=device), torch.ones(2, 1, 1, 1, device=device)
     try:
-        tried.blend(x, value, value, value)
-        tried.shift_hue(x, value)
-        tried.normalize(x, value[0].expand(3, 1, 1), value[0].expand(3, 1, 1) + 1, x.clone())
+        kernels.resampling(ones[0], ones[0], 8, 4, ones[0])
+        kernels.blend(x, ones, ones, ones)
+        kernels.shift_hue(x, ones)
     except RuntimeError as error:  # no C++ compiler, a platform that has none, ...
         reason = str(error).strip().partition("\n")[0]
         print(f"simsiam: torch.compile fails here, so views are made without it: {reason}", file=sys.stderr)
         return EAGER
-    return tried
+    return kernels
 
 
 def _box_radius(sigma: np.ndarray) -> np.ndarray:
