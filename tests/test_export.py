@@ -153,6 +153,9 @@ def test_nothing_is_pushed_but_what_was_proved_and_only_when_asked(trained, tmp_
     assert calls == [("me/it", {"private": True, "exist_ok": True}), path]
     monkeypatch.setattr(hub, "snapshot_download", lambda name, allow_patterns: str(path))
     again = simsiam.pretrain("shapes", out=tmp_path / "again", **QUICK | {"init": "hf-hub:me/it", "base_lr": 0.0})
+    monkeypatch.setattr(hub.HfApi, "upload_folder", lambda self, **how: 1 / 0)
+    with pytest.raises(simsiam.WorkFailed, match="is written, but not pushed to me/it: division by zero"):
+        export(trained, format="huggingface", out=tmp_path / "three", push="me/it")
     theirs, ours = load_file(again / "backbone.safetensors"), load_file(trained / "backbone.safetensors")
     assert torch.equal(theirs["conv1.weight"], ours["conv1.weight"])
 

@@ -315,7 +315,7 @@ def upload(folder: Path, name: str) -> None:
         hub = huggingface_hub.HfApi()
         hub.create_repo(name, private=True, exist_ok=True)
         hub.upload_folder(repo_id=name, folder_path=folder)
-    except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as error:
+    except Exception as error:  # its own, its HTTP library's, and the system's
         raise WorkFailed(f"{folder} is written, but not pushed to {name}: {' '.join(str(error).split())}") from None
 
 
