@@ -5,7 +5,6 @@ pictures are drawn here, so a case needs no data, and peers (kornia, lightly) ta
 """
 
 import importlib.metadata
-import importlib.util
 import io
 import itertools
 import json
@@ -203,7 +202,12 @@ def threads(count: int | None) -> Iterator[None]:
 
 
 def installed(name: str) -> bool:
-    return importlib.util.find_spec(name) is not None
+    """Whether a peer's module is there, with all that it needs."""
+    try:
+        importlib.import_module(name)
+    except ImportError:
+        return False
+    return True
 
 
 def table(name: str, found: Mapping[str, Any]) -> Table:
@@ -334,7 +338,7 @@ def training(scene: Scene, *, backbone: str, width: int = 64, batch_size: int) -
     with FlopCounterMode(display=False) as counter:
         ours()
     ways = {"plain loop, torchvision's transforms": loop(by_torchvision(views, 32)), "simsiam": ours}
-    if installed("lightly"):
+    if installed("lightly.transforms"):
         ways["plain loop, lightly's transform"] = loop(by_lightly(views, 32))
     return Contest(count=len(files), ways=ways, flops=counter.get_total_flops(), precision=precision)
 
@@ -366,7 +370,7 @@ def small_views(scene: Scene) -> Contest:
             A.Normalize(MEAN, STD),
         )
         ways["kornia"] = lambda: chain(images.float() / 255)
-    if installed("lightly"):
+    if installed("lightly.transforms"):
         ways["lightly"] = partial(one_by_one, by_lightly(views, 32))
     return Contest(count=count, ways=ways, bytes=5 * images.numel())
 
@@ -424,7 +428,7 @@ def neighbors(scene: Scene) -> Contest:
         "scikit-learn, brute force": lambda: plain.predict(queries.numpy()),
         "simsiam": lambda: knn_scores(*mine, classes=10).argmax(1),
     }
-    if installed("lightly"):
+    if installed("lightly.utils.benchmarking"):
         from lightly.utils.benchmarking import knn_predict
 
         turned = mine[0].T.contiguous()
