@@ -39,9 +39,9 @@ def test_contestants_take_turns_and_the_first_round_is_not_told():
 def test_a_ratio_is_the_median_of_times_next_to_each_other(clock):
     """Here the machine is ten times slower for two rounds. The ratio of the medians is 1.5."""
     plain, ours = iter([99, 2, 20, 20, 2, 3]), iter([99, 1, 10, 10, 1, 2])
-    contest = Contest(count=6, ways={"plain": partial(spend, clock, plain), "ours": partial(spend, clock, ours)})
+    contest = Contest(count=6, ways={"plain": partial(spend, clock, plain), "simsiam": partial(spend, clock, ours)})
     found = measure(Case(what="it", unit="images/s", prepare=lambda scene: contest), contest, CPU)
-    assert found["ways"]["ours"] | {"peak_mib": 0} == {
+    assert found["ways"]["simsiam"] | {"peak_mib": 0} == {
         "seconds": 2, "rate": 3, "ratio": 2, "ratios": [1.5, 2, 2, 2, 2], "peak_mib": 0,
     }  # fmt: skip
     assert found["ways"]["plain"]["ratio"] == 1
@@ -49,7 +49,7 @@ def test_a_ratio_is_the_median_of_times_next_to_each_other(clock):
 
 def test_the_share_of_the_limit_is_work_over_time(clock, monkeypatch):
     monkeypatch.setattr(bench, "products", lambda device, precision: 100.0)
-    ways = {"plain": partial(spend, clock, iter([4] * 6)), "ours": partial(spend, clock, iter([2] * 6))}
+    ways = {"plain": partial(spend, clock, iter([4] * 6)), "simsiam": partial(spend, clock, iter([2] * 6))}
     contest = Contest(count=1, ways=ways, flops=50.0, precision="bfloat16")
     found = measure(Case(what="it", unit="images/s", prepare=lambda scene: contest), contest, CPU)
     assert found["limit"] == {"of": "FLOP/s of a bfloat16 product", "machine": 100, "achieved": 25}
@@ -60,13 +60,15 @@ def test_the_share_of_the_limit_is_work_over_time(clock, monkeypatch):
 
 
 def test_bench_writes_what_it_measured(monkeypatch, capsys):
-    ways = {"plain": lambda: time.sleep(0.002), "ours": lambda: None}
+    ways = {"plain": lambda: time.sleep(0.002), "simsiam": lambda: None}
     tiny = Case(what="it", unit="images/s", prepare=lambda scene: Contest(count=1, ways=ways), threads=1)
     monkeypatch.setitem(CASES, "tiny", tiny)
     assert main(["bench", "--only", "tiny", "--device", "cpu", "--out", "found.json"]) == 0
     found = json.loads(Path("found.json").read_text())
     assert found["cases"].keys() == {"tiny"} and found["cases"]["tiny"]["threads"] == 1
-    assert found["cases"]["tiny"]["ways"]["ours"]["ratio"] > 1 and found["versions"]["torch"] and "command" not in found
+    assert (
+        found["cases"]["tiny"]["ways"]["simsiam"]["ratio"] > 1 and found["versions"]["torch"] and "command" not in found
+    )
     assert "images/s" in capsys.readouterr().out
 
 
