@@ -1,6 +1,5 @@
 """A model card: what a run is, what was measured on it, and under which license its weights are."""
 
-import json
 from typing import Any
 
 import yaml
@@ -46,11 +45,10 @@ def card(run: Run, license: str | None = None) -> str:
 
 def results(run: Run, summary: dict[str, Any]) -> list[str]:
     """A table of accuracies, each with its protocol."""
-    found = [record for path in sorted((run.path / "evaluations").glob("*.json")) for record in records(path)]
     lines = [
         f"| {r['protocol']} | {cell(r['name'])} | {r['features']} | {cell(r['source'])} | {r['checkpoint']} "
         f"| {r['top1']:.1f} | {interval(r)} | {r['n']} |"
-        for r in found
+        for r in run.evaluations()
         if "top1" in r
     ]
     if lines:
@@ -59,11 +57,6 @@ def results(run: Run, summary: dict[str, Any]) -> list[str]:
     if knn := summary.get("knn_top1"):
         return [f"kNN on images held out of training: {knn['last']:.1f} % at the end."]
     return ["Nothing yet: `simsiam evaluate` measures what a backbone is worth."]
-
-
-def records(path: Any) -> list[dict[str, Any]]:
-    found = json.loads(path.read_text())
-    return found if isinstance(found, list) else []
 
 
 def interval(record: dict[str, Any]) -> str:

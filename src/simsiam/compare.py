@@ -8,7 +8,6 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from simsiam.card import records
 from simsiam.errors import UsageError
 from simsiam.run import Run
 
@@ -61,10 +60,9 @@ def results(run: Run) -> dict[str, Any]:
     found = {name: summary.get(name) for name in ("verdict", "steps", "images_per_second")}
     found |= {name: lines[-1].get(name) if lines else None for name in LAST}
     found |= {f"knn_top1 {name}": knn.get(name) for name in ("last", "best")}
-    for path in sorted((run.path / "evaluations").glob("*.json")):
-        for r in records(path):
-            if "top1" in r:
-                found[f"{r['protocol']} {r['name']}, {r['features']}, {r['checkpoint']}, {r['source']}"] = r["top1"]
+    for r in run.evaluations():
+        if "top1" in r:
+            found[f"{r['protocol']} {r['name']}, {r['features']}, {r['checkpoint']}, {r['source']}"] = r["top1"]
     return found
 
 

@@ -128,17 +128,9 @@ def tell(run: Run) -> dict[str, Any]:
 
 
 def records(run: Run) -> list[dict[str, Any]]:
-    """All measurements in the files of evaluations."""
-    every = []
+    """All measurements, in the order of the protocols."""
     ranks = {name: rank for rank, name in enumerate(PROTOCOLS)}
-    for path in sorted(
-        (run.path / "evaluations").glob("*.json"), key=lambda p: (ranks.get(p.stem, len(ranks)), p.stem)
-    ):
-        found: Any = run.json(f"evaluations/{path.name}")
-        if not (isinstance(found, list) and all(isinstance(r, dict) and "protocol" in r for r in found)):
-            raise UsageError(f"{shown(str(path))} is not a list of records: move it away")
-        every += found
-    return every
+    return sorted(run.evaluations(), key=lambda record: ranks.get(record["protocol"], len(ranks)))
 
 
 def curves(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:

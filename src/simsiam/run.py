@@ -85,6 +85,16 @@ class Run:
         except ValueError as error:
             raise UsageError(f"{path} is damaged: {error}") from None
 
+    def evaluations(self) -> list[dict[str, Any]]:
+        """The records of every file in evaluations/, in order of names. Raises UsageError for another file."""
+        every = []
+        for path in sorted((self.path / "evaluations").glob("*.json")):
+            found: Any = self.json(f"evaluations/{path.name}")
+            if not (isinstance(found, list) and all(isinstance(r, dict) and "protocol" in r for r in found)):
+                raise UsageError(f"{shown(str(path))} is not a list of records: move it away")
+            every += found
+        return every
+
     def checkpoint(self, name: str = "last") -> dict[str, Any] | None:
         """The state saved under a name, on the CPU; None where there is none yet. Executes no code (weights_only)."""
         path = self.path / "checkpoints" / f"{name}.pt"

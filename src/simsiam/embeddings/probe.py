@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from torch import Tensor
 
 from simsiam.embeddings import Embeddings, read
 from simsiam.errors import UsageError, shown
+from simsiam.evaluate.frozen import moments
 from simsiam.evaluate.scores import wilson
 from simsiam.files import write_csv
 
@@ -39,7 +39,8 @@ def probe(file: str | os.PathLike[str], labels: str | os.PathLike[str], *, out: 
     if len(classes) < 2:
         raise UsageError(f"{labels} has one label, {classes[0]!r}: it takes two to tell images apart")
     rows, y = np.array(list(given)), np.array([classes.index(label) for label in given.values()])
-    x = standardized(images.vectors)
+    mean, scale = moments(images.vectors)  # as in protocol few_label
+    x = ((images.vectors - mean) / scale).numpy()
     strength, right = validated(x[rows], y)
     chances = classifier(strength).fit(x[rows], y).predict_proba(x)
     predicted = chances.argmax(1)
@@ -69,13 +70,6 @@ def labels_in(path: Path, images: Embeddings) -> dict[int, str]:
     if not given:
         raise UsageError(f"{path} labels no image: it takes a heading, path,label, and a line an image")
     return given
-
-
-def standardized(h: Tensor) -> np.ndarray:
-    """As in protocol few_label: mean 0 and variance 1 / d over all images, labeled or not."""
-    std = h.std(0)
-    scale = std.where(std > 1e-6 * h.abs().max(), std.new_tensor(1)) * h.shape[1] ** 0.5
-    return ((h - h.mean(0)) / scale).numpy()
 
 
 def classifier(strength: float) -> Any:

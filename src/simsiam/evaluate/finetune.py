@@ -13,7 +13,6 @@ import pickle
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from hashlib import sha256
 from itertools import cycle
 from math import isfinite
 from pathlib import Path
@@ -36,6 +35,7 @@ from simsiam.optim import set_lr
 from simsiam.precision import autocast, pick_device, pick_precision
 from simsiam.progress import Interrupt, Line, Stopwatch
 from simsiam.recipes import Recipe
+from simsiam.releases import sha256
 from simsiam.run import Run, bare_backbone, load, transform_of, whole
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")  # Okabe and Ito's: told apart without seeing red or green ...
@@ -219,7 +219,7 @@ def accuracy(
 
 def digest(path: Path) -> str:
     """What tells one file of weights from another; "" where there is none."""
-    return sha256(path.read_bytes()).hexdigest()[:16] if path.exists() else ""
+    return sha256(path)[:16] if path.exists() else ""
 
 
 def restore(out: Path, settings: Mapping[str, Any]) -> dict[str, Any]:

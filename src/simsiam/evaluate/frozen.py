@@ -35,10 +35,15 @@ class Known(NamedTuple):
 
     def standardized(self) -> "Known":
         """STANDARDIZED features, so that one setting of a classifier fits networks of all widths and scales."""
-        mean, std = self.train.mean(0), self.train.std(0)
-        std = torch.where(std > 1e-6 * self.train.abs().max(), std, 1)  # a constant feature stays one
-        scale = std * self.train.shape[1] ** 0.5
+        mean, scale = moments(self.train)
         return self._replace(train=(self.train - mean) / scale, test=(self.test - mean) / scale)
+
+
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """What to subtract from features x (N, d) and what to divide by, so that they are STANDARDIZED."""
+    mean, std = x.mean(0), x.std(0)
+    std = torch.where(std > 1e-6 * x.abs().max(), std, 1)  # a constant feature stays one
+    return mean, std * x.shape[1] ** 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
