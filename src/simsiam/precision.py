@@ -18,10 +18,13 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_precision(name: str, device: torch.device) -> str:
-    """ "bfloat16" or "float32"; "auto" takes bfloat16 on a GPU and on CPUs with matrix units for it (AMX)."""
+    """ "bfloat16" or "float32"; "auto" takes bfloat16 on a GPU and on CPUs that multiply it faster (AMX, AVX512-BF16)."""
     if name != "auto":
         return name
-    fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_amx_tile_supported()
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported()
+    else:
+        fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     return "bfloat16" if fast else "float32"
 
 
