@@ -40,29 +40,11 @@ def now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
-class Run:
-    """A run folder. `Run.create` makes one, `Run(path)` opens one; both raise UsageError in one line."""
+class Folder:
+    """A folder with a journal and JSON files: a run's, or one in it for a training of its own."""
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
-        if not (self.path / "recipe.yaml").is_file():
-            raise UsageError(f"{self.path} is not a run folder: it has no recipe.yaml")
-        self.recipe = read_recipe(self.path / "recipe.yaml")
-
-    @classmethod
-    def create(cls, path: str | os.PathLike[str], recipe: Recipe) -> "Run":
-        """A new run folder. An existing one is never written over."""
-        path = vacant(path)
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            write_recipe(path, recipe)
-            for folder in ("checkpoints", "evaluations"):
-                (path / folder).mkdir()
-        except OSError as error:
-            raise UsageError(f"cannot write to {path}: {error.strerror or error}") from None
-        return cls(path)
-
-    # --- what is read back ---
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl; one that a crash cut short is left out."""
@@ -85,11 +67,47 @@ class Run:
         except ValueError as error:
             raise UsageError(f"{path} is damaged: {error}") from None
 
+    def write(self, name: str, content: Mapping[str, Any] | str) -> None:
+        with whole(self.path / name) as part:
+            part.write_text(content if isinstance(content, str) else json.dumps(content, indent=2) + "\n")
+
+
+class Run(Folder):
+    """A run folder. `Run.create` makes one, `Run(path)` opens one; both raise UsageError in one line."""
+
+    def __init__(self, path: str | os.PathLike[str]):
+        super().__init__(path)
+        if not (self.path / "recipe.yaml").is_file():
+            raise UsageError(f"{self.path} is not a run folder: it has no recipe.yaml")
+        self.recipe = read_recipe(self.path / "recipe.yaml")
+
+    @classmethod
+    def create(cls, path: str | os.PathLike[str], recipe: Recipe) -> "Run":
+        """A new run folder. An existing one is never written over."""
+        path = vacant(path)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            write_recipe(path, recipe)
+            for folder in ("checkpoints", "evaluations"):
+                (path / folder).mkdir()
+        except OSError as error:
+            raise UsageError(f"cannot write to {path}: {error.strerror or error}") from None
+        return cls(path)
+
+    # --- what is read back ---
+
     def evaluations(self) -> list[dict[str, Any]]:
         """The records of every file in evaluations/, in order of names. Raises UsageError for another file."""
+        return self.records("evaluations")
+
+    def transfers(self) -> list[dict[str, Any]]:
+        """Those of transfers/, likewise."""
+        return self.records("transfers")
+
+    def records(self, folder: str) -> list[dict[str, Any]]:
         every = []
-        for path in sorted((self.path / "evaluations").glob("*.json")):
-            found: Any = self.json(f"evaluations/{path.name}")
+        for path in sorted((self.path / folder).glob("*.json")):
+            found: Any = self.json(f"{folder}/{path.name}")
             if not (isinstance(found, list) and all(isinstance(r, dict) and "protocol" in r for r in found)):
                 raise UsageError(f"{shown(str(path))} is not a list of records: move it away")
             every += found
@@ -113,10 +131,6 @@ class Run:
         return state
 
     # --- what is written ---
-
-    def write(self, name: str, content: Mapping[str, Any] | str) -> None:
-        with whole(self.path / name) as part:
-            part.write_text(content if isinstance(content, str) else json.dumps(content, indent=2) + "\n")
 
     def begin(self, here: dict[str, Any], images: int) -> tuple[dict[str, Any], list[str]]:
         """The state to go on from, the last checkpoint's or a new one, and what has changed around it, in words."""
@@ -180,7 +194,7 @@ class Run:
 class Journal:
     """metrics.jsonl and TensorBoard, both cut back to `step` first, so that no step is ever in them twice."""
 
-    def __init__(self, run: Run, step: int):
+    def __init__(self, run: Folder, step: int):
         self.run, self.step = run, step
         self.lines = [line for line in run.metrics() if line["step"] <= step]
 

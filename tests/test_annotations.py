@@ -1,0 +1,166 @@
+"""Annotated images: every good object arrives, every bad one is named, and nothing else is lost by it."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from simsiam.errors import UsageError, WorkFailed
+from simsiam.transfer.annotations import open_annotated
+
+CAR = ("car", (11, 21, 30, 40), 0)
+
+
+def xml(objects, size=(60, 80), extra="") -> str:
+    """A VOC annotation; a box is xmin, ymin, xmax, ymax as VOC counts."""
+    ends = ("xmin", "ymin", "xmax", "ymax")
+    rows = "".join(
+        f"<object><name>{name}</name><difficult>{hard}</difficult><bndbox>"
+        + "".join(f"<{end}>{value}</{end}>" for end, value in zip(ends, box))
+        + "</bndbox></object>"
+        for name, box, hard in objects
+    )
+    sides = f"<size><width>{size[1]}</width><height>{size[0]}</height><depth>3</depth></size>" if size else ""
+    return f"<annotation>{sides}{rows}{extra}</annotation>"
+
+
+def voc(folder: Path, files: dict[str, str], sets: dict[str, list[str]], size=(60, 80)) -> Path:
+    for name in ("Annotations", "JPEGImages", "ImageSets/Main"):
+        (folder / name).mkdir(parents=True)
+    for name, text in files.items():
+        (folder / "Annotations" / f"{name}.xml").write_text(text)
+        Image.new("RGB", size[::-1], "gray").save(folder / "JPEGImages" / f"{name}.jpg")
+    for name, listed in sets.items():
+        (folder / "ImageSets" / "Main" / f"{name}.txt").write_text("".join(f"{one}\n" for one in listed))
+    return folder
+
+
+def coco(folder: Path, annotations: list, split="train", images=3, size=(60, 80), categories=("cat", "dog")) -> Path:
+    (folder / "annotations").mkdir(parents=True, exist_ok=True)
+    (folder / f"{split}2017").mkdir()
+    rows = [{"id": 7 + i, "file_name": f"{i}.png", "height": size[0], "width": size[1]} for i in range(images)]
+    for i in range(images):
+        Image.new("RGB", size[::-1], "gray").save(folder / f"{split}2017" / f"{i}.png")
+    kinds = [{"id": 3 + 2 * i, "name": name} for i, name in enumerate(categories)]
+    content = {"images": rows, "annotations": annotations, "categories": kinds}
+    (folder / "annotations" / f"instances_{split}2017.json").write_text(json.dumps(content))
+    return folder
+
+
+def test_voc_counts_from_one_and_includes_its_last_pixel(tmp_path):
+    opened = open_annotated(voc(tmp_path, {"a": xml([CAR, ("bus", (1, 1, 80, 60), 1)])}, {"train": ["a"]}))
+    (objects,) = opened.splits["train"].objects
+    assert opened.splits["train"].classes == ("bus", "car") and opened.metric == "voc"
+    assert objects.boxes.tolist() == [[10, 20, 30, 40], [0, 0, 80, 60]]
+    assert objects.labels.tolist() == [1, 0] and objects.difficult.tolist() == [False, True]
+
+
+def test_years_are_one_set_and_a_set_can_be_named(tmp_path):
+    for year, names in {"VOC2007": "abc", "VOC2012": "de"}.items():
+        sets = {"train": [names[0]], "val": [names[1]]} | ({"test": [names[2]]} if len(names) > 2 else {})
+        voc(tmp_path / year, {name: xml([CAR]) for name in names}, sets)
+    keys = {k: list(v.images.keys) for k, v in open_annotated(tmp_path).splits.items()}
+    assert keys == {
+        "train": ["VOC2007/JPEGImages/a.jpg", "VOC2012/JPEGImages/d.jpg"],
+        "val": ["VOC2007/JPEGImages/b.jpg", "VOC2012/JPEGImages/e.jpg"],
+        "test": ["VOC2007/JPEGImages/c.jpg"],
+    }
+    paper = open_annotated([tmp_path / "VOC2007", f"{tmp_path / 'VOC2012'}:train"])
+    assert [len(paper.splits[split]) for split in ("train", "val", "test")] == [2, 1, 1]
+    assert paper.name == "VOC2007+VOC2012" and paper.splits["val"].images.read(0).shape == (60, 80, 3)
+    with pytest.raises(UsageError, match="did you mean 'train'"):
+        open_annotated(f"{tmp_path / 'VOC2012'}:trian")
+
+
+def test_what_is_wrong_in_voc_is_named_and_costs_nothing_else(tmp_path):
+    files = {
+        "good": xml([CAR, ("car", (5, 5, 4, 9), 0), ("car", (70, 50, 200, 90), 0)]),  # the second has no area
+        "broken": "<annotation><object>",
+        "other_size": xml([CAR], size=(99, 99)),
+        "no_size": xml([CAR], size=None),
+        "no_numbers": xml([("car", ("x", 1, 2, 3), 0), ("", (1, 1, 9, 9), 0), CAR]),
+        "empty": xml([]),
+        **{f"more{i}": xml([CAR]) for i in range(4)},
+    }
+    folder = voc(tmp_path, files, {"train": [*files, "not_there"]})
+    (folder / "JPEGImages" / "more3.jpg").write_bytes(b"\xff\xd8\xffnothing")
+    opened = open_annotated(folder)
+    part = opened.splits["train"]
+    names = [Path(key).stem for key in part.images.keys]
+    assert names == ["good", "no_size", "no_numbers", "empty", "more0", "more1", "more2"]
+    assert [len(o) for o in part.objects] == [2, 1, 1, 0, 1, 1, 1]
+    assert part.objects[0].boxes.tolist()[1] == [69, 49, 80, 60]  # cut at the edge
+    assert part.objects[1].size == (60, 80)
+    assert opened.faults.counts == {
+        "image left out": 4, "object left out": 2, "degenerate box dropped": 1, "box cut at the edge": 1,
+    }  # fmt: skip
+    lines = "\n".join(opened.faults.lines)
+    for text in ("broken.xml\tnot XML", "other_size.jpg\t80 x 60 pixels, annotated as 99 x 99", "not_there.xml\tNo",
+                 "no_numbers.xml\tobject 1 has no box of four numbers", "object 2 has no name", "more3.jpg\t",
+                 "good.jpg\tthe box 4, 4, 4, 9 of a car has no area"):  # fmt: skip
+        assert text in lines, text
+    learned = part.learnable()
+    assert len(learned) == 6 and all(len(o) for o in learned.objects)  # the empty one teaches nothing, and is tested on
+
+
+def test_coco_becomes_the_same(tmp_path):
+    square = [10.0, 10.0, 30.0, 10.0, 30.0, 30.0, 10.0, 30.0]
+    rows = [
+        {"id": 1, "image_id": 7, "category_id": 5, "bbox": [10, 10, 20, 20], "segmentation": [square]},
+        {"id": 2, "image_id": 7, "category_id": 3, "bbox": [0, 0, 80, 60], "iscrowd": 1,
+         "segmentation": {"counts": [0, 4800], "size": [60, 80]}},
+        {"id": 3, "image_id": 8, "category_id": 5, "bbox": [5, 5, 0, 9], "segmentation": [square]},
+        {"id": 4, "image_id": 8, "category_id": 5, "bbox": [5, 5, 9, 9], "segmentation": [[1, 2]]},
+        {"id": 5, "image_id": 99, "category_id": 5, "bbox": [5, 5, 9, 9]},
+        {"id": 6, "image_id": 8, "category_id": 4, "bbox": [5, 5, 9, 9]},
+        {"id": 7, "image_id": 8, "category_id": 5, "bbox": [5, None, 9, 9]},
+        "nothing",
+    ]  # fmt: skip
+    opened = open_annotated(coco(coco(tmp_path, rows), rows[:1], "val"))
+    train, val = opened.splits["train"], opened.splits["val"]
+    assert train.classes == val.classes == ("cat", "dog") and opened.metric == "coco"
+    assert [len(o) for o in train.objects] == [2, 0, 0] and train.objects[0].labels.tolist() == [1, 0]
+    assert train.objects[0].boxes.tolist() == [[10, 10, 30, 30], [0, 0, 80, 60]]
+    assert [len(o) for o in train.learnable().objects] == [1] and train.has_masks
+    assert opened.faults.counts["object left out"] == 5 and opened.faults.counts["degenerate box dropped"] == 1
+    assert [line.split("\t")[1] for line in opened.faults.lines if "annotations[4]" in line] == [
+        "annotations[4] is of image 99, which is not there"
+    ]
+    joined = train.join(val)
+    assert len(joined) == 6 and joined.images.read(5).shape == (60, 80, 3) and joined.objects[3].labels.tolist() == [1]
+
+
+def test_a_split_beside_its_images_is_coco_too(tmp_path):
+    coco(tmp_path / "made", [{"id": 1, "image_id": 7, "category_id": 3, "bbox": [1, 1, 9, 9]}])
+    os.rename(tmp_path / "made" / "train2017", tmp_path / "train")
+    os.rename(tmp_path / "made/annotations/instances_train2017.json", tmp_path / "train/_annotations.coco.json")
+    opened = open_annotated(tmp_path)
+    assert opened.splits["train"].classes == ("cat",) and opened.splits["train"].images.read(0).shape == (60, 80, 3)
+
+
+@pytest.mark.parametrize(
+    "damage, error, words",
+    [
+        (lambda f: (f / "annotations" / "instances_train2017.json").write_text("{"), WorkFailed, "cannot read"),
+        (lambda f: (f / "annotations" / "instances_train2017.json").write_text("{}"), WorkFailed, "not COCO's"),
+        (lambda f: [path.unlink() for path in (f / "train2017").iterdir()], WorkFailed, "3 of 3 annotated images"),
+        (lambda f: os.rename(f / "annotations", f / "labels"), UsageError, "is no source of annotated images"),
+    ],
+)
+def test_a_source_of_nothing_is_one_line(tmp_path, damage, error, words):
+    damage(coco(tmp_path, [{"id": 1, "image_id": 7, "category_id": 5, "bbox": [1, 1, 9, 9]}]))
+    with pytest.raises(error, match=words):
+        open_annotated(tmp_path)
+
+
+def test_boxes_stay_with_their_images(tmp_path):
+    files = {name: xml([("car", (i + 1, 1, 70, 50), 0)]) for i, name in enumerate("abcdef")}
+    part = open_annotated(voc(tmp_path, files, {})).splits["train"]
+    rest, held = part.hold_out(2)
+    assert len(rest) == 4 and sorted([*rest.images.keys, *held.images.keys]) == list(part.images.keys)
+    for some in (rest, held, rest.join(held)):
+        for key, objects in zip(some.images.keys, some.objects):
+            assert np.isclose(objects.boxes[0, 0], "abcdef".index(Path(key).stem))
