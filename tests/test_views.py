@@ -144,7 +144,7 @@ def test_crop_is_resized_crop_then_flip(h, w, size, channels):
 
 
 @pytest.mark.parametrize("h, w, size", [(32, 32, 32), (97, 64, 24), (20, 50, 40)])
-def test_crop_one_is_pillow_and_agrees_with_crop(h, w, size):
+def test_crop_one_is_pillows_to_one_level_and_agrees_with_crop(h, w, size):
     images, d = photos(16, h, w), many(Views(crop_min=0.05), 16, (h, w))
     together = crop(images, d, size)
     for i in range(16):
@@ -153,7 +153,8 @@ def test_crop_one_is_pillow_and_agrees_with_crop(h, w, size):
         ours = crop_one(np.asarray(image), top, left, height, width, flip, size)
         assert ours.dtype == torch.uint8 and ours.is_contiguous()
         theirs = F.resized_crop(image, top, left, height, width, [size, size])
-        assert ours.equal(pil_to_tensor(F.hflip(theirs) if flip else theirs))
+        off = (ours.int() - pil_to_tensor(F.hflip(theirs) if flip else theirs)).abs()
+        assert off.max() <= 1 and (off > 0).float().mean() < 0.1
         assert (ours / 255 - together[i]).abs().max() < 1.5 / 255
 
 
@@ -312,15 +313,6 @@ def test_parts_of_any_size_give_the_same_view(at_once, monkeypatch):
         torch.testing.assert_close(again, view, rtol=0, atol=5e-6)
 
 
-@pytest.mark.parametrize("h, w, band", [(70, 40, 32), (33, 65, 8)])
-def test_a_banded_blur_is_the_whole_blur(h, w, band, monkeypatch):
-    sigma, x = np.array([0.3, 1.0, 2.0, 4.0]), pixels(4, h, w)
-    monkeypatch.setattr(views, "BAND", 1000)
-    whole = color(x.clone(), replace(nothing(4), sigma=sigma))
-    monkeypatch.setattr(views, "BAND", band)
-    torch.testing.assert_close(color(x.clone(), replace(nothing(4), sigma=sigma)), whole, rtol=0, atol=1e-6)
-
-
 def test_a_compiled_kernel_is_the_eager_one(monkeypatch):
     """As torch.compile captures it, for any size; making C++ of that takes too long for a test."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
@@ -337,6 +329,9 @@ def test_a_compiled_kernel_is_the_eager_one(monkeypatch):
         getattr(compiled, name)(x, *values)
         getattr(views.EAGER, name)(eager, *values)
         torch.testing.assert_close(x, eager, rtol=0, atol=1e-5)
+    for dim in (2, 3):
+        some = x, torch.linspace(0, 0.4, 25).view(5, 5), dim
+        torch.testing.assert_close(compiled.filter(*some), views.EAGER.filter(*some), rtol=0, atol=1e-6)
 
 
 def test_where_nothing_can_be_compiled_one_line_says_so(monkeypatch, capsys):

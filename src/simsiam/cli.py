@@ -1,11 +1,13 @@
 """The command line: one verb, one function, one output. Flags are the words of a recipe; help loads no torch."""
 
 import argparse
+import ctypes
 import inspect
 import json
 import re
 import sys
 import typing
+from contextlib import suppress
 from dataclasses import MISSING, fields
 from importlib import import_module
 from pathlib import Path
@@ -340,8 +342,18 @@ def tell(run: Path) -> None:
     print(f"run folder: {run}")
 
 
+def keep_memory() -> None:
+    """Have glibc keep what is freed: the next step asks for as much, and a new page costs more than the sums on it."""
+    mmap_max, trim_threshold = -4, -1  # M_MMAP_MAX, M_TRIM_THRESHOLD of malloc.h
+    with suppress(AttributeError, OSError, TypeError):  # macOS, Windows and musl have no mallopt
+        libc = ctypes.CDLL(None)
+        libc.mallopt(mmap_max, 0)
+        libc.mallopt(trim_threshold, -1)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0: done. 1: the work failed. 2: wrong usage. 128 + n: stopped by signal n, with the work saved."""
+    keep_memory()
     parser = build_parser()
     try:
         arguments = sys.argv[1:] if argv is None else argv
