@@ -18,7 +18,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_precision(name: str, device: torch.device) -> str:
-    """ "bfloat16" or "float32"; "auto" takes bfloat16 on a GPU and on CPUs that multiply it faster: AMX, AVX512-BF16."""
+    """ "bfloat16" or "float32"; "auto" takes bfloat16 on a GPU and on CPUs with AMX or AVX512-BF16."""
     if name != "auto":
         return name
     if device.type == "cuda":
