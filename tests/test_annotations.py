@@ -9,8 +9,10 @@ import pytest
 from PIL import Image
 
 from simsiam.errors import UsageError, WorkFailed
-from simsiam.transfer.annotations import open_annotated
+from simsiam.transfer.annotations import open_annotated, with_masks
+from simsiam.transfer.metrics import pixels_of
 
+pytest.importorskip("pycocotools")
 CAR = ("car", (11, 21, 30, 40), 0)
 
 
@@ -122,10 +124,14 @@ def test_coco_becomes_the_same(tmp_path):
     opened = open_annotated(coco(coco(tmp_path, rows), rows[:1], "val"))
     train, val = opened.splits["train"], opened.splits["val"]
     assert train.classes == val.classes == ("cat", "dog") and opened.metric == "coco"
-    assert [len(o) for o in train.objects] == [2, 0, 0] and train.objects[0].labels.tolist() == [1, 0]
+    assert [len(o) for o in train.objects] == [2, 1, 0] and train.objects[0].labels.tolist() == [1, 0]
     assert train.objects[0].boxes.tolist() == [[10, 10, 30, 30], [0, 0, 80, 60]]
-    assert [len(o) for o in train.learnable().objects] == [1] and train.has_masks
-    assert opened.faults.counts["object left out"] == 5 and opened.faults.counts["degenerate box dropped"] == 1
+    assert [len(o) for o in train.learnable().objects] == [1, 1]
+    assert opened.faults.counts["object left out"] == 4 and opened.faults.counts["degenerate box dropped"] == 1
+    masked = with_masks(opened)
+    assert [len(o) for o in masked.splits["train"].objects] == [2, 0, 0]
+    assert [mask.sum() for mask in pixels_of(masked.splits["train"].objects[0])] == [400, 4800]
+    assert masked.faults.lines[-1] == "train2017/1.png\ta dog has no mask"
     assert [line.split("\t")[1] for line in opened.faults.lines if "annotations[4]" in line] == [
         "annotations[4] is of image 99, which is not there"
     ]

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from simsiam.recipes import Recipe
     from simsiam.run import Run, load
     from simsiam.siamese import Siamese, build
+    from simsiam.transfer.transfer import transfer
 
 _HOME = {
     "METHODS": "methods",
@@ -47,10 +48,11 @@ _HOME = {
     "load": "run",
     "pretrain": "pretrain",
     "resume": "pretrain",
+    "transfer": "transfer.transfer",
 }
 __all__ = [
     "METHODS", "Method", "Recipe", "Run", "Siamese", "Stopped", "UsageError", "Views", "WorkFailed",
-    "build", "compare", "embed", "evaluate", "export", "load", "pretrain", "resume",
+    "build", "compare", "embed", "evaluate", "export", "load", "pretrain", "resume", "transfer",
 ]  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from simsiam.errors import Stopped, UsageError, WorkFailed, unknown
 from simsiam.laboratory.experiments import EXPERIMENTS
 from simsiam.laboratory.scales import SCALES
 from simsiam.protocols import FROZEN, PROTOCOLS, Settings
+from simsiam.transfer.schedules import SCHEDULES, Schedule
 
 EPILOG = "Documentation and source of every setting: README.md; `simsiam VERB --help` lists a verb's flags."
 
@@ -135,6 +136,7 @@ def build_parser() -> Parser:
     evaluate.add_argument("--precision", metavar="NAME", default="auto", help=precisions)
     add_flags(evaluate, Settings, "the protocols", typing.get_type_hints(Settings))
 
+    add_transfer(verbs)
     add_embedding_verbs(verbs)
 
     export = verbs.add_parser(
@@ -213,6 +215,29 @@ def build_parser() -> Parser:
     return parser
 
 
+def add_transfer(verbs: typing.Any) -> None:
+    transfer = verbs.add_parser(
+        "transfer",
+        help="fine-tune a backbone as a detector on annotated images; writes RUN/transfers/TASK.json and a picture",
+        usage="simsiam transfer RUN SOURCE [SOURCE ...] [--task NAME] [--schedule NAME] [--FLAG VALUE ...]",
+        epilog="In brackets: VOC07+12's values, the paper's. The schedule chooses others for some; flags win. Stopped, "
+        "the same command goes on.",
+    )
+    transfer.add_argument("run", metavar="RUN")
+    sources = "Pascal VOC folders (VOC2007, VOC2012:train), a folder of COCO's JSON and images, or shapes (embedded)"
+    transfer.add_argument("source", metavar="SOURCE", nargs="+", help=sources)
+    transfer.add_argument("--task", metavar="NAME", default="detection", help="detection or segmentation [detection]")
+    named = f"{', '.join(SCHEDULES)} (the paper's), or auto, by the number of images [auto]"
+    transfer.add_argument("--schedule", metavar="NAME", default="auto", help=named)
+    init = "start from a run folder, a checkpoint or published weights [RUN's backbone]"
+    transfer.add_argument("--init", metavar="WEIGHTS", help=init)
+    transfer.add_argument("--from-scratch", action="store_true", help="start from random weights")
+    transfer.add_argument("--seed", metavar="N", type=int, default=0, help="of new weights and of every step [0]")
+    transfer.add_argument("--device", metavar="NAME", default="auto", help="cpu, cuda, ... [auto]")
+    transfer.add_argument("--precision", metavar="NAME", default="auto", help="auto, bfloat16 or float32 [auto]")
+    add_flags(transfer, Schedule, "the schedule", typing.get_type_hints(Schedule))
+
+
 def add_embedding_verbs(verbs: typing.Any) -> None:
     """embed, and the verbs that work on what it writes."""
     embed = verbs.add_parser(
@@ -283,6 +308,10 @@ def run(arguments: dict[str, Any]) -> None:
         from simsiam.evaluate import evaluate
 
         evaluate(arguments.pop("run"), arguments.pop("source"), **arguments)
+    elif verb == "transfer":
+        from simsiam.transfer.transfer import transfer
+
+        transfer(arguments.pop("run"), arguments.pop("source"), **arguments)
     elif verb == "embed":
         from simsiam.embeddings.embed import embed
 

@@ -69,10 +69,6 @@ class Annotated:
     def take(self, rows: np.ndarray) -> "Annotated":
         return replace(self, images=self.images.take(rows), objects=tuple(self.objects[i] for i in rows))
 
-    @property
-    def has_masks(self) -> bool:
-        return any(o.segments for o in self.objects) and all(o.segments or not len(o) for o in self.objects)
-
     def join(self, other: "Annotated") -> "Annotated":
         """This part and another one of the same source."""
         assert isinstance(self.images.encoded, Path) and self.images.encoded == other.images.encoded
@@ -423,7 +419,20 @@ def sound(found: Objects, file: str, classes: Sequence[str], faults: Faults) -> 
         corners = ", ".join(f"{value:g}" for value in box)
         faults.add("degenerate box dropped", file, f"the box {corners} of a {classes[label]} has no area in the image")
     faults.counts["box cut at the edge"] += int((good & (inside != found.boxes).any(1)).sum())
-    missing = [bool(found.segments) and found.segments[i] is None for i in range(len(found))]
-    for i in np.flatnonzero(good & np.array(missing, bool)):
-        faults.add("object left out", file, f"a {classes[found.labels[i]]} has no mask, and others have one")
-    return replace(found, boxes=inside).take(good & ~np.array(missing, bool))
+    return replace(found, boxes=inside).take(good)
+
+
+def with_masks(source: AnnotatedSource) -> AnnotatedSource:
+    """The source without the objects that have no mask. Raises UsageError where none has."""
+    splits = {}
+    for split, part in source.splits.items():
+        if not any(o.segments for o in part.objects):
+            raise UsageError(f"{source.name} has no masks in {split}: --task detection needs only boxes")
+        objects = []
+        for i, found in enumerate(part.objects):
+            there = np.array([segments is not None for segments in found.segments or [None] * len(found)], bool)
+            for label in found.labels[~there]:
+                source.faults.add("object left out", part.images.keys[i], f"a {part.classes[label]} has no mask")
+            objects.append(found.take(there))
+        splits[split] = replace(part, objects=tuple(objects))
+    return replace(source, splits=splits)
