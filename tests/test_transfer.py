@@ -14,6 +14,7 @@ from torch import nn
 
 import simsiam
 from simsiam.errors import Stopped, UsageError, WorkFailed
+from simsiam.report import tell
 from simsiam.run import Folder, Run
 from simsiam.transfer import scenes, training, transfer
 from simsiam.transfer.annotations import open_annotated
@@ -58,6 +59,7 @@ def test_a_record_says_how_its_numbers_came_about(run, source):
     lines = Folder(out).metrics()
     assert lines[-1]["step"] == 4 and {"loss", "loss_mask", "lr", "grad_norm", "images_per_second"} <= lines[-1].keys()
     assert not list(run.rglob("*.part"))
+    assert tell(Run(run))["transfers"][0]["shown"].startswith("data:image/webp")
     again = simsiam.transfer(run, source, task="segmentation", **BRIEF)  # nothing left to do but to look again
     assert again["metrics"] == record["metrics"] and len(Run(run).transfers()) == 1
     simsiam.transfer(run, source, task="segmentation", seed=1, **BRIEF)

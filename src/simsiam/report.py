@@ -45,6 +45,7 @@ QUALITIES = (80, 60, 40, 20)  # of WebP: the first with which all sheets of a pa
 BYTES = 14_000_000  # a third more as text; 10,000 images then leave 5 MB of a page's 25 MB for all else
 NEIGHBORS = 8  # of every image
 POINTS = 1000  # of a curve
+WIDEST = 1600  # pixels of a picture of detections
 ROWS, VIEWS = 6, 8  # images shown with their views, and views of each
 CURVES = (
     "loss", "z_std_sqrt_d", "z_rank", "h_rank", "knn_top1", "knn_top1_z", "lr", "lr_predictor", "view_retrieval",
@@ -119,6 +120,7 @@ def tell(run: Run) -> dict[str, Any]:
         "summary": run.json("summary.json"),
         "curves": curves(run.metrics()),
         "results": records(run),
+        "transfers": transfers(run),
         "recipe": run.recipe.to_dict(),
         "environment": run.json("environment.json"),
         "unreadable": {"count": len(unreadable), "first": unreadable[:20]},
@@ -131,6 +133,21 @@ def records(run: Run) -> list[dict[str, Any]]:
     """All measurements, in the order of the protocols."""
     ranks = {name: rank for rank, name in enumerate(PROTOCOLS)}
     return sorted(run.evaluations(), key=lambda record: ranks.get(record["protocol"], len(ranks)))
+
+
+def transfers(run: Run) -> list[dict[str, Any]]:
+    """What detectors made of the backbone are worth, each with its picture or None."""
+    found = []
+    for record in run.transfers():
+        try:
+            with Image.open(run.path / "transfers" / str(record.get("picture"))) as opened:
+                drawing = opened.convert("RGB")
+        except (OSError, ValueError):
+            found.append(record | {"shown": None})
+            continue
+        drawing.thumbnail((WIDEST, WIDEST), Image.Resampling.LANCZOS)
+        found.append(record | {"shown": as_uri(webp(drawing, 85))})
+    return found
 
 
 def curves(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:

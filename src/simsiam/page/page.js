@@ -200,6 +200,26 @@ function conditions(group) {
     el("div", { class: "stack" }, [...lines, ...where].map((line) => el("small", {}, line))));
 }
 
+// --- detectors ---------------------------------------------------------------------------------------------------------
+
+const METRICS = { voc_box: "boxes, VOC", coco_box: "boxes, COCO", coco_mask: "masks, COCO" };
+
+function transfers() {
+  const records = data.runs.flatMap((run) => (run.transfers ?? []).map((record) => ({ ...record, run })));
+  if (!records.length) return null;
+  return section("transfers", "Detection and segmentation", "average precision of the fine-tuned backbone, percent",
+    el("div", { class: "card scroll" }, el("table", {},
+      el("tr", {}, several ? el("th", {}, "run") : null, ["detector", "from", "lr", "tested on", "metric"].map((name) => el("th", {}, name)),
+        ["AP50", "AP", "AP75"].map((name) => el("th", { class: "number" }, name))),
+      records.flatMap((r) => Object.entries(r.metrics).map(([metric, values]) => el("tr", { class: metric === r.tested_by ? null : "pale" },
+        several ? el("td", {}, swatch(r.run.color), ` ${r.run.name}`) : null,
+        [r.protocol, r.init.from, number(r.chosen.lr), `${r.source}, ${r.test} (${number(r.n)})`, METRICS[metric] ?? metric].map((text) => el("td", {}, text)),
+        ["AP50", "AP", "AP75"].map((key) => el("td", { class: "number" }, percent(values[key])))))))),
+    records.filter((r) => r.shown).map((r) => el("details", { class: "card", open: !several },
+      el("summary", {}, `${r.source}, ${r.protocol}, from ${r.init.from}`),
+      el("img", { src: r.shown, alt: "above what is there, below what is found", style: { width: "100%" } }))));
+}
+
 // --- curves ------------------------------------------------------------------------------------------------------------
 
 const CHARTS = [
@@ -668,6 +688,6 @@ function settings(title, columns) {
 
 nameRuns();
 const made = `Made by simsiam ${data.version} on ${day(data.made)}. This page holds all it shows and asks no network.`;
-const sections = [results(), curves(), views(), map(), sheet(), recipe()].filter(Boolean);
+const sections = [results(), transfers(), curves(), views(), map(), sheet(), recipe()].filter(Boolean);
 document.getElementById("page").replaceChildren(header(), ...sections, el("footer", {}, el("small", {}, made)));
 document.getElementById("nav").append(...sections.map((part) => el("a", { href: `#${part.id}` }, part.querySelector("h2").textContent)));
