@@ -4,6 +4,7 @@ import csv
 import importlib
 import json
 import os
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import nn
 
 from simsiam.batches import views_of
 from simsiam.cli import main
+from simsiam.evaluate import linear
 from simsiam.images import from_arrays
 from simsiam.laboratory import measure, scales
 from simsiam.laboratory.claims import HOLDS, NOISE, NOT, Claim, above, alike, is_not, is_so
@@ -144,6 +146,7 @@ def test_experiments_share_equal_runs_and_only_those(tmp_path):
     recipe = next(iter(recipes.values()))
     assert digest(recipe) == digest(recipe.replace(seed=5, device="cpu"))
     assert len({digest(r) for r in (recipe, recipe.replace(base_lr=0.1), recipe.replace(limit=9))}) == 3
+    assert len({digest(r) for r in (recipe, recipe.replace(flip=0.1), recipe.replace(crop_min=0.1))}) == 3
 
 
 def test_the_papers_numbers_are_those_of_the_reference(shared):
@@ -181,6 +184,7 @@ def small(monkeypatch, tmp_path):
     tiny = SCALES["tiny"]
     base = tiny.base | {"width": 4, "dim": 16, "pred_dim": 4, "proj_hidden": 16, "batch_size": 16, "log_every": 1}
     monkeypatch.setitem(scales.SCALES, "tiny", replace(tiny, base=base, epochs=1))
+    monkeypatch.setattr(linear, "STEPS", 1)  # a thousand are for sets that deserve them
     rng = np.random.default_rng(0)
     for split, n in (("train", 40), ("test", 10)):
         for label in range(2):
@@ -232,6 +236,23 @@ def test_killed_and_started_again_it_repeats_nothing_and_gives_the_same_table(sm
     assert "it is so" in Path("results/tiny/README.md").read_text()
     about = json.loads(Path("half/figure2.json").read_text())
     assert {run["state"] for run in about["runs"]} == {FINISHED} and about["runs"][0]["environment"]["device"]
+
+
+def test_a_run_whose_folder_is_gone_lives_on_in_the_page(small, capfd):
+    """Pages alone give the same pages, and an experiment that asks for more of a run repeats it."""
+    plan = ["figure2", "expectation", "--only", "with stop-gradient", "without stop-gradient", "simsiam", "--seeds", 1]
+    assert reproduce(*plan, *small) == 0
+    pages = {path.name: path.read_bytes() for path in Path("results/tiny").iterdir()}
+    shutil.rmtree("runs")
+    assert reproduce(*plan, *small) == 0
+    assert not Path("runs").exists() and "3 runs, 0 to do" in capfd.readouterr().out
+    assert pages == {path.name: path.read_bytes() for path in Path("results/tiny").iterdir()}
+    page = Path("results/tiny/expectation.json")
+    about = json.loads(page.read_text())
+    del about["runs"][0]["values"]["h_gain"]
+    page.write_text(json.dumps(about))
+    assert reproduce("expectation", "--only", "simsiam", "--seeds", 1, *small) == 0 and len(every_run("runs")) == 1
+    assert json.loads(page.read_text())["runs"][0]["values"]["h_gain"] is not None
 
 
 def every_run(folder):

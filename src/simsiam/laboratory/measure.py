@@ -15,6 +15,7 @@ from simsiam.batches import views_of
 from simsiam.evaluate import evaluate
 from simsiam.evaluate.frozen import divide
 from simsiam.images import in_memory, sample
+from simsiam.laboratory.experiments import Experiment
 from simsiam.laboratory.scales import Scale
 from simsiam.monitors import ENOUGH_STEPS, judge
 from simsiam.prepare import assemble
@@ -23,6 +24,14 @@ from simsiam.sources import open_source
 
 LOOKED_AT, VIEWS = 500, 32  # test images, and views of each that E[z] is the mean over
 STEP = 2**62  # whose views they take: no run gets there
+
+
+def record(run: Run, scale: Scale, experiment: Experiment) -> dict[str, Any]:
+    """All that a page needs of a finished run, as plain data."""
+    found = values(run, scale, reads_h=experiment.reads_h)
+    curves = {} if found["diverged"] else {metric: curve(run, metric, scale) for metric in experiment.curves}
+    here = {"environment": run.json("environment.json"), "recipe": run.recipe.to_dict()}
+    return {"values": found, "curves": curves, **here}
 
 
 def values(run: Run, scale: Scale, *, reads_h: bool = False) -> dict[str, Any]:
@@ -64,7 +73,7 @@ def curve(run: Run, metric: str, scale: Scale) -> list[tuple[float, float]]:
     """(epoch, value) of a metric of metrics.jsonl, or of the linear accuracy."""
     if metric == "linear":
         return linear_curve(run, scale)
-    return [(line["epoch"], line[metric]) for line in run.metrics() if line.get(metric) is not None]
+    return [(line["epoch"], round(line[metric], 5)) for line in run.metrics() if line.get(metric) is not None]
 
 
 def linear_curve(run: Run, scale: Scale) -> list[tuple[float, float]]:

@@ -1,11 +1,12 @@
 """From an experiment to run folders: which it needs, which are there, and how long the rest takes. Loads no torch.
 
-A run's folder is named by its recipe, so experiments that ask for the same run share it, today or next year.
+A run's folder is named by its recipe, so experiments that ask for the same run share it, today or next year. A page's
+JSON keeps the numbers of its runs, so a run whose folder is gone need not be repeated.
 """
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from statistics import median
@@ -24,6 +25,7 @@ class Job:
 
     recipe: Recipe
     path: Path
+    kept: Mapping[str, Any] | None = None  # what a page says of it, where the folder is gone
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -34,6 +36,8 @@ class Job:
     @property
     def state(self) -> str:
         """FINISHED if it took all its epochs or diverged; a run that was stopped has a summary too."""
+        if self.kept:
+            return FINISHED
         summary = self.summary
         if summary and (summary["verdict"] == "diverged" or summary["epochs"] >= self.recipe.epochs):
             return FINISHED
@@ -48,25 +52,67 @@ class Job:
 Jobs = Mapping[str, Mapping[int, Job]]  # cell -> seed -> job
 
 
-def jobs(experiment: Experiment, scale: Scale, folder: Path, seeds: int | None, given: int | None, **run: Any) -> Jobs:
-    """Every run of an experiment. Raises UsageError where a cell contradicts the user's words."""
+def jobs(
+    experiment: Experiment,
+    scale: Scale,
+    folder: Path,
+    seeds: int | None,
+    given: int | None,
+    kept: Mapping[str, Mapping[str, Any]] | None = None,
+    **run: Any,
+) -> Jobs:
+    """Every run of an experiment; `kept` are the runs of pages, by name. Raises UsageError for contradicting words."""
     run |= {"common": experiment.common, "epochs": experiment.epochs, "given": given}
     found: dict[str, dict[int, Job]] = {}
     for cell, words in experiment.cells.items():
         recipe = scale.recipe(words, **run)
         if "linear" in experiment.curves:
             recipe = recipe.replace(save_every=recipe.knn_every)
-        name = f"{recipe.method.name}-{digest(recipe)}"
-        found[cell] = {
-            seed: Job(recipe.replace(seed=seed), folder / f"{name}-{seed}") for seed in range(seeds or experiment.seeds)
-        }
+        paths = {s: folder / f"{recipe.method.name}-{digest(recipe)}-{s}" for s in range(seeds or experiment.seeds)}
+        found[cell] = {seed: Job(recipe.replace(seed=seed), path) for seed, path in paths.items()}
+        for seed, job in found[cell].items():
+            record = (kept or {}).get(job.path.name, {})
+            if job.state == MISSING and suffices(record, experiment, recipe):
+                found[cell][seed] = replace(job, kept=record)
     return found
 
 
+def kept(pages: Path) -> dict[str, dict[str, Any]]:
+    """The finished runs of all pages in a folder, by name, with the values and curves of all of them."""
+    found: dict[str, dict[str, Any]] = {}
+    for page in sorted(pages.glob("*.json")):
+        for run in json.loads(page.read_text(encoding="utf-8")).get("runs", []):
+            if "values" in run:
+                record = found.setdefault(Path(run["run"]).name, dict(run))
+                for part in ("values", "curves"):
+                    record[part] = {**record[part], **run[part]}
+    return found
+
+
+def suffices(record: Mapping[str, Any], experiment: Experiment, recipe: Recipe) -> bool:
+    """Whether a record has all that an experiment asks of a run."""
+    if not record or record["values"]["diverged"]:
+        return bool(record)
+    reads_h = experiment.reads_h and recipe.method.predictor != "none"
+    return record["curves"].keys() >= set(experiment.curves) and (not reads_h or "h_gain" in record["values"])
+
+
 def digest(recipe: Recipe) -> str:
-    """What tells recipes apart, but for the seed and the device."""
-    told = recipe.replace(seed=0, device="auto").to_dict()
+    """What tells recipes apart, but for the seed and the device.
+
+    Words that have their default value are left out: a word that is new tomorrow leaves today's names as they are.
+    """
+    told = moved(recipe.replace(seed=0, device="auto").to_dict(), Recipe().to_dict())
     return sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:10]
+
+
+def moved(value: Any, default: Any) -> Any:
+    """A recipe's plain data without what is as in another."""
+    if isinstance(value, dict):
+        return {k: moved(v, default[k]) for k, v in value.items() if v != default[k]}
+    if isinstance(value, list) and value and isinstance(value[0], dict):  # views
+        return [moved(v, default[0]) for v in value]
+    return value
 
 
 def every(plans: Iterable[Jobs]) -> dict[Path, Job]:
@@ -78,7 +124,9 @@ def hours(wanted: Iterable[Job], scale: Scale, limit: int | None) -> float:
     """The time of the unfinished jobs, by the speed of the finished ones, or else by the scale's."""
     images, wanted = min(scale.images, limit or scale.images), list(wanted)
     speeds = [
-        job.summary["images_per_second"] * job.recipe.method.view_count for job in wanted if job.state == FINISHED
+        job.summary["images_per_second"] * job.recipe.method.view_count
+        for job in wanted
+        if job.state == FINISHED and not job.kept
     ]
     views_per_second = median(speeds) if speeds else 2 * scale.rate
     return sum(job.work * images for job in wanted if job.state != FINISHED) / views_per_second / 3600

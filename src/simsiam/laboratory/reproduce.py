@@ -9,7 +9,6 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from simsiam.files import whole
 from simsiam.laboratory import drawing, measure, pages
 from simsiam.laboratory.claims import Values
 from simsiam.laboratory.experiments import EXPERIMENTS, Experiment
-from simsiam.laboratory.plan import FINISHED, INTERRUPTED, Job, Jobs, every, hours, jobs
+from simsiam.laboratory.plan import FINISHED, INTERRUPTED, Job, Jobs, every, hours, jobs, kept
 from simsiam.laboratory.scales import SCALES, Scale
 from simsiam.pretrain import pretrain, resume
 from simsiam.run import Run
@@ -61,7 +60,8 @@ def reproduce(
     images = tuple(one if one in SOURCES else str(Path(one).expanduser().resolve()) for one in source)
     words: dict[str, Any] = {"source": images or (size.source or "",), "limit": limit, "device": device}
     folder = Path("runs") / "laboratory" / scale
-    plans = {n: jobs(e, size, folder, seeds, epochs, **words) for n, e in chosen.items()}
+    results = Path(out or f"results/{scale}")
+    plans = {n: jobs(e, size, folder, seeds, epochs, kept(results), **words) for n, e in chosen.items()}
     wanted = {n: {c: s for c, s in p.items() if not only or c in only} for n, p in plans.items()}
 
     console = Console(highlight=False)
@@ -76,12 +76,12 @@ def reproduce(
             data = f"{size.data} from {', '.join(Path(one).name for one in images)}"
             size = replace(size, data=data, classes=len(opened.train.classes) or size.classes)
 
-    results, failures, written = Path(out or f"results/{scale}"), dict[Path, str](), []
+    failures, written = dict[Path, str](), list[Path]()
     results.mkdir(parents=True, exist_ok=True)
     asked = {"scale": scale, "seeds": seeds, "epochs": epochs, "limit": limit}
     flags = "".join(f" --{flag} {value}" for flag, value in asked.items() if value is not None)
     for name, experiment in chosen.items():
-        pending = every([wanted[name]])
+        pending = {path: job for path, job in every([wanted[name]]).items() if not job.kept}
         for wait in (False, True):  # first whatever nobody else is at
             for path, job in list(pending.items()):
                 with locked(path, wait) as mine:
@@ -153,9 +153,7 @@ def perform(job: Job, scale: Scale, experiment: Experiment) -> str:
         except WorkFailed:
             if job.state != FINISHED:  # to diverge is a result
                 raise
-        measured = measure.values(Run(job.path), scale, reads_h=experiment.reads_h)
-        if "linear" in experiment.curves and not measured["diverged"]:
-            measure.linear_curve(Run(job.path), scale)
+        measure.record(Run(job.path), scale, experiment)  # what is costly stays in the run folder
     except Stopped:
         raise
     except Exception as error:  # whatever it is, the other runs go on; it is said, and the exit code is 1
@@ -173,14 +171,13 @@ def write(
         text(page, f"# {name}: {experiment.title}\n\n![{experiment.title}]({name}.svg)\n\n{figure3.markdown()}\n")
         return page
     values: dict[str, dict[int, Any]] = {cell: {} for cell in plan}
+    curves: dict[str, dict[int, Any]] = {cell: {} for cell in plan}
     runs = []
     for cell, seed, job in ((cell, seed, job) for cell, seeds in plan.items() for seed, job in seeds.items()):
         told = {"cell": cell, "seed": seed, "run": str(job.path), "state": failures.get(job.path, job.state)}
         if job.state == FINISHED and job.path not in failures:
-            run = Run(job.path)
-            values[cell][seed] = measure.values(run, scale, reads_h=experiment.reads_h)
-            here = {"environment": run.json("environment.json"), "recipe": run.recipe.to_dict()}
-            told |= {"values": values[cell][seed], **here}
+            told = {**(job.kept or measure.record(Run(job.path), scale, experiment)), **told}
+            values[cell][seed], curves[cell][seed] = told["values"], told["curves"]
         runs.append(told)
     rulings = [(claim, claim.judge(values)) for claim in experiment.claims]
     paper = pages.PAPER.get(name, pages.UNPRINTED)
@@ -189,7 +186,7 @@ def write(
         "scale": scale.name, "mapping": scale.mapping, "metric": scale.metric, "paper": paper,
         "claims": [pages.plain(claim, ruling) for claim, ruling in rulings], "runs": runs,
     }  # fmt: skip
-    draw(experiment, scale, plan, values, paper, out / name, title)
+    draw(experiment, scale, plan, values, curves, paper, out / name, title)
     text(out / f"{name}.csv", pages.as_csv(pages.table(name, experiment, scale, values)))
     text(out / f"{name}.json", json.dumps(about, indent=2) + "\n")
     text(page, pages.page(name, experiment, scale, values, rulings, about))
@@ -197,15 +194,16 @@ def write(
 
 
 def draw(
-    experiment: Experiment, scale: Scale, plan: Jobs, values: Values, paper: Mapping[str, Any], path: Path, title: str
-) -> None:
+    experiment: Experiment, scale: Scale, plan: Jobs, values: Values, curves: Values, paper: Mapping[str, Any],
+    path: Path, title: str,
+) -> None:  # fmt: skip
     """The experiment's figure, as PNG and SVG."""
     metrics = (f"ours: {scale.metric}", f"paper: {paper['metric']}")
     if experiment.curves:
-        found: dict[str, dict[str, list[drawing.Curve]]] = {metric: {} for metric in experiment.curves}
-        for metric, (cell, seeds) in product(experiment.curves, values.items()):
-            ends = [Run(plan[cell][seed].path) for seed, v in seeds.items() if not v["diverged"]]
-            found[metric][cell] = [measure.curve(run, metric, scale) for run in ends]
+        found = {
+            metric: {cell: [c[metric] for c in seeds.values() if metric in c] for cell, seeds in curves.items()}
+            for metric in experiment.curves
+        }
         drawing.curves(found, path, title)
     elif experiment.against:
         first = {cell: next(iter(seeds.values())).recipe for cell, seeds in plan.items()}

@@ -1,0 +1,150 @@
+"""The numbers of docs/performance.md: measure the profile of a step, and write the page's tables and figure.
+
+simsiam bench --out results/bench.json          # and once more, --out results/bench_again.json
+python results/performance.py profile           # results/profile.json
+python results/performance.py page              # the tables in docs/performance.md, docs/performance.svg
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "performance.md"
+GROUPS = {  # of operations, by what their names begin with
+    "convolution, backward": ("aten::convolution_backward", "aten::mkldnn_convolution_backward"),
+    "convolution, forward": ("aten::mkldnn_convolution", "aten::_slow_conv", "aten::thnn_conv"),
+    "batch norm": ("aten::native_batch_norm", "aten::batch_norm"),
+    "matrix products": ("aten::mm", "aten::addmm"),
+    "ReLU": ("aten::threshold_backward", "aten::clamp_min"),
+    "optimizer": ("aten::_fused_sgd", "aten::_foreach", "Optimizer"),
+}
+
+
+def profile(batch_size: int = 128) -> dict[str, Any]:
+    """Shares of a step's time by operation, plain and ours: SimSiam, ResNet-18 for 32 px, d = 2048."""
+    from simsiam.cli import keep_memory
+    from simsiam.precision import pick_device, pick_precision
+    from simsiam.run import environment
+
+    keep_memory()
+    device = pick_device("cpu")
+    fast = pick_precision("auto", device)
+    steps = {"plain": shares(batch_size, "float32", fast=False), "simsiam": shares(batch_size, fast, fast=True)}
+    here = environment(device, fast)
+    return {"batch_size": batch_size, "steps": steps, "environment": {k: here[k] for k in here if k != "command"}}
+
+
+def shares(batch_size: int, precision: str, *, fast: bool) -> dict[str, Any]:
+    """Seconds of one step, and each group's share of them."""
+    import torch
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiler
+
+    from simsiam.precision import autocast
+    from simsiam.prepare import assemble
+    from simsiam.recipes import STATISTICS, Recipe, cifar
+
+    mean, std = STATISTICS["cifar10"]
+    words = {"batch_size": batch_size, "mean": mean, "std": std, "precision": precision, "device": "cpu"}
+    model, optimizer, device, _ = assemble(Recipe().replace(**cifar() | words))
+    form = torch.channels_last if fast else torch.contiguous_format
+    model.to(memory_format=form)  # type: ignore[call-overload]
+    x = [torch.randn(batch_size, 3, 32, 32).to(memory_format=form) for _ in range(2)]
+
+    def step() -> None:
+        with autocast(device, precision):
+            loss = model(*x).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    step()
+    with profiler(activities=[ProfilerActivity.CPU]) as seen:
+        step()
+    times = {event.key: event.self_cpu_time_total for event in seen.key_averages()}
+    total, found = sum(times.values()), {}
+    for group, starts in GROUPS.items():
+        found[group] = sum(times.pop(key) for key in [k for k in times if k.startswith(starts)]) / total
+    found["all else"] = sum(times.values()) / total
+    return {"seconds": round(total / 1e6, 3), "shares": {k: round(v, 3) for k, v in found.items()}}
+
+
+def tables(bench: dict[str, Any], again: dict[str, Any], profile: dict[str, Any]) -> dict[str, str]:
+    """Each generated part of the page, by its name."""
+
+    def rows(heads: list[str], body: list[list[str]]) -> str:
+        lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *body]
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+    parts = {}
+    for name, case in bench["cases"].items():
+        second = again["cases"].get(name, {"ways": {}})["ways"]
+        body = []
+        for way, v in case["ways"].items():
+            ratios = f"{min(v['ratios']):.2f} to {max(v['ratios']):.2f}"
+            repeated = f"{second[way]['ratio']:.2f}" if way in second else "–"
+            rate = f"{v['rate']:,.{0 if v['rate'] >= 100 else 2}f}"
+            body.append([way, rate, f"{v['ratio']:.2f}", ratios, repeated])
+        heads = [f"{name}: {case['what']}, {case['threads']} threads", case["unit"], "ratio", "rounds", "second run"]
+        parts[name] = rows(heads, body)
+        if limit := case.get("limit"):
+            share = f"{limit['achieved'] / limit['machine']:.0%}"
+            parts[name] += f"\n\nOurs reaches {share} of the machine's {limit['machine']:.2g} {limit['of']}."
+    steps = profile["steps"]
+    body = [[g, *(f"{s['seconds'] * s['shares'][g]:.2f}" for s in steps.values())] for g in steps["plain"]["shares"]]
+    body.append(["together", *(f"{s['seconds']:.2f}" for s in steps.values())])
+    parts["profile"] = rows([f"seconds of a step of {profile['batch_size']} images", *steps], body)
+    peers = ", ".join(f"{name} {version}" for name, version in bench["peers"].items()) or "none"
+    parts["machine"] = (
+        f"{bench['device']}, {bench['precision']}, torch {bench['versions']['torch']}, commit "
+        f"{str(bench['commit'])[:12]}; peers: {peers}. A ratio is the median of {bench['rounds']} rounds; the columns "
+        "after it are the lowest and highest round, and the ratio of a second run of the whole bench."
+    )
+    return parts
+
+
+def page(text: str, parts: dict[str, str]) -> str:
+    """The page with every part between its markers, <!-- NAME --> and <!-- / -->, written anew."""
+    for name, part in parts.items():
+        block = rf"(<!-- {re.escape(name)} -->\n).*?(<!-- / -->)"
+        text = re.sub(block, lambda m, part=part: f"{m[1]}\n{part}\n\n{m[2]}", text, flags=re.DOTALL)
+    return text
+
+
+def draw(bench: dict[str, Any], path: Path) -> None:
+    """Ratios of every case's ways to its plain one, with the lowest and highest round."""
+    from matplotlib.figure import Figure
+
+    bars = [
+        (f"{name}: {way}", v["ratio"], v["ratios"])
+        for name, case in bench["cases"].items()
+        if name != "start"
+        for way, v in list(case["ways"].items())[1:]
+    ]
+    figure = Figure(figsize=(9, 0.6 + 0.3 * len(bars)), layout="constrained")
+    axes = figure.subplots()
+    for y, (label, ratio, ratios) in enumerate(bars):
+        axes.barh(y, ratio, color="#0072B2" if "simsiam" in label else "#999999")
+        axes.plot([min(ratios), max(ratios)], [y, y], color="black", linewidth=1)
+    axes.axvline(1, color="black", linewidth=0.8, linestyle=":")
+    axes.set(yticks=range(len(bars)), yticklabels=[label for label, *_ in bars], ylim=(len(bars) - 0.5, -0.5))
+    axes.set_xlabel("times as fast as the plain way (dotted)")
+    figure.savefig(path, metadata={"Date": None})
+
+
+def read(name: str) -> dict[str, Any]:
+    return json.loads((ROOT / "results" / f"{name}.json").read_text())
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["profile"]:
+        (ROOT / "results" / "profile.json").write_text(json.dumps(profile(), indent=1) + "\n")
+    elif sys.argv[1:] == ["page"]:
+        bench = read("bench")
+        PAGE.write_text(page(PAGE.read_text(), tables(bench, read("bench_again"), read("profile"))))
+        draw(bench, PAGE.with_suffix(".svg"))
+    else:
+        sys.exit(__doc__)
