@@ -175,6 +175,12 @@ MUTATIONS = [
       "embeddings.py::test_a_few_labels_label_everything_and_say_how_well"),
     m("keep any export", "export", "if not delta <= TOLERANCE", "if delta != delta <= TOLERANCE",
       "export.py::test_a_wrong_export_is_not_kept[safetensors]"),
+    m("number stages as torchvision does", "detectron2", "int(stage[1]) + 1", "int(stage[1])",
+      "export.py::test_detectron2_finds_every_tensor_under_its_own_name_and_reads_rgb[50]"),
+    m("stride where Caffe does", "detectron2", '"STRIDE_IN_1X1": False', '"STRIDE_IN_1X1": True',
+      "export.py::test_detectron2_finds_every_tensor_under_its_own_name_and_reads_rgb[50]"),
+    m("pixels of 0 to 1", "detectron2", "[round(255 * v, 6) for v in transform.std]", "list(transform.std)",
+      "export.py::test_detectron2_finds_every_tensor_under_its_own_name_and_reads_rgb[50]"),
     # transfer
     m("count VOC's pixels from 0", "transfer/annotations", "[x0 - 1, y0 - 1, x1, y1]", "[x0, y0, x1, y1]",
       "annotations.py::test_voc_counts_from_one_and_includes_its_last_pixel"),

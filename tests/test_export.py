@@ -1,6 +1,7 @@
 """Exports agree with eager features in the format's own library, or are not there; cards and comparisons tell facts."""
 
 import json
+import pickle
 import shutil
 
 import pytest
@@ -10,6 +11,7 @@ from conftest import QUICK
 from safetensors.torch import load_file, save_file
 
 import simsiam
+from simsiam import detectron2
 from simsiam.cli import main
 from simsiam.compare import compare
 from simsiam.convert import convert
@@ -82,6 +84,47 @@ def test_a_published_network_is_that_of_the_library(format, standard, tmp_path):
         assert torch.allclose(model.eval()(x), features(standard, x), atol=1e-5)
 
 
+def names_in_detectron2(depth: int) -> set[str]:
+    """Of a ResNet's tensors, by its documentation: a stem, res2 to res5 of blocks, a norm inside each convolution."""
+    norm = [f"norm.{name}" for name in ("weight", "bias", "running_mean", "running_var")]
+    blocks = {18: (2, 2, 2, 2), 50: (3, 4, 6, 3)}[depth]
+    convolutions = ["stem.conv1"]
+    for stage, count in zip((2, 3, 4, 5), blocks, strict=True):
+        for block in range(count):
+            convolutions += [f"res{stage}.{block}.conv{n}" for n in (1, 2, 3)[: 2 if depth == 18 else 3]]
+        if stage > 2 or depth == 50:  # where the block before it is narrower
+            convolutions.append(f"res{stage}.0.shortcut")
+    return {f"{name}.{part}" for name in convolutions for part in ["weight", *norm]}
+
+
+@pytest.mark.parametrize("depth", [18, 50])
+def test_detectron2_finds_every_tensor_under_its_own_name_and_reads_rgb(depth, standard, tmp_path):
+    words = Run(standard).recipe.to_dict() | {"backbone": f"resnet{depth}"}
+    run = Run.create(tmp_path / "run", Recipe.from_dict(words))
+    torch.manual_seed(0)
+    network = bare_backbone(run.recipe)
+    run.finish(network.state_dict(), {"verdict": "healthy", "steps": 7})
+    folder = export(run.path, format="detectron2").path
+    said = pickle.loads((folder / "backbone.pkl").read_bytes())
+    assert said["matching_heuristics"] is True and isinstance(said["__author__"], str)
+    assert said["model"].keys() == names_in_detectron2(depth)
+    stem, last = said["model"]["stem.conv1.weight"], said["model"]["res5.0.conv2.norm.running_var"]
+    assert torch.equal(torch.from_numpy(stem), network.conv1.weight)  # no channel changes its place
+    assert torch.equal(torch.from_numpy(last), network.layer4[0].bn2.running_var)
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    assert config["INPUT"]["FORMAT"] == "RGB" and config["MODEL"]["RESNETS"]["STRIDE_IN_1X1"] is False
+    assert config["MODEL"]["PIXEL_MEAN"] == [127.5, 102.0, 76.5] and config["MODEL"]["PIXEL_STD"] == [51.0, 76.5, 63.75]
+    assert config["MODEL"]["RESNETS"]["DEPTH"] == depth
+    assert config["MODEL"]["RESNETS"].get("RES2_OUT_CHANNELS", 256) == {18: 64, 50: 256}[depth]
+
+
+def test_names_that_detectron2_does_not_have_are_not_kept(standard, tmp_path, monkeypatch, capsys):
+    right = detectron2.renamed
+    monkeypatch.setattr(detectron2, "renamed", lambda name: right(name).replace("res5", "layer4"))
+    assert main(["export", str(standard), "--format", "detectron2", "--out", str(tmp_path / "out")]) == 1
+    assert "looks for a tensor res5.0.shortcut.weight" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
 def test_an_upload_is_a_run_to_start_from(standard, tmp_path):
     folder = export(standard, format="huggingface", out=tmp_path / "out", license="cc-by-4.0").path
     x = torch.randn(2, 3, 72, 72)
@@ -103,7 +146,7 @@ def test_a_card_has_what_was_measured(trained, tmp_path):
     assert "| knn | k 20 | h | a\\|b | last | 61.2 | 60.0 to 62.5 | 2000 |" in text and "has not said" in text
 
 
-@pytest.mark.parametrize("format", ["safetensors", "torch_export", "onnx", "timm"])
+@pytest.mark.parametrize("format", ["safetensors", "torch_export", "onnx", "timm", "torchvision", "detectron2"])
 def test_a_wrong_export_is_not_kept(format, trained, standard, tmp_path, monkeypatch, capsys):
     """One weight is changed between writing and loading."""
     needs(format)
@@ -115,7 +158,7 @@ def test_a_wrong_export_is_not_kept(format, trained, standard, tmp_path, monkeyp
         kind.write(other, run, folder)
 
     monkeypatch.setitem(FORMATS, format, kind._replace(write=damaged))
-    run = standard if format == "timm" else trained
+    run = standard if format in ("timm", "torchvision", "detectron2") else trained
     assert main(["export", str(run), "--format", format, "--out", str(tmp_path / "out")]) == 1
     assert "not kept: features of the exported file are off by" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
@@ -127,6 +170,7 @@ def test_a_wrong_export_is_not_kept(format, trained, standard, tmp_path, monkeyp
         ("--format onxn", "unknown format 'onxn': did you mean 'onnx'?"),
         ("--format torchvision", "torchvision has no resnet10 of width 4 with a small stem"),
         ("--format timm", "timm has no resnet10 of width 4"),
+        ("--format detectron2", "detectron2 has no resnet10 of width 4"),
         ("--format safetensors --push a/b", "belong to format huggingface"),
     ],
 )

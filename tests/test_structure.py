@@ -20,9 +20,10 @@ ARROW = [
     "preview", "transfer", "transfer.schedules", "transfer.annotations", "transfer.metrics", "transfer.detector",
     "transfer.training", "transfer.scenes", "transfer.pictures", "transfer.transfer", "embeddings", "embeddings.embed",
     "embeddings.page", "embeddings.search", "embeddings.neighbors", "embeddings.duplicates", "embeddings.cluster",
-    "embeddings.outliers", "embeddings.probe", "card", "export", "compare", "report", "demo", "laboratory.claims",
-    "laboratory.scales", "laboratory.experiments", "laboratory.plan", "laboratory.measure", "laboratory.drawing",
-    "laboratory.pages", "laboratory.reproduce", "laboratory", "bench", "cli", "__main__", "__init__",
+    "embeddings.outliers", "embeddings.probe", "card", "detectron2", "export", "compare", "report", "demo",
+    "laboratory.claims", "laboratory.scales", "laboratory.experiments", "laboratory.plan", "laboratory.measure",
+    "laboratory.drawing", "laboratory.pages", "laboratory.reproduce", "laboratory", "bench", "cli", "__main__",
+    "__init__",
 ]  # fmt: skip
 
 

@@ -145,7 +145,7 @@ def build_parser() -> Parser:
         usage="simsiam export RUN --format NAME [--out FOLDER] [--license NAME] [--push OWNER/NAME]",
     )
     export.add_argument("run", metavar="RUN")
-    formats = "torchvision, timm, safetensors, onnx, torch_export or huggingface"
+    formats = "torchvision, timm, detectron2, safetensors, onnx, torch_export or huggingface"
     export.add_argument("--format", metavar="NAME", required=True, help=formats)
     export.add_argument("--out", metavar="FOLDER", help="a new folder [RUN/exports/FORMAT]")
     export.add_argument("--license", metavar="NAME", help="huggingface: of the weights, for the model card")

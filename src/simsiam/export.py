@@ -6,19 +6,24 @@ model card. It is loaded again by the format's own library, and kept only where 
 
 import json
 import os
+import pickle
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torchvision import models
 
+from simsiam import detectron2
 from simsiam.backbones import RESNETS, TIMM, without_classifier
 from simsiam.card import card
 from simsiam.errors import UsageError, WorkFailed, unknown
@@ -190,6 +195,27 @@ def reload_timm(folder: Path, recipe: Recipe) -> Network:
     return network
 
 
+def write_detectron2(network: nn.Module, run: Run, folder: Path) -> None:
+    """Weights that its checkpointer loads, and what a config must say for them to be used as they were trained."""
+    recipe = run.recipe
+    depth = next((n for n in detectron2.DEPTHS if recipe.backbone == f"resnet{n}"), None)
+    if depth is None or not standard(recipe):
+        raise UsageError(f"detectron2 has no {described(recipe)}: take safetensors, onnx or torch_export")
+    (folder / "backbone.pkl").write_bytes(detectron2.pickled(network.state_dict()))
+    config = yaml.safe_dump(detectron2.settings(depth, transform_of(recipe)), sort_keys=False)
+    (folder / "config.yaml").write_text(config)
+
+
+def reload_detectron2(folder: Path, recipe: Recipe) -> Network:
+    """By the library where it is installed, else from its names and settings."""
+    weights, config, transform = folder / "backbone.pkl", folder / "config.yaml", transform_of(recipe)
+    mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (transform.mean, transform.std))
+    model, about = pickle.loads(weights.read_bytes())["model"], yaml.safe_load(config.read_text())
+    installed = find_spec("detectron2") is not None
+    network = detectron2.theirs(weights, config) if installed else partial(detectron2.features, model, about)
+    return lambda x: network(detectron2.prepared(255 * (x * std + mean), about))
+
+
 def write_onnx(network: nn.Module, run: Run, folder: Path) -> None:
     with quiet():
         torch.onnx.export(
@@ -257,6 +283,10 @@ FORMATS = {
         'torchvision.models.{backbone}().load_state_dict(torch.load("{path}/backbone.pth"), strict=False)',
     ),
     "timm": Format(write_timm, reload_timm, (), 'timm.create_model("local-dir:{path}", pretrained=True)'),
+    "detectron2": Format(
+        write_detectron2, reload_detectron2, (),
+        'cfg.merge_from_file("{path}/config.yaml"); cfg.MODEL.WEIGHTS = "{path}/backbone.pkl"',
+    ),
     "onnx": Format(
         write_onnx, reload_onnx, ("onnx", "onnxscript", "onnxruntime"),
         'onnxruntime.InferenceSession("{path}/backbone.onnx")',
