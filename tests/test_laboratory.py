@@ -34,7 +34,7 @@ from simsiam.siamese import Siamese
 
 METRICS = {
     "linear", "knn", "knn_mean", "above_chance", "loss", "loss_swing", "z_std_sqrt_d", "z_rank", "collapsed",
-    "diverged", "h_gain",
+    "diverged", "h_gain", "ap50",
 }  # fmt: skip
 
 
@@ -171,6 +171,10 @@ def test_the_papers_numbers_are_those_of_the_reference(shared):
         if isinstance(known, dict):
             name = row.removesuffix("_plus") if row != "moco_v2_plus" else row
             assert [PAPER["table4"]["cells"][f"{name} {n}"]["top1"] for n in (100, 200, 400, 800)] == known["top1"]
+    five = reference["table5_transfer"]
+    assert PAPER["table5"]["columns"] == five["columns"]
+    for cell, row in zip(PAPER["table5"]["cells"].values(), [v for k, v in five.items() if isinstance(v[0], list)]):
+        assert list(cell.values()) == row and list(cell) == five["columns"]
     for name, known in PAPER.items():
         assert name == "source" or known["cells"].keys() <= EXPERIMENTS[name].cells.keys()
 
@@ -289,9 +293,56 @@ def test_what_h_predicts_is_measured_on_other_views(small, monkeypatch):
     assert found["cos_z_mean"] == pytest.approx(np.mean(of_z), abs=1e-4)
 
 
+def test_table5_fine_tunes_every_run_and_prints_the_papers_beside(small, monkeypatch, tmp_path):
+    """Detectors from scratch and from a run share the run; what was measured is not measured again."""
+    pytest.importorskip("pycocotools")
+    from simsiam.laboratory import detectors
+    from simsiam.transfer import scenes
+
+    scenes.write(tmp_path / "set", {"train": 4, "val": 2, "test": 2})
+    monkeypatch.setattr(scenes, "written", lambda: tmp_path / "set")
+    brief = {"steps": 2, "batch_size": 2, "regions": 8, "proposals": 20, "precise_bn": 0}
+    (embedded,) = detectors.tunings(["shapes"])
+    monkeypatch.setattr(detectors, "tunings", lambda annotated: [embedded._replace(words=brief)])
+    real, seen = detectors.transfer, []
+
+    def counted(*arguments, **words):
+        seen.append(words["from_scratch"])
+        return real(*arguments, **words)
+
+    monkeypatch.setattr(detectors, "transfer", counted)
+    only = ["--only", "scratch", "simsiam, base", "--seeds", 1, *small]
+    assert reproduce("table5", *only) == 0 and sorted(seen) == [False, True] and len(every_run("runs")) == 1
+    rows = list(csv.reader(Path("results/tiny/table5.csv").read_text().splitlines()))
+    assert (
+        rows[0][1] == "ours: shapes detection, AP50 / AP / AP75" and rows[0][-1] == "paper: COCO instance segmentation"
+    )
+    found = {row[0]: row for row in rows[1:]}
+    assert list(found) == list(EXPERIMENTS["table5"].cells) and found["scratch"][-4] == "35.9 / 16.8 / 13.0"
+    assert found["simsiam, base"][1].count("/") == 2 and found["byol"][1] == "– / – / –"
+    assert reproduce("table5", *only) == 0 and len(seen) == 2
+
+
+def test_annotated_sets_are_the_papers_columns(tmp_path):
+    from simsiam.laboratory.detectors import tunings
+
+    for year in ("VOC2007", "VOC2012"):
+        (tmp_path / "VOCdevkit" / year / "Annotations").mkdir(parents=True)
+    (tmp_path / "coco" / "annotations").mkdir(parents=True)
+    (tmp_path / "coco" / "annotations" / "instances_train2017.json").write_text("{}")
+    found = tunings([str(tmp_path / "VOCdevkit"), str(tmp_path / "coco")])
+    columns = {column: (one.schedule, metric) for one in found for column, metric in one.columns.items()}
+    assert columns == {
+        "VOC07 detection": ("voc07", "voc_box"), "VOC07+12 detection": ("voc0712", "voc_box"),
+        "COCO detection": ("coco", "coco_box"), "COCO instance segmentation": ("coco", "coco_mask"),
+    }  # fmt: skip
+    assert list(columns) == PAPER["table5"]["columns"] and found[1].source[1].endswith("VOC2012:train")
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
+        (["table5", "--annotated", "nowhere"], "there is no folder"),
         (["tabel1"], "unknown experiment 'tabel1': did you mean 'table1'?"),
         (["table1", "--scale", "tinyy"], "unknown scale 'tinyy': did you mean 'tiny'?"),
         (["table1", "--only", "basline"], "unknown cell 'basline': did you mean 'baseline'?"),

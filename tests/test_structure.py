@@ -17,13 +17,13 @@ ARROW = [
     "targets", "siamese", "monitors", "signals", "features", "knn", "run", "convert", "batches", "label_free",
     "progress", "prepare", "pretrain", "evaluate.frozen", "evaluate.scores", "evaluate.knn", "evaluate.linear",
     "evaluate.few_label", "evaluate.label_free", "evaluate.finetune", "evaluate.tuned", "evaluate", "inspect",
-    "preview", "transfer", "transfer.schedules", "transfer.annotations", "transfer.metrics", "transfer.detector",
-    "transfer.training", "transfer.scenes", "transfer.pictures", "transfer.transfer", "embeddings", "embeddings.embed",
-    "embeddings.page", "embeddings.search", "embeddings.neighbors", "embeddings.duplicates", "embeddings.cluster",
-    "embeddings.outliers", "embeddings.probe", "card", "detectron2", "export", "compare", "report", "demo",
+    "preview", "detectron2", "transfer", "transfer.schedules", "transfer.annotations", "transfer.metrics",
+    "transfer.detector", "transfer.training", "transfer.scenes", "transfer.pictures", "transfer.transfer", "embeddings",
+    "embeddings.embed", "embeddings.page", "embeddings.search", "embeddings.neighbors", "embeddings.duplicates",
+    "embeddings.cluster", "embeddings.outliers", "embeddings.probe", "card", "export", "compare", "report", "demo",
     "laboratory.claims", "laboratory.scales", "laboratory.experiments", "laboratory.plan", "laboratory.measure",
-    "laboratory.drawing", "laboratory.pages", "laboratory.reproduce", "laboratory", "bench", "cli", "__main__",
-    "__init__",
+    "laboratory.drawing", "laboratory.pages", "laboratory.detectors", "laboratory.reproduce", "laboratory", "bench",
+    "cli", "__main__", "__init__",
 ]  # fmt: skip
 
 

@@ -185,6 +185,8 @@ def build_parser() -> Parser:
     reproduce.add_argument("--epochs", metavar="N", type=int, help="what the paper's 100 epochs become [the scale's]")
     reproduce.add_argument("--limit", metavar="N", type=int, help="train on this many images [all]")
     reproduce.add_argument("--only", metavar="CELL", nargs="+", default=(), help="run only these cells [all]")
+    annotated = "table5: VOCdevkit, a folder of COCO 2017, any VOC folder, or shapes (embedded) [shapes]"
+    reproduce.add_argument("--annotated", metavar="FOLDER", nargs="+", default=("shapes",), help=annotated)
     reproduce.add_argument("--out", metavar="FOLDER", help="where pages and figures go [results/SCALE]")
     reproduce.add_argument("--device", metavar="NAME", default="auto", help="cpu, cuda, ... [auto]")
     reproduce.add_argument("--plan", action="store_true", help="show the plan and stop")

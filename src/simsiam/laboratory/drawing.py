@@ -44,17 +44,20 @@ def curves(found: Mapping[str, Mapping[str, Sequence[Curve]]], path: Path, title
     save(figure, path)
 
 
-def dots(values: Values, paper: Mapping[str, Any], ours: str, theirs: str, path: Path, title: str) -> None:
+def dots(
+    values: Values, paper: Mapping[str, Any], ours: str, theirs: str, path: Path, title: str, metric: str = "linear"
+) -> None:
     """Accuracies of every cell, ours and the paper's in a panel each: their metrics differ."""
     cells = list(values)
     figure = blank(9, 1.6 + 0.4 * len(cells))
     left, right = figure.subplots(1, 2, sharey=True)
     for y, cell in enumerate(cells):
-        accuracies = known(values[cell])
+        accuracies = known(values[cell], metric)
         left.scatter(accuracies, [y] * len(accuracies), color=COLORS[0], alpha=0.35, s=25)
         if accuracies:
             left.scatter(fmean(accuracies), y, color=COLORS[0], marker="|", s=250, linewidths=2.5)
-        if (top1 := paper.get(cell, {}).get("top1")) is not None:
+        printed = paper.get(cell, {})
+        if (top1 := fmean(v[0] for v in printed.values()) if metric == "ap50" else printed.get("top1")) is not None:
             right.scatter(top1, y, color=COLORS[1], marker="D", s=35)
     left.set(yticks=range(len(cells)), yticklabels=cells, ylim=(len(cells) - 0.5, -0.5))
     finish(left, wrapped(ours), "")
@@ -99,8 +102,8 @@ def finish(axes: Any, x: str, y: str) -> None:
         axes.legend(fontsize=8)
 
 
-def known(seeds: Mapping[int, Mapping[str, Any]]) -> list[float]:
-    return [v["linear"] for v in seeds.values() if v.get("linear") is not None]
+def known(seeds: Mapping[int, Mapping[str, Any]], metric: str = "linear") -> list[float]:
+    return [v[metric] for v in seeds.values() if v.get(metric) is not None]
 
 
 def wrapped(metric: str) -> str:

@@ -29,6 +29,8 @@ class Experiment:
     curves: tuple[str, ...] = ()  # metrics to draw over epochs; "linear" keeps checkpoints and classifies from each
     against: str = ""  # or a word to draw accuracies against; cells that differ in their last number are a line
     reads_h: bool = False  # measure what the predictor predicts (section 5.1)
+    transfers: bool = False  # fine-tune every run as a detector (Table 5)
+    from_scratch: tuple[str, ...] = ()  # cells whose detectors forget what the run has learned
 
 
 COSINE = {"predictor_lr": "cosine"}  # Figure 2, and the baseline of Table 1
@@ -299,6 +301,33 @@ EXPERIMENTS: dict[str, Experiment] = {
         claims=(
             is_not("it does not collapse", "optimal", "collapsed"),
             alike("its linear accuracy is similar", "optimal", "base", SAME),
+        ),
+    ),
+    "table5": Experiment(
+        title="Transfer to detection and segmentation",
+        where="section 6.1, Table 5",
+        epochs=200,
+        common={"batch_size": 256},
+        transfers=True,
+        from_scratch=("scratch",),
+        cells={
+            "scratch": {},
+            "supervised": {"method": "supervised"},
+            **{row: {"method": row} for row in ("simclr", "moco_v2_plus", "byol", "swav")},
+            "simsiam, base": {},
+            "simsiam, optimal": {"base_lr": 0.5, "weight_decay": 1e-5},
+        },
+        claims=(
+            above("SimSiam's features transfer", "simsiam, base", "scratch", SAME, "ap50"),
+            above("so do the other recipe's, and better", "simsiam, optimal", "simsiam, base", metric="ap50"),
+            *(
+                above(f"{row} surpasses labels or is on par with them", row, "supervised", -SAME, "ap50")
+                for row in ("simclr", "moco_v2_plus", "byol", "swav", "simsiam, optimal")
+            ),
+            *(
+                above(f"SimSiam is competitive with {row}", "simsiam, optimal", row, -SAME, "ap50")
+                for row in ("simclr", "moco_v2_plus", "byol", "swav")
+            ),
         ),
     ),
     "table_c1": Experiment(

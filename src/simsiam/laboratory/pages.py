@@ -82,9 +82,9 @@ def as_csv(rows: Sequence[Sequence[str]]) -> str:
 
 def page(
     name: str, experiment: Experiment, scale: Scale, values: Values, rulings: Sequence[tuple[Claim, Ruling]],
-    about: Mapping[str, Any],
+    about: Mapping[str, Any], rows: Sequence[Sequence[str]],
 ) -> str:  # fmt: skip
-    """One experiment for readers: table, figure, claims, and where it all comes from."""
+    """One experiment for readers: table (its `rows`), figure, claims, and where it all comes from."""
     runs = about["runs"]
     failed = [
         f"- not finished: {run['cell']}, seed {run['seed']}: {run['state']}" for run in runs if "values" not in run
@@ -98,7 +98,7 @@ def page(
         f"{experiment.where[0].upper()}{experiment.where[1:]} of the paper, at scale {scale.name}. Accuracies are of "
         "the last epoch's network; mean ± standard deviation over seeds. The paper's have a metric of their own, named "
         "in their heading.",
-        markdown(table(name, experiment, scale, values)),
+        markdown(rows),
         f"![{experiment.title}]({name}.svg)",
         markdown(ruled(rulings)),
         "A claim holds if the 95 % interval of its mean, paired by seed, lies inside its range; it does not hold if it "

@@ -93,6 +93,8 @@ def suffices(record: Mapping[str, Any], experiment: Experiment, recipe: Recipe) 
     """Whether a record has all that an experiment asks of a run."""
     if not record or record["values"]["diverged"]:
         return bool(record)
+    if experiment.transfers:  # detectors start from the run itself
+        return False
     reads_h = experiment.reads_h and recipe.method.predictor != "none"
     return record["curves"].keys() >= set(experiment.curves) and (not reads_h or "h_gain" in record["values"])
 

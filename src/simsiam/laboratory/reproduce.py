@@ -17,8 +17,9 @@ from rich.console import Console
 from simsiam import figure3
 from simsiam.errors import Stopped, UsageError, WorkFailed, unknown
 from simsiam.files import whole
-from simsiam.laboratory import drawing, measure, pages
+from simsiam.laboratory import detectors, drawing, measure, pages
 from simsiam.laboratory.claims import Values
+from simsiam.laboratory.detectors import Tuning
 from simsiam.laboratory.experiments import EXPERIMENTS, Experiment
 from simsiam.laboratory.plan import FINISHED, INTERRUPTED, Job, Jobs, every, hours, jobs, kept
 from simsiam.laboratory.scales import SCALES, Scale
@@ -37,14 +38,16 @@ def reproduce(
     limit: int | None = None,
     only: Sequence[str] = (),
     out: str | os.PathLike[str] | None = None,
+    annotated: Sequence[str] = ("shapes",),
     device: str = "auto",
     plan: bool = False,
 ) -> list[Path]:
     """Repeat experiments of the paper; returns the page of each.
 
     Runs are kept in runs/laboratory/SCALE and shared by all experiments; pages, tables, figures and JSON go to `out`,
-    results/SCALE. `seeds` is how many, `epochs` what the paper's 100 become, `only` the cells to run; with `plan`
-    nothing is run. Raises UsageError for a wrong request, WorkFailed at the end if a run failed, Stopped at a signal.
+    results/SCALE. `seeds` is how many, `epochs` what the paper's 100 become, `only` the cells to run, and
+    `annotated` what Table 5's detectors are fine-tuned on; with `plan` nothing is run. Raises UsageError for a wrong
+    request, WorkFailed at the end if a run failed, Stopped at a signal.
     """
     chosen = named(experiments)
     if scale not in SCALES:
@@ -61,6 +64,8 @@ def reproduce(
     words: dict[str, Any] = {"source": images or (size.source or "",), "limit": limit, "device": device}
     folder = Path("runs") / "laboratory" / scale
     results = Path(out or f"results/{scale}")
+    sets = [one if one == "shapes" else str(Path(one).expanduser().resolve()) for one in annotated]
+    tunings = detectors.tunings(sets)
     plans = {n: jobs(e, size, folder, seeds, epochs, kept(results), **words) for n, e in chosen.items()}
     wanted = {n: {c: s for c, s in p.items() if not only or c in only} for n, p in plans.items()}
 
@@ -87,11 +92,12 @@ def reproduce(
                 with locked(path, wait) as mine:
                     if mine:
                         del pending[path]
-                        if path not in failures and (reason := perform(job, size, experiment)):
+                        mine_in = [cell for cell, made in wanted[name].items() if job in made.values()]
+                        if path not in failures and (reason := perform(job, size, experiment, mine_in, tunings)):
                             failures[path] = reason
                             console.print(f"failed   {path}: {reason}", soft_wrap=True)
         written.append(
-            write(name, experiment, size, plans[name], f"simsiam reproduce {name}{flags}", failures, results)
+            write(name, experiment, size, plans[name], f"simsiam reproduce {name}{flags}", failures, results, tunings)
         )
         console.print(f"wrote    {written[-1]}", soft_wrap=True)
     text(results / "README.md", pages.index(results, size))
@@ -140,7 +146,7 @@ def locked(path: Path, wait: bool) -> Iterator[bool]:
             yield True
 
 
-def perform(job: Job, scale: Scale, experiment: Experiment) -> str:
+def perform(job: Job, scale: Scale, experiment: Experiment, cells: Sequence[str], tunings: Sequence[Tuning]) -> str:
     """Start, continue and measure a run, whatever of it is missing; why that failed, or ""."""
     try:
         try:
@@ -153,7 +159,9 @@ def perform(job: Job, scale: Scale, experiment: Experiment) -> str:
         except WorkFailed:
             if job.state != FINISHED:  # to diverge is a result
                 raise
-        measure.record(Run(job.path), scale, experiment)  # what is costly stays in the run folder
+        measured = measure.record(Run(job.path), scale, experiment)  # what is costly stays in the run folder
+        for cell in cells if experiment.transfers and not measured["values"]["diverged"] else ():
+            tuned(job, cell, experiment, tunings)
     except Stopped:
         raise
     except Exception as error:  # whatever it is, the other runs go on; it is said, and the exit code is 1
@@ -161,9 +169,16 @@ def perform(job: Job, scale: Scale, experiment: Experiment) -> str:
     return ""
 
 
+def tuned(job: Job, cell: str, experiment: Experiment, tunings: Sequence[Tuning]) -> dict[str, Any]:
+    """What the detectors made of a run are worth."""
+    scratch, device = cell in experiment.from_scratch, job.recipe.device
+    return detectors.measured(Run(job.path), tunings, from_scratch=scratch, device=device)
+
+
 def write(
-    name: str, experiment: Experiment, scale: Scale, plan: Jobs, command: str, failures: Mapping[Path, str], out: Path
-) -> Path:
+    name: str, experiment: Experiment, scale: Scale, plan: Jobs, command: str, failures: Mapping[Path, str], out: Path,
+    tunings: Sequence[Tuning],
+) -> Path:  # fmt: skip
     """An experiment's page, table, figure and JSON, from the runs that are finished; returns the page."""
     page, title = out / f"{name}.md", f"{experiment.title} ({scale.name})"
     if not experiment.cells:
@@ -178,6 +193,8 @@ def write(
         if job.state == FINISHED and job.path not in failures:
             told = {**(job.kept or measure.record(Run(job.path), scale, experiment)), **told}
             values[cell][seed], curves[cell][seed] = told["values"], told["curves"]
+            if experiment.transfers and not told["values"]["diverged"]:
+                values[cell][seed] |= tuned(job, cell, experiment, tunings)
         runs.append(told)
     rulings = [(claim, claim.judge(values)) for claim in experiment.claims]
     paper = pages.PAPER.get(name, pages.UNPRINTED)
@@ -187,9 +204,10 @@ def write(
         "claims": [pages.plain(claim, ruling) for claim, ruling in rulings], "runs": runs,
     }  # fmt: skip
     draw(experiment, scale, plan, values, curves, paper, out / name, title)
-    text(out / f"{name}.csv", pages.as_csv(pages.table(name, experiment, scale, values)))
+    table = detectors.table(name, values) if experiment.transfers else pages.table(name, experiment, scale, values)
+    text(out / f"{name}.csv", pages.as_csv(table))
     text(out / f"{name}.json", json.dumps(about, indent=2) + "\n")
-    text(page, pages.page(name, experiment, scale, values, rulings, about))
+    text(page, pages.page(name, experiment, scale, values, rulings, about, table))
     return page
 
 
@@ -209,6 +227,10 @@ def draw(
         first = {cell: next(iter(seeds.values())).recipe for cell, seeds in plan.items()}
         x = {cell: (vars(r) | vars(r.method))[experiment.against] for cell, r in first.items()}
         drawing.lines(values, x, paper["cells"], experiment.against, *metrics, path, title)
+    elif experiment.transfers:
+        drawing.dots(
+            values, paper["cells"], "ours: AP50, mean of all columns", "paper: AP50, mean", path, title, "ap50"
+        )
     else:
         drawing.dots(values, paper["cells"], *metrics, path, title)
 

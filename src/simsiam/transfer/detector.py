@@ -23,6 +23,7 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform, res
 from torchvision.ops import RoIAlign
 from torchvision.transforms.v2 import functional as TF
 
+from simsiam.detectron2 import renamed
 from simsiam.errors import UsageError
 from simsiam.transfer.schedules import Schedule
 
@@ -181,26 +182,6 @@ def dilate(stage: nn.Sequential) -> None:
 
 # --- detectron2's names -----------------------------------------------------------------------------------------------
 
-STEM = {"conv1": "stem.conv1", "bn1": "stem.conv1.norm"}
-PARTS = {
-    "bn1": "conv1.norm",
-    "bn2": "conv2.norm",
-    "bn3": "conv3.norm",
-    "downsample.0": "shortcut",
-    "downsample.1": "shortcut.norm",
-}
-
-
-def backbone_name(ours: str) -> str:
-    """detectron2's name of a ResNet's tensor: "layer1.0.bn1.bias" is "res2.0.conv1.norm.bias"."""
-    first, _, rest = ours.partition(".")
-    if first in STEM:
-        return f"{STEM[first]}.{rest}"
-    block, _, rest = rest.partition(".")
-    part, _, leaf = rest.rpartition(".")
-    return f"res{int(first.removeprefix('layer')) + 1}.{block}.{PARTS.get(part, part)}.{leaf}"
-
-
 def to_detectron2(model: GeneralizedRCNN, how: Schedule) -> dict[str, Tensor]:
     """A C4 detector's tensors by the names, and in the order of rows, of detectron2's Res5ROIHeads with MoCo's norm.
 
@@ -216,7 +197,7 @@ def to_detectron2(model: GeneralizedRCNN, how: Schedule) -> dict[str, Tensor]:
         part, _, rest = name.partition(".")
         leaf = name.rpartition(".")[2]
         if part == "backbone":
-            found[f"backbone.{backbone_name(rest)}"] = tensor
+            found[f"backbone.{renamed(rest)}"] = tensor
         elif rest.startswith("head.conv."):
             found[f"proposal_generator.rpn_head.conv.{leaf}"] = tensor
         elif rest.startswith("head.cls_logits."):
@@ -225,7 +206,7 @@ def to_detectron2(model: GeneralizedRCNN, how: Schedule) -> dict[str, Tensor]:
             grouped = tensor.unflatten(0, (len(rows), 4))
             found[f"proposal_generator.rpn_head.anchor_deltas.{leaf}"] = grouped[rows].flatten(0, 1)
         elif rest.startswith("box_head.0."):
-            there = backbone_name(rest.replace("box_head.0", "layer4", 1))
+            there = renamed(rest.replace("box_head.0", "layer4", 1))
             found[f"roi_heads.{there}"] = tensor
         elif rest.startswith("box_head.1."):
             found[f"roi_heads.res5.norm.{leaf}"] = tensor

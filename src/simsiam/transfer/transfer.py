@@ -139,9 +139,14 @@ def transfer(
         "tested_by": "voc_box" if opened.metric == "voc" else "coco_mask" if masks else "coco_box",
         "metrics": results, "n": len(kept), "unreadable": len({*spent["unreadable"], *skipped}),
         "faults": dict(opened.faults.counts), "folder": out.name, "picture": f"{out.name}/picture.png",
+        "asked": {
+            "source": [os.fspath(one) for one in ([source] if isinstance(source, str | os.PathLike) else source)],
+            "schedule": schedule, "init": init, "from_scratch": from_scratch, "words": words,
+        },
         "environment": {k: here[k] for k in ("commit", "device", "threads")} | {"torch": here["versions"]["torch"]},
         "measured": now(), "training_seconds": spent["seconds"],
     }  # fmt: skip
+    record = json.loads(json.dumps(record))  # as it reads back
     keep(folder, task, record)
     show([record])
     return record
