@@ -193,7 +193,7 @@ def write(
         if job.state == FINISHED and job.path not in failures:
             told = {**(job.kept or measure.record(Run(job.path), scale, experiment)), **told}
             values[cell][seed], curves[cell][seed] = told["values"], told["curves"]
-            if experiment.transfers and not told["values"]["diverged"]:
+            if experiment.transfers and not values[cell][seed]["diverged"]:
                 values[cell][seed] |= tuned(job, cell, experiment, tunings)
         runs.append(told)
     rulings = [(claim, claim.judge(values)) for claim in experiment.claims]

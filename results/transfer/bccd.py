@@ -1,0 +1,80 @@
+"""Detection of blood cells (BCCD, 364 photographs, a Pascal VOC folder): by what a detector starts from, and how long.
+
+    python results/transfer/bccd.py list BCCD/ --out bccd.txt            # train's and val's photographs
+    simsiam pretrain bccd.txt --out RUN --backbone resnet18 ...
+    python results/transfer/bccd.py run BCCD/ RUN --steps 600 --seeds 2  # a row for each start, budget and seed
+    python results/transfer/bccd.py table RUN                            # what there is so far
+
+`run` fine-tunes from the run's backbone, from random weights, and from whatever else --only names, on train and val,
+and tests on test. It can be stopped anywhere and goes on; `table` writes bccd.json beside this file.
+"""
+
+import argparse
+import json
+from collections import defaultdict
+from pathlib import Path
+from statistics import mean, stdev
+
+from simsiam.files import whole
+from simsiam.run import Run
+from simsiam.transfer.annotations import open_annotated
+from simsiam.transfer.transfer import transfer
+
+HERE = Path(__file__).parent
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    listing = verbs.add_parser("list")
+    listing.add_argument("source", type=Path)
+    listing.add_argument("--out", type=Path, required=True)
+    running = verbs.add_parser("run")
+    running.add_argument("source", type=Path)
+    running.add_argument("run")
+    running.add_argument("--steps", type=int, nargs="+", required=True)
+    running.add_argument("--seeds", type=int, default=2)
+    running.add_argument("--only", nargs="+", default=["scratch", "run"], help="scratch, run, or weights as of --init")
+    telling = verbs.add_parser("table")
+    telling.add_argument("run")
+    asked = parser.parse_args()
+    if asked.verb == "list":
+        splits = open_annotated(asked.source).splits
+        keys = sorted(key for split in ("train", "val") for key in splits[split].images.keys)
+        asked.out.write_text("".join(f"{asked.source.resolve() / key}\n" for key in keys))
+    elif asked.verb == "run":
+        for steps in asked.steps:
+            for seed in range(asked.seeds):
+                for start in asked.only:
+                    own = {"scratch": {"from_scratch": True}, "run": {}}.get(start, {"init": start})
+                    transfer(asked.run, asked.source, steps=steps, seed=seed, **own)
+    if asked.verb != "list":
+        table(Run(asked.run))
+
+
+def table(run: Run) -> None:
+    """Print a row for each start and budget, and write every record but its paths."""
+    groups = defaultdict(list)
+    records = sorted(run.transfers(), key=lambda r: (r["parameters"]["steps"], r["init"]["from"], r["seed"]))
+    for record in records:
+        groups[record["parameters"]["steps"], record["init"]["from"]].append(record)
+    print(
+        "| steps | from | AP50 | " + " | ".join(f"AP50 of {name}" for name in records[0]["classes"]) + " | AP | seeds |"
+    )
+    for (steps, start), found in groups.items():
+        of_class = [[r["metrics"]["coco_box"]["AP50_of_class"][name] for r in found] for name in records[0]["classes"]]
+        numbers = [[r["metrics"]["coco_box"]["AP50"] for r in found], *of_class]
+        numbers.append([r["metrics"]["coco_box"]["AP"] for r in found])
+        print(f"| {steps} | {start} | " + " | ".join(map(spread, numbers)) + f" | {len(found)} |")
+    for record in records:
+        record["asked"].pop("source")
+    with whole(HERE / "bccd.json") as part:
+        part.write_text(json.dumps(records, indent=1) + "\n")
+
+
+def spread(numbers: list[float]) -> str:
+    return f"{mean(numbers):.1f}" + (f" ± {stdev(numbers):.1f}" if len(numbers) > 1 else "")
+
+
+if __name__ == "__main__":
+    main()
