@@ -182,6 +182,7 @@ def dilate(stage: nn.Sequential) -> None:
 
 # --- detectron2's names -----------------------------------------------------------------------------------------------
 
+
 def to_detectron2(model: GeneralizedRCNN, how: Schedule) -> dict[str, Tensor]:
     """A C4 detector's tensors by the names, and in the order of rows, of detectron2's Res5ROIHeads with MoCo's norm.
 
