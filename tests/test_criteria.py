@@ -1,15 +1,10 @@
 """Each D(p, t) is its paper's formula, has the right gradient, and sees every process's images."""
 
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from scipy.optimize import minimize
-from torch import distributed
 
 from simsiam.criteria import (
     CRITERIA,
@@ -215,43 +210,6 @@ def test_unrelated_views_cost_about_what_the_criterion_says(name):
     assert criterion(p, t).item() == pytest.approx(unrelated, rel=0.15, abs=0.05) and least < unrelated / 2
     if name in ("cosine", "barlow_twins", "vicreg"):
         assert least - 1e-6 <= criterion(p, p).item() < unrelated - 0.7 * (unrelated - least)
-
-
-# --- several processes ------------------------------------------------------------------------------------------------
-
-DISTRIBUTED = ("nt_xent", "barlow_twins", "vicreg", "swapped", "info_nce")
-
-
-def shares(name, rank=0, processes=1):
-    """The loss, the gradient of this process's share of 8 images, and the queue after the step."""
-    d = built(name)
-    p, t = (v[rank * 8 // processes :][: 8 // processes].clone().requires_grad_() for v in vectors(n=8))
-    loss = d(p, d.code(t))
-    loss.backward()
-    d.after_step([t.detach()])
-    return loss.item(), p.grad, t.grad, getattr(d, "queue", torch.zeros(0))
-
-
-def process(rank: int, folder: str) -> None:
-    distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
-    torch.save([shares(name, rank, 2) for name in DISTRIBUTED], f"{folder}/{rank}.pt")
-    distributed.barrier()
-    os._exit(0)  # at once: gloo's threads may outlive the interpreter and then abort (pytorch issue 190489)
-
-
-def test_two_processes_equal_one(tmp_path):
-    """The mean of their losses is the loss of the whole batch, and so are the gradients, as DDP averages them."""
-    code = "import sys, test_criteria as t; t.process(int(sys.argv[1]), sys.argv[2])"
-    arguments = [[sys.executable, "-c", code, str(rank), str(tmp_path)] for rank in range(2)]
-    for child in [subprocess.Popen(a, cwd=__file__.rpartition("/")[0]) for a in arguments]:
-        assert child.wait() == 0
-    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-    for name, one, *two in zip(DISTRIBUTED, map(shares, DISTRIBUTED), *found):
-        loss, p, t, queue = one
-        assert loss == pytest.approx(sum(share[0] for share in two) / 2, rel=1e-10), name
-        torch.testing.assert_close(torch.cat([share[1] for share in two]) / 2, p, msg=name)
-        torch.testing.assert_close(torch.cat([share[2] for share in two]) / 2, t, msg=name)
-        assert all(torch.equal(share[3], queue) for share in two), name
 
 
 def test_cosine_needs_no_other_process():

@@ -1,5 +1,13 @@
+import os
 import sys
 
 from simsiam.cli import main
 
-sys.exit(main())
+code = main()
+if (
+    "RANK" in os.environ
+):  # one of several: gloo's threads may outlive the interpreter and then abort (pytorch issue 190489)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+sys.exit(code)

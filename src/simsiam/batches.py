@@ -19,6 +19,7 @@ from simsiam import views
 from simsiam.decode import Unreadable
 from simsiam.errors import UsageError, WorkFailed
 from simsiam.images import CORES, Images
+from simsiam.processes import count, share
 from simsiam.recipes import Recipe
 
 ORDER = 2  # the seed's stream for the order of images; views draw from a stream of their own
@@ -31,8 +32,9 @@ class Batch:
     step: int
     index: Tensor  # (N,) positions of the images in the training set
     views: list[Tensor]  # each (N, 3, size, size), normalized, on the device
-    wait: float  # seconds that the loop waited for them
     skipped: list[tuple[str, str]]  # unreadable files met on the way: key and reason
+    wait: float = 0.0  # seconds that the loop waited for them
+    weight: float = 1.0  # of its loss, for the mean over processes to be the mean over the images of all of them
 
 
 def steps_per_epoch(count: int, batch_size: int) -> int:
@@ -60,10 +62,11 @@ def members(step: int, recipe: Recipe, count: int) -> np.ndarray:
 
 
 def batches(images: Images, recipe: Recipe, start: int, stop: int, device: torch.device) -> Iterator[Batch]:
-    """The batches of steps start .. stop - 1."""
+    """The batches of steps start .. stop - 1; of several processes each gets its share of every batch."""
     clock = time.monotonic()
     for batch in (_streamed if images.pixels is None else _resident)(images, recipe, start, stop, device):
-        yield replace(batch, wait=time.monotonic() - clock)
+        weight = len(batch.index) * count() / recipe.batch_size
+        yield replace(batch, wait=time.monotonic() - clock, weight=weight)
         clock = time.monotonic()
 
 
@@ -74,21 +77,23 @@ def sweep(images: Images, recipe: Recipe, device: torch.device) -> Iterator[Batc
 
 def _resident(images: Images, recipe: Recipe, start: int, stop: int, device: torch.device) -> Iterator[Batch]:
     assert images.pixels is not None
-    pixels = torch.from_numpy(images.pixels).to(device)
+    pixels, mine = torch.from_numpy(images.pixels).to(device), share(recipe.batch_size)
     for step in range(start, stop):
-        index = torch.from_numpy(members(step, recipe, len(images)))
-        yield Batch(step, index, _views_of(pixels[index.to(device)], recipe, step, recipe.method.view_count), 0.0, [])
+        index = torch.from_numpy(members(step, recipe, len(images))[mine])
+        made = _views_of(pixels[index.to(device)], recipe, step, recipe.method.view_count, mine.start)
+        yield Batch(step, index, made, [])
 
 
 def _streamed(images: Images, recipe: Recipe, start: int, stop: int, device: torch.device) -> Iterator[Batch]:
     workers = CORES if recipe.workers is None else recipe.workers
-    steps, pin = _Steps(images, recipe), device.type == "cuda"
+    mine, pin = share(recipe.batch_size), device.type == "cuda"
+    steps = _Steps(images, recipe, mine)
     loader = DataLoader(steps, batch_size=None, sampler=range(start, stop), num_workers=workers, pin_memory=pin)
     for step, made in enumerate(loader, start):
         if isinstance(made, WorkFailed):
             raise made
         crops, index, skipped = made
-        yield Batch(step, index, _finished(crops.to(device, non_blocking=True), recipe, step), 0.0, skipped)
+        yield Batch(step, index, _finished(crops.to(device, non_blocking=True), recipe, step, mine.start), skipped)
 
 
 def views_of(
@@ -101,7 +106,7 @@ def views_of(
     return _finished(crops.to(device), recipe, step)
 
 
-def _views_of(pixels: Tensor, recipe: Recipe, step: int, count: int) -> list[Tensor]:
+def _views_of(pixels: Tensor, recipe: Recipe, step: int, count: int, first: int = 0) -> list[Tensor]:
     assert recipe.image_size and recipe.mean and recipe.std
     return views.make_views(
         pixels,
@@ -112,39 +117,40 @@ def _views_of(pixels: Tensor, recipe: Recipe, step: int, count: int) -> list[Ten
         std=recipe.std,
         seed=recipe.seed,
         step=step,
-        positions=np.arange(len(pixels)),
+        positions=np.arange(first, first + len(pixels)),
         compiled=recipe.compile,
     )
 
 
-def _finished(crops: Tensor, recipe: Recipe, step: int) -> list[Tensor]:
+def _finished(crops: Tensor, recipe: Recipe, step: int, first: int = 0) -> list[Tensor]:
     """Crops uint8 (views, N, C, size, size) to views: what the device does."""
     assert recipe.mean and recipe.std
     how: dict[str, Any] = {"mean": recipe.mean, "std": recipe.std, "compiled": recipe.compile}
     sizes = [(1, 1)] * crops.shape[1]  # colors do not depend on the image's size
-    return [views.finish(pixels, _draw(recipe, step, view, sizes), **how) for view, pixels in enumerate(crops)]
+    return [views.finish(pixels, _draw(recipe, step, view, sizes, first), **how) for view, pixels in enumerate(crops)]
 
 
 class _Steps(Dataset):
-    """A step to the crops of its batch: what a worker does."""
+    """A step to the crops of this process's share of its batch: what a worker does."""
 
-    def __init__(self, images: Images, recipe: Recipe):
-        self.images, self.recipe = images, recipe
+    def __init__(self, images: Images, recipe: Recipe, mine: slice):
+        self.images, self.recipe, self.mine = images, recipe, mine
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor, list[tuple[str, str]]] | WorkFailed:
         try:
-            index = members(step, self.recipe, len(self.images))
-            return crops_of(self.images, index, self.recipe, step, self.recipe.method.view_count)
+            index = members(step, self.recipe, len(self.images))[self.mine]
+            return crops_of(self.images, index, self.recipe, step, self.recipe.method.view_count, self.mine.start)
         except WorkFailed as error:  # handed over rather than raised: a worker's exceptions arrive with a traceback
             return error
 
 
 def crops_of(
-    images: Images, index: np.ndarray, recipe: Recipe, step: int, count: int
+    images: Images, index: np.ndarray, recipe: Recipe, step: int, count: int, first: int = 0
 ) -> tuple[Tensor, Tensor, list[tuple[str, str]]]:
     """Crops uint8 (views, N, C, size, size) of images read once each, which images they are, and what was unreadable.
 
-    In the place of an unreadable image stands the next one that is not: batches stay whole and stay the same.
+    Their places in the batch begin with `first`. In the place of an unreadable image stands the next one that is not:
+    batches stay whole and stay the same.
     """
     size, skipped = recipe.image_size, list[tuple[str, str]]()
     assert size
@@ -162,13 +168,13 @@ def crops_of(
     found, batch = zip(*map(read, index), strict=True)
     crops = []
     for view in range(count):
-        d = _draw(recipe, step, view, [image.shape[:2] for image in batch])
+        d = _draw(recipe, step, view, [image.shape[:2] for image in batch], first)
         boxes = zip(d.top, d.left, d.height, d.width, d.flip, strict=True)
         crops.append(torch.stack([views.crop_one(image, *box, size) for image, box in zip(batch, boxes, strict=True)]))
     return torch.stack(crops), torch.tensor(found), skipped
 
 
-def _draw(recipe: Recipe, step: int, view: int, sizes: list[tuple[int, int]]) -> views.Draws:
+def _draw(recipe: Recipe, step: int, view: int, sizes: list[tuple[int, int]], first: int = 0) -> views.Draws:
     augmentation = recipe.method.views[min(view, len(recipe.method.views) - 1)]
-    positions = np.arange(len(sizes))
+    positions = np.arange(first, first + len(sizes))
     return views.draw(augmentation, np.array(sizes), seed=recipe.seed, step=step, view=view, positions=positions)

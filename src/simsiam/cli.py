@@ -4,6 +4,7 @@ import argparse
 import ctypes
 import inspect
 import json
+import os
 import re
 import sys
 import typing
@@ -21,6 +22,7 @@ from simsiam.laboratory.scales import SCALES
 from simsiam.protocols import FROZEN, PROTOCOLS, Settings
 from simsiam.transfer.schedules import SCHEDULES, Schedule
 
+TOGETHER = ("pretrain", "resume", "evaluate", "embed")  # verbs that several processes do together, under torchrun
 EPILOG = "Documentation and source of every setting: README.md; `simsiam VERB --help` lists a verb's flags."
 
 
@@ -290,6 +292,10 @@ def flags_of(parser: Parser, verb: str | None) -> list[str]:
 def run(arguments: dict[str, Any]) -> None:
     """One verb. Modules that load torch are imported by the verb that needs them."""
     verb = arguments.pop("verb")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and verb not in TOGETHER:
+        raise UsageError(
+            f"{verb} is work for one process: start it without torchrun, which serves {', '.join(TOGETHER)}"
+        )
     if verb == "pretrain":
         from simsiam.pretrain import pretrain
 
@@ -358,7 +364,9 @@ def run(arguments: dict[str, Any]) -> None:
 
 
 def tell(run: Path) -> None:
-    """How a run ended."""
+    """How a run ended; of several processes the first one says it."""
+    if os.environ.get("RANK", "0") != "0":
+        return
     summary = json.loads((run / "summary.json").read_text())
     knn = summary.get("knn_top1")
     print(f"{summary['verdict']} after {summary['steps']} steps at {summary['images_per_second']:.0f} images/s")
@@ -397,7 +405,8 @@ def main(argv: list[str] | None = None) -> int:
         run(vars(known))
         return 0
     except (UsageError, WorkFailed, Stopped, OSError) as error:
-        print(f"simsiam: {' '.join(str(error).split())}", file=sys.stderr)
+        who = f"simsiam, process {os.environ['RANK']}" if "RANK" in os.environ else "simsiam"
+        print(f"{who}: {' '.join(str(error).split())}", file=sys.stderr)
         if isinstance(error, Stopped):
             return 128 + error.signum
         return 2 if isinstance(error, UsageError) else 1

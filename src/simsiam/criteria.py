@@ -1,6 +1,7 @@
 """D(p, t): what a pair of views pays for disagreeing. Each is a function of p and t, both (N, d), to a scalar.
 
-Those that compare the images of a batch take the batch of all processes: `gather` fetches it, with its gradient.
+Those that compare the images of a batch take the batch of all processes: `gather` fetches it, with its gradient. The
+mean over images of what the processes get is what one process with the whole batch gets.
 """
 
 import math
@@ -9,9 +10,10 @@ from functools import wraps
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from simsiam.columns import Method
+from simsiam.processes import gather, rows
 
 
 def precise(x: Tensor) -> Tensor:
@@ -28,20 +30,6 @@ def precisely(D: Callable[..., Tensor]) -> Callable[..., Tensor]:
             return D(*map(precise, tensors), **settings)
 
     return computed
-
-
-def gather(x: Tensor) -> Tensor:
-    """The x (N, ...) of all processes in order of rank, (N * processes, ...); gradients flow back to each."""
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return x
-    from torch.distributed.nn.functional import all_gather
-
-    return torch.cat(all_gather(x.contiguous()))
-
-
-def own(x: Tensor, n: int) -> Tensor:
-    """This process's n rows of what `gather` returned."""
-    return x if len(x) == n else x.split(n)[distributed.get_rank()]
 
 
 @precisely
@@ -66,7 +54,7 @@ def nt_xent(p: Tensor, t: Tensor, *, tau: float) -> Tensor:
     p, t = F.normalize(p, dim=1), F.normalize(t, dim=1)
     others, targets = gather(p), gather(t)
     every = torch.arange(len(targets), device=t.device)
-    label = own(every, len(t))
+    label = every[rows(len(t))]
     itself = label[:, None] == every
     similarities = torch.cat([p @ targets.T, (p @ others.T).masked_fill(itself, -math.inf)], dim=1)
     return F.cross_entropy(similarities / tau, label)
@@ -91,7 +79,7 @@ def sinkhorn(scores: Tensor, *, epsilon: float, iterations: int) -> Tensor:
     for _ in range(iterations):
         log = log - log.logsumexp(0)
         log = log - log.logsumexp(1, keepdim=True)
-    return own(log, len(scores)).exp()
+    return log[rows(len(scores))].exp()
 
 
 @precisely
@@ -175,7 +163,7 @@ class InfoNCE(Criterion):
 
     @torch.no_grad()
     def after_step(self, t: list[Tensor]) -> None:
-        new = gather(F.normalize(precise(torch.cat(t)), dim=1))
+        new = torch.cat([gather(F.normalize(precise(view), dim=1)) for view in t])
         self.queue.copy_(torch.cat([self.queue, new])[-len(self.queue) :])
 
 

@@ -15,6 +15,7 @@ from simsiam.decode import Unreadable
 from simsiam.errors import WorkFailed
 from simsiam.images import CORES, Images
 from simsiam.precision import autocast
+from simsiam.processes import count, gather, share, union
 
 
 @dataclass(frozen=True)
@@ -73,22 +74,27 @@ def extract(
 ) -> Features:
     """Features of each readable image from `model` in eval mode (its mode is restored).
 
-    One matrix for each tensor that `forward` returns; by default the model's own output.
+    One matrix for each tensor that `forward` returns; by default the model's own output. Of several processes each goes
+    through its share of the images, and all get the features of all.
     """
     training = model.training
     model.eval()
     rows: list[list[Tensor]] = []
     kept: list[np.ndarray] = []
     skipped: list[tuple[str, str]] = []
+    mine = share(len(images))
     try:
-        for index, pixels in chunks(images, transform, skipped):
+        for index, pixels in chunks(images if count() == 1 else images.take(mine), transform, skipped):
             rows.append(outputs(forward or (lambda x: (model(x),)), pixels, transform, device, precision))
-            kept.append(index)
+            kept.append(index + mine.start)
     finally:
         model.train(training)
-    if not rows:
+    skipped, widths = union(skipped), union([[m.shape[1] for m in matrices] for matrices in rows[:1]])
+    if not widths:
         raise WorkFailed(f"none of the {len(images)} images can be read; the first, {skipped[0][0]}: {skipped[0][1]}")
-    return Features([torch.cat(column) for column in zip(*rows, strict=True)], np.concatenate(kept), skipped)
+    columns = zip([torch.empty(0, d) for d in widths[0]], *rows, strict=True)  # a share may have no readable image
+    positions = torch.from_numpy(np.concatenate([np.arange(0), *kept]))
+    return Features([gather(torch.cat(column)) for column in columns], gather(positions).numpy(), skipped)
 
 
 def outputs(

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from simsiam.columns import PARTS, Method
 from simsiam.errors import UsageError
+from simsiam.processes import count
 
 
 def mlp(
@@ -68,9 +69,10 @@ def joint(network: nn.Module, views: dict[int, Tensor]) -> dict[int, Tensor]:
 def split(network: nn.Module, views: dict[int, Tensor]) -> dict[int, Tensor]:
     """A call for each eighth of each view: what 8 GPUs compute that do not synchronize batch norm.
 
-    Each process splits its own share of the batch, so several processes do not compute what one does.
+    Of several processes each has its part of the eighths, so that 2, 4 and 8 of them compute what one does.
     """
-    return {view: torch.cat([network(part) for part in x.tensor_split(PARTS)]) for view, x in views.items()}
+    parts = PARTS // count()
+    return {view: torch.cat([network(part) for part in x.tensor_split(parts)]) for view, x in views.items()}
 
 
 GROUPING: dict[str, Callable[[nn.Module, dict[int, Tensor]], dict[int, Tensor]]]

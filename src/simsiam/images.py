@@ -19,6 +19,7 @@ from simsiam.decode import Header, Unreadable, decode, header
 from simsiam.errors import UsageError, WorkFailed, shown
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+CORES = max(1, CORES // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # the processes of a run share a host
 MAX_BYTES = 2**30  # of one image file in an archive
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from simsiam.features import Transform, extract
 from simsiam.images import Images
+from simsiam.processes import gather, share
 from simsiam.siamese import Siamese
 
 K = 200  # neighbors, on ImageNet
@@ -71,9 +72,10 @@ def usual_k(count: int, classes: int, k: int = K) -> int:
 
 
 def knn_top1(bank: Tensor, labels: Tensor, queries: Tensor, truth: Tensor, *, classes: int, k: int = K) -> float:
-    """Top-1 accuracy in percent, with the usual k."""
-    predicted = knn_scores(bank, labels, queries, classes=classes, k=usual_k(len(bank), classes, k)).argmax(1)
-    return 100 * (predicted == truth).float().mean().item()
+    """Top-1 accuracy in percent, with the usual k; of several processes each classifies its share of the queries."""
+    k, mine = usual_k(len(bank), classes, k), share(len(queries))
+    predicted = knn_scores(bank, labels, queries[mine], classes=classes, k=k).argmax(1)
+    return 100 * gather((predicted == truth[mine]).float()).mean().item()
 
 
 def knn_monitor(

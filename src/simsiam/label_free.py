@@ -11,6 +11,7 @@ from simsiam.batches import views_of
 from simsiam.features import Transform, extract
 from simsiam.images import Images, sample
 from simsiam.precision import autocast
+from simsiam.processes import by_first, count, gather, share
 from simsiam.recipes import Recipe
 from simsiam.siamese import Siamese
 from simsiam.signals import neighbor_stability, neighbors, rankme, spectrum_auc, view_retrieval
@@ -51,23 +52,34 @@ def label_free_monitor(
         a, b = both_views(model.backbone, shown, recipe, device=device, precision=precision)
     finally:
         model.train(training)
+    values, now = read(h, a, b, before)
+    return LabelFree({k: round(v, 4) for k, v in values.items()}, now, found.skipped)
+
+
+@by_first
+def read(h: Tensor, a: Tensor, b: Tensor, before: Tensor | None) -> tuple[dict[str, float], Tensor]:
+    """The signals, and the neighbors of each row of h now, on the CPU."""
     now = neighbors(h, K)
     values = {"view_retrieval": view_retrieval(a, b), "h_rankme": rankme(h), "h_spectrum_auc": spectrum_auc(h)}
     if before is not None and before.shape == now.shape:
-        values["neighbor_stability"] = neighbor_stability(before.to(device), now)
-    return LabelFree({k: round(v, 4) for k, v in values.items()}, now.int().cpu(), found.skipped)
+        values["neighbor_stability"] = neighbor_stability(before.to(now.device), now)
+    return values, now.int().cpu()
 
 
 def both_views(
     network: nn.Module, images: Images, recipe: Recipe, *, device: torch.device, precision: str
 ) -> tuple[Tensor, Tensor]:
-    """Features (N, d), float32, of two views of each image, the same two every time; `network` is in eval mode."""
+    """Features (N, d), float32, of two views of each image, the same two every time; `network` is in eval mode.
+
+    Of several processes each makes its share of them, and all get all.
+    """
+    parts = np.array_split(np.arange(len(images)), max(len(images) // 250 + 1, min(count(), len(images))))
     pairs = []
-    for index in np.array_split(np.arange(len(images)), len(images) // 250 + 1):
+    for index in parts[share(len(parts))]:
         views = views_of(images, index, recipe, STEP, device)[:2]
         with torch.no_grad(), autocast(device, precision):
             pairs.append([network(x).float() for x in views])
-    a, b = (torch.cat(side) for side in zip(*pairs, strict=True))
+    a, b = (gather(torch.cat(side)) for side in zip(*pairs, strict=True))
     return a, b
 
 

@@ -32,6 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from simsiam.processes import gather, mean, most
 from simsiam.siamese import Output
 
 ENOUGH_STEPS = 200
@@ -63,11 +64,12 @@ def squared_cosine(z: Tensor) -> Tensor:
 
 @torch.no_grad()
 def gauges(output: Output) -> dict[str, float]:
-    """Named numbers from one step, read from its first view in float32."""
-    z, h = output.projections[0].detach().float(), output.features[0].detach().float()
+    """Named numbers from one step, read from its first view over the whole batch, in float32."""
+    loss = mean(output.loss, len(output.features[0]))
+    z, h = (gather(of_views[0].detach().float()) for of_views in (output.projections, output.features))
     std = z_std(z)
     values = {
-        "loss": output.loss.detach(),
+        "loss": loss,
         "z_std": std,
         "z_std_sqrt_d": std * math.sqrt(z.shape[1]),
         "z_rank": effective_rank(z),
@@ -78,9 +80,9 @@ def gauges(output: Output) -> dict[str, float]:
 
 
 def finite(loss: Tensor, model: nn.Module | None = None) -> bool:
-    """Whether the loss and, where a model is given, all its weights and statistics are numbers."""
+    """Whether the loss and, where a model is given, all its weights and statistics are numbers, on every process."""
     values = [] if model is None else [v for v in model.state_dict().values() if v.is_floating_point()]
-    return all(bool(v.isfinite().all()) for v in [loss.detach(), *values])
+    return not any(most(not all(bool(v.isfinite().all()) for v in [loss.detach(), *values])))
 
 
 def grad_norm(model: nn.Module) -> float:

@@ -1,14 +1,25 @@
 """Where to compute and in which precision: bfloat16 where the device is fast at it, float32 otherwise."""
 
+import os
+
 import torch
 
 from simsiam.errors import UsageError
+from simsiam.processes import count
 
 
 def pick_device(name: str) -> torch.device:
-    """The named device; "auto" is a GPU where there is one. Raises UsageError for one that is not there."""
+    """The named device; "auto" is a GPU where there is one. Raises UsageError for one that is not there.
+
+    Of several processes on a host each has the GPU of its local rank.
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and count() > 1:
+        if name != "cuda":
+            raise UsageError(f"device {name!r} is one GPU and there are {count()} processes: take cuda, one for each")
+        if (local := int(os.environ.get("LOCAL_RANK", 0))) >= (gpus := torch.cuda.device_count()):
+            raise UsageError(f"a host has {gpus} GPUs, and its process {local + 1} none: a smaller --nproc-per-node")
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()  # the "meta" device fails here

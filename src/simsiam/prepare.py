@@ -12,13 +12,16 @@ from torch.optim import Optimizer
 
 from simsiam import recipes
 from simsiam.backbones import RESNETS, input_size
+from simsiam.batch_norm import synchronize
 from simsiam.batches import steps_per_epoch, sweep
 from simsiam.choose import recipe_for
+from simsiam.columns import PARTS
 from simsiam.errors import UsageError, unknown
 from simsiam.features import Transform, chunks
 from simsiam.images import Images, hold_out, in_memory, sample
 from simsiam.optim import build_optimizer
 from simsiam.precision import autocast, pick_device, pick_precision
+from simsiam.processes import count, union
 from simsiam.recipes import Recipe
 from simsiam.releases import published
 from simsiam.run import initialize, read_recipe
@@ -111,10 +114,28 @@ def prepare(recipe: Recipe, source: Source) -> Data:
         train, held_out = hold_out(train, count)
         bank = train
     steps_per_epoch(len(train), recipe.batch_size)
+    deal(recipe, len(train))
     if recipe.method.target == "labels" and (train.labels is None or len(train.classes) > recipe.method.dim):
         known = "no labels" if train.labels is None else f"{len(train.classes)} classes: dim is {recipe.method.dim}"
         raise UsageError(f"target labels needs a label, of at most `dim`, for each image; {source.name} has {known}")
     return Data(train, bank, held_out, unreadable, seen)
+
+
+def deal(recipe: Recipe, images: int) -> None:
+    """Raises UsageError where a batch cannot be dealt to the processes, or they do not see the same source."""
+    processes, size = count(), recipe.batch_size
+    if size < processes:
+        raise UsageError(f"batch_size is {size} and there are {processes} processes: each needs an image")
+    if processes > 1 and recipe.method.bn == "split" and (PARTS % processes or size % PARTS):
+        raise UsageError(
+            f"bn split makes {PARTS} equal parts of a batch, for 1, 2, 4 or 8 processes, and batch_size is {size} with "
+            f"{processes} processes: take other numbers, or bn per_view"
+        )
+    mine = recipe.to_dict() | {"images": images}
+    for other in union([mine]):
+        if differ := [name for name in mine if mine[name] != other[name]]:
+            both = f"{differ[0]} is {mine[differ[0]]} here and {other[differ[0]]} elsewhere"
+            raise UsageError(f"the processes do not see the same source: {both}")
 
 
 class Parts(NamedTuple):
@@ -141,6 +162,8 @@ def assemble(recipe: Recipe) -> Parts:
     )
     if recipe.init is not None:
         initialize(model.backbone, recipe)
+    if recipe.sync_bn and recipe.method.bn != "split" and count() > 1:
+        synchronize(model)
     model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return Parts(model, build_optimizer(model, recipe.method), device, pick_precision(recipe.precision, device))
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from simsiam.batch_norm import settle
 from simsiam.batches import batches, steps_per_epoch
 from simsiam.errors import Stopped, UsageError, WorkFailed
 from simsiam.knn import knn_monitor
@@ -15,13 +16,15 @@ from simsiam.monitors import finite, gauges, grad_norm, judge
 from simsiam.optim import set_lr
 from simsiam.precision import autocast
 from simsiam.prepare import Data, Parts, assemble, compose, prepare, solve_first
+from simsiam.processes import by_first, most, parallel, together, union
 from simsiam.progress import Interrupt, Line, Stopwatch, told
 from simsiam.recipes import Recipe
-from simsiam.run import Journal, Run, environment, next_free, transform_of, vacant, write_recipe
+from simsiam.run import Journal, Run, destination, environment, transform_of, write_recipe
 from simsiam.sources import open_source
 from simsiam.targets import eta_bytes
 
 
+@together
 def pretrain(
     source: str | os.PathLike[str] | Sequence[str] | None = None,
     *,
@@ -33,19 +36,21 @@ def pretrain(
 
     The source chooses the recipe unless one is given (a name, a YAML file or a Recipe), and `words` change single
     settings: every flag of the command line, with underscores. Raises UsageError for a wrong request, WorkFailed for a
-    diverged loss, and Stopped after SIGINT or SIGTERM, with the run saved.
+    diverged loss, and Stopped after SIGINT or SIGTERM, with the run saved. Under torchrun all its processes make one
+    run, and go on with it when they are started again.
     """
     complete, opened, why = compose(source, recipe, words)
-    path = vacant(out or next_free(f"{opened.name}-{complete.method.name}"))
+    path = destination(out, f"{opened.name}-{complete.method.name}", complete)
     data, parts = prepare(complete, opened), assemble(complete)
     run = Run.create(path, complete)  # only now: a wrong request leaves nothing behind
     train(run, data, parts, said=[*told("recipe", why), *told("run", [str(path)])])
     return path
 
 
+@together
 def resume(path: str | os.PathLike[str], *, epochs: int | None = None) -> Path:
     """Continue a run bit for bit from its last checkpoint; more `epochs` stretch its schedule, and it is said how."""
-    run = Run(path)
+    run = by_first(Run)(path)
     if epochs is not None:
         if epochs < run.recipe.epochs or run.recipe.steps is not None:
             raise UsageError(f"a run can only be extended: epochs is {run.recipe.epochs}, and steps must not be set")
@@ -61,12 +66,14 @@ def train(run: Run, data: Data, parts: Parts, said: list[str]) -> None:
     """From the run's last checkpoint, or from the start, to its last step."""
     recipe, method = run.recipe, run.recipe.method
     model, optimizer, device, precision = parts
-    network = torch.compile(model) if recipe.compile else model
+    network = parallel(torch.compile(model) if recipe.compile else model)
     per_epoch = steps_per_epoch(len(data.train), recipe.batch_size)
     steps = recipe.steps or recipe.epochs * per_epoch
     warmup = method.warmup_epochs * per_epoch
 
     state, changed = run.begin(environment(device, precision), images=len(data.train))
+    if state["step"]:
+        said = [*said, f"from     step {state['step']} of {steps}"]
     if eta := eta_bytes(method, len(data.train)):
         said = [*said, f"eta      {eta / 2**20:,.2f} MiB on {device.type} and in every checkpoint"]
     labels = None if data.train.labels is None else torch.from_numpy(data.train.labels)
@@ -75,7 +82,7 @@ def train(run: Run, data: Data, parts: Parts, said: list[str]) -> None:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
     start = step = state["step"]
-    diverged = ""
+    diverged, stopping = "", False
     run.quarantine(data.unreadable, seen=data.seen)
 
     def save(name: str) -> None:
@@ -110,15 +117,17 @@ def train(run: Run, data: Data, parts: Parts, said: list[str]) -> None:
             with autocast(device, precision):
                 output = network(*batch.views, index=index)
             optimizer.zero_grad()
-            output.loss.backward()
+            (batch.weight * output.loss).backward()
             optimizer.step()
             model.after_step(output, batch.step, index)
 
-            last, stopping = step == steps, bool(interrupt.signum)
+            # What one process is told or meets, all act on at this same step.
+            signum, stale, broken = most(interrupt.signum, watch.stale(recipe.save_seconds), len(batch.skipped))
+            last, stopping = step == steps, bool(signum)
             logged = last or step == 1 or step % recipe.log_every == 0
             measured = last or step % (per_epoch * recipe.knn_every) == 0
             kept = step % (per_epoch * recipe.save_every) == 0
-            saved = last or kept or stopping or watch.stale(recipe.save_seconds)
+            saved = last or kept or stopping or bool(stale)
             if (logged or saved or measured) and not finite(output.loss, model if saved or measured else None):
                 diverged = f"loss and weights were finite at step {journal.step} and no longer are at step {step}"
                 break
@@ -128,6 +137,8 @@ def train(run: Run, data: Data, parts: Parts, said: list[str]) -> None:
                 if logged:
                     found = {"lr": lr["encoder"], "lr_predictor": lr.get("predictor"), **gauges(output)}
                     found |= {"grad_norm": grad_norm(model), **watch.rates()}
+                if measured or saved:
+                    settle(model)
                 if measured:
                     found |= measure()
                 if found:
@@ -137,7 +148,9 @@ def train(run: Run, data: Data, parts: Parts, said: list[str]) -> None:
                     save(f"epoch-{step // per_epoch:04d}")
                 if saved:
                     save("last")
-                run.quarantine(batch.skipped, seen=min(max(step * recipe.batch_size, data.seen // 10), data.seen))
+                if broken:
+                    seen = min(max(step * recipe.batch_size, data.seen // 10), data.seen)
+                    run.quarantine(union(batch.skipped), seen=seen)
             if stopping:
                 break
 
@@ -162,6 +175,6 @@ def train(run: Run, data: Data, parts: Parts, said: list[str]) -> None:
     )
     if diverged:
         raise WorkFailed(f"diverged: {diverged}. {verdict.remedy}")
-    if interrupt.signum and step < steps:
+    if stopping and step < steps:
         message = f"stopped at step {step} of {steps}, saved; `simsiam resume {run.path}` goes on"
-        raise Stopped(message, interrupt.signum)
+        raise Stopped(message, signum)

@@ -10,6 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from simsiam.processes import rank
+
 
 class Line:
     """Epochs, time left, images/s, share of time spent waiting for data, loss, z std times sqrt d, views that find each
@@ -20,7 +22,7 @@ class Line:
         self.start, self.steps, self.per_epoch = start, steps, per_epoch
         self.clock, self.spoken = time.monotonic(), start
         self.values: dict[str, Any] = {}
-        self.console = Console(stderr=True, highlight=False)
+        self.console = Console(stderr=True, highlight=False, quiet=rank() != 0)
         self.live = Progress(
             TextColumn("{task.fields[epochs]}"), BarColumn(5), TextColumn("{task.fields[words]}"),
             console=self.console, disable=not self.console.is_terminal,
@@ -93,8 +95,11 @@ class Stopwatch:
         return {"images_per_second": (self.images - images) / elapsed, "data_wait": (self.waited - waited) / elapsed}
 
     def stale(self, seconds: float) -> bool:
-        """True, and the count starts again, if so many seconds have passed since it last was true."""
-        if time.monotonic() - self.saved < seconds:
+        """True, and the count starts again, if so many seconds have passed since it last was true.
+
+        Of several processes the first one's clock counts.
+        """
+        if rank() != 0 or time.monotonic() - self.saved < seconds:
             return False
         self.saved = time.monotonic()
         return True

@@ -1,7 +1,8 @@
 """The run folder: all that a run leaves behind, and the only thing that training and everything after it both know.
 
 Files appear whole or not at all. metrics.jsonl grows a line at a time; whoever resumes a run cuts it back to the
-checkpoint that the run goes on from, so it never holds a step twice.
+checkpoint that the run goes on from, so it never holds a step twice. Of several processes the first alone reads and
+writes a run folder, and tells the others.
 """
 
 import json
@@ -28,6 +29,7 @@ from simsiam.checkpoints import backbone_weights
 from simsiam.errors import UsageError, WorkFailed, shown
 from simsiam.features import Transform
 from simsiam.files import whole
+from simsiam.processes import by_first, count, rank
 from simsiam.recipes import Recipe
 
 FORMAT = 1  # of a checkpoint
@@ -46,6 +48,7 @@ class Folder:
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
 
+    @by_first
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl; one that a crash cut short is left out."""
         path, lines = self.path / "metrics.jsonl", []
@@ -59,6 +62,7 @@ class Folder:
             lines.append(line)
         return lines
 
+    @by_first
     def json(self, name: str) -> dict[str, Any]:
         """One of the folder's JSON files, {} where there is none."""
         path = self.path / name
@@ -67,6 +71,7 @@ class Folder:
         except ValueError as error:
             raise UsageError(f"{path} is damaged: {error}") from None
 
+    @by_first
     def write(self, name: str, content: Mapping[str, Any] | str) -> None:
         with whole(self.path / name) as part:
             part.write_text(content if isinstance(content, str) else json.dumps(content, indent=2) + "\n")
@@ -82,14 +87,15 @@ class Run(Folder):
         self.recipe = read_recipe(self.path / "recipe.yaml")
 
     @classmethod
+    @by_first
     def create(cls, path: str | os.PathLike[str], recipe: Recipe) -> "Run":
-        """A new run folder. An existing one is never written over."""
-        path = vacant(path)
+        """A new run folder, or that of a run to go on with: one that `vacant` lets pass."""
+        path = vacant(path, recipe)
         try:
             path.mkdir(parents=True, exist_ok=True)
             write_recipe(path, recipe)
             for folder in ("checkpoints", "evaluations"):
-                (path / folder).mkdir()
+                (path / folder).mkdir(exist_ok=True)
         except OSError as error:
             raise UsageError(f"cannot write to {path}: {error.strerror or error}") from None
         return cls(path)
@@ -113,6 +119,7 @@ class Run(Folder):
             every += found
         return every
 
+    @by_first
     def checkpoint(self, name: str = "last") -> dict[str, Any] | None:
         """The state saved under a name, on the CPU; None where there is none yet. Executes no code (weights_only)."""
         path = self.path / "checkpoints" / f"{name}.pt"
@@ -132,6 +139,7 @@ class Run(Folder):
 
     # --- what is written ---
 
+    @by_first
     def begin(self, here: dict[str, Any], images: int) -> tuple[dict[str, Any], list[str]]:
         """The state to go on from, the last checkpoint's or a new one, and what has changed around it, in words."""
         fresh: dict[str, Any] = {"step": 0, "seconds": 0.0, "knn": {}, "images": images, "environment": here}
@@ -158,6 +166,7 @@ class Run(Folder):
         ]
         return state | {"environment": here}, said
 
+    @by_first
     def finish(self, backbone: Mapping[str, torch.Tensor], summary: Mapping[str, Any]) -> None:
         """The backbone alone, the summary, and the time of the end."""
         with whole(self.path / "backbone.safetensors") as part:
@@ -165,6 +174,7 @@ class Run(Folder):
         self.write("summary.json", summary)
         self.write("environment.json", self.json("environment.json") | {"end": now()})
 
+    @by_first
     def quarantine(self, unreadable: Sequence[tuple[str, str]], seen: int | None = None) -> None:
         """List files that do not decode, each once, with the reason.
 
@@ -182,10 +192,12 @@ class Run(Folder):
                 f"{self.recipe.max_unreadable:g} allows: {self.path}/quarantine.txt lists them with the reasons"
             )
 
+    @by_first
     def quarantined(self) -> list[str]:
         path = self.path / "quarantine.txt"
         return path.read_text().splitlines() if path.exists() else []
 
+    @by_first
     def save(self, name: str, state: Mapping[str, Any]) -> None:
         with whole(self.path / "checkpoints" / f"{name}.pt") as part:
             torch.save({"format": FORMAT, "recipe": self.recipe.to_dict(), **state}, part)
@@ -202,8 +214,9 @@ class Journal:
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and only training needs it
 
         self.run.write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.lines))
-        self.file = open(self.run.path / "metrics.jsonl", "a")
-        self.board = SummaryWriter(str(self.run.path / "tensorboard"), purge_step=self.step + 1)
+        if rank() == 0:
+            self.file = open(self.run.path / "metrics.jsonl", "a")
+            self.board = SummaryWriter(str(self.run.path / "tensorboard"), purge_step=self.step + 1)
         return self
 
     def log(self, line: dict[str, Any]) -> None:
@@ -211,6 +224,8 @@ class Journal:
         self.step = line["step"]
         line = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}  # strict JSON
         self.lines.append(line)
+        if rank() != 0:
+            return
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()
         for name, value in line.items():
@@ -218,14 +233,31 @@ class Journal:
                 self.board.add_scalar(name, value, self.step)
 
     def __exit__(self, *error: object) -> None:
-        self.file.close()
-        self.board.close()
+        if rank() == 0:
+            self.file.close()
+            self.board.close()
 
 
-def vacant(path: str | os.PathLike[str]) -> Path:
-    """The path, if a run folder can be made there. An existing folder with anything in it is refused."""
+@by_first
+def destination(out: str | os.PathLike[str] | None, name: str, recipe: Recipe) -> Path:
+    """Where a run goes: `out`, or else a new runs/NAME-N. Raises UsageError where it cannot."""
+    if out is None and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+        raise UsageError("torchrun may start this command again: give --out, so that it finds the run it began")
+    return vacant(out or next_free(name), recipe)
+
+
+def vacant(path: str | os.PathLike[str], recipe: Recipe | None = None) -> Path:
+    """The path, if a run folder can be made there. An existing folder with anything in it is refused.
+
+    But torchrun starts the same command again after a crash, and so does a cluster's queue: under torchrun the folder
+    of a run with this very `recipe` is the one to go on with.
+    """
     path = Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        if recipe is not None and "TORCHELASTIC_RUN_ID" in os.environ and (path / "recipe.yaml").is_file():
+            if read_recipe(path / "recipe.yaml") == recipe:
+                return path
+            raise UsageError(f"{path} holds a run of another recipe than this command's: choose another --out")
         raise UsageError(f"{path} exists and is not written over: choose another --out, or `simsiam resume {path}`")
     return path
 
@@ -248,6 +280,7 @@ def read_recipe(path: Path) -> Recipe:
         raise UsageError(f"{path}: {error}") from None
 
 
+@by_first
 def write_recipe(path: Path, recipe: Recipe) -> None:
     with whole(path / "recipe.yaml") as part:
         part.write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False, default_flow_style=None, allow_unicode=True))
@@ -272,13 +305,14 @@ def environment(device: torch.device, precision: str) -> dict[str, Any]:
         "device_type": device.type,
         "precision": precision,
         "threads": torch.get_num_threads(),
-        "processes": 1,
+        "processes": count(),
     }
 
 
 def conditions(here: Mapping[str, Any]) -> dict[str, Any]:
     """The part of an environment that changes the bits of a run."""
-    return {k: here[k] for k in ("device_type", "precision", "threads")} | {"torch": here["versions"]["torch"]}
+    names = ("device_type", "precision", "threads", "processes")
+    return {name: here[name] for name in names} | {"torch": here["versions"]["torch"]}
 
 
 def _processor() -> str:

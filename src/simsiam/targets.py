@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simsiam.columns import PAIRS, PARTS, Method
-from simsiam.criteria import gather, precise
+from simsiam.criteria import precise
 from simsiam.errors import UsageError
 from simsiam.heads import GROUPING, split
 from simsiam.optim import SCHEDULES
+from simsiam.processes import gather, rows
 
 PerView = dict[int, Tensor]  # by view, counted from 0
 
@@ -61,9 +62,11 @@ class Copy(Shared):
     def forward(self, x: Sequence[Tensor], z: PerView, index: Tensor | None) -> PerView:
         views = {j: x[j] for j in self.views}
         if self.method.bn == "split":  # in other company than f saw it, or batch norm would give the image away
-            dealt = (torch.arange(len(x[0]), device=x[0].device) % PARTS).argsort(stable=True)
-            shuffled = split(self.copy, {j: view[dealt] for j, view in views.items()})
-            return {j: t[dealt.argsort()] for j, t in shuffled.items()}
+            mine = rows(len(x[0]))
+            every = {j: gather(view) for j, view in views.items()}
+            dealt = (torch.arange(len(every[self.views[0]]), device=x[0].device) % PARTS).argsort(stable=True)
+            shuffled = split(self.copy, {j: view[dealt[mine]] for j, view in every.items()})
+            return {j: gather(t)[dealt.argsort()[mine]] for j, t in shuffled.items()}
         return GROUPING[self.method.bn](self.copy, views)
 
     def decay(self, step: int | None) -> float:

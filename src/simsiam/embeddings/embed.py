@@ -29,6 +29,7 @@ from simsiam.features import Transform, chunks, outputs
 from simsiam.files import whole, write_csv
 from simsiam.images import Images
 from simsiam.precision import pick_device, pick_precision
+from simsiam.processes import by_first, count, most, rank, together
 from simsiam.recipes import WORDS, convert
 from simsiam.releases import sha256
 from simsiam.run import Run, load
@@ -39,6 +40,7 @@ SHARD = 50  # parts in each file of a folder
 THUMBNAIL = 96  # pixels a side, at most
 
 
+@together
 def embed(
     run: str | os.PathLike[str],
     source: str | os.PathLike[str] | Sequence[str] | None = None,
@@ -74,31 +76,41 @@ def embed(
     job = about | {"device": there.type, "precision": exact, "labeled": labeled, "images": fingerprint(splits)}
 
     work = path.with_name(path.name + ".parts")
-    begin(work, job)
+    by_first(begin)(work, job)
     network.to(there).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     jobs = [part.take(slice(start, start + PART)) for part in splits for start in range(0, len(part), PART)]
     parts = [work / f"{n:06}.parquet" for n in range(len(jobs))]
-    console = Console(stderr=True)
+    mine = slice(rank(), None, count())  # of several processes each takes every so-manieth part
+    console = Console(stderr=True, quiet=rank() != 0)
     columns = *Progress.get_default_columns(), MofNCompleteColumn()
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("embedding", total=sum(map(len, jobs)))
-        for part, images in zip(parts, jobs):
+        task = bar.add_task("embedding", total=sum(map(len, jobs[mine])))
+        for part, images in zip(parts[mine], jobs[mine]):
             if not part.exists():
                 table = rows(network, images, transform, there, exact, labeled)
                 with whole(part) as file:
                     pq.write_table(table, file)
             bar.advance(task, len(images))
 
+    most(0)  # every process has made its parts
+    join(write, parts, path, about, sum(map(len, jobs)))
+    return path
+
+
+@by_first
+def join(
+    write: Callable[[Sequence[Path], Path, str], None], parts: Sequence[Path], path: Path, about: Any, n: int
+) -> None:
+    """The parts of n images become the file that was asked for, and are gone."""
+    work = parts[0].parent
     lost = [line for part in parts for line in json.loads(pq.read_schema(part).metadata[b"unreadable"])]
-    count = sum(map(len, jobs))
-    if len(lost) == count:
+    if len(lost) == n:
         shutil.rmtree(work)
-        raise WorkFailed(f"none of the {count} images can be read; the first, {lost[0][0]}: {lost[0][1]}")
+        raise WorkFailed(f"none of the {n} images can be read; the first, {lost[0][0]}: {lost[0][1]}")
     if lost:
-        print(f"{len(lost)} of {count} images cannot be read; the first, {lost[0][0]}: {lost[0][1]}", file=sys.stderr)
+        print(f"{len(lost)} of {n} images cannot be read; the first, {lost[0][0]}: {lost[0][1]}", file=sys.stderr)
     write(parts, path, json.dumps(about | {"unreadable": lost}))
     shutil.rmtree(work)
-    return path
 
 
 def fingerprint(splits: Sequence[Images]) -> str:

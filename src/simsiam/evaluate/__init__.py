@@ -25,6 +25,7 @@ from simsiam.evaluate.linear import probes
 from simsiam.evaluate.scores import score
 from simsiam.evaluate.tuned import tuned
 from simsiam.images import in_memory
+from simsiam.processes import by_first, rank, together
 from simsiam.protocols import FROZEN, PROTOCOLS, Settings
 from simsiam.run import Run, environment, now
 from simsiam.sources import open_source
@@ -41,6 +42,7 @@ SIGNALS = ("rankme", "spectrum_auc", "alignment", "uniformity", "view_retrieval"
 SAME = ("protocol", "parameters", "features", "checkpoint", "source", "train", "test")
 
 
+@together
 def evaluate(
     run: str | os.PathLike[str],
     source: str | os.PathLike[str] | Sequence[str] | None = None,
@@ -98,6 +100,7 @@ def evaluate(
     return found
 
 
+@by_first
 def write(run: Run, protocol: str, records: Sequence[dict[str, Any]]) -> None:
     """Add records to the protocol's file, in the place of those of the same measurements."""
     (run.path / "evaluations").mkdir(exist_ok=True)
@@ -124,7 +127,7 @@ def show(records: Sequence[dict[str, Any]], title: str) -> None:
         features = "untrained" if r["features"] == UNTRAINED else r["features"]
         cells = (r["protocol"], r["name"], r["checkpoint"], features, f"{r['top1']:.1f}", top5, str(r["n"]), low_high)
         table.add_row(*cells, style="bold" if r["features"] in ("h", "z", "pretrained") else None)
-    console = Console(highlight=False)
+    console = Console(highlight=False, quiet=rank() != 0)
     if table.rows:
         console.print(table)
     for r in (r for r in records if "top1" not in r):

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim import SGD, Optimizer
 
+from simsiam.batch_norm import settle, synchronize
 from simsiam.batches import batches, steps_per_epoch
 from simsiam.columns import Method
 from simsiam.errors import Stopped, UsageError, WorkFailed
@@ -33,6 +34,7 @@ from simsiam.methods import SUPERVISED
 from simsiam.monitors import finite
 from simsiam.optim import set_lr
 from simsiam.precision import autocast, pick_device, pick_precision
+from simsiam.processes import by_first, count, mean, most, parallel, union
 from simsiam.progress import Interrupt, Line, Stopwatch
 from simsiam.recipes import Recipe
 from simsiam.releases import sha256
@@ -107,6 +109,8 @@ def finetune(
         "precision": how["precision"],
     }
     model = classifier(pretrained, len(train.classes), seed=seed, from_scratch=from_scratch)
+    if count() > 1:
+        synchronize(model)
     model.to(on).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = two_groups(model, method, head_lr)
     state = restore(out, settings)
@@ -117,6 +121,9 @@ def finetune(
     unreadable = {key for key, _ in broken + more} | set(state["unreadable"])
     truth = torch.from_numpy(train.labels).to(on)
 
+    network = parallel(model)
+
+    @by_first
     def save() -> None:
         moved = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "rows": rows}
         moved |= {"loss_sum": loss_sum, "unreadable": sorted(unreadable), "seconds": watch.seconds}
@@ -128,16 +135,18 @@ def finetune(
         for batch in batches(train, plan, step, steps, on):
             lr = set_lr(optimizer, batch.step, peak=plan.batch_size / 256, steps=steps, warmup=0)
             with autocast(**how):
-                logits = model(batch.views[0])
+                logits = network(batch.views[0])
             loss = F.cross_entropy(logits.float(), truth[batch.index.to(on)])
             optimizer.zero_grad()
-            loss.backward()
+            (batch.weight * loss).backward()
             optimizer.step()
 
-            step, loss_sum = batch.step + 1, loss_sum + loss.detach()
+            step, loss_sum = batch.step + 1, loss_sum + mean(loss, len(batch.index))
             watch.count(plan.batch_size, batch.wait)
-            unreadable |= {key for key, _ in batch.skipped}
-            stopping = bool(interrupt.signum)
+            signum, stale, skipped = most(interrupt.signum, watch.stale(plan.save_seconds), len(batch.skipped))
+            if skipped:
+                unreadable |= {key for key, _ in union(batch.skipped)}
+            stopping = bool(signum)
             with watch.paused():
                 if step % per_epoch == 0:
                     if not finite(loss_sum, model):
@@ -147,14 +156,14 @@ def finetune(
                     rows.append(found | {"val_top1": accuracy(model, val, plan, **how)["top1"]})
                     line.show(step, rows[-1] | watch.rates())
                     loss_sum = torch.zeros_like(loss_sum)
-                    with whole(out / "curve.jsonl") as part:
-                        part.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-                if step == steps or stopping or watch.stale(plan.save_seconds):
+                    write_curve(out / "curve.jsonl", rows)
+                if step == steps or stopping or stale:
+                    settle(model)
                     save()
             if stopping:
                 break
     if step < steps:
-        raise Stopped(f"stopped at step {step} of {steps}, saved; the same command goes on", interrupt.signum)
+        raise Stopped(f"stopped at step {step} of {steps}, saved; the same command goes on", signum)
     curve = [row["val_top1"] for row in rows]
     compare({"from scratch" if from_scratch else "pretrained": [curve]}, out / "curve.png")
     about = {"val_top1": curve, "unreadable": len(unreadable), "seconds": round(watch.seconds, 1)}
@@ -217,11 +226,19 @@ def accuracy(
     return {"top1": top1, "top5": top5, "n": len(hits)}
 
 
+@by_first
+def write_curve(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """A line an epoch."""
+    with whole(path) as part:
+        part.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+
+
 def digest(path: Path) -> str:
     """What tells one file of weights from another; "" where there is none."""
     return sha256(path)[:16] if path.exists() else ""
 
 
+@by_first
 def restore(out: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The state that `out` holds, or a new one. Raises UsageError for a fine-tuning with other settings."""
     path = out / "last.pt"
@@ -240,6 +257,7 @@ def restore(out: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     return state
 
 
+@by_first
 def compare(curves: Mapping[str, Sequence[Sequence[float]]], path: str | os.PathLike[str], *, title: str = "") -> None:
     """Draw validation accuracies as a PNG, 1400 x 900: a curve a seed under each name, pale, and their mean, bold.
 

@@ -22,6 +22,7 @@ from simsiam.evaluate.frozen import STANDARDIZED, Answer, Frozen, Known, drawn, 
 from simsiam.methods import SUPERVISED  # its views: crops and flips
 from simsiam.optim import LARS, cosine
 from simsiam.precision import autocast
+from simsiam.processes import gather
 from simsiam.progress import Line, Stopwatch
 from simsiam.protocols import Settings
 
@@ -125,10 +126,10 @@ def on_crops(frozen: Frozen, how: Settings) -> Iterator[Answer]:
     with Line(0, steps, per_epoch) as line:
         for batch in batches(frozen.train, recipe, 0, steps, device):
             with torch.no_grad(), autocast(device, frozen.precision):
-                h = network(batch.views[0])
+                h, index = gather(network(batch.views[0]).float()), gather(batch.index.to(device))  # of all processes
             for layer, moves, base_lr in zip(layers, optimizers, base_lrs):
                 moves.param_groups[0]["lr"] = base_lr * size / 256 * cosine(batch.step, steps)
-                loss = F.cross_entropy(layer(h.float()), labels[batch.index.to(device)])
+                loss = F.cross_entropy(layer(h), labels[index])
                 moves.zero_grad()
                 loss.backward()
                 moves.step()

@@ -1,0 +1,187 @@
+"""N processes compute what one does, in whatever shares; a killed one costs nothing."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import TINY, flags
+from equality import CASES, LIMIT, compared
+
+import simsiam
+from simsiam import batches as module
+from simsiam.batch_norm import synchronize
+from simsiam.batches import batches
+from simsiam.cli import main
+from simsiam.errors import UsageError
+from simsiam.images import from_arrays
+from simsiam.processes import share
+from simsiam.recipes import Recipe
+from simsiam.run import Run, destination
+
+PROTOCOLS = ("knn", "label_free")
+TIMES = {"images_per_second", "data_wait"}
+
+
+@pytest.fixture(scope="module")
+def distances():
+    """Two processes with shares of 7 and 5 images, once for all methods."""
+    return compared((7, 5), list(CASES))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_several_processes_compute_what_one_does(name, distances):
+    assert all(distance <= LIMIT for distance in distances[name].values()), distances[name]
+
+
+@pytest.mark.parametrize("kind", ["resident", "streamed"])
+def test_the_shares_of_a_batch_are_the_batch(kind, monkeypatch):
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 3, 20, 20), dtype=np.uint8)
+    images = from_arrays("train", pixels)
+    if kind == "streamed":
+        monkeypatch.setattr(module, "_resident", module._streamed)
+    recipe = Recipe().replace(image_size=16, mean=(0.5,) * 3, std=(0.25,) * 3, batch_size=11, workers=0)
+
+    def made(mine: slice):
+        monkeypatch.setattr(module, "share", lambda n: mine)
+        return next(batches(images, recipe, 3, 4, torch.device("cpu")))
+
+    whole = made(slice(0, 11))
+    parts = [made(slice(*ends)) for ends in ((0, 4), (4, 8), (8, 11))]
+    assert torch.equal(torch.cat([part.index for part in parts]), whole.index)
+    for view in range(2):
+        assert torch.equal(torch.cat([part.views[view] for part in parts]), whole.views[view])
+
+
+def test_alone_a_share_is_everything():
+    assert share(7) == slice(0, 7)
+
+
+def test_timms_batch_norms_keep_their_activation():
+    """They are a normalization and what follows it in one module."""
+    from timm.layers import BatchNormAct2d
+
+    torch.manual_seed(0)
+    plain = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), BatchNormAct2d(4), torch.nn.BatchNorm2d(4))
+    names, x = list(plain.state_dict()), torch.randn(5, 3, 6, 6)
+    expected = plain(x)
+    synchronize(plain)
+    assert torch.equal(plain(x), expected) and list(plain.state_dict()) == names
+    assert all("SyncBatchNorm" in str(layer) for layer in plain[1:])
+
+
+def test_under_torchrun_a_run_of_the_same_recipe_is_gone_on_with(tmp_path, monkeypatch):
+    recipe = Recipe()
+    path = Run.create(tmp_path / "run", recipe).path
+    with pytest.raises(UsageError, match="not written over"):
+        destination(path, "", recipe)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "7")
+    assert destination(path, "", recipe) == path
+    with pytest.raises(UsageError, match="another recipe"):
+        destination(path, "", recipe.replace(seed=1))
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    with pytest.raises(UsageError, match="give --out"):
+        destination(None, "new", recipe)
+
+
+def test_other_verbs_are_for_one_process(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert main(["compare", "a", "b"]) == 2
+    assert capsys.readouterr().err.startswith("simsiam, process 1: compare is work for one process")
+
+
+# --- whole programs ---------------------------------------------------------------------------------------------------
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+WORDS = TINY | {"precision": "float32", "save_seconds": 0.05, "knn_every": 2}
+
+
+def torchrun(*arguments: str) -> subprocess.Popen:
+    return subprocess.Popen([*TORCHRUN, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def pretraining(run: Path, *, restarts: int = 0) -> subprocess.Popen:
+    return torchrun(
+        f"--max-restarts={restarts}", "-m", "simsiam", "pretrain", "shapes", "--out", str(run), *flags(**WORDS)
+    )
+
+
+def ended(process: subprocess.Popen) -> str:
+    said, _ = process.communicate()
+    assert process.returncode == 0, said
+    return said
+
+
+def hit(process: subprocess.Popen, run: Path, signum: int) -> None:
+    """Send a signal to the second process of a run, a few steps into it."""
+    while len(Run(run).metrics() if (run / "recipe.yaml").exists() else []) < 9:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+    agent = process.pid
+    os.kill(int(Path(f"/proc/{agent}/task/{agent}/children").read_text().split()[1]), signum)
+
+
+def lines(run: Path) -> list[dict]:
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in Run(run).metrics()]
+
+
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory):
+    """A run of two processes that nobody disturbs."""
+    run = tmp_path_factory.mktemp("calm") / "run"
+    ended(pretraining(run))
+    assert json.loads((run / "environment.json").read_text())["processes"] == 2
+    return run
+
+
+def test_a_killed_process_costs_no_step(calm, tmp_path):
+    """torchrun starts all anew, and what comes out is, to the bit, what comes out undisturbed."""
+    process = pretraining(tmp_path / "run", restarts=1)
+    hit(process, tmp_path / "run", signal.SIGKILL)
+    assert "from     step " in ended(process)
+    assert [line["step"] for line in lines(calm)] == list(range(1, 33))
+    assert lines(tmp_path / "run") == lines(calm)
+    one, other = (Run(run).checkpoint()["model"] for run in (tmp_path / "run", calm))
+    assert all(torch.equal(one[k], other[k]) for k in one)
+
+
+def test_told_to_stop_one_stops_all_and_another_number_goes_on(calm, tmp_path, capfd):
+    process = pretraining(tmp_path / "run")
+    hit(process, tmp_path / "run", signal.SIGTERM)
+    said, _ = process.communicate()
+    assert said.count("stopped at step") == 2 and process.returncode != 0
+    step = Run(tmp_path / "run").checkpoint()["step"]
+    assert 9 <= step < 32 and lines(tmp_path / "run") == lines(calm)[:step]
+    simsiam.resume(tmp_path / "run")
+    assert "processes is 1 now and was 2" in capfd.readouterr().err
+    mine, theirs = ([line["loss"] for line in lines(run)] for run in (tmp_path / "run", calm))
+    assert len(mine) == 32 and mine[step] == pytest.approx(theirs[step], abs=1e-4)  # of the same images and views
+
+
+def test_evaluated_and_embedded_by_two(calm, tmp_path):
+    """Each takes its share of the images; what is written is what one process writes."""
+    names = "import sys, simsiam; _, run, out = sys.argv"
+    code = f"{names}; simsiam.evaluate(run, protocols={PROTOCOLS}); simsiam.embed(run, out=out)"
+    (tmp_path / "both.py").write_text(code)
+    two, one = (shutil.copytree(calm, tmp_path / name) for name in ("two", "one"))
+    ended(torchrun(str(tmp_path / "both.py"), str(two), str(tmp_path / "two.parquet")))
+    simsiam.evaluate(one, protocols=PROTOCOLS)
+    simsiam.embed(one, out=tmp_path / "one.parquet")
+    for mine, theirs in zip(Run(two).evaluations(), Run(one).evaluations(), strict=True):
+        assert (
+            mine["n"] == theirs["n"] if "top1" in mine else mine["rankme"] == pytest.approx(theirs["rankme"], rel=1e-3)
+        )
+        assert mine.get("top1", 0) == pytest.approx(theirs.get("top1", 0), abs=0.3)
+    tables = [pq.read_table(tmp_path / name) for name in ("two.parquet", "one.parquet")]
+    assert tables[0]["path"] == tables[1]["path"] and tables[0]["label"] == tables[1]["label"]
+    vectors = [np.stack(table["vector"].to_pylist()) for table in tables]
+    np.testing.assert_allclose(*vectors, atol=1e-5)
