@@ -106,7 +106,8 @@ WORDS = TINY | {"precision": "float32", "save_seconds": 0.05, "knn_every": 2}
 
 
 def torchrun(*arguments: str) -> subprocess.Popen:
-    return subprocess.Popen([*TORCHRUN, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    how = {"env": os.environ | {"OMP_NUM_THREADS": "1"}, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.Popen([*TORCHRUN, *arguments], text=True, **how)
 
 
 def pretraining(run: Path, *, restarts: int = 0) -> subprocess.Popen:

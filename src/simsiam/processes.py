@@ -7,9 +7,11 @@ and `share` are calls that every process has to make; for a process that is alon
 
 import atexit
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
+from uuid import uuid4
 
 import torch
 from torch import Tensor, distributed
@@ -204,5 +206,29 @@ def join() -> None:
     local = int(os.environ["LOCAL_RANK"])
     if local < torch.cuda.device_count():
         torch.cuda.set_device(local)
-    distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    store, number, processes = next(iter(distributed.rendezvous("env://")))
+    apart = distributed.PrefixStore(agreed(store, number, processes), store)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    distributed.init_process_group(backend, store=apart, rank=number, world_size=processes)
     atexit.register(distributed.destroy_process_group)
+
+
+def agreed(store: distributed.Store, number: int, processes: int) -> str:
+    """A word that all of these processes know, and none that ran before them.
+
+    torchrun keeps its store when it starts processes anew, and they would take the addresses of the dead for those of
+    the living (pytorch issue 135712). So each leaves a word in the store, and waits for the answer to this very word.
+    """
+    word = uuid4().hex
+    if number > 0:
+        store.set(f"simsiam/{number}", word)
+        answer = store.get(f"simsiam/{word}").decode()
+        store.set(f"simsiam/{answer}/{number}", "heard")
+        return answer
+    others = range(1, processes)
+    while not all(store.check([f"simsiam/{word}/{other}"]) for other in others):
+        for other in others:
+            if store.check([f"simsiam/{other}"]):
+                store.set(f"simsiam/{store.get(f'simsiam/{other}').decode()}", word)
+        time.sleep(0.01)
+    return word
