@@ -8,7 +8,11 @@ run=$folder/run
 mkdir -p "$folder"
 
 hosts() { for host in a b; do "$@" $host; done; }
-forget() { ip netns pids "simsiam-$1" 2>/dev/null | xargs -r kill 2>/dev/null || true; ip netns del "simsiam-$1" 2>/dev/null || true; }
+forget() {
+    ip netns pids "simsiam-$1" 2> /dev/null | xargs -r kill 2> /dev/null || true
+    ip netns del "simsiam-$1" 2> /dev/null || true
+    rm -rf "/etc/netns/simsiam-$1"
+}
 trap 'hosts forget' EXIT
 hosts forget
 ip netns add simsiam-a
@@ -16,16 +20,20 @@ ip netns add simsiam-b
 ip link add cable-a netns simsiam-a type veth peer name cable-b netns simsiam-b
 address() { [ "$1" = a ] && echo 10.77.0.1 || echo 10.77.0.2; }
 plug() {
+    mkdir -p "/etc/netns/simsiam-$1" # what `ip netns exec` shows as /etc: names for the addresses, and no name server
+    printf '%s\n' '127.0.0.1 localhost' {,::ffff:}'10.77.0.1 simsiam-a' {,::ffff:}'10.77.0.2 simsiam-b' > "/etc/netns/simsiam-$1/hosts"
+    echo > "/etc/netns/simsiam-$1/resolv.conf"
     ip -n "simsiam-$1" addr add "$(address "$1")/24" dev "cable-$1"
     ip -n "simsiam-$1" link set "cable-$1" up
     ip -n "simsiam-$1" link set lo up
 }
 hosts plug
 
-start() { # the command of a host: the same on each, but for its own name and address
+start() { # the same on each host, but for its name and address; is_host, for both have the machine's one host name
     GLOO_SOCKET_IFNAME=cable-$1 OMP_NUM_THREADS=1 ip netns exec "simsiam-$1" "$python" -m torch.distributed.run \
         --nnodes=2 --nproc-per-node=1 --max-restarts=3 --local-addr="$(address "$1")" \
         --rdzv-backend=c10d --rdzv-endpoint=10.77.0.1:29400 --rdzv-id=two-hosts \
+        --rdzv-conf="is_host=$([ "$1" = a ] && echo 1 || echo 0)" \
         -m simsiam pretrain shapes --out "$run" --device cpu --epochs 4 --save-seconds 5 \
         > "$folder/host-$1.log" 2>&1 &
     agents+=($!)

@@ -8,6 +8,7 @@ import importlib.metadata
 import io
 import itertools
 import json
+import multiprocessing
 import random
 import subprocess
 import sys
@@ -28,7 +29,7 @@ import torch
 from PIL import Image, ImageFilter
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms as T
@@ -38,12 +39,13 @@ from simsiam.columns import Views
 from simsiam.errors import UsageError, unknown
 from simsiam.features import Transform, extract
 from simsiam.files import whole
-from simsiam.images import CORES, Column, Images, Names, in_memory, numbered
+from simsiam.images import CORES, Column, Images, Names, from_arrays, in_memory, numbered
 from simsiam.knn import K, knn_scores
 from simsiam.optim import set_lr
 from simsiam.precision import autocast, pick_device, pick_precision
 from simsiam.prepare import assemble
-from simsiam.recipes import STATISTICS, Recipe, cifar
+from simsiam.processes import parallel
+from simsiam.recipes import STATISTICS, Recipe, cifar, shapes
 from simsiam.run import environment
 from simsiam.siamese import build
 from simsiam.views import make_views
@@ -308,19 +310,7 @@ def training(scene: Scene, *, backbone: str, width: int = 64, batch_size: int) -
     views = recipe.method.views[0]
     files = photographs(batch_size, 32, 32) * steps
     train, _ = in_memory(encoded(files), 2**30)
-    model, optimizer, device, precision = assemble(recipe)
-    clock = itertools.count(0, steps)
-
-    def ours() -> None:
-        start = next(clock)
-        for batch in batches(train, recipe, start, start + steps, device):
-            set_lr(optimizer, batch.step % 1000, peak=recipe.peak_lr, steps=1000, warmup=0)
-            with autocast(device, precision):
-                output = model(*batch.views)
-            optimizer.zero_grad()
-            output.loss.backward()
-            optimizer.step()
-            model.after_step(output)
+    ours, device, precision = stepping(recipe, train, steps), scene.device, scene.precision
 
     def loop(transform: Callable[[Image.Image], Tensor]) -> Callable[[], None]:
         plain = build(recipe.method, backbone=backbone, image_size=32, width=width).to(device)
@@ -342,6 +332,60 @@ def training(scene: Scene, *, backbone: str, width: int = 64, batch_size: int) -
     if installed("lightly.transforms"):
         ways["plain loop, lightly's transform"] = loop(by_lightly(views, 32))
     return Contest(count=len(files), ways=ways, flops=counter.get_total_flops(), precision=precision)
+
+
+def stepping(recipe: Recipe, train: Images, steps: int) -> Callable[[], None]:
+    """A function that takes the next steps of a run; of several processes, its share in them."""
+    model, optimizer, device, precision = assemble(recipe)
+    network, clock = parallel(model), itertools.count(0, steps)
+
+    def ours() -> None:
+        start = next(clock)
+        for batch in batches(train, recipe, start, start + steps, device):
+            set_lr(optimizer, batch.step % 1000, peak=recipe.peak_lr, steps=1000, warmup=0)
+            with autocast(device, precision):
+                output = network(*batch.views)
+            optimizer.zero_grad()
+            (batch.weight * output.loss).backward()
+            optimizer.step()
+            model.after_step(output)
+
+    return ours
+
+
+def processes(scene: Scene) -> Contest:
+    """The demo's steps, on a CPU: by one process of two threads, and by two of one thread each."""
+    here = multiprocessing.get_context("spawn")
+    ends = []
+    for number in range(2):
+        mine, its = here.Pipe()
+        here.Process(target=serve, args=(its, number, str(scene.folder / "store")), daemon=True).start()
+        ends.append(mine)
+
+    def both() -> None:
+        for end in ends:
+            end.send(True)
+        for end in ends:
+            end.recv()
+
+    ways = {"one process, two threads": demos_steps(), "simsiam, two processes of one thread": both}
+    return Contest(count=20 * 128, ways=ways)
+
+
+def demos_steps() -> Callable[[], None]:
+    images = from_arrays("train", np.random.default_rng(0).integers(0, 256, (1024, 3, 32, 32), dtype=np.uint8))
+    recipe = Recipe().replace(**shapes(), mean=MEAN, std=STD, device="cpu", precision="float32")
+    return stepping(recipe, images, 20)
+
+
+def serve(end: Any, number: int, store: str) -> None:
+    """One of the two processes: takes its share of the steps whenever it is told to."""
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", f"file://{store}", rank=number, world_size=2)
+    steps = demos_steps()
+    while end.recv():
+        steps()
+        end.send(True)
 
 
 def small_views(scene: Scene) -> Contest:
@@ -495,5 +539,6 @@ CASES: dict[str, Case] = {
     "folder": Case(what="a folder to two views of 224 px", unit="images/s", prepare=folder),
     "knn": Case(what="k = 200 of 50,000 x 512", unit="queries/s", prepare=neighbors),
     "embed": Case(what="JPEG to features, ResNet-18, 224 px", unit="images/s", prepare=embedding),
+    "processes": Case(what="the demo's steps, two cores, float32", unit="images/s", prepare=processes, threads=2),
     "start": Case(what="from nothing to the end of a process", unit="1/s", prepare=start),
 }
