@@ -34,7 +34,7 @@ start() { # the same on each host, but for its name and address; is_host, for bo
         --nnodes=2 --nproc-per-node=1 --max-restarts=3 --local-addr="$(address "$1")" \
         --rdzv-backend=c10d --rdzv-endpoint=10.77.0.1:29400 --rdzv-id=two-hosts \
         --rdzv-conf="is_host=$([ "$1" = a ] && echo 1 || echo 0)" \
-        -m simsiam pretrain shapes --out "$run" --device cpu --epochs 4 --save-seconds 5 \
+        -m simsiam pretrain shapes --out "$run" --device cpu --limit 2048 --epochs 8 --log-every 1 --save-seconds 5 \
         > "$folder/host-$1.log" 2>&1 &
     agents+=($!)
 }
@@ -43,7 +43,7 @@ hosts start
 echo "two hosts, simsiam-a and simsiam-b, train shapes together"
 
 logged() { [ -f "$run/metrics.jsonl" ] && tail -n 1 "$run/metrics.jsonl" | grep -o '"step": [0-9]*' | grep -o '[0-9]*' || echo 0; }
-until [ "$(logged)" -ge 60 ]; do
+until [ "$(logged)" -ge 40 ]; do
     kill -0 "${agents[0]}" || { cat "$folder"/host-*.log; exit 1; }
     sleep 0.2
 done

@@ -102,7 +102,7 @@ def test_other_verbs_are_for_one_process(monkeypatch, capsys):
 # --- whole programs ---------------------------------------------------------------------------------------------------
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-WORDS = TINY | {"precision": "float32", "save_seconds": 0.05, "knn_every": 2}
+WORDS = TINY | {"precision": "bfloat16", "save_seconds": 0.05, "knn_every": 2}
 
 
 def torchrun(*arguments: str) -> subprocess.Popen:
@@ -165,7 +165,7 @@ def test_told_to_stop_one_stops_all_and_another_number_goes_on(calm, tmp_path, c
     simsiam.resume(tmp_path / "run")
     assert "processes is 1 now and was 2" in capfd.readouterr().err
     mine, theirs = ([line["loss"] for line in lines(run)] for run in (tmp_path / "run", calm))
-    assert len(mine) == 32 and mine[step] == pytest.approx(theirs[step], abs=1e-4)  # of the same images and views
+    assert len(mine) == 32 and mine[step] == pytest.approx(theirs[step], abs=0.02)  # of the same images and views
 
 
 def test_evaluated_and_embedded_by_two(calm, tmp_path):

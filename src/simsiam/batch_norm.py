@@ -55,7 +55,8 @@ class _Synchronized(torch.autograd.Function):
         eps: float,
         momentum: float,
     ) -> Tensor:
-        mean, var = torch.batch_norm_update_stats(x, None, None, 0.0)  # in at least float32; the variance is biased
+        blank = x.new_zeros(2, x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32))  # has it answer so exactly
+        mean, var = torch.batch_norm_update_stats(x, *blank, 0.0)  # the variance is biased
         mine = torch.cat([mean, var, mean.new_tensor([x.numel() // len(mean)])])
         every = mine.new_empty(count(), len(mine))
         distributed.all_gather_into_tensor(every, mine[None])
