@@ -56,7 +56,7 @@ class _Synchronized(torch.autograd.Function):
         momentum: float,
     ) -> Tensor:
         blank = x.new_zeros(2, x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32))  # has it answer so exactly
-        mean, var = torch.batch_norm_update_stats(x, *blank, 0.0)  # the variance is biased
+        mean, var = torch.batch_norm_update_stats(x, blank[0], blank[1], 0.0)  # the variance is biased
         mine = torch.cat([mean, var, mean.new_tensor([x.numel() // len(mean)])])
         every = mine.new_empty(count(), len(mine))
         distributed.all_gather_into_tensor(every, mine[None])

@@ -213,7 +213,7 @@ def join() -> None:
     atexit.register(distributed.destroy_process_group)
 
 
-def agreed(store: distributed.Store, number: int, processes: int) -> str:
+def agreed(store: Any, number: int, processes: int) -> str:
     """A word that all of these processes know, and none that ran before them.
 
     torchrun keeps its store when it starts processes anew, and they would take the addresses of the dead for those of
