@@ -55,7 +55,7 @@ class _Synchronized(torch.autograd.Function):
         eps: float,
         momentum: float,
     ) -> Tensor:
-        blank = x.new_zeros(2, x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32))  # has it answer so exactly
+        blank = x.new_zeros(2, x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32))  # as exact is the answer
         mean, var = torch.batch_norm_update_stats(x, blank[0], blank[1], 0.0)  # the variance is biased
         mine = torch.cat([mean, var, mean.new_tensor([x.numel() // len(mean)])])
         every = mine.new_empty(count(), len(mine))
