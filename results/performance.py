@@ -72,7 +72,20 @@ def shares(batch_size: int, precision: str, *, fast: bool) -> dict[str, Any]:
     return {"seconds": round(total / 1e6, 3), "shares": {k: round(v, 3) for k, v in found.items()}}
 
 
-def tables(bench: dict[str, Any], again: dict[str, Any], profile: dict[str, Any]) -> dict[str, str]:
+def measured() -> tuple[dict[str, Any], dict[str, Any]]:
+    """All reports by name, and those of second runs."""
+    found = {path.stem: read(path.stem) for path in sorted((ROOT / "results").glob("bench*.json"))}
+    return (
+        {name: report for name, report in found.items() if not name.endswith("_again")},
+        {name: report for name, report in found.items() if name.endswith("_again")},
+    )
+
+
+def cases(reports: dict[str, Any]) -> dict[str, Any]:
+    return {name: case for report in reports.values() for name, case in report["cases"].items()}
+
+
+def tables(reports: dict[str, Any], again: dict[str, Any], profile: dict[str, Any]) -> dict[str, str]:
     """Each generated part of the page, by its name."""
 
     def rows(heads: list[str], body: list[list[str]]) -> str:
@@ -80,8 +93,9 @@ def tables(bench: dict[str, Any], again: dict[str, Any], profile: dict[str, Any]
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
     parts = {}
-    for name, case in bench["cases"].items():
-        second = again["cases"].get(name, {"ways": {}})["ways"]
+    seconds = cases(again)
+    for name, case in cases(reports).items():
+        second = seconds.get(name, {"ways": {}})["ways"]
         body = []
         for way, v in case["ways"].items():
             ratios = f"{min(v['ratios']):.2f} to {max(v['ratios']):.2f}"
@@ -97,11 +111,14 @@ def tables(bench: dict[str, Any], again: dict[str, Any], profile: dict[str, Any]
     body = [[g, *(f"{s['seconds'] * s['shares'][g]:.2f}" for s in steps.values())] for g in steps["plain"]["shares"]]
     body.append(["together", *(f"{s['seconds']:.2f}" for s in steps.values())])
     parts["profile"] = rows([f"seconds of a step of {profile['batch_size']} images", *steps], body)
-    peers = ", ".join(f"{name} {version}" for name, version in bench["peers"].items()) or "none"
+    machines = {f"{r['device']}, {r['precision']}, torch {r['versions']['torch']}" for r in reports.values()}
+    commits = [f"`{name}` at commit {str(r['commit'])[:12]}" for name, r in reports.items()]
+    peers = sorted({f"{peer} {version}" for r in reports.values() for peer, version in r["peers"].items()})
+    rounds = {r["rounds"] for r in reports.values()}
     parts["machine"] = (
-        f"{bench['device']}, {bench['precision']}, torch {bench['versions']['torch']}, commit "
-        f"{str(bench['commit'])[:12]}; peers: {peers}. A ratio is the median of {bench['rounds']} rounds; the columns "
-        "after it are the lowest and highest round, and the ratio of a second run of the whole bench."
+        f"{'; '.join(machines)}: {', '.join(commits)}; peers: {', '.join(peers) or 'none'}. A ratio is the median of "
+        f"{' or '.join(map(str, rounds))} rounds; the columns after it are the lowest and highest round, and the ratio "
+        "of a second run."
     )
     return parts
 
@@ -114,13 +131,13 @@ def page(text: str, parts: dict[str, str]) -> str:
     return text
 
 
-def draw(bench: dict[str, Any], path: Path) -> None:
+def draw(reports: dict[str, Any], path: Path) -> None:
     """Ratios of every case's ways to its plain one, with the lowest and highest round."""
     from matplotlib.figure import Figure
 
     bars = [
         (f"{name}: {way}", v["ratio"], v["ratios"])
-        for name, case in bench["cases"].items()
+        for name, case in cases(reports).items()
         if name != "start"
         for way, v in list(case["ways"].items())[1:]
     ]
@@ -143,8 +160,8 @@ if __name__ == "__main__":
     if sys.argv[1:] == ["profile"]:
         (ROOT / "results" / "profile.json").write_text(json.dumps(profile(), indent=1) + "\n")
     elif sys.argv[1:] == ["page"]:
-        bench = read("bench")
-        PAGE.write_text(page(PAGE.read_text(), tables(bench, read("bench_again"), read("profile"))))
-        draw(bench, PAGE.with_suffix(".svg"))
+        first, again = measured()
+        PAGE.write_text(page(PAGE.read_text(), tables(first, again, read("profile"))))
+        draw(first, PAGE.with_suffix(".svg"))
     else:
         sys.exit(__doc__)

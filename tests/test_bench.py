@@ -1,7 +1,9 @@
 """The benchmark measures fairly and says what it measured; how fast anything is, no test asks."""
 
 import json
+import runpy
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +14,9 @@ from rich.console import Console
 from simsiam import bench
 from simsiam.bench import CASES, Case, Contest, measure, photographs, table, take_turns
 from simsiam.cli import main
+from simsiam.methods import METHODS
+from simsiam.precision import autocast
+from simsiam.siamese import build
 
 CPU = torch.device("cpu")
 
@@ -83,3 +88,34 @@ def test_photographs_are_the_same_everywhere_and_weigh_as_much_as_photographs():
     files = photographs(3, 95, 115)
     assert files == photographs(3, 95, 115) and len(set(files)) == 3
     assert 1 < 8 * len(files[0]) / (95 * 115) < 4  # bits a pixel
+
+
+def test_the_page_on_performance_tells_what_was_measured():
+    results = Path(__file__).parents[1] / "results"
+    page = runpy.run_path(str(results / "performance.py"))
+    parts = page["tables"](*page["measured"](), page["read"]("profile"))
+    text = page["PAGE"].read_text()
+    assert page["page"](text, parts) == text
+    assert all(f"<!-- {name} -->\n\n{part}" in text for name, part in parts.items())
+
+
+def test_the_fast_step_is_the_plain_one():
+    """Channels last and compiled: the same loss and gradients up to summation order; in bfloat16, to its rounding."""
+    x1, x2 = torch.randn(2, 8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+    def step(wrap, form, precision):
+        method = replace(METHODS["simsiam"], dim=32, proj_hidden=32, pred_dim=8)
+        model = build(method, backbone="resnet10", image_size=32, width=8).to(memory_format=form)
+        with autocast(CPU, precision):
+            loss = wrap(model)(x1.to(memory_format=form), x2.to(memory_format=form)).loss
+        loss.backward()
+        return loss.detach(), torch.cat([w.grad.flatten() for w in model.parameters()])
+
+    plain = step(lambda model: model, torch.contiguous_format, "float32")
+    for wrap in (lambda model: model, partial(torch.compile, backend="aot_eager")):
+        got = step(wrap, torch.channels_last, "float32")
+        torch.testing.assert_close(got[0], plain[0], rtol=0, atol=1e-5)
+        assert (got[1] - plain[1]).norm() < 1e-3 * plain[1].norm()
+    loss, gradient = step(lambda model: model, torch.channels_last, "bfloat16")
+    assert abs(loss - plain[0]) < 0.02
+    assert torch.nn.functional.cosine_similarity(gradient, plain[1], dim=0) > 0.9

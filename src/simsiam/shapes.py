@@ -10,12 +10,14 @@ The drawing is frozen: tests hold a hash of it, because every number measured on
 """
 
 from functools import lru_cache
+from math import hypot
 
 import numpy as np
 
 CLASSES = ("bar", "crescent", "disc", "half_disc", "l", "plus", "ring", "square", "star", "triangle")
 SIZE = 32
 GRID = np.arange(SIZE, dtype=np.float64)
+TRIES = 200  # to place a copy; a crowded image may end with fewer than wanted
 SPLITS = {"train": (0, 4000), "val": (1, 1000), "test": (2, 2000)}  # generator seed, number of images
 
 
@@ -46,14 +48,21 @@ def _image(rng: np.random.Generator, shape: str) -> np.ndarray:
 def _places(rng: np.random.Generator) -> list[tuple[float, float, float]]:
     """Centers and radii in pixels of four to six circles that touch neither each other nor the image's edge."""
     wanted = 4 + int(3 * rng.random())
+    before = rng.bit_generator.state
+    u = rng.random((TRIES, 3))
+    radii = 4.4 + 1.8 * u[:, :1]
+    circles = np.hstack(
+        [radii + (SIZE - 1 - 2 * radii) * u[:, 1:], radii]
+    ).tolist()  # plain numbers are faster in a loop
     places: list[tuple[float, float, float]] = []
-    for _ in range(200):  # a crowded image may end with fewer copies than wanted
-        radius = 4.4 + 1.8 * rng.random()
-        x, y = radius + (SIZE - 1 - 2 * radius) * rng.random(2)
-        if all(np.hypot(x - a, y - b) > radius + r + 0.5 for a, b, r in places):
+    for tried in range(TRIES):
+        x, y, radius = circles[tried]
+        if all(hypot(x - a, y - b) > radius + r + 0.5 for a, b, r in places):
             places.append((x, y, radius))
-        if len(places) == wanted:
-            break
+            if len(places) == wanted:
+                break
+    rng.bit_generator.state = before
+    rng.random((tried + 1, 3))  # what was not tried counts as not drawn
     return places
 
 

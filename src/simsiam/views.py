@@ -168,11 +168,11 @@ def finish(
     view = torch.empty(shape, device=pixels.device, memory_format=torch.channels_last)
     if not channels == len(mean) == len(std):
         raise ValueError(f"{len(mean)} means and {len(std)} standard deviations for {channels} channels")
-    means, stds = _send(np.array([mean, std]), pixels.device)[..., None, None]
+    means, scales = _send(np.array([mean, 1 / np.array(std)]), pixels.device)[..., None, None]
     for part in _parts(view):
         some = draws[part]
         x = crop(pixels[part], some, size, compiled=compiled) if size else pixels[part] / 255
-        view[part] = color(x, some, compiled=compiled).sub_(means).div_(stds)
+        view[part] = color(x, some, compiled=compiled).sub_(means).mul_(scales)
     return view
 
 
@@ -330,16 +330,16 @@ def _shift_hue(x: Tensor, shift: Tensor) -> None:
         channel.copy_(value - units.clamp_(0, 1).mul_(chroma))
 
 
-def _filter(x: Tensor, taps: Tensor, dim: int) -> Tensor:
-    """Every pixel of x (n, C, H, W) becomes a sum of its neighbors along `dim`, weighed by taps (n, 2 r + 1).
+def _filter(x: Tensor, taps: Tensor, dim: int, out: Tensor) -> None:
+    """Each pixel of `out` (n, C, H, W) is a sum of its neighbors in x along `dim`, weighed by taps (n, 2 r + 1).
 
-    The r outermost pixels of either end are neighbors only, and left out.
+    x is wider by the r neighbors of the outermost pixels at either end.
     """
-    taps, length = taps[:, :, None, None, None], x.shape[dim] + 1 - taps.shape[1]
+    taps, length = taps[:, :, None, None, None], out.shape[dim]
     y = taps[:, 0] * x.narrow(dim, 0, length)
     for k in range(1, taps.shape[1]):
         y.addcmul_(taps[:, k], x.narrow(dim, k, length))
-    return y
+    out.copy_(y)
 
 
 class Kernels(NamedTuple):
@@ -365,7 +365,7 @@ def _kernels(device: torch.device, compiled: bool) -> Kernels:
         kernels.resampling(ones[0], ones[0], 8, 4, ones[0])
         kernels.blend(x, ones, ones, ones)
         kernels.shift_hue(x, ones)
-        kernels.filter(x, ones[:, :, 0, 0], 2)
+        kernels.filter(x, ones[:, :, 0, 0], 2, x.clone())
     except RuntimeError as error:  # no C++ compiler, a platform that has none, ...
         reason = str(error).strip().partition("\n")[0]
         print(f"simsiam: torch.compile fails here, so views are made without it: {reason}", file=sys.stderr)
@@ -385,7 +385,14 @@ def _blur(x: Tensor, radius: np.ndarray, kernels: Kernels) -> Tensor:
     reach = int(np.ceil(radius.max()))
     away, r = np.abs(np.arange(-reach, reach + 1)), radius[:, None]
     box = _send((r + 1 - away).clip(0, 1) / (2 * r + 1), x.device)  # the part of each pixel that lies inside
-    for dim, padding in (2, (0, 0, reach, reach)), (3, (reach, reach, 0, 0)):
-        for _ in range(3):
-            x = kernels.filter(F.pad(x, padding, mode="replicate"), box, dim)
+    for dim in (2, 3):
+        size = list(x.shape)
+        size[dim] += 2 * reach
+        wide, other = x.new_empty(size), x.new_empty(size)
+        inside, also = (w.narrow(dim, reach, x.shape[dim]) for w in (wide, other))
+        inside.copy_(x)
+        for source, out in (wide, also), (other, inside), (wide, x):
+            source.narrow(dim, 0, reach).copy_(source.narrow(dim, reach, 1))
+            source.narrow(dim, -reach, reach).copy_(source.narrow(dim, -reach - 1, 1))
+            kernels.filter(source, box, dim, out)
     return x
