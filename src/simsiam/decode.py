@@ -193,7 +193,7 @@ def _pixels(image: Image.Image, channels: int) -> np.ndarray:
         image = Image.fromarray(_bytes(np.asarray(image)))
     elif image.mode.startswith("I"):  # 16-bit gray, which `convert` would clip at 255
         image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
-    pixels = np.array(image.convert(MODES[channels]))
+    pixels = np.array(image if image.mode == MODES[channels] else image.convert(MODES[channels]))
     return pixels[..., None] if channels == 1 else pixels
 
 
