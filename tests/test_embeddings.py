@@ -267,6 +267,13 @@ def test_a_few_labels_label_everything_and_say_how_well(tmp_path, capsys):
         ("embed nowhere shapes --out x.parquet", "nowhere is not a run folder"),
         ("embed {run} nothing --out x.parquet", "unknown source"),
         ("embed {run} shapes --out {file}", "not written over"),
+        ("embed {run} shapes --out {one_npy}", "one.csv exists and is not written over"),
+        ("probe {file} {one} --out {one}", "would write over the labels given"),
+        ("probe {file} {one} --out nowhere/o.csv", "there is no folder nowhere to write o.csv into"),
+        ("neighbors {file} 0.png --html nowhere/o.html", "there is no folder nowhere"),
+        ("duplicates {file} --out o.csv --html nowhere/o.html", "there is no folder nowhere"),
+        ("cluster {file} --out o.csv --html {folder}", "is a folder: give the name of a file"),
+        ("outliers {file} --html o.html --out nowhere/o.csv", "there is no folder nowhere"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(verb, text, run, folder, file, tmp_path, capsys):
@@ -276,12 +283,14 @@ def test_bad_input_is_one_line_and_leaves_nothing(verb, text, run, folder, file,
     (tmp_path / "in" / "one.csv").write_text(f"path,label\n{path},y\n")
     names = {
         "file": file, "run": run, "blobs": blobs(tmp_path / "in"), "csv": tmp_path / "in" / "bad.csv",
-        "one": tmp_path / "in" / "one.csv", "broken": folder / shapes.CLASSES[0] / "broken.png",
+        "one": tmp_path / "in" / "one.csv", "one_npy": tmp_path / "in" / "one.npy", "folder": folder,
+        "broken": folder / shapes.CLASSES[0] / "broken.png",
     }  # fmt: skip
     code = main([word.format(**names) for word in verb.split()])
     error = capsys.readouterr().err.strip()
     assert code in (1, 2) and text in error and "\n" not in error, error
     assert not list(module.Path.cwd().iterdir())
+    assert (tmp_path / "in" / "one.csv").read_text() == f"path,label\n{path},y\n"
 
 
 def test_metadata_says_where_vectors_come_from(run, file):

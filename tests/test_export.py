@@ -146,7 +146,7 @@ def test_a_card_has_what_was_measured(trained, tmp_path):
     assert "| knn | k 20 | h | a\\|b | last | 61.2 | 60.0 to 62.5 | 2000 |" in text and "has not said" in text
 
 
-@pytest.mark.parametrize("format", ["safetensors", "torch_export", "onnx", "timm", "torchvision", "detectron2"])
+@pytest.mark.parametrize("format", list(FORMATS))
 def test_a_wrong_export_is_not_kept(format, trained, standard, tmp_path, monkeypatch, capsys):
     """One weight is changed between writing and loading."""
     needs(format)

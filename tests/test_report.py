@@ -4,6 +4,7 @@ import base64
 import json
 import re
 import shutil
+from importlib import import_module
 from io import BytesIO
 
 import numpy as np
@@ -13,7 +14,6 @@ from PIL import Image
 from test_structure import FILES, imported
 
 import simsiam
-from simsiam import report as module
 from simsiam.cli import main
 from simsiam.errors import UsageError
 from simsiam.images import from_arrays
@@ -22,6 +22,7 @@ from simsiam.report import clusters, curves, drawn, gallery, lay_flat, page, rep
 from simsiam.run import Run, bare_backbone
 from simsiam.sources import open_source
 
+module = import_module("simsiam.report")
 HOSTILE = "<img src=x onerror=alert(1)>.jpg"
 EACH = 14  # images of a class
 
@@ -198,7 +199,7 @@ def test_damaged_evaluations_are_named(photos, tmp_path):
 @pytest.fixture(scope="module")
 def browser():
     sync_api = pytest.importorskip("playwright.sync_api")
-    path = shutil.which("chromium")
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if not path:
         pytest.skip("needs chromium")
     how = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]

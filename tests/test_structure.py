@@ -12,19 +12,18 @@ import simsiam
 ROOT = Path(simsiam.__file__).parent
 # A module imports only what stands before it.
 ARROW = [
-    "errors", "files", "columns", "methods", "figure3", "recipes", "protocols", "shapes", "decode", "images", "sources",
-    "choose", "index", "views", "processes", "batch_norm",
-    "precision", "backbones", "heads", "releases", "checkpoints", "optim", "criteria",
-    "targets", "siamese", "monitors", "signals", "features", "knn", "run", "convert", "batches", "label_free",
-    "progress", "prepare", "pretrain", "evaluate.frozen", "evaluate.scores", "evaluate.knn", "evaluate.linear",
-    "evaluate.few_label", "evaluate.label_free", "evaluate.finetune", "evaluate.tuned", "evaluate", "inspect",
-    "preview", "detectron2", "transfer", "transfer.schedules", "transfer.annotations", "transfer.metrics",
-    "transfer.detector", "transfer.training", "transfer.scenes", "transfer.pictures", "transfer.transfer", "embeddings",
-    "embeddings.embed", "embeddings.page", "embeddings.search", "embeddings.neighbors", "embeddings.duplicates",
-    "embeddings.cluster", "embeddings.outliers", "embeddings.probe", "card", "export", "compare", "report", "demo",
-    "laboratory.claims", "laboratory.scales", "laboratory.experiments", "laboratory.plan", "laboratory.measure",
-    "laboratory.drawing", "laboratory.pages", "laboratory.detectors", "laboratory.reproduce", "laboratory", "bench",
-    "cli", "__main__", "__init__",
+    "errors", "files", "bar", "columns", "methods", "figure3", "recipes", "protocols", "shapes", "decode", "images",
+    "sources", "choose", "index", "views", "processes", "batch_norm", "precision", "backbones", "heads", "releases",
+    "checkpoints", "optim", "criteria", "targets", "siamese", "monitors", "signals", "features", "knn", "run",
+    "convert", "batches", "label_free", "progress", "prepare", "pretrain", "evaluate.frozen", "evaluate.scores",
+    "evaluate.knn", "evaluate.linear", "evaluate.few_label", "evaluate.label_free", "evaluate.finetune",
+    "evaluate.tuned", "evaluate", "inspect", "preview", "detectron2", "transfer", "transfer.schedules",
+    "transfer.annotations", "transfer.metrics", "transfer.detector", "transfer.training", "transfer.scenes",
+    "transfer.pictures", "transfer.transfer", "embeddings", "embeddings.embed", "embeddings.page", "embeddings.search",
+    "embeddings.neighbors", "embeddings.duplicates", "embeddings.cluster", "embeddings.outliers", "embeddings.probe",
+    "card", "export", "compare", "report", "demo", "laboratory.claims", "laboratory.scales", "laboratory.experiments",
+    "laboratory.plan", "laboratory.measure", "laboratory.drawing", "laboratory.pages", "laboratory.detectors",
+    "laboratory.reproduce", "laboratory", "bench", "cli", "__main__", "__init__",
 ]  # fmt: skip
 
 

@@ -19,13 +19,20 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from simsiam.compare import compare
+    from simsiam.convert import convert
+    from simsiam.embeddings.cluster import cluster
+    from simsiam.embeddings.duplicates import duplicates
     from simsiam.embeddings.embed import embed
+    from simsiam.embeddings.neighbors import neighbors
+    from simsiam.embeddings.outliers import outliers
+    from simsiam.embeddings.probe import probe
     from simsiam.errors import Stopped, UsageError, WorkFailed
     from simsiam.evaluate import evaluate
     from simsiam.export import export
     from simsiam.methods import METHODS, Method, Views
     from simsiam.pretrain import pretrain, resume
     from simsiam.recipes import Recipe
+    from simsiam.report import report
     from simsiam.run import Run, load
     from simsiam.siamese import Siamese, build
     from simsiam.transfer.transfer import transfer
@@ -41,18 +48,26 @@ _HOME = {
     "Views": "methods",
     "WorkFailed": "errors",
     "build": "siamese",
+    "cluster": "embeddings.cluster",
     "compare": "compare",
+    "convert": "convert",
+    "duplicates": "embeddings.duplicates",
     "embed": "embeddings.embed",
     "evaluate": "evaluate",
     "export": "export",
     "load": "run",
+    "neighbors": "embeddings.neighbors",
+    "outliers": "embeddings.outliers",
     "pretrain": "pretrain",
+    "probe": "embeddings.probe",
+    "report": "report",
     "resume": "pretrain",
     "transfer": "transfer.transfer",
 }
 __all__ = [
     "METHODS", "Method", "Recipe", "Run", "Siamese", "Stopped", "UsageError", "Views", "WorkFailed",
-    "build", "compare", "embed", "evaluate", "export", "load", "pretrain", "resume", "transfer",
+    "build", "cluster", "compare", "convert", "duplicates", "embed", "evaluate", "export", "load", "neighbors",
+    "outliers", "pretrain", "probe", "report", "resume", "transfer",
 ]  # fmt: skip
 
 

@@ -11,11 +11,12 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as TF
 
+from simsiam.bar import bar
 from simsiam.decode import Unreadable
 from simsiam.errors import WorkFailed
 from simsiam.images import CORES, Images
 from simsiam.precision import autocast
-from simsiam.processes import count, gather, share, union
+from simsiam.processes import count, gather, rank, share, union
 
 
 @dataclass(frozen=True)
@@ -71,11 +72,13 @@ def extract(
     device: torch.device,
     precision: str = "float32",
     forward: Callable[[Tensor], tuple[Tensor, ...]] | None = None,
+    words: str = "",
 ) -> Features:
     """Features of each readable image from `model` in eval mode (its mode is restored).
 
     One matrix for each tensor that `forward` returns; by default the model's own output. Of several processes each goes
-    through its share of the images, and all get the features of all.
+    through its share of the images, and all get the features of all. `words` stand before the bar that shows how far
+    the first one is; without them there is none.
     """
     training = model.training
     model.eval()
@@ -84,9 +87,12 @@ def extract(
     skipped: list[tuple[str, str]] = []
     mine = share(len(images))
     try:
-        for index, pixels in chunks(images if count() == 1 else images.take(mine), transform, skipped):
-            rows.append(outputs(forward or (lambda x: (model(x),)), pixels, transform, device, precision))
-            kept.append(index + mine.start)
+        looked_at = images if count() == 1 else images.take(mine)
+        with bar(words if rank() == 0 else "", len(looked_at)) as advance:
+            for index, pixels in chunks(looked_at, transform, skipped):
+                rows.append(outputs(forward or (lambda x: (model(x),)), pixels, transform, device, precision))
+                kept.append(index + mine.start)
+                advance(len(index))
     finally:
         model.train(training)
     skipped, widths = union(skipped), union([[m.shape[1] for m in matrices] for matrices in rows[:1]])

@@ -195,15 +195,12 @@ def _look_at(parts: Sequence[Images], rows: np.ndarray) -> Iterator[pa.Table]:
         yield from (look(*job) for job in jobs)
         return
 
-    from rich.console import Console
-    from rich.progress import MofNCompleteColumn, Progress
+    from simsiam.bar import bar
 
-    found, console = _in_turn(look, jobs), Console(stderr=True)
-    columns = *Progress.get_default_columns(), MofNCompleteColumn()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("looking", total=len(rows))
+    found = _in_turn(look, jobs)
+    with bar("looking", len(rows)) as advance:
         for part in found:
-            bar.advance(task, len(part))
+            advance(len(part))
             yield part
 
 

@@ -282,7 +282,8 @@ def mapped(encoder: Any, images: Images) -> dict[str, Any]:
     if len(images) < FEWEST:
         raise WorkFailed(f"a map takes at least {FEWEST} images, and there are {len(images)}")
     device = pick_device("auto")
-    found = extract(encoder.to(device), images, encoder.transform, device=device)  # float32: cosines lie close together
+    # In float32, for cosines lie close together.
+    found = extract(encoder.to(device), images, encoder.transform, device=device, words="mapping")
     if found.skipped:
         raise WorkFailed("{}, which could be read, cannot be read again: {}".format(*found.skipped[0]))
     h = F.normalize(found.matrices[0], dim=1)

@@ -13,7 +13,7 @@ from torch import Tensor
 from simsiam.embeddings import Embeddings, read
 from simsiam.embeddings.page import write_page
 from simsiam.errors import UsageError, within
-from simsiam.files import write_csv
+from simsiam.files import writable, write_csv
 
 SHOWN = 12  # images of a cluster on the page
 STARTS = 4  # of k-means; the best is kept
@@ -38,6 +38,7 @@ def cluster(
     Raises UsageError.
     """
     within(SimpleNamespace(clusters=clusters, seed=seed), clusters=(2, inf), seed=(0, 2**32 - 1))
+    writable(out, html)
     images = read(file)
     if clusters > len(images):
         raise UsageError(f"clusters is {clusters}, and there are {len(images)} images")

@@ -22,7 +22,7 @@ from simsiam.embeddings import Embeddings, read
 from simsiam.embeddings.page import write_page
 from simsiam.embeddings.search import others
 from simsiam.errors import UsageError, within
-from simsiam.files import write_csv
+from simsiam.files import writable, write_csv
 from simsiam.images import CORES
 
 SIDE = 12  # pixels to which a thumbnail is averaged down; that hides what compression and resizing change
@@ -51,6 +51,7 @@ def duplicates(
     Images whose distance is at most `threshold` are in one group, and so are those that others link. Raises UsageError.
     """
     within(SimpleNamespace(threshold=threshold), threshold=(0, inf))
+    writable(out, html)
     images = read(file)
     x = small(images)
     groups = [

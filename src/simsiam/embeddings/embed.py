@@ -19,11 +19,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from PIL import Image
-from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as TF
 
+from simsiam.bar import bar
 from simsiam.errors import UsageError, WorkFailed, shown
 from simsiam.features import Transform, chunks, outputs
 from simsiam.files import whole, write_csv
@@ -58,8 +57,10 @@ def embed(
     write = WRITERS.get(path.suffix)
     if write is None:
         raise UsageError(f"--out {path} ends in {path.suffix}: give a .parquet, a .npy, or a folder")
-    if path.exists():
-        raise UsageError(f"{path} exists and is not written over: choose another --out")
+    work, beside = path.with_name(path.name + ".parts"), path.with_suffix(".csv")
+    foreign = path.suffix == ".npy" and beside.exists() and not work.exists()  # else a kill may have left it
+    if path.exists() or foreign:
+        raise UsageError(f"{beside if foreign else path} exists and is not written over: choose another --out")
     network, recipe = load(run), Run(run).recipe
     transform: Any = network.transform
     there = pick_device(device)
@@ -75,22 +76,18 @@ def embed(
     labeled = any(images.labels is not None for images in splits)
     job = about | {"device": there.type, "precision": exact, "labeled": labeled, "images": fingerprint(splits)}
 
-    work = path.with_name(path.name + ".parts")
     by_first(begin)(work, job)
     network.to(there).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     jobs = [part.take(slice(start, start + PART)) for part in splits for start in range(0, len(part), PART)]
     parts = [work / f"{n:06}.parquet" for n in range(len(jobs))]
     mine = slice(rank(), None, count())  # of several processes each takes every so-manieth part
-    console = Console(stderr=True, quiet=rank() != 0)
-    columns = *Progress.get_default_columns(), MofNCompleteColumn()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("embedding", total=sum(map(len, jobs[mine])))
+    with bar("embedding" if rank() == 0 else "", sum(map(len, jobs[mine]))) as advance:
         for part, images in zip(parts[mine], jobs[mine]):
             if not part.exists():
                 table = rows(network, images, transform, there, exact, labeled)
                 with whole(part) as file:
                     pq.write_table(table, file)
-            bar.advance(task, len(images))
+            advance(len(images))
 
     most(0)  # every process has made its parts
     join(write, parts, path, about, sum(map(len, jobs)))

@@ -16,6 +16,7 @@ from simsiam.embeddings import Embeddings, read
 from simsiam.embeddings.page import write_page
 from simsiam.errors import UsageError, WorkFailed, within
 from simsiam.features import outputs, tensor
+from simsiam.files import writable
 from simsiam.releases import sha256
 from simsiam.run import Run, load
 
@@ -35,6 +36,7 @@ def neighbors(
     which then goes through the run's backbone. The search is exact. Raises UsageError.
     """
     within(SimpleNamespace(k=k), k=(1, inf))
+    writable(html)
     images = read(file)
     h, own = vector_of(query, images)
     cosine = F.normalize(images.vectors, dim=1) @ F.normalize(h, dim=0)

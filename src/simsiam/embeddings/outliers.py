@@ -12,7 +12,7 @@ from simsiam.embeddings.cluster import spread_out
 from simsiam.embeddings.page import write_page
 from simsiam.embeddings.search import others
 from simsiam.errors import within
-from simsiam.files import write_csv
+from simsiam.files import writable, write_csv
 
 SHOWN = 60  # images on the page
 
@@ -35,6 +35,7 @@ def outliers(
     Distances are between features less their mean. Raises UsageError.
     """
     within(SimpleNamespace(k=k), k=(1, inf))
+    writable(out, html)
     images = read(file)
     cosine, _ = others(spread_out(images.vectors), k)
     distance = 1 - cosine.mean(1)

@@ -12,7 +12,7 @@ from simsiam.embeddings import Embeddings, read
 from simsiam.errors import UsageError, shown
 from simsiam.evaluate.frozen import moments
 from simsiam.evaluate.scores import wilson
-from simsiam.files import write_csv
+from simsiam.files import writable, write_csv
 
 FOLDS = 5  # of cross-validation, or as many as the smallest class has images
 # Inverse strengths of the l2 penalty. That with the least cross-validated log loss is taken, for then confidence is as
@@ -33,6 +33,9 @@ def probe(file: str | os.PathLike[str], labels: str | os.PathLike[str], *, out: 
 
     `out` is a .csv: path, label as given, predicted, confidence. A name is a path or a file's name. Raises UsageError.
     """
+    writable(out)
+    if os.path.realpath(out) == os.path.realpath(labels):
+        raise UsageError(f"--out {shown(str(out))} would write over the labels given: choose another")
     images = read(file)
     given = labels_in(Path(labels), images)
     classes = sorted(set(given.values()))

@@ -118,7 +118,7 @@ class Frozen:
     def extracted(self, kind: str) -> Known:
         network, transform = self.network(kind), transform_of(self.recipe)
         train, test = (
-            extract(network, images, transform, device=self.device, precision=self.precision)
+            extract(network, images, transform, device=self.device, precision=self.precision, words=f"features, {kind}")
             for images in (self.train, self.test)
         )
         self.readable, self.unreadable = test.kept, train.skipped + test.skipped
