@@ -4,7 +4,7 @@
 
 IMAGENETTE/train has a folder a class. 200 images of each of its ten classes and 20 copies of some, resized and
 compressed again, go into one folder without labels; then the commands below run as a user would type them. The truth is
-used to write the few labels that `probe` gets, and to judge. Stopped and started again, it pretrains again.
+used to write the few labels that `probe` gets, and to judge. Stopped and started again, it goes on.
 """
 
 import argparse
@@ -73,15 +73,22 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     asked = parser.parse_args()
     out, classes = asked.out.absolute(), asked.classes.absolute()
-    asked.work.mkdir(parents=True)
+    asked.work.mkdir(parents=True, exist_ok=True)
     os.chdir(asked.work)
-    truth = plant(classes, Path("photos"))
+    if not Path("truth.csv").exists():
+        shutil.rmtree("photos", ignore_errors=True)
+        write_csv(Path("truth.csv"), ("path", "label"), plant(classes, Path("photos")).items())
+    truth = {row["path"]: row["label"] for row in rows("truth.csv")}
     names = sorted(name for name in truth if " copy " not in name)
     few = [n for c in sorted(set(truth.values())) for n in [n for n in names if truth[n] == c][:: EACH // LABELS]]
     write_csv(Path("labels.csv"), ("path", "label"), [(n, truth[n]) for n in few])
 
+    begun = Path("run/recipe.yaml").exists()
+    Path("photos.parquet").unlink(missing_ok=True)
     verbs = [
-        simsiam("pretrain", "photos", "--out", "run", "--epochs", asked.epochs, *TRAINING),
+        simsiam("resume", "run")
+        if begun
+        else simsiam("pretrain", "photos", "--out", "run", "--epochs", asked.epochs, *TRAINING),
         simsiam("embed", "run", "--out", "photos.parquet"),
         simsiam("duplicates", "photos.parquet", "--out", "copies.csv", "--html", "copies.html"),
         simsiam("neighbors", "photos.parquet", names[0], "--html", "near.html"),
