@@ -58,9 +58,7 @@ class _Synchronized(torch.autograd.Function):
         blank = x.new_zeros(2, x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32))  # as exact is the answer
         mean, var = torch.batch_norm_update_stats(x, blank[0], blank[1], 0.0)  # the variance is biased
         mine = torch.cat([mean, var, mean.new_tensor([x.numel() // len(mean)])])
-        every = mine.new_empty(count(), len(mine))
-        distributed.all_gather_into_tensor(every, mine[None])
-        means, variances, counts = every.split([len(mean), len(mean), 1], dim=1)
+        means, variances, counts = everyones(mine).split([len(mean), len(mean), 1], dim=1)
         n, share = counts.sum(), counts / counts.sum()
         mean = (share * means).sum(0)
         var = (share * (variances + (means - mean).square())).sum(0)
@@ -78,14 +76,20 @@ class _Synchronized(torch.autograd.Function):
         scale = (var + ctx.eps).rsqrt()
         one = torch.ones_like(mean) if weight is None else weight
         _, of_weight, of_bias = _backward(g, x, one, None, None, mean, scale, True, ctx.eps, [False, True, True])
-        means = torch.cat([of_weight, of_bias])
-        distributed.all_reduce(means)
-        of_x, of_one = (means / n).split(len(mean))
+        means = everyones(torch.cat([of_weight, of_bias])).sum(0) / n
+        of_x, of_one = means.split(len(mean))
         scale = scale * one
         away = F.batch_norm(x, mean, var, -scale * of_x, -scale * of_one, False, 0.0, ctx.eps)
         away.addcmul_(g, scale.to(g.dtype).view(-1, *[1] * (x.ndim - 2)))
         mine = (None, None) if weight is None else (of_weight, of_bias)
         return away, *mine, None, None, None, None
+
+
+def everyones(x: Tensor) -> Tensor:
+    """x (d) of each process, (processes, d). For few numbers gloo gathers in a quarter of the time that it sums in."""
+    every = x.new_empty(count(), len(x))
+    distributed.all_gather_into_tensor(every, x[None])
+    return every
 
 
 def synchronize(model: nn.Module) -> None:

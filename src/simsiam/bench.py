@@ -9,13 +9,14 @@ import io
 import itertools
 import json
 import multiprocessing
+import os
 import random
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from math import isnan, nan
@@ -353,13 +354,15 @@ def stepping(recipe: Recipe, train: Images, steps: int) -> Callable[[], None]:
     return ours
 
 
-def processes(scene: Scene) -> Contest:
-    """The demo's steps, on a CPU: by one process of two threads, and by two of one thread each."""
+def processes(scene: Scene, *, backbone: str, width: int, steps: int) -> Contest:
+    """Steps on a CPU: by one process of two threads, and by two of one thread each, who share each batch of 128."""
     here = multiprocessing.get_context("spawn")
+    os.environ |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1"}  # as cli.keep_memory
     ends = []
     for number in range(2):
         mine, its = here.Pipe()
-        here.Process(target=serve, args=(its, number, str(scene.folder / "store")), daemon=True).start()
+        given = its, number, str(scene.folder / "store"), backbone, width, steps
+        here.Process(target=serve, args=given, daemon=True).start()
         ends.append(mine)
 
     def both() -> None:
@@ -368,24 +371,25 @@ def processes(scene: Scene) -> Contest:
         for end in ends:
             end.recv()
 
-    ways = {"one process, two threads": demos_steps(), "simsiam, two processes of one thread": both}
-    return Contest(count=20 * 128, ways=ways)
+    ways = {"one process, two threads": shared(backbone, width, steps), "simsiam, two processes of one thread": both}
+    return Contest(count=steps * 128, ways=ways)
 
 
-def demos_steps() -> Callable[[], None]:
+def shared(backbone: str, width: int, steps: int) -> Callable[[], None]:
     images = from_arrays("train", np.random.default_rng(0).integers(0, 256, (1024, 3, 32, 32), dtype=np.uint8))
-    recipe = Recipe().replace(**shapes(), mean=MEAN, std=STD, device="cpu", precision="float32")
-    return stepping(recipe, images, 20)
+    changes = {"backbone": backbone, "width": width, "mean": MEAN, "std": STD, "device": "cpu", "precision": "float32"}
+    return stepping(Recipe().replace(**shapes() | changes), images, steps)
 
 
-def serve(end: Any, number: int, store: str) -> None:
-    """One of the two processes: takes its share of the steps whenever it is told to."""
+def serve(end: Any, number: int, store: str, *what: Any) -> None:
+    """One of the two processes: takes its share of the steps whenever it is told to, until nobody is left to tell."""
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", f"file://{store}", rank=number, world_size=2)
-    steps = demos_steps()
-    while end.recv():
-        steps()
-        end.send(True)
+    steps = shared(*what)
+    with suppress(EOFError):
+        while end.recv():
+            steps()
+            end.send(True)
 
 
 def small_views(scene: Scene) -> Contest:
@@ -529,6 +533,12 @@ def step_case(backbone: str, width: int, batch_size: int) -> Case:
     return Case(what=f"training, {network}, 32 px, batch {batch_size}", unit="images/s", prepare=prepare)
 
 
+def processes_case(backbone: str, width: int, steps: int) -> Case:
+    what = f"training, {backbone} of width {width}, 32 px, batch 128, two cores, float32"
+    prepare = partial(processes, backbone=backbone, width=width, steps=steps)
+    return Case(what=what, unit="images/s", prepare=prepare, threads=2)
+
+
 CASES: dict[str, Case] = {
     "step-resnet18-256": step_case("resnet18", 64, 256),
     "step-resnet18-64": step_case("resnet18", 64, 64),
@@ -539,6 +549,7 @@ CASES: dict[str, Case] = {
     "folder": Case(what="a folder to two views of 224 px", unit="images/s", prepare=folder),
     "knn": Case(what="k = 200 of 50,000 x 512", unit="queries/s", prepare=neighbors),
     "embed": Case(what="JPEG to features, ResNet-18, 224 px", unit="images/s", prepare=embedding),
-    "processes": Case(what="the demo's steps, two cores, float32", unit="images/s", prepare=processes, threads=2),
+    "processes-resnet10-w16": processes_case("resnet10", 16, 20),
+    "processes-resnet18": processes_case("resnet18", 64, 3),
     "start": Case(what="from nothing to the end of a process", unit="1/s", prepare=start),
 }
