@@ -13,6 +13,7 @@ from conftest import QUICK
 from torch import nn
 
 import simsiam
+from simsiam.cli import main
 from simsiam.errors import Stopped, UsageError, WorkFailed
 from simsiam.report import tell
 from simsiam.run import Folder, Run
@@ -152,6 +153,21 @@ def test_wrong_requests_are_one_line_and_leave_nothing(run, source, words, error
     with pytest.raises(UsageError, match=error):
         simsiam.transfer(run, source, **BRIEF | words)
     assert not list((run / "transfers").glob("*")) if (run / "transfers").exists() else True
+
+
+@pytest.mark.parametrize(
+    "arguments, text",
+    [
+        (["nowhere"], "there is no folder nowhere"),
+        (["."], "is no source of annotated images"),
+        (["shapes", "--lr", "high"], "lr is 'high'; it takes a number"),
+        (["shapes", "--sceed", "1"], "did you mean '--seed'?"),
+    ],
+)
+def test_wrong_usage_is_one_line(run, arguments, text, capsys):
+    assert main(["transfer", str(run), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert text in error and error.count("\n") == 1
 
 
 def test_boxes_alone_make_no_segmentation(run, tmp_path):

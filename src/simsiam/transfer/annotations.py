@@ -418,7 +418,8 @@ def sound(found: Objects, file: str, classes: Sequence[str], faults: Faults) -> 
     for box, label in zip(found.boxes[~good], found.labels[~good], strict=True):
         corners = ", ".join(f"{value:g}" for value in box)
         faults.add("degenerate box dropped", file, f"the box {corners} of a {classes[label]} has no area in the image")
-    faults.counts["box cut at the edge"] += int((good & (inside != found.boxes).any(1)).sum())
+    if cut := int((good & (inside != found.boxes).any(1)).sum()):
+        faults.counts["box cut at the edge"] += cut
     return replace(found, boxes=inside).take(good)
 
 

@@ -270,8 +270,7 @@ def told(source: AnnotatedSource, parts: Parts, how: Schedule, why: str, start: 
         f"{' '.join(map(str, how.anchors))}",
     ]
     if source.faults.counts:
-        counts = ", ".join(f"{kind}: {count}" for kind, count in source.faults.counts.items() if count)
-        lines += [f"faults   {counts}"] if counts else []
+        lines.append("faults   " + ", ".join(f"{kind}: {count}" for kind, count in source.faults.counts.items()))
         lines += [f"         {line.replace(chr(9), ': ')}" for line in source.faults.lines[:3]]
     return lines
 
