@@ -9,7 +9,7 @@ from hashlib import sha256
 import numpy as np
 import pytest
 import torch
-from conftest import QUICK
+from conftest import QUICK, flags
 from torch import nn
 
 import simsiam
@@ -197,7 +197,7 @@ def test_averages_are_the_plain_mean_over_batches(run, source):
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     weights = [p.clone() for p in model.parameters()]
     with torch.random.fork_rng():
-        take_averages(model, Steps(part, 2, 0, False), how, CPU)
+        take_averages(model, Steps(part, 2, 0, False, slice(2)), how, CPU)
     assert torch.allclose(model.backbone.bn1.running_mean, torch.stack(seen).mean(0), atol=1e-6) and len(seen) == 3
     assert all(torch.equal(a, b) for a, b in zip(weights, model.parameters())) and {m.momentum for m in norms} == {0.1}
 
@@ -254,3 +254,25 @@ def test_few_images_take_a_short_schedule_and_anchors_from_their_boxes():
     assert how.test_side == 240 and how.anchors == (16, 32, 64, 128) and how.stride == 8 and how.steps < 1000
     assert "stride" not in chosen(292, 480, (40.0, 190.0), "small")[0]
     assert Schedule.of(chosen(5011, 375, (40.0, 190.0), "large")[0]).test_side == 800
+
+
+def test_the_shares_of_a_batch_are_the_batch(source):
+    part = open_annotated(source).splits["train"]
+    whole = Steps(part, 5, 0, True, slice(5))[3]
+    shares = [Steps(part, 5, 0, True, mine)[3] for mine in (slice(0, 3), slice(3, 5))]
+    for key in ("boxes", "masks"):
+        for one, other in zip(whole.targets, [t for some in shares for t in some.targets], strict=True):
+            assert torch.equal(one[key], other[key])
+    assert all(torch.equal(a, b) for a, b in zip(whole.images, shares[0].images + shares[1].images, strict=True))
+
+
+def test_two_processes_make_one_detector(run, source):
+    """Of three images one process has two; parameters and statistics are the same on both, or the run would fail."""
+    from test_processes import ended, torchrun
+
+    words = BRIEF | {"batch_size": 3, "task": "segmentation"}
+    said = ended(torchrun("-m", "simsiam", "transfer", str(run), str(source), *flags(**words)))
+    (record,) = Run(run).transfers()
+    assert record["processes"] == 2 and record["n"] == 4 and said.count("AP50 of ") == 1
+    lines = Folder(run / "transfers" / record["folder"]).metrics()
+    assert [line["step"] for line in lines] == [1, 4] and not list(run.rglob("*.part"))

@@ -383,7 +383,7 @@ def collected(size: tuple[int, int], rows: Sequence[tuple[list[float], int, bool
 def checked(part: Annotated, faults: Faults, channels: int) -> Annotated:
     """Only images that are there and have the size that is stated, and boxes cut at their edges that then have an area.
 
-    A box of less than a pixel's width or height is an accident of whoever drew it.
+    A box of no more than a pixel across is an accident of whoever drew it.
     """
     images = replace(part.images, channels=channels)
 
@@ -414,7 +414,7 @@ def sound(found: Objects, file: str, classes: Sequence[str], faults: Faults) -> 
     h, w = found.size
     inside = np.clip(found.boxes, 0, np.array([w, h, w, h], np.float32))
     sides = inside[:, 2:] - inside[:, :2]
-    good = (sides >= 1).all(1)
+    good = (sides > 1).all(1)
     for box, label in zip(found.boxes[~good], found.labels[~good], strict=True):
         corners = ", ".join(f"{value:g}" for value in box)
         faults.add("degenerate box dropped", file, f"the box {corners} of a {classes[label]} has no area in the image")

@@ -1,7 +1,8 @@
 """Fine-tuning a detector: batches as functions of (seed, step), the loop, exact averages at its end, what it finds.
 
 Every step draws its flips, sizes and samples of anchors and regions from random numbers seeded by (seed, step), so a
-run that was stopped goes on bit for bit.
+run that was stopped goes on bit for bit. Several processes share a batch, its statistics and gradients; each draws for
+its own images, so their number is among what a run depends on.
 """
 
 import time
@@ -16,15 +17,17 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 from torch.utils.data import DataLoader, Dataset
 
+from simsiam.batch_norm import settle, synchronize
 from simsiam.batches import order, steps_per_epoch
 from simsiam.decode import Unreadable
-from simsiam.errors import Stopped, WorkFailed
+from simsiam.errors import Stopped, UsageError, WorkFailed
 from simsiam.evaluate.finetune import restore
 from simsiam.features import tensor
 from simsiam.files import whole
 from simsiam.images import CORES
 from simsiam.monitors import finite, grad_norm
 from simsiam.precision import autocast
+from simsiam.processes import by_first, count, mean, most, parallel, rank, share, union
 from simsiam.progress import Interrupt, Line, Stopwatch
 from simsiam.run import Folder, Journal
 from simsiam.transfer.annotations import Annotated
@@ -57,11 +60,12 @@ class Steps(Dataset):
     batch_size: int
     seed: int
     masks: bool
+    mine: slice  # this process's part of a batch
 
     def __getitem__(self, step: int) -> Batch | WorkFailed:
         per_epoch = steps_per_epoch(len(self.part), self.batch_size)
         first = step % per_epoch * self.batch_size
-        rows = order(self.seed, step // per_epoch, len(self.part))[first : first + self.batch_size]
+        rows = order(self.seed, step // per_epoch, len(self.part))[first : first + self.batch_size][self.mine]
         skipped: list[tuple[str, str]] = []
         try:
             images, targets = zip(*(self.example(int(i), skipped) for i in rows), strict=True)
@@ -110,8 +114,8 @@ def as_it_is(made: Any) -> Any:
 
 
 def sow(seed: int, step: int) -> None:
-    """Seed torch's random numbers for a step."""
-    torch.manual_seed(int(np.random.SeedSequence([seed, SAMPLES, step]).generate_state(1, np.uint64)[0] >> 1))
+    """Seed torch's random numbers for a step of this process."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, SAMPLES, step, rank()]).generate_state(1, np.uint64)[0] >> 1))
 
 
 def optimizer_of(model: nn.Module, how: Schedule) -> Optimizer:
@@ -133,11 +137,17 @@ def train(
     last.pt. Raises UsageError for other settings there, WorkFailed for a diverged loss, and Stopped after a signal.
     """
     device, precision = where
-    state = restore(out, settings)
     batch_size = min(how.batch_size, len(part))
-    steps, per_epoch = Steps(part, batch_size, seed, masks), steps_per_epoch(len(part), batch_size)
+    if batch_size < count():
+        raise UsageError(f"batch_size is {batch_size} and there are {count()} processes: each needs an image")
+    state = by_first(restore)(out, settings)
+    mine, per_epoch = share(batch_size), steps_per_epoch(len(part), batch_size)
+    steps = Steps(part, batch_size, seed, masks, mine)
     model.to(device).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
-    optimizer = optimizer_of(model, how)
+    if count() > 1:
+        synchronize(model)
+    network, optimizer = parallel(model), optimizer_of(model, how)
+    weight = (mine.stop - mine.start) * count() / batch_size  # processes are averaged, and images should be
     if "model" in state:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
@@ -162,34 +172,41 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = lr * how.share(step)
             with autocast(device, precision):
-                losses = model(batch.images, batch.targets)
+                losses = network(batch.images, batch.targets)
             loss = torch.stack(list(losses.values())).sum()
             optimizer.zero_grad()
-            loss.backward()
+            (weight * loss).backward()
             optimizer.step()
 
             step += 1
             watch.count(batch_size, batch.wait)
-            unreadable |= set(batch.skipped)
-            last, stopping = step == how.steps, bool(interrupt.signum)
+            # What one process is told or meets, all act on at this same step.
+            signum, stale, broken = most(interrupt.signum, watch.stale(SAVE_SECONDS), len(batch.skipped))
+            if broken:
+                unreadable |= set(union(batch.skipped))
+            last, stopping = step == how.steps, bool(signum)
             logged = last or step == 1 or step % LOG_EVERY == 0
-            saved = last or stopping or watch.stale(SAVE_SECONDS)
+            saved = last or stopping or bool(stale)
             with watch.paused():
-                if (logged or saved) and not finite(loss, model if saved else None):
+                ill = (logged or saved) and not finite(loss, model if saved else None)
+                if any(most(ill)):
                     raise WorkFailed(f"diverged at step {step} of {how.steps}: take an lr smaller than {lr:g}")
                 if logged:
-                    found = {"loss": loss.item()} | {name: value.item() for name, value in losses.items()}
+                    each = {name: mean(value, mine.stop - mine.start).item() for name, value in losses.items()}
+                    found = {"loss": sum(each.values())} | each
                     found |= {"lr": lr * how.share(step - 1), "grad_norm": grad_norm(model), **watch.rates()}
                     journal.log({"step": step, "epoch": round(step / per_epoch, 4)} | found)
                     line.show(step, found)
                 if saved:
+                    settle(model)
                     save()
             if stopping:
                 break
         if step < how.steps:
-            raise Stopped(f"stopped at step {step} of {how.steps}, saved; the same command goes on", interrupt.signum)
+            raise Stopped(f"stopped at step {step} of {how.steps}, saved; the same command goes on", signum)
         if how.precise_bn:
             take_averages(model, steps, how, where)
+            settle(model)
     return {"unreadable": sorted(unreadable), "seconds": round(watch.seconds, 1), "epochs": how.steps / per_epoch}
 
 
@@ -214,8 +231,8 @@ def detect(model: nn.Module, part: Annotated, where: Where) -> tuple[list[Found]
     """What the detector finds in each image that can be read, their positions, and key and reason of the others."""
     device, precision = where
     model.to(device).eval()
-    found, kept, skipped = [], [], []
-    for i in range(len(part)):
+    found, kept, skipped = list[Found](), list[int](), list[tuple[str, str]]()
+    for i in range(len(part))[share(len(part))]:
         try:
             image = read(part, i).to(device).float() / 255
         except Unreadable as error:
@@ -227,6 +244,7 @@ def detect(model: nn.Module, part: Annotated, where: Where) -> tuple[list[Found]
         masks = [packed(mask[0] >= 0.5) for mask in seen["masks"].float().cpu().numpy()] if "masks" in seen else []
         found.append(Found(boxes, scores, labels.astype(np.int64) - 1, tuple(masks)))
         kept.append(i)
+    found, kept, skipped = union(found), union(kept), union(skipped)
     if not found:
         raise WorkFailed(f"none of the {len(part)} test images can be read; the first reason: {skipped[0][1]}")
     return found, np.array(kept), skipped

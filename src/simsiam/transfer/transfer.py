@@ -26,6 +26,7 @@ from simsiam.errors import UsageError, WorkFailed, unknown
 from simsiam.evaluate.frozen import fingerprint
 from simsiam.files import whole
 from simsiam.precision import pick_device, pick_precision
+from simsiam.processes import by_first, count, rank, together
 from simsiam.recipes import WORDS, convert, stem_for
 from simsiam.releases import locate
 from simsiam.run import Run, bare_backbone, environment, initialize, load, now
@@ -51,6 +52,7 @@ class Parts(NamedTuple):
     words: dict[str, str]
 
 
+@together
 def transfer(
     run: str | os.PathLike[str],
     source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
@@ -69,7 +71,8 @@ def transfer(
     `init` starts from other weights for the same network: a run folder, a checkpoint, published ones; `from_scratch`
     from none. `schedule` is one of SCHEDULES or auto, by the number of images; `words` are fields of `Schedule`. The
     record goes into RUN/transfers/TASK.json, a picture and the training beside it. Stopped, it goes on when called
-    again. Raises UsageError for a wrong request, WorkFailed where no image can be used or every lr diverges, Stopped.
+    again; under torchrun all processes make one detector. Raises UsageError for a wrong request, WorkFailed where no
+    image can be used or every lr diverges, Stopped.
     """
     if task not in TASKS:
         raise unknown("task", task, TASKS)
@@ -77,7 +80,8 @@ def transfer(
         raise UsageError("init and from_scratch contradict each other: give one of them")
     if seed < 0:
         raise UsageError(f"seed is {seed}; it is at least 0")
-    coco_api()  # refuses now what could not be measured after an hour
+    Schedule.of(words)  # refuses now what would not be a schedule ...
+    coco_api()  # ... and what could not be measured after an hour
     folder = Run(run)
     on = pick_device(device)
     where = Where(on, pick_precision(convert(precision, WORDS["precision"], "precision"), on))
@@ -90,9 +94,9 @@ def transfer(
     about = {
         "task": task, "source": opened.name, **parts.words, "classes": list(parts.learn.classes),
         "train_images": len(parts.learn), "test_images": len(parts.test), "init": start.words, "seed": seed,
-        "network": start.network, "precision": where.precision,
+        "network": start.network, "precision": where.precision, "processes": count(),
     }  # fmt: skip
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True, highlight=False, quiet=rank() != 0)
     for line in told(opened, parts, how, why, start):
         console.print(line, soft_wrap=True, markup=False)
 
@@ -121,42 +125,47 @@ def transfer(
         raise WorkFailed(f"diverged with every lr of {', '.join(searched)}: give smaller ones")
     model, spent = tuned(parts.learn, best, out)
     found, kept, skipped = detect(model, parts.test, where)
-    results = measure(found, [parts.test.objects[i] for i in kept], parts.test.classes, task)
-    pictures.draw(parts.test, kept, found, out / "picture.png")
-    if how.architecture == "c4" and folder.recipe.backbone in ("resnet50", "resnet101"):
-        with whole(out / "detectron2.pth") as part:  # its loader reads this as it is
-            torch.save(
-                {"model": to_detectron2(model, how), "__author__": "simsiam", "matching_heuristics": False}, part
-            )
-    if opened.faults.lines:
-        with whole(out / "faults.txt") as part:
-            part.write_text("".join(f"{line}\n" for line in sorted(opened.faults.lines)), encoding="utf-8")
-    here = environment(on, where.precision)
-    record = {
-        "protocol": f"{task}, {how.architecture}, {how.steps} steps", **about,
-        "parameters": how.to_dict() | {"epochs": round(spent["epochs"], 2)},
-        "chosen": {"lr": best, "judged_on": parts.words["val"], "searched": searched} if searched else {"lr": best},
-        "tested_by": "voc_box" if opened.metric == "voc" else "coco_mask" if masks else "coco_box",
-        "metrics": results, "n": len(kept), "unreadable": len({*spent["unreadable"], *skipped}),
-        "faults": dict(opened.faults.counts), "folder": out.name, "picture": f"{out.name}/picture.png",
-        "asked": {
-            "source": [os.fspath(one) for one in ([source] if isinstance(source, str | os.PathLike) else source)],
-            "schedule": schedule, "init": init, "from_scratch": from_scratch, "words": words,
-        },
-        "environment": {k: here[k] for k in ("commit", "device", "threads")} | {"torch": here["versions"]["torch"]},
-        "measured": now(), "training_seconds": spent["seconds"],
-    }  # fmt: skip
-    record = json.loads(json.dumps(record))  # as it reads back
-    keep(folder, task, record)
-    show([record])
-    return record
+
+    @by_first
+    def recorded() -> dict[str, Any]:
+        results = measure(found, [parts.test.objects[i] for i in kept], parts.test.classes, task)
+        pictures.draw(parts.test, kept, found, out / "picture.png")
+        if how.architecture == "c4" and folder.recipe.backbone in ("resnet50", "resnet101"):
+            with whole(out / "detectron2.pth") as part:  # its loader reads this as it is
+                torch.save(
+                    {"model": to_detectron2(model, how), "__author__": "simsiam", "matching_heuristics": False}, part
+                )
+        if opened.faults.lines:
+            with whole(out / "faults.txt") as part:
+                part.write_text("".join(f"{line}\n" for line in sorted(opened.faults.lines)), encoding="utf-8")
+        here = environment(on, where.precision)
+        record = {
+            "protocol": f"{task}, {how.architecture}, {how.steps} steps", **about,
+            "parameters": how.to_dict() | {"epochs": round(spent["epochs"], 2)},
+            "chosen": {"lr": best, "judged_on": parts.words["val"], "searched": searched} if searched else {"lr": best},
+            "tested_by": "voc_box" if opened.metric == "voc" else "coco_mask" if masks else "coco_box",
+            "metrics": results, "n": len(kept), "unreadable": len({*spent["unreadable"], *skipped}),
+            "faults": dict(opened.faults.counts), "folder": out.name, "picture": f"{out.name}/picture.png",
+            "asked": {
+                "source": [os.fspath(one) for one in ([source] if isinstance(source, str | os.PathLike) else source)],
+                "schedule": schedule, "init": init, "from_scratch": from_scratch, "words": words,
+            },
+            "environment": {k: here[k] for k in ("commit", "device", "threads")} | {"torch": here["versions"]["torch"]},
+            "measured": now(), "training_seconds": spent["seconds"],
+        }  # fmt: skip
+        record = json.loads(json.dumps(record))  # as it reads back
+        keep(folder, task, record)
+        show([record])
+        return record
+
+    return recorded()
 
 
 def open_source(source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], channels: int) -> AnnotatedSource:
     """The annotated images; "shapes" is the embedded set."""
     given = [source] if isinstance(source, str | os.PathLike) else list(source)
     if [os.fspath(one) for one in given] == ["shapes"]:
-        return replace(open_annotated(scenes.written(), channels), name="shapes")
+        return replace(open_annotated(by_first(scenes.written)(), channels), name="shapes")
     return open_annotated(given, channels)
 
 
@@ -213,7 +222,7 @@ class Start:
         self.kind = "scratch" if from_scratch else "init" if init else "run"
         self.words: dict[str, Any] = {"from": "random weights" if from_scratch else init or "the run's backbone"}
         if init:
-            path, release = locate(init)
+            path, release = by_first(locate)(init)
             known = release.words if release else beside(path)
             self.mean, self.std = known.get("mean", self.mean), known.get("std", self.std)
         if not from_scratch:
