@@ -22,13 +22,7 @@ from simsiam.laboratory.scales import SCALES
 from simsiam.protocols import FROZEN, PROTOCOLS, Settings
 from simsiam.transfer.schedules import SCHEDULES, Schedule
 
-TOGETHER = (
-    "pretrain",
-    "resume",
-    "evaluate",
-    "transfer",
-    "embed",
-)  # verbs that several processes do together, under torchrun
+TOGETHER = ("pretrain", "resume", "evaluate", "transfer", "embed")  # verbs of several processes, under torchrun
 EPILOG = "Documentation and source of every setting: README.md; `simsiam VERB --help` lists a verb's flags."
 
 
