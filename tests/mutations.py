@@ -191,7 +191,7 @@ MUTATIONS = [
     m("a sweep that leaves images out", "batches", "count - recipe.batch_size)\n", "count - 2 * recipe.batch_size)\n",
       "batches.py::test_a_sweep_sees_every_image_in_order"),
     # what it is used for
-    m("do all parts again", "embeddings/embed", "if not part.exists():", "if True:",
+    m("do all parts again", "embeddings/embed", "if not intact(part):", "if True:",
       "embeddings.py::test_killed_and_started_anew_it_is_the_same_file"),
     m("be one's own neighbor", "embeddings/search", "index == torch.arange(len(x))[:, None]", "index < 0",
       "embeddings.py::test_others_are_the_nearest_and_never_oneself"),

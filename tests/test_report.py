@@ -94,7 +94,7 @@ def test_nothing_on_the_way_to_a_page_trains():
 def test_the_page_says_what_the_run_folder_says(run, made):
     (about,) = held(made)["runs"]
     assert made == run.path / "report.html" and about["recipe"] == run.recipe.to_dict()
-    assert about["summary"] == run.json("summary.json") and about["results"] == run.json("evaluations/knn.json")
+    assert about["summary"] == run.json("summary.json") and about["results"] == run.listed("evaluations/knn.json")
     assert about["curves"]["loss"][:2] == [-0.01, -0.02] and about["curves"]["loss"][-1] is None
     assert about["curves"]["knn_top1"] == [None] * 99 + [61.5] and "lr_predictor" not in about["curves"]
 

@@ -14,7 +14,7 @@ ROOT = Path(simsiam.__file__).parent
 ARROW = [
     "errors", "files", "bar", "columns", "methods", "figure3", "recipes", "protocols", "shapes", "decode", "images",
     "sources", "choose", "index", "views", "processes", "batch_norm", "precision", "backbones", "heads", "releases",
-    "checkpoints", "optim", "criteria", "targets", "siamese", "monitors", "signals", "features", "knn", "run",
+    "checkpoints", "optim", "criteria", "targets", "siamese", "memory", "monitors", "signals", "features", "knn", "run",
     "convert", "batches", "label_free", "progress", "prepare", "pretrain", "evaluate.frozen", "evaluate.scores",
     "evaluate.knn", "evaluate.linear", "evaluate.few_label", "evaluate.label_free", "evaluate.finetune",
     "evaluate.tuned", "evaluate", "inspect", "preview", "detectron2", "transfer", "transfer.schedules",

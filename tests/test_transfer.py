@@ -49,7 +49,7 @@ def source(tmp_path_factory):
 def test_a_record_says_how_its_numbers_came_about(run, source):
     record = simsiam.transfer(run, source, task="segmentation", **BRIEF)
     (kept,) = Run(run).transfers()
-    assert [kept] == json.loads(json.dumps([record])) == Run(run).json("transfers/segmentation.json")
+    assert [kept] == json.loads(json.dumps([record])) == Run(run).listed("transfers/segmentation.json")
     assert set(record["metrics"]) == {"voc_box", "coco_box", "coco_mask"} and record["tested_by"] == "coco_mask"
     for values in record["metrics"].values():
         assert values["metric"] and all(0 <= values[key] <= 100 for key in ("AP", "AP50", "AP75"))

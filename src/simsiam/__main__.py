@@ -3,11 +3,12 @@ import sys
 
 from simsiam.cli import main
 
-code = main()
-if (
-    "RANK" in os.environ
-):  # one of several: gloo's threads may outlive the interpreter and then abort (pytorch issue 190489)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-sys.exit(code)
+if __name__ == "__main__":  # and not in a process that spawns from this one
+    code = main()
+    if (
+        "RANK" in os.environ
+    ):  # one of several: gloo's threads may outlive the interpreter and abort (pytorch issue 190489)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

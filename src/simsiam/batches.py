@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from simsiam import views
 from simsiam.decode import Unreadable
-from simsiam.errors import UsageError, WorkFailed
+from simsiam.errors import UsageError, WorkFailed, shown
 from simsiam.images import CORES, Images
 from simsiam.processes import count, share
 from simsiam.recipes import Recipe
@@ -86,14 +86,35 @@ def _resident(images: Images, recipe: Recipe, start: int, stop: int, device: tor
 
 def _streamed(images: Images, recipe: Recipe, start: int, stop: int, device: torch.device) -> Iterator[Batch]:
     workers = CORES if recipe.workers is None else recipe.workers
-    mine, pin = share(recipe.batch_size), device.type == "cuda"
-    steps = _Steps(images, recipe, mine)
-    loader = DataLoader(steps, batch_size=None, sampler=range(start, stop), num_workers=workers, pin_memory=pin)
-    for step, made in enumerate(loader, start):
+    reading = torch.full((max(workers, 1),), -1).share_memory_()  # the image that each worker is at; -1: none
+    mine, pin, limit = share(recipe.batch_size), device.type == "cuda", recipe.read_timeout if workers else 0
+    steps, tasks = _Steps(images, recipe, mine, reading), range(start, stop)
+    loader = DataLoader(steps, batch_size=None, sampler=tasks, num_workers=workers, pin_memory=pin, timeout=limit)
+    for step, made in enumerate(_patient(loader, images, reading), start):
         if isinstance(made, WorkFailed):
             raise made
         crops, index, skipped = made
         yield Batch(step, index, _finished(crops.to(device, non_blocking=True), recipe, step, mine.start), skipped)
+
+
+def _patient(loader: DataLoader, images: Images, reading: Tensor) -> Iterator[Any]:
+    """What the loader makes. Raises WorkFailed for a worker that hangs, with the file it is at, or that was killed."""
+    made = iter(loader)
+    while True:
+        try:
+            yield next(made)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader"):
+                raise
+            names = ", ".join(shown(images.keys[i]) for i in reading.tolist() if i >= 0)
+            if "timed out" in str(error):
+                wait = f"has not come back for {loader.timeout:g} s from reading {names or 'an image'}"
+                raise WorkFailed(f"a data worker {wait}: see whether the disk is, or give --read-timeout") from error
+            raise WorkFailed(
+                f"a data worker was killed, at {names or 'no image'}: perhaps memory ran out; take fewer --workers"
+            ) from error
 
 
 def views_of(
@@ -133,24 +154,33 @@ def _finished(crops: Tensor, recipe: Recipe, step: int, first: int = 0) -> list[
 class _Steps(Dataset):
     """A step to the crops of this process's share of its batch: what a worker does."""
 
-    def __init__(self, images: Images, recipe: Recipe, mine: slice):
-        self.images, self.recipe, self.mine = images, recipe, mine
+    def __init__(self, images: Images, recipe: Recipe, mine: slice, reading: Tensor):
+        self.images, self.recipe, self.mine, self.reading = images, recipe, mine, reading
 
     def __getitem__(self, step: int) -> tuple[Tensor, Tensor, list[tuple[str, str]]] | WorkFailed:
+        reading = self.reading[info.id if (info := get_worker_info()) else 0]
         try:
-            index = members(step, self.recipe, len(self.images))[self.mine]
-            return crops_of(self.images, index, self.recipe, step, self.recipe.method.view_count, self.mine.start)
+            index, views = members(step, self.recipe, len(self.images))[self.mine], self.recipe.method.view_count
+            return crops_of(self.images, index, self.recipe, step, views, self.mine.start, reading)
         except WorkFailed as error:  # handed over rather than raised: a worker's exceptions arrive with a traceback
             return error
+        finally:
+            reading.fill_(-1)
 
 
 def crops_of(
-    images: Images, index: np.ndarray, recipe: Recipe, step: int, count: int, first: int = 0
+    images: Images,
+    index: np.ndarray,
+    recipe: Recipe,
+    step: int,
+    count: int,
+    first: int = 0,
+    reading: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, list[tuple[str, str]]]:
     """Crops uint8 (views, N, C, size, size) of images read once each, which images they are, and what was unreadable.
 
     Their places in the batch begin with `first`. In the place of an unreadable image stands the next one that is not:
-    batches stay whole and stay the same.
+    batches stay whole and stay the same. `reading` is told the position of the image that is being read.
     """
     size, skipped = recipe.image_size, list[tuple[str, str]]()
     assert size
@@ -159,6 +189,8 @@ def crops_of(
 
     def read(i: int) -> tuple[int, np.ndarray]:
         for at in range(i, i + len(images)):
+            if reading is not None:
+                reading.fill_(at % len(images))
             try:
                 return at % len(images), images.read(at % len(images), least)
             except Unreadable as error:

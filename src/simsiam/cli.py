@@ -6,7 +6,9 @@ import inspect
 import json
 import os
 import re
+import signal
 import sys
+import threading
 import typing
 from contextlib import suppress
 from dataclasses import MISSING, fields
@@ -16,7 +18,7 @@ from typing import Any
 
 from simsiam import __version__, recipes
 from simsiam.columns import TERMS, Method, Views
-from simsiam.errors import Stopped, UsageError, WorkFailed, unknown
+from simsiam.errors import Stopped, UsageError, WorkFailed, shown, unknown
 from simsiam.laboratory.experiments import EXPERIMENTS
 from simsiam.laboratory.scales import SCALES
 from simsiam.protocols import FROZEN, PROTOCOLS, Settings
@@ -311,7 +313,7 @@ def run(arguments: dict[str, Any]) -> None:
     elif verb == "preview":
         from simsiam.preview import preview
 
-        print(preview(arguments.pop("source"), **arguments))
+        say(preview(arguments.pop("source"), **arguments))
     elif verb == "evaluate":
         from simsiam.evaluate import evaluate
 
@@ -323,15 +325,15 @@ def run(arguments: dict[str, Any]) -> None:
     elif verb == "embed":
         from simsiam.embeddings.embed import embed
 
-        print(embed(arguments.pop("run"), arguments.pop("source"), **arguments))
+        say(embed(arguments.pop("run"), arguments.pop("source"), **arguments))
     elif verb in ("neighbors", "duplicates", "cluster", "probe", "outliers"):
         module = import_module(f"simsiam.embeddings.{verb}")
-        print(module.told(vars(module)[verb](**arguments)))
+        say(module.told(vars(module)[verb](**arguments)))
     elif verb == "export":
         from simsiam.export import export
         from simsiam.export import told as exported
 
-        print(exported(export(arguments.pop("run"), **arguments)))
+        say(exported(export(arguments.pop("run"), **arguments)))
     elif verb == "compare":
         from simsiam.compare import compare
 
@@ -340,7 +342,7 @@ def run(arguments: dict[str, Any]) -> None:
         from simsiam.report import report
 
         page = report(arguments.pop("runs"), **arguments)
-        print(f"{page}: {page.stat().st_size / 1e6:.1f} MB")
+        say(f"{page}: {page.stat().st_size / 1e6:.1f} MB")
     elif verb == "demo":
         from simsiam.demo import demo
 
@@ -356,11 +358,11 @@ def run(arguments: dict[str, Any]) -> None:
     elif verb == "convert":
         from simsiam.convert import convert, told
 
-        print(told(convert(**arguments)))
+        say(told(convert(**arguments)))
     elif verb == "methods":
         from simsiam import figure3
 
-        print({"text": figure3.table, "markdown": figure3.markdown, "svg": figure3.svg}[arguments["format"]]())
+        say({"text": figure3.table, "markdown": figure3.markdown, "svg": figure3.svg}[arguments["format"]]())
 
 
 def tell(run: Path) -> None:
@@ -369,16 +371,21 @@ def tell(run: Path) -> None:
         return
     summary = json.loads((run / "summary.json").read_text())
     knn = summary.get("knn_top1")
-    print(f"{summary['verdict']} after {summary['steps']} steps at {summary['images_per_second']:.0f} images/s")
+    say(f"{summary['verdict']} after {summary['steps']} steps at {summary['images_per_second']:.0f} images/s")
     if knn:
         best = f"{knn['best']:.1f} % at best (step {knn['best_step']})"
-        print(f"kNN on held-out images: {knn['last']:.1f} % at the end, {best}")
+        say(f"kNN on held-out images: {knn['last']:.1f} % at the end, {best}")
     if summary["unreadable"]:
-        print(f"{summary['unreadable']} unreadable files were left out: {run}/quarantine.txt")
-    print(summary["remedy"])
+        say(f"{summary['unreadable']} unreadable files were left out: {run}/quarantine.txt")
+    say(summary["remedy"])
     if summary["verdict"] == "healthy":
-        print(summary["advice"])
-    print(f"run folder: {run}")
+        say(summary["advice"])
+    say(f"run folder: {run}")
+
+
+def say(text: object) -> None:
+    """Lines for a person, with whatever a terminal would obey made visible."""
+    print("\n".join(map(shown, str(text).splitlines())))
 
 
 def keep_memory() -> None:
@@ -391,10 +398,12 @@ def keep_memory() -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit code 0: done. 1: the work failed. 2: wrong usage. 128 + n: stopped by signal n, with the work saved."""
+    """Exit code 0: done. 1: the work failed. 2: wrong usage. 128 + n: stopped by signal n."""
     keep_memory()
-    parser = build_parser()
+    parser, before = build_parser(), None
     try:
+        if threading.current_thread() is threading.main_thread():
+            before = signal.signal(signal.SIGTERM, terminate)
         arguments = sys.argv[1:] if argv is None else argv
         if not arguments:
             parser.print_help()
@@ -406,9 +415,19 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except (UsageError, WorkFailed, Stopped, OSError) as error:
         who = f"simsiam, process {os.environ['RANK']}" if "RANK" in os.environ else "simsiam"
-        print(f"{who}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{who}: {shown(' '.join(str(error).split()))}", file=sys.stderr)
         if isinstance(error, Stopped):
             return 128 + error.signum
         return 2 if isinstance(error, UsageError) else 1
-    except KeyboardInterrupt:
-        return 130
+    except KeyboardInterrupt as error:
+        number = signal.Signals(*error.args or [signal.SIGINT])
+        print(f"simsiam: stopped by {number.name}; nothing is half-written", file=sys.stderr)
+        return 128 + number
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+
+
+def terminate(number: int, frame: object) -> None:
+    """SIGTERM as Ctrl-C: what is half-written is taken away. An Exception might be taken for an image's own."""
+    raise KeyboardInterrupt(number)

@@ -6,9 +6,10 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from simsiam.errors import UsageError
+from simsiam.errors import UsageError, shown
 from simsiam.run import Run
 
 LAST = ("loss", "z_std_sqrt_d", "z_rank")  # of the last logged step
@@ -27,7 +28,7 @@ def compare(runs: Sequence[str | os.PathLike[str]]) -> dict[str, Rows]:
         "environment": differing(rows([environment(run) for run in folders])),
         "results": rows([results(run) for run in folders]),
     }
-    show(tables, [str(run.path) for run in folders])
+    show(tables, [escape(shown(str(run.path))) for run in folders])
     return tables
 
 
@@ -81,7 +82,7 @@ def show(tables: Mapping[str, Rows], names: Sequence[str]) -> None:
             if title == "results" and len(names) == 2:
                 numbers = all(isinstance(value, int | float) for value in values)
                 cells.append(f"{values[1] - values[0]:+.4g}" if numbers else "")
-            table.add_row(name, *cells)
+            table.add_row(escape(shown(name)), *cells)
         if found:
             console.print(table)
         else:
@@ -91,4 +92,4 @@ def show(tables: Mapping[str, Rows], names: Sequence[str]) -> None:
 def text(value: Any) -> str:
     if value is None:
         return "–"
-    return f"{value:.5g}" if isinstance(value, float) else str(value)
+    return f"{value:.5g}" if isinstance(value, float) else escape(shown(str(value)))

@@ -11,6 +11,7 @@ import torch
 
 from simsiam.checkpoints import Found, identify
 from simsiam.errors import UsageError
+from simsiam.files import whole_folder
 from simsiam.recipes import Recipe
 from simsiam.releases import IMAGENET, locate, read, sha256
 from simsiam.run import Run, environment, load, now, read_recipe, vacant
@@ -46,30 +47,31 @@ def convert(
     assumed = {k: v for k, v in assumed.items() if k not in known | given}
     recipe = Recipe(method=found.method, source=("unknown",)).replace(**known | found.words | assumed | given)
 
-    run = Run.create(out, recipe)  # only now: a wrong request leaves nothing behind
-    here = environment(torch.device("cpu"), "float32")
-    run.write("environment.json", here | {"seed": recipe.seed, "start": now(), "end": None})
-    run.write("converted.json", {
-        "checkpoint": str(checkpoint) if release else str(path.resolve()),
-        "url": release.url if release else None,
-        "sha256": sha256(path),
-        "layout": found.layout.program,
-        "placed": len(tensors) - len(found.left_over),
-        "absorbed": found.absorbed,
-        "left_over": found.left_over,
-        "set_aside": aside,
-        "notes": ([release.note] if release else []) + notes(found, assumed),
-    })  # fmt: skip
-    # No step was taken here and nothing measured.
-    run.write("metrics.jsonl", json.dumps({"step": 0, "epoch": 0.0, **dict.fromkeys(MEASURED)}) + "\n")
-    fresh: dict[str, Any] = {"step": 0, "seconds": 0.0, "knn": {}, "images": 0, "environment": here}
-    run.save("last", fresh | {"model": found.model})
-    parts = {k.removeprefix("backbone."): v for k, v in found.model.items() if k.startswith("backbone.")}
-    remedy = "Converted, not trained here: `simsiam evaluate` with labeled images says what it is worth."
-    summary = {"verdict": "too early", "remedy": remedy, "steps": 0, "epochs": 0.0}
-    run.finish(parts, summary | {"images_per_second": 0.0, "training_seconds": 0.0, "unreadable": 0})
-    load(run.path)  # the proof
-    return run.path
+    with whole_folder(Path(out)) as part:
+        run = Run.create(part, recipe)
+        here = environment(torch.device("cpu"), "float32")
+        run.write("environment.json", here | {"seed": recipe.seed, "start": now(), "end": None})
+        run.write("converted.json", {
+            "checkpoint": str(checkpoint) if release else str(path.resolve()),
+            "url": release.url if release else None,
+            "sha256": sha256(path),
+            "layout": found.layout.program,
+            "placed": len(tensors) - len(found.left_over),
+            "absorbed": found.absorbed,
+            "left_over": found.left_over,
+            "set_aside": aside,
+            "notes": ([release.note] if release else []) + notes(found, assumed),
+        })  # fmt: skip
+        # No step was taken here and nothing measured.
+        run.write("metrics.jsonl", json.dumps({"step": 0, "epoch": 0.0, **dict.fromkeys(MEASURED)}) + "\n")
+        fresh: dict[str, Any] = {"step": 0, "seconds": 0.0, "knn": {}, "images": 0, "environment": here}
+        run.save("last", fresh | {"model": found.model})
+        parts = {k.removeprefix("backbone."): v for k, v in found.model.items() if k.startswith("backbone.")}
+        remedy = "Converted, not trained here: `simsiam evaluate` with labeled images says what it is worth."
+        summary = {"verdict": "too early", "remedy": remedy, "steps": 0, "epochs": 0.0}
+        run.finish(parts, summary | {"images_per_second": 0.0, "training_seconds": 0.0, "unreadable": 0})
+        load(part)  # the proof
+    return Path(out)
 
 
 def beside(path: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ A broken file is an ordinary event in a pile of photographs, so it has its own e
 import logging
 import os
 import re
+import stat
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -29,6 +30,7 @@ EXTENSIONS = {
     ".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".npy",
 }  # fmt: skip
 MAX_PIXELS = 2**28 // 3  # of one image: 256 MiB in RGB
+MAX_SCANS = 100  # of a progressive JPEG; encoders make ten
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # channels to the mode of Pillow's that has as many
 
 # The decoders' own remarks on odd metadata would fall into the progress of a run; what matters becomes Unreadable.
@@ -140,12 +142,21 @@ FORMATS: dict[str, tuple[bytes, Callable[[BinaryIO, int], Any]]] = {
 }
 
 
+def regular(file: str | os.PathLike[str]) -> BinaryIO:
+    """A file opened to be read. Raises Unreadable for a pipe or a device, which would keep whoever reads it waiting."""
+    stream = open(file, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK))  # noqa: SIM115
+    if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+        stream.close()
+        raise Unreadable("not a regular file")
+    return stream
+
+
 @contextmanager
 def _open(file: str | os.PathLike[str] | bytes, channels: int) -> Iterator[Image.Image | _Array]:
     """An image opened and not yet decoded. Whatever goes wrong, here or within, is Unreadable."""
     format = "file"
     try:
-        with BytesIO(file) if isinstance(file, bytes) else open(file, "rb") as stream:
+        with BytesIO(file) if isinstance(file, bytes) else regular(file) as stream:
             start = stream.read(12)
             stream.seek(0)
             if not start:
@@ -169,12 +180,24 @@ def _reduced(image: Image.Image, least: int) -> Image.Image:
     width, height = image.size
     if "progressive" in image.info:  # at any scale its coefficients are held all at once
         _check(height, width, 2 * MAX_PIXELS)
+        if (scans := _scans(image)) > MAX_SCANS:
+            raise Unreadable(f"{scans:,} scans of a progressive JPEG; at most {MAX_SCANS}")
     suffices = min(width, height) // least if least else 1
     fits = next((s for s in (1, 2, 4) if -(-width // s) * -(-height // s) <= MAX_PIXELS), 8)
     scale = max(suffices, fits)
     image.draft(None, (max(1, width // scale), max(1, height // scale)))
     _check(image.height, image.width, MAX_PIXELS)
     return image
+
+
+def _scans(image: Image.Image) -> int:
+    """How often a progressive JPEG goes over its coefficients: a small file can ask for it a thousand times."""
+    stream: BinaryIO = vars(image)["fp"]
+    here = stream.tell()
+    stream.seek(0)
+    count = stream.read().count(b"\xff\xda")
+    stream.seek(here)
+    return count
 
 
 def _check(height: int, width: int, limit: int) -> None:

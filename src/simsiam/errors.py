@@ -1,8 +1,10 @@
 """What a user can get wrong, said in one line: what was given, what is allowed, what to do."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from math import inf
+
+BRIEF = 200  # characters of what was given that an error repeats
 
 
 class UsageError(ValueError):
@@ -15,10 +17,19 @@ class WorkFailed(RuntimeError):
 
 def unknown(kind: str, given: object, allowed: Iterable[str]) -> UsageError:
     """The error for a name that is not in a list, with the nearest one that is."""
-    names = sorted(allowed)
-    near = get_close_matches(str(given), names, n=1)
+    names, text = sorted(allowed), brief(given)
+    near = get_close_matches(text, names, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(names)}"
-    return UsageError(f"unknown {kind} {str(given)!r}: {hint}")
+    return UsageError(f"unknown {kind} {text!r}: {hint}")
+
+
+def brief(given: object, form: Callable[[object], str] = str) -> str:
+    """What was given, at most a line of it."""
+    try:
+        text = form(given)
+    except ValueError:  # Python's limit for the digits of a number
+        text = "a number of thousands of digits"
+    return text if len(text) <= BRIEF else f"{text[:BRIEF]}..."
 
 
 def shown(name: str) -> str:

@@ -7,7 +7,6 @@ model card. It is loaded again by the format's own library, and kept only where 
 import json
 import os
 import pickle
-import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,6 +26,7 @@ from simsiam import detectron2
 from simsiam.backbones import RESNETS, TIMM, without_classifier
 from simsiam.card import card
 from simsiam.errors import UsageError, WorkFailed, unknown
+from simsiam.files import whole_folder
 from simsiam.recipes import Recipe, stem_for
 from simsiam.run import Run, bare_backbone, load, transform_of, write_recipe
 
@@ -64,6 +64,8 @@ def export(
         require(package, format)
     network, folder = load(run), Run(run)
     path = Path(out) if out else folder.path / "exports" / format
+    if path.exists():
+        raise UsageError(f"{path} exists and is not written over: delete it, or choose another --out")
     with whole_folder(path) as part:
         write(network, folder, part)
         (part / "preprocessing.json").write_text(json.dumps(preprocessing(folder.recipe), indent=2) + "\n")
@@ -80,20 +82,6 @@ def require(package: str, format: str) -> None:
         import_module(package)
     except ImportError:
         raise UsageError(f'format {format} needs {package}: pip install "simsiam[{EXTRAS[package]}]"') from None
-
-
-@contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill beside `path`; it becomes `path` once everything in it is written and proved."""
-    if path.exists():
-        raise UsageError(f"{path} exists and is not written over: delete it, or choose another --out")
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        part.mkdir(parents=True)
-        yield part
-        os.replace(part, path)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def preprocessing(recipe: Recipe) -> dict[str, Any]:

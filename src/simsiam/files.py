@@ -1,23 +1,38 @@
-"""Files appear whole or not at all."""
+"""Files appear whole or not at all, and no two processes do the same work at once."""
 
 import csv
+import errno
+import fcntl
+import glob
 import os
+import shutil
+import socket
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from simsiam.errors import UsageError, shown
+from simsiam.errors import UsageError, WorkFailed, shown
 
 
 @contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """A file to write beside `path`; it takes the place of `path` once it is complete and on the disk."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+def whole(path: Path, *, before: Path | None = None) -> Iterator[Path]:
+    """A file to write beside `path`; it takes the place of `path` once it is complete and on the disk.
+
+    What stood at `path` is kept as `before`, where that is given. Raises WorkFailed if the system refuses to write.
+    """
+    part = _beside(path)
     try:
         yield part
         with open(part, "rb+") as file:
             os.fsync(file.fileno())
+        if before is not None and path.exists():
+            os.replace(path, before)
         os.replace(part, path)
+    except Exception as error:
+        if (reason := refusal(error)) is None:
+            raise
+        where = shown(str(path))
+        raise WorkFailed(f"cannot write {where}: {reason}; whatever was there before is untouched") from error
     finally:
         part.unlink(missing_ok=True)
 
@@ -29,6 +44,93 @@ def writable(*paths: str | os.PathLike[str] | None) -> None:
             raise UsageError(f"{shown(str(path))} is a folder: give the name of a file")
         if not path.parent.is_dir():
             raise UsageError(f"there is no folder {shown(str(path.parent))} to write {shown(path.name)} into: make it")
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill beside `path`; it becomes `path` once everything in it is written. An empty one may be there."""
+    part = _beside(path)
+    try:
+        part.mkdir(parents=True)
+        yield part
+        os.replace(part, path)
+    except Exception as error:
+        if (reason := refusal(error)) is None:
+            raise
+        raise WorkFailed(f"cannot write {shown(str(path))}: {reason}") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def refusal(error: BaseException | None) -> str | None:
+    """Why the system refused, in its words; None of another error. Libraries bury it under errors of their own."""
+    if isinstance(error, UsageError | WorkFailed):
+        return None
+    while error is not None and not (isinstance(error, OSError) and error.errno):
+        error = error.__cause__ or error.__context__
+    return None if error is None else os.strerror(error.errno or 0)
+
+
+def clear(folder: Path, name: str = "") -> None:
+    """Delete what killed processes left unfinished in a folder, of the file `name` or of all."""
+    for stray in folder.glob(f"{glob.escape(name) or '*'}.*.part"):
+        pid = stray.name.split(".")[-2]
+        if pid.isdigit() and not _alive(int(pid)):
+            with suppress(OSError):
+                shutil.rmtree(stray) if stray.is_dir() and not stray.is_symlink() else stray.unlink()
+
+
+def _beside(path: Path) -> Path:
+    """Where what becomes `path` is written."""
+    clear(path.parent, path.name)
+    return path.with_name(f"{path.name}.{os.getpid()}.part")
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # another user's
+        return True
+    return True
+
+
+@contextmanager
+def locked(path: Path, *, wait: bool = False) -> Iterator[bool]:
+    """Whether this process alone holds the lock file `path`; the lock goes with the process, however it ends.
+
+    A record lock rather than flock: data workers, which outlive a killed process by seconds, do not inherit it, and NFS
+    keeps it between hosts. A file system without locks lets everyone through.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a")  # noqa: SIM115
+    except OSError as error:
+        raise UsageError(f"cannot write to {shown(str(path.parent))}: {error.strerror or error}") from None
+    with file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                yield False
+                return
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+        with suppress(OSError):  # a full disk: the name is for others to read, the lock holds without it
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+        yield True
+
+
+@contextmanager
+def alone(path: Path, work: str) -> Iterator[None]:
+    """Do `work`, named in the error, under a lock file. Raises UsageError where another process is at it."""
+    with locked(path) as mine:
+        if not mine:
+            raise UsageError(f"{work} is being worked on by {path.read_text() or 'another process'}: one at a time")
+        yield
 
 
 def write_csv(path: Path, heading: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

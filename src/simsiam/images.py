@@ -56,13 +56,14 @@ class Packed:
     """The files inside an archive, read in place: no unpacking, and nothing open between two reads."""
 
     path: Path
-    places: np.ndarray  # int64 (N, 4): where a file's bytes begin, how many, how many they become, 1 if deflated or 0
+    # int64 (N, 5): where a file's bytes begin, how many, how many they become, 1 if deflated or 0, CRC-32 or -1
+    places: np.ndarray
 
     def __getitem__(self, at: Any) -> Any:
         places = self.places[at]
         if places.ndim == 2:
             return Packed(self.path, places)
-        start, packed, size, deflated = places.tolist()
+        start, packed, size, deflated, checksum = places.tolist()
         if max(packed, size) > MAX_BYTES:
             raise Unreadable(f"{size:,} bytes in the archive; at most {MAX_BYTES:,}")
         try:
@@ -72,9 +73,11 @@ class Packed:
             if deflated:
                 data = zlib.decompressobj(-15).decompress(data, size + 1)  # never more than was announced
         except (OSError, ValueError, zlib.error) as error:
-            raise Unreadable(f"{self.path.name} is damaged here: {error}") from error
+            raise Unreadable(f"{shown(self.path.name)} is damaged here: {error}") from error
         if len(data) != size:
-            raise Unreadable(f"{self.path.name} is damaged here: {len(data):,} of {size:,} bytes")
+            raise Unreadable(f"{shown(self.path.name)} is damaged here: {len(data):,} of {size:,} bytes")
+        if checksum >= 0 and zlib.crc32(data) != checksum:
+            raise Unreadable(f"{shown(self.path.name)} is damaged here: the bytes do not match their checksum")
         return data
 
 

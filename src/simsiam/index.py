@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from simsiam.decode import EXTENSIONS, MAX_PIXELS, MODES, Unreadable, decode, header
+from simsiam.decode import EXTENSIONS, MAX_PIXELS, MODES, Unreadable, decode, header, regular
 from simsiam.errors import WorkFailed
 from simsiam.files import whole
 from simsiam.images import CORES, Column, Images, Packed
@@ -254,7 +254,7 @@ def _look(images: Images, i: int) -> tuple[int, int, str, bool, str, bytes]:
     height, width, kind, reason, digest = 0, 0, "", "", bytes(16)
     try:
         file = images.file(i)
-        data = file if isinstance(file, bytes) else Path(file).read_bytes()
+        data = file if isinstance(file, bytes) else _content(file)
         digest = _digest(data)
         height, width, kind = header(data, images.channels)
         cheap = kind in END and images.channels in MODES and height * width <= MAX_PIXELS
@@ -265,6 +265,11 @@ def _look(images: Images, i: int) -> tuple[int, int, str, bool, str, bytes]:
     extension = os.path.splitext(images.keys[i])[1].lower()
     misnamed = kind != "" and extension in EXTENSIONS and extension not in CALLED.get(kind, (f".{kind.lower()}",))
     return height, width, kind, misnamed, reason, digest
+
+
+def _content(file: str) -> bytes:
+    with regular(file) as stream:
+        return stream.read()
 
 
 def _digest(data: bytes) -> bytes:

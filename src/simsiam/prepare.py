@@ -19,6 +19,7 @@ from simsiam.columns import PARTS
 from simsiam.errors import UsageError, unknown
 from simsiam.features import Transform, chunks
 from simsiam.images import Images, hold_out, in_memory, sample
+from simsiam.memory import check
 from simsiam.optim import build_optimizer
 from simsiam.precision import autocast, pick_device, pick_precision
 from simsiam.processes import count, union
@@ -164,8 +165,10 @@ def assemble(recipe: Recipe) -> Parts:
         initialize(model.backbone, recipe)
     if recipe.sync_bn and recipe.method.bn != "split" and count() > 1:
         synchronize(model)
+    precision = pick_precision(recipe.precision, device)
+    check(recipe.replace(precision=precision), device)
     model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return Parts(model, build_optimizer(model, recipe.method), device, pick_precision(recipe.precision, device))
+    return Parts(model, build_optimizer(model, recipe.method), device, precision)
 
 
 def solve_first(model: Siamese, images: Images, recipe: Recipe, device: torch.device, precision: str) -> None:

@@ -12,6 +12,7 @@ from simsiam.batches import batches, steps_per_epoch
 from simsiam.errors import Stopped, UsageError, WorkFailed
 from simsiam.knn import knn_monitor
 from simsiam.label_free import advise, label_free_monitor
+from simsiam.memory import enough
 from simsiam.monitors import finite, gauges, grad_norm, judge
 from simsiam.optim import set_lr
 from simsiam.precision import autocast
@@ -42,23 +43,23 @@ def pretrain(
     complete, opened, why = compose(source, recipe, words)
     path = destination(out, f"{opened.name}-{complete.method.name}", complete)
     data, parts = prepare(complete, opened), assemble(complete)
-    run = Run.create(path, complete)  # only now: a wrong request leaves nothing behind
-    train(run, data, parts, said=[*told("recipe", why), *told("run", [str(path)])])
+    with Run.create(path, complete).alone() as run:  # only now: a wrong request leaves nothing behind
+        train(run, data, parts, said=[*told("recipe", why), *told("run", [str(path)])])
     return path
 
 
 @together
 def resume(path: str | os.PathLike[str], *, epochs: int | None = None) -> Path:
     """Continue a run bit for bit from its last checkpoint; more `epochs` stretch its schedule, and it is said how."""
-    run = by_first(Run)(path)
-    if epochs is not None:
-        if epochs < run.recipe.epochs or run.recipe.steps is not None:
-            raise UsageError(f"a run can only be extended: epochs is {run.recipe.epochs}, and steps must not be set")
-        run.recipe = run.recipe.replace(epochs=epochs)
-    recipe = run.recipe.replace(init=None) if run.checkpoint() else run.recipe  # the checkpoint has all weights
-    data, parts = prepare(run.recipe, open_source(run.recipe.source, run.recipe.channels)), assemble(recipe)
-    write_recipe(run.path, run.recipe)
-    train(run, data, parts, said=[])
+    with by_first(Run)(path).alone() as run:
+        if epochs is not None:
+            if epochs < run.recipe.epochs or run.recipe.steps is not None:
+                raise UsageError(f"a run can only be extended: its epochs are {run.recipe.epochs}, its steps not set")
+            run.recipe = run.recipe.replace(epochs=epochs)
+        recipe = run.recipe.replace(init=None) if run.begun else run.recipe  # the checkpoint has all weights
+        data, parts = prepare(run.recipe, open_source(run.recipe.source, run.recipe.channels)), assemble(recipe)
+        write_recipe(run.path, run.recipe)
+        train(run, data, parts, said=[])
     return run.path
 
 
@@ -104,7 +105,8 @@ def train(run: Run, data: Data, parts: Parts, said: list[str]) -> None:
             save("best")
         return found.values | top1
 
-    with Journal(run, start) as journal, Line(start, steps, per_epoch) as line, Interrupt() as interrupt:
+    room = enough(recipe.replace(precision=precision), device)
+    with Journal(run, start) as journal, Line(start, steps, per_epoch) as line, Interrupt() as interrupt, room:
         for text in said + changed:
             line.say(text)
         if "model" not in state:

@@ -8,7 +8,8 @@ and `share` are calls that every process has to make; for a process that is alon
 import atexit
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 from uuid import uuid4
@@ -97,6 +98,14 @@ def by_first(f: Callable[P, T]) -> Callable[P, T]:
         return result  # type: ignore[return-value]
 
     return done
+
+
+@contextmanager
+def held(context: AbstractContextManager[Any]) -> Iterator[None]:
+    """A context that the first process enters for all: what entering it raises, all raise."""
+    with ExitStack() as stack:
+        by_first(lambda: stack.enter_context(context) and None)()
+        yield
 
 
 def alike(state: Mapping[str, Tensor]) -> None:

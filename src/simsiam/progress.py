@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from simsiam.errors import shown
 from simsiam.processes import rank
 
 
@@ -54,7 +55,7 @@ class Line:
 
     def say(self, text: str) -> None:
         """A line that stays above the bar."""
-        self.console.print(text, soft_wrap=True, markup=False)
+        self.console.print(shown(text), soft_wrap=True, markup=False)
 
     def __enter__(self) -> "Line":
         self.live.start()

@@ -12,9 +12,10 @@ from math import inf
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from simsiam.columns import BELONGS, PARTS, TERMS, Method, Views
-from simsiam.errors import UsageError, unknown, within
+from simsiam.errors import UsageError, brief, unknown, within
 from simsiam.methods import METHODS
 
+MOST = 2**63  # of a whole number: YAML knows no bounds
 STANDARD_SIZES = (32, 64, 96, 128, 224)  # sizes of a view that a folder's images are matched with
 
 
@@ -44,6 +45,9 @@ class Recipe:
     sync_bn: bool = True  # several processes share batch norm's statistics (3); off, their number changes the result
     workers: int | None = None  # processes that decode images too many for memory; as many as cores
     max_unreadable: float = 0.5  # stop when more than this share of the images cannot be read
+    read_timeout: float = (
+        600.0  # seconds that a worker may take over a batch, then the run stops; 0: as long as it likes
+    )
     cache_gib: float = 1.0  # images of one size whose pixels fit in this many GiB stay decoded in memory
     knn_every: int = 1  # epochs between measurements of the kNN monitor
     save_every: int = 100  # epochs between the checkpoints that are kept
@@ -54,7 +58,7 @@ class Recipe:
         within(self, width=(1, inf), image_size=(8, 4096), limit=(1, inf), holdout=(0, inf), epochs=(1, inf))
         within(self, steps=(1, inf), batch_size=(2, inf), seed=(0, 2**63), workers=(0, 1024), cache_gib=(0, 1e6))
         within(self, knn_every=(1, inf), save_every=(1, inf), save_seconds=(0, inf), log_every=(1, inf))
-        within(self, mean=(-10, 10), std=(1e-6, 10), channels=(1, 16), max_unreadable=(0, 1))
+        within(self, read_timeout=(0, 1e9), mean=(-10, 10), std=(1e-6, 10), channels=(1, 16), max_unreadable=(0, 1))
         for name in ("mean", "std"):
             if (values := getattr(self, name)) is not None and len(values) != self.channels:
                 raise UsageError(f"{name} has {len(values)} values for {self.channels} channels")
@@ -131,11 +135,11 @@ def convert(value: Any, kind: Any, name: str) -> Any:
         values = list(value) if isinstance(value, list | tuple) else [value]
         kinds = [options[0]] * len(values) if options[-1] is Ellipsis else list(options)
         if len(values) != len(kinds):
-            raise UsageError(f"{name} takes {len(kinds)} values, not {len(values)}: {value!r}")
+            raise UsageError(f"{name} takes {len(kinds)} values, not {len(values)}: {brief(value, repr)}")
         return tuple(convert(v, k, name) for v, k in zip(values, kinds, strict=True))
     if is_dataclass(kind):
         if not isinstance(value, Mapping):
-            raise UsageError(f"{name} is {value!r}; it takes a mapping")
+            raise UsageError(f"{name} is {brief(value, repr)}; it takes a mapping")
         hints = get_type_hints(kind)
         for key in value:
             if key not in hints:
@@ -144,17 +148,20 @@ def convert(value: Any, kind: Any, name: str) -> Any:
             return kind(**{k: convert(v, hints[k], k) for k, v in value.items()})  # type: ignore[operator]
         except TypeError as error:
             raise UsageError(f"{name} is incomplete: {error}") from None
-    if type(value) is kind:
+    if type(value) is kind and not (kind is int and abs(value) > MOST):
         return value
     try:
         if kind is bool or kind is str or isinstance(value, bool):
             raise ValueError
         if kind is float:
             return float(value)
-        return operator.index(int(value) if isinstance(value, str) else value)
-    except (TypeError, ValueError):
+        number = operator.index(int(value) if isinstance(value, str) else value)
+        if abs(number) > MOST:
+            raise ValueError
+        return number
+    except (TypeError, ValueError, OverflowError):
         word = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}[kind]
-        raise UsageError(f"{name} is {value!r}; it takes {word}") from None
+        raise UsageError(f"{name} is {brief(value, repr)}; it takes {word}") from None
 
 
 def _plain(value: Any) -> Any:

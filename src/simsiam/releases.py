@@ -5,17 +5,20 @@ import os
 import pickle
 import re
 import warnings
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import save as serialized
 from torch import Tensor
 from torchvision import models
 
-from simsiam.errors import UsageError, WorkFailed, unknown
+from simsiam.errors import UsageError, WorkFailed, brief, unknown
 
+CHECKSUM = "sha256 of tensors"  # its key in a safetensors file's metadata
 HUB = "hf-hub:"  # as timm writes it
 IMAGENET: dict[str, Any] = {"image_size": 224, "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
@@ -124,6 +127,50 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+class Damaged(ValueError):
+    """A file's content does not match the checksum in it."""
+
+
+def load_state(path: Path) -> Any:
+    """What `torch.save` wrote, on the CPU, each record held against its checksum in the file. Runs no code.
+
+    Raises Damaged, or whatever a broken pickle makes torch raise.
+    """
+    with open(path, "rb") as file:
+        if zipfile.is_zipfile(file):  # what torch wrote before 1.6 has no checksums
+            with zipfile.ZipFile(file) as archive:
+                if record := archive.testzip():
+                    raise Damaged(f"{record} does not match its checksum")
+        file.seek(0)
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def save_weights(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """A safetensors file with a checksum of its tensors in the metadata, which has no place for one elsewhere."""
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with open(path, "wb") as file:
+        file.write(serialized(plain, {CHECKSUM: digest(plain)}))
+
+
+def load_weights(path: Path) -> dict[str, Tensor]:
+    """A safetensors file's tensors, held against the checksum in it where there is one. Raises Damaged."""
+    with safe_open(path, "pt") as file:
+        about = file.metadata() or {}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no mapping
+    if CHECKSUM in about and about[CHECKSUM] != digest(tensors):
+        raise Damaged("its tensors do not match their checksum")
+    return tensors
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 of names, kinds, shapes and values."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
+        found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
 def read(path: Path) -> tuple[dict[str, Tensor], list[str]]:
     """The model's tensors in a PyTorch or safetensors file, and the names of what else is in it.
 
@@ -133,17 +180,14 @@ def read(path: Path) -> tuple[dict[str, Tensor], list[str]]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of foreign pickles; what matters becomes an error
-            content = (
-                load_file(path)
-                if path.suffix == ".safetensors"
-                else torch.load(path, map_location="cpu", weights_only=True)
-            )
+            content = load_weights(path) if path.suffix == ".safetensors" else load_state(path)
     except Exception as error:  # a damaged pickle can raise anything
         code = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
         if code:
             advice = "none of it was run; where you trust the file, save its state dict alone"
             raise UsageError(f"{path} carries code ({code[1]}): {advice}") from None
-        raise UsageError(f"{path} is no checkpoint that can be read ({type(error).__name__})") from None
+        known = f": {error}" if isinstance(error, Damaged) else f" ({type(error).__name__})"
+        raise UsageError(f"{path} is no checkpoint that can be read{known}") from None
     aside: list[str] = []
     inner = [key for key, value in content.items() if holds_tensors(value)] if isinstance(content, Mapping) else []
     if inner:
@@ -153,8 +197,17 @@ def read(path: Path) -> tuple[dict[str, Tensor], list[str]]:
     if not holds_tensors(content):
         held = ", ".join(map(str, content))[:160] if isinstance(content, Mapping) else type(content).__name__
         raise UsageError(f"{path} holds no state dict, only {held or 'nothing'}")
+    for key, value in content.items():
+        if isinstance(value, Tensor) and not is_plain(value):
+            raise UsageError(f"{path}: {brief(key)} is no plain array of numbers, or has more of them than the file")
     aside += [str(key) for key, value in content.items() if not isinstance(value, Tensor)]
     return {str(key): value.detach() for key, value in content.items() if isinstance(value, Tensor)}, aside
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether each of its numbers is in memory: no sparse, quantized or meta tensor, and no one number seen as many."""
+    ordinary = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
+    return ordinary and tensor.nbytes <= tensor.untyped_storage().nbytes()
 
 
 def holds_tensors(value: Any) -> bool:

@@ -5,14 +5,16 @@ checkpoint that the run goes on from, so it never holds a step twice. Of several
 writes a run folder, and tells the others.
 """
 
+import errno
 import json
 import math
 import os
-import pickle
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -21,21 +23,26 @@ from typing import Any
 import torch
 import yaml
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from simsiam.backbones import backbone
 from simsiam.checkpoints import backbone_weights
-from simsiam.errors import UsageError, WorkFailed, shown
+from simsiam.errors import UsageError, WorkFailed, brief, shown
 from simsiam.features import Transform
-from simsiam.files import whole
-from simsiam.processes import by_first, count, rank
+from simsiam.files import alone, clear, whole
+from simsiam.processes import by_first, count, held, rank
 from simsiam.recipes import Recipe
+from simsiam.releases import Damaged, load_state, load_weights, save_weights
 
 FORMAT = 1  # of a checkpoint
+FOLDERS = ("checkpoints", "evaluations")
+RECIPE_BYTES = 2**18  # of a recipe.yaml
 ENOUGH_SEEN = 20  # images; among fewer, the share of unreadable ones says little
 # What may differ between a checkpoint's recipe and the run's: where things are, and how far to go.
-MAY_CHANGE = {"source": (), "init": None, "device": "auto", "workers": None, "epochs": 10**9, "save_seconds": 0}
+MAY_CHANGE = {
+    "source": (), "init": None, "device": "auto", "workers": None, "epochs": 10**9, "save_seconds": 0,
+    "read_timeout": 0,
+}  # fmt: skip
 
 
 def now() -> str:
@@ -55,7 +62,7 @@ class Folder:
         for text in path.read_text(errors="replace").splitlines() if path.exists() else []:
             try:
                 line = json.loads(text)
-            except ValueError:
+            except (ValueError, RecursionError):
                 break
             if not isinstance(line, dict) or "step" not in line:
                 break
@@ -65,11 +72,25 @@ class Folder:
     @by_first
     def json(self, name: str) -> dict[str, Any]:
         """One of the folder's JSON files, {} where there is none."""
+        found = self._parsed(name)
+        if not isinstance(found, dict):
+            raise UsageError(f"{self.path / name} is damaged: it holds no mapping")
+        return found
+
+    @by_first
+    def listed(self, name: str) -> list[dict[str, Any]]:
+        """The records in a file of evaluations/ or transfers/, [] where there is none. Raises UsageError."""
+        found = self._parsed(name) or []
+        if not (isinstance(found, list) and all(isinstance(r, dict) and "protocol" in r for r in found)):
+            raise UsageError(f"{shown(str(self.path / name))} is not a list of records: move it away")
+        return found
+
+    def _parsed(self, name: str) -> Any:
         path = self.path / name
         try:
             return json.loads(path.read_text()) if path.exists() else {}
-        except ValueError as error:
-            raise UsageError(f"{path} is damaged: {error}") from None
+        except (ValueError, RecursionError) as error:
+            raise UsageError(f"{shown(str(path))} is damaged: {error}") from None
 
     @by_first
     def write(self, name: str, content: Mapping[str, Any] | str) -> None:
@@ -84,6 +105,10 @@ class Run(Folder):
         super().__init__(path)
         if not (self.path / "recipe.yaml").is_file():
             raise UsageError(f"{self.path} is not a run folder: it has no recipe.yaml")
+        for entry in os.scandir(self.path):
+            if entry.is_symlink():
+                where = shown(entry.path)
+                raise UsageError(f"{where} is a link, and a run writes only inside its folder: link the whole folder")
         self.recipe = read_recipe(self.path / "recipe.yaml")
 
     @classmethod
@@ -93,12 +118,24 @@ class Run(Folder):
         path = vacant(path, recipe)
         try:
             path.mkdir(parents=True, exist_ok=True)
-            write_recipe(path, recipe)
-            for folder in ("checkpoints", "evaluations"):
-                (path / folder).mkdir(exist_ok=True)
         except OSError as error:
             raise UsageError(f"cannot write to {path}: {error.strerror or error}") from None
+        write_recipe(path, recipe)
+        for name in FOLDERS:
+            (path / name).mkdir(exist_ok=True)
         return cls(path)
+
+    @property
+    @by_first
+    def begun(self) -> bool:
+        """Whether it has a checkpoint to go on from."""
+        return any((self.path / "checkpoints" / f"{name}.pt").exists() for name in ("last", "previous"))
+
+    @contextmanager
+    def alone(self) -> Iterator["Run"]:
+        """The run for this process alone, however that ends. Raises UsageError where another one trains it."""
+        with held(alone(self.path / ".lock", str(self.path))):
+            yield self
 
     # --- what is read back ---
 
@@ -111,13 +148,8 @@ class Run(Folder):
         return self.records("transfers")
 
     def records(self, folder: str) -> list[dict[str, Any]]:
-        every = []
-        for path in sorted((self.path / folder).glob("*.json")):
-            found: Any = self.json(f"{folder}/{path.name}")
-            if not (isinstance(found, list) and all(isinstance(r, dict) and "protocol" in r for r in found)):
-                raise UsageError(f"{shown(str(path))} is not a list of records: move it away")
-            every += found
-        return every
+        names = sorted(path.name for path in (self.path / folder).glob("*.json"))
+        return [record for name in names for record in self.listed(f"{folder}/{name}")]
 
     @by_first
     def checkpoint(self, name: str = "last") -> dict[str, Any] | None:
@@ -126,13 +158,17 @@ class Run(Folder):
         if not path.exists():
             return None
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = saved(path)
+        except UsageError as error:
+            if name != "last" or not path.with_name("previous.pt").exists():
+                raise
+            raise UsageError(f"{error}; `simsiam resume {self.path}` goes on from the one before") from None
+        try:
             made_with = Recipe.from_dict(state["recipe"])
-        except (RuntimeError, OSError, EOFError, LookupError, TypeError, ValueError, pickle.UnpicklingError) as error:
-            reason = (str(error).splitlines() or ["empty"])[0][:100]
-            raise UsageError(f"{path} is not a readable checkpoint: {type(error).__name__}, {reason}") from None
-        if state["format"] != FORMAT:
-            raise UsageError(f"{path} has format {state['format']}; this version reads {FORMAT}")
+            if state["format"] != FORMAT:
+                raise UsageError(f"{path} has format {state['format']}; this version reads {FORMAT}")
+        except (LookupError, TypeError) as error:
+            raise UsageError(f"{path} is not a run's checkpoint: {type(error).__name__}, {error}") from None
         if made_with.replace(**MAY_CHANGE) != self.recipe.replace(**MAY_CHANGE):
             raise UsageError(f"{path} belongs to another recipe than {self.path}/recipe.yaml")
         return state
@@ -142,6 +178,7 @@ class Run(Folder):
     @by_first
     def begin(self, here: dict[str, Any], images: int) -> tuple[dict[str, Any], list[str]]:
         """The state to go on from, the last checkpoint's or a new one, and what has changed around it, in words."""
+        said = self._repair()
         fresh: dict[str, Any] = {"step": 0, "seconds": 0.0, "knn": {}, "images": images, "environment": here}
         state = self.checkpoint()
         if state is None and self.metrics():
@@ -149,11 +186,8 @@ class Run(Folder):
         state = state or fresh
         if state["images"] != images:
             raise UsageError(f"the source has {images} images now and had {state['images']} at the start")
-        for stray in self.path.rglob("*.part"):
-            stray.unlink()
         start = self.json("environment.json").get("start", now())
         self.write("environment.json", here | {"seed": self.recipe.seed, "start": start, "end": None})
-        said = []
         if state.get("recipe", {}).get("epochs", self.recipe.epochs) != self.recipe.epochs:
             said += [
                 f"epochs   {state['recipe']['epochs']} -> {self.recipe.epochs}: the cosine is stretched, so the lr",
@@ -166,11 +200,29 @@ class Run(Folder):
         ]
         return state | {"environment": here}, said
 
+    def _repair(self) -> list[str]:
+        """Make good what a kill or a bad disk left: unfinished files, and a last.pt that is damaged or gone."""
+        folder = self.path / "checkpoints"
+        for name in FOLDERS:
+            (self.path / name).mkdir(exist_ok=True)
+            clear(self.path / name)
+        clear(self.path)
+        last, previous = folder / "last.pt", folder / "previous.pt"
+        if not previous.exists():
+            return []
+        try:
+            saved(last)
+            return []
+        except UsageError as error:
+            step = saved(previous)["step"]
+            os.replace(previous, last)
+            return [f"note     {error}; going on from previous.pt, step {step}"]
+
     @by_first
     def finish(self, backbone: Mapping[str, torch.Tensor], summary: Mapping[str, Any]) -> None:
         """The backbone alone, the summary, and the time of the end."""
         with whole(self.path / "backbone.safetensors") as part:
-            save_file({k: v.detach().cpu().contiguous() for k, v in backbone.items()}, part)
+            save_weights(backbone, part)
         self.write("summary.json", summary)
         self.write("environment.json", self.json("environment.json") | {"end": now()})
 
@@ -199,8 +251,11 @@ class Run(Folder):
 
     @by_first
     def save(self, name: str, state: Mapping[str, Any]) -> None:
-        with whole(self.path / "checkpoints" / f"{name}.pt") as part:
-            torch.save({"format": FORMAT, "recipe": self.recipe.to_dict(), **state}, part)
+        """Keep a state under a name; of `last` the one before too, as previous.pt: it costs a rename and its size."""
+        path = self.path / "checkpoints" / f"{name}.pt"
+        before = path.with_name("previous.pt") if name == "last" else None
+        with whole(path, before=before) as part, open(part, "wb") as file:
+            torch.save({"format": FORMAT, "recipe": self.recipe.to_dict(), **state}, file)
 
 
 class Journal:
@@ -215,7 +270,7 @@ class Journal:
 
         self.run.write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.lines))
         if rank() == 0:
-            self.file = open(self.run.path / "metrics.jsonl", "a")
+            self.file = open(self.run.path / "metrics.jsonl", "ab", buffering=0)
             self.board = SummaryWriter(str(self.run.path / "tensorboard"), purge_step=self.step + 1)
         return self
 
@@ -226,11 +281,16 @@ class Journal:
         self.lines.append(line)
         if rank() != 0:
             return
-        self.file.write(json.dumps(line) + "\n")
-        self.file.flush()
-        for name, value in line.items():
-            if name != "step" and value is not None:
-                self.board.add_scalar(name, value, self.step)
+        data = (json.dumps(line) + "\n").encode()
+        try:
+            if self.file.write(data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            for name, value in line.items():
+                if name != "step" and value is not None:
+                    self.board.add_scalar(name, value, self.step)
+        except OSError as error:  # a torn line is cut off again when the run goes on
+            where = f"metrics.jsonl or tensorboard/ in {self.run.path}"
+            raise WorkFailed(f"cannot write {where}: {error.strerror or error}; `simsiam resume` goes on") from error
 
     def __exit__(self, *error: object) -> None:
         if rank() == 0:
@@ -253,6 +313,7 @@ def vacant(path: str | os.PathLike[str], recipe: Recipe | None = None) -> Path:
     of a run with this very `recipe` is the one to go on with.
     """
     path = Path(path)
+    clear(path)  # a process killed before there was a recipe leaves a part of it
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         if recipe is not None and "TORCHELASTIC_RUN_ID" in os.environ and (path / "recipe.yaml").is_file():
             if read_recipe(path / "recipe.yaml") == recipe:
@@ -270,20 +331,54 @@ def next_free(name: str) -> Path:
     return path
 
 
+def saved(path: Path) -> Any:
+    """What a file of checkpoints/ holds, if it is whole. Raises UsageError in one line. Runs no code."""
+    try:
+        if not zipfile.is_zipfile(path) and path.exists():
+            raise Damaged("it is cut short, or something else")
+        return load_state(path)
+    except FileNotFoundError:
+        reason = "is gone"
+    except Damaged as error:
+        reason = f"is damaged: {error}"
+    except Exception as error:  # what is broken makes pickle and zipfile raise anything
+        reason = (
+            f"is not a readable checkpoint: {type(error).__name__}, {(str(error).splitlines() or ['empty'])[0][:100]}"
+        )
+    raise UsageError(f"{path} {reason}")
+
+
+class Plain(yaml.SafeLoader):
+    """YAML without aliases: a recipe has none, and a few lines of them can stand for terabytes."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("an alias (*), which a recipe has no use for")
+        return super().compose_node(parent, index)
+
+
 def read_recipe(path: Path) -> Recipe:
     """The recipe in a YAML file. Raises UsageError, naming the file."""
+    where = shown(str(path))
     try:
-        return Recipe.from_dict(yaml.safe_load(path.read_text()))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+        if (size := path.stat().st_size) > RECIPE_BYTES:
+            raise UsageError(f"{size:,} bytes; a recipe has at most {RECIPE_BYTES:,}")
+        content = yaml.load(path.read_text(encoding="utf-8"), Plain)
     except UsageError as error:
-        raise UsageError(f"{path}: {error}") from None
+        raise UsageError(f"{where}: {error}") from None
+    except Exception as error:  # a document made to hurt makes the parser raise anything
+        raise UsageError(f"{where} is not YAML: {brief(' '.join(str(error).split()))}") from None
+    try:
+        return Recipe.from_dict(content)
+    except UsageError as error:
+        raise UsageError(f"{where}: {error}") from None
 
 
 @by_first
 def write_recipe(path: Path, recipe: Recipe) -> None:
     with whole(path / "recipe.yaml") as part:
-        part.write_text(yaml.safe_dump(recipe.to_dict(), sort_keys=False, default_flow_style=None, allow_unicode=True))
+        text = yaml.safe_dump(recipe.to_dict(), sort_keys=False, default_flow_style=None, allow_unicode=True)
+        part.write_text(text, encoding="utf-8")
 
 
 def environment(device: torch.device, precision: str) -> dict[str, Any]:
@@ -358,8 +453,8 @@ def load(run: str | os.PathLike[str]) -> nn.Module:
         raise UsageError(f"{folder.path} has no backbone yet: `simsiam resume {folder.path}` finishes the run")
     model = bare_backbone(folder.recipe)
     try:
-        model.load_state_dict(load_file(weights))
-    except (SafetensorError, RuntimeError, ValueError) as error:  # ValueError: mnasnet's own
+        model.load_state_dict(load_weights(weights))
+    except (SafetensorError, RuntimeError, ValueError) as error:  # ValueError: mnasnet's own, and Damaged
         raise UsageError(f"{weights} does not fit the recipe: {' '.join(str(error).split())[:160]}") from None
     model.transform = transform_of(folder.recipe)  # type: ignore[assignment]
     return model.eval()

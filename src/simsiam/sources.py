@@ -293,7 +293,7 @@ def _archive(path: Path) -> Source:
     keys = keys.take(order)
     last = pa.array(np.append(pc.not_equal(keys[1:], keys[:-1]), True)[: len(keys)])
     rows = order.filter(last).to_numpy()
-    return _tree(path, Packed(path.absolute(), np.asarray(places).reshape(-1, 4)[rows]), keys.filter(last))
+    return _tree(path, Packed(path.absolute(), np.asarray(places).reshape(-1, 5)[rows]), keys.filter(last))
 
 
 def _visible(name: str) -> bytes | None:
@@ -303,7 +303,7 @@ def _visible(name: str) -> bytes | None:
     return b"/".join(parts) if parts and _is_image(parts[-1]) and not hidden else None
 
 
-def _zipped(path: Path) -> Iterator[tuple[bytes, tuple[int, int, int, int]]]:
+def _zipped(path: Path) -> Iterator[tuple[bytes, tuple[int, int, int, int, int]]]:
     """Name and place (as in Packed) of each image in a .zip."""
     with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
         for info in archive.infolist():
@@ -314,16 +314,17 @@ def _zipped(path: Path) -> Iterator[tuple[bytes, tuple[int, int, int, int]]]:
                 raise UsageError(f"{shown(str(path))} is encrypted or packed in a rare way: unpack it")
             file.seek(info.header_offset + 26)  # the lengths of the local header's two variable fields
             start = info.header_offset + 30 + sum(struct.unpack("<2H", file.read(4)))
-            yield name, (start, info.compress_size, info.file_size, info.compress_type == zipfile.ZIP_DEFLATED)
+            deflated = info.compress_type == zipfile.ZIP_DEFLATED
+            yield name, (start, info.compress_size, info.file_size, deflated, info.CRC)
 
 
-def _tarred(path: Path) -> Iterator[tuple[bytes, tuple[int, int, int, int]]]:
+def _tarred(path: Path) -> Iterator[tuple[bytes, tuple[int, int, int, int, int]]]:
     """Name and place (as in Packed) of each image in a .tar."""
     with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
         while (info := archive.next()) is not None:
             archive.members = []  # type: ignore[attr-defined]  # it would keep a kilobyte a file
             if info.isreg() and not info.issparse() and (name := _visible(info.name)):
-                yield name, (info.offset_data, info.size, info.size, False)
+                yield name, (info.offset_data, info.size, info.size, False, -1)
         file.seek(archive.offset)  # tarfile takes a damaged header for the end
         if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
             raise tarfile.ReadError(f"damaged at byte {archive.offset:,}")

@@ -25,10 +25,10 @@ from torchvision.transforms.v2 import functional as TF
 from simsiam.bar import bar
 from simsiam.errors import UsageError, WorkFailed, shown
 from simsiam.features import Transform, chunks, outputs
-from simsiam.files import whole, write_csv
+from simsiam.files import alone, clear, whole, write_csv
 from simsiam.images import Images
 from simsiam.precision import pick_device, pick_precision
-from simsiam.processes import by_first, count, most, rank, together
+from simsiam.processes import by_first, count, held, most, rank, together
 from simsiam.recipes import WORDS, convert
 from simsiam.releases import sha256
 from simsiam.run import Run, load
@@ -76,21 +76,22 @@ def embed(
     labeled = any(images.labels is not None for images in splits)
     job = about | {"device": there.type, "precision": exact, "labeled": labeled, "images": fingerprint(splits)}
 
-    by_first(begin)(work, job)
     network.to(there).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    jobs = [part.take(slice(start, start + PART)) for part in splits for start in range(0, len(part), PART)]
-    parts = [work / f"{n:06}.parquet" for n in range(len(jobs))]
-    mine = slice(rank(), None, count())  # of several processes each takes every so-manieth part
-    with bar("embedding" if rank() == 0 else "", sum(map(len, jobs[mine]))) as advance:
-        for part, images in zip(parts[mine], jobs[mine]):
-            if not part.exists():
-                table = rows(network, images, transform, there, exact, labeled)
-                with whole(part) as file:
-                    pq.write_table(table, file)
-            advance(len(images))
+    with held(alone(work / ".lock", str(path))):
+        by_first(begin)(work, job)
+        jobs = [part.take(slice(start, start + PART)) for part in splits for start in range(0, len(part), PART)]
+        parts = [work / f"{n:06}.parquet" for n in range(len(jobs))]
+        mine = slice(rank(), None, count())  # of several processes each takes every so-manieth part
+        with bar("embedding" if rank() == 0 else "", sum(map(len, jobs[mine]))) as advance:
+            for part, images in zip(parts[mine], jobs[mine]):
+                if not intact(part):
+                    table = rows(network, images, transform, there, exact, labeled)
+                    with whole(part) as file:
+                        pq.write_table(table, file, write_page_checksum=True)
+                advance(len(images))
 
-    most(0)  # every process has made its parts
-    join(write, parts, path, about, sum(map(len, jobs)))
+        most(0)  # every process has made its parts
+        join(write, parts, path, about, sum(map(len, jobs)))
     return path
 
 
@@ -122,17 +123,22 @@ def fingerprint(splits: Sequence[Images]) -> str:
 def begin(work: Path, job: dict[str, Any]) -> None:
     """Make the folder of the parts, or go on in the one that was left. Raises UsageError where another job left it."""
     about = json.dumps(job, indent=2)
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-        if not (work / "job.json").exists():
-            with whole(work / "job.json") as part:
-                part.write_text(about)
-    except OSError as error:
-        raise UsageError(f"cannot write to {work}: {error.strerror or error}") from None
+    if not (work / "job.json").exists():
+        for stray in work.glob("*.parquet"):  # of a job that ended, and was killed while it cleared up
+            stray.unlink()
+        with whole(work / "job.json") as part:
+            part.write_text(about)
     if (work / "job.json").read_text() != about:
         raise UsageError(f"{work} holds the parts of another job, which was not finished: delete it, or change --out")
-    for stray in work.glob("*.part"):
-        stray.unlink()
+    clear(work)
+
+
+def intact(part: Path) -> bool:
+    """Whether a part is there, and its pages match the checksums in it."""
+    try:
+        return part.exists() and pq.ParquetFile(part, page_checksum_verification=True).read() is not None
+    except (pa.ArrowException, OSError):
+        return False
 
 
 def rows(
@@ -152,7 +158,7 @@ def rows(
         "thumbnail": pa.array(thumbnails, pa.binary()),
     }
     if labeled:
-        names = [None if images.labels is None else images.classes[images.labels[i]] for i in kept]
+        names = [None if images.labels is None else shown(images.classes[images.labels[i]]) for i in kept]
         columns["label"] = pa.array(names, pa.string())
     said = json.dumps([(shown(key), reason) for key, reason in unreadable])
     return pa.table(columns).replace_schema_metadata({"unreadable": said})
@@ -181,7 +187,7 @@ def tables(parts: Sequence[Path]) -> Iterator[pa.Table]:
 
 def write_parquet(parts: Sequence[Path], path: Path, about: str) -> None:
     schema = pq.read_schema(parts[0]).with_metadata({"simsiam": about})
-    with whole(path) as file, pq.ParquetWriter(file, schema) as to:
+    with whole(path) as file, pq.ParquetWriter(file, schema, write_page_checksum=True) as to:
         for table in tables(parts):
             to.write_table(table.replace_schema_metadata(schema.metadata))
 
@@ -200,14 +206,12 @@ def write_npy(parts: Sequence[Path], path: Path, about: str) -> None:
     """Vectors (N, d) float32 in one file, and a line an image in the .csv beside it."""
     count = sum(pq.read_metadata(part).num_rows for part in parts)
     lines: list[Sequence[str]] = []
-    with whole(path) as file:
-        dim = pq.read_schema(parts[0]).field("vector").type.list_size
-        to = np.lib.format.open_memmap(file, mode="w+", dtype=np.float32, shape=(count, dim))
+    dim = pq.read_schema(parts[0]).field("vector").type.list_size
+    with whole(path) as part, open(part, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": (count, dim)})
         for table in tables(parts):
-            vectors = table["vector"].combine_chunks().flatten().to_numpy()
-            to[len(lines) : len(lines) + len(table)] = vectors.reshape(-1, dim)
+            file.write(table["vector"].combine_chunks().flatten().to_numpy().astype("<f4"))
             lines += zip(*(table[name].to_pylist() for name in table.column_names if name in ("path", "label")))
-        to.flush()
         names = ["path", "label"] if "label" in table.column_names else ["path"]
         write_csv(path.with_suffix(".csv"), names, lines)
 

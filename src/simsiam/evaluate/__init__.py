@@ -16,7 +16,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from simsiam.errors import UsageError, unknown
+from simsiam.errors import unknown
 from simsiam.evaluate.few_label import planned, with_few_labels
 from simsiam.evaluate.frozen import UNTRAINED, Answer, Frozen, divide, fingerprint
 from simsiam.evaluate.knn import by_neighbors
@@ -24,6 +24,7 @@ from simsiam.evaluate.label_free import without_labels
 from simsiam.evaluate.linear import probes
 from simsiam.evaluate.scores import score
 from simsiam.evaluate.tuned import tuned
+from simsiam.files import locked
 from simsiam.images import in_memory
 from simsiam.processes import by_first, rank, together
 from simsiam.protocols import FROZEN, PROTOCOLS, Settings
@@ -103,15 +104,12 @@ def evaluate(
 @by_first
 def write(run: Run, protocol: str, records: Sequence[dict[str, Any]]) -> None:
     """Add records to the protocol's file, in the place of those of the same measurements."""
-    (run.path / "evaluations").mkdir(exist_ok=True)
-    name = f"evaluations/{protocol}.json"
-    before: Any = run.json(name) or []
-    if not (isinstance(before, list) and all(isinstance(record, dict) for record in before)):
-        raise UsageError(f"{run.path}/{name} is not a list of records: move it away")
     plain = json.loads(json.dumps(records))  # as they read back
     new = [[record[key] for key in SAME] for record in plain]
-    others = [record for record in before if [record.get(key) for key in SAME] not in new]
-    run.write(name, json.dumps(others + plain, indent=2) + "\n")
+    with locked(run.path / "evaluations" / ".lock", wait=True):  # two evaluations may end at once
+        before = run.listed(f"evaluations/{protocol}.json")
+        others = [record for record in before if [record.get(key) for key in SAME] not in new]
+        run.write(f"evaluations/{protocol}.json", json.dumps(others + plain, indent=2) + "\n")
 
 
 def show(records: Sequence[dict[str, Any]], title: str) -> None:

@@ -9,7 +9,6 @@ on test images that are looked at once, at the end.
 
 import json
 import os
-import pickle
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -29,16 +28,17 @@ from simsiam.batches import batches, steps_per_epoch
 from simsiam.columns import Method
 from simsiam.errors import Stopped, UsageError, WorkFailed
 from simsiam.features import extract
+from simsiam.files import alone, whole
 from simsiam.images import Images, hold_out, in_memory
 from simsiam.methods import SUPERVISED
 from simsiam.monitors import finite
 from simsiam.optim import set_lr
 from simsiam.precision import autocast, pick_device, pick_precision
-from simsiam.processes import by_first, count, mean, most, parallel, union
+from simsiam.processes import by_first, count, held, mean, most, parallel, union
 from simsiam.progress import Interrupt, Line, Stopwatch
 from simsiam.recipes import Recipe
 from simsiam.releases import sha256
-from simsiam.run import Run, bare_backbone, load, transform_of, whole
+from simsiam.run import Run, bare_backbone, load, saved, transform_of
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")  # Okabe and Ito's: told apart without seeing red or green ...
 DASHES = ("-", "--", "-.", ":")  # ... and, with these, in gray
@@ -127,10 +127,10 @@ def finetune(
     def save() -> None:
         moved = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "rows": rows}
         moved |= {"loss_sum": loss_sum, "unreadable": sorted(unreadable), "seconds": watch.seconds}
-        with whole(out / "last.pt") as part:
-            torch.save({"settings": settings} | moved, part)
+        with whole(out / "last.pt") as part, open(part, "wb") as file:
+            torch.save({"settings": settings} | moved, file)
 
-    with Line(step, steps, per_epoch) as line, Interrupt() as interrupt:
+    with held(alone(out / ".lock", str(out))), Line(step, steps, per_epoch) as line, Interrupt() as interrupt:
         watch = Stopwatch(state["seconds"])
         for batch in batches(train, plan, step, steps, on):
             lr = set_lr(optimizer, batch.step, peak=plan.batch_size / 256, steps=steps, warmup=0)
@@ -242,17 +242,15 @@ def digest(path: Path) -> str:
 def restore(out: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The state that `out` holds, or a new one. Raises UsageError for a fine-tuning with other settings."""
     path = out / "last.pt"
+    out.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        return {"step": 0, "rows": [], "loss_sum": torch.zeros(()), "unreadable": [], "seconds": 0.0}
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
-            return {"step": 0, "rows": [], "loss_sum": torch.zeros(()), "unreadable": [], "seconds": 0.0}
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        before = state["settings"]
-    except (RuntimeError, OSError, EOFError, LookupError, TypeError, ValueError, pickle.UnpicklingError) as error:
-        reason = (str(error).splitlines() or ["empty"])[0][:100]
-        raise UsageError(f"{path} is not a readable checkpoint: {type(error).__name__}, {reason}") from None
+        state = saved(path)
+    except UsageError as error:
+        raise UsageError(f"{error}: delete it, and the fine-tuning starts anew") from None
     for name, value in settings.items():
-        if (was := before.get(name)) != value:
+        if (was := state["settings"].get(name)) != value:
             raise UsageError(f"{out} holds a fine-tuning with {name} {was}, not {value}: choose another folder")
     return state
 

@@ -58,8 +58,11 @@ def top1(run: Run, protocol: str, scale: Scale, checkpoint: str = "last") -> flo
     """Test accuracy on h in percent, knn or linear, from the run's evaluations; measures both where it is not there."""
 
     def known() -> list[float]:
-        records: Any = run.json(f"evaluations/{protocol}.json") or []
-        mine = [r for r in records if r["checkpoint"] == checkpoint and r["features"] == "h"]
+        mine = [
+            r
+            for r in run.listed(f"evaluations/{protocol}.json")
+            if r["checkpoint"] == checkpoint and r["features"] == "h"
+        ]
         return [r["top1"] for r in mine if r["parameters"].get("linear", scale.linear) == scale.linear]
 
     if not known():

@@ -3,11 +3,9 @@
 Several processes may work on one folder of runs: whoever starts a run locks it, and the others take another.
 """
 
-import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ from rich.console import Console
 
 from simsiam import figure3
 from simsiam.errors import Stopped, UsageError, WorkFailed, unknown
-from simsiam.files import whole
+from simsiam.files import locked, whole
 from simsiam.laboratory import detectors, drawing, measure, pages
 from simsiam.laboratory.claims import Values
 from simsiam.laboratory.detectors import Tuning
@@ -69,7 +67,7 @@ def reproduce(
     plans = {n: jobs(e, size, folder, seeds, epochs, kept(results), **words) for n, e in chosen.items()}
     wanted = {n: {c: s for c, s in p.items() if not only or c in only} for n, p in plans.items()}
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     console.print(told(wanted, size, limit), soft_wrap=True)
     if plan:
         return []
@@ -89,7 +87,7 @@ def reproduce(
         pending = {path: job for path, job in every([wanted[name]]).items() if not job.kept}
         for wait in (False, True):  # first whatever nobody else is at
             for path, job in list(pending.items()):
-                with locked(path, wait) as mine:
+                with locked(path.with_name(f"{path.name}.lock"), wait=wait) as mine:
                     if mine:
                         del pending[path]
                         mine_in = [cell for cell, made in wanted[name].items() if job in made.values()]
@@ -133,19 +131,6 @@ def told(plans: Mapping[str, Jobs], scale: Scale, limit: int | None) -> str:
     )
 
 
-@contextmanager
-def locked(path: Path, wait: bool) -> Iterator[bool]:
-    """Whether this process has the run to itself; the lock goes with the process, however it ends."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path.with_name(f"{path.name}.lock"), "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
-
-
 def perform(job: Job, scale: Scale, experiment: Experiment, cells: Sequence[str], tunings: Sequence[Tuning]) -> str:
     """Start, continue and measure a run, whatever of it is missing; why that failed, or ""."""
     try:
@@ -153,8 +138,6 @@ def perform(job: Job, scale: Scale, experiment: Experiment, cells: Sequence[str]
             if job.state == INTERRUPTED:
                 resume(job.path)
             elif job.state != FINISHED:
-                for stray in job.path.glob("*.part"):  # of a process killed before there was a recipe
-                    stray.unlink()
                 pretrain(job.recipe.source, recipe=job.recipe, out=job.path)
         except WorkFailed:
             if job.state != FINISHED:  # to diverge is a result

@@ -157,7 +157,7 @@ def train(
     def save() -> None:
         moved = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
         moved |= {"unreadable": sorted(unreadable), "seconds": watch.seconds}
-        with whole(out / "last.pt") as file:
+        with whole(out / "last.pt") as part, open(part, "wb") as file:
             torch.save({"settings": settings} | moved, file)
 
     with (

@@ -24,7 +24,7 @@ from simsiam.backbones import RESNETS
 from simsiam.convert import beside
 from simsiam.errors import UsageError, WorkFailed, unknown
 from simsiam.evaluate.frozen import fingerprint
-from simsiam.files import whole
+from simsiam.files import locked, whole
 from simsiam.precision import pick_device, pick_precision
 from simsiam.processes import by_first, count, rank, together
 from simsiam.recipes import WORDS, convert, stem_for
@@ -259,12 +259,10 @@ def name_of(words: Mapping[str, Any], source: str, start: str) -> str:
 
 def keep(run: Run, task: str, record: dict[str, Any]) -> None:
     """Add the record to the task's file, in the place of one of the same fine-tuning."""
-    (run.path / "transfers").mkdir(exist_ok=True)
-    before: Any = run.json(f"transfers/{task}.json") or []
-    if not (isinstance(before, list) and all(isinstance(one, dict) for one in before)):
-        raise UsageError(f"{run.path}/transfers/{task}.json is not a list of records: move it away")
-    others = [one for one in before if one.get("folder") != record["folder"]]
-    run.write(f"transfers/{task}.json", json.dumps([*others, record], indent=2) + "\n")
+    name = f"transfers/{task}.json"
+    with locked(run.path / "transfers" / ".lock", wait=True):  # two may end at once
+        others = [one for one in run.listed(name) if one.get("folder") != record["folder"]]
+        run.write(name, json.dumps([*others, record], indent=2) + "\n")
 
 
 def told(source: AnnotatedSource, parts: Parts, how: Schedule, why: str, start: Start) -> list[str]:

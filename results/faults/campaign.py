@@ -1,0 +1,522 @@
+"""Kill, fill up, corrupt: every verb that writes must end with the right result or one clear line.
+
+    python results/faults/campaign.py --kills 220 --full 60 --corruptions 60 --out results/faults/campaign
+
+A trial runs a verb in a process forked from this one (which has only imported the code: starting Python anew would take
+most of the time; --real trials do it all the same), harms it once or twice, repeats or resumes it, and compares what
+came of it with an uninterrupted run: weights, optimizer, metrics, records and files bit for bit, without times.
+
+kills        SIGKILL, SIGTERM or SIGINT at a uniformly random moment of the verb
+full         the verb's output on a tmpfs of a random size, too small more often than not; then room is made
+corruptions  a byte flipped, a stretch of zeros, a file cut, in checkpoints, weights and parts
+
+Needs root for --full, which mounts. Everything random comes from --seed.
+"""
+
+import argparse
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow.parquet as pq
+import sklearn.linear_model  # noqa: F401  what is imported here is imported once
+import timm  # noqa: F401
+import torch
+import torch.utils.tensorboard
+from matplotlib import figure  # noqa: F401
+from PIL import Image
+
+import simsiam.bench
+import simsiam.embeddings.embed
+import simsiam.evaluate
+import simsiam.export
+import simsiam.report
+from simsiam import cli
+from simsiam.files import whole
+from simsiam.laboratory import reproduce, scales
+from simsiam.run import Run, environment, now
+
+WORDS = {
+    "backbone": "resnet10", "width": 4, "dim": 16, "proj-hidden": 16, "pred-dim": 4, "base-lr": 1.0, "batch-size": 16,
+    "log-every": 1, "epochs": 4, "save-seconds": 0.0, "device": "cpu", "precision": "float32",
+}  # fmt: skip
+TINY = [str(word) for name, value in WORDS.items() for word in (f"--{name}", value)]
+TIMES = {"images_per_second", "data_wait", "seconds", "training_seconds", "measured", "environment", "made", "start"}
+OUTSIDE = 98  # a signal came before or after the verb, in this script's own time
+LIMIT = 120  # seconds until a verb is taken to hang
+
+
+class Case(NamedTuple):
+    """A verb on its own small job."""
+
+    command: Callable[[Path], list[str]]  # what to type; called again, what to type after it was stopped
+    result: Callable[[Path], Any]  # what came of it, comparable
+    before: Callable[[Path], None] = lambda work: None  # what has to be there
+
+
+# --- what came of it --------------------------------------------------------------------------------------------------
+
+
+def content(path: Path) -> str:
+    return sha256(path.read_bytes()).hexdigest()
+
+
+def timeless(value: Any) -> Any:
+    """Without what no two runs share."""
+    if isinstance(value, dict):
+        return {k: timeless(v) for k, v in value.items() if k not in TIMES}
+    return [timeless(v) for v in value] if isinstance(value, list) else value
+
+
+def plain(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return sha256(value.contiguous().numpy().tobytes()).hexdigest()
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items() if k not in TIMES}
+    return [plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def trained(work: Path) -> Any:
+    run = Run(work / "run")
+    files = {name: content(run.path / name) for name in ("recipe.yaml", "backbone.safetensors")}
+    return files | {
+        "checkpoint": plain(run.checkpoint()), "metrics": timeless(run.metrics()),
+        "summary": timeless(run.json("summary.json")),
+    }  # fmt: skip
+
+
+def evaluated(work: Path) -> Any:
+    return timeless(Run(work / "run").evaluations())
+
+
+def reproduced(work: Path) -> Any:
+    return {path.name: content(path) for path in sorted((work / "results" / "tiny").glob("table1.[cs]*v*"))}
+
+
+def embedded(work: Path) -> Any:
+    return content(work / "out.parquet")
+
+
+def exported(work: Path) -> Any:
+    return {path.name: content(path) for path in sorted((work / "out").iterdir())}
+
+
+def converted(work: Path) -> Any:
+    files = {name: content(work / "out" / name) for name in ("recipe.yaml", "backbone.safetensors", "converted.json")}
+    return files | {"checkpoint": plain(Run(work / "out").checkpoint())}
+
+
+def reported(work: Path) -> Any:
+    page = (work / "run" / "report.html").read_text("utf-8")
+    return page.startswith("<!doctype html>") and page.rstrip().endswith("</html>")
+
+
+# --- the jobs ---------------------------------------------------------------------------------------------------------
+
+
+def copy(name: str) -> Callable[[Path], None]:
+    return lambda work: shutil.copytree(ROOT / name, work / "run") and None
+
+
+def train(source: str, *more: str) -> Callable[[Path], list[str]]:
+    def command(work: Path) -> list[str]:
+        if (work / "run" / "recipe.yaml").exists():
+            return ["resume", "run"]
+        return ["pretrain", source, "--out", "run", *TINY, *more]
+
+    return command
+
+
+def evaluate(*how: str) -> Callable[[Path], list[str]]:
+    return lambda work: ["evaluate", "run", "--device", "cpu", "--precision", "float32", *how]
+
+
+def once(*command: str) -> Callable[[Path], list[str]]:
+    return lambda work: list(command)
+
+
+def cases() -> dict[str, Case]:
+    photos = str(ROOT / "photos")
+    embed = ["embed", "run", photos, "--out", "out.parquet", "--device", "cpu", "--precision", "float32"]
+    return {
+        "pretrain": Case(train(photos), trained),
+        "pretrain, workers": Case(train(photos, "--workers", "1", "--cache-gib", "0", "--epochs", "2"), trained),
+        "resume": Case(once("resume", "run"), trained, copy("half")),
+        "embed": Case(once(*embed), embedded, copy("run")),
+        "evaluate": Case(evaluate("--protocol", "knn", "label_free"), evaluated, copy("run")),
+        "finetune": Case(evaluate("--protocol", "finetune", "--finetune-epochs", "2"), evaluated, copy("run")),
+        "reproduce": Case(
+            once("reproduce", "table1", "--only", "baseline", "--seeds", "1", "--source", photos, "--device", "cpu"),
+            reproduced,
+        ),
+        "export": Case(once("export", "run", "--format", "safetensors", "--out", "out"), exported, copy("run")),
+        "convert": Case(once("convert", str(ROOT / "run" / "checkpoints" / "last.pt"), "--out", "out"), converted),
+        "report": Case(once("report", "run", "--limit", "40"), reported, copy("run")),
+    }
+
+
+def shrink() -> None:
+    """Small parts and a small laboratory, in the processes that will be harmed."""
+    simsiam.embeddings.embed.PART = 16
+    tiny = scales.SCALES["tiny"]
+    base = tiny.base | {"width": 4, "dim": 16, "pred_dim": 4, "proj_hidden": 16, "batch_size": 16, "log_every": 1}
+    scales.SCALES["tiny"] = reproduce.SCALES["tiny"] = replace(tiny, base=base, epochs=1)
+
+
+def photographs(folder: Path) -> None:
+    rng = np.random.default_rng(0)
+    for i in range(96):
+        path = folder / ("train" if i < 80 else "test") / "ab"[i % 2] / f"{i:02}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 128 + 127 * (i % 2), (32, 32, 3), np.uint8)).save(path)
+
+
+# --- processes --------------------------------------------------------------------------------------------------------
+
+
+class Ended(NamedTuple):
+    code: int  # negative: ended by that signal
+    seconds: float
+    said: str
+
+
+def launch(arguments: list[str], work: Path, *, real: bool = False) -> int:
+    """Start a verb in the folder `work`; returns the process."""
+    said = os.open(work / "said.txt", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+    if real:
+        command = [sys.executable, "-m", "simsiam", *arguments]
+        pid = subprocess.Popen(command, cwd=work, stdout=said, stderr=said).pid
+    elif (pid := os.fork()) == 0:
+        code = 99
+        try:
+            os.chdir(work)
+            for stream in (1, 2):
+                os.dup2(said, stream)
+            shrink()
+            sys.argv = ["simsiam", *arguments]
+            code = cli.main(arguments)
+        except KeyboardInterrupt:
+            code = OUTSIDE
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            with suppress(BaseException):
+                sys.stdout.flush()
+                sys.stderr.flush()
+            os._exit(code)
+    os.close(said)
+    return pid
+
+
+def finish(pid: int, work: Path, begin: float) -> Ended:
+    """Wait for a process, at most LIMIT seconds in which this process was not stopped itself."""
+    waited, last = 0.0, time.monotonic()
+    while True:
+        waited, last = waited + min(time.monotonic() - last, 0.1), time.monotonic()
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            said = (work / "said.txt").read_text(errors="replace")
+            return Ended(os.waitstatus_to_exitcode(status), time.monotonic() - begin, said)
+        if waited > LIMIT:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            return Ended(-999, time.monotonic() - begin, (work / "said.txt").read_text(errors="replace"))
+        time.sleep(0.002)
+
+
+def perform(case: Case, work: Path, *, real: bool = False) -> Ended:
+    begin = time.monotonic()
+    return finish(launch(case.command(work), work, real=real), work, begin)
+
+
+def last_line(ended: Ended) -> str:
+    return (ended.said.strip().splitlines() or [""])[-1]
+
+
+def complaint(ended: Ended, allowed: set[int]) -> str:
+    """What is wrong with how a process ended; "" if it is the right result or one clear line."""
+    if ended.code == -999:
+        return f"hung for {LIMIT} s"
+    if "Traceback" in ended.said:
+        return f"a traceback: {last_line(ended)}"
+    if ended.code not in allowed:
+        return f"exit code {ended.code}: {ended.said.strip()[-200:]}"
+    if ended.code not in (0, OUTSIDE) and ended.code > 0 and not last_line(ended).startswith("simsiam: "):
+        return f"exit code {ended.code} without a line"
+    return ""
+
+
+def compared(case: Case, work: Path, expected: Any) -> str:
+    """What is wrong with the result; "" if it is that of the uninterrupted run."""
+    try:
+        found = case.result(work)
+    except Exception as error:
+        return f"no result: {type(error).__name__}: {error}"
+    if left := [str(path.relative_to(work)) for path in work.rglob("*.part")]:
+        return f"left behind: {left}"
+    if found == expected:
+        return ""
+    keys = [key for key in expected if found.get(key) != expected[key]] if isinstance(expected, dict) else []
+    return f"another result {keys}"
+
+
+# --- the trials -------------------------------------------------------------------------------------------------------
+
+
+def kill(case: Case, work: Path, expected: Any, seconds: float, rng: random.Random, real: bool) -> tuple[str, str]:
+    """(what was done, what is wrong with how it ended)."""
+    done = []
+    for _ in range(1 + (rng.random() < 0.3)):
+        number = rng.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+        wait, begin = rng.uniform(0, 1.05 * seconds), time.monotonic()
+        pid = launch(case.command(work), work, real=real)
+        time.sleep(wait)
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
+        ended = finish(pid, work, begin)
+        done.append(f"{number.name} after {wait:.2f} s: {ended.code}")
+        early = {-number} if number == signal.SIGKILL or wait < 0.05 or real else set()
+        # an export or an embedding that was complete is not written over
+        if wrong := complaint(ended, {0, 2, 128 + number, OUTSIDE} | early):
+            return ", ".join(done), wrong
+        if ended.code == 2 and "exists and is not written over" not in ended.said:
+            return ", ".join(done), ended.said.strip()[-300:]
+    ended = perform(case, work)
+    wrong = complaint(ended, {0, 2})
+    if ended.code == 2 and "exists and is not written over" not in ended.said:
+        wrong = ended.said.strip()[-300:]
+    return ", ".join(done), wrong or compared(case, work, expected)
+
+
+def fill(case: Case, work: Path, expected: Any, need: int, rng: random.Random) -> tuple[str, str]:
+    """The same on a file system that is too small, and then is not."""
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", work], check=True)
+    try:
+        case.before(work)
+        used = sum(file.stat().st_blocks * 512 for file in work.rglob("*")) + 4096
+        room = rng.randint(0, int(1.1 * (need - used)) if need > 1.1 * used else 60_000)
+        done = f"{room:,} bytes of room"
+        subprocess.run(["mount", "-o", f"remount,size={used + room}", work], check=True)
+        outside = work.with_name(work.name + ".said")
+        outside.mkdir()
+        (work / "said.txt").symlink_to(outside / "said.txt")
+        ended = perform(case, work)
+        done += f": {ended.code}, {last_line(ended)}"
+        if wrong := complaint(ended, {0, 1, 2}):
+            return done, wrong
+        if ended.code and "No space left" not in ended.said:
+            return done, "it does not say what is wrong"
+        subprocess.run(["mount", "-o", "remount,size=64m", work], check=True)
+        if ended.code:
+            ended = perform(case, work)
+            if wrong := complaint(ended, {0}):
+                return done, wrong
+        (work / "said.txt").unlink()
+        return done, compared(case, work, expected)
+    finally:
+        subprocess.run(["umount", work], check=True)
+
+
+def damage(path: Path, rng: random.Random) -> str:
+    """Harm a file in one of several ways; says how."""
+    data = bytearray(path.read_bytes())
+    how, at = rng.choice(["bit", "bit", "bit", "zeros", "cut", "noise", "empty"]), rng.randrange(len(data))
+    if how == "bit":
+        data[at] ^= 1 << rng.randrange(8)
+    elif how == "zeros":
+        data[at : at + 512] = bytes(len(data[at : at + 512]))
+    elif how == "noise":
+        data[at : at + 64] = rng.randbytes(len(data[at : at + 64]))
+    else:
+        del data[at if how == "cut" else 0 :]
+    path.write_bytes(data)
+    return f"{path.name}: {how} at {at:,} of {path.stat().st_size:,}"
+
+
+def corrupt(kind: str, work: Path, expected: dict[str, Any], rng: random.Random) -> tuple[str, str]:
+    """A damaged file of one kind; then the verb that reads it."""
+    every = cases()
+    if kind in ("last", "last and previous", "gone"):
+        case = every["resume"]
+        case.before(work)
+        folder = work / "run" / "checkpoints"
+        if kind == "gone":
+            done = "last.pt is gone"
+            (folder / "last.pt").unlink()
+        else:
+            done = damage(folder / "last.pt", rng)
+            if kind != "last":
+                done += "; " + damage(folder / "previous.pt", rng)
+        ended = perform(case, work)
+        wrong = complaint(ended, {0, 2} if kind == "last and previous" else {0})
+        if not wrong and ended.code == 0:
+            wrong = compared(case, work, expected["resume"])
+        return f"{done}: {ended.code}", wrong
+    if kind == "backbone":
+        case = every["embed"]
+        case.before(work)
+        done = damage(work / "run" / "backbone.safetensors", rng)
+        ended = perform(case, work)
+        wrong = complaint(ended, {0, 2})
+        if not wrong and ended.code == 0:  # what only the format's padding holds harms nobody
+            wrong = vectors(work, expected["embed"])
+        return f"{done}: {ended.code}", wrong
+    if kind == "part":
+        case = every["embed"]
+        case.before(work)
+        pid, begin = launch(case.command(work), work), time.monotonic()
+        while len(list(work.glob("out.parquet.parts/*.parquet"))) < 3 and time.monotonic() - begin < LIMIT:
+            time.sleep(0.001)
+        os.kill(pid, signal.SIGKILL)
+        finish(pid, work, begin)
+        parts = sorted(work.glob("out.parquet.parts/*.parquet"))
+        done = damage(rng.choice(parts), rng) if parts else "it had ended"
+        ended = perform(case, work)
+        return f"{done}: {ended.code}", complaint(ended, {0, 2}) or compared(case, work, expected["embed"])
+    assert kind == "finetune"
+    case = every["finetune"]
+    case.before(work)
+    perform(case, work)
+    path = next((work / "run" / "finetuning").rglob("last.pt"))
+    done = damage(path, rng)
+    ended = perform(case, work)
+    wrong = complaint(ended, {0, 2})
+    return f"{done}: {ended.code}", wrong or compared(case, work, expected["finetune"])
+
+
+def vectors(work: Path, expected: str) -> str:
+    """Whether the embedding is that of the undamaged weights, the weights' own digest aside."""
+    found = pq.read_table(work / "out.parquet")
+    return "" if found.equals(pq.read_table(ROOT / "reference.parquet")) else "other vectors"
+
+
+def measure_need(work: Path) -> int:
+    """Bytes that a job has on the disk at its end."""
+    return sum(path.stat().st_size for path in work.rglob("*") if path.is_file())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=220)
+    parser.add_argument("--full", type=int, default=60)
+    parser.add_argument("--corruptions", type=int, default=60)
+    parser.add_argument("--real", type=int, default=0, help="kills of freshly started programs, besides")
+    parser.add_argument("--only", nargs="+", help="cases")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", help="write PATH.json and PATH.md")
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    os.environ["SIMSIAM_CACHE"] = str(ROOT / "cache")
+    rng, started, spent = random.Random(asked.seed), now(), time.monotonic()
+    photographs(ROOT / "photos")
+    work = ROOT / "work"  # always the same: some files say where they are
+    for name in ("run", "half"):  # what other verbs work on
+        work.mkdir()
+        case, begin = Case(train(str(ROOT / "photos")), trained), time.monotonic()
+        pid = launch(case.command(work), work)
+        while name == "half" and len(Run(work / "run").metrics() if (work / "run/recipe.yaml").exists() else []) < 7:
+            time.sleep(0.001)
+        if name == "half":  # stopped on its way
+            os.kill(pid, signal.SIGTERM)
+        ended = finish(pid, work, begin)
+        assert ended.code == (128 + signal.SIGTERM if name == "half" else 0), ended.said
+        shutil.move(work / "run", ROOT / name)
+        shutil.rmtree(work)
+
+    every = {name: case for name, case in cases().items() if not asked.only or name in asked.only}
+    expected: dict[str, Any] = {}
+    seconds, need = {}, {}
+    for name, case in every.items():
+        work.mkdir()
+        case.before(work)
+        ended = perform(case, work)
+        assert ended.code == 0, ended.said
+        expected[name], seconds[name], need[name] = case.result(work), ended.seconds, measure_need(work)
+        print(f"{name:<20}{ended.seconds:6.2f} s{need[name]:>12,} bytes", flush=True)
+        if name == "resume" and "pretrain" in expected:
+            assert expected["resume"] == expected["pretrain"], "a resumed run is another one"
+        if name == "embed":
+            shutil.copy(work / "out.parquet", ROOT / "reference.parquet")
+        shutil.rmtree(work)
+
+    trials = []
+
+    def trial(kind: str, name: str, harm: Callable[[Path], tuple[str, str]], before: Callable[[Path], None]) -> None:
+        work.mkdir()
+        before(work)
+        done, wrong = harm(work)
+        trials.append({"kind": kind, "case": name, "done": done, "wrong": wrong})
+        print(f"{kind:<12}{name:<20}{done}{'   WRONG: ' + wrong if wrong else ''}", flush=True)
+        for folder in (work, work.with_name(work.name + ".said")):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def nothing(work: Path) -> None:
+        return None
+
+    def turn(names: list[str], i: int) -> str:
+        return names[i % len(names)]
+
+    for i in range(asked.kills):
+        name = turn(list(every), i)
+        trial(
+            "kill", name, lambda w, n=name: kill(every[n], w, expected[n], seconds[n], rng, False), every[name].before
+        )
+    for i in range(asked.real):
+        name = turn([n for n in every if n in ("pretrain", "resume", "evaluate", "export", "convert")], i)
+        begin = seconds[name] + 4.0  # Python and torch take their time
+        trial(
+            "real kill",
+            name,
+            lambda w, n=name, s=begin: kill(every[n], w, expected[n], s, rng, True),
+            every[name].before,
+        )
+    for i in range(asked.full):
+        name = turn(list(every), i)
+        trial("full", name, lambda w, n=name: fill(every[n], w, expected[n], need[n], rng), nothing)
+    kinds = ["last", "last", "last and previous", "gone", "backbone", "part", "finetune"]
+    for i in range(asked.corruptions):
+        kind = turn([k for k in kinds if not asked.only or k != "finetune"], i)
+        trial("corruption", kind, lambda w, k=kind: corrupt(k, w, expected, rng), nothing)
+
+    failed = [t for t in trials if t["wrong"]]
+    used = sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    count = Counter((t["kind"], t["case"]) for t in trials)
+    wrong = Counter((t["kind"], t["case"]) for t in failed)
+    rows = [f"| {kind} | {case} | {n} | {wrong[kind, case]} |" for (kind, case), n in count.items()]
+    here = environment(torch.device("cpu"), "float32")
+    command = "python results/faults/campaign.py " + " ".join(sys.argv[1:])
+    summary = (
+        f"`{command}`\n\ncommit {here['commit']}, {here['device']}, torch {here['versions']['torch']}, {started}, "
+        f"{(time.monotonic() - spent) / 60:.1f} min ({used / 60:.1f} CPU-minutes). {len(trials)} trials, "
+        f"{len(failed)} of them ended neither with the result of an uninterrupted run nor with one clear line.\n\n"
+        "| harm | job | trials | wrong |\n| --- | --- | --- | --- |\n" + "\n".join(rows) + "\n"
+    )
+    print(summary)
+    if asked.out:
+        about = {"command": command, "started": started, "environment": here, "cpu_seconds": round(used, 1)}
+        for kind, text in {"json": json.dumps(about | {"trials": trials}, indent=1) + "\n", "md": summary}.items():
+            with whole(Path(f"{asked.out}.{kind}")) as part:
+                part.write_text(text)
+    return bool(failed)
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory(prefix="faults-") as folder:
+        ROOT = Path(folder).resolve()
+        sys.exit(main())
