@@ -96,6 +96,7 @@ def transfer(
         "train_images": len(parts.learn), "test_images": len(parts.test), "init": start.words, "seed": seed,
         "network": start.network, "precision": where.precision, "processes": count(),
     }  # fmt: skip
+    here = environment(on, where.precision)  # now: hours later the commit may be another than the code that ran
     console = Console(stderr=True, highlight=False, quiet=rank() != 0)
     for line in told(opened, parts, how, why, start):
         console.print(line, soft_wrap=True, markup=False)
@@ -138,7 +139,6 @@ def transfer(
         if opened.faults.lines:
             with whole(out / "faults.txt") as part:
                 part.write_text("".join(f"{line}\n" for line in sorted(opened.faults.lines)), encoding="utf-8")
-        here = environment(on, where.precision)
         record = {
             "protocol": f"{task}, {how.architecture}, {how.steps} steps", **about,
             "parameters": how.to_dict() | {"epochs": round(spent["epochs"], 2)},
