@@ -199,6 +199,8 @@ MUTATIONS = [
       "embeddings.py::test_copies_are_found_and_nothing_else"),
     m("confidence of any penalty", "embeddings/probe", "lambda i: -np.log", "lambda i: np.log",
       "embeddings.py::test_a_few_labels_label_everything_and_say_how_well"),
+    m("write over the labels given", "embeddings/probe", "if os.path.realpath(out) == os.path.realpath(labels):",
+      "if False:", "embeddings.py::test_bad_input_is_one_line_and_leaves_nothing"),
     m("keep any export", "export", "if not delta <= TOLERANCE", "if delta != delta <= TOLERANCE",
       "export.py::test_a_wrong_export_is_not_kept[safetensors]"),
     m("number stages as torchvision does", "detectron2", "int(stage[1]) + 1", "int(stage[1])",
