@@ -209,6 +209,16 @@ MUTATIONS = [
       "export.py::test_detectron2_finds_every_tensor_under_its_own_name_and_reads_rgb[50]"),
     m("pixels of 0 to 1", "detectron2", "[round(255 * v, 6) for v in transform.std]", "list(transform.std)",
       "export.py::test_detectron2_finds_every_tensor_under_its_own_name_and_reads_rgb[50]"),
+    # decoded pixels on disk
+    m("trust the disk", "disk_cache", "height, width, self.channels)) == crc:",
+      "height, width, self.channels)) >= 0:",
+      "disk_cache.py::test_damage_is_noticed_said_once_and_costs_only_time[0]"),
+    m("pixels of any size", "disk_cache", "if least == self.least else None", "if True else None",
+      "disk_cache.py::test_pixels_decoded_for_another_size_are_not_taken"),
+    m("forget when files changed", "disk_cache", "about.update(repr(batch", "about.copy().update(repr(batch",
+      "disk_cache.py::test_what_changes_is_decoded_anew_and_the_old_file_goes"),
+    m("a cache without a bound", "disk_cache", "if end + pixels.nbytes > limit_bytes:", "if end < 0:",
+      "disk_cache.py::test_the_file_is_bounded_and_the_rest_is_decoded"),
     # transfer
     m("count VOC's pixels from 0", "transfer/annotations", "[x0 - 1, y0 - 1, x1, y1]", "[x0, y0, x1, y1]",
       "annotations.py::test_voc_counts_from_one_and_includes_its_last_pixel"),

@@ -168,6 +168,12 @@ class _Steps(Dataset):
             reading.fill_(-1)
 
 
+def least_side(recipe: Recipe) -> int:
+    """The pixels that an image's shorter side needs for no crop of it to be enlarged: a JPEG is not decoded larger."""
+    assert recipe.image_size
+    return round(recipe.image_size / (min(v.crop_min for v in recipe.method.views) * views.ASPECT[0]) ** 0.5)
+
+
 def crops_of(
     images: Images,
     index: np.ndarray,
@@ -184,8 +190,7 @@ def crops_of(
     """
     size, skipped = recipe.image_size, list[tuple[str, str]]()
     assert size
-    smallest = min(v.crop_min for v in recipe.method.views) * views.ASPECT[0]
-    least = round(size / smallest**0.5)  # a large JPEG need not be decoded larger: no crop of it is enlarged
+    least = least_side(recipe)
 
     def read(i: int) -> tuple[int, np.ndarray]:
         for at in range(i, i + len(images)):

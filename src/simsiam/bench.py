@@ -35,8 +35,9 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms as T
 
-from simsiam.batches import batches, crops_of, views_of
+from simsiam.batches import batches, crops_of, least_side, views_of
 from simsiam.columns import Views
+from simsiam.disk_cache import Decoded, cached, write
 from simsiam.errors import UsageError, unknown
 from simsiam.features import Transform, extract
 from simsiam.files import whole
@@ -428,17 +429,25 @@ def photo_recipe(device: torch.device, batch_size: int) -> Recipe:
     return Recipe().replace(image_size=224, mean=MEAN, std=STD, batch_size=batch_size, device=device.type)
 
 
+def kept_on_disk(images: Images, recipe: Recipe, folder: Path) -> Images:
+    least, path = least_side(recipe), folder / "pixels.npy"
+    write(images, path, least, 2**40)
+    return cached(images, Decoded(path, images.channels), least)
+
+
 def large_views(scene: Scene) -> Contest:
     """JPEG files to two views of 224 pixels each, in one process."""
     count = 32
     files, recipe, index = photographs(count, *PHOTO), photo_recipe(scene.device, count), np.arange(count)
     images, view = encoded(files), by_torchvision(recipe.method.views[0], 224)
+    kept = kept_on_disk(images, recipe, scene.folder)
     plain, compiled = Files(files, view, view), recipe.replace(compile=True)
     ways = {
         "torchvision, Pillow": lambda: [plain[i] for i in range(count)],
         "simsiam": lambda: views_of(images, index, recipe, 0, scene.device),
         "simsiam, compiled": lambda: views_of(images, index, compiled, 0, scene.device),
         "simsiam, what workers do of it": lambda: crops_of(images, index, recipe, 0, 2),
+        "the same, decoded on disk": lambda: crops_of(kept, index, recipe, 0, 2),
     }
     return Contest(count=count, ways=ways)
 
@@ -451,11 +460,12 @@ def folder(scene: Scene) -> Contest:
         path.write_bytes(file)
     images = Images(Names(pa.array([path.name.encode() for path in paths], pa.large_binary())), scene.folder)
     recipe = photo_recipe(scene.device, batch_size)
-    view = by_torchvision(recipe.method.views[0], 224)
+    view, kept = by_torchvision(recipe.method.views[0], 224), kept_on_disk(images, recipe, scene.folder)
     loader = Files(paths, view, view).loader(batch_size)
     ways = {
         "DataLoader, torchvision, Pillow": lambda: [[x.to(scene.device) for x in views] for views in loader][:0],
         "simsiam": lambda: [batch.step for batch in batches(images, recipe, 0, steps, scene.device)],
+        "simsiam, decoded on disk": lambda: [batch.step for batch in batches(kept, recipe, 0, steps, scene.device)],
     }
     return Contest(count=len(paths), ways=ways)
 

@@ -274,3 +274,14 @@ def _content(file: str) -> bytes:
 
 def _digest(data: bytes) -> bytes:
     return blake2b(data, digest_size=16).digest()
+
+
+def pixels_folder() -> Path:
+    """Where decoded pixels are kept, beside the indices."""
+    return _cache().with_name("pixels")
+
+
+def stamped(paths: Sequence[str], images: Images) -> tuple[list[Any], pa.Table]:
+    """What tells whether anything of a source that has just been opened has changed: its containers, and STAMPs."""
+    containers = _containers(paths) if isinstance(images.encoded, Packed | Column) else []
+    return containers, _stamps([images], containers)

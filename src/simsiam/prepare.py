@@ -13,9 +13,10 @@ from torch.optim import Optimizer
 from simsiam import recipes
 from simsiam.backbones import RESNETS, input_size
 from simsiam.batch_norm import synchronize
-from simsiam.batches import steps_per_epoch, sweep
+from simsiam.batches import least_side, steps_per_epoch, sweep
 from simsiam.choose import recipe_for
 from simsiam.columns import PARTS
+from simsiam.disk_cache import on_disk
 from simsiam.errors import UsageError, unknown
 from simsiam.features import Transform, chunks
 from simsiam.images import Images, hold_out, in_memory, sample
@@ -95,7 +96,7 @@ def statistics(images: Images, recipe: Recipe) -> tuple[tuple[float, ...], tuple
 
 
 def prepare(recipe: Recipe, source: Source) -> Data:
-    """Limit, decode what fits in memory, and hold out; a function of the recipe and the files alone.
+    """Limit, decode what fits in memory or on disk, and hold out; a function of the recipe and the files alone.
 
     Labeled images are held out of the training set, unless the source has a `val` split beside its `test` split (a lone
     `val` is what others test on) and no number is asked for. Where only `val` is labeled (STL-10), a fifth of it is
@@ -119,6 +120,7 @@ def prepare(recipe: Recipe, source: Source) -> Data:
     if recipe.method.target == "labels" and (train.labels is None or len(train.classes) > recipe.method.dim):
         known = "no labels" if train.labels is None else f"{len(train.classes)} classes: dim is {recipe.method.dim}"
         raise UsageError(f"target labels needs a label, of at most `dim`, for each image; {source.name} has {known}")
+    train = on_disk(train, recipe.source, source.train, least_side(recipe), int(recipe.disk_cache_gib * 2**30))
     return Data(train, bank, held_out, unreadable, seen)
 
 

@@ -49,6 +49,7 @@ class Recipe:
         600.0  # seconds that a worker may take over a batch, then the run stops; 0: as long as it likes
     )
     cache_gib: float = 1.0  # images of one size whose pixels fit in this many GiB stay decoded in memory
+    disk_cache_gib: float = 0.0  # keep up to so many GiB of other images decoded on disk: pays where decoding is slow
     knn_every: int = 1  # epochs between measurements of the kNN monitor
     save_every: int = 100  # epochs between the checkpoints that are kept
     save_seconds: float = 60.0  # last.pt is at most this old
@@ -59,6 +60,7 @@ class Recipe:
         within(self, steps=(1, inf), batch_size=(2, inf), seed=(0, 2**63), workers=(0, 1024), cache_gib=(0, 1e6))
         within(self, knn_every=(1, inf), save_every=(1, inf), save_seconds=(0, inf), log_every=(1, inf))
         within(self, read_timeout=(0, 1e9), mean=(-10, 10), std=(1e-6, 10), channels=(1, 16), max_unreadable=(0, 1))
+        within(self, disk_cache_gib=(0, 1e6))
         for name in ("mean", "std"):
             if (values := getattr(self, name)) is not None and len(values) != self.channels:
                 raise UsageError(f"{name} has {len(values)} values for {self.channels} channels")
