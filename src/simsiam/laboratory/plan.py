@@ -85,7 +85,7 @@ def kept(pages: Path) -> dict[str, dict[str, Any]]:
             if "values" in run:
                 record = found.setdefault(Path(run["run"]).name, dict(run))
                 for part in ("values", "curves"):
-                    record[part] = {**record[part], **run[part]}
+                    record[part] = {**record.get(part, {}), **run.get(part, {})}
     return found
 
 
