@@ -322,8 +322,8 @@ def test_a_run_writes_through_no_link(finished, tmp_path):
 @pytest.mark.parametrize(
     "command",
     [
-        "campaign.py --kills 8 --full 0 --corruptions 7 --seed 1 --only pretrain embed evaluate resume finetune",
-        "fuzz.py --images 400 --containers 24 --no-hostile --seed 1",
+        "campaign.py --kills 4 --full 0 --corruptions 5 --seed 1 --only resume embed",
+        "fuzz.py --images 300 --containers 16 --no-hostile --seed 1",
     ],
 )
 def test_a_small_campaign(command, tmp_path):

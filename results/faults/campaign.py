@@ -418,10 +418,12 @@ def main() -> int:
     parser.add_argument("--corruptions", type=int, default=60)
     parser.add_argument("--real", type=int, default=0, help="kills of freshly started programs, besides")
     parser.add_argument("--only", nargs="+", help="cases")
+    parser.add_argument("--minutes", type=float, default=1e9, help="begin no trial after so many")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", help="write PATH.json and PATH.md")
     asked = parser.parse_args()
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs in the background without it
     os.environ["SIMSIAM_CACHE"] = str(ROOT / "cache")
     rng, started, spent = random.Random(asked.seed), now(), time.monotonic()
     photographs(ROOT / "photos")
@@ -469,30 +471,33 @@ def main() -> int:
     def nothing(work: Path) -> None:
         return None
 
-    def turn(names: list[str], i: int) -> str:
-        return names[i % len(names)]
+    todo: list[tuple[float, Callable[[], None]]] = []  # in turns, so that one cut short has some of each
 
-    for i in range(asked.kills):
-        name = turn(list(every), i)
-        trial(
-            "kill", name, lambda w, n=name: kill(every[n], w, expected[n], seconds[n], rng, False), every[name].before
-        )
-    for i in range(asked.real):
-        name = turn([n for n in every if n in ("pretrain", "resume", "evaluate", "export", "convert")], i)
-        begin = seconds[name] + 4.0  # Python and torch take their time
-        trial(
-            "real kill",
-            name,
-            lambda w, n=name, s=begin: kill(every[n], w, expected[n], s, rng, True),
-            every[name].before,
-        )
-    for i in range(asked.full):
-        name = turn(list(every), i)
-        trial("full", name, lambda w, n=name: fill(every[n], w, expected[n], need[n], rng), nothing)
+    def plan(kind: str, names: list[str], n: int, harm: Callable[[str, Path], tuple[str, str]], ready: bool) -> None:
+        for i in range(n):
+            name = names[i % len(names)]
+            before = every[name].before if ready else nothing
+            todo.append((i / n, lambda k=name, b=before: trial(kind, k, lambda work: harm(k, work), b)))
+
+    names, quick = list(every), [name for name in every if name in ("pretrain", "resume", "export", "convert")]
+    often = names + [name for name in names if name != "reproduce"]  # it takes longer than all others
+    starting = 4.0  # seconds of Python and torch, which a program newly started takes
+    plan("kill", often, asked.kills, lambda k, w: kill(every[k], w, expected[k], seconds[k], rng, False), True)
+    plan(
+        "real kill",
+        quick,
+        asked.real,
+        lambda k, w: kill(every[k], w, expected[k], seconds[k] + starting, rng, True),
+        True,
+    )
+    plan("full", often, asked.full, lambda k, w: fill(every[k], w, expected[k], need[k], rng), False)
+    needs = {"backbone": "embed", "part": "embed", "finetune": "finetune"}
     kinds = ["last", "last", "last and previous", "gone", "backbone", "part", "finetune"]
-    for i in range(asked.corruptions):
-        kind = turn([k for k in kinds if not asked.only or k != "finetune"], i)
-        trial("corruption", kind, lambda w, k=kind: corrupt(k, w, expected, rng), nothing)
+    kinds = [kind for kind in kinds if needs.get(kind, "resume") in every]
+    plan("corruption", kinds, asked.corruptions, lambda k, w: corrupt(k, w, expected, rng), False)
+    for _, do in sorted(todo, key=lambda one: one[0]):
+        if time.monotonic() - spent < 60 * asked.minutes:
+            do()
 
     failed = [t for t in trials if t["wrong"]]
     used = sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
@@ -503,8 +508,8 @@ def main() -> int:
     command = "python results/faults/campaign.py " + " ".join(sys.argv[1:])
     summary = (
         f"`{command}`\n\ncommit {here['commit']}, {here['device']}, torch {here['versions']['torch']}, {started}, "
-        f"{(time.monotonic() - spent) / 60:.1f} min ({used / 60:.1f} CPU-minutes). {len(trials)} trials, "
-        f"{len(failed)} of them ended neither with the result of an uninterrupted run nor with one clear line.\n\n"
+        f"{(time.monotonic() - spent) / 60:.1f} min ({used / 60:.1f} CPU-minutes). {len(trials)} of {len(todo)} trials "
+        f"were made; {len(failed)} ended neither with the result of an uninterrupted run nor with one clear line.\n\n"
         "| harm | job | trials | wrong |\n| --- | --- | --- | --- |\n" + "\n".join(rows) + "\n"
     )
     print(summary)

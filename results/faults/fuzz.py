@@ -308,14 +308,17 @@ class Task:
     first: int
     trials: list[Callable[[Path], tuple[str, str]]]
     names: list[str] = field(default_factory=list)
+    when: float = 0.0  # kinds take turns, so that a campaign cut short has some of each
 
 
-def work_off(task: Task, send: Any, root: Path) -> None:
+def work_off(task: Task, send: Any, root: Path, until: float) -> None:
     """In a forked process: each trial in a new folder, and a report of each."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     sys.addaudithook(hook)
     root = Path(tempfile.mkdtemp(dir=root))  # others have theirs
     for trial in task.trials:
+        if time.monotonic() > until:
+            break
         work = Path(tempfile.mkdtemp(dir=root))
         before = {path.name for path in root.iterdir()}
         os.chdir(work)
@@ -336,7 +339,7 @@ def work_off(task: Task, send: Any, root: Path) -> None:
     send.close()
 
 
-def run_all(tasks: list[Task], root: Path, processes: int) -> tuple[Counter, list[dict[str, Any]], int]:
+def run_all(tasks: list[Task], root: Path, processes: int, until: float) -> tuple[Counter, list[dict[str, Any]], int]:
     """(how many ended how, what was wrong, the largest process in KiB)."""
     context = multiprocessing.get_context("fork")
     waiting, ends, wrongs, largest = list(reversed(tasks)), Counter(), list[dict[str, Any]](), 0
@@ -346,7 +349,7 @@ def run_all(tasks: list[Task], root: Path, processes: int) -> tuple[Counter, lis
         while waiting and len(at_work) < processes:
             task = waiting.pop()
             receive, send = context.Pipe(duplex=False)
-            process = context.Process(target=work_off, args=(task, send, root))
+            process = context.Process(target=work_off, args=(task, send, root, until))
             process.start()
             send.close()
             at_work[receive] = [task, process, 0, clock, cpu(process.pid)]
@@ -359,7 +362,7 @@ def run_all(tasks: list[Task], root: Path, processes: int) -> tuple[Counter, lis
             except EOFError:
                 process.join()
                 del at_work[receive]
-                if done < len(task.trials):  # it died
+                if done < len(task.trials) and process.exitcode != 0:  # it died
                     wrongs.append(
                         {"kind": task.kind, "trial": name_of(task, done), "wrong": f"ended by {process.exitcode}"}
                     )
@@ -714,6 +717,7 @@ def main() -> int:
     parser.add_argument("--containers", type=int, default=2_000)
     parser.add_argument("--no-hostile", dest="hostile", action="store_false", help="leave out what is made by hand")
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--minutes", type=float, default=1e9, help="begin no trial after so many")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", help="write PATH.json and PATH.md")
     asked = parser.parse_args()
@@ -749,11 +753,11 @@ def main() -> int:
         for i in range(0, asked.images, CHUNK):
             numbers = range(i, min(i + CHUNK, asked.images))
             names_ = [f"{every[n % len(every)][0]} {n}" for n in numbers]
-            tasks.append(Task("mutated image", i, [image(n) for n in numbers], names_))
-        for i in range(0, asked.containers, CHUNK):
-            numbers = range(i, min(i + CHUNK, asked.containers))
+            tasks.append(Task("mutated image", i, [image(n) for n in numbers], names_, i / asked.images))
+        for i in range(0, asked.containers, CHUNK // 8):
+            numbers = range(i, min(i + CHUNK // 8, asked.containers))
             names_ = [f"{list(kinds)[n % len(kinds)]} {n}" for n in numbers]
-            tasks.append(Task("mutated container", i, [container(n) for n in numbers], names_))
+            tasks.append(Task("mutated container", i, [container(n) for n in numbers], names_, i / asked.containers))
         if asked.hostile:
             made = {
                 name: (lambda work, data=data: one_image(data, random.Random(0)))
@@ -761,7 +765,8 @@ def main() -> int:
             }
             made |= hostile(valid, images)
             tasks += [Task("made by hand", 0, [trial], [name]) for name, trial in made.items()]
-        ends, wrongs, largest = run_all(tasks, trials, asked.processes)
+        until = spent + 60 * asked.minutes
+        ends, wrongs, largest = run_all(sorted(tasks, key=lambda task: task.when), trials, asked.processes, until)
     finally:
         shutil.rmtree(root, ignore_errors=True)
 
