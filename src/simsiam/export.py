@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 import yaml
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision import models
 
@@ -28,6 +28,7 @@ from simsiam.card import card
 from simsiam.errors import UsageError, WorkFailed, unknown
 from simsiam.files import whole_folder
 from simsiam.recipes import Recipe, stem_for
+from simsiam.releases import save_weights
 from simsiam.run import Run, bare_backbone, load, transform_of, write_recipe
 
 TOLERANCE = 1e-5  # of features: absolute, or relative to the largest one where that is above 1
@@ -117,7 +118,7 @@ def difference(eager: Network, there: Network, recipe: Recipe) -> float:
 
 def write_safetensors(network: nn.Module, run: Run, folder: Path) -> None:
     about = {"backbone": run.recipe.backbone, "preprocessing": json.dumps(preprocessing(run.recipe))}
-    save_file(contiguous(network), folder / "backbone.safetensors", metadata=about)
+    save_weights(contiguous(network), folder / "backbone.safetensors", about)
 
 
 def reload_safetensors(folder: Path, recipe: Recipe) -> Network:
@@ -130,7 +131,8 @@ def write_torchvision(network: nn.Module, run: Run, folder: Path) -> None:
     recipe = run.recipe
     if recipe.backbone not in models.list_models(module=models) or not standard(recipe):
         raise UsageError(f"torchvision has no {described(recipe)}: take safetensors, onnx or torch_export")
-    torch.save(contiguous(network), folder / "backbone.pth")
+    with open(folder / "backbone.pth", "wb") as file:
+        torch.save(contiguous(network), file)
 
 
 def reload_torchvision(folder: Path, recipe: Recipe) -> Network:
@@ -165,7 +167,7 @@ def write_timm(network: nn.Module, run: Run, folder: Path) -> None:
         },
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    save_file(contiguous(network), folder / "model.safetensors", metadata={"format": "pt"})
+    save_weights(contiguous(network), folder / "model.safetensors", {"format": "pt"})
 
 
 def reload_timm(folder: Path, recipe: Recipe) -> Network:

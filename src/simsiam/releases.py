@@ -145,11 +145,14 @@ def load_state(path: Path) -> Any:
         return torch.load(file, map_location="cpu", weights_only=True)
 
 
-def save_weights(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """A safetensors file with a checksum of its tensors in the metadata, which has no place for one elsewhere."""
+def save_weights(tensors: Mapping[str, Tensor], path: Path, about: Mapping[str, str] | None = None) -> None:
+    """A safetensors file with `about` and a checksum of its tensors in the metadata; the format itself has none.
+
+    Not by `save_file`, which has an error of its own for a full disk.
+    """
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with open(path, "wb") as file:
-        file.write(serialized(plain, {CHECKSUM: digest(plain)}))
+        file.write(serialized(plain, {CHECKSUM: digest(plain), **(about or {})}))
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
