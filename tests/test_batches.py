@@ -22,10 +22,10 @@ def images():
     return from_arrays("train", rng.integers(0, 256, (50, 3, 20, 20), dtype=np.uint8))
 
 
-def test_an_epoch_sees_each_image_once_at_most():
+def test_an_epoch_sees_each_image_once_at_most(images):
     r = recipe()
     for epoch in range(3):
-        seen = np.concatenate([members(6 * epoch + i, r, 50) for i in range(6)])
+        seen = np.concatenate([members(6 * epoch + i, r, images) for i in range(6)])
         assert len(seen) == len(set(seen)) == 48
     assert sorted(order(0, 0, 50)) == list(range(50))
     assert (order(0, 0, 50) != order(0, 1, 50)).any() and (order(0, 0, 50) != order(1, 0, 50)).any()

@@ -68,7 +68,7 @@ def test_it_is_cross_entropy_and_sgd_with_a_cosine_lr_for_backbone_and_head_each
     schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda t: (1 + cos(pi * t / STEPS)) / 2) for o in optimizers]
     losses = []
     for step in range(STEPS):
-        index = members(step, recipe, len(train))
+        index = members(step, recipe, train)
         logits = model(views_of(train, index, recipe, step, torch.device("cpu"))[0])
         loss = -logits.log_softmax(1)[range(BATCH), train.labels[index]].mean()
         for o in optimizers:

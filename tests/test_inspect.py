@@ -196,7 +196,7 @@ def test_many_processes_see_what_one_sees(tmp_path, monkeypatch, cache):
     (next(cache.iterdir())).unlink()
     monkeypatch.setattr(module, "CHUNK", 3)
     monkeypatch.setattr(module, "NAMES", 5)
-    monkeypatch.setattr(module, "CORES", 3)
+    monkeypatch.setattr("simsiam.workers.CORES", 3)
     assert indexed(root).equals(one)
 
 

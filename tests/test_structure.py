@@ -12,13 +12,15 @@ import simsiam
 ROOT = Path(simsiam.__file__).parent
 # A module imports only what stands before it.
 ARROW = [
-    "errors", "files", "bar", "columns", "methods", "figure3", "recipes", "protocols", "shapes", "decode", "images",
+    "errors", "files", "bar", "columns", "methods", "figure3", "recipes", "protocols", "shapes", "decode",
+    "shards", "images", "workers", "catalog",
     "sources", "choose", "index", "views", "processes", "batch_norm", "precision", "backbones", "heads", "releases",
     "checkpoints", "optim", "criteria", "targets", "siamese", "memory", "monitors", "signals", "features", "knn", "run",
     "convert", "batches", "label_free", "progress", "disk_cache", "prepare", "pretrain", "evaluate.frozen",
     "evaluate.scores",
     "evaluate.knn", "evaluate.linear", "evaluate.few_label", "evaluate.label_free", "evaluate.finetune",
-    "evaluate.tuned", "evaluate", "inspect", "preview", "detectron2", "transfer", "transfer.schedules",
+    "evaluate.tuned", "evaluate", "inspect",
+    "plan", "shard", "preview", "detectron2", "transfer", "transfer.schedules",
     "transfer.annotations", "transfer.metrics", "transfer.detector", "transfer.training", "transfer.scenes",
     "transfer.pictures", "transfer.transfer", "embeddings", "embeddings.embed", "embeddings.page", "embeddings.search",
     "embeddings.neighbors", "embeddings.duplicates", "embeddings.cluster", "embeddings.outliers", "embeddings.probe",

@@ -1,5 +1,11 @@
 """The order of images and the making of views, both functions of (seed, step): nothing depends on what ran before.
 
+There are two orders, and each is a permutation of all images, of which an epoch takes as many as fill whole batches.
+`shuffled` draws it uniformly. `interleaved` is for images that lie in blocks of shards, which are read as wholes: the
+blocks are put in a random order, and so are the images of each; position j of the batches of an epoch goes through this
+sequence from the j-th part of it on. So a batch takes its images from as many places as it has images, each block is
+read once, by whoever makes this position, and a step's images are found without the steps before.
+
 Images resident in memory are cropped on the device, a whole batch at a time. Others are read by worker processes,
 which decode an image once for all its views and crop it; color, blur and normalization follow on the device.
 """
@@ -8,6 +14,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import islice, pairwise
 from typing import Any
 
 import numpy as np
@@ -21,6 +28,7 @@ from simsiam.errors import UsageError, WorkFailed, shown
 from simsiam.images import CORES, Images
 from simsiam.processes import count, share
 from simsiam.recipes import Recipe
+from simsiam.shards import Blocks
 
 ORDER = 2  # the seed's stream for the order of images; views draw from a stream of their own
 VIEWS = 2  # of each image, where nobody trains on them
@@ -51,14 +59,47 @@ def order(seed: int, epoch: int, count: int) -> np.ndarray:
     return np.argsort(rng.random(count), kind="stable")
 
 
-def members(step: int, recipe: Recipe, count: int) -> np.ndarray:
-    """The images (N,) of a step's batch, by position in the training set."""
-    per_epoch = steps_per_epoch(count, recipe.batch_size)
+@lru_cache(maxsize=2)
+def block_order(seed: int, epoch: int, blocks: Blocks) -> tuple[np.ndarray, np.ndarray]:
+    """The permutation of blocks in an epoch, and where in the sequence of their images each begins, and the end."""
+    rng = np.random.Generator(np.random.Philox(key=[seed, ORDER], counter=[0, epoch, 1, 0]))
+    permuted = np.argsort(rng.random(len(blocks)), kind="stable")
+    return permuted, np.cumsum(np.append(0, np.diff(blocks.first)[permuted]))
+
+
+@lru_cache(maxsize=2**12)
+def order_within(seed: int, epoch: int, block: int, count: int) -> np.ndarray:
+    """The permutation of the `count` images of a block in an epoch."""
+    rng = np.random.Generator(np.random.Philox(key=[seed, ORDER], counter=[0, epoch, 2 + block, 0]))
+    return np.argsort(rng.random(count), kind="stable")
+
+
+def interleaved(seed: int, epoch: int, blocks: Blocks, positions: np.ndarray) -> np.ndarray:
+    """The images at these positions of an epoch's sequence, block after block."""
+    permuted, begin = block_order(seed, epoch, blocks)
+    place = np.searchsorted(begin, positions, side="right") - 1
+    found = []
+    for block, inside in zip(permuted[place].tolist(), (positions - begin[place]).tolist()):
+        first, after = blocks.first[block : block + 2].tolist()
+        found.append(first + int(order_within(seed, epoch, block, after - first)[inside]))
+    return np.array(found, np.int64)
+
+
+def in_blocks(images: Images, recipe: Recipe) -> Blocks | None:
+    """The blocks of the order `interleaved`; None where the order is `shuffled`."""
+    return images.blocks if recipe.order == "auto" else None
+
+
+def members(step: int, recipe: Recipe, images: Images, mine: slice = slice(None)) -> np.ndarray:
+    """The images (N,) of a step's batch, as positions in the training set; `mine`: at these places alone."""
+    size, count = recipe.batch_size, len(images)
+    per_epoch, positions = steps_per_epoch(count, size), np.arange(size)[mine]
     if step >= SWEEP:  # the last batch steps back to be whole
-        first = min((step - SWEEP) * recipe.batch_size, count - recipe.batch_size)
-        return np.arange(first, first + recipe.batch_size)
-    first = step % per_epoch * recipe.batch_size
-    return order(recipe.seed, step // per_epoch, count)[first : first + recipe.batch_size]
+        return min((step - SWEEP) * size, count - size) + positions
+    epoch, step = divmod(step, per_epoch)
+    if blocks := in_blocks(images, recipe):
+        return interleaved(recipe.seed, epoch, blocks, positions * per_epoch + step)
+    return order(recipe.seed, epoch, count)[step * size + positions]
 
 
 def batches(images: Images, recipe: Recipe, start: int, stop: int, device: torch.device) -> Iterator[Batch]:
@@ -79,7 +120,7 @@ def _resident(images: Images, recipe: Recipe, start: int, stop: int, device: tor
     assert images.pixels is not None
     pixels, mine = torch.from_numpy(images.pixels).to(device), share(recipe.batch_size)
     for step in range(start, stop):
-        index = torch.from_numpy(members(step, recipe, len(images))[mine])
+        index = torch.from_numpy(members(step, recipe, images, mine))
         made = _views_of(pixels[index.to(device)], recipe, step, recipe.method.view_count, mine.start)
         yield Batch(step, index, made, [])
 
@@ -88,13 +129,22 @@ def _streamed(images: Images, recipe: Recipe, start: int, stop: int, device: tor
     workers = CORES if recipe.workers is None else recipe.workers
     reading = torch.full((max(workers, 1),), -1).share_memory_()  # the image that each worker is at; -1: none
     mine, pin, limit = share(recipe.batch_size), device.type == "cuda", recipe.read_timeout if workers else 0
-    steps, tasks = _Steps(images, recipe, mine, reading), range(start, stop)
+    parts = 1
+    if in_blocks(images, recipe):  # a worker makes the same places of every batch: no other reads their blocks
+        parts = max(1, min(workers, mine.stop - mine.start))
+    steps, tasks = _Steps(images, recipe, mine, parts, reading), range(start * parts, stop * parts)
     loader = DataLoader(steps, batch_size=None, sampler=tasks, num_workers=workers, pin_memory=pin, timeout=limit)
-    for step, made in enumerate(_patient(loader, images, reading), start):
-        if isinstance(made, WorkFailed):
-            raise made
-        crops, index, skipped = made
-        yield Batch(step, index, _finished(crops.to(device, non_blocking=True), recipe, step, mine.start), skipped)
+    made = _patient(loader, images, reading)
+    for step in range(start, stop):
+        crops, index, skipped = [], [], list[tuple[str, str]]()
+        for part in islice(made, parts):
+            if isinstance(part, WorkFailed):
+                raise part
+            crops.append(part[0].to(device, non_blocking=True))
+            index.append(part[1])
+            skipped += part[2]
+        finished = _finished(torch.cat(crops, dim=1), recipe, step, mine.start)
+        yield Batch(step, torch.cat(index), finished, skipped)
 
 
 def _patient(loader: DataLoader, images: Images, reading: Tensor) -> Iterator[Any]:
@@ -123,7 +173,7 @@ def views_of(
     """The first views, as in training, of the images at `index`, as if they were the batch of that step."""
     if images.pixels is not None:
         return _views_of(torch.from_numpy(images.pixels[index]).to(device), recipe, step, count)
-    crops, _, _ = crops_of(images, index, recipe, step, count)
+    crops, _, _ = crops_of(images.near(index, 0.25), index, recipe, step, count)
     return _finished(crops.to(device), recipe, step)
 
 
@@ -152,16 +202,23 @@ def _finished(crops: Tensor, recipe: Recipe, step: int, first: int = 0) -> list[
 
 
 class _Steps(Dataset):
-    """A step to the crops of this process's share of its batch: what a worker does."""
+    """A step to the crops of this process's share of its batch, or of a part of that: what a worker does."""
 
-    def __init__(self, images: Images, recipe: Recipe, mine: slice, reading: Tensor):
-        self.images, self.recipe, self.mine, self.reading = images, recipe, mine, reading
+    def __init__(self, images: Images, recipe: Recipe, mine: slice, parts: int, reading: Tensor):
+        self.images, self.recipe, self.reading = images, recipe, reading
+        ends = np.linspace(mine.start, mine.stop, parts + 1).astype(int).tolist()
+        self.parts = [slice(first, after) for first, after in pairwise(ends)]
 
-    def __getitem__(self, step: int) -> tuple[Tensor, Tensor, list[tuple[str, str]]] | WorkFailed:
+    def __getitem__(self, task: int) -> tuple[Tensor, Tensor, list[tuple[str, str]]] | WorkFailed:
+        step, part = divmod(task, len(self.parts))
+        mine, views = self.parts[part], self.recipe.method.view_count
         reading = self.reading[info.id if (info := get_worker_info()) else 0]
         try:
-            index, views = members(step, self.recipe, len(self.images))[self.mine], self.recipe.method.view_count
-            return crops_of(self.images, index, self.recipe, step, views, self.mine.start, reading)
+            index = members(step, self.recipe, self.images, mine)
+            if in_blocks(self.images, self.recipe):
+                reading.fill_(int(index[0]))
+                self.images = self.images.near(index)  # goes on with the blocks that the step before left here
+            return crops_of(self.images, index, self.recipe, step, views, mine.start, reading)
         except WorkFailed as error:  # handed over rather than raised: a worker's exceptions arrive with a traceback
             return error
         finally:

@@ -71,7 +71,8 @@ def add_flags(parser: argparse.ArgumentParser, owner: type, title: str, words: t
 
 def add_source(parser: argparse.ArgumentParser, count: str, default: str = "") -> None:
     text = "shapes (embedded), cifar10, cifar100, stl10, folders of images, a .txt that lists them, a .zip or .tar, "
-    parser.add_argument("source", nargs=count, metavar="SOURCE", help=f"{text}or Parquet {default}".strip())
+    text += "Parquet or .tar shards, here or at a URL"
+    parser.add_argument("source", nargs=count, metavar="SOURCE", help=f"{text} {default}".strip())
 
 
 def _metavar(kind: Any) -> str:
@@ -111,6 +112,34 @@ def build_parser() -> Parser:
     add_source(inspect, "+")
     inspect.add_argument("--channels", metavar="N", type=int, default=3, help="of an image [3]")
     inspect.add_argument("--out", metavar="FILE.json", help="write the facts here too")
+
+    shard = verbs.add_parser(
+        "shard",
+        help="any source as few large files, tar or Parquet; killed and started anew, it goes on",
+        usage="simsiam shard SOURCE [SOURCE ...] --out FOLDER [--format NAME] [--per-shard N] [--channels N]",
+    )
+    add_source(shard, "+")
+    shard.add_argument("--out", metavar="FOLDER", required=True, help="a new folder; it appears when it is complete")
+    shard.add_argument("--format", metavar="NAME", default="tar", help="tar (WebDataset's) or parquet (Hugging Face's)")
+    shard.add_argument("--per-shard", metavar="N", type=int, default=10_000, help="images in a shard [10000]")
+    shard.add_argument("--channels", metavar="N", type=int, default=3, help="of an image [3]")
+
+    plan = verbs.add_parser(
+        "plan",
+        help="what pretraining would take: steps, hours, memory, checkpoints, storage, reading, and what is assumed",
+        usage="simsiam plan SOURCE [SOURCE ...] [--gpus N] [--images N] [--bench FILE.json] [--FLAG VALUE ...]",
+        epilog="The flags are those of pretrain; the source or --recipe chooses their values as it does there.",
+    )
+    add_source(plan, "+")
+    plan.add_argument("--gpus", metavar="N", type=int, default=1, help="processes, one a device [1]")
+    plan.add_argument("--images", metavar="N", type=int, help="as if there were so many like those of the source")
+    plan.add_argument("--cores", metavar="N", type=int, help="of each process, to prepare images [as many as here]")
+    plan.add_argument(
+        "--bench", metavar="FILE.json", help="of `simsiam bench --out`, from the machine that is to train"
+    )
+    plan.add_argument("--out", metavar="FILE.json", help="write the facts here too")
+    plan.add_argument("--recipe", metavar="NAME or FILE", help=f"{', '.join(recipes.RECIPES)}, or a recipe.yaml")
+    add_recipe_flags(plan)
 
     preview = verbs.add_parser(
         "preview",
@@ -310,6 +339,15 @@ def run(arguments: dict[str, Any]) -> None:
         from simsiam.inspect import inspect
 
         inspect(arguments["source"], channels=arguments["channels"], out=arguments["out"])
+    elif verb == "shard":
+        from simsiam.shard import shard
+        from simsiam.shard import told as written
+
+        print(written(shard(arguments.pop("source"), **arguments)))
+    elif verb == "plan":
+        from simsiam.plan import plan
+
+        plan(arguments.pop("source"), **arguments)
     elif verb == "preview":
         from simsiam.preview import preview
 

@@ -123,17 +123,19 @@ def chunks(
 
     def read(i: int) -> Tensor | None:
         try:
-            return transform.crop(tensor(images.read(i, least=2 * transform.resize)))
+            return transform.crop(tensor(near.read(i, least=2 * transform.resize)))
         except Unreadable as error:
             skipped.append((images.keys[i], str(error)))
             return None
 
+    near = images
     with ThreadPoolExecutor(CORES) as pool:
         for start in range(0, len(images), size):
             index = np.arange(start, min(start + size, len(images)))
             if images.pixels is not None:
                 yield index, transform.crop(torch.from_numpy(images.pixels[start : start + size]))
                 continue
+            near = near.near(index, 0.25)  # all of a block is read where much of it is asked for
             found = [(i, pixels) for i, pixels in zip(index, pool.map(read, index), strict=True) if pixels is not None]
             if found:
                 kept, pixels = zip(*found, strict=True)

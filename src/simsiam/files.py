@@ -4,12 +4,14 @@ import csv
 import errno
 import fcntl
 import glob
+import json
 import os
 import shutil
 import socket
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from simsiam.errors import UsageError, WorkFailed, shown
 
@@ -136,3 +138,22 @@ def alone(path: Path, work: str) -> Iterator[None]:
 def write_csv(path: Path, heading: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     with whole(path) as part, open(part, "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([heading, *rows])
+
+
+def cache(name: str) -> Path:
+    """A folder in the user's cache: in $SIMSIAM_CACHE, or in `simsiam` in $XDG_CACHE_HOME or ~/.cache."""
+    given, shared = os.environ.get("SIMSIAM_CACHE"), os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(os.path.expanduser(given or os.path.join(shared, "simsiam")), name)
+
+
+def begin(work: Path, job: dict[str, Any]) -> None:
+    """Start the work in a folder, or go on with what was left there. Raises UsageError where another job left it."""
+    about = json.dumps(job, indent=2)
+    if not (work / "job.json").exists():
+        for stray in work.glob("[!.]*"):  # of a job that ended, and was killed while it cleared up
+            shutil.rmtree(stray) if stray.is_dir() else stray.unlink()
+        with whole(work / "job.json") as part:
+            part.write_text(about)
+    if (work / "job.json").read_text() != about:
+        raise UsageError(f"{work} holds the parts of another job, which was not finished: delete it, or change --out")
+    clear(work)

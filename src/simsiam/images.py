@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ import pyarrow as pa
 
 from simsiam.decode import Header, Unreadable, decode, header
 from simsiam.errors import UsageError, WorkFailed, shown
+from simsiam.shards import MAX_BYTES, Blocks, Shards, chosen
 
+RUN = 16  # neighbors that are looked at together
+CHUNK = 256  # images that are brought near at a time
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 CORES = max(1, CORES // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # the processes of a run share a host
-MAX_BYTES = 2**30  # of one image file in an archive
 
 
 class Column(Sequence):
@@ -31,14 +34,16 @@ class Column(Sequence):
 
     def __init__(self, values: pa.Array | pa.ChunkedArray, rows: np.ndarray | None = None):
         self.values = values
-        self.rows = np.arange(len(values)) if rows is None else rows
+        self.rows = rows  # int64; None: all, without an array that says so
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.values) if self.rows is None else len(self.rows)
 
     def __getitem__(self, at: Any) -> Any:
-        rows = self.rows[at]
-        return type(self)(self.values, rows) if isinstance(rows, np.ndarray) else self._value(self.values[int(rows)])
+        if isinstance(at, int | np.integer):
+            row = range(len(self.values))[at] if self.rows is None else self.rows[at]
+            return self._value(self.values[int(row)])
+        return type(self)(self.values, chosen(self.rows, at, len(self.values)))
 
     def _value(self, scalar: pa.Scalar) -> Any:
         return scalar.as_py()
@@ -86,7 +91,7 @@ class Images:
     """N images, by position. Picklable, and cheap to fork into the workers of a DataLoader."""
 
     keys: Column  # what to call each image: its path in the source, "dog/7.jpg", or its split and row, "train#17"
-    encoded: Column | Packed | Path | None = None  # files' bytes, or the folder `keys` lie in; None with `pixels`
+    encoded: Column | Packed | Shards | Path | None = None  # files' bytes, or the folder of `keys`; None with `pixels`
     labels: np.ndarray | None = None  # int64 (N,), positions in `classes`; None where any image has none
     classes: tuple[str, ...] = ()  # class names; () without labels
     pixels: np.ndarray | None = None  # uint8 (N, channels, H, W) when decoded and in memory
@@ -117,13 +122,26 @@ class Images:
         assert self.encoded is not None, "images are either encoded or pixels"
         return self.encoded[i] or b""  # Parquet's null: a row without an image
 
+    @property
+    def blocks(self) -> Blocks | None:
+        """The images that are read together, where they lie in shards; None where each is as near as any other."""
+        return self.encoded.blocks if isinstance(self.encoded, Shards) else None
+
+    def near(self, indices: np.ndarray, least: float = 0.0) -> "Images":
+        """The same images, with those at `indices` in memory where they lie in shards: see `Shards.near`."""
+        return replace(self, encoded=self.encoded.near(indices, least)) if isinstance(self.encoded, Shards) else self
+
+    def unlabeled(self) -> "Images":
+        """The same images without their labels."""
+        return replace(self, labels=None, classes=())
+
     def take(self, indices: Any) -> "Images":
         """The images at `indices` (whatever indexes a NumPy array), in that order. Encoded bytes are not copied."""
-        rows = np.arange(len(self))[indices]
+        rows = chosen(None, indices, len(self))
         return replace(
             self,
             keys=self.keys[rows],
-            encoded=self.encoded[rows] if isinstance(self.encoded, Column | Packed) else self.encoded,
+            encoded=self.encoded[rows] if isinstance(self.encoded, Column | Packed | Shards) else self.encoded,
             labels=None if self.labels is None else self.labels[rows],
             pixels=None if self.pixels is None else self.pixels[rows],
         )
@@ -159,10 +177,10 @@ def in_memory(images: Images, limit_bytes: int, threads: int = CORES) -> tuple[I
     pixels = np.empty((n, images.channels, height, width), np.uint8)
 
     def decode(positions: np.ndarray) -> dict[int, str]:
-        reasons = {}
+        reasons, near = {}, images.near(positions)
         for i in positions:
             try:
-                image = images.read(i)
+                image = near.read(i)
             except Unreadable as error:
                 reasons[i] = str(error)
                 continue
@@ -195,8 +213,18 @@ def spread(n: int, limit: int | None) -> np.ndarray:
 
 def sample(images: Images, limit: int | None) -> Images:
     """`limit` images spread evenly over the source, in order, each class in proportion; all if `limit` is None."""
+    if limit is None or limit >= len(images):
+        return images
     order = np.arange(len(images)) if images.labels is None else np.argsort(images.labels, kind="stable")
     return images.take(np.sort(order[spread(len(images), limit)]))
+
+
+def glance(images: Images, limit: int) -> Images:
+    """`limit` images to look at, spread evenly; runs of neighbors where reading one means reading its row group."""
+    if isinstance(images.encoded, Shards) and images.encoded.places.column and limit < len(images):
+        runs = spread(len(images) // RUN, -(-limit // RUN))
+        return images.take((runs[:, None] * RUN + np.arange(RUN)).ravel()[:limit])
+    return sample(images, limit)
 
 
 def hold_out(images: Images, count: int, seed: int = 0) -> tuple[Images, Images]:
@@ -215,11 +243,22 @@ def hold_out(images: Images, count: int, seed: int = 0) -> tuple[Images, Images]
 
 def measure_sizes(images: Images, sample: int | None = 200) -> np.ndarray:
     """(height, width) of `sample` evenly spread images, int64 (M, 2), from headers alone; skips unreadable ones."""
-    sizes = []
-    for i in spread(len(images), sample):
+    some, sizes = images if sample is None else glance(images.unlabeled(), sample), []
+    for i in range(len(some)):
+        if i % CHUNK == 0:
+            some = some.near(np.arange(i, min(i + CHUNK, len(some))), 0.25)
         with suppress(Unreadable):
-            sizes.append(images.header(i)[:2])
+            sizes.append(some.header(i)[:2])
     return np.array(sizes, np.int64).reshape(-1, 2)
+
+
+def fingerprint(splits: Sequence[Images]) -> str:
+    """What changes when an image comes, goes, moves, or is renamed."""
+    digest = blake2b(digest_size=16)
+    for images in splits:
+        for key in images.keys:
+            digest.update(os.fsencode(key) + b"\0")
+    return digest.hexdigest()
 
 
 class _AnotherSize(Exception):

@@ -6,14 +6,10 @@ or a library may have been missing. Loads no torch.
 
 import json
 import os
-import signal
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import blake2b
-from multiprocessing import get_context
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +18,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from simsiam.decode import EXTENSIONS, MAX_PIXELS, MODES, Unreadable, decode, header, regular
-from simsiam.errors import WorkFailed
-from simsiam.files import whole
-from simsiam.images import CORES, Column, Images, Packed
-from simsiam.sources import SOURCES, Source, shards_in
+from simsiam.files import cache, whole
+from simsiam.images import Column, Images, Packed
+from simsiam.shards import Shards, is_url
+from simsiam.sources import Source, absolute, shards_in
+from simsiam.workers import in_turn
 
 VERSION = 1  # of the files in the cache
 CHUNK = 128  # images looked at before a worker reports
@@ -89,10 +86,10 @@ def index_of(names: Sequence[str | os.PathLike[str]], source: Source, channels: 
 
     Raises WorkFailed if a worker is killed. What has been seen by then, or by Ctrl-C, is kept.
     """
-    paths = [str(name) if name in SOURCES else os.path.abspath(os.path.expanduser(name)) for name in names]
-    containers = _containers(paths) if isinstance(source.train.encoded, Packed | Column) else []
+    paths = [absolute(name) for name in names]
+    containers = _containers(paths) if isinstance(source.train.encoded, Packed | Column | Shards) else []
     name = blake2b(json.dumps([VERSION, channels, *paths]).encode(), digest_size=16).hexdigest()
-    old = _read(_cache() / f"{name}.arrow", containers)
+    old = _read(cache("index") / f"{name}.arrow", containers)
     parts = list(source.splits.values())
     pa.default_memory_pool().release_unused()  # what opening a large source took besides
     stamps = _stamps(parts, containers)
@@ -126,12 +123,6 @@ def index_of(names: Sequence[str | os.PathLike[str]], source: Source, channels: 
     return found
 
 
-def _cache() -> Path:
-    """The user's folder of indices: $SIMSIAM_CACHE, or `simsiam` in $XDG_CACHE_HOME or ~/.cache."""
-    given, shared = os.environ.get("SIMSIAM_CACHE"), os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(os.path.expanduser(given or os.path.join(shared, "simsiam")), "index")
-
-
 def _read(path: Path, containers: list[Any]) -> Index:
     """The index in a file; an empty one if it is not there, damaged, or of other containers."""
     with suppress(OSError, ValueError, LookupError, TypeError, pa.ArrowException):
@@ -144,26 +135,31 @@ def _read(path: Path, containers: list[Any]) -> Index:
 
 
 def _containers(paths: Sequence[str]) -> list[Any]:
-    files = []
-    for path in map(Path, paths):
-        files += shards_in(path) if path.is_dir() else [path]
-    return [[str(file), (status := file.stat()).st_mtime_ns, status.st_size] for file in files if file.is_file()]
+    found = []
+    for path in paths:
+        if is_url(path) or os.path.isdir(path):
+            found += [[file, stamp, size] for file, (size, stamp) in shards_in(path).items()]
+        elif os.path.isfile(path):
+            found.append([path, str((status := os.stat(path)).st_mtime_ns), status.st_size])
+    return found
 
 
 def _stamps(parts: Sequence[Images], containers: list[Any]) -> pa.Table:
     """What tells whether the images of all parts have changed, from the file system alone."""
-    newest = max((mtime for _, mtime, _ in containers), default=-1)
+    newest = max((int(stamp) if stamp.isdigit() else 0 for _, stamp, _ in containers), default=-1)
     tables = []
     for images in parts:
         keys = images.keys.values  # all of them, in order: the source has just been opened
         sizes, mtimes = np.zeros(len(images), np.int64), np.full(len(images), newest, np.int64)
         if isinstance(images.encoded, Path):
             jobs = [(images.encoded, keys[start : start + NAMES]) for start in range(0, len(keys), NAMES)]
-            sizes, mtimes = np.concatenate([np.zeros((2, 0), np.int64), *_in_turn(_status, jobs)], axis=1)
+            sizes, mtimes = np.concatenate([np.zeros((2, 0), np.int64), *in_turn(_status, jobs)], axis=1)
         elif isinstance(images.encoded, Packed):
             sizes = images.encoded.places[:, 2]
+        elif isinstance(images.encoded, Shards):
+            sizes = np.concatenate([np.zeros(0, np.int64), *images.encoded.places.sizes])
         elif isinstance(images.encoded, Column):
-            sizes = pc.binary_length(images.encoded.values).fill_null(0).to_numpy()[images.encoded.rows]
+            sizes = pc.binary_length(images.encoded.values).fill_null(0).to_numpy()
         elif images.pixels is not None and len(images):
             sizes[:] = images.pixels[0].nbytes
         tables.append(pa.table([keys, sizes, mtimes], STAMP))
@@ -197,54 +193,17 @@ def _look_at(parts: Sequence[Images], rows: np.ndarray) -> Iterator[pa.Table]:
 
     from simsiam.bar import bar
 
-    found = _in_turn(look, jobs)
+    found = in_turn(look, jobs)
     with bar("looking", len(rows)) as advance:
         for part in found:
             advance(len(part))
             yield part
 
 
-def _in_turn(work: Callable[..., Any], jobs: Sequence[tuple]) -> Iterator[Any]:
-    """work(*job) of each job, in order, done by all cores; raises WorkFailed if a process is killed.
-
-    Processes, because Pillow parses headers under the GIL. Each reports through a pipe of its own, and ends when nobody
-    listens any more.
-    """
-    if len(jobs) < 2:
-        return iter([work(*job) for job in jobs])
-    context: Any = get_context("fork" if sys.platform == "linux" else None)
-    pipes = []
-    for worker in range(min(CORES, len(jobs))):
-        receive, send = context.Pipe(duplex=False)
-        pipes.append(receive)
-        context.Process(target=_work, args=(work, jobs[worker::CORES], send, pipes), daemon=True).start()
-        send.close()
-
-    def results() -> Iterator[Any]:
-        try:
-            for i in range(len(jobs)):
-                yield pipes[i % CORES].recv()
-        except EOFError:
-            raise WorkFailed("a process that looked at images was killed: perhaps memory ran out; try again") from None
-        finally:
-            for receive in pipes:
-                receive.close()
-
-    return results()
-
-
-def _work(work: Callable[..., Any], jobs: Sequence[tuple], send: Connection, pipes: Sequence[Connection]) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that listens
-    for receive in pipes:
-        receive.close()  # or this process itself would be a listener
-    with suppress(BrokenPipeError):
-        for job in jobs:
-            send.send(work(*job))
-
-
 def look(images: Images, rows: np.ndarray) -> pa.Table:
     """What is seen of the images at `rows` (at least one): a table of SEEN."""
-    columns = zip(*(_look(images, i) for i in rows))
+    near = images.near(rows, 0.25)  # all of a block is read where much of it is asked for
+    columns = zip(*(_look(near, i) for i in rows))
     return pa.table([pa.array(column, kind) for column, kind in zip(columns, SEEN.types)], SEEN)
 
 

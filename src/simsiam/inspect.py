@@ -8,7 +8,7 @@ import sys
 import textwrap
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from glob import glob
 from importlib.metadata import version
 from itertools import combinations
@@ -188,8 +188,7 @@ def duration(source: Source, recipe: Recipe, index: Index) -> dict[str, Any]:
     resident = images.pixels is not None or (_alike(height, width) and pixels <= recipe.cache_gib * 2**30)
     key = f"speed of {json.dumps([_machine(), recipe.to_dict()])}"
     found = index.fact(key, lambda: speed(recipe, images, resident=resident))
-    prepared, trained = found["prepared"] / (1 if resident else CORES), found["trained"]
-    seconds = max(prepared, trained) if found["gpu"] and not resident else prepared + trained
+    prepared, trained, seconds = per_image(found, resident=resident, cores=CORES)
     return {
         "seconds": round(seconds * epoch * recipe.epochs, 1),
         "epochs": recipe.epochs,
@@ -199,6 +198,12 @@ def duration(source: Source, recipe: Recipe, index: Index) -> dict[str, Any]:
         "trained_per_second": round(1 / trained, 1),
         "device": found["device"],
     }
+
+
+def per_image(found: Mapping[str, Any], *, resident: bool, cores: int) -> tuple[float, float, float]:
+    """Seconds an image takes to be prepared, by all cores, to be trained on, and both; `found` is what `speed` says."""
+    prepared, trained = found["prepared"] / (1 if resident else cores), found["trained"]
+    return prepared, trained, max(prepared, trained) if found["gpu"] and not resident else prepared + trained
 
 
 def _machine() -> list[Any]:
@@ -259,8 +264,13 @@ def speed(recipe: Recipe, images: Images, *, resident: bool) -> dict[str, Any]:
 
 def tell(name: str, fact: dict[str, Any]) -> None:
     """Print one fact: its name, and beside it what it says."""
+    say(name, WORDS[name](fact))
+
+
+def say(name: str, lines: Sequence[str]) -> None:
+    """Print lines on 80 columns, the name before the first."""
     encoding = sys.stdout.encoding or "utf-8"
-    for i, line in enumerate(WORDS[name](fact)):
+    for i, line in enumerate(lines):
         first = f"{name if i == 0 else '':<{INDENT}}"
         deeper = " " * (INDENT + 4 if line.startswith("  ") else INDENT + 2)
         text = textwrap.fill(line, COLUMNS, initial_indent=first, subsequent_indent=deeper, break_on_hyphens=False)
@@ -269,9 +279,20 @@ def tell(name: str, fact: dict[str, Any]) -> None:
 
 def _say_images(fact: dict[str, Any]) -> list[str]:
     parts = ", ".join(f"{count:,} {split}" for split, count in fact["splits"].items())
-    power = min(int(math.log10(max(fact["bytes"], 1)) / 3), 4)
-    size = f"{fact['bytes'] / 1000**power:,.4g} {('bytes', 'kB', 'MB', 'GB', 'TB')[power]}"
-    return [f"{fact['count']:,} in {size}" + (f": {parts}" if len(fact["splits"]) > 1 else "")]
+    return [f"{fact['count']:,} in {amount(fact['bytes'])}" + (f": {parts}" if len(fact["splits"]) > 1 else "")]
+
+
+def amount(size: float, digits: int = 4) -> str:
+    """Bytes in words."""
+    power = min(int(math.log10(max(size, 1)) / 3), 5)
+    return f"{size / 1000**power:,.{digits}g} {('bytes', 'kB', 'MB', 'GB', 'TB', 'PB')[power]}"
+
+
+def span(seconds: float) -> str:
+    """Time in words, to the nearest unit that is there twice."""
+    units = {"years": 31_557_600, "days": 86_400, "hours": 3_600, "minutes": 60, "seconds": 1}
+    unit = next(unit for unit, length in units.items() if seconds >= 2 * length or length == 1)
+    return f"{seconds / units[unit]:,.0f} {unit}"
 
 
 def _say_sizes(fact: dict[str, Any]) -> list[str]:
@@ -334,14 +355,12 @@ def _say_colors(fact: dict[str, Any]) -> list[str]:
 def _say_time(fact: dict[str, Any]) -> list[str]:
     if "unknown" in fact:
         return [f"unknown: {fact['unknown']}"]
-    units = {"days": 86_400, "hours": 3_600, "minutes": 60, "seconds": 1}
-    unit = next(unit for unit, length in units.items() if fact["seconds"] >= 2 * length or length == 1)
     total, prepared, trained = (
         f"{fact[f'{name}_per_second']:,.{0 if fact[f'{name}_per_second'] >= 10 else 1}f}"
         for name in ("images", "prepared", "trained")
     )
     return [
-        f"about {fact['seconds'] / units[unit]:,.0f} {unit} for {fact['epochs']} epochs of "
+        f"about {span(fact['seconds'])} for {fact['epochs']} epochs of "
         f"{fact['images_per_epoch']:,} images, an estimate",
         f"{total} images/s: {prepared}/s decoded and cropped, {trained}/s trained on",
         f"on {fact['device']}",

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from simsiam.batches import views_of
 from simsiam.features import Transform, extract
-from simsiam.images import Images, sample
+from simsiam.images import Images, glance
 from simsiam.precision import autocast
 from simsiam.processes import by_first, count, gather, share
 from simsiam.recipes import Recipe
@@ -42,7 +42,7 @@ def label_free_monitor(
     precision: str,
 ) -> LabelFree:
     """Signals on h of the same images and views whenever it is asked; a function of the weights and `before`."""
-    looked_at = sample(images, LOOKED_AT)
+    looked_at = glance(images, LOOKED_AT)
     found = extract(model.backbone, looked_at, transform, device=device, precision=precision)
     h = found.matrices[0].to(device)
     training = model.training

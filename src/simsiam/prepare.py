@@ -19,7 +19,7 @@ from simsiam.columns import PARTS
 from simsiam.disk_cache import on_disk
 from simsiam.errors import UsageError, unknown
 from simsiam.features import Transform, chunks
-from simsiam.images import Images, hold_out, in_memory, sample
+from simsiam.images import Images, glance, hold_out, in_memory, sample
 from simsiam.memory import check
 from simsiam.optim import build_optimizer
 from simsiam.precision import autocast, pick_device, pick_precision
@@ -28,7 +28,7 @@ from simsiam.recipes import Recipe
 from simsiam.releases import published
 from simsiam.run import initialize, read_recipe
 from simsiam.siamese import Siamese, build
-from simsiam.sources import SOURCES, Source, open_source
+from simsiam.sources import Source, absolute, open_source
 from simsiam.targets import MovingAverage
 
 LOOKED_AT = 1000  # images that mean, std and sizes are measured on, spread evenly over the training set
@@ -66,10 +66,9 @@ def compose(
     if base is None:
         base, why = recipe_for(names, opened)
     known = recipes.STATISTICS.get(names[0]) if len(names) == 1 else None
-    absolute = [name if name in SOURCES else str(Path(name).expanduser().resolve()) for name in names]
     if words.get("backbone") not in (None, *RESNETS):  # whose width and stem the recipe does not know
         base = replace(base, width=Recipe.width, stem=None)
-    complete = base.replace(**{"source": absolute} | dict(words))
+    complete = base.replace(**{"source": [absolute(name) for name in names]} | dict(words))
     if complete.init is not None and not published(complete.init):  # a published name stays a name
         complete = replace(complete, init=str(Path(complete.init).expanduser().resolve()))
     if complete.image_size is None:
@@ -85,7 +84,7 @@ def statistics(images: Images, recipe: Recipe) -> tuple[tuple[float, ...], tuple
     assert recipe.image_size
     transform = Transform(size=recipe.image_size, mean=(0.0,), std=(1.0,))
     count, total, squares = 0, torch.zeros(recipe.channels).double(), torch.zeros(recipe.channels).double()
-    for _, pixels in chunks(sample(images, LOOKED_AT), transform, []):
+    for _, pixels in chunks(glance(images, LOOKED_AT), transform, []):
         x = transform.normalize(pixels).double().movedim(1, 0).flatten(1)
         count, total, squares = count + x.shape[1], total + x.sum(1), squares + x.square().sum(1)
     if not count:
@@ -105,6 +104,7 @@ def prepare(recipe: Recipe, source: Source) -> Data:
     limit_bytes = int(recipe.cache_gib * 2**30)
     everything = sample(source.train, recipe.limit)
     train, unreadable = in_memory(everything, limit_bytes)
+    unreadable = [*source.damage, *unreadable]
     seen, bank, held_out, tenth = len(everything), train, None, min(len(train) // 10, 5000)
     beside = None if source.val is None or source.val.labels is None or recipe.holdout == 0 else source.val
     if beside is not None and (train.labels is None or (recipe.holdout is None and source.test is not None)):

@@ -43,6 +43,7 @@ class Recipe:
     precision: Literal["auto", "bfloat16", "float32"] = "auto"  # auto: bfloat16 where the device is fast at it
     compile: bool = False  # torch.compile the network and the views; a minute to start, and the bits differ from eager
     sync_bn: bool = True  # several processes share batch norm's statistics (3); off, their number changes the result
+    order: Literal["auto", "shuffled"] = "auto"  # of images in shards: auto interleaves blocks, so each is read once
     workers: int | None = None  # processes that decode images too many for memory; as many as cores
     max_unreadable: float = 0.5  # stop when more than this share of the images cannot be read
     read_timeout: float = (

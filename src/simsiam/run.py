@@ -6,6 +6,7 @@ writes a run folder, and tells the others.
 """
 
 import errno
+import io
 import json
 import math
 import os
@@ -24,6 +25,7 @@ import torch
 import yaml
 from safetensors import SafetensorError
 from torch import nn
+from torch.optim import Optimizer
 
 from simsiam.backbones import backbone
 from simsiam.checkpoints import backbone_weights
@@ -256,6 +258,14 @@ class Run(Folder):
         before = path.with_name("previous.pt") if name == "last" else None
         with whole(path, before=before) as part, open(part, "wb") as file:
             torch.save({"format": FORMAT, "recipe": self.recipe.to_dict(), **state}, file)
+
+
+def checkpoint_bytes(recipe: Recipe, model: nn.Module, optimizer: Optimizer, here: dict[str, Any]) -> int:
+    """The size of a checkpoint that `Run.save` would write."""
+    moved = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "environment": here}
+    file = io.BytesIO()
+    torch.save({"format": FORMAT, "recipe": recipe.to_dict(), **moved}, file)
+    return len(file.getbuffer())
 
 
 class Journal:

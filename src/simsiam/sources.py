@@ -4,7 +4,6 @@
 files are open in seconds.
 """
 
-import json
 import os
 import re
 import stat
@@ -12,9 +11,8 @@ import struct
 import tarfile
 import zipfile
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from http.client import HTTPException
 from itertools import islice
 from pathlib import Path
@@ -25,15 +23,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from simsiam.catalog import File, Layout, catalog_of, is_image, layout_of, listed, plain, tar_members
 from simsiam.decode import EXTENSIONS
 from simsiam.errors import UsageError, WorkFailed, shown, unknown
 from simsiam.images import Column, Images, Names, Packed, from_arrays, numbered
+from simsiam.shards import image_column, is_url, lost, open_file
 
 SOURCES = ("shapes", "cifar10", "cifar100", "stl10")  # the names that open_source knows
-KINDS = "a folder of images, a Parquet file or folder, a .zip or .tar of images, a .txt that lists images"
+KINDS = (
+    "a folder of images, a Parquet file or folder, a .zip or .tar of images, a folder of .tar shards, "
+    "a .txt that lists images, a URL of shards"
+)
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}  # their spelling: ours
-LABELS = ("label", "labels", "fine_label")  # usual names of an integer label column
-SUFFIXES = tuple(extension.encode() for extension in EXTENSIONS)
+RESIDENT = 2**30  # bytes of Parquet that are read into memory at once; more is read a block at a time
 CHUNK = 10_000  # file names held as Python objects at a time
 
 # What zipfile and tarfile raise.
@@ -48,6 +50,7 @@ class Source:
     train: Images
     val: Images | None = None
     test: Images | None = None
+    damage: tuple[tuple[str, str], ...] = field(default=(), kw_only=True)  # shards, and what is lost with them
 
     @property
     def splits(self) -> dict[str, Images]:
@@ -65,7 +68,8 @@ def open_source(source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]
     Several folders are one set, with the classes of all; an image file among them is itself.
     List: a .txt with a path a line, relative to the list's folder, perhaps a tab and a label.
     Archive: a .zip or .tar, read in place by the rules of a folder; folders around everything do not count.
-    Parquet: a file, or shards in a folder (or its `data`) whose first word is the split: `test-00000-of-00001.parquet`.
+    Shards: Parquet or .tar files in a folder (or its `data`), here or at a URL that fsspec knows; the first word of a
+    name is the split: `test-00000-of-00001.parquet`. A .tar has WebDataset's layout: `7.jpg`, `7.cls`, `7.json`.
     Without a `train` split, everything is train. A name wins over a folder of that name: write `./cifar10`.
 
     Raises UsageError if the source is none of these or holds no image, WorkFailed if it cannot be fetched or read.
@@ -76,23 +80,33 @@ def open_source(source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]
     for part in opened.splits.values():
         if part.pixels is not None and part.channels != channels:
             raise UsageError(f"the images of {opened.name} have {part.channels} channels, not {channels}")
-    return Source(opened.name, **{split: replace(part, channels=channels) for split, part in opened.splits.items()})
+    parts: dict[str, Any] = {split: replace(part, channels=channels) for split, part in opened.splits.items()}
+    return replace(opened, **parts)
+
+
+def absolute(name: str | os.PathLike[str]) -> str:
+    """What a source is called wherever one stands: names and URLs as they are, paths from the root."""
+    text = os.path.expanduser(os.fspath(name)).removeprefix("file://")
+    return text if text in SOURCES or is_url(text) else os.path.abspath(text)
 
 
 def _one(text: str) -> Source:
+    text = text.removeprefix("file://")
     if text == "shapes":
         return _shapes()
     if text in SOURCES:
         return _torchvision(text)
+    if is_url(text):
+        return _shards(text, shards_in(text))
     if not os.path.exists(text):
         raise unknown("source", text, [*SOURCES, *KINDS.split(", ")])
     path = Path(text)
     if path.is_dir():
-        shards = shards_in(path)
-        return _parquet(path, shards) if shards else _tree(path, path, _walk(path, set()))
+        shards = shards_in(text)
+        return _shards(text, shards) if shards else _tree(path, path, _walk(path, set()))
     kind = path.suffix.lower()
     if kind == ".parquet":
-        return _parquet(path, [path])
+        return _shards(text, {text: (path.stat().st_size, str(path.stat().st_mtime_ns))})
     if kind == ".txt":
         return _list(path)
     if kind in (".zip", ".tar"):
@@ -188,7 +202,7 @@ def _walk(folder: Path, seen: set[tuple[int, int]]) -> pa.Array:
                         folders.append(below + entry.name + b"/")
                     elif entry.is_symlink() and os.path.isdir(entry.path):
                         links.append(below + entry.name + b"/")
-                    elif _is_image(entry.name) and (entry.is_file() or entry.is_symlink()):  # a dead link is listed
+                    elif is_image(entry.name) and (entry.is_file() or entry.is_symlink()):  # a dead link is listed
                         yield below + entry.name
 
     try:
@@ -209,10 +223,6 @@ def _in_arrow(values: Iterable[bytes | None]) -> pa.Array:
     chunks.clear()
     pa.default_memory_pool().release_unused()  # half of what the chunks took: they grew by doubling
     return whole
-
-
-def _is_image(name: bytes) -> bool:
-    return name.lower().endswith(SUFFIXES) and not name.startswith(b".")
 
 
 def _component(paths: pa.Array, depth: int) -> pa.DictionaryArray:
@@ -297,10 +307,9 @@ def _archive(path: Path) -> Source:
 
 
 def _visible(name: str) -> bytes | None:
-    """The path of an image in an archive; None for other files, and for hidden ones, "../" among them."""
-    parts = [part for part in os.fsencode(name).split(b"/") if part not in (b"", b".")]
-    hidden = any(part.startswith(b".") for part in parts)
-    return b"/".join(parts) if parts and _is_image(parts[-1]) and not hidden else None
+    """The path of an image in an archive; None for other files, for hidden ones, and for those that lead outside."""
+    path = plain(name)
+    return path if path and is_image(path) else None
 
 
 def _zipped(path: Path) -> Iterator[tuple[bytes, tuple[int, int, int, int, int]]]:
@@ -320,40 +329,77 @@ def _zipped(path: Path) -> Iterator[tuple[bytes, tuple[int, int, int, int, int]]
 
 def _tarred(path: Path) -> Iterator[tuple[bytes, tuple[int, int, int, int, int]]]:
     """Name and place (as in Packed) of each image in a .tar."""
-    with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
-        while (info := archive.next()) is not None:
-            archive.members = []  # type: ignore[attr-defined]  # it would keep a kilobyte a file
+    with open(path, "rb") as file:
+        for info in tar_members(file):
             if info.isreg() and not info.issparse() and (name := _visible(info.name)):
                 yield name, (info.offset_data, info.size, info.size, False, -1)
-        file.seek(archive.offset)  # tarfile takes a damaged header for the end
-        if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
-            raise tarfile.ReadError(f"damaged at byte {archive.offset:,}")
 
 
-def shards_in(folder: Path) -> list[Path]:
-    """The Parquet files in a folder, or else in its `data`, in order."""
-    return _parquets(folder) or _parquets(folder / "data")
+def shards_in(place: str) -> dict[str, tuple[int, str]]:
+    """Size and stamp of the Parquet files, or else the tars, in a folder, under a URL or in its `data`; or of itself.
+
+    Tars in a folder are shards only where neither an image nor a folder of images lies beside them.
+    """
+    if is_url(place) and place.endswith((".parquet", ".tar")):
+        return {path: about for path, about in listed(place).items()}
+    for folder in (place.rstrip("/"), f"{place.rstrip('/')}/data"):
+        files = listed(folder)
+        for kind in (".parquet", ".tar"):
+            found = {path: about for path, about in files.items() if path.endswith(kind)}
+            if found and (kind == ".parquet" or is_url(folder) or not _images_beside(folder)):
+                return found
+    return {}
 
 
-def _parquets(folder: Path) -> list[Path]:
-    """Not by `glob`, which holds every name as an object."""
-    with suppress(OSError), os.scandir(folder) as entries:
-        names = (entry.name for entry in entries)
-        return sorted(folder / name for name in names if name.endswith(".parquet") and not name.startswith("."))
-    return []
+def _images_beside(folder: str) -> bool:
+    with os.scandir(folder) as entries:
+        return any(
+            not entry.name.startswith(".") and (entry.is_dir() or is_image(os.fsencode(entry.name)))
+            for entry in entries
+        )
 
 
-def _parquet(path: Path, files: list[Path]) -> Source:
-    shards: dict[str, list[Path]] = {}
-    for file in files:
-        word = re.match("[a-z]*", file.name.lower())
-        shards.setdefault(SPLITS.get(word.group() if word else "", "train"), []).append(file)
-    if "train" not in shards:
-        shards = {"train": files}
+def _shards(place: str, found: Mapping[str, tuple[int, str]]) -> Source:
+    """The images in shards: Parquet that is not too large in memory, everything else where it lies."""
+    if not found:
+        raise UsageError(f"no .parquet or .tar at {shown(place)}: `simsiam shard` makes them of images")
+    words = {path: re.match("[a-z]*", path.rsplit("/", 1)[-1].lower()) for path in found}
+    splits = {path: SPLITS.get(word.group() if word else "", "train") for path, word in words.items()}
+    if "train" not in splits.values():
+        splits = dict.fromkeys(found, "train")
+    files = [File(path, *about, splits[path]) for path, about in found.items()]
+    layout = None
+    if files[0].path.endswith(".parquet"):
+        layout, size = _layout(files)
+        if size <= RESIDENT:
+            return _parquet(place, files)
+    alone = place.endswith((".tar", ".parquet"))
+    catalog = catalog_of(place if alone else files[0].path.rpartition("/")[0], files, layout)
+    parts = {}
+    for split in ("train", "val", "test"):
+        if split in splits.values():
+            parts[split] = *catalog.images(split), catalog.classes
+    if not len(parts["train"][0]):
+        said = "; ".join(f"{name} is {what}" for name, what in catalog.damage)
+        raise UsageError(f"no image in {shown(place)}" + f": {said}" * bool(said))
+    return replace(_assemble(place, parts), damage=catalog.damage)
+
+
+def _layout(files: Sequence[File]) -> tuple[Layout, int]:
+    """The columns of Parquet files, from the first, and about how many bytes of images there are in all."""
+    file = files[0].path
+    try:
+        with open_file(file) as opened:
+            return layout_of(pq.ParquetFile(opened), file), sum(file.size for file in files)
+    except (pa.ArrowException, OSError) as error:
+        raise lost(file, error) from None
+
+
+def _parquet(path: str, files: Sequence[File]) -> Source:
     parts: dict[str, Any] = {}
     agreed = set()
-    for split, group in shards.items():
-        columns, labels, theirs = zip(*map(_shard, group))
+    for split in dict.fromkeys(file.split for file in files):
+        columns, labels, theirs = zip(*(_columns(file.path) for file in files if file.split == split))
         encoded = Column(pa.chunked_array([chunk for column in columns for chunk in column.chunks], pa.large_binary()))
         names = next((one for one in theirs if one), ())
         agreed |= {one for one in theirs if one}
@@ -363,49 +409,34 @@ def _parquet(path: Path, files: list[Path]) -> Source:
             names = tuple(map(str, values))
         parts[split] = Images(numbered(split, len(encoded)), encoded), codes, names
     if not len(parts["train"][0]):
-        raise UsageError(f"no row in {shown(str(path))}")
+        raise UsageError(f"no row in {shown(path)}")
     if len(agreed) > 1:
-        raise UsageError(f"the Parquet files in {shown(str(path))} disagree about the class names")
+        raise UsageError(f"the Parquet files in {shown(path)} disagree about the class names")
     return _assemble(path, parts)
 
 
-def _shard(file: Path) -> tuple[pa.ChunkedArray, np.ndarray | None, tuple[str, ...]]:
+def _columns(file: str) -> tuple[pa.ChunkedArray, np.ndarray | None, tuple[str, ...]]:
     """One file's images (large_binary), labels (None if any is missing) and class names (() if it gives none)."""
     try:
-        parquet = pq.ParquetFile(file)
-        schema = parquet.schema_arrow
-        about = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
-        kinds = {name: feature.get("_type") for name, feature in about.items() if isinstance(feature, dict)}
-        images = sorted((f for f in schema if _holds_bytes(f.type)), key=lambda f: kinds.get(f.name) != "Image")
-        if not images:
-            raise UsageError(f"no column of image files in {str(file)!r}, only {', '.join(schema.names)}")
-        nested = pa.types.is_struct(images[0].type)
-        labels = [f.name for f in schema if pa.types.is_integer(f.type)]
-        labels = [name for name in labels if kinds.get(name) == "ClassLabel" or name in LABELS]
-        labels.sort(key=lambda name: (kinds.get(name) != "ClassLabel", name not in LABELS))
-        table = parquet.read([images[0].name + ".bytes" * nested, *labels[:1]])
+        with open_file(file) as opened:
+            parquet = pq.ParquetFile(opened)
+            image, label, names = layout_of(parquet, file)
+            table = parquet.read([image, *([label] if label else [])])
     except (pa.ArrowException, OSError) as error:
-        raise WorkFailed(f"cannot read {str(file)!r}: {' '.join(str(error).split())[:200]}") from error
-    encoded = table[images[0].name]
-    encoded = (encoded.flatten()[0] if nested else encoded).cast(pa.large_binary())
-    if not labels:
+        raise WorkFailed(f"cannot read {file!r}: {' '.join(str(error).split())[:200]}") from error
+    encoded = image_column(table, image).cast(pa.large_binary())
+    if not label:
         return encoded, None, ()
-    raw, names = table[labels[0]], tuple(about.get(labels[0], {}).get("names", ()))
     # A label of -1 is how Hugging Face hides the labels of a test set.
+    raw = table[label]
     missing = raw.null_count or (names and (raw.to_numpy() < 0).any())
     return encoded, None if missing else raw.to_numpy(), names
-
-
-def _holds_bytes(kind: pa.DataType) -> bool:
-    if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
-        kind = kind.field("bytes").type
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
 def _assemble(path: str | Path, parts: dict[str, tuple[Images, np.ndarray | None, tuple[str, ...]]]) -> Source:
     """The source of (images, labels as positions in names, names) by split; the classes are those of train."""
     known = parts["train"][2] if len(parts["train"][2]) > 1 else ()  # a label that never varies says nothing
-    splits = {}
+    splits: dict[str, Any] = {}
     for split, (images, codes, names) in parts.items():
         if codes is not None and known:
             used = np.unique(codes)

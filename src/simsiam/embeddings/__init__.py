@@ -69,7 +69,7 @@ def read(path: str | os.PathLike[str]) -> Embeddings:
     path = Path(path)
     if not path.exists():
         raise UsageError(f"{path} is not there: `simsiam embed RUN SOURCE --out {path}` makes it")
-    files = shards_in(path) if path.is_dir() else [path]
+    files = [Path(file) for file in shards_in(str(path))] if path.is_dir() else [path]
     try:
         table = pa.concat_tables([pq.ParquetFile(file, page_checksum_verification=True).read() for file in files])
         columns = {n: table[n].cast(pa.string()).to_pylist() for n in ("path", "label") if n in table.column_names}

@@ -10,7 +10,6 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,8 @@ from torchvision.transforms.v2 import functional as TF
 from simsiam.bar import bar
 from simsiam.errors import UsageError, WorkFailed, shown
 from simsiam.features import Transform, chunks, outputs
-from simsiam.files import alone, clear, whole, write_csv
-from simsiam.images import Images
+from simsiam.files import alone, begin, whole, write_csv
+from simsiam.images import Images, fingerprint
 from simsiam.precision import pick_device, pick_precision
 from simsiam.processes import by_first, count, held, most, rank, together
 from simsiam.recipes import WORDS, convert
@@ -109,28 +108,6 @@ def join(
         print(f"{len(lost)} of {n} images cannot be read; the first, {lost[0][0]}: {lost[0][1]}", file=sys.stderr)
     write(parts, path, json.dumps(about | {"unreadable": lost}))
     shutil.rmtree(work)
-
-
-def fingerprint(splits: Sequence[Images]) -> str:
-    """What changes when an image comes, goes, moves, or is renamed."""
-    digest = blake2b(digest_size=16)
-    for images in splits:
-        for key in images.keys:
-            digest.update(os.fsencode(key) + b"\0")
-    return digest.hexdigest()
-
-
-def begin(work: Path, job: dict[str, Any]) -> None:
-    """Make the folder of the parts, or go on in the one that was left. Raises UsageError where another job left it."""
-    about = json.dumps(job, indent=2)
-    if not (work / "job.json").exists():
-        for stray in work.glob("*.parquet"):  # of a job that ended, and was killed while it cleared up
-            stray.unlink()
-        with whole(work / "job.json") as part:
-            part.write_text(about)
-    if (work / "job.json").read_text() != about:
-        raise UsageError(f"{work} holds the parts of another job, which was not finished: delete it, or change --out")
-    clear(work)
 
 
 def intact(part: Path) -> bool:

@@ -23,7 +23,7 @@ from simsiam.laboratory.plan import FINISHED, INTERRUPTED, Job, Jobs, every, hou
 from simsiam.laboratory.scales import SCALES, Scale
 from simsiam.pretrain import pretrain, resume
 from simsiam.run import Run
-from simsiam.sources import SOURCES, open_source
+from simsiam.sources import absolute, open_source
 
 
 def reproduce(
@@ -58,7 +58,7 @@ def reproduce(
     for cell in only:
         if cell not in cells:
             raise unknown("cell", cell, cells)
-    images = tuple(one if one in SOURCES else str(Path(one).expanduser().resolve()) for one in source)
+    images = tuple(absolute(one) for one in source)
     words: dict[str, Any] = {"source": images or (size.source or "",), "limit": limit, "device": device}
     folder = Path("runs") / "laboratory" / scale
     results = Path(out or f"results/{scale}")
