@@ -237,7 +237,7 @@ def _digest(data: bytes) -> bytes:
 
 def pixels_folder() -> Path:
     """Where decoded pixels are kept, beside the indices."""
-    return _cache().with_name("pixels")
+    return cache("pixels")
 
 
 def stamped(paths: Sequence[str], images: Images) -> tuple[list[Any], pa.Table]:
