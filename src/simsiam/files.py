@@ -156,4 +156,5 @@ def begin(work: Path, job: dict[str, Any]) -> None:
             part.write_text(about)
     if (work / "job.json").read_text() != about:
         raise UsageError(f"{work} holds the parts of another job, which was not finished: delete it, or change --out")
-    clear(work)
+    for stray in work.glob("*.part"):  # under the lock: whoever began it is gone, or a zombie
+        shutil.rmtree(stray) if stray.is_dir() else stray.unlink()
