@@ -242,5 +242,5 @@ def pixels_folder() -> Path:
 
 def stamped(paths: Sequence[str], images: Images) -> tuple[list[Any], pa.Table]:
     """What tells whether anything of a source that has just been opened has changed: its containers, and STAMPs."""
-    containers = _containers(paths) if isinstance(images.encoded, Packed | Column) else []
+    containers = _containers(paths) if isinstance(images.encoded, Packed | Column | Shards) else []
     return containers, _stamps([images], containers)

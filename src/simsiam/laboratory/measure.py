@@ -30,8 +30,8 @@ def record(run: Run, scale: Scale, experiment: Experiment) -> dict[str, Any]:
     """All that a page needs of a finished run, as plain data."""
     found = values(run, scale, reads_h=experiment.reads_h)
     curves = {} if found["diverged"] else {metric: curve(run, metric, scale) for metric in experiment.curves}
-    here = {"environment": run.json("environment.json"), "recipe": run.recipe.to_dict()}
-    return {"values": found, "curves": curves, **here}
+    where = {k: v for k, v in run.json("environment.json").items() if k != "command"}  # it names paths of a machine
+    return {"values": found, "curves": curves, "environment": where, "recipe": run.recipe.to_dict()}
 
 
 def values(run: Run, scale: Scale, *, reads_h: bool = False) -> dict[str, Any]:
