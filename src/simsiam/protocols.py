@@ -7,10 +7,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import inf
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal
 
-from simsiam.errors import UsageError, unknown, within
-from simsiam.recipes import convert
+from simsiam.errors import UsageError, within
+from simsiam.recipes import changed
 
 FROZEN = ("knn", "linear", "few_label", "label_free")
 PROTOCOLS = (*FROZEN, "finetune")
@@ -44,8 +44,4 @@ class Settings:
     @classmethod
     def of(cls, words: Mapping[str, Any]) -> "Settings":
         """The settings with some words changed. Raises UsageError for a wrong name or value."""
-        kinds = get_type_hints(cls)
-        for name in words:
-            if name not in kinds:
-                raise unknown("setting", name, kinds)
-        return cls(**{name: convert(value, kinds[name], name) for name, value in words.items()})
+        return changed(cls, words)

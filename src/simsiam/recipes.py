@@ -9,13 +9,14 @@ import types
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from math import inf
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from simsiam.columns import BELONGS, PARTS, TERMS, Method, Views
 from simsiam.errors import UsageError, brief, unknown, within
 from simsiam.methods import METHODS
 
 MOST = 2**63  # of a whole number: YAML knows no bounds
+T = TypeVar("T")
 STANDARD_SIZES = (32, 64, 96, 128, 224)  # sizes of a view that a folder's images are matched with
 
 
@@ -165,6 +166,15 @@ def convert(value: Any, kind: Any, name: str) -> Any:
     except (TypeError, ValueError, OverflowError):
         word = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}[kind]
         raise UsageError(f"{name} is {brief(value, repr)}; it takes {word}") from None
+
+
+def changed(owner: type[T], words: Mapping[str, Any]) -> T:
+    """Settings, a dataclass, with some words changed. Raises UsageError for a wrong name or value."""
+    kinds = get_type_hints(owner)
+    for name in words:
+        if name not in kinds:
+            raise unknown("setting", name, kinds)
+    return owner(**{name: convert(value, kinds[name], name) for name, value in words.items()})
 
 
 def _plain(value: Any) -> Any:

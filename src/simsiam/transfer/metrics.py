@@ -9,6 +9,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -146,31 +147,35 @@ def coco(found: Sequence[Found], there: Sequence[Objects], classes: Sequence[str
 
 
 def annotations(there: Sequence[Objects], kind: str) -> Any:
-    """COCO's annotations; ids begin at 1, for to pycocotools 0 is no match."""
-    number = 0
-    for i, objects in enumerate(there):
-        for k, box in enumerate(objects.boxes.astype(np.float64)):
-            number += 1
-            x, y, w, h = box[0], box[1], box[2] - box[0], box[3] - box[1]
-            one = {"id": number, "image_id": i, "category_id": int(objects.labels[k]), "bbox": [x, y, w, h]}
-            one |= {"area": w * h, "iscrowd": int(objects.crowd[k] or objects.difficult[k])}
-            if kind == "segm":
-                one["segmentation"] = run_lengths(objects, k)
-                one["area"] = float(coco_api().mask.area(one["segmentation"]))
-            yield one
+    """What is there, as COCO has it."""
+    for objects, k, one in numbered(there):
+        one["iscrowd"] = int(objects.crowd[k] or objects.difficult[k])
+        if kind == "segm":
+            one["segmentation"] = run_lengths(objects, k)
+            one["area"] = float(coco_api().mask.area(one["segmentation"]))
+        yield one
 
 
 def detections(found: Sequence[Found], kind: str) -> Any:
-    number = 0
-    for i, f in enumerate(found):
-        for k, box in enumerate(f.boxes.astype(np.float64)):
-            number += 1
-            x, y, w, h = box[0], box[1], box[2] - box[0], box[3] - box[1]
-            one = {"id": number, "image_id": i, "category_id": int(f.labels[k]), "bbox": [x, y, w, h]}
-            one |= {"score": float(f.scores[k]), "area": w * h, "iscrowd": 0}
-            if kind == "segm":
-                one["segmentation"] = f.masks[k]
-            yield one
+    """What was found, as COCO has it."""
+    for f, k, one in numbered(found):
+        one |= {"score": float(f.scores[k]), "iscrowd": 0}
+        if kind == "segm":
+            one["segmentation"] = f.masks[k]
+        yield one
+
+
+def numbered(images: Sequence[Any]) -> Any:
+    """Each box of each image: the image's boxes, which of them it is, and COCO's words for any box.
+
+    Ids begin at 1, for to pycocotools 0 is no match.
+    """
+    ids = count(1)
+    for i, of in enumerate(images):
+        for k, (x1, y1, x2, y2) in enumerate(of.boxes.astype(np.float64)):
+            w, h = x2 - x1, y2 - y1
+            box = {"bbox": [x1, y1, w, h], "area": w * h}
+            yield of, k, {"id": next(ids), "image_id": i, "category_id": int(of.labels[k])} | box
 
 
 # --- masks ------------------------------------------------------------------------------------------------------------

@@ -7,10 +7,10 @@ MoCo's code (configs of its detection folder), which the paper uses for all entr
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from math import ceil, floor, inf, log2
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal
 
-from simsiam.errors import UsageError, unknown, within
-from simsiam.recipes import convert
+from simsiam.errors import UsageError, within
+from simsiam.recipes import changed
 
 LEVELS = 5  # of a feature pyramid, the last one by pooling
 
@@ -53,11 +53,7 @@ class Schedule:
     @classmethod
     def of(cls, words: Mapping[str, Any]) -> "Schedule":
         """The schedule with some words changed. Raises UsageError for a wrong name or value."""
-        kinds = get_type_hints(cls)
-        for name in words:
-            if name not in kinds:
-                raise unknown("setting", name, kinds)
-        return cls(**{name: convert(value, kinds[name], name) for name, value in words.items()})
+        return changed(cls, words)
 
     def share(self, step: int) -> float:
         """Of the peak lr at a step: a linear rise from a thousandth, then a tenth from each of `decay_at` on."""
