@@ -16,7 +16,7 @@ ARROW = [
     "shards", "images", "workers", "catalog",
     "sources", "choose", "index", "views", "processes", "batch_norm", "precision", "backbones", "heads", "releases",
     "checkpoints", "optim", "criteria", "targets", "siamese", "memory", "monitors", "signals", "features", "knn", "run",
-    "convert", "batches", "label_free", "progress", "disk_cache", "prepare", "pretrain", "evaluate.frozen",
+    "convert", "batches", "label_free", "progress", "disk_cache", "prepare", "step", "pretrain", "evaluate.frozen",
     "evaluate.scores",
     "evaluate.knn", "evaluate.linear", "evaluate.few_label", "evaluate.label_free", "evaluate.finetune",
     "evaluate.tuned", "evaluate", "inspect",

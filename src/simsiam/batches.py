@@ -11,6 +11,7 @@ which decode an image once for all its views and crop it; color, blur and normal
 """
 
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.cuda import Event
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from simsiam import views
@@ -104,11 +106,44 @@ def members(step: int, recipe: Recipe, images: Images, mine: slice = slice(None)
 
 def batches(images: Images, recipe: Recipe, start: int, stop: int, device: torch.device) -> Iterator[Batch]:
     """The batches of steps start .. stop - 1; of several processes each gets its share of every batch."""
-    clock = time.monotonic()
-    for batch in (_streamed if images.pixels is None else _resident)(images, recipe, start, stop, device):
+    made = (_streamed if images.pixels is None else _resident)(images, recipe, start, stop, device)
+    for batch in (ahead if device.type == "cuda" else awaited)(made, device):
         weight = len(batch.index) * count() / recipe.batch_size
-        yield replace(batch, wait=time.monotonic() - clock, weight=weight)
+        yield replace(batch, weight=weight)
+
+
+def awaited(made: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """The same batches, and for how long each kept the loop waiting."""
+    clock = time.monotonic()
+    for batch in made:
+        yield replace(batch, wait=time.monotonic() - clock)
         clock = time.monotonic()
+
+
+def ahead(made: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    """The same on CUDA, where a stream of its own makes the next batch while the step before it runs.
+
+    The loop only launches work, and may be two steps ahead of the device: no more, for memory's sake. What a batch
+    waited is known by then: from the end of the step before, on the device, to when its views were there.
+    """
+    aside, steps, waits = torch.cuda.Stream(device), torch.cuda.current_stream(device), deque[tuple[Event, Event]]()
+    while True:
+        with torch.cuda.stream(aside):
+            batch = next(made, None)
+        if batch is None:
+            return
+        free, ready = (stream.record_event(Event(enable_timing=True)) for stream in (steps, aside))
+        steps.wait_event(ready)
+        for view in batch.views:
+            view.record_stream(steps)
+        waits.append((free, ready))
+        wait = 0.0
+        if len(waits) > 2:
+            free, ready = waits.popleft()
+            free.synchronize()
+            ready.synchronize()
+            wait = max(0.0, free.elapsed_time(ready) / 1000)
+        yield replace(batch, wait=wait)
 
 
 def sweep(images: Images, recipe: Recipe, device: torch.device) -> Iterator[Batch]:

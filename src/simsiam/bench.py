@@ -44,12 +44,12 @@ from simsiam.files import whole
 from simsiam.images import CORES, Column, Images, Names, from_arrays, in_memory, numbered
 from simsiam.knn import K, knn_scores
 from simsiam.optim import set_lr
-from simsiam.precision import autocast, pick_device, pick_precision
+from simsiam.precision import pick_device, pick_precision
 from simsiam.prepare import assemble
-from simsiam.processes import parallel
 from simsiam.recipes import STATISTICS, Recipe, cifar, shapes
 from simsiam.run import environment
 from simsiam.siamese import build
+from simsiam.step import gradients_of
 from simsiam.views import make_views
 
 ROUNDS = 5
@@ -83,6 +83,7 @@ class Case:
     unit: str
     prepare: Callable[[Scene], Contest]
     threads: int | None = None  # None: as many as torch takes
+    device: str | None = None  # the type of the only device that it is for
 
 
 def bench(*, device: str = "auto", out: str | None = None, only: Sequence[str] = ()) -> dict[str, Any]:
@@ -96,7 +97,7 @@ def bench(*, device: str = "auto", out: str | None = None, only: Sequence[str] =
     precision = pick_precision("auto", where)
     console = Console(highlight=False)
     found: dict[str, Any] = {}
-    for name in only or CASES:
+    for name in only or [name for name, case in CASES.items() if case.device in (None, where.type)]:
         with tempfile.TemporaryDirectory() as folder, threads(CASES[name].threads):
             scene = Scene(device=where, precision=precision, folder=Path(folder))
             found[name] = measure(CASES[name], CASES[name].prepare(scene), where)
@@ -306,7 +307,7 @@ def encoded(files: Sequence[bytes]) -> Images:
 
 def training(scene: Scene, *, backbone: str, width: int = 64, batch_size: int) -> Contest:
     """Load, augment and step, on images of 32 px; ours decodes them once, before the first step, as training does."""
-    steps = 20 if scene.device.type == "cuda" else max(1, 64 // width)  # long enough for a loader's start not to count
+    steps = 40 if scene.device.type == "cuda" else max(1, 64 // width)  # long enough for a loader's start not to count
     changes: dict[str, Any] = {"backbone": backbone, "width": width, "batch_size": batch_size, "mean": MEAN, "std": STD}
     recipe = Recipe().replace(**cifar() | changes, device=scene.device.type)
     views = recipe.method.views[0]
@@ -329,26 +330,25 @@ def training(scene: Scene, *, backbone: str, width: int = 64, batch_size: int) -
         return run
 
     with FlopCounterMode(display=False) as counter:
-        ours()
+        stepping(recipe, train, 1)()
     ways = {"plain loop, torchvision's transforms": loop(by_torchvision(views, 32)), "simsiam": ours}
+    if device.type == "cuda":
+        ways["simsiam, compiled"] = stepping(recipe.replace(compile=True), train, steps)
     if installed("lightly.transforms"):
         ways["plain loop, lightly's transform"] = loop(by_lightly(views, 32))
-    return Contest(count=len(files), ways=ways, flops=counter.get_total_flops(), precision=precision)
+    return Contest(count=len(files), ways=ways, flops=steps * counter.get_total_flops(), precision=precision)
 
 
 def stepping(recipe: Recipe, train: Images, steps: int) -> Callable[[], None]:
     """A function that takes the next steps of a run; of several processes, its share in them."""
-    model, optimizer, device, precision = assemble(recipe)
-    network, clock = parallel(model), itertools.count(0, steps)
+    model, optimizer, device, _ = parts = assemble(recipe)
+    gradients, clock = gradients_of(recipe, parts), itertools.count(0, steps)
 
     def ours() -> None:
         start = next(clock)
         for batch in batches(train, recipe, start, start + steps, device):
             set_lr(optimizer, batch.step % 1000, peak=recipe.peak_lr, steps=1000, warmup=0)
-            with autocast(device, precision):
-                output = network(*batch.views)
-            optimizer.zero_grad()
-            (batch.weight * output.loss).backward()
+            output = gradients(batch.views, batch.index.to(device), batch.weight)
             optimizer.step()
             model.after_step(output)
 
@@ -537,10 +537,11 @@ def start(scene: Scene) -> Contest:
     return Contest(count=1, ways=ways)
 
 
-def step_case(backbone: str, width: int, batch_size: int) -> Case:
+def step_case(backbone: str, width: int, batch_size: int, device: str | None = None) -> Case:
     network = backbone if width == 64 else f"{backbone} of width {width}"
     prepare = partial(training, backbone=backbone, width=width, batch_size=batch_size)
-    return Case(what=f"training, {network}, 32 px, batch {batch_size}", unit="images/s", prepare=prepare)
+    what = f"training, {network}, 32 px, batch {batch_size}"
+    return Case(what=what, unit="images/s", prepare=prepare, device=device)
 
 
 def processes_case(backbone: str, width: int, steps: int) -> Case:
@@ -550,6 +551,7 @@ def processes_case(backbone: str, width: int, steps: int) -> Case:
 
 
 CASES: dict[str, Case] = {
+    "step-resnet18-512": step_case("resnet18", 64, 512, "cuda"),
     "step-resnet18-256": step_case("resnet18", 64, 256),
     "step-resnet18-64": step_case("resnet18", 64, 64),
     "step-resnet18-w16-256": step_case("resnet18", 16, 256),

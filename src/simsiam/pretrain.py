@@ -15,13 +15,13 @@ from simsiam.label_free import advise, label_free_monitor
 from simsiam.memory import enough
 from simsiam.monitors import finite, gauges, grad_norm, judge
 from simsiam.optim import set_lr
-from simsiam.precision import autocast
 from simsiam.prepare import Data, Parts, assemble, compose, prepare, solve_first
-from simsiam.processes import by_first, most, parallel, together, union
+from simsiam.processes import by_first, most, together, union
 from simsiam.progress import Interrupt, Line, Stopwatch, told
 from simsiam.recipes import Recipe
 from simsiam.run import Journal, Run, destination, environment, transform_of, write_recipe
 from simsiam.sources import open_source
+from simsiam.step import gradients_of
 from simsiam.targets import eta_bytes
 
 
@@ -67,7 +67,7 @@ def train(run: Run, data: Data, parts: Parts, said: list[str]) -> None:
     """From the run's last checkpoint, or from the start, to its last step."""
     recipe, method = run.recipe, run.recipe.method
     model, optimizer, device, precision = parts
-    network = parallel(torch.compile(model) if recipe.compile else model)
+    gradients = gradients_of(recipe, parts)
     per_epoch = steps_per_epoch(len(data.train), recipe.batch_size)
     steps = recipe.steps or recipe.epochs * per_epoch
     warmup = method.warmup_epochs * per_epoch
@@ -116,10 +116,7 @@ def train(run: Run, data: Data, parts: Parts, said: list[str]) -> None:
         for batch in batches(data.train, recipe, start, steps, device):
             step, index = batch.step + 1, batch.index.to(device)
             lr = set_lr(optimizer, batch.step, peak=recipe.peak_lr, steps=steps, warmup=warmup)
-            with autocast(device, precision):
-                output = network(*batch.views, index=index)
-            optimizer.zero_grad()
-            (batch.weight * output.loss).backward()
+            output = gradients(batch.views, index, batch.weight)
             optimizer.step()
             model.after_step(output, batch.step, index)
 

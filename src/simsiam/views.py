@@ -368,9 +368,14 @@ def _kernels(device: torch.device, compiled: bool) -> Kernels:
         kernels.filter(x, ones[:, :, 0, 0], 2, x.clone())
     except RuntimeError as error:  # no C++ compiler, a platform that has none, ...
         reason = str(error).strip().partition("\n")[0]
-        print(f"simsiam: torch.compile fails here, so views are made without it: {reason}", file=sys.stderr)
+        print(f"simsiam: torch.compile fails here and is left out: {reason}", file=sys.stderr)
         return EAGER
     return kernels
+
+
+def compiles(device: torch.device) -> bool:
+    """Whether torch.compile works there; where it fails, a line on stderr says so, once."""
+    return _kernels(device, True) is not EAGER
 
 
 def _box_radius(sigma: np.ndarray) -> np.ndarray:
