@@ -97,6 +97,19 @@ def test_of_two_processes_the_second_is_refused_and_a_killed_one_lets_go(finishe
         pass
 
 
+def test_a_signal_in_the_middle_of_a_fork_is_not_lost():
+    """Python drops an exception that is raised there; and what works elsewhere ends quietly with who asked for it."""
+    code = (
+        "import os, signal, time\nfrom simsiam import cli, workers\nworkers.CORES = 2\n"
+        "signal.signal(signal.SIGTERM, cli.terminate)\n"
+        "os.register_at_fork(after_in_parent=lambda: os.kill(os.getpid(), signal.SIGTERM))\n"
+        "try:\n    print(list(workers.in_turn(time.sleep, [(5,), (5,)])))\n"
+        "except KeyboardInterrupt as error:\n    print('stopped by', *error.args)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.stdout, done.stderr, done.returncode) == ("stopped by 15\n", "", 0)
+
+
 # --- checkpoints ------------------------------------------------------------------------------------------------------
 
 

@@ -1,6 +1,6 @@
 """Kill, fill up, corrupt: every verb that writes must end with the right result or one clear line.
 
-    python results/faults/campaign.py --kills 220 --full 60 --corruptions 60 --out results/faults/campaign
+    python results/faults/campaign.py --kills 220 --full 60 --corruptions 60 --real 4 --out results/faults/campaign
 
 A trial runs a verb in a process forked from this one (which has only imported the code: starting Python anew would take
 most of the time; --real trials do it all the same), harms it once or twice, repeats or resumes it, and compares what
@@ -10,7 +10,8 @@ kills        SIGKILL, SIGTERM or SIGINT at a uniformly random moment of the verb
 full         the verb's output on a tmpfs of a random size, too small more often than not; then room is made
 corruptions  a byte flipped, a stretch of zeros, a file cut, in checkpoints, weights and parts
 
-Needs root for --full, which mounts. Everything random comes from --seed.
+Needs root for --full, which mounts. Everything random comes from --seed, and each trial draws from a stream of its own,
+so what was made need not be made again: the same command goes on with the trials that PATH.json has not, or has wrong.
 """
 
 import argparse
@@ -50,11 +51,13 @@ import simsiam.report
 from simsiam import cli
 from simsiam.files import whole
 from simsiam.laboratory import reproduce, scales
+from simsiam.memory import least
+from simsiam.recipes import Recipe
 from simsiam.run import Run, environment, now
 
 WORDS = {
     "backbone": "resnet10", "width": 4, "dim": 16, "proj-hidden": 16, "pred-dim": 4, "base-lr": 1.0, "batch-size": 16,
-    "log-every": 1, "epochs": 4, "save-seconds": 0.0, "device": "cpu", "precision": "float32",
+    "log-every": 1, "epochs": 3, "save-seconds": 0.0, "device": "cpu", "precision": "float32",
 }  # fmt: skip
 TINY = [str(word) for name, value in WORDS.items() for word in (f"--{name}", value)]
 TIMES = {"images_per_second", "data_wait", "seconds", "training_seconds", "measured", "environment", "made", "start"}
@@ -122,6 +125,11 @@ def converted(work: Path) -> Any:
     return files | {"checkpoint": plain(Run(work / "out").checkpoint())}
 
 
+def sharded(work: Path) -> Any:
+    assert not (work / "shards.parts").exists()
+    return {path.name: content(path) for path in sorted((work / "shards").iterdir())}
+
+
 def reported(work: Path) -> Any:
     page = (work / "run" / "report.html").read_text("utf-8")
     return page.startswith("<!doctype html>") and page.rstrip().endswith("</html>")
@@ -153,10 +161,17 @@ def once(*command: str) -> Callable[[Path], list[str]]:
 
 def cases() -> dict[str, Case]:
     photos = str(ROOT / "photos")
+    streamed = ["--cache-gib", "0", "--epochs", "2"]
     embed = ["embed", "run", photos, "--out", "out.parquet", "--device", "cpu", "--precision", "float32"]
     return {
         "pretrain": Case(train(photos), trained),
-        "pretrain, workers": Case(train(photos, "--workers", "1", "--cache-gib", "0", "--epochs", "2"), trained),
+        "pretrain, workers": Case(train(photos, "--workers", "1", *streamed), trained),
+        "pretrain, tar": Case(train(str(ROOT / "tar"), "--workers", "1", *streamed), trained),
+        "pretrain, Parquet": Case(train(str(ROOT / "parquet"), "--workers", "0", *streamed), trained),
+        "shard": Case(once("shard", photos, "--out", "shards", "--per-shard", "6"), sharded),
+        "shard, Parquet": Case(
+            once("shard", photos, "--out", "shards", "--per-shard", "6", "--format", "parquet"), sharded
+        ),
         "resume": Case(once("resume", "run"), trained, copy("half")),
         "embed": Case(once(*embed), embedded, copy("run")),
         "evaluate": Case(evaluate("--protocol", "knn", "label_free"), evaluated, copy("run")),
@@ -209,6 +224,7 @@ def launch(arguments: list[str], work: Path, *, real: bool = False) -> int:
             for stream in (1, 2):
                 os.dup2(said, stream)
             shrink()
+            signal.signal(signal.SIGTERM, lambda *_: os._exit(OUTSIDE))
             sys.argv = ["simsiam", *arguments]
             code = cli.main(arguments)
         except KeyboardInterrupt:
@@ -254,7 +270,7 @@ def complaint(ended: Ended, allowed: set[int]) -> str:
     if ended.code == -999:
         return f"hung for {LIMIT} s"
     if "Traceback" in ended.said:
-        return f"a traceback: {last_line(ended)}"
+        return f"a traceback: {ended.said[max(0, ended.said.index('Traceback') - 300) :][:1500]}"
     if ended.code not in allowed:
         return f"exit code {ended.code}: {ended.said.strip()[-200:]}"
     if ended.code not in (0, OUTSIDE) and ended.code > 0 and not last_line(ended).startswith("simsiam: "):
@@ -291,7 +307,7 @@ def kill(case: Case, work: Path, expected: Any, seconds: float, rng: random.Rand
             os.kill(pid, number)
         ended = finish(pid, work, begin)
         done.append(f"{number.name} after {wait:.2f} s: {ended.code}")
-        early = {-number} if number == signal.SIGKILL or wait < 0.05 or real else set()
+        early = {-number} if number == signal.SIGKILL or real else set()
         # an export or an embedding that was complete is not written over
         if wrong := complaint(ended, {0, 2, 128 + number, OUTSIDE} | early):
             return ", ".join(done), wrong
@@ -411,6 +427,41 @@ def measure_need(work: Path) -> int:
     return sum(path.stat().st_size for path in work.rglob("*") if path.is_file())
 
 
+def known(path: Path, seed: int) -> dict[str, Any]:
+    """What a campaign of this seed has made already; {} where there is none."""
+    with suppress(OSError, ValueError):
+        about = json.loads(path.read_text())
+        if about.get("seed") == seed:
+            return about
+    return {}
+
+
+def prepare(work: Path) -> None:
+    """Photographs, shards of them, and the runs that other verbs work on: one at its end, one stopped on its way."""
+    photos = str(ROOT / "photos")
+    photographs(ROOT / "photos")
+    # What a first step imports and a first pass compiles, once and not in every process.
+    least(Recipe().replace(backbone="resnet10", width=4, image_size=32, precision="float32"), 2)
+    for format in ("tar", "parquet"):
+        work.mkdir()
+        command = ["shard", photos, "--out", str(ROOT / format), "--per-shard", "20", "--format", format]
+        ended = perform(Case(once(*command), sharded), work)
+        assert ended.code == 0, ended.said
+        shutil.rmtree(work)
+    for name in ("run", "half"):
+        work.mkdir()
+        case, begin = Case(train(photos), trained), time.monotonic()
+        pid = launch(case.command(work), work)
+        while name == "half" and len(Run(work / "run").metrics() if (work / "run/recipe.yaml").exists() else []) < 5:
+            time.sleep(0.001)
+        if name == "half":
+            os.kill(pid, signal.SIGTERM)
+        ended = finish(pid, work, begin)
+        assert ended.code == (128 + signal.SIGTERM if name == "half" else 0), ended.said
+        shutil.move(work / "run", ROOT / name)
+        shutil.rmtree(work)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=220)
@@ -425,22 +476,13 @@ def main() -> int:
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs in the background without it
     os.environ["SIMSIAM_CACHE"] = str(ROOT / "cache")
-    rng, started, spent = random.Random(asked.seed), now(), time.monotonic()
-    photographs(ROOT / "photos")
+    spent, begun, here = time.monotonic(), now(), environment(torch.device("cpu"), "float32")
     work = ROOT / "work"  # always the same: some files say where they are
-    for name in ("run", "half"):  # what other verbs work on
-        work.mkdir()
-        case, begin = Case(train(str(ROOT / "photos")), trained), time.monotonic()
-        pid = launch(case.command(work), work)
-        while name == "half" and len(Run(work / "run").metrics() if (work / "run/recipe.yaml").exists() else []) < 7:
-            time.sleep(0.001)
-        if name == "half":  # stopped on its way
-            os.kill(pid, signal.SIGTERM)
-        ended = finish(pid, work, begin)
-        assert ended.code == (128 + signal.SIGTERM if name == "half" else 0), ended.said
-        shutil.move(work / "run", ROOT / name)
-        shutil.rmtree(work)
+    before = known(Path(f"{asked.out}.json"), asked.seed) if asked.out else {}
+    trials: list[dict[str, Any]] = [t for t in before.get("trials", []) if not t["wrong"]]
+    made = {t["trial"] for t in trials}
 
+    prepare(work)
     every = {name: case for name, case in cases().items() if not asked.only or name in asked.only}
     expected: dict[str, Any] = {}
     seconds, need = {}, {}
@@ -457,68 +499,73 @@ def main() -> int:
             shutil.copy(work / "out.parquet", ROOT / "reference.parquet")
         shutil.rmtree(work)
 
-    trials = []
+    Harm = Callable[[str, Path, random.Random], tuple[str, str]]
+    todo: list[tuple[float, str, str, int, Harm, bool]] = []  # in turns, so that one cut short has some of each
 
-    def trial(kind: str, name: str, harm: Callable[[Path], tuple[str, str]], before: Callable[[Path], None]) -> None:
-        work.mkdir()
-        before(work)
-        done, wrong = harm(work)
-        trials.append({"kind": kind, "case": name, "done": done, "wrong": wrong})
-        print(f"{kind:<12}{name:<20}{done}{'   WRONG: ' + wrong if wrong else ''}", flush=True)
-        for folder in (work, work.with_name(work.name + ".said")):
-            shutil.rmtree(folder, ignore_errors=True)
+    def plan(kind: str, names: list[str], n: int, harm: Harm, ready: bool) -> None:
+        todo.extend((i / n, kind, names[i % len(names)], i, harm, ready) for i in range(n))
 
-    def nothing(work: Path) -> None:
-        return None
-
-    todo: list[tuple[float, Callable[[], None]]] = []  # in turns, so that one cut short has some of each
-
-    def plan(kind: str, names: list[str], n: int, harm: Callable[[str, Path], tuple[str, str]], ready: bool) -> None:
-        for i in range(n):
-            name = names[i % len(names)]
-            before = every[name].before if ready else nothing
-            todo.append((i / n, lambda k=name, b=before: trial(kind, k, lambda work: harm(k, work), b)))
-
-    names, quick = list(every), [name for name in every if name in ("pretrain", "resume", "export", "convert")]
+    names = list(every)
+    quick = [name for name in every if name in ("pretrain", "resume", "shard", "convert")]
     often = names + [name for name in names if name != "reproduce"]  # it takes longer than all others
     starting = 4.0  # seconds of Python and torch, which a program newly started takes
-    plan("kill", often, asked.kills, lambda k, w: kill(every[k], w, expected[k], seconds[k], rng, False), True)
+    plan("kill", often, asked.kills, lambda k, w, rng: kill(every[k], w, expected[k], seconds[k], rng, False), True)
     plan(
         "real kill",
         quick,
         asked.real,
-        lambda k, w: kill(every[k], w, expected[k], seconds[k] + starting, rng, True),
+        lambda k, w, rng: kill(every[k], w, expected[k], seconds[k] + starting, rng, True),
         True,
     )
-    plan("full", often, asked.full, lambda k, w: fill(every[k], w, expected[k], need[k], rng), False)
+    plan("full", often, asked.full, lambda k, w, rng: fill(every[k], w, expected[k], need[k], rng), False)
     needs = {"backbone": "embed", "part": "embed", "finetune": "finetune"}
     kinds = ["last", "last", "last and previous", "gone", "backbone", "part", "finetune"]
     kinds = [kind for kind in kinds if needs.get(kind, "resume") in every]
-    plan("corruption", kinds, asked.corruptions, lambda k, w: corrupt(k, w, expected, rng), False)
-    for _, do in sorted(todo, key=lambda one: one[0]):
-        if time.monotonic() - spent < 60 * asked.minutes:
-            do()
+    plan("corruption", kinds, asked.corruptions, lambda k, w, rng: corrupt(k, w, expected, rng), False)
 
-    failed = [t for t in trials if t["wrong"]]
-    used = sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    count = Counter((t["kind"], t["case"]) for t in trials)
-    wrong = Counter((t["kind"], t["case"]) for t in failed)
-    rows = [f"| {kind} | {case} | {n} | {wrong[kind, case]} |" for (kind, case), n in count.items()]
-    here = environment(torch.device("cpu"), "float32")
-    command = "python results/faults/campaign.py " + " ".join(sys.argv[1:])
-    summary = (
-        f"`{command}`\n\ncommit {here['commit']}, {here['device']}, torch {here['versions']['torch']}, {started}, "
-        f"{(time.monotonic() - spent) / 60:.1f} min ({used / 60:.1f} CPU-minutes). {len(trials)} of {len(todo)} trials "
-        f"were made; {len(failed)} ended neither with the result of an uninterrupted run nor with one clear line.\n\n"
-        "| harm | job | trials | wrong |\n| --- | --- | --- | --- |\n" + "\n".join(rows) + "\n"
-    )
-    print(summary)
-    if asked.out:
-        about = {"command": command, "started": started, "environment": here, "cpu_seconds": round(used, 1)}
-        for kind, text in {"json": json.dumps(about | {"trials": trials}, indent=1) + "\n", "md": summary}.items():
-            with whole(Path(f"{asked.out}.{kind}")) as part:
-                part.write_text(text)
-    return bool(failed)
+    def write() -> str:
+        """PATH.json and PATH.md as far as things are; returns the latter."""
+        used = sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+        used += before.get("cpu_seconds", 0.0)
+        lasted = time.monotonic() - spent + before.get("seconds", 0.0)
+        failed = [t for t in trials if t["wrong"]]
+        count = Counter((t["kind"], t["case"]) for t in trials)
+        wrong = Counter((t["kind"], t["case"]) for t in failed)
+        rows = [f"| {kind} | {case} | {n} | {wrong[kind, case]} |" for (kind, case), n in sorted(count.items())]
+        commits = ", ".join(dict.fromkeys(t["commit"] for t in trials)) or here["commit"]
+        command = "python results/faults/campaign.py " + " ".join(sys.argv[1:])
+        started = before.get("started", begun)
+        summary = (
+            f"`{command}`\n\ncommit {commits}, {here['device']}, torch {here['versions']['torch']}, {started}, "
+            f"{lasted / 60:.1f} min ({used / 60:.1f} CPU-minutes). {len(trials)} of {len(todo)} trials were made; "
+            f"{len(failed)} ended neither with the result of an uninterrupted run nor with one clear line.\n\n"
+            "| harm | job | trials | wrong |\n| --- | --- | --- | --- |\n" + "\n".join(rows) + "\n"
+        )
+        if asked.out:
+            about = {"command": command, "seed": asked.seed, "started": started, "environment": here}
+            about |= {"seconds": round(lasted, 1), "cpu_seconds": round(used, 1), "trials": trials}
+            for kind, text in {"json": json.dumps(about, indent=1) + "\n", "md": summary}.items():
+                with whole(Path(f"{asked.out}.{kind}")) as part:
+                    part.write_text(text)
+        return summary
+
+    for _, kind, name, i, harm, ready in sorted(todo, key=lambda one: one[0]):
+        trial = f"{kind} {i}"
+        if trial in made or time.monotonic() - spent > 60 * asked.minutes:
+            continue
+        shutil.rmtree(ROOT / "cache", ignore_errors=True)
+        work.mkdir()
+        if ready:
+            every[name].before(work)
+        done, wrong = harm(name, work, random.Random(f"{asked.seed} {trial}"))
+        facts = {"trial": trial, "kind": kind, "case": name, "done": done, "wrong": wrong, "commit": here["commit"]}
+        trials.append(facts)
+        print(f"{kind:<12}{name:<20}{done}{'   WRONG: ' + wrong if wrong else ''}", flush=True)
+        for folder in (work, work.with_name(work.name + ".said")):
+            shutil.rmtree(folder, ignore_errors=True)
+        write()
+    print(write())
+    return any(t["wrong"] for t in trials)
 
 
 if __name__ == "__main__":

@@ -438,10 +438,11 @@ def keep_memory() -> None:
 def main(argv: list[str] | None = None) -> int:
     """Exit code 0: done. 1: the work failed. 2: wrong usage. 128 + n: stopped by signal n."""
     keep_memory()
-    parser, before = build_parser(), None
+    before = None
     try:
         if threading.current_thread() is threading.main_thread():
             before = signal.signal(signal.SIGTERM, terminate)
+        parser = build_parser()
         arguments = sys.argv[1:] if argv is None else argv
         if not arguments:
             parser.print_help()

@@ -3,13 +3,15 @@
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from typing import Any
 
 from simsiam.errors import UsageError, WorkFailed
 from simsiam.images import CORES
+
+STOPS = {signal.SIGINT, signal.SIGTERM} if hasattr(signal, "pthread_sigmask") else set()  # none on Windows
 
 
 def in_turn(work: Callable[..., Any], jobs: Sequence[tuple]) -> Iterator[Any]:
@@ -22,11 +24,12 @@ def in_turn(work: Callable[..., Any], jobs: Sequence[tuple]) -> Iterator[Any]:
         return iter([work(*job) for job in jobs])
     context: Any = get_context("fork" if sys.platform == "linux" else None)
     pipes = []
-    for worker in range(min(CORES, len(jobs))):
-        receive, send = context.Pipe(duplex=False)
-        pipes.append(receive)
-        context.Process(target=_work, args=(work, jobs[worker::CORES], send, pipes), daemon=True).start()
-        send.close()
+    with unstopped():
+        for worker in range(min(CORES, len(jobs))):
+            receive, send = context.Pipe(duplex=False)
+            pipes.append(receive)
+            context.Process(target=_work, args=(work, jobs[worker::CORES], send, pipes), daemon=True).start()
+            send.close()
 
     def results() -> Iterator[Any]:
         try:
@@ -44,6 +47,17 @@ def in_turn(work: Callable[..., Any], jobs: Sequence[tuple]) -> Iterator[Any]:
     return results()
 
 
+@contextmanager
+def unstopped() -> Iterator[None]:
+    """Ctrl-C and SIGTERM wait: an exception that a signal raises in the middle of a fork would be lost."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS) if STOPS else None
+    try:
+        yield
+    finally:
+        if before is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def with_a_bar(work: Callable[..., Any], jobs: Sequence[tuple], words: str) -> list[Any]:
     """work(*job) of each job, done by all cores; on a terminal, a bar shows how far they are."""
     from simsiam.bar import bar
@@ -58,6 +72,9 @@ def with_a_bar(work: Callable[..., Any], jobs: Sequence[tuple], words: str) -> l
 
 def _work(work: Callable[..., Any], jobs: Sequence[tuple], send: Connection, pipes: Sequence[Connection]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that listens
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # it has ended; nothing stays half-written
+    if STOPS:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
     for receive in pipes:
         receive.close()  # or this process itself would be a listener
     with suppress(BrokenPipeError):
