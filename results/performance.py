@@ -82,7 +82,12 @@ def measured() -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def cases(reports: dict[str, Any]) -> dict[str, Any]:
-    return {name: case for report in reports.values() for name, case in report["cases"].items()}
+    """All cases by name; those of a GPU end in -gpu."""
+    return {
+        name + "-gpu" * (report["device_type"] == "cuda"): case
+        for report in reports.values()
+        for name, case in report["cases"].items()
+    }
 
 
 def tables(reports: dict[str, Any], again: dict[str, Any], profile: dict[str, Any]) -> dict[str, str]:
@@ -111,6 +116,12 @@ def tables(reports: dict[str, Any], again: dict[str, Any], profile: dict[str, An
     body = [[g, *(f"{s['seconds'] * s['shares'][g]:.2f}" for s in steps.values())] for g in steps["plain"]["shares"]]
     body.append(["together", *(f"{s['seconds']:.2f}" for s in steps.values())])
     parts["profile"] = rows([f"seconds of a step of {profile['batch_size']} images", *steps], body)
+    variants = read("gpu_step")["variants"]
+    body = [
+        [n, *(f"{v[k]:,}" for k in ("images_s", "step_ms", "step_alone_ms", "views_alone_ms"))]
+        for n, v in variants.items()
+    ]
+    parts["gpu-step"] = rows(["", "images/s", "ms a step", "gradients and SGD alone", "two views alone"], body)
     machines = {f"{r['device']}, {r['precision']}, torch {r['versions']['torch']}" for r in reports.values()}
     commits = [f"`{name}` at commit {str(r['commit'])[:12]}" for name, r in reports.items()]
     peers = sorted({f"{peer} {version}" for r in reports.values() for peer, version in r["peers"].items()})
@@ -138,7 +149,7 @@ def draw(reports: dict[str, Any], path: Path) -> None:
     bars = [
         (f"{name}: {way}", v["ratio"], v["ratios"])
         for name, case in cases(reports).items()
-        if name != "start"
+        if name != "start" and not name.endswith("-gpu")
         for way, v in list(case["ways"].items())[1:]
     ]
     figure = Figure(figsize=(9, 0.6 + 0.3 * len(bars)), layout="constrained")

@@ -178,7 +178,7 @@ def memory(device: torch.device, forget: bool = False) -> float:
 def products(device: torch.device, precision: str) -> float:
     """FLOP/s of a large matrix product."""
     n = 8192 if device.type == "cuda" else 2048
-    x = torch.ones(n, n, device=device, dtype=torch.bfloat16 if precision == "bfloat16" else torch.float32)
+    x = torch.randn(n, n, device=device, dtype=torch.bfloat16 if precision == "bfloat16" else torch.float32)
     return four(2 * n**3 / min(take_turns({"": lambda: x @ x}, device)[0][""]))
 
 

@@ -36,7 +36,7 @@ class Gradients:
         if self.graph is None:
             self.given = [view.clone() for view in views], index.clone()
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # a loader's thread pins memory
                 self.made = self.computed(*self.given, weight)
         for mine, new in zip([*self.given[0], self.given[1]], [*views, index], strict=True):
             mine.copy_(new)
