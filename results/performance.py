@@ -9,6 +9,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -122,6 +123,13 @@ def tables(reports: dict[str, Any], again: dict[str, Any], profile: dict[str, An
         for n, v in variants.items()
     ]
     parts["gpu-step"] = rows(["", "images/s", "ms a step", "gradients and SGD alone", "two views alone"], body)
+    body = []
+    for precision in ("float32", "bfloat16"):
+        mine = [run for run in read("precision")["runs"] if run["precision"] == precision]
+        knn = [run["knn_top1"]["last"] for run in mine]
+        rate = mean(run["images_per_second"] for run in mine)
+        body.append([precision, f"{mean(knn):.1f} ± {stdev(knn):.1f}", f"{len(knn)}", f"{rate:,.0f}"])
+    parts["precision"] = rows(["precision", "kNN, %", "seeds", "images/s"], body)
     machines = {f"{r['device']}, {r['precision']}, torch {r['versions']['torch']}" for r in reports.values()}
     commits = [f"`{name}` at commit {str(r['commit'])[:12]}" for name, r in reports.items()]
     peers = sorted({f"{peer} {version}" for r in reports.values() for peer, version in r["peers"].items()})
