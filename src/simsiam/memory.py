@@ -10,24 +10,27 @@ from torch import Tensor
 from simsiam.errors import WorkFailed
 from simsiam.processes import count
 from simsiam.recipes import Recipe
-from simsiam.siamese import build
+from simsiam.siamese import Siamese, build
 
 SLACK = 1.6  # of a step's peak over the least it takes, measured: 1.4 to 1.5 (views, the gradients of activations, ...)
 CUT = ("out of memory", "can't allocate memory", "not enough memory")  # what torch's allocators say
 
 
-def least(recipe: Recipe, batch_size: int) -> int:
-    """Bytes that are all in use when a step turns back: weights, gradients, momentum, and what the backward pass needs.
+def on_meta(recipe: Recipe) -> Siamese:
+    """The recipe's model without a byte."""
+    with torch.device("meta"):
+        return build(
+            recipe.method, backbone=recipe.backbone, image_size=recipe.image_size or 224, width=recipe.width,
+            stem=recipe.stem, channels=recipe.channels,
+        )  # fmt: skip
 
-    The optimizer has one momentum a parameter (AdamW two). A criterion's own matrices are left out.
-    """
+
+def activations(recipe: Recipe, batch_size: int) -> int:
+    """Bytes that autograd keeps of a forward pass for the backward pass. A criterion's own matrices are left out."""
     size, kept, values = recipe.image_size, dict[int, Tensor](), 4 if recipe.precision == "float32" else 2
+    model = on_meta(recipe)
     assert size
     with torch.device("meta"):
-        model = build(
-            recipe.method, backbone=recipe.backbone, image_size=size, width=recipe.width, stem=recipe.stem,
-            channels=recipe.channels,
-        )  # fmt: skip
         views = {
             i: torch.empty(batch_size, recipe.channels, size, size) for i in model.predicted + model.target.made_of
         }
@@ -42,10 +45,18 @@ def least(recipe: Recipe, batch_size: int) -> int:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         for network in (model.backbone, model.projector, model.predictor):
             views = model.each_view(network, views)
-    activations = sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) * values // 4
-    moved = 3 if recipe.method.optimizer == "adamw" else 2
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) * values // 4
+
+
+def least(recipe: Recipe, batch_size: int) -> int:
+    """Bytes that are all in use when a step turns back: weights, gradients, momentum, and what the backward pass needs.
+
+    The optimizer has one momentum a parameter (AdamW two).
+    """
+    model, moved = on_meta(recipe), 3 if recipe.method.optimizer == "adamw" else 2
     weights = sum(tensor.nbytes for tensor in model.state_dict().values())
-    return activations + weights + moved * sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    moving = moved * sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    return activations(recipe, batch_size) + weights + moving
 
 
 def mine(batch_size: int) -> int:

@@ -21,6 +21,7 @@ from simsiam.errors import UsageError, WorkFailed, shown
 from simsiam.files import whole
 from simsiam.images import CORES, Images, glance, measure_sizes
 from simsiam.inspect import amount, per_image, say, span, speed
+from simsiam.memory import activations
 from simsiam.precision import autocast, pick_device, pick_precision
 from simsiam.prepare import assemble, compose
 from simsiam.recipes import Recipe
@@ -200,18 +201,9 @@ def weigh(recipe: Recipe, precision: str) -> tuple[dict[str, int], float]:
     assert recipe.image_size
     shape = (few, recipe.channels, recipe.image_size, recipe.image_size)
     x = [torch.randn(shape).contiguous(memory_format=torch.channels_last) for _ in range(recipe.method.view_count)]
-    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-    saved: dict[int, int] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
     index = torch.arange(few)
     with FlopCounterMode(display=False) as counter:
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast(device, precision):
+        with autocast(device, precision):
             output = model(*x, index=index)
         output.loss.backward()
     optimizer.step()
@@ -224,7 +216,7 @@ def weigh(recipe: Recipe, precision: str) -> tuple[dict[str, int], float]:
         "weights": _bytes(model.parameters()) + _bytes(model.buffers()) - eta,
         "gradients": _bytes(trained),
         "optimizer": _bytes(kept),
-        "activations_per_image": sum(saved.values()) // few,
+        "activations_per_image": activations(recipe.replace(precision=precision), few) // few,
         "checkpoint": checkpoint_bytes(recipe, model, optimizer, here) - eta,
     }, counter.get_total_flops() / few
 
