@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from test_decode import encode, picture, same
@@ -444,6 +445,32 @@ def test_damaged_parquet_costs_its_row_group(photos, tmp_path):
     assert same(images.near(np.arange(60)).read(59), open_source(photos).train.read(59))
     parquet(out / "train-00002.parquet", [picture(0)], [0], ["x", "y"], image="other")
     assert "other columns or class names" in refused(out)
+
+
+def test_parquet_that_unpacks_to_gigabytes_is_refused_or_read_a_block_at_a_time(tmp_path, monkeypatch):
+    """zstd makes a few bytes of a MiB of zeros; a dictionary, of 300 of them; a footer claims any number of rows."""
+    monkeypatch.setattr(sources, "RESIDENT", 2**24)
+    for name, rows, per_group in [("bomb", 17, 17), ("blocks", 17, 1), ("same", 300, 300)]:
+        image = os.urandom(2**20) if name == "same" else bytes(2**20)
+        table = pa.table({"image": pa.DictionaryArray.from_arrays(np.zeros(rows, np.int32), pa.array([image]))})
+        table = table if name == "same" else table.cast(pa.schema({"image": pa.binary()}))
+        how = {"use_dictionary": name == "same", "dictionary_pagesize_limit": 2**30, "row_group_size": per_group}
+        pq.write_table(table, tmp_path / f"{name}.parquet", compression="zstd", store_schema=False, **how)
+        assert (tmp_path / f"{name}.parquet").stat().st_size < 2**21
+    pool, before = pa.proxy_memory_pool(pa.default_memory_pool()), pa.default_memory_pool()
+    pa.set_memory_pool(pool)
+    said = refused(tmp_path / "bomb.parquet")
+    assert "row group 0 of bomb.parquet, " in said and "unpacks to 17,82" in said
+    assert "at most 16,777,216: write it with smaller row groups" in said
+    blocks, same_one = (open_source(tmp_path / f"{name}.parquet").train for name in ("blocks", "same"))
+    assert len(blocks.blocks) == 17 and same_one.blocks is None and len(same_one) == 300
+    for images in (blocks.near(np.arange(1)), same_one):
+        with pytest.raises(Unreadable, match="not one of"):
+            images.read(0)
+    pa.set_memory_pool(before)
+    assert pool.max_memory() < 2**25
+    pq.write_table(pa.table({"image": [b""] * 10**5}), tmp_path / "rows.parquet", compression="zstd")
+    assert "rows.parquet claims to hold 100,000 images in" in refused(tmp_path / "rows.parquet")
 
 
 def test_labels_are_numbers_words_or_folders(tmp_path):

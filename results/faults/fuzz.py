@@ -46,6 +46,8 @@ import simsiam.convert
 import simsiam.embeddings.neighbors
 import simsiam.inspect
 import simsiam.report
+import simsiam.sources
+import simsiam.workers
 from simsiam import cli
 from simsiam.decode import Unreadable, decode, header
 from simsiam.files import whole
@@ -127,6 +129,9 @@ def containers(folder: Path, images: dict[str, bytes]) -> dict[str, Path]:
         assert code == 0, said
         code, said = typed(["embed", "run", "--out", "e.parquet"])
         assert code == 0, said
+        for kind in ("tar", "parquet"):
+            code, said = typed(["shard", "a.zip", "--out", f"{kind} shards", "--format", kind, "--per-shard", "10"])
+            assert code == 0, said
     weights = build("simsiam", backbone="resnet10", width=4, image_size=32).backbone.state_dict()
     torch.save({"state_dict": weights, "epoch": 3}, folder / "a.pt")
     torch.save({"state_dict": weights}, folder / "old.pth", _use_new_zipfile_serialization=False)
@@ -135,6 +140,8 @@ def containers(folder: Path, images: dict[str, bytes]) -> dict[str, Path]:
         "zip": folder / "a.zip",
         "tar": folder / "a.tar",
         "parquet": folder / "a.parquet",
+        "tar shards": folder / "tar shards",
+        "parquet shards": folder / "parquet shards",
         "checkpoint": folder / "a.pt",
         "old checkpoint": folder / "old.pth",
         "safetensors": folder / "a.safetensors",
@@ -259,6 +266,7 @@ def one_source(path: Path) -> tuple[str, str]:
         return "one line", "" if "\n" not in str(error) else "two lines"
     read = 0
     for images in source.splits.values():
+        images = images.near(np.arange(min(len(images), 50)))
         for i in range(min(len(images), 50)):
             with contextlib.suppress(Unreadable):
                 images.read(i)
@@ -272,8 +280,8 @@ def indexed(folder: Path) -> tuple[str, str]:
     return f"{sum(not reason for reason in table['reason'].to_pylist())} of {len(table)} can be read", ""
 
 
-def mutate_run(run: Path, original: Path, rng: random.Random, other: bytes) -> None:
-    """A copy of a run folder, one file of it mutated."""
+def mutate_one(run: Path, original: Path, rng: random.Random, other: bytes) -> None:
+    """A copy of a run folder or of shards, one file of it mutated."""
     shutil.copytree(original, run)
     files = [path for path in sorted(run.rglob("*")) if path.is_file() and "tensorboard" not in path.parts]
     path = rng.choice([path for path in files if path.name != ".lock"])
@@ -282,7 +290,7 @@ def mutate_run(run: Path, original: Path, rng: random.Random, other: bytes) -> N
 
 def one_container(kind: str, path: Path, work: Path, rng: random.Random, other: bytes) -> tuple[str, str]:
     if kind == "run folder":
-        mutate_run(work / "run", path, rng, other)
+        mutate_one(work / "run", path, rng, other)
         orders = (
             ["report", "run", "--no-map"],
             ["compare", "run", "run"],
@@ -291,6 +299,10 @@ def one_container(kind: str, path: Path, work: Path, rng: random.Random, other: 
         )
         ends = [checked(list(order)) for order in rng.sample(orders, 2)]
         return max(end[0] for end in ends), "; ".join(end[1] for end in ends if end[1])
+    simsiam.sources.RESIDENT = rng.choice([0, 2**30])  # Parquet a block at a time, or all of it at once
+    if kind.endswith("shards"):
+        mutate_one(work / "shards", path, rng, other)
+        return one_source(work / "shards")
     file = work / f"x{path.suffix}"
     file.write_bytes(mutated(path.read_bytes(), other, rng))
     if kind in ("zip", "tar", "parquet"):
@@ -309,12 +321,14 @@ class Task:
     trials: list[Callable[[Path], tuple[str, str]]]
     names: list[str] = field(default_factory=list)
     when: float = 0.0  # kinds take turns, so that a campaign cut short has some of each
+    limit: float = HANG
 
 
 def work_off(task: Task, send: Any, root: Path, until: float) -> None:
     """In a forked process: each trial in a new folder, and a report of each."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     sys.addaudithook(hook)
+    simsiam.workers.in_turn = lambda work, jobs: (work(*job) for job in jobs)  # our own forks would be seen as a file's
     root = Path(tempfile.mkdtemp(dir=root))  # others have theirs
     for trial in task.trials:
         if time.monotonic() > until:
@@ -376,9 +390,9 @@ def run_all(tasks: list[Task], root: Path, processes: int, until: float) -> tupl
             at_work[receive][2:] = [done + 1, clock, cpu(process.pid)]
         for task, process, done, since, used in list(at_work.values()):
             # A process that waits for its turn on a busy machine does not hang: its own time counts, or a minute.
-            slow = cpu(process.pid) - used > HANG or clock - since > 60
+            slow = cpu(process.pid) - used > task.limit or clock - since > 12 * task.limit
             if (slow or held(process.pid) > MEMORY) and process.is_alive():
-                word = f"more than {HANG:g} s" if slow else f"more than {MEMORY:,} bytes"
+                word = f"more than {task.limit:g} s" if slow else f"more than {MEMORY:,} bytes"
                 wrongs.append({"kind": task.kind, "trial": name_of(task, done), "wrong": word})
                 process.kill()
                 process.join()
@@ -525,9 +539,22 @@ def hostile(folder: Path, images: dict[str, bytes]) -> dict[str, Callable[[Path]
         archive.addfile(info, io.BytesIO(picture))
     rows = [{"bytes": data, "path": "../../../etc/passwd"} for data in (picture, b"", None, bytes(1000))]
     pq.write_table(pa.table({"image": rows}), source("paths.parquet"))
-    zeros = pa.table({"image": pa.array([bytes(2**26)] * 24, pa.large_binary())})
-    pq.write_table(zeros, source("bomb.parquet"), compression="zstd", row_group_size=1)
-    del zeros
+    for size in (2**20, 2**23, 2**26):
+        zeros = pa.table({"image": pa.array([bytes(size)] * 24, pa.large_binary())})
+        for rows in (1, 24):
+            path = source(f"bomb {size:,} {rows}.parquet")
+            pq.write_table(zeros, path, compression="zstd", row_group_size=rows, use_dictionary=False)
+    same = pa.DictionaryArray.from_arrays(np.zeros(2000, np.int32), pa.array([bytes(2**23)]))
+    how: dict[str, Any] = {"compression": "zstd", "dictionary_pagesize_limit": 2**30, "store_schema": False}
+    pq.write_table(pa.table({"image": same}), source("same.parquet"), **how)
+    data = folder.joinpath("same.parquet").read_bytes()
+    at = len(data) - 8 - struct.unpack("<I", data[-8:-4])[0]
+    folder.joinpath("same.parquet").write_bytes(data[:at] + bytes(2000) + data[at:])  # so that its rows are believed
+    pq.write_table(pa.table({"image": [b""] * 10**7}), source("rows.parquet"), **how)
+    del zeros, same
+    for name in ("traversal", "sizes", "headers"):
+        source(f"{name} shards").mkdir()
+        shutil.copy(folder / f"{name}.tar", folder / f"{name} shards" / "train-000000.tar")
 
     photos = folder / "pipes"
     photos.mkdir()
@@ -765,6 +792,7 @@ def main() -> int:
             }
             made |= hostile(valid, images)
             tasks += [Task("made by hand", 0, [trial], [name]) for name, trial in made.items()]
+            tasks[-1].limit *= 12  # `names` types so many commands
         until = spent + 60 * asked.minutes
         ends, wrongs, largest = run_all(sorted(tasks, key=lambda task: task.when), trials, asked.processes, until)
     finally:

@@ -26,7 +26,19 @@ from simsiam.decode import EXTENSIONS
 from simsiam.errors import UsageError, WorkFailed, shown
 from simsiam.files import cache, locked, whole
 from simsiam.images import Images, Names
-from simsiam.shards import MAX_BYTES, ROW, Places, Shards, damaged, filesystem, is_url, lost, name_of, open_file
+from simsiam.shards import (
+    MAX_BYTES,
+    ROW,
+    Places,
+    Shards,
+    damaged,
+    filesystem,
+    is_url,
+    lost,
+    name_of,
+    open_file,
+    unpacked,
+)
 from simsiam.workers import with_a_bar
 
 VERSION = 1  # of the files in the cache
@@ -253,10 +265,8 @@ def _scan_parquet(file: File, layout: Layout) -> pa.Table:
             if (theirs := layout_of(parquet, file.path)) != layout:
                 raise UsageError(f"{name_of(file.path)} has other columns or class names than the first: {theirs}")
             starts, sizes = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
-            column = next(i for i in range(len(parquet.schema)) if parquet.schema.column(i).path == layout.image)
-            for group in range(parquet.metadata.num_row_groups):
-                about = parquet.metadata.row_group(group)
-                size, rows = about.column(column).total_uncompressed_size, np.arange(about.num_rows)
+            for group, size in enumerate(unpacked(parquet, layout.image, file.path, file.size)):
+                rows = np.arange(parquet.metadata.row_group(group).num_rows)
                 starts.append(group * ROW + rows)
                 sizes.append(size * (rows + 1) // len(rows) - size * rows // len(rows))
             labels = pa.nulls(parquet.metadata.num_rows, pa.large_binary())

@@ -20,7 +20,8 @@ from simsiam.decode import Unreadable
 from simsiam.errors import UsageError, WorkFailed, shown
 
 BLOCK = 2**22  # bytes of a tar that are read at once: at 50 ms and 100 MB/s, the half of the time is transfer
-MAX_BYTES = 2**30  # of one image file in a tar or an archive
+MAX_BYTES = 2**30  # of one image file in a tar or an archive, and of the images in a row group
+TINY, RATIO = 2**24, 100  # bytes that a row group may unpack to, and how often its own size if that is more
 ROW = 2**32  # Parquet: an image's place is its row group times this, plus its row there
 AT_ONCE = 8  # blocks that a process asks for at the same time
 
@@ -217,16 +218,37 @@ def damaged(error: Exception) -> bool:
 
 
 def _row_group(file: str, group: int, column: str) -> Any:
-    """The image files of a row group, an array of large_binary; Unreadable where it is damaged."""
+    """The image files of a row group, an array of bytes, equal ones once; Unreadable where it is damaged."""
     try:
         with open_file(file) as opened:
-            table = pq.ParquetFile(opened).read_row_group(group, columns=[column])
-        return image_column(table, column).cast(pa.large_binary()).combine_chunks()
+            table = pq.ParquetFile(opened, read_dictionary=[column]).read_row_group(group, columns=[column])
+        return image_column(table, column)
     except (pa.ArrowException, OSError) as error:
         if not damaged(error):
             raise lost(file, error) from None
         reason = " ".join(str(error).split())[:100]
         return Unreadable(f"row group {group} of {name_of(file)} is damaged: {reason}")
+
+
+def unpacked(parquet: pq.ParquetFile, column: str, file: str, size: int) -> list[int]:
+    """How many bytes the images of each row group of a file of `size` bytes become, as its footer says.
+
+    Raises UsageError before memory is asked for: a gigabyte of zeros, or a million times one image, take few bytes.
+    """
+    found, rows = list[int](), parquet.metadata.num_rows
+    if rows > size:
+        raise UsageError(f"{name_of(file)} claims to hold {rows:,} images in {size:,} bytes")
+    place = next(i for i in range(len(parquet.schema)) if parquet.schema.column(i).path == column)
+    for group in range(parquet.metadata.num_row_groups):
+        part = parquet.metadata.row_group(group).column(place)
+        found.append(part.total_uncompressed_size)
+        limit = min(max(TINY, RATIO * part.total_compressed_size), MAX_BYTES)
+        if found[-1] > limit:
+            what = (
+                f"row group {group} of {name_of(file)}, {part.total_compressed_size:,} bytes, unpacks to {found[-1]:,}"
+            )
+            raise UsageError(f"{what}; at most {limit:,}: write it with smaller row groups")
+    return found
 
 
 def image_column(table: pa.Table, column: str) -> pa.ChunkedArray:

@@ -27,7 +27,7 @@ from simsiam.catalog import File, Layout, catalog_of, is_image, layout_of, liste
 from simsiam.decode import EXTENSIONS
 from simsiam.errors import UsageError, WorkFailed, shown, unknown
 from simsiam.images import Column, Images, Names, Packed, from_arrays, numbered
-from simsiam.shards import image_column, is_url, lost, open_file
+from simsiam.shards import image_column, is_url, lost, open_file, unpacked
 
 SOURCES = ("shapes", "cifar10", "cifar100", "stl10")  # the names that open_source knows
 KINDS = (
@@ -370,8 +370,8 @@ def _shards(place: str, found: Mapping[str, tuple[int, str]]) -> Source:
     files = [File(path, *about, splits[path]) for path, about in found.items()]
     layout = None
     if files[0].path.endswith(".parquet"):
-        layout, size = _layout(files)
-        if size <= RESIDENT:
+        layout = _layout(files[0])
+        if sum(file.size for file in files) <= RESIDENT and _unpacked(files) <= RESIDENT:
             return _parquet(place, files)
     alone = place.endswith((".tar", ".parquet"))
     catalog = catalog_of(place if alone else files[0].path.rpartition("/")[0], files, layout)
@@ -385,14 +385,26 @@ def _shards(place: str, found: Mapping[str, tuple[int, str]]) -> Source:
     return replace(_assemble(place, parts), damage=catalog.damage)
 
 
-def _layout(files: Sequence[File]) -> tuple[Layout, int]:
-    """The columns of Parquet files, from the first, and about how many bytes of images there are in all."""
-    file = files[0].path
+def _layout(file: File) -> Layout:
+    """The columns of a Parquet file."""
     try:
-        with open_file(file) as opened:
-            return layout_of(pq.ParquetFile(opened), file), sum(file.size for file in files)
+        with open_file(file.path) as opened:
+            return layout_of(pq.ParquetFile(opened), file.path)
     except (pa.ArrowException, OSError) as error:
-        raise lost(file, error) from None
+        raise lost(file.path, error) from None
+
+
+def _unpacked(files: Sequence[File]) -> int:
+    """How many bytes the images in Parquet files take in memory. Raises UsageError for a bomb."""
+    total = 0
+    for file in files:
+        try:
+            with open_file(file.path) as opened:
+                parquet = pq.ParquetFile(opened)
+                total += sum(unpacked(parquet, layout_of(parquet, file.path).image, file.path, file.size))
+        except (pa.ArrowException, OSError) as error:
+            raise lost(file.path, error) from None
+    return total
 
 
 def _parquet(path: str, files: Sequence[File]) -> Source:
@@ -400,7 +412,8 @@ def _parquet(path: str, files: Sequence[File]) -> Source:
     agreed = set()
     for split in dict.fromkeys(file.split for file in files):
         columns, labels, theirs = zip(*(_columns(file.path) for file in files if file.split == split))
-        encoded = Column(pa.chunked_array([chunk for column in columns for chunk in column.chunks], pa.large_binary()))
+        chunks = [_references(chunk) for column in columns for chunk in column.chunks]
+        encoded = Column(pa.chunked_array(chunks, pa.dictionary(pa.int32(), pa.large_binary())))
         names = next((one for one in theirs if one), ())
         agreed |= {one for one in theirs if one}
         codes = None if any(part is None for part in labels) else np.concatenate(labels)
@@ -416,21 +429,29 @@ def _parquet(path: str, files: Sequence[File]) -> Source:
 
 
 def _columns(file: str) -> tuple[pa.ChunkedArray, np.ndarray | None, tuple[str, ...]]:
-    """One file's images (large_binary), labels (None if any is missing) and class names (() if it gives none)."""
+    """One file's images (by reference), labels (None if any is missing) and class names (() if it gives none)."""
     try:
         with open_file(file) as opened:
             parquet = pq.ParquetFile(opened)
             image, label, names = layout_of(parquet, file)
-            table = parquet.read([image, *([label] if label else [])])
+            parquet = pq.ParquetFile(opened, metadata=parquet.metadata, read_dictionary=[image])  # equal images once
+            columns, groups = [image, *([label] if label else [])], range(parquet.metadata.num_row_groups)
+            table = pa.concat_tables([parquet.read_row_group(i, columns) for i in groups] or [parquet.read(columns)])
     except (pa.ArrowException, OSError) as error:
         raise WorkFailed(f"cannot read {file!r}: {' '.join(str(error).split())[:200]}") from error
-    encoded = image_column(table, image).cast(pa.large_binary())
+    encoded = image_column(table, image)
     if not label:
         return encoded, None, ()
     # A label of -1 is how Hugging Face hides the labels of a test set.
     raw = table[label]
     missing = raw.null_count or (names and (raw.to_numpy() < 0).any())
     return encoded, None if missing else raw.to_numpy(), names
+
+
+def _references(chunk: pa.Array) -> pa.DictionaryArray:
+    """The same images, all in one type."""
+    chunk = chunk if pa.types.is_dictionary(chunk.type) else chunk.dictionary_encode()
+    return pa.DictionaryArray.from_arrays(chunk.indices.cast(pa.int32()), chunk.dictionary.cast(pa.large_binary()))
 
 
 def _assemble(path: str | Path, parts: dict[str, tuple[Images, np.ndarray | None, tuple[str, ...]]]) -> Source:
