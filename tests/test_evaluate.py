@@ -108,6 +108,13 @@ def test_records_stay_beside_those_of_other_parameters_and_replace_their_own(run
     assert found == [(3, "last", "h"), (2, "last", "h"), (2, "best", "h"), (3, "last", "z")]
 
 
+def test_a_quick_look_takes_few_images_and_says_how_many(run, capsys):
+    full = evaluate(run, protocols=["knn"], baselines=False, **QUICK)
+    few = evaluate(run, protocols=["knn"], baselines=False, limit=20, **QUICK)
+    assert [(r["train_images"], r["n"] + r["unreadable"], r["train"]) for r in few] == [(20, 20, "20 of train")]
+    assert full[0] in json.loads((run / "evaluations" / "knn.json").read_text())  # it takes nobody's place
+
+
 def test_the_numbers_are_those_of_the_features(run, folder):
     """kNN of h, z, pixels and the weights before training, each computed here from the run's parts."""
     source, opened = open_source(folder), Run(run)
@@ -288,6 +295,7 @@ def test_label_free_needs_no_labels(run, folder, tmp_path, capsys):
         (["--linear", "laper"], "unknown linear 'laper': did you mean 'paper'?"),
         (["--features", "p"], "unknown features 'p'"),
         (["--protocol", "finetune", "--checkpoint", "best"], "finetune starts from the run's backbone"),
+        (["--limit", "0"], "limit is 0; it is at least 1"),
         (["--k", "0"], "k is 0; it is at least 1"),
         (["--precision", "float16"], "unknown precision 'float16'"),
         (["nowhere"], "unknown source 'nowhere'"),

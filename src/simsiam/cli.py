@@ -167,6 +167,8 @@ def build_parser() -> Parser:
     evaluate.add_argument("--device", metavar="NAME", default="auto", help="cpu, cuda, ... [auto]")
     precisions = "auto, bfloat16 or float32; of the backbone alone [auto]"
     evaluate.add_argument("--precision", metavar="NAME", default="auto", help=precisions)
+    few = "a quick look: on N training and N test images, spread evenly [all]"
+    evaluate.add_argument("--limit", metavar="N", type=int, help=few)
     add_flags(evaluate, Settings, "the protocols", typing.get_type_hints(Settings))
 
     add_transfer(verbs)

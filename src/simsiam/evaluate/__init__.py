@@ -16,7 +16,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from simsiam.errors import unknown
+from simsiam.errors import UsageError, unknown
 from simsiam.evaluate.few_label import planned, with_few_labels
 from simsiam.evaluate.frozen import UNTRAINED, Answer, Frozen, divide, fingerprint
 from simsiam.evaluate.knn import by_neighbors
@@ -25,7 +25,7 @@ from simsiam.evaluate.linear import probes
 from simsiam.evaluate.scores import score
 from simsiam.evaluate.tuned import tuned
 from simsiam.files import locked
-from simsiam.images import in_memory
+from simsiam.images import in_memory, sample
 from simsiam.processes import by_first, rank, together
 from simsiam.protocols import FROZEN, PROTOCOLS, Settings
 from simsiam.run import Run, environment, now
@@ -52,22 +52,29 @@ def evaluate(
     checkpoint: str = "last",
     device: str = "auto",
     precision: str = "auto",
+    limit: int | None = None,
     **words: Any,
 ) -> list[dict[str, Any]]:
     """Measure a run's backbone on a source, by default the run's own; returns the records and prints them as a table.
 
-    `checkpoint` is last, best or epoch-NNNN, and `words` are the fields of `Settings`. Each protocol's records go into
-    RUN/evaluations/PROTOCOL.json. Raises UsageError for a wrong request, WorkFailed where no image can be read.
+    `checkpoint` is last, best or epoch-NNNN, `limit` takes so many training and so many test images, spread evenly, and
+    `words` are the fields of `Settings`. Each protocol's records go into RUN/evaluations/PROTOCOL.json. Raises
+    UsageError for a wrong request, WorkFailed where no image can be read.
     """
     how = Settings.of(words)
+    if limit is not None and limit < 1:
+        raise UsageError(f"limit is {limit}; it is at least 1")
     for protocol in protocols:
         if protocol not in PROTOCOLS:
             raise unknown("protocol", protocol, PROTOCOLS)
     folder = Run(run)
     opened = open_source(source or folder.recipe.source, folder.recipe.channels)
     train, test, split = divide(opened, labeled=set(protocols) != {"label_free"})
-    limit = int(folder.recipe.cache_gib * 2**30)
-    (train, broken), (test, more) = in_memory(train, limit), in_memory(test, limit)
+    if limit is not None:
+        split = {name: f"{limit} of {words}" for name, words in split.items()}
+        train, test = sample(train, limit), sample(test, limit)
+    room = int(folder.recipe.cache_gib * 2**30)
+    (train, broken), (test, more) = in_memory(train, room), in_memory(test, room)
     where: dict[str, Any] = {"device": device, "precision": precision}
     frozen = Frozen(folder, checkpoint, train, replace(test, labels=None), **where)
     truth: Any = test.labels  # here, and nowhere below

@@ -68,6 +68,7 @@ def top1(run: Run, protocol: str, scale: Scale, checkpoint: str = "last") -> flo
     if not known():
         with redirect_stdout(io.StringIO()):
             how: dict[str, Any] = {"device": run.recipe.device, "linear": scale.linear, "baselines": False}
+            how["limit"] = run.recipe.limit  # a trial is one in all its parts
             evaluate(run.path, protocols=("knn", "linear"), checkpoint=checkpoint, **how)
     return known()[0]
 
