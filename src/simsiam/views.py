@@ -330,16 +330,17 @@ def _shift_hue(x: Tensor, shift: Tensor) -> None:
         channel.copy_(value - units.clamp_(0, 1).mul_(chroma))
 
 
-def _filter(x: Tensor, taps: Tensor, dim: int, out: Tensor) -> None:
-    """Each pixel of `out` (n, C, H, W) is a sum of its neighbors in x along `dim`, weighed by taps (n, 2 r + 1).
-
-    x is wider by the r neighbors of the outermost pixels at either end.
-    """
-    taps, length = taps[:, :, None, None, None], out.shape[dim]
-    y = taps[:, 0] * x.narrow(dim, 0, length)
-    for k in range(1, taps.shape[1]):
-        y.addcmul_(taps[:, k], x.narrow(dim, k, length))
-    out.copy_(y)
+def _box(x: Tensor, taps: Tensor, dim: int) -> Tensor:
+    """A box filter of x (n, C, H, W) along `dim`, edges replicated; taps (n, r + 1) by the distance to its middle."""
+    reach, taps = taps.shape[1] - 1, taps[:, :, None, None, None]
+    length, beyond = x.shape[dim], [reach if d == dim else -1 for d in range(4)]
+    before, after = (x.narrow(dim, end, 1).expand(beyond) for end in (0, length - 1))
+    wide = torch.cat([before, x, after], dim)
+    y = taps[:, 0] * x
+    for k in range(1, reach + 1):
+        y.addcmul_(taps[:, k], wide.narrow(dim, reach - k, length))
+        y.addcmul_(taps[:, k], wide.narrow(dim, reach + k, length))
+    return y
 
 
 class Kernels(NamedTuple):
@@ -348,10 +349,10 @@ class Kernels(NamedTuple):
     resampling: Callable[..., Any]
     blend: Callable[..., Any]
     shift_hue: Callable[..., Any]
-    filter: Callable[..., Any]
+    box: Callable[..., Any]
 
 
-EAGER = Kernels(_resampling, _blend, _shift_hue, _filter)
+EAGER = Kernels(_resampling, _blend, _shift_hue, _box)
 
 
 @cache
@@ -365,7 +366,7 @@ def _kernels(device: torch.device, compiled: bool) -> Kernels:
         kernels.resampling(ones[0], ones[0], 8, 4, ones[0])
         kernels.blend(x, ones, ones, ones)
         kernels.shift_hue(x, ones)
-        kernels.filter(x, ones[:, :, 0, 0], 2, x.clone())
+        kernels.box(x, torch.ones(2, 3, device=device), 2)
     except RuntimeError as error:  # no C++ compiler, a platform that has none, ...
         reason = str(error).strip().partition("\n")[0]
         print(f"simsiam: torch.compile fails here and is left out: {reason}", file=sys.stderr)
@@ -387,17 +388,9 @@ def _box_radius(sigma: np.ndarray) -> np.ndarray:
 
 def _blur(x: Tensor, radius: np.ndarray, kernels: Kernels) -> Tensor:
     """Pillow's GaussianBlur of x (n, C, H, W): three box filters of `radius` (n,) along each side, edges replicated."""
-    reach = int(np.ceil(radius.max()))
-    away, r = np.abs(np.arange(-reach, reach + 1)), radius[:, None]
-    box = _send((r + 1 - away).clip(0, 1) / (2 * r + 1), x.device)  # the part of each pixel that lies inside
-    for dim in (2, 3):
-        size = list(x.shape)
-        size[dim] += 2 * reach
-        wide, other = x.new_empty(size), x.new_empty(size)
-        inside, also = (w.narrow(dim, reach, x.shape[dim]) for w in (wide, other))
-        inside.copy_(x)
-        for source, out in (wide, also), (other, inside), (wide, x):
-            source.narrow(dim, 0, reach).copy_(source.narrow(dim, reach, 1))
-            source.narrow(dim, -reach, reach).copy_(source.narrow(dim, -reach - 1, 1))
-            kernels.filter(source, box, dim, out)
+    reach = max(2, int(np.ceil(radius.max())))  # 2 is what most recipes need; for more, another kernel is compiled
+    away, r = np.arange(reach + 1), radius[:, None]
+    taps = _send((r + 1 - away).clip(0, 1) / (2 * r + 1), x.device)  # the part of each pixel that lies inside
+    for dim in (2, 2, 2, 3, 3, 3):
+        x = kernels.box(x, taps, dim)
     return x
