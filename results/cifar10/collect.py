@@ -8,10 +8,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from simsiam.laboratory import drawing
 from simsiam.run import Run
 
 HERE = Path(__file__).parent
-EPOCHS = 10  # between two points of a curve that is kept
+EPOCHS = 5  # between two points of a curve that is kept
 CURVES = ("loss", "z_std_sqrt_d", "z_rank", "view_retrieval", "images_per_second", "data_wait")
 
 
@@ -48,6 +49,11 @@ def main() -> None:
     runs = json.loads(path.read_text()) if path.exists() else {}
     runs |= {Path(folder).name: record(Run(folder)) for folder in sys.argv[1:]}
     path.write_text(json.dumps(runs, indent=1) + "\n")
+    curves = {
+        metric: {name: [[(line["epoch"], line[metric]) for line in run["curve"]]] for name, run in runs.items()}
+        for metric in ("loss", "z_std_sqrt_d")
+    }
+    drawing.curves(curves, HERE / "curves", "CIFAR-10 (JPEG), one seed each")
     before, _, rest = page.read_text().partition("<!-- runs -->\n")
     after = rest.partition("<!-- / -->")[2]
     page.write_text(f"{before}<!-- runs -->\n\n{table(runs)}\n\n<!-- / -->{after}")
