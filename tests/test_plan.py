@@ -114,6 +114,12 @@ def test_a_bench_file_speaks_for_another_machine(tmp_path):
     assert found["time"]["images_per_second"] == pytest.approx(200, rel=0.01)  # 4 cores are the slower part
     assert found["time"]["cores_to_keep_up"] == pytest.approx(1e14 / flops / 50, rel=0.01)
     assert found["memory"]["precision"] == "bfloat16"
+    cores = tmp_path / "cores.json"
+    cores.write_text(json.dumps(report | {"cases": {"views-224": views}, "device": "a CPU", "device_type": "cpu"}))
+    file.write_text(json.dumps(report | {"cases": {"step-a": step}}))
+    both = plan("shapes", **words | {"batch_size": 2**20}, images=10**7, bench=[file, cores], cores=4)
+    assert both["time"]["prepared_per_second"] == 200 and both["time"]["device"] == "a GPU"
+    assert "images are prepared by cores like those of a CPU" in both["assumed"]["lines"]
     for text in ("{", "{}", json.dumps(report | {"cases": {"views-224": views}}), "[]"):
         file.write_text(text)
         with pytest.raises(UsageError, match="no bench file with a training step"):

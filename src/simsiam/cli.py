@@ -127,7 +127,7 @@ def build_parser() -> Parser:
     plan = verbs.add_parser(
         "plan",
         help="what pretraining would take: steps, hours, memory, checkpoints, storage, reading, and what is assumed",
-        usage="simsiam plan SOURCE [SOURCE ...] [--gpus N] [--images N] [--bench FILE.json] [--FLAG VALUE ...]",
+        usage="simsiam plan SOURCE [SOURCE ...] [--gpus N] [--images N] [--bench FILE.json ...] [--FLAG VALUE ...]",
         epilog="The flags are those of pretrain; the source or --recipe chooses their values as it does there.",
     )
     add_source(plan, "+")
@@ -135,7 +135,7 @@ def build_parser() -> Parser:
     plan.add_argument("--images", metavar="N", type=int, help="as if there were so many like those of the source")
     plan.add_argument("--cores", metavar="N", type=int, help="of each process, to prepare images [as many as here]")
     plan.add_argument(
-        "--bench", metavar="FILE.json", help="of `simsiam bench --out`, from the machine that is to train"
+        "--bench", metavar="FILE.json", nargs="+", help="of `simsiam bench --out`, from the machine that is to train"
     )
     plan.add_argument("--out", metavar="FILE.json", help="write the facts here too")
     plan.add_argument("--recipe", metavar="NAME or FILE", help=f"{', '.join(recipes.RECIPES)}, or a recipe.yaml")

@@ -40,7 +40,7 @@ def plan(
     gpus: int = 1,
     images: int | None = None,
     cores: int | None = None,
-    bench: str | os.PathLike[str] | None = None,
+    bench: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
     out: str | os.PathLike[str] | None = None,
     recipe: str | Recipe | None = None,
     **words: Any,
@@ -48,7 +48,7 @@ def plan(
     """Print what pretraining on a source would take, and return it; `words` change the recipe as in `pretrain`.
 
     `gpus`: processes, one a device. `images`: as if there were so many, of the source's kind. `cores`: of each process,
-    to prepare images with; as many as here. `bench`: a file of `simsiam bench --out`, from the machine that is to
+    to prepare images with; as many as here. `bench`: files of `simsiam bench --out`, from the machine that is to
     train. `out` is a file for the facts, as JSON.
     """
     path = None if out is None else Path(out)
@@ -64,7 +64,8 @@ def plan(
     train = source.train
     count = min(images or len(train), complete.limit or 2**63)
     resident = is_resident(train, count, complete)
-    measured = (of_bench(bench, complete) if bench else {}) or of_this_machine(complete, train, resident)
+    files = [bench] if isinstance(bench, str | os.PathLike) else list(bench or ())
+    measured = of_bench(files, complete) if files else of_this_machine(complete, train, resident)
     facts: dict[str, Any] = {
         "recipe": {"chosen": why[0], "because": why[1:]},
         "images": {
@@ -137,32 +138,49 @@ def of_this_machine(recipe: Recipe, images: Images, resident: bool) -> dict[str,
     return found | {"from": "a probe on this machine", "precision": precision}
 
 
-def of_bench(file: str | os.PathLike[str], recipe: Recipe) -> dict[str, Any]:
+def of_bench(files: Sequence[str | os.PathLike[str]], recipe: Recipe) -> dict[str, Any]:
     """Seconds an image takes on the machine of a bench file, by the arithmetic that its largest network got done.
 
-    Raises UsageError where the file holds no training step.
+    What takes a GPU may be in one file and what takes cores in another. Raises UsageError where none holds a training
+    step.
     """
+    reports = {Path(file).name: _report(file) for file in files}
     try:
-        report = json.loads(Path(file).read_text())
-        cases = report["cases"]
-        best = max((case for name, case in cases.items() if name.startswith("step-")), key=_achieved)
+        steps = [
+            (name, report, case)
+            for name, report in reports.items()
+            for key, case in report["cases"].items()
+            if key.startswith("step-")
+        ]
+        name, report, best = max(steps, key=lambda step: _achieved(step[2]))
         _, flops = weigh(recipe, report["precision"])
-        trained = flops / _achieved(best)
-        views = cases.get("views-224", {}).get("ways", {}).get("simsiam, what workers do of it", {}).get("rate")
-        return {
-            "prepared": 1 / views if views else 0.0,
-            "trained": trained,
+        found = {
+            "prepared": 0.0,
+            "trained": flops / _achieved(best),
             "gpu": report["device_type"] != "cpu",
             "device": report["device"],
             "precision": report["precision"],
-            "from": f"{Path(file).name}: {_achieved(best) / 1e12:.3g} TFLOP/s in {best['what']}",
+            "from": f"{name}: {_achieved(best) / 1e12:.3g} TFLOP/s in {best['what']}",
             "flops": flops,
         }
-    except OSError as error:
-        raise UsageError(f"cannot read {shown(str(file))}: {error.strerror}") from None
+        for other in reports.values():
+            if views := other["cases"].get("views-224", {}).get("ways", {}).get("simsiam, what workers do of it"):
+                found |= {"prepared": 1 / views["rate"], "prepared_on": other["device"]}
     except (ValueError, LookupError, TypeError, AttributeError):
         need = "`simsiam bench --only step-resnet18-256 views-224 --out FILE.json` writes one"
-        raise UsageError(f"{shown(str(file))} is no bench file with a training step: {need}") from None
+        names = ", ".join(shown(str(file)) for file in files)
+        raise UsageError(f"{names} is no bench file with a training step: {need}") from None
+    return found
+
+
+def _report(file: str | os.PathLike[str]) -> dict[str, Any]:
+    try:
+        report = json.loads(Path(file).read_text())
+    except OSError as error:
+        raise UsageError(f"cannot read {shown(str(file))}: {error.strerror}") from None
+    except ValueError:
+        report = None
+    return report if isinstance(report, dict) else {}
 
 
 def _achieved(case: Mapping[str, Any]) -> float:
@@ -195,7 +213,7 @@ def weigh(recipe: Recipe, precision: str) -> tuple[dict[str, int], float]:
     """Bytes of the recipe's model by what they are for, counted in one step on few images here; FLOPs of an image."""
     recipe = recipe.replace(device="cpu", init=None)
     few = 2 * PARTS if recipe.method.bn == "split" else 4
-    model, optimizer, device, _ = assemble(recipe)
+    model, optimizer, device, _ = assemble(recipe.replace(batch_size=few))  # all that has to fit into memory here
     labels = torch.zeros(few, dtype=torch.long) if recipe.method.target == "labels" else None
     model.begin(images=few, labels=labels, steps=1, per_epoch=1)
     assert recipe.image_size
@@ -287,6 +305,8 @@ def assumptions(facts: Mapping[str, Any], measured: Mapping[str, Any], gpus: int
     ]
     if "flops" in measured:
         lines.append("a network gets as many FLOP/s done as the bench's largest step")
+    if measured.get("prepared_on", measured["device"]) != measured["device"]:
+        lines.append(f"images are prepared by cores like those of {measured['prepared_on']}")
     if gpus > 1:
         lines.append(
             f"{gpus} processes are {WITHIN:g} x {gpus} times as fast as one, and machines as fast as the measured"
