@@ -9,6 +9,7 @@ import sys
 import tarfile
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -447,6 +448,30 @@ def test_damaged_parquet_costs_its_row_group(photos, tmp_path):
     assert "other columns or class names" in refused(out)
 
 
+POOL = pa.proxy_memory_pool(pa.default_memory_pool())  # outlives whatever was allocated from it
+
+
+def test_a_footer_that_lies_about_rows_or_columns(photos, tmp_path):
+    path = shard(photos, out=tmp_path / "out", format="parquet") / "train-00000-of-00001.parquet"
+    images = open_source(path.parent).train
+    starts = [np.append(images.encoded.places.starts[0], 60)]  # one more than the row group has
+    lying = shards.Shards(replace(images.encoded.places, starts=starts, sizes=[np.ones(61, np.int64)]))
+    for reader in (lying, lying.near(np.arange(61))):
+        assert reader[59] == images.encoded[59]
+        with pytest.raises(Unreadable, match="rows, and its footer has more"):
+            reader[60]
+    for said in (
+        b"\xff",
+        b"{",
+        b"[" * 10**5,
+        b"[]",
+        b'{"info": 3}',
+        b'{"info": {"features": {"label": {"names": 3}}}}',
+    ):
+        pq.write_table(pq.read_table(path).replace_schema_metadata({"huggingface": said}), path)
+        assert len(open_source(path.parent).train) == 60
+
+
 def test_parquet_that_unpacks_to_gigabytes_is_refused_or_read_a_block_at_a_time(tmp_path, monkeypatch):
     """zstd makes a few bytes of a MiB of zeros; a dictionary, of 300 of them; a footer claims any number of rows."""
     monkeypatch.setattr(sources, "RESIDENT", 2**24)
@@ -457,8 +482,8 @@ def test_parquet_that_unpacks_to_gigabytes_is_refused_or_read_a_block_at_a_time(
         how = {"use_dictionary": name == "same", "dictionary_pagesize_limit": 2**30, "row_group_size": per_group}
         pq.write_table(table, tmp_path / f"{name}.parquet", compression="zstd", store_schema=False, **how)
         assert (tmp_path / f"{name}.parquet").stat().st_size < 2**21
-    pool, before = pa.proxy_memory_pool(pa.default_memory_pool()), pa.default_memory_pool()
-    pa.set_memory_pool(pool)
+    before = pa.default_memory_pool()
+    pa.set_memory_pool(POOL)
     said = refused(tmp_path / "bomb.parquet")
     assert "row group 0 of bomb.parquet, " in said and "unpacks to 17,82" in said
     assert "at most 16,777,216: write it with smaller row groups" in said
@@ -468,7 +493,7 @@ def test_parquet_that_unpacks_to_gigabytes_is_refused_or_read_a_block_at_a_time(
         with pytest.raises(Unreadable, match="not one of"):
             images.read(0)
     pa.set_memory_pool(before)
-    assert pool.max_memory() < 2**25
+    assert POOL.max_memory() < 2**25
     pq.write_table(pa.table({"image": [b""] * 10**5}), tmp_path / "rows.parquet", compression="zstd")
     assert "rows.parquet claims to hold 100,000 images in" in refused(tmp_path / "rows.parquet")
 

@@ -10,7 +10,7 @@ import os
 import shutil
 import tarfile
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -230,17 +230,27 @@ class Layout(NamedTuple):
 def layout_of(parquet: pq.ParquetFile, file: str) -> Layout:
     """Raises UsageError where there is no column of image files."""
     schema = parquet.schema_arrow
-    about = json.loads((schema.metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
-    kinds = {name: feature.get("_type") for name, feature in about.items() if isinstance(feature, dict)}
+    about = _features(schema.metadata or {})
+    kinds = {name: feature.get("_type") for name, feature in about.items()}
     images = sorted((f for f in schema if _holds_bytes(f.type)), key=lambda f: kinds.get(f.name) != "Image")
     if not images:
         raise UsageError(f"no column of image files in {file!r}, only {', '.join(schema.names)}")
     labels = [f.name for f in schema if pa.types.is_integer(f.type)]
     labels = [name for name in labels if kinds.get(name) == "ClassLabel" or name in LABELS]
     labels.sort(key=lambda name: (kinds.get(name) != "ClassLabel", name not in LABELS))
-    names = tuple(about.get(labels[0], {}).get("names", ())) if labels else ()
+    names = about.get(labels[0], {}).get("names") if labels else None
+    names = tuple(names) if isinstance(names, list) and all(isinstance(name, str) for name in names) else ()
     image = images[0].name + ".bytes" * pa.types.is_struct(images[0].type)
     return Layout(image, labels[0] if labels else None, names)
+
+
+def _features(metadata: Mapping[bytes, bytes]) -> dict[str, dict[str, Any]]:
+    """What Hugging Face says of the columns, as far as it makes sense."""
+    try:
+        about = json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"]
+        return {name: feature for name, feature in about.items() if isinstance(feature, dict)}
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return {}
 
 
 def _holds_bytes(kind: pa.DataType) -> bool:

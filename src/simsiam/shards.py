@@ -116,6 +116,8 @@ class Shards:
             found = self.held[block] if block in self.held else self.places.load([block])[0]
             if isinstance(found, Unreadable):
                 raise found
+            if start % ROW >= len(found):
+                raise Unreadable(f"{name_of(file)} is damaged here: {len(found):,} rows, and its footer has more")
             return found[start % ROW].as_py() or b""  # null: a row without an image
         if block in self.held:
             before = start - self.places.span(block)[1]
