@@ -296,6 +296,15 @@ def test_stopped_is_raised_to_python(tmp_path, monkeypatch):
         simsiam.pretrain("shapes", out=tmp_path / "run", **TINY)
 
 
+def test_a_signal_in_the_last_step_ends_what_would_follow_the_finished_run(tmp_path, monkeypatch):
+    module = importlib.import_module("simsiam.pretrain")
+    real = module.knn_monitor
+    monkeypatch.setattr(module, "knn_monitor", lambda *a, **k: (os.kill(os.getpid(), signal.SIGINT), real(*a, **k))[1])
+    with pytest.raises(KeyboardInterrupt):
+        simsiam.pretrain("shapes", out=tmp_path / "run", **TINY | {"steps": 3})
+    assert Run(tmp_path / "run").json("summary.json")["steps"] == 3
+
+
 def test_init_starts_from_another_runs_backbone(finished, tmp_path):
     run = simsiam.pretrain("shapes", out=tmp_path / "run", init=str(finished), **TINY | {"steps": 1, "base_lr": 1e-12})
     ours, theirs = (simsiam.load(r).conv1.weight for r in (run, finished))

@@ -177,3 +177,4 @@ def train(run: Run, data: Data, parts: Parts, said: list[str]) -> None:
     if stopping and step < steps:
         message = f"stopped at step {step} of {steps}, saved; `simsiam resume {run.path}` goes on"
         raise Stopped(message, signum)
+    interrupt.pass_on()

@@ -125,3 +125,8 @@ class Interrupt:
     def __exit__(self, *error: object) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
+
+    def pass_on(self) -> None:
+        """Obey now, at the end of the work, a signal that came too late to stop it: more may follow."""
+        if self.signum:
+            signal.raise_signal(self.signum)

@@ -164,6 +164,7 @@ def finetune(
                 break
     if step < steps:
         raise Stopped(f"stopped at step {step} of {steps}, saved; the same command goes on", signum)
+    interrupt.pass_on()
     curve = [row["val_top1"] for row in rows]
     compare({"from scratch" if from_scratch else "pretrained": [curve]}, out / "curve.png")
     about = {"val_top1": curve, "unreadable": len(unreadable), "seconds": round(watch.seconds, 1)}

@@ -207,6 +207,7 @@ def train(
         if how.precise_bn:
             take_averages(model, steps, how, where)
             settle(model)
+    interrupt.pass_on()
     return {"unreadable": sorted(unreadable), "seconds": round(watch.seconds, 1), "epochs": how.steps / per_epoch}
 
 
