@@ -168,11 +168,13 @@ def finish(
     view = torch.empty(shape, device=pixels.device, memory_format=torch.channels_last)
     if not channels == len(mean) == len(std):
         raise ValueError(f"{len(mean)} means and {len(std)} standard deviations for {channels} channels")
-    means, scales = _send(np.array([mean, 1 / np.array(std)]), pixels.device)[..., None, None]
+    shifts, scales = _send(np.array([-np.array(mean), np.ones(channels)]) / std, pixels.device)
     for part in _parts(view):
         some = draws[part]
         x = crop(pixels[part], some, size, compiled=compiled) if size else pixels[part] / 255
-        view[part] = color(x, some, compiled=compiled).sub_(means).mul_(scales)
+        x, out = color(x, some, compiled=compiled), view[part]
+        for c in range(channels):  # all of them at once would be written three numbers at a time
+            torch.addcmul(shifts[c], x[:, c], scales[c], out=out[:, c])
     return view
 
 
