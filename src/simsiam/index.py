@@ -159,11 +159,20 @@ def _stamps(parts: Sequence[Images], containers: list[Any]) -> pa.Table:
         elif isinstance(images.encoded, Shards):
             sizes = np.concatenate([np.zeros(0, np.int64), *images.encoded.places.sizes])
         elif isinstance(images.encoded, Column):
-            sizes = pc.binary_length(images.encoded.values).fill_null(0).to_numpy()
+            sizes = _lengths(images.encoded.values).fill_null(0).to_numpy()
         elif images.pixels is not None and len(images):
             sizes[:] = images.pixels[0].nbytes
         tables.append(pa.table([keys, sizes, mtimes], STAMP))
     return pa.concat_tables(tables)
+
+
+def _lengths(values: pa.Array | pa.ChunkedArray) -> pa.Array:
+    """Bytes of each value; equal ones may stand in Arrow memory once for many rows."""
+    if isinstance(values, pa.ChunkedArray):
+        return pa.chunked_array([_lengths(chunk) for chunk in values.chunks], pa.int64())
+    if pa.types.is_dictionary(values.type):
+        return _lengths(values.dictionary).take(values.indices)
+    return pc.binary_length(values).cast(pa.int64())
 
 
 def _status(folder: Path, names: pa.ChunkedArray) -> np.ndarray:
