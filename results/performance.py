@@ -130,7 +130,7 @@ def tables(reports: dict[str, Any], again: dict[str, Any], profile: dict[str, An
         rate = mean(run["images_per_second"] for run in mine)
         body.append([precision, f"{mean(knn):.1f} ± {stdev(knn):.1f}", f"{len(knn)}", f"{rate:,.0f}"])
     parts["precision"] = rows(["precision", "kNN, %", "seeds", "images/s"], body)
-    machines = {f"{r['device']}, {r['precision']}, torch {r['versions']['torch']}" for r in reports.values()}
+    machines = sorted({f"{r['device']}, {r['precision']}, torch {r['versions']['torch']}" for r in reports.values()})
     commits = [f"`{name}` at commit {str(r['commit'])[:12]}" for name, r in reports.items()]
     peers = sorted({f"{peer} {version}" for r in reports.values() for peer, version in r["peers"].items()})
     rounds = {r["rounds"] for r in reports.values()}
