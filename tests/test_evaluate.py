@@ -112,6 +112,8 @@ def test_a_quick_look_takes_few_images_and_says_how_many(run, capsys):
     full = evaluate(run, protocols=["knn"], baselines=False, **QUICK)
     few = evaluate(run, protocols=["knn"], baselines=False, limit=20, **QUICK)
     assert [(r["train_images"], r["n"] + r["unreadable"], r["train"]) for r in few] == [(20, 20, "20 of train")]
+    more = evaluate(run, protocols=["knn"], baselines=False, limit=100, **QUICK)  # than there are to test on
+    assert [(r["train"], r["test"]) for r in more] == [("100 of train", "test")]
     assert full[0] in json.loads((run / "evaluations" / "knn.json").read_text())  # it takes nobody's place
 
 

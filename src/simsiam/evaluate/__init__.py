@@ -70,9 +70,10 @@ def evaluate(
     folder = Run(run)
     opened = open_source(source or folder.recipe.source, folder.recipe.channels)
     train, test, split = divide(opened, labeled=set(protocols) != {"label_free"})
-    if limit is not None:
-        split = {name: f"{limit} of {words}" for name, words in split.items()}
-        train, test = sample(train, limit), sample(test, limit)
+    for name, images in {"train": train, "test": test}.items():
+        if limit is not None and limit < len(images):
+            split[name] = f"{limit} of {split[name]}"
+    train, test = sample(train, limit), sample(test, limit)
     room = int(folder.recipe.cache_gib * 2**30)
     (train, broken), (test, more) = in_memory(train, room), in_memory(test, room)
     where: dict[str, Any] = {"device": device, "precision": precision}
