@@ -18,17 +18,20 @@ CUT = ("out of memory", "can't allocate memory", "not enough memory")  # what to
 
 def on_meta(recipe: Recipe) -> Siamese:
     """The recipe's model without a byte."""
+    assert recipe.image_size
     with torch.device("meta"):
         return build(
-            recipe.method, backbone=recipe.backbone, image_size=recipe.image_size or 224, width=recipe.width,
+            recipe.method, backbone=recipe.backbone, image_size=recipe.image_size, width=recipe.width,
             stem=recipe.stem, channels=recipe.channels,
         )  # fmt: skip
 
 
-def activations(recipe: Recipe, batch_size: int) -> int:
-    """Bytes that autograd keeps of a forward pass for the backward pass. A criterion's own matrices are left out."""
+def activations(model: Siamese, recipe: Recipe, batch_size: int) -> int:
+    """Bytes that autograd keeps of a forward pass, of the recipe's model `on_meta`, for the backward pass.
+
+    A criterion's own matrices are left out.
+    """
     size, kept, values = recipe.image_size, dict[int, Tensor](), 4 if recipe.precision == "float32" else 2
-    model = on_meta(recipe)
     assert size
     with torch.device("meta"):
         views = {
@@ -56,7 +59,7 @@ def least(recipe: Recipe, batch_size: int) -> int:
     model, moved = on_meta(recipe), 3 if recipe.method.optimizer == "adamw" else 2
     weights = sum(tensor.nbytes for tensor in model.state_dict().values())
     moving = moved * sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    return activations(recipe, batch_size) + weights + moving
+    return activations(model, recipe, batch_size) + weights + moving
 
 
 def mine(batch_size: int) -> int:

@@ -21,7 +21,7 @@ from simsiam.errors import UsageError, WorkFailed, shown
 from simsiam.files import whole
 from simsiam.images import CORES, Images, glance, measure_sizes
 from simsiam.inspect import amount, per_image, say, span, speed
-from simsiam.memory import activations
+from simsiam.memory import activations, on_meta
 from simsiam.precision import autocast, pick_device, pick_precision
 from simsiam.prepare import assemble, compose
 from simsiam.recipes import Recipe
@@ -234,7 +234,7 @@ def weigh(recipe: Recipe, precision: str) -> tuple[dict[str, int], float]:
         "weights": _bytes(model.parameters()) + _bytes(model.buffers()) - eta,
         "gradients": _bytes(trained),
         "optimizer": _bytes(kept),
-        "activations_per_image": activations(recipe.replace(precision=precision), few) // few,
+        "activations_per_image": activations(on_meta(recipe), recipe.replace(precision=precision), few) // few,
         "checkpoint": checkpoint_bytes(recipe, model, optimizer, here) - eta,
     }, counter.get_total_flops() / few
 
