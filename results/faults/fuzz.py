@@ -791,8 +791,8 @@ def main() -> int:
                 for name, data in bombs(images).items()
             }
             made |= hostile(valid, images)
-            tasks += [Task("made by hand", 0, [trial], [name]) for name, trial in made.items()]
-            tasks[-1].limit *= 12  # `names` types so many commands
+            limits = {"names": 12 * HANG}  # it types so many commands
+            tasks += [Task("made by hand", 0, [t], [n], limit=limits.get(n, HANG)) for n, t in made.items()]
         until = spent + 60 * asked.minutes
         ends, wrongs, largest = run_all(sorted(tasks, key=lambda task: task.when), trials, asked.processes, until)
     finally:
