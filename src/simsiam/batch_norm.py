@@ -1,16 +1,34 @@
 """Batch norm whose statistics are those of all processes together, as in the paper (section 3, Synchronized BN)."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 from torch.nn.modules._functions import SyncBatchNorm as OnGPU  # what nn.SyncBatchNorm is made of
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from simsiam.processes import alike, count
 
+_normalize = torch.ops.aten.native_batch_norm.out
 _backward = torch.ops.aten.native_batch_norm_backward
+
+_views = 1  # that the rows are of, one after the other; each has statistics of its own
+
+
+@contextmanager
+def views_apart(views: int) -> Iterator[None]:
+    """Within, the rows of a batch are those of several views, and synchronized batch norm on a CPU keeps these apart.
+
+    What all views have to tell goes in one message, so processes wait for each other once and not once a view.
+    """
+    global _views
+    _views = views
+    try:
+        yield
+    finally:
+        _views = 1
 
 
 class SyncBatchNorm(_BatchNorm):
@@ -31,18 +49,19 @@ class SyncBatchNorm(_BatchNorm):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or count() == 1:
             return self.then(super().forward(x))
-        momentum = self.momentum
+        momenta = [self.momentum] * _views
         if self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-            momentum = 1 / self.num_batches_tracked.item() if momentum is None else momentum
-        given = x, self.weight, self.bias, self.running_mean, self.running_var, self.eps, momentum
+            before = int(self.num_batches_tracked)
+            self.num_batches_tracked.add_(_views)
+            momenta = [1 / (before + 1 + view) if m is None else m for view, m in enumerate(momenta)]
+        given = x, self.weight, self.bias, self.running_mean, self.running_var, self.eps
         if x.is_cuda:
-            return self.then(OnGPU.apply(*given, distributed.group.WORLD, count()))
-        return self.then(_Synchronized.apply(*given))
+            return self.then(OnGPU.apply(*given, momenta[0], distributed.group.WORLD, count()))
+        return self.then(_Synchronized.apply(*given, momenta))
 
 
 class _Synchronized(torch.autograd.Function):
-    """x (n, C, ...) of each process, normalized by the mean and variance over all of them."""
+    """x (views * n, C, ...) of each process; each view is normalized by its mean and variance over all of them."""
 
     @staticmethod
     def forward(
@@ -53,41 +72,58 @@ class _Synchronized(torch.autograd.Function):
         running_mean: Tensor | None,
         running_var: Tensor | None,
         eps: float,
-        momentum: float,
+        momenta: list[float],
     ) -> Tensor:
+        views = len(momenta)
         blank = x.new_zeros(2, x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32))  # as exact is the answer
-        mean, var = torch.batch_norm_update_stats(x, blank[0], blank[1], 0.0)  # the variance is biased
-        mine = torch.cat([mean, var, mean.new_tensor([x.numel() // len(mean)])])
-        means, variances, counts = everyones(mine).split([len(mean), len(mean), 1], dim=1)
-        n, share = counts.sum(), counts / counts.sum()
+        moments = [torch.batch_norm_update_stats(view, blank[0], blank[1], 0.0) for view in x.chunk(views)]
+        mean, var = map(torch.stack, zip(*moments, strict=True))  # the variance is biased
+        mine = torch.cat([mean, var, mean.new_full((views, 1), x.numel() // mean.numel())], dim=1)
+        means, variances, counts = everyones(mine).split([x.shape[1], x.shape[1], 1], dim=2)  # (processes, views, C)
+        n = counts.sum(0)
+        share = counts / n
         mean = (share * means).sum(0)
         var = (share * (variances + (means - mean).square())).sum(0)
         if running_mean is not None and running_var is not None:
-            running_mean.lerp_(mean, momentum)
-            running_var.lerp_(var * (n / (n - 1)), momentum)
+            for m, v, momentum in zip(mean, var * (n / (n - 1)), momenta, strict=True):
+                running_mean.lerp_(m, momentum)
+                running_var.lerp_(v, momentum)
         ctx.save_for_backward(x, weight, mean, var, n)
         ctx.eps = eps
-        return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
+        return _normalized(x, mean, var, weight, bias, eps)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """With x^ = (x - mean) / std: weight / std * (g - mean of g - x^ * mean of g x^), both means over all."""
         x, weight, mean, var, n = ctx.saved_tensors
-        scale = (var + ctx.eps).rsqrt()
-        one = torch.ones_like(mean) if weight is None else weight
-        _, of_weight, of_bias = _backward(g, x, one, None, None, mean, scale, True, ctx.eps, [False, True, True])
-        means = everyones(torch.cat([of_weight, of_bias])).sum(0) / n
-        of_x, of_one = means.split(len(mean))
+        views, scale = len(mean), (var + ctx.eps).rsqrt()
+        one = torch.ones_like(mean[0]) if weight is None else weight
+        sums = [
+            _backward(part, view, one, None, None, m, s, True, ctx.eps, [False, True, True])[1:]
+            for part, view, m, s in zip(g.chunk(views), x.chunk(views), mean, scale, strict=True)
+        ]
+        of_weight, of_bias = map(torch.stack, zip(*sums, strict=True))
+        of_x, of_one = (everyones(torch.cat([of_weight, of_bias], dim=1)).sum(0) / n).chunk(2, dim=1)
         scale = scale * one
-        away = F.batch_norm(x, mean, var, -scale * of_x, -scale * of_one, False, 0.0, ctx.eps)
-        away.addcmul_(g, scale.to(g.dtype).view(-1, *[1] * (x.ndim - 2)))
-        mine = (None, None) if weight is None else (of_weight, of_bias)
+        away = _normalized(x, mean, var, -scale * of_x, -scale * of_one, ctx.eps)
+        for of_view, gradient, by in zip(away.chunk(views), g.chunk(views), scale, strict=True):
+            of_view.addcmul_(gradient, by.to(g.dtype).view(-1, *[1] * (x.ndim - 2)))
+        mine = (None, None) if weight is None else (of_weight.sum(0), of_bias.sum(0))
         return away, *mine, None, None, None, None
 
 
+def _normalized(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """Each view of x by its row of mean and var (views, C); weight and bias are (C,), or (views, C) too."""
+    y, none = torch.empty_like(x), mean.new_empty(0)
+    rows = [[None] * len(mean) if v is None else v.expand_as(mean) for v in (weight, bias)]
+    for view, out, m, v, w, b in zip(x.chunk(len(mean)), y.chunk(len(mean)), mean, var, *rows, strict=True):
+        _normalize(view, w, b, m, v, False, 0.0, eps, out=out, save_mean=none, save_invstd=none)
+    return y
+
+
 def everyones(x: Tensor) -> Tensor:
-    """x (d) of each process, (processes, d). For few numbers gloo gathers in a quarter of the time that it sums in."""
-    every = x.new_empty(count(), len(x))
+    """x of each process, (processes, ...). For few numbers gloo gathers in a quarter of the time that it sums in."""
+    every = x.new_empty(count(), *x.shape)
     distributed.all_gather_into_tensor(every, x[None])
     return every
 

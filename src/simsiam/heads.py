@@ -6,6 +6,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from simsiam.batch_norm import SyncBatchNorm, views_apart
 from simsiam.columns import PARTS, Method
 from simsiam.errors import UsageError
 from simsiam.processes import count
@@ -57,7 +58,14 @@ def predictor(method: Method) -> nn.Module:
 
 
 def per_view(network: nn.Module, views: dict[int, Tensor]) -> dict[int, Tensor]:
-    """A call for each view, so batch norm's statistics are each view's own, as in SimSiam's code."""
+    """A call for each view, so batch norm's statistics are each view's own, as in SimSiam's code.
+
+    Synchronized, on a CPU, batch norm keeps the views of one call apart, and processes wait for each other less often.
+    """
+    synchronized = any(isinstance(module, SyncBatchNorm) for module in network.modules())
+    if synchronized and not any(x.is_cuda for x in views.values()):
+        with views_apart(len(views)):
+            return joint(network, views)
     return {view: network(x) for view, x in views.items()}
 
 
