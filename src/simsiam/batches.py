@@ -107,12 +107,12 @@ def members(step: int, recipe: Recipe, images: Images, mine: slice = slice(None)
 def batches(images: Images, recipe: Recipe, start: int, stop: int, device: torch.device) -> Iterator[Batch]:
     """The batches of steps start .. stop - 1; of several processes each gets its share of every batch."""
     made = (_streamed if images.pixels is None else _resident)(images, recipe, start, stop, device)
-    for batch in (ahead if device.type == "cuda" else awaited)(made, device):
+    for batch in ahead(made, device) if device.type == "cuda" else awaited(made):
         weight = len(batch.index) * count() / recipe.batch_size
         yield replace(batch, weight=weight)
 
 
-def awaited(made: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+def awaited(made: Iterator[Batch]) -> Iterator[Batch]:
     """The same batches, and for how long each kept the loop waiting."""
     clock = time.monotonic()
     for batch in made:
