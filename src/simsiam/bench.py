@@ -355,14 +355,15 @@ def stepping(recipe: Recipe, train: Images, steps: int) -> Callable[[], None]:
     return ours
 
 
-def processes(scene: Scene, *, backbone: str, width: int, steps: int) -> Contest:
-    """Steps on a CPU: by one process of two threads, and by two of one thread each, who share each batch of 128."""
+def processes(scene: Scene, *, backbone: str, width: int, batch_size: int, steps: int) -> Contest:
+    """Steps on a CPU: by one process of two threads, and by two of one thread each, who share each batch."""
+    what = backbone, width, batch_size, steps
     here = multiprocessing.get_context("spawn")
     os.environ |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1"}  # as cli.keep_memory
     ends = []
     for number in range(2):
         mine, its = here.Pipe()
-        given = its, number, str(scene.folder / "store"), backbone, width, steps
+        given = its, number, str(scene.folder / "store"), *what
         here.Process(target=serve, args=given, daemon=True).start()
         ends.append(mine)
 
@@ -372,14 +373,14 @@ def processes(scene: Scene, *, backbone: str, width: int, steps: int) -> Contest
         for end in ends:
             end.recv()
 
-    ways = {"one process, two threads": shared(backbone, width, steps), "simsiam, two processes of one thread": both}
-    return Contest(count=steps * 128, ways=ways)
+    ways = {"one process, two threads": shared(*what), "simsiam, two processes of one thread": both}
+    return Contest(count=steps * batch_size, ways=ways)
 
 
-def shared(backbone: str, width: int, steps: int) -> Callable[[], None]:
+def shared(backbone: str, width: int, batch_size: int, steps: int) -> Callable[[], None]:
     images = from_arrays("train", np.random.default_rng(0).integers(0, 256, (1024, 3, 32, 32), dtype=np.uint8))
-    changes = {"backbone": backbone, "width": width, "mean": MEAN, "std": STD, "device": "cpu", "precision": "float32"}
-    return stepping(Recipe().replace(**shapes() | changes), images, steps)
+    changes: dict[str, Any] = {"backbone": backbone, "width": width, "batch_size": batch_size, "mean": MEAN, "std": STD}
+    return stepping(Recipe().replace(**shapes() | changes, device="cpu", precision="float32"), images, steps)
 
 
 def serve(end: Any, number: int, store: str, *what: Any) -> None:
@@ -544,9 +545,9 @@ def step_case(backbone: str, width: int, batch_size: int, device: str | None = N
     return Case(what=what, unit="images/s", prepare=prepare, device=device)
 
 
-def processes_case(backbone: str, width: int, steps: int) -> Case:
-    what = f"training, {backbone} of width {width}, 32 px, batch 128, two cores, float32"
-    prepare = partial(processes, backbone=backbone, width=width, steps=steps)
+def processes_case(backbone: str, width: int, batch_size: int, steps: int) -> Case:
+    what = f"training, {backbone} of width {width}, 32 px, batch {batch_size}, two cores, float32"
+    prepare = partial(processes, backbone=backbone, width=width, batch_size=batch_size, steps=steps)
     return Case(what=what, unit="images/s", prepare=prepare, threads=2)
 
 
@@ -561,7 +562,8 @@ CASES: dict[str, Case] = {
     "folder": Case(what="a folder to two views of 224 px", unit="images/s", prepare=folder),
     "knn": Case(what="k = 200 of 50,000 x 512", unit="queries/s", prepare=neighbors),
     "embed": Case(what="JPEG to features, ResNet-18, 224 px", unit="images/s", prepare=embedding),
-    "processes-resnet10-w16": processes_case("resnet10", 16, 20),
-    "processes-resnet18": processes_case("resnet18", 64, 3),
+    "processes-resnet10-w16": processes_case("resnet10", 16, 128, 20),
+    "processes-resnet18": processes_case("resnet18", 64, 128, 3),
+    "processes-resnet18-512": processes_case("resnet18", 64, 512, 1),
     "start": Case(what="from nothing to the end of a process", unit="1/s", prepare=start),
 }
