@@ -455,7 +455,7 @@ def large_views(scene: Scene) -> Contest:
 
 def folder(scene: Scene) -> Contest:
     """A folder of JPEG files to two views of 224 pixels each, on the device, by all workers."""
-    batch_size, steps = 64, 4
+    batch_size, steps = 64, 16  # enough for the start of the workers not to count
     paths = [scene.folder / f"{i}.jpg" for i in range(batch_size * steps)]
     for path, file in zip(paths, photographs(len(paths), *PHOTO)):
         path.write_bytes(file)
