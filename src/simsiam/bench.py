@@ -531,11 +531,13 @@ def start(scene: Scene) -> Contest:
         words = ["-m", "simsiam", "pretrain", "shapes", "--device", scene.device.type, "--out", str(out)]
         with subprocess.Popen([sys.executable, *words], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
             journal = out / "metrics.jsonl"
-            while not (journal.exists() and journal.stat().st_size):
-                if process.poll() is not None:
-                    raise WorkFailed(f"the run ended before its first step: {process.communicate()[1].decode()}")
-                time.sleep(0.01)
-            process.kill()
+            try:
+                while not (journal.exists() and journal.stat().st_size):
+                    if process.poll() is not None:
+                        raise WorkFailed(f"the run ended before its first step: {process.communicate()[1].decode()}")
+                    time.sleep(0.01)
+            finally:  # whoever stops the bench does not wait for a whole run
+                process.kill()
 
     ways = {
         "python -c 'import torch'": lambda: run("-c", "import torch"),
