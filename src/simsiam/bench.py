@@ -500,7 +500,7 @@ def neighbors(scene: Scene) -> Contest:
 
 def embedding(scene: Scene) -> Contest:
     """JPEG files to the features of a ResNet-18 at 224 pixels."""
-    files = photographs(128, *PHOTO)
+    files = photographs(512, *PHOTO)
     images, model = encoded(files), build(backbone="resnet18").backbone.eval()
     mine = build(backbone="resnet18").backbone.to(scene.device).to(memory_format=torch.channels_last)  # type: ignore
     transform = Transform(224, MEAN, STD)
