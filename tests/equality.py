@@ -19,8 +19,8 @@ from simsiam.batch_norm import settle, synchronize
 from simsiam.columns import Method
 from simsiam.methods import METHODS
 from simsiam.optim import build_optimizer, set_lr
-from simsiam.processes import count, mean, parallel, rank
-from simsiam.siamese import build
+from simsiam.processes import broadcast, count, mean, parallel, rank
+from simsiam.siamese import Siamese, build
 
 LIMIT = 1e-12
 IMAGES, STEPS = 48, 5
@@ -65,10 +65,13 @@ def train(method: Method, shares: tuple[int, ...]) -> dict[str, list[Tensor]]:
     optimizer, network = build_optimizer(model, method), parallel(model)
     model.begin(images=IMAGES, labels=torch.arange(IMAGES) % 10, steps=STEPS, per_epoch=4)
     if method.target == "moving_average":
+        assert len(model.target.eta) == len(range(rank(), IMAGES, count())), "dealt out"
         part = torch.arange(IMAGES).tensor_split(count())[rank()]
         model.target.start(torch.randn(IMAGES, 12, generator=torch.Generator().manual_seed(9)).double()[part], part)
     found: dict[str, list[Tensor]] = {"loss": [], "gradient": []}
     for step in range(STEPS):
+        if step == 2:  # as a run goes on from its checkpoint
+            model.load_state_dict(checkpoint(model))
         x, index = batch(step, method.view_count, n)
         set_lr(optimizer, step, peak=method.base_lr * n / 256, steps=STEPS, warmup=0)
         out = network(*(view[mine] for view in x), index=index[mine])
@@ -80,10 +83,19 @@ def train(method: Method, shares: tuple[int, ...]) -> dict[str, list[Tensor]]:
         model.after_step(out, step, index[mine])
     settle(model)
     tracked = ("running_mean", "running_var", "num_batches_tracked")  # of eighths each process has seen its own
-    state = {k: v for k, v in model.state_dict().items() if method.bn != "split" or not k.endswith(tracked)}
+    state = {k: v for k, v in checkpoint(model).items() if method.bn != "split" or not k.endswith(tracked)}
     found["state"] = list(state.values())
     found["momentum"] = [s["momentum_buffer"] for s in optimizer.state.values() if "momentum_buffer" in s]
     return found
+
+
+def checkpoint(model: Siamese) -> dict[str, Tensor]:
+    """What a run would save: its first process's state, of which eta is another than its own part; all else is not."""
+    whole = {k: v.clone() for k, v in model.state_dict().items()}
+    if "target.eta" in whole:
+        whole["target.eta"] = broadcast(whole["target.eta"])
+        model.target.eta.zero_()
+    return whole
 
 
 def distance(mine: list[Tensor], theirs: list[Tensor]) -> float:

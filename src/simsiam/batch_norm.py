@@ -147,4 +147,4 @@ def settle(model: nn.Module) -> None:
         if isinstance(module, _BatchNorm) and not isinstance(module, SyncBatchNorm):
             for buffer in module.buffers():
                 distributed.broadcast(buffer, 0)
-    alike(model.state_dict())
+    alike({**dict(model.named_parameters()), **dict(model.named_buffers())})

@@ -25,6 +25,7 @@ The gauges are the median over the last tenth of the logged lines (at least thre
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -81,7 +82,7 @@ def gauges(output: Output) -> dict[str, float]:
 
 def finite(loss: Tensor, model: nn.Module | None = None) -> bool:
     """Whether the loss and, where a model is given, all its weights and statistics are numbers, on every process."""
-    values = [] if model is None else [v for v in model.state_dict().values() if v.is_floating_point()]
+    values = [] if model is None else [v for v in chain(model.parameters(), model.buffers()) if v.is_floating_point()]
     return not any(most(not all(bool(v.isfinite().all()) for v in [loss.detach(), *values])))
 
 

@@ -228,14 +228,13 @@ def weigh(recipe: Recipe, precision: str) -> tuple[dict[str, int], float]:
     model.after_step(output, 0, index)
     trained = [p for p in model.parameters() if p.requires_grad]
     kept = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
-    eta = eta_bytes(recipe.method, few)
     here = environment(device, precision)
     return {
-        "weights": _bytes(model.parameters()) + _bytes(model.buffers()) - eta,
+        "weights": _bytes(model.parameters()) + _bytes(model.buffers()),
         "gradients": _bytes(trained),
         "optimizer": _bytes(kept),
         "activations_per_image": activations(on_meta(recipe), recipe.replace(precision=precision), few) // few,
-        "checkpoint": checkpoint_bytes(recipe, model, optimizer, here) - eta,
+        "checkpoint": checkpoint_bytes(recipe, model, optimizer, here) - eta_bytes(recipe.method, few),
     }, counter.get_total_flops() / few
 
 
@@ -246,7 +245,7 @@ def _bytes(tensors: Any) -> int:
 def memory_of(recipe: Recipe, images: Images, count: int, gpus: int, precision: str) -> dict[str, Any]:
     """Bytes on the device of each process, and what its workers hold of shards."""
     found, flops = weigh(recipe, precision)
-    mine, eta = recipe.batch_size // gpus, eta_bytes(recipe.method, count)
+    mine, eta = recipe.batch_size // gpus, eta_bytes(recipe.method, -(-count // gpus))
     parts = {
         "weights": found["weights"] + eta,
         "gradients": found["gradients"] * (2 if gpus > 1 else 1),  # and the buckets in which they are summed
@@ -261,7 +260,7 @@ def memory_of(recipe: Recipe, images: Images, count: int, gpus: int, precision: 
         "device_bytes": sum(parts.values()),
         **{f"{name}_bytes": size for name, size in parts.items()},
         "shards_bytes": held,
-        "checkpoint_bytes": found["checkpoint"] + eta,
+        "checkpoint_bytes": found["checkpoint"] + eta_bytes(recipe.method, count),
         "flops_per_image": flops,
         "precision": precision,
     }

@@ -16,7 +16,7 @@ from simsiam.memory import enough
 from simsiam.monitors import finite, gauges, grad_norm, judge
 from simsiam.optim import set_lr
 from simsiam.prepare import Data, Parts, assemble, compose, prepare, solve_first
-from simsiam.processes import by_first, most, together, union
+from simsiam.processes import by_first, count, most, together, union
 from simsiam.progress import Interrupt, Line, Stopwatch, told
 from simsiam.recipes import Recipe
 from simsiam.run import Journal, Run, destination, environment, transform_of, write_recipe
@@ -76,7 +76,8 @@ def train(run: Run, data: Data, parts: Parts, said: list[str]) -> None:
     if state["step"]:
         said = [*said, f"from     step {state['step']} of {steps}"]
     if eta := eta_bytes(method, len(data.train)):
-        said = [*said, f"eta      {eta / 2**20:,.2f} MiB on {device.type} and in every checkpoint"]
+        where = f"{device.type}, dealt to {count()} processes" if count() > 1 else device.type
+        said = [*said, f"eta      {eta / 2**20:,.2f} MiB on {where}; and in every checkpoint"]
     labels = None if data.train.labels is None else torch.from_numpy(data.train.labels)
     model.begin(images=len(data.train), labels=labels, steps=steps, per_epoch=per_epoch)
     if "model" in state:

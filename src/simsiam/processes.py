@@ -161,6 +161,46 @@ class _Gather(torch.autograd.Function):
         return total[ctx.mine], None
 
 
+def dealt(table: Tensor) -> Tensor:
+    """This process's rows of a table too large for each to have all: row i is process i mod N's, at place i // N."""
+    return table[rank() :: count()]
+
+
+def collected(mine: Tensor) -> Tensor:
+    """The table of which every process gives its `dealt` rows: to the first one, in main memory; others get theirs."""
+    if count() == 1:
+        return mine
+    each = sizes(len(mine))
+    padded = mine.new_zeros(max(each), *mine.shape[1:], device="cpu")  # collectives take equal parts
+    padded[: len(mine)] = mine
+    parts = [torch.empty_like(padded) for _ in each] if rank() == 0 else None
+    distributed.gather(padded, parts)
+    return mine if parts is None else torch.stack(parts, dim=1).flatten(0, 1)[: sum(each)]
+
+
+def take(mine: Tensor, index: Tensor) -> Tensor:
+    """The rows of a `dealt` table that a process asks for, whoever has them."""
+    if count() == 1:
+        return mine[index]
+    every = gather(index)
+    here = every % count() == rank()
+    found = mine.new_zeros(len(every), *mine.shape[1:])
+    found[here] = mine[every[here] // count()]
+    distributed.all_reduce(found)
+    return found[rows(len(index))]
+
+
+def put(mine: Tensor, index: Tensor, values: Tensor) -> None:
+    """Write rows into a `dealt` table, each into the part of the process that has it."""
+    values = values.to(mine.dtype)
+    if count() == 1:
+        mine[index] = values
+        return
+    every, values = gather(index), gather(values)
+    here = every % count() == rank()
+    mine[every[here] // count()] = values[here]
+
+
 def mean(x: Tensor, n: int) -> Tensor:
     """The mean of a scalar over the images of all processes, of which n are this one's; without gradient."""
     weighed = torch.stack([x.detach() * n, x.new_tensor(n)])

@@ -6,7 +6,7 @@ positions of the batch's images in the training set. `forward` is pure; what is 
 
 from collections.abc import Sequence
 from copy import deepcopy
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from simsiam.criteria import precise
 from simsiam.errors import UsageError
 from simsiam.heads import GROUPING, split
 from simsiam.optim import SCHEDULES
-from simsiam.processes import gather, rows
+from simsiam.processes import collected, dealt, gather, put, rows, take
 
 PerView = dict[int, Tensor]  # by view, counted from 0
 
@@ -92,33 +92,40 @@ class MovingAverage(Shared):
     """One eta for each image, a moving average of its projections (section 5.2); both are unit vectors (footnote 5).
 
     t is the average that already includes this step's z, and what includes the mean z of the step's views is kept.
+    Several processes have the images' eta `dealt` among them; in a state dict, the first one's, are all.
     """
-
-    eta: Tensor
 
     def __init__(self, method: Method, f: nn.Module):
         super().__init__(method, f)
-        self.register_buffer("eta", torch.empty(0, method.dim))
+        self.eta = torch.empty(0, method.dim)  # no buffer, for those are the same on every process
 
     def begin(self, f: nn.Module, *, images: int, labels: Tensor | None, steps: int, per_epoch: int) -> None:
-        self.eta = self.eta.new_zeros(images, self.method.dim)
+        self.eta = next(f.parameters()).new_zeros(len(dealt(torch.arange(images))), self.method.dim)
 
     @torch.no_grad()
     def start(self, z: Tensor, index: Tensor) -> None:
         """The first eta of some images."""
-        self.eta[gather(index)] = F.normalize(gather(precise(z)), dim=1).to(self.eta.dtype)
+        put(self.eta, index, F.normalize(precise(z), dim=1))
 
     def forward(self, x: Sequence[Tensor], z: PerView, index: Tensor | None) -> PerView:
         if index is None or not len(self.eta):
             _unbegun("moving_average", "images, and an index with every batch")
-        m = self.method.decay
-        return {j: m * self.eta[index] + (1 - m) * F.normalize(precise(z[j]), dim=1) for j in self.views}
+        m, eta = self.method.decay, take(self.eta, index)
+        return {j: m * eta + (1 - m) * F.normalize(precise(z[j]), dim=1) for j in self.views}
 
     @torch.no_grad()
     def after_step(self, f: nn.Module, t: list[Tensor], step: int | None, index: Tensor | None) -> None:
         if index is None:
             _unbegun("moving_average", "images, and an index with every batch")
         self.start(torch.stack(t).mean(0), index)
+
+    def _save_to_state_dict(self, state: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(state, prefix, keep_vars)
+        state[prefix + "eta"] = collected(self.eta)
+
+    def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *others: Any) -> None:
+        self.eta.copy_(dealt(state.pop(prefix + "eta")))
+        super()._load_from_state_dict(state, prefix, *others)
 
 
 class Expectation(Shared):
