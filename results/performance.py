@@ -1,6 +1,6 @@
 """The numbers of docs/performance.md: measure the profile of a step, and write the page's tables and figure.
 
-simsiam bench --out results/bench.json          # second runs of cases: results/bench_CASES_again.json
+simsiam bench --out results/bench.json          # a second run: bench_again.json; later ones of a CASE: bench_CASE.json
 python results/performance.py profile           # results/profile.json
 python results/performance.py page              # the tables in docs/performance.md, docs/performance.svg
 """
