@@ -1,8 +1,8 @@
 """Detection of blood cells (BCCD, 364 photographs, a Pascal VOC folder): by what a detector starts from, and how long.
 
     python results/transfer/bccd.py list BCCD/ --out bccd.txt            # train's and val's photographs
-    simsiam pretrain bccd.txt --out RUN --backbone resnet18 ...
-    python results/transfer/bccd.py run BCCD/ RUN --steps 600 --seeds 2  # a row for each start, budget and seed
+    simsiam pretrain bccd.txt --out RUN --backbone resnet18 --image-size 128 --epochs 100 --batch-size 32 --base-lr 0.2
+    python results/transfer/bccd.py run BCCD/ RUN --steps 300 1000 --seeds 2  # a row for each start, budget and seed
     python results/transfer/bccd.py table RUN                            # what there is so far
 
 `run` fine-tunes from the run's backbone, from random weights, and from whatever else --only names, on train and val,
@@ -21,6 +21,9 @@ from simsiam.transfer.annotations import open_annotated
 from simsiam.transfer.transfer import transfer
 
 HERE = Path(__file__).parent
+# Judged on val, learned on train alone, from scratch, 450 steps: AP50 66.9, and 27.3 of platelets, 7 % of the objects.
+# With fewer regions, 32 of 6 x 6 at lr 0.02, they were hardly ever among those that the head learns from: 56.0 and 0.
+HOW = {"lr": (0.03,), "regions": 96, "region_size": 4}
 
 
 def main() -> None:
@@ -47,7 +50,7 @@ def main() -> None:
             for seed in range(asked.seeds):
                 for start in asked.only:
                     own = {"scratch": {"from_scratch": True}, "run": {}}.get(start, {"init": start})
-                    transfer(asked.run, asked.source, steps=steps, seed=seed, **own)
+                    transfer(asked.run, asked.source, steps=steps, seed=seed, **HOW, **own)
     if asked.verb != "list":
         table(Run(asked.run))
 
