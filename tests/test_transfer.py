@@ -252,6 +252,8 @@ def test_few_images_take_a_short_schedule_and_anchors_from_their_boxes():
     words, _ = chosen(292, 480, (40.0, 190.0), "large")
     how = Schedule.of(words)
     assert how.test_side == 240 and how.anchors == (16, 32, 64, 128) and how.stride == 8 and how.steps < 1000
+    with_masks = Schedule.of(chosen(292, 480, (40.0, 190.0), "large", masks=True)[0])
+    assert how.regions > with_masks.regions and how.region_size < with_masks.region_size
     assert "stride" not in chosen(292, 480, (40.0, 190.0), "small")[0]
     assert Schedule.of(chosen(5011, 375, (40.0, 190.0), "large")[0]).test_side == 800
 

@@ -89,12 +89,15 @@ LARGE = 4000  # images from which on a set takes voc07's recipe
 SMALLER = 240  # the shorter side of a small set's images, at most: two CPU cores have to suffice
 
 
-def chosen(count: int, side: int, boxes: tuple[float, float], stem: str) -> tuple[dict[str, Any], str]:
+def chosen(
+    count: int, side: int, boxes: tuple[float, float], stem: str, masks: bool = False
+) -> tuple[dict[str, Any], str]:
     """The words for a set of `count` training images with this median shorter side, and why, in words.
 
-    A small set takes small batches of small images, few regions of an image, anchors from the smallest to the largest
-    of its `boxes` (the sides that a twentieth of them falls below and above), and stride 8 where the smallest cover
-    less than two cells of 16.
+    A small set takes small batches of small images, anchors from the smallest to the largest of its `boxes` (the sides
+    that a twentieth of them falls below and above), and stride 8 where the smallest cover less than two cells of 16.
+    Boxes take many regions of an image, and small ones: with few the head hardly ever learns from rare objects
+    (results/README.md: blood cells). Masks are drawn at a region's own size, and take fewer and larger ones.
     """
     if count >= LARGE:
         return voc07() | {"steps": max(7300, round(23 * count / 16))}, f"{count:,} images: 23 epochs, as on VOC07+12"
@@ -102,9 +105,11 @@ def chosen(count: int, side: int, boxes: tuple[float, float], stem: str) -> tupl
     low, high = (max(8, end * test_side / side) for end in boxes)
     anchors = tuple(2**k for k in range(floor(log2(low) + 0.25), ceil(log2(high) - 0.25) + 1))[:LEVELS]
     words = {
-        "steps": min(max(300, 2 * count), 7300), "batch_size": 4, "lr": (0.01,), "warmup_steps": 50,
+        "steps": min(max(300, 2 * count), 7300), "batch_size": 4, "warmup_steps": 50,
         "train_sides": (test_side,), "test_side": test_side, "longest_side": 4 * test_side, "anchors": anchors,
-        "proposals": 250, "test_proposals": 100, "regions": 48, "region_size": 8, "precise_bn": 30,
+        "proposals": 250, "test_proposals": 100, "precise_bn": 30,
     }  # fmt: skip
+    large, small = {"lr": (0.01,), "regions": 48, "region_size": 8}, {"lr": (0.03,), "regions": 96, "region_size": 4}
+    words |= large if masks else small
     words |= {"stride": 8} if stem == "large" and low < 32 else {}
     return words, f"{count:,} images: a short schedule for two CPU cores; more --steps and a larger side are better"

@@ -89,7 +89,7 @@ def transfer(
     opened = with_masks(opened) if masks else opened
     parts = divide(opened)
     stem = folder.recipe.stem or stem_for(folder.recipe.image_size or 224)
-    how, why = pick(schedule, parts.learn, words, stem)
+    how, why = pick(schedule, parts.learn, words, stem, masks)
     start = Start(folder, init, from_scratch)
     about = {
         "task": task, "source": opened.name, **parts.words, "classes": list(parts.learn.classes),
@@ -169,7 +169,7 @@ def open_source(source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]
     return open_annotated(given, channels)
 
 
-def pick(schedule: str, part: Annotated, words: Mapping[str, Any], stem: str) -> tuple[Schedule, str]:
+def pick(schedule: str, part: Annotated, words: Mapping[str, Any], stem: str, masks: bool) -> tuple[Schedule, str]:
     """The schedule for a part to learn from and a network with this stem, and why this one; `words` win."""
     if schedule in SCHEDULES:
         return Schedule.of(SCHEDULES[schedule]() | dict(words)), f"{schedule}, by name"
@@ -178,7 +178,7 @@ def pick(schedule: str, part: Annotated, words: Mapping[str, Any], stem: str) ->
     side = int(np.median([min(o.size) for o in part.objects]))
     sides = np.sqrt(np.concatenate([(o.boxes[:, 2:] - o.boxes[:, :2]).prod(1) for o in part.objects]))
     low, high = (float(q) for q in np.quantile(sides, [0.05, 0.95]))
-    base, why = chosen(len(part), side, (low, high), stem)
+    base, why = chosen(len(part), side, (low, high), stem, masks)
     if words.get("architecture") == "fpn":
         for word in ("anchors", "stride"):
             base.pop(word, None)
