@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -63,7 +64,8 @@ def train(method: Method, shares: tuple[int, ...]) -> dict[str, list[Tensor]]:
     if count() > 1 and method.bn != "split":
         synchronize(model)
     optimizer, network = build_optimizer(model, method), parallel(model)
-    model.begin(images=IMAGES, labels=torch.arange(IMAGES) % 10, steps=STEPS, per_epoch=4)
+    begin = partial(model.begin, images=IMAGES, labels=torch.arange(IMAGES) % 10, steps=STEPS, per_epoch=4)
+    begin()
     if method.target == "moving_average":
         assert len(model.target.eta) == len(range(rank(), IMAGES, count())), "dealt out"
         part = torch.arange(IMAGES).tensor_split(count())[rank()]
@@ -71,7 +73,9 @@ def train(method: Method, shares: tuple[int, ...]) -> dict[str, list[Tensor]]:
     found: dict[str, list[Tensor]] = {"loss": [], "gradient": []}
     for step in range(STEPS):
         if step == 2:  # as a run goes on from its checkpoint
-            model.load_state_dict(checkpoint(model))
+            state = checkpoint(model)
+            begin()
+            model.load_state_dict(state)
         x, index = batch(step, method.view_count, n)
         set_lr(optimizer, step, peak=method.base_lr * n / 256, steps=STEPS, warmup=0)
         out = network(*(view[mine] for view in x), index=index[mine])
@@ -90,12 +94,9 @@ def train(method: Method, shares: tuple[int, ...]) -> dict[str, list[Tensor]]:
 
 
 def checkpoint(model: Siamese) -> dict[str, Tensor]:
-    """What a run would save: its first process's state, of which eta is another than its own part; all else is not."""
+    """What a run goes on from: the state of this process, and every image's eta, which only the first one's has."""
     whole = {k: v.clone() for k, v in model.state_dict().items()}
-    if "target.eta" in whole:
-        whole["target.eta"] = broadcast(whole["target.eta"])
-        model.target.eta.zero_()
-    return whole
+    return whole | {k: broadcast(v) for k, v in whole.items() if k == "target.eta"}
 
 
 def distance(mine: list[Tensor], theirs: list[Tensor]) -> float:

@@ -92,7 +92,7 @@ class MovingAverage(Shared):
     """One eta for each image, a moving average of its projections (section 5.2); both are unit vectors (footnote 5).
 
     t is the average that already includes this step's z, and what includes the mean z of the step's views is kept.
-    Several processes have the images' eta `dealt` among them; in a state dict, the first one's, are all.
+    Several processes have the images' eta `dealt` among them; the state dict of the first one has all.
     """
 
     def __init__(self, method: Method, f: nn.Module):
