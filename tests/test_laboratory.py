@@ -321,6 +321,13 @@ def test_table5_fine_tunes_every_run_and_prints_the_papers_beside(small, monkeyp
     assert list(found) == list(EXPERIMENTS["table5"].cells) and found["scratch"][-4] == "35.9 / 16.8 / 13.0"
     assert found["simsiam, base"][1].count("/") == 2 and found["byol"][1] == "– / – / –"
     assert reproduce("table5", *only) == 0 and len(seen) == 2
+    pages = {path.name: path.read_bytes() for path in Path("results/tiny").iterdir()}
+    shutil.rmtree("runs")
+    assert reproduce("table5", *only) == 0 and len(seen) == 2 and not Path("runs").exists(), "pages alone will do"
+    assert pages == {path.name: path.read_bytes() for path in Path("results/tiny").iterdir()}
+    moved = embedded._replace(words=brief, columns={"other": "coco_box"})
+    monkeypatch.setattr(detectors, "tunings", lambda annotated: [moved])
+    assert reproduce("table5", *only) == 0 and len(seen) == 4, "but not for other columns"
 
 
 def test_annotated_sets_are_the_papers_columns(tmp_path):

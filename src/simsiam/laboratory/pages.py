@@ -91,7 +91,7 @@ def page(
     ]
     made = [run["environment"] for run in runs if "environment" in run]
     commits = ", ".join(sorted({str(e["commit"])[:12] for e in made})) or "none"
-    devices = ", ".join(sorted({f"{e['device']}, {e['threads']} threads, {e['precision']}" for e in made})) or "none"
+    devices = "; ".join(sorted({f"{e['device']}, threads: {e['threads']}, {e['precision']}" for e in made})) or "none"
     seconds = sum(v["seconds"] for seeds in values.values() for v in seeds.values())
     lines = [
         f"# {name}: {experiment.title}",

@@ -5,14 +5,14 @@ JSON keeps the numbers of its runs, so a run whose folder is gone need not be re
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-from simsiam.laboratory.experiments import Experiment
+from simsiam.laboratory.experiments import EXPERIMENTS, Experiment
 from simsiam.laboratory.scales import Scale
 from simsiam.recipes import Recipe
 
@@ -58,10 +58,14 @@ def jobs(
     folder: Path,
     seeds: int | None,
     given: int | None,
-    kept: Mapping[str, Mapping[str, Any]] | None = None,
+    kept: Mapping[tuple[str, str], Mapping[str, Any]] | None = None,
+    detected: Set[str] = frozenset(),
     **run: Any,
 ) -> Jobs:
-    """Every run of an experiment; `kept` are the runs of pages, by name. Raises UsageError for contradicting words."""
+    """Every run of an experiment; `kept` are the runs of pages, `detected` the columns that detectors are to fill.
+
+    Raises UsageError for contradicting words.
+    """
     run |= {"common": experiment.common, "epochs": experiment.epochs, "given": given}
     found: dict[str, dict[int, Job]] = {}
     for cell, words in experiment.cells.items():
@@ -71,32 +75,36 @@ def jobs(
         paths = {s: folder / f"{recipe.method.name}-{digest(recipe)}-{s}" for s in range(seeds or experiment.seeds)}
         found[cell] = {seed: Job(recipe.replace(seed=seed), path) for seed, path in paths.items()}
         for seed, job in found[cell].items():
-            record = (kept or {}).get(job.path.name, {})
-            if job.state == MISSING and suffices(record, experiment, recipe):
+            record = (kept or {}).get((job.path.name, cell if experiment.transfers else ""), {})
+            if job.state == MISSING and suffices(record, experiment, recipe, detected):
                 found[cell][seed] = replace(job, kept=record)
     return found
 
 
-def kept(pages: Path) -> dict[str, dict[str, Any]]:
-    """The finished runs of all pages in a folder, by name, with the values and curves of all of them."""
-    found: dict[str, dict[str, Any]] = {}
+def kept(pages: Path) -> dict[tuple[str, str], dict[str, Any]]:
+    """The finished runs of all pages in a folder, by name, with the values and curves of all of them.
+
+    Cells may start their detectors from one run in several ways, so those pages' go by cell too; else that is "".
+    """
+    found: dict[tuple[str, str], dict[str, Any]] = {}
     for page in sorted(pages.glob("*.json")):
+        by_cell = page.stem in EXPERIMENTS and EXPERIMENTS[page.stem].transfers
         for run in json.loads(page.read_text(encoding="utf-8")).get("runs", []):
             if "values" in run:
-                record = found.setdefault(Path(run["run"]).name, dict(run))
+                record = found.setdefault((Path(run["run"]).name, run["cell"] if by_cell else ""), dict(run))
                 for part in ("values", "curves"):
                     record[part] = {**record.get(part, {}), **run.get(part, {})}
     return found
 
 
-def suffices(record: Mapping[str, Any], experiment: Experiment, recipe: Recipe) -> bool:
+def suffices(record: Mapping[str, Any], experiment: Experiment, recipe: Recipe, detected: Set[str]) -> bool:
     """Whether a record has all that an experiment asks of a run."""
     if not record or record["values"]["diverged"]:
         return bool(record)
-    if experiment.transfers:  # detectors start from the run itself
-        return False
-    reads_h = experiment.reads_h and recipe.method.predictor != "none"
-    return record["curves"].keys() >= set(experiment.curves) and (not reads_h or "h_gain" in record["values"])
+    values, reads_h = record["values"], experiment.reads_h and recipe.method.predictor != "none"
+    read = not reads_h or "h_gain" in values
+    transferred = not experiment.transfers or values.get("detectors", {}).keys() == detected
+    return read and transferred and record["curves"].keys() >= set(experiment.curves)
 
 
 def digest(recipe: Recipe) -> str:

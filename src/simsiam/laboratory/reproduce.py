@@ -64,7 +64,8 @@ def reproduce(
     results = Path(out or f"results/{scale}")
     sets = [one if one == "shapes" else str(Path(one).expanduser().resolve()) for one in annotated]
     tunings = detectors.tunings(sets)
-    plans = {n: jobs(e, size, folder, seeds, epochs, kept(results), **words) for n, e in chosen.items()}
+    known, words["detected"] = kept(results), {column for tuning in tunings for column in tuning.columns}
+    plans = {n: jobs(e, size, folder, seeds, epochs, known, **words) for n, e in chosen.items()}
     wanted = {n: {c: s for c, s in p.items() if not only or c in only} for n, p in plans.items()}
 
     console = Console(highlight=False, markup=False)
@@ -84,7 +85,7 @@ def reproduce(
     asked = {"scale": scale, "seeds": seeds, "epochs": epochs, "limit": limit}
     flags = "".join(f" --{flag} {value}" for flag, value in asked.items() if value is not None)
     for name, experiment in chosen.items():
-        pending = {path: job for path, job in every([wanted[name]]).items() if not job.kept}
+        pending = {job.path: job for made in wanted[name].values() for job in made.values() if not job.kept}
         for wait in (False, True):  # first whatever nobody else is at
             for path, job in list(pending.items()):
                 with locked(path.with_name(f"{path.name}.lock"), wait=wait) as mine:
@@ -176,7 +177,7 @@ def write(
         if job.state == FINISHED and job.path not in failures:
             told = {**(job.kept or measure.record(Run(job.path), scale, experiment)), **told}
             values[cell][seed], curves[cell][seed] = told["values"], told["curves"]
-            if experiment.transfers and not values[cell][seed]["diverged"]:
+            if experiment.transfers and not job.kept and not values[cell][seed]["diverged"]:
                 values[cell][seed] |= tuned(job, cell, experiment, tunings)
         runs.append(told)
     rulings = [(claim, claim.judge(values)) for claim in experiment.claims]
