@@ -59,6 +59,29 @@ def test_the_run_folder_keeps_its_contract(finished, shared):
     assert about["end"] is not None
 
 
+def test_a_commit_is_dirty_where_the_package_differs_and_only_there(tmp_path, monkeypatch):
+    module = importlib.import_module("simsiam.run")
+    code = tmp_path / "src" / "simsiam" / "run.py"
+    code.parent.mkdir(parents=True)
+    monkeypatch.setattr(module, "__file__", str(code))
+    assert module.commit() is None
+
+    def git(*words: str) -> str:
+        how = ["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a@b.c", *words]
+        return subprocess.run(how, check=True, capture_output=True, text=True).stdout.strip()
+
+    (tmp_path / "page.md").touch()
+    code.touch()
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "first")
+    assert module.commit() == git("rev-parse", "HEAD")
+    (tmp_path / "page.md").write_text("written beside the code")
+    assert module.commit() == git("rev-parse", "HEAD")
+    code.write_text("a = 1")
+    assert module.commit() == git("rev-parse", "HEAD") + "-dirty"
+
+
 def test_the_backbone_is_the_last_checkpoints(finished):
     encoder = simsiam.load(finished)
     model = simsiam.build(Run(finished).recipe.method, backbone="resnet10", width=4, image_size=32)

@@ -391,20 +391,32 @@ def write_recipe(path: Path, recipe: Recipe) -> None:
         part.write_text(text, encoding="utf-8")
 
 
+def commit() -> str | None:
+    """The commit of the code, with "-dirty" where the package differs from it; None where it is no checkout.
+
+    What else has changed does not count: results are often written beside the code that makes them.
+    """
+    package = Path(__file__).parent
+    if not (package.parents[1] / ".git").exists():
+        return None
+
+    def git(*words: str) -> str:
+        how: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 10, "check": True}
+        return subprocess.run(["git", *words], cwd=package, **how).stdout
+
+    try:
+        return git("rev-parse", "HEAD").strip() + ("-dirty" if git("status", "--porcelain", ".") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
 def environment(device: torch.device, precision: str) -> dict[str, Any]:
     """What a run's numbers and bits depend on besides its recipe."""
-    root = Path(__file__).parents[2]
-    git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        found = subprocess.run(git, capture_output=True, text=True, timeout=10)
-        commit = found.stdout.strip() if (root / ".git").exists() and not found.returncode else None
-    except (OSError, subprocess.TimeoutExpired):
-        commit = None
     versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
     packages = ("simsiam", "torchvision", "numpy", "pillow", "pyarrow")
     return {
         "versions": versions | {name: version(name) for name in packages},
-        "commit": commit,
+        "commit": commit(),
         "command": sys.argv,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
         "device_type": device.type,
