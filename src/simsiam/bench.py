@@ -573,6 +573,6 @@ CASES: dict[str, Case] = {
     "embed": Case(what="JPEG to features, ResNet-18, 224 px", unit="images/s", prepare=embedding),
     "processes-resnet10-w16": processes_case("resnet10", 16, 128, 20),
     "processes-resnet18": processes_case("resnet18", 64, 128, 3),
-    "processes-resnet18-512": processes_case("resnet18", 64, 512, 1),
+    "processes-resnet18-512": processes_case("resnet18", 64, 512, 2),
     "start": Case(what="from nothing to the end of a process, or to a first step", unit="1/s", prepare=start),
 }
