@@ -256,7 +256,15 @@ def test_a_run_whose_folder_is_gone_lives_on_in_the_page(small, capfd):
     del about["runs"][0]["values"]["h_gain"]
     page.write_text(json.dumps(about))
     assert reproduce("expectation", "--only", "simsiam", "--seeds", 1, *small) == 0 and len(every_run("runs")) == 1
-    assert json.loads(page.read_text())["runs"][0]["values"]["h_gain"] is not None
+    again = json.loads(page.read_text())["runs"][0]["values"]
+    assert again["h_gain"] is not None
+
+    earlier = about["runs"][0]
+    earlier["environment"]["start"], earlier["values"]["linear"] = "2000-01-01T00:00:00+00:00", -1.0
+    Path("results/tiny/zzz.json").write_text(json.dumps({"runs": [earlier]}))
+    shutil.rmtree("runs")
+    assert reproduce("expectation", "--only", "simsiam", "--seeds", 1, *small) == 0 and not Path("runs").exists()
+    assert json.loads(page.read_text())["runs"][0]["values"] == again, "of a run made twice the later one counts"
 
 
 def every_run(folder):

@@ -84,16 +84,21 @@ def jobs(
 def kept(pages: Path) -> dict[tuple[str, str], dict[str, Any]]:
     """The finished runs of all pages in a folder, by name, with the values and curves of all of them.
 
-    Cells may start their detectors from one run in several ways, so those pages' go by cell too; else that is "".
+    Cells may start their detectors from one run in several ways, so those pages' go by cell too; else that is "". Of a
+    run that was made twice, perhaps on two machines, the later one counts, and all pages agree.
     """
     found: dict[tuple[str, str], dict[str, Any]] = {}
     for page in sorted(pages.glob("*.json")):
         by_cell = page.stem in EXPERIMENTS and EXPERIMENTS[page.stem].transfers
         for run in json.loads(page.read_text(encoding="utf-8")).get("runs", []):
             if "values" in run:
-                record = found.setdefault((Path(run["run"]).name, run["cell"] if by_cell else ""), dict(run))
-                for part in ("values", "curves"):
-                    record[part] = {**record.get(part, {}), **run.get(part, {})}
+                key = Path(run["run"]).name, run["cell"] if by_cell else ""
+                start, known = run["environment"]["start"], found.get(key)
+                if known is None or known["environment"]["start"] < start:
+                    known = found[key] = dict(run)
+                if known["environment"]["start"] == start:
+                    for part in ("values", "curves"):
+                        known[part] = {**known.get(part, {}), **run.get(part, {})}
     return found
 
 
