@@ -115,6 +115,8 @@ def index(folder: Path, scale: Scale) -> str:
     """All experiments of a folder of results, by their JSON: what became of the paper's claims, and the readings."""
     parts = [f"# The paper at scale {scale.name}"]
     for name, experiment in EXPERIMENTS.items():
+        if not experiment.cells and (folder / f"{name}.md").exists():  # a drawing: there is nothing to judge
+            parts += [f"## [{experiment.title}]({name}.md)", f"![{experiment.title}]({name}.svg)"]
         if (path := folder / f"{name}.json").exists():
             claims = json.loads(path.read_text(encoding="utf-8"))["claims"]
             ended = [claim["verdict"] for claim in claims]
