@@ -113,17 +113,24 @@ def page(
 
 def index(folder: Path, scale: Scale) -> str:
     """All experiments of a folder of results, by their JSON: what became of the paper's claims, and the readings."""
-    parts = [f"# The paper at scale {scale.name}"]
+    parts: list[str] = []
+    every: list[str] = []
     for name, experiment in EXPERIMENTS.items():
         if not experiment.cells and (folder / f"{name}.md").exists():  # a drawing: there is nothing to judge
             parts += [f"## [{experiment.title}]({name}.md)", f"![{experiment.title}]({name}.svg)"]
         if (path := folder / f"{name}.json").exists():
             claims = json.loads(path.read_text(encoding="utf-8"))["claims"]
             ended = [claim["verdict"] for claim in claims]
-            counts = ", ".join(f"{ended.count(v)} {v}" for v in (HOLDS, NOISE, NOT) if v in ended)
+            every += ended
             said = [f"- {claim['says']}: **{claim['verdict']}**" for claim in claims]
-            parts += [f"## [{experiment.title}]({name}.md)", f"{experiment.where}; of {len(ended)} claims {counts}"]
+            parts += [f"## [{experiment.title}]({name}.md)", f"{experiment.where}; {counted(ended)}"]
             parts += ["\n".join(said), f"![{experiment.title}]({name}.svg)"]
             if (reading := folder / f"{name}.reading.md").exists():
                 parts.append(reading.read_text(encoding="utf-8").strip())
-    return "\n\n".join([*parts, f"Settings: {'; '.join(scale.mapping)}."]) + "\n"
+    head = [f"# The paper at scale {scale.name}", f"In all {counted(every)}."]
+    return "\n\n".join([*head, *parts, f"Settings: {'; '.join(scale.mapping)}."]) + "\n"
+
+
+def counted(verdicts: Sequence[str]) -> str:
+    found = ", ".join(f"{verdict} {verdicts.count(verdict)}" for verdict in (HOLDS, NOISE, NOT) if verdict in verdicts)
+    return f"{len(verdicts)} claims: {found}"

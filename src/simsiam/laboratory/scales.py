@@ -110,9 +110,9 @@ TINY = Scale(
         "learning rates and weight decays are the paper's relative to its baseline, times 14 and times 1",
         "d and the predictor's hidden width as in the paper; hidden projector layers 512 wide, one fewer",
         "alternation every 3 and 8 steps for 10 and 100: as far between a step and an epoch, on a log scale",
-        "other methods on SimSiam's views, batch and SGD; MoCo v2 with a queue of 1024, and with batch norm in and "
-        "after the projector, for without, it collapses here; SwAV with 128 prototypes, and with Sinkhorn's epsilon "
-        "0.02 for 0.05, for with that its loss stays at log 128 here",
+        "other methods on SimSiam's views, batch and SGD; MoCo v2 with a queue of 1024 and batch norm in and after the "
+        "projector (without, it collapses); SwAV with 128 prototypes and Sinkhorn's epsilon 0.02 (with 0.05 its loss "
+        "stays at log 128)",
     ),
 )  # fmt: skip
 
