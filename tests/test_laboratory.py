@@ -374,6 +374,15 @@ def test_wrong_usage_is_one_line(arguments, text, capsys):
     assert "GPU-hours" in out or "imagenet" not in arguments
 
 
+def test_a_page_of_somebody_else_is_not_written_over(capsys):
+    page = Path("results/tiny/README.md")
+    page.parent.mkdir(parents=True)
+    page.write_text("mine\n")
+    assert reproduce("figure3") == 2 and "results/tiny/README.md is not ours" in capsys.readouterr().err
+    assert page.read_text() == "mine\n" and os.listdir(page.parent) == [page.name]
+    assert reproduce("figure3", "--out", "elsewhere") == 0
+
+
 def test_figure3_is_drawn_from_methods(capsys):
     assert reproduce("figure3") == 0
     assert Path("results/tiny/figure3.svg").read_text().startswith("<svg") and not os.path.exists("runs")

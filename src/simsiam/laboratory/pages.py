@@ -16,6 +16,7 @@ from simsiam.laboratory.claims import HOLDS, NOISE, NOT, Claim, Ruling, Values
 from simsiam.laboratory.experiments import EXPERIMENTS, Experiment
 from simsiam.laboratory.scales import Scale
 
+INDEX = "# The paper at scale"  # how an index begins: a README.md that does not is somebody else's
 PAPER: dict[str, Any] = json.loads(Path(__file__).with_name("paper.json").read_text(encoding="utf-8"))
 UNPRINTED: dict[str, Any] = {"metric": "none", "cells": {}}  # of an experiment that is not in the paper
 # Columns of a table between the cell and the paper's number: metric and heading.
@@ -127,7 +128,7 @@ def index(folder: Path, scale: Scale) -> str:
             parts += ["\n".join(said), f"![{experiment.title}]({name}.svg)"]
             if (reading := folder / f"{name}.reading.md").exists():
                 parts.append(reading.read_text(encoding="utf-8").strip())
-    head = [f"# The paper at scale {scale.name}", f"In all {counted(every)}."]
+    head = [f"{INDEX} {scale.name}", f"In all {counted(every)}."]
     return "\n\n".join([*head, *parts, f"Settings: {'; '.join(scale.mapping)}."]) + "\n"
 
 

@@ -58,10 +58,13 @@ def reproduce(
     for cell in only:
         if cell not in cells:
             raise unknown("cell", cell, cells)
+    results = Path(out or f"results/{scale}")
+    page = results / "README.md"
+    if page.exists() and not page.read_text(encoding="utf-8", errors="replace").startswith(pages.INDEX):
+        raise UsageError(f"{page} is not ours and would be written over; --out takes another folder")
     images = tuple(absolute(one) for one in source)
     words: dict[str, Any] = {"source": images or (size.source or "",), "limit": limit, "device": device}
     folder = Path("runs") / "laboratory" / scale
-    results = Path(out or f"results/{scale}")
     sets = [one if one == "shapes" else str(Path(one).expanduser().resolve()) for one in annotated]
     tunings = detectors.tunings(sets)
     known, words["detected"] = kept(results), {column for tuning in tunings for column in tuning.columns}
@@ -99,7 +102,7 @@ def reproduce(
             write(name, experiment, size, plans[name], f"simsiam reproduce {name}{flags}", failures, results, tunings)
         )
         console.print(f"wrote    {written[-1]}", soft_wrap=True)
-    text(results / "README.md", pages.index(results, size))
+    text(page, pages.index(results, size))
     if failures:
         path, reason = next(iter(failures.items()))
         raise WorkFailed(

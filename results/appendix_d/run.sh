@@ -1,5 +1,5 @@
 #!/bin/sh
-# CIFAR-10 as in appendix D, on one GPU: sh results/cifar10/run.sh SOURCE OUT SECONDS [WORDS...]
+# CIFAR-10 as in appendix D, on one GPU: sh results/appendix_d/run.sh SOURCE OUT SECONDS [WORDS...]
 # Ends in time whatever is not finished; the same command goes on, bit for bit. WORDS are added to every run:
 # `--limit 600 --batch-size 64 --width 8 --epochs 1 --no-compile` tries all of it in minutes on a laptop.
 source=$1 out=$2 end=$(($(date +%s) + $3))

@@ -1,4 +1,4 @@
-"""What runs on CIFAR-10 came to: python results/cifar10/collect.py RUN ... adds them to runs.json and writes README.md.
+"""What runs on CIFAR-10 came to: python results/appendix_d/collect.py RUN ... adds them to runs.json and README.md.
 
 Without a run it writes the page alone. The commands are in run.sh.
 """
