@@ -28,7 +28,9 @@ SMALL = {
     "simclr": {**NORMED, "tau": 0.5, "base_lr": 0.7},
     "moco_v2": MOCO,
     "moco_v2_plus": MOCO,
-    "swav": {**NORMED, "prototypes": 128, "freeze_prototypes": 28, "base_lr": 0.7},
+    "swav": {
+        **HEADS, "dim": 128, "prototypes": 128, "freeze_prototypes": 28, "sinkhorn_epsilon": 0.02, "base_lr": 0.7,
+    },
     "barlow_twins": {
         **HEADS, "dim": 512, "loss_scale": 0.1,
         "optimizer": "lars", "exclude": "bias_and_norm", "weight_decay": 1e-6, "warmup_epochs": 1, "base_lr": 0.6,
@@ -43,7 +45,8 @@ simclr          lr 2: healthy, 86.3   0.7: healthy, 91.7   0.2: healthy, 83.7
 moco_v2         its own head, without batch norm, lr 2, 0.7, 0.2, 0.06: collapsed, 27.6 to 29.6
                 batch norm at both layers, lr 0.7: not converging, 61.1
 swav            its own head, lr 0.2: partial collapse, 28.5; at 2 and 0.06 the loss stays at chance
-                batch norm at both layers, lr 0.7: collapsed, 61.8
+                batch norm at both layers, lr 0.7: collapsed, 61.8   epsilon 0.02 for 0.05: healthy, 81.4
+                its own head, lr 0.7, epsilon 0.02: partial collapse, 83.4
 barlow_twins    sgd, lr 0.2: healthy, 55.3 (lambda 0.08, lr 0.7 and 0.07: collapsed, 37)   lars, lr 0.6: healthy, 67.5
 vicreg          sgd, lr 0.02: healthy, 75.8   lars, lr 0.6: healthy, 68.9
 """
