@@ -190,6 +190,10 @@ class Swapped(Criterion):
     def forward(self, p: Tensor, t: Tensor) -> Tensor:
         return -(t * (self.scores(p) / self.method.tau).log_softmax(1)).sum(1).mean()
 
+    def span(self, n: int) -> tuple[float, float]:
+        k = self.method.prototypes  # log k: every prototype is as likely, for any code; least: one at 1, others at 0
+        return math.log(k), math.log1p((k - 1) * math.exp(-1 / self.method.tau))
+
     @torch.no_grad()
     def after_step(self, t: list[Tensor]) -> None:
         if self.method.prototype_norm == "outside":

@@ -106,7 +106,8 @@ REMEDIES = {
     "partial collapse": "The outputs use only a few directions. Lower --base-lr by 2 to 4, try a larger backbone or "
     "more varied views (a smaller --crop-min), and start again.",
     "not converging": "The loss stays high. Check that a predictor is trained (not fixed) and that its output has no "
-    "batch norm; then lower --base-lr by 4, or add --warmup-epochs 10.",
+    "batch norm; then lower --base-lr by 4, or add --warmup-epochs 10. For swav on few images, first add --equal-terms "
+    "--prototypes 128 --sinkhorn-epsilon 0.02.",
     "diverged": "The loss is no longer a number. Lower --base-lr by 4, or add --warmup-epochs 10, and start again; "
     "--precision float32 rules out rounding.",
 }
