@@ -320,6 +320,7 @@ def test_stopped_is_raised_to_python(tmp_path, monkeypatch):
 
 
 def test_a_signal_in_the_last_step_ends_what_would_follow_the_finished_run(tmp_path, monkeypatch):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job does not have
     module = importlib.import_module("simsiam.pretrain")
     real = module.knn_monitor
     monkeypatch.setattr(module, "knn_monitor", lambda *a, **k: (os.kill(os.getpid(), signal.SIGINT), real(*a, **k))[1])
