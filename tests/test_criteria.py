@@ -199,15 +199,14 @@ def test_half_precision_stays_outside(name):
     assert d.double()(p.double(), t if labels else d.code(t.double())).dtype == torch.float64
 
 
-@pytest.mark.parametrize("name", [name for name in CRITERIA if name != "cross_entropy"])
+@pytest.mark.parametrize("name", ["cosine", "nt_xent", "info_nce", "barlow_twins", "vicreg", "classification"])
 def test_unrelated_views_cost_about_what_the_criterion_says(name):
     n, d = 256, 256
-    criterion = built(name, dim=d, queue=512, prototypes=512)
+    criterion = built(name, dim=d, queue=512)
     p, t = vectors(n, d)
     t = torch.randint(d, (n,)) if name == "classification" else t
     p = p * 0.01 if name == "classification" else p
     unrelated, least = criterion.span(n)
-    t = criterion.code(t)
     assert criterion(p, t).item() == pytest.approx(unrelated, rel=0.15, abs=0.05) and least < unrelated / 2
     if name in ("cosine", "barlow_twins", "vicreg"):
         assert least - 1e-6 <= criterion(p, p).item() < unrelated - 0.7 * (unrelated - least)

@@ -120,6 +120,13 @@ class Criterion(nn.Module):
         """The value for unrelated p and t over a batch of n, and the least value; None where neither is known."""
         return None
 
+    def high(self, n: int) -> float | None:
+        """Above this, a value is less than a quarter of the way from unrelated p and t to the least; None: unknown."""
+        if (span := self.span(n)) is None:
+            return None
+        unrelated, least = span
+        return unrelated - (unrelated - least) / 4
+
     def after_step(self, t: list[Tensor]) -> None:
         """Move what gradients do not move, given the step's targets."""
 
@@ -190,9 +197,9 @@ class Swapped(Criterion):
     def forward(self, p: Tensor, t: Tensor) -> Tensor:
         return -(t * (self.scores(p) / self.method.tau).log_softmax(1)).sum(1).mean()
 
-    def span(self, n: int) -> tuple[float, float]:
-        k = self.method.prototypes  # log k: every prototype is as likely, for any code; least: one at 1, others at 0
-        return math.log(k), math.log1p((k - 1) * math.exp(-1 / self.method.tau))
+    def high(self, n: int) -> float:
+        """Next to log K, where all prototypes are as likely; how far down it comes depends on how soft codes are."""
+        return 0.98 * math.log(self.method.prototypes)
 
     @torch.no_grad()
     def after_step(self, t: list[Tensor]) -> None:

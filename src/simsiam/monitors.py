@@ -15,7 +15,8 @@ before the first look at healthy ranks on `shapes`: 3 to 4 with d = 512, 5 to 6 
 - `partial collapse`: z_std_sqrt_d below 0.5, so three quarters of each vector's energy is common to all images; or a
   rank of at most 3, eight orthants, fewer than most image sets have kinds of images.
 - `not converging`: the loss has covered less than a quarter of the way from unrelated vectors to its minimum (Table 1b:
-  a fixed predictor leaves the loss high; that is no collapse, though the accuracy is near chance too).
+  a fixed predictor leaves the loss high; that is no collapse, though the accuracy is near chance too). SwAV's is
+  within 2 % of log K, where it stays if its codes are uniform (drawn after the runs: stuck at 1.00, learning at 0.92).
 - `too early`: fewer than 200 steps. SGD's momentum forgets in 10 steps, batch norm's averages in about as many, and a
   network with its predictor needs some dozens of those to leave its initialization; nothing is decided before.
 - `diverged`: the loss was not a finite number.

@@ -66,11 +66,9 @@ class Siamese(nn.Module):
         return Output(self.method.loss_scale * loss, *(list(by_view.values()) for by_view in (h, z, p, t)))
 
     def high_loss(self, n: int) -> float | None:
-        """A loss above this, over a batch of n, is less than a quarter of the way from unrelated views down."""
-        if (span := self.criterion.span(n)) is None:
-            return None
-        unrelated, least = span
-        return self.method.loss_scale * (unrelated - (unrelated - least) / 4)
+        """A loss above this, over a batch of n, is not converging."""
+        high = self.criterion.high(n)
+        return None if high is None else self.method.loss_scale * high
 
     def begin(self, *, images: int = 0, labels: Tensor | None = None, steps: int = 0, per_epoch: int = 0) -> None:
         """Learn the size of the run, before its first step and before an earlier run's state is loaded."""
