@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from simsiam import catalog
-from simsiam.batches import members
-from simsiam.catalog import SCHEMA, Catalog, File
-from simsiam.recipes import Recipe
+from simsiam.config.recipes import Recipe
+from simsiam.data.batches import members
+from simsiam.sources import catalog
+from simsiam.sources.catalog import SCHEMA, Catalog, File
 
 EACH, SHARD = 110_000, 10_000  # bytes of an image, images of a tar
 

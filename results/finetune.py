@@ -13,10 +13,10 @@ import json
 from pathlib import Path
 from statistics import mean, stdev
 
-from simsiam.evaluate.finetune import compare, finetune
-from simsiam.files import whole
-from simsiam.images import hold_out
-from simsiam.sources import open_source
+from simsiam.data.images import hold_out
+from simsiam.evaluation.finetune import compare, finetune
+from simsiam.sources.open_source import open_source
+from simsiam.utils.files import whole
 
 
 def main() -> None:

@@ -13,15 +13,15 @@ import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from simsiam.batches import batches
-from simsiam.bench import MEAN, STD
-from simsiam.files import whole
-from simsiam.images import from_arrays
-from simsiam.precision import pick_device
-from simsiam.prepare import assemble
-from simsiam.recipes import Recipe, cifar
-from simsiam.run import environment
-from simsiam.step import Gradients, gradients_of
+from simsiam.config.recipes import Recipe, cifar
+from simsiam.data.batches import batches
+from simsiam.data.images import from_arrays
+from simsiam.laboratory.bench import MEAN, STD
+from simsiam.model.precision import pick_device
+from simsiam.runs.environment import environment
+from simsiam.training.prepare import assemble
+from simsiam.training.step import Gradients, gradients_of
+from simsiam.utils.files import whole
 
 STEPS = 40
 VARIANTS: dict[str, dict[str, bool]] = {

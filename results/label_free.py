@@ -18,13 +18,14 @@ from statistics import mean, stdev
 import torch
 from scipy.stats import spearmanr
 
-from simsiam.files import whole
-from simsiam.images import in_memory, sample
-from simsiam.knn import knn_monitor
-from simsiam.label_free import label_free_monitor
-from simsiam.prepare import assemble
-from simsiam.run import Run, transform_of
-from simsiam.sources import open_source
+from simsiam.data.images import in_memory, sample
+from simsiam.monitoring.label_free_monitor import label_free_monitor
+from simsiam.monitoring.nearest_neighbors import knn_monitor
+from simsiam.runs.encoder import transform_of
+from simsiam.runs.run_folder import Run
+from simsiam.sources.open_source import open_source
+from simsiam.training.prepare import assemble
+from simsiam.utils.files import whole
 
 GAUGES = ("loss", "z_std_sqrt_d", "z_rank", "z_cosine_squared", "h_rank")
 

@@ -16,13 +16,13 @@ import numpy as np
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
-from simsiam.evaluate.frozen import UNTRAINED, Frozen, divide, drawn
-from simsiam.evaluate.linear import cached
-from simsiam.files import whole
-from simsiam.images import in_memory
-from simsiam.protocols import Settings
-from simsiam.run import Run
-from simsiam.sources import open_source
+from simsiam.config.protocols import Settings
+from simsiam.data.images import in_memory
+from simsiam.evaluation.frozen import UNTRAINED, Frozen, divide, drawn
+from simsiam.evaluation.linear import cached
+from simsiam.runs.run_folder import Run
+from simsiam.sources.open_source import open_source
+from simsiam.utils.files import whole
 
 CS = [10.0**n for n in range(-2, 6)]
 

@@ -14,10 +14,10 @@ from pathlib import Path
 from statistics import mean, median, stdev
 
 import simsiam
-from simsiam.demo import test_top1
-from simsiam.files import whole
-from simsiam.run import Run
-from simsiam.sources import open_source
+from simsiam.laboratory.demo import test_top1
+from simsiam.runs.run_folder import Run
+from simsiam.sources.open_source import open_source
+from simsiam.utils.files import whole
 
 HEADS = {"proj_layers": 2, "proj_hidden": 512}
 NORMED = {**HEADS, "dim": 128, "head_bn": ("proj_hidden", "proj_out")}

@@ -26,9 +26,9 @@ GROUPS = {  # of operations, by what their names begin with
 
 def profile(batch_size: int = 128) -> dict[str, Any]:
     """Shares of a step's time by operation, plain and ours: SimSiam, ResNet-18 for 32 px, d = 2048."""
-    from simsiam.cli import keep_memory
-    from simsiam.precision import pick_device, pick_precision
-    from simsiam.run import environment
+    from simsiam.commands.main import keep_memory
+    from simsiam.model.precision import pick_device, pick_precision
+    from simsiam.runs.environment import environment
 
     keep_memory()
     device = pick_device("cpu")
@@ -44,9 +44,9 @@ def shares(batch_size: int, precision: str, *, fast: bool) -> dict[str, Any]:
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
 
-    from simsiam.precision import autocast
-    from simsiam.prepare import assemble
-    from simsiam.recipes import STATISTICS, Recipe, cifar
+    from simsiam.config.recipes import STATISTICS, Recipe, cifar
+    from simsiam.model.precision import autocast
+    from simsiam.training.prepare import assemble
 
     mean, std = STATISTICS["cifar10"]
     words = {"batch_size": batch_size, "mean": mean, "std": std, "precision": precision, "device": "cpu"}

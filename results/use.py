@@ -22,8 +22,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from simsiam.files import whole, write_csv
-from simsiam.run import Run
+from simsiam.runs.run_folder import Run
+from simsiam.utils.files import whole, write_csv
 
 EACH, COPIES, LABELS = 200, 20, 5  # images of a class; copies in all; labels of a class
 TRAINING = ["--backbone", "resnet18", "--width", "32", "--image-size", "96", "--batch-size", "128", "--workers", "1"]

@@ -16,12 +16,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, distributed
 
-from simsiam.batch_norm import settle, synchronize
-from simsiam.columns import Method
-from simsiam.methods import METHODS
-from simsiam.optim import build_optimizer, set_lr
-from simsiam.processes import broadcast, count, mean, parallel, rank
-from simsiam.siamese import Siamese, build
+from simsiam.config.method import Method
+from simsiam.config.methods import METHODS
+from simsiam.distributed.collectives import mean, parallel
+from simsiam.distributed.process_group import broadcast, count, rank
+from simsiam.distributed.sync_batch_norm import settle, synchronize
+from simsiam.model.optimizers import build_optimizer, set_lr
+from simsiam.model.siamese import Siamese, build
 
 LIMIT = 1e-12
 IMAGES, STEPS = 48, 5

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from simsiam.detection.annotations import open_annotated, with_masks
+from simsiam.detection.metrics import pixels_of
 from simsiam.errors import UsageError, WorkFailed
-from simsiam.transfer.annotations import open_annotated, with_masks
-from simsiam.transfer.metrics import pixels_of
 
 pytest.importorskip("pycocotools")
 CAR = ("car", (11, 21, 30, 40), 0)

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from simsiam.transfer.annotations import Objects
-from simsiam.transfer.metrics import Found, coco, packed, pixels_of, voc
+from simsiam.detection.annotations import Objects
+from simsiam.detection.metrics import Found, coco, packed, pixels_of, voc
 
 pytest.importorskip("pycocotools")
 CLASSES = ("a", "b", "c")

@@ -10,8 +10,8 @@ from torch import nn
 from torchvision import models
 from torchvision.models.resnet import BasicBlock
 
-from simsiam.backbones import backbone, input_size, without_classifier
 from simsiam.errors import UsageError
+from simsiam.model.backbones import backbone, input_size, without_classifier
 
 TIMM = {  # width of the features, from the table of each architecture
     "timm/resnet18": 512,
@@ -112,7 +112,7 @@ def test_timm_by_name(name):
 
 def test_timm_is_imported_only_for_its_own_models(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)  # its import fails from now on
-    anew = runpy.run_path(sys.modules["simsiam.backbones"].__file__)
+    anew = runpy.run_path(sys.modules["simsiam.model.backbones"].__file__)
     assert anew["backbone"]("resnet10", image_size=32, width=4).dim == 32
     assert anew["input_size"]("vgg11") is None
     with pytest.raises(ImportError):

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from simsiam.batches import batches, members, order, sweep
+from simsiam.config.recipes import Recipe
+from simsiam.data.batches import batches, members, order, sweep
+from simsiam.data.images import from_arrays
 from simsiam.errors import UsageError
-from simsiam.images import from_arrays
-from simsiam.recipes import Recipe
 
 CPU = torch.device("cpu")
 

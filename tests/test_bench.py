@@ -11,12 +11,12 @@ import pytest
 import torch
 from rich.console import Console
 
-from simsiam import bench
-from simsiam.bench import CASES, Case, Contest, measure, photographs, table, take_turns
-from simsiam.cli import main
-from simsiam.methods import METHODS
-from simsiam.precision import autocast
-from simsiam.siamese import build
+from simsiam.commands.main import main
+from simsiam.config.methods import METHODS
+from simsiam.laboratory import bench
+from simsiam.laboratory.bench import CASES, Case, Contest, measure, photographs, table, take_turns
+from simsiam.model.precision import autocast
+from simsiam.model.siamese import build
 
 CPU = torch.device("cpu")
 

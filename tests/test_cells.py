@@ -9,13 +9,14 @@ import torch
 from conftest import QUICK
 
 import simsiam
-from simsiam.batches import batches, steps_per_epoch
+from simsiam.config.methods import METHODS
+from simsiam.data.batches import batches, steps_per_epoch
+from simsiam.data.images import hold_out, sample
 from simsiam.errors import Stopped
-from simsiam.images import hold_out, sample
-from simsiam.methods import METHODS
-from simsiam.optim import set_lr
-from simsiam.prepare import assemble, compose, solve_first
-from simsiam.run import Run
+from simsiam.model.optimizers import set_lr
+from simsiam.runs.compose import compose
+from simsiam.runs.run_folder import Run
+from simsiam.training.prepare import assemble, solve_first
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -97,7 +98,7 @@ def test_what_targets_remember_survives_a_resume_bit_for_bit(cells, monkeypatch,
     words = QUICK | {"dim": 16, "steps": 6} | cells
     whole = simsiam.pretrain("shapes", out="whole", **words)
     assert ("eta      " in capfd.readouterr().err) == ("moving_average" in cells.values())
-    module = importlib.import_module("simsiam.pretrain")
+    module = importlib.import_module("simsiam.training.pretrain")
     real, signals = module.gauges, [signal.SIGTERM]
     monkeypatch.setattr(module, "gauges", lambda out: (signals and os.kill(os.getpid(), signals.pop()), real(out))[1])
     with pytest.raises(Stopped, match="stopped at step 2"):

@@ -9,8 +9,8 @@ import pytest
 from conftest import QUICK, TINY, flags
 from PIL import Image
 
-from simsiam.cli import build_parser, main
-from simsiam.recipes import WORDS
+from simsiam.commands.main import build_parser, main
+from simsiam.config.recipes import WORDS
 
 
 def said(capsys, *arguments: str) -> tuple[int, str]:
@@ -102,7 +102,7 @@ def test_one_command_trains_and_tells(tmp_path):
 
 
 def test_cells_reach_the_model_from_the_command_line(tmp_path):
-    from simsiam.run import Run
+    from simsiam.runs.run_folder import Run
 
     cells = {"stop_gradient": False, "predictor": "fixed", "predictor_lr": "cosine", "dim": 8}
     run = ["pretrain", "--out", str(tmp_path / "run"), "--steps", "1", "--head-bn", "proj_hidden"]
@@ -112,7 +112,7 @@ def test_cells_reach_the_model_from_the_command_line(tmp_path):
 
 
 def test_a_row_on_equal_terms_and_the_table_of_rows(tmp_path, capsys):
-    from simsiam.run import Run
+    from simsiam.runs.run_folder import Run
 
     run = ["pretrain", "--out", str(tmp_path / "run"), "--method", "simclr", "--equal-terms", "--predictor", "mlp"]
     assert main([*run, "--stop-gradient", *flags(**QUICK)]) == 0

@@ -19,13 +19,16 @@ from safetensors.torch import save_file
 from torch import nn
 from torchvision import models
 
-from simsiam import Run, build, checkpoints, load, releases
-from simsiam.backbones import RESNETS, backbone
-from simsiam.checkpoints import backbone_weights, identify
-from simsiam.convert import convert, told
+from simsiam import Run, build, load
+from simsiam.config.recipes import Recipe
 from simsiam.errors import UsageError, WorkFailed
-from simsiam.recipes import Recipe
-from simsiam.releases import Release, read, release_of, sha256
+from simsiam.model.backbones import RESNETS, backbone
+from simsiam.runs import foreign_checkpoints as checkpoints
+from simsiam.runs import published_weights as releases
+from simsiam.runs.convert import convert, told
+from simsiam.runs.foreign_checkpoints import backbone_weights, identify
+from simsiam.runs.published_weights import Release, release_of
+from simsiam.runs.weight_files import read, sha256
 
 SMALL = {"dim": 12, "proj_hidden": 10, "pred_dim": 6}
 

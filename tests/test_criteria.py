@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from scipy.optimize import minimize
 
-from simsiam.criteria import (
+from simsiam.config.methods import METHODS, Method
+from simsiam.model.losses import (
     CRITERIA,
     barlow_twins,
     cross_entropy,
@@ -16,7 +17,6 @@ from simsiam.criteria import (
     sinkhorn,
     vicreg,
 )
-from simsiam.methods import METHODS, Method
 
 
 def vectors(n=6, d=4, seed=0):

@@ -15,8 +15,8 @@ import torch
 from PIL import Image, ImageFile
 from torchvision.io import ImageReadMode, decode_image
 
-from simsiam import decode as module
-from simsiam.decode import EXTENSIONS, FORMATS, Unreadable, decode, header
+from simsiam.data import decode as module
+from simsiam.data.decode import EXTENSIONS, FORMATS, Unreadable, decode, header
 
 
 def picture(seed, height=8, width=8, channels=3):

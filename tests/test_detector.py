@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from simsiam.backbones import backbone
+from simsiam.detection.detector import Views, detector, to_detectron2
+from simsiam.detection.schedules import SCHEDULES, Schedule
 from simsiam.errors import UsageError
-from simsiam.transfer.detector import Views, detector, to_detectron2
-from simsiam.transfer.schedules import SCHEDULES, Schedule
+from simsiam.model.backbones import backbone
 
 PAPER = Schedule()
 STATISTICS = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}

@@ -10,12 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
-from simsiam import images as images_module
-from simsiam.batches import batches, least_side
-from simsiam.disk_cache import Cached, on_disk
-from simsiam.prepare import prepare
-from simsiam.recipes import Recipe
-from simsiam.sources import open_source
+from simsiam.config.recipes import Recipe
+from simsiam.data import images as images_module
+from simsiam.data.batches import batches, least_side
+from simsiam.sources.disk_cache import Cached, on_disk
+from simsiam.sources.open_source import open_source
+from simsiam.training.prepare import prepare
 
 CPU = torch.device("cpu")
 N = 40

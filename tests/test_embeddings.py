@@ -17,10 +17,9 @@ from conftest import QUICK
 from PIL import Image
 
 import simsiam
-from simsiam import shapes
-from simsiam.cli import main
+from simsiam.commands.main import main
 from simsiam.embeddings import embed as module
-from simsiam.embeddings import read, search
+from simsiam.embeddings import search
 from simsiam.embeddings.cluster import cluster
 from simsiam.embeddings.duplicates import duplicates
 from simsiam.embeddings.embed import embed
@@ -28,6 +27,8 @@ from simsiam.embeddings.neighbors import neighbors
 from simsiam.embeddings.outliers import outliers
 from simsiam.embeddings.probe import probe
 from simsiam.embeddings.search import others
+from simsiam.embeddings.table import read
+from simsiam.sources import shapes
 
 EVIL = "<img src=x onerror=alert(1)>.png"
 

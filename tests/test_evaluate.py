@@ -14,18 +14,21 @@ from PIL import Image
 from scipy.stats import binomtest
 
 import simsiam
-from simsiam import shapes
-from simsiam.batches import batches
-from simsiam.cli import main
-from simsiam.evaluate import ANSWERS, evaluate, few_label, frozen, linear
-from simsiam.evaluate.finetune import finetune
-from simsiam.evaluate.scores import score, wilson
-from simsiam.features import extract
-from simsiam.images import from_arrays
-from simsiam.knn import knn_scores, knn_top1, usual_k
-from simsiam.protocols import Settings
-from simsiam.run import Run, transform_of
-from simsiam.sources import Source, open_source
+from simsiam.commands.main import main
+from simsiam.config.protocols import Settings
+from simsiam.data.batches import batches
+from simsiam.data.images import from_arrays
+from simsiam.evaluation import few_label, frozen, linear
+from simsiam.evaluation.evaluate import ANSWERS, evaluate
+from simsiam.evaluation.finetune import finetune
+from simsiam.evaluation.scores import score
+from simsiam.monitoring.features import extract
+from simsiam.monitoring.nearest_neighbors import knn_scores, knn_top1, usual_k
+from simsiam.runs.encoder import transform_of
+from simsiam.runs.run_folder import Run
+from simsiam.sources import shapes
+from simsiam.sources.open_source import Source, open_source
+from simsiam.utils.intervals import wilson
 
 CPU = torch.device("cpu")
 QUICK = {"linear_epochs": 2, "labels": ("1", "25%"), "draws": 2, "device": "cpu", "precision": "float32"}
@@ -147,7 +150,7 @@ def test_test_labels_choose_nothing(run, folder, monkeypatch):
     found, source = evaluate(run, **how), open_source(folder)
     shuffled = np.random.default_rng(0).permutation(source.test.labels)
     other = Source("few", source.train, None, replace(source.test, labels=shuffled))
-    monkeypatch.setattr(sys.modules["simsiam.evaluate"], "open_source", lambda *_: other)
+    monkeypatch.setattr(sys.modules["simsiam.evaluation.evaluate"], "open_source", lambda *_: other)
     again = evaluate(run, **how)
     scores = {"top1", "top5", "interval", "top1_std", "draws"} | TIMES
     without = [[{k: v for k, v in record.items() if k not in scores} for record in side] for side in (found, again)]

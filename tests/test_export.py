@@ -11,13 +11,14 @@ from conftest import QUICK
 from safetensors.torch import load_file, save_file
 
 import simsiam
-from simsiam import detectron2
-from simsiam.cli import main
-from simsiam.compare import compare
-from simsiam.convert import convert
-from simsiam.export import FORMATS, export
-from simsiam.recipes import Recipe
-from simsiam.run import Run, bare_backbone
+from simsiam.commands.main import main
+from simsiam.config.recipes import Recipe
+from simsiam.exports import detectron2
+from simsiam.exports.export import FORMATS, export
+from simsiam.pages.compare import compare
+from simsiam.runs.convert import convert
+from simsiam.runs.encoder import bare_backbone
+from simsiam.runs.run_folder import Run
 
 NEEDS = {"onnx": ("onnx", "onnxruntime", "onnxscript")}
 

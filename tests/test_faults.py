@@ -20,17 +20,18 @@ from conftest import QUICK, TINY, flags
 from PIL import Image
 
 import simsiam
-from simsiam import memory
-from simsiam.batches import batches
-from simsiam.cli import main
-from simsiam.decode import Unreadable
+from simsiam.commands.main import main
+from simsiam.config.recipes import Recipe
+from simsiam.data.batches import batches
+from simsiam.data.decode import Unreadable
+from simsiam.data.images import Images
 from simsiam.errors import UsageError, WorkFailed
-from simsiam.files import alone, locked, whole, whole_folder
-from simsiam.images import Images
-from simsiam.recipes import Recipe
-from simsiam.releases import Damaged, digest, load_state, load_weights, save_weights
-from simsiam.run import Run, read_recipe
-from simsiam.sources import open_source
+from simsiam.model import memory
+from simsiam.runs.recipe_file import read_recipe
+from simsiam.runs.run_folder import Run
+from simsiam.runs.weight_files import Damaged, digest, load_state, load_weights, save_weights
+from simsiam.sources.open_source import open_source
+from simsiam.utils.files import alone, locked, whole, whole_folder
 
 CAMPAIGNS = Path(__file__).parents[1] / "results" / "faults"
 
@@ -100,7 +101,8 @@ def test_of_two_processes_the_second_is_refused_and_a_killed_one_lets_go(finishe
 def test_a_signal_in_the_middle_of_a_fork_is_not_lost():
     """Python drops an exception that is raised there; and what works elsewhere ends quietly with who asked for it."""
     code = (
-        "import os, signal, time\nfrom simsiam import cli, workers\nworkers.CORES = 2\n"
+        "import os, signal, time\nfrom simsiam.commands import main as cli\n"
+        "from simsiam.utils import workers\nworkers.CORES = 2\n"
         "signal.signal(signal.SIGTERM, cli.terminate)\n"
         "os.register_at_fork(after_in_parent=lambda: os.kill(os.getpid(), signal.SIGTERM))\n"
         "try:\n    print(list(workers.in_turn(time.sleep, [(5,), (5,)])))\n"

@@ -13,12 +13,12 @@ from conftest import QUICK
 from PIL import Image
 
 import simsiam
-from simsiam.batches import members, views_of
+from simsiam.data.batches import members, views_of
 from simsiam.errors import Stopped, UsageError, WorkFailed
-from simsiam.evaluate import finetune as module
-from simsiam.evaluate.finetune import compare, divide, finetune
-from simsiam.run import Run
-from simsiam.sources import open_source
+from simsiam.evaluation import finetune as module
+from simsiam.evaluation.finetune import compare, divide, finetune
+from simsiam.runs.run_folder import Run
+from simsiam.sources.open_source import open_source
 
 EPOCHS, STEPS, BATCH = 4, 12, 32
 WORDS = {"epochs": EPOCHS, "labels": 120, "batch_size": BATCH, "device": "cpu", "precision": "float32"}  # 108 + 12

@@ -9,9 +9,10 @@ from PIL import Image
 from test_decode import encode, npy, picture, same
 from test_sources import files_below, parquet, tarred, tree, zipped
 
+from simsiam.data.images import Images, hold_out, in_memory, measure_sizes, sample, spread
+from simsiam.data.storage import numbered
 from simsiam.errors import UsageError, WorkFailed
-from simsiam.images import Images, hold_out, in_memory, measure_sizes, numbered, sample, spread
-from simsiam.sources import open_source
+from simsiam.sources.open_source import open_source
 
 
 def one_line(error):

@@ -18,15 +18,15 @@ import pytest
 from conftest import TINY
 from PIL import Image
 
-from simsiam import index as module
-from simsiam import inspect as verb
-from simsiam.decode import Unreadable
+from simsiam.config.recipes import Recipe
+from simsiam.data.decode import Unreadable
+from simsiam.data.images import from_arrays
 from simsiam.errors import UsageError, WorkFailed
-from simsiam.files import whole
-from simsiam.images import from_arrays
-from simsiam.index import SEEN, index_of, look
-from simsiam.recipes import Recipe
-from simsiam.sources import Source, open_source
+from simsiam.sources import file_index as module
+from simsiam.sources.file_index import SEEN, index_of, look
+from simsiam.sources.open_source import Source, open_source
+from simsiam.training import inspect as verb
+from simsiam.utils.files import whole
 
 inspect = verb.inspect
 SPEED = {"prepared": 0.001, "trained": 0.01, "gpu": False, "device": "a machine"}
@@ -196,7 +196,7 @@ def test_many_processes_see_what_one_sees(tmp_path, monkeypatch, cache):
     (next(cache.iterdir())).unlink()
     monkeypatch.setattr(module, "CHUNK", 3)
     monkeypatch.setattr(module, "NAMES", 5)
-    monkeypatch.setattr("simsiam.workers.CORES", 3)
+    monkeypatch.setattr("simsiam.utils.workers.CORES", 3)
     assert indexed(root).equals(one)
 
 
@@ -393,7 +393,7 @@ def test_what_cannot_be_trained_on_is_told_all_the_same(tmp_path, capsys, monkey
 
     monkeypatch.undo()
     monkeypatch.setenv("SIMSIAM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("simsiam.batches.views_of", full)
+    monkeypatch.setattr("simsiam.data.batches.views_of", full)
     facts = inspect(write(tmp_path / "many", {f"{i}.png": encode(i) for i in range(20)}))
     assert "batches of 16 do not fit" in facts["time"]["unknown"]
     assert capsys.readouterr().out.count("unknown: ") == 4  # and the sizes of none

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from simsiam import knn
-from simsiam.knn import knn_scores, knn_top1
+from simsiam.monitoring import nearest_neighbors as knn
+from simsiam.monitoring.nearest_neighbors import knn_scores, knn_top1
 
 
 def brute_force(bank, labels, queries, *, classes, k, tau):

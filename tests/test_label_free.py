@@ -8,13 +8,14 @@ import torch
 from conftest import TINY
 from PIL import Image
 
-from simsiam.batches import views_of
-from simsiam.images import sample
-from simsiam.label_free import STEP, advise, label_free_monitor
-from simsiam.prepare import assemble, compose
-from simsiam.run import transform_of
-from simsiam.signals import neighbor_stability, rankme, view_retrieval
-from simsiam.sources import open_source
+from simsiam.data.batches import views_of
+from simsiam.data.images import sample
+from simsiam.monitoring.label_free_monitor import STEP, advise, label_free_monitor
+from simsiam.monitoring.signals import neighbor_stability, rankme, view_retrieval
+from simsiam.runs.compose import compose
+from simsiam.runs.encoder import transform_of
+from simsiam.sources.open_source import open_source
+from simsiam.training.prepare import assemble
 
 CPU = torch.device("cpu")
 

@@ -17,20 +17,20 @@ from PIL import Image
 from scipy import stats
 from torch import nn
 
-from simsiam.batches import views_of
-from simsiam.cli import main
-from simsiam.evaluate import linear
-from simsiam.images import from_arrays
+from simsiam.commands.main import main
+from simsiam.config.recipes import Recipe
+from simsiam.data.batches import views_of
+from simsiam.data.images import from_arrays
+from simsiam.evaluation import linear
 from simsiam.laboratory import measure, scales
 from simsiam.laboratory.claims import HOLDS, NOISE, NOT, Claim, above, alike, is_not, is_so
+from simsiam.laboratory.experiment_page import PAPER
 from simsiam.laboratory.experiments import EXPERIMENTS
-from simsiam.laboratory.pages import PAPER
-from simsiam.laboratory.plan import FINISHED, digest, every, jobs
+from simsiam.laboratory.jobs import FINISHED, digest, every, jobs
 from simsiam.laboratory.scales import SCALES
-from simsiam.prepare import assemble
-from simsiam.recipes import Recipe
-from simsiam.run import Run
-from simsiam.siamese import Siamese
+from simsiam.model.siamese import Siamese
+from simsiam.runs.run_folder import Run
+from simsiam.training.prepare import assemble
 
 METRICS = {
     "linear", "knn", "knn_mean", "above_chance", "loss", "loss_swing", "z_std_sqrt_d", "z_rank", "collapsed",
@@ -207,7 +207,7 @@ def test_killed_and_started_again_it_repeats_nothing_and_gives_the_same_table(sm
     plan = ["figure2", "--seeds", 1, *small]
     assert reproduce(*plan, "--out", "whole") == 0
     os.rename("runs", "finished")
-    module = importlib.import_module("simsiam.pretrain")
+    module = importlib.import_module("simsiam.training.pretrain")
     real, seen = module.gauges, []
     strike = len([line for line in Run(next(iter(every_run("finished")))).metrics() if "loss" in line]) + 2
 
@@ -305,8 +305,8 @@ def test_what_h_predicts_is_measured_on_other_views(small, monkeypatch):
 def test_table5_fine_tunes_every_run_and_prints_the_papers_beside(small, monkeypatch, tmp_path):
     """Detectors from scratch and from a run share the run; what was measured is not measured again."""
     pytest.importorskip("pycocotools")
-    from simsiam.laboratory import detectors
-    from simsiam.transfer import scenes
+    from simsiam.detection import scenes
+    from simsiam.laboratory import detector_cells as detectors
 
     scenes.write(tmp_path / "set", {"train": 4, "val": 2, "test": 2})
     monkeypatch.setattr(scenes, "written", lambda: tmp_path / "set")
@@ -340,7 +340,7 @@ def test_table5_fine_tunes_every_run_and_prints_the_papers_beside(small, monkeyp
 
 
 def test_annotated_sets_are_the_papers_columns(tmp_path):
-    from simsiam.laboratory.detectors import tunings
+    from simsiam.laboratory.detector_cells import tunings
 
     for year in ("VOC2007", "VOC2012"):
         (tmp_path / "VOCdevkit" / year / "Annotations").mkdir(parents=True)

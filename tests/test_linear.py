@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from timm.optim.lars import Lars
 from torch import nn
 
-from simsiam.evaluate import linear
-from simsiam.evaluate.frozen import Known, drawn, likeliest
-from simsiam.evaluate.linear import cached, first_layer, train_heads
-from simsiam.optim import LARS, cosine
-from simsiam.protocols import Settings
+from simsiam.config.protocols import Settings
+from simsiam.evaluation import linear
+from simsiam.evaluation.frozen import Known, drawn, likeliest
+from simsiam.evaluation.linear import cached, first_layer, train_heads
+from simsiam.model.optimizers import LARS, cosine
 
 CPU = torch.device("cpu")
 STEPS, PEAK = 50, 1.6

@@ -7,14 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from simsiam.backbones import RESNETS, backbone
-from simsiam.criteria import negative_cosine
+from simsiam.config.methods import METHODS, Method
+from simsiam.config.recipes import Recipe
 from simsiam.errors import UsageError
-from simsiam.heads import mlp, predictor, projector
-from simsiam.methods import METHODS, Method
-from simsiam.optim import build_optimizer, cosine, set_lr
-from simsiam.recipes import Recipe
-from simsiam.siamese import build
+from simsiam.model.backbones import RESNETS, backbone
+from simsiam.model.heads import mlp, predictor, projector
+from simsiam.model.losses import negative_cosine
+from simsiam.model.optimizers import build_optimizer, cosine, set_lr
+from simsiam.model.siamese import build
 
 SMALL = {"backbone": "resnet10", "width": 4, "image_size": 16}
 

@@ -6,9 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from simsiam.methods import METHODS
-from simsiam.monitors import REMEDIES, effective_rank, judge, squared_cosine, z_std
-from simsiam.siamese import build
+from simsiam.config.methods import METHODS
+from simsiam.model.siamese import build
+from simsiam.monitoring.gauges import effective_rank, squared_cosine, z_std
+from simsiam.monitoring.verdict import REMEDIES, judge
 
 
 def test_isotropic_gaussian_has_std_one_over_sqrt_d():

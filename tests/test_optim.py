@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from simsiam.methods import METHODS, Method
-from simsiam.optim import LARS, build_optimizer, set_lr
-from simsiam.siamese import build
+from simsiam.config.methods import METHODS, Method
+from simsiam.model.optimizers import LARS, build_optimizer, set_lr
+from simsiam.model.siamese import build
 
 SMALL = {"backbone": "resnet10", "width": 4, "image_size": 16}
 

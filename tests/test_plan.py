@@ -7,14 +7,14 @@ import torch
 from conftest import TINY
 from test_sources import one_line
 
-from simsiam.cli import main
+from simsiam.commands.main import main
+from simsiam.config.recipes import Recipe
 from simsiam.errors import UsageError
-from simsiam.plan import memory_of, plan, weigh
-from simsiam.pretrain import pretrain
-from simsiam.recipes import Recipe
-from simsiam.shard import shard
-from simsiam.siamese import build
-from simsiam.sources import open_source
+from simsiam.model.siamese import build
+from simsiam.sources.open_source import open_source
+from simsiam.sources.write_shards import shard
+from simsiam.training.plan import memory_of, plan, weigh
+from simsiam.training.pretrain import pretrain
 
 SPEED = {"prepared": 0.001, "trained": 0.004, "gpu": False, "device": "a device"}
 
@@ -22,7 +22,7 @@ SPEED = {"prepared": 0.001, "trained": 0.004, "gpu": False, "device": "a device"
 @pytest.fixture(autouse=True)
 def measured(monkeypatch):
     """Instead of a probe, which takes seconds."""
-    monkeypatch.setattr("simsiam.plan.speed", lambda *_, **__: SPEED)
+    monkeypatch.setattr("simsiam.training.plan.speed", lambda *_, **__: SPEED)
 
 
 @pytest.mark.parametrize("method", ["simsiam", "byol"])

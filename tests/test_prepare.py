@@ -7,10 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
-from simsiam.images import sample
-from simsiam.prepare import compose, prepare
-from simsiam.recipes import Recipe, folder
-from simsiam.sources import open_source
+from simsiam.config.recipes import Recipe, folder
+from simsiam.data.images import sample
+from simsiam.runs.compose import compose
+from simsiam.sources.open_source import open_source
+from simsiam.training.prepare import prepare
 
 
 @pytest.mark.parametrize("limit", [100, 400, 512, 1000])

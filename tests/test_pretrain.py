@@ -19,7 +19,7 @@ from PIL import Image
 
 import simsiam
 from simsiam.errors import Stopped, UsageError, WorkFailed
-from simsiam.run import Run
+from simsiam.runs.run_folder import Run
 
 TIMES = {"images_per_second", "data_wait"}
 
@@ -60,8 +60,8 @@ def test_the_run_folder_keeps_its_contract(finished, shared):
 
 
 def test_a_commit_is_dirty_where_the_package_differs_and_only_there(tmp_path, monkeypatch):
-    module = importlib.import_module("simsiam.run")
-    code = tmp_path / "src" / "simsiam" / "run.py"
+    module = importlib.import_module("simsiam.runs.environment")
+    code = tmp_path / "src" / "simsiam" / "runs" / "environment.py"
     code.parent.mkdir(parents=True)
     monkeypatch.setattr(module, "__file__", str(code))
     assert module.commit() is None
@@ -283,7 +283,7 @@ def test_other_shapes_of_data_train_and_resume_exactly(make, tmp_path, monkeypat
     whole = simsiam.pretrain(source, out=tmp_path / "whole", **words)
     assert Run(whole).metrics()[-1]["step"] == 25
 
-    module, calls = importlib.import_module("simsiam.pretrain"), []
+    module, calls = importlib.import_module("simsiam.training.pretrain"), []
     real = module.gauges
 
     def stopping(output):
@@ -311,7 +311,7 @@ def test_more_broken_files_than_allowed_stop_the_run(photographs, tmp_path):
 
 
 def test_stopped_is_raised_to_python(tmp_path, monkeypatch):
-    module = importlib.import_module("simsiam.pretrain")
+    module = importlib.import_module("simsiam.training.pretrain")
     real = module.gauges
     signals = [signal.SIGTERM]  # one: the second would be obeyed at once
     monkeypatch.setattr(module, "gauges", lambda out: (signals and os.kill(os.getpid(), signals.pop()), real(out))[1])
@@ -321,7 +321,7 @@ def test_stopped_is_raised_to_python(tmp_path, monkeypatch):
 
 def test_a_signal_in_the_last_step_ends_what_would_follow_the_finished_run(tmp_path, monkeypatch):
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job does not have
-    module = importlib.import_module("simsiam.pretrain")
+    module = importlib.import_module("simsiam.training.pretrain")
     real = module.knn_monitor
     monkeypatch.setattr(module, "knn_monitor", lambda *a, **k: (os.kill(os.getpid(), signal.SIGINT), real(*a, **k))[1])
     with pytest.raises(KeyboardInterrupt):

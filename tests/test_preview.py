@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from simsiam import views
+from simsiam.config.methods import Views
+from simsiam.data import views
 from simsiam.errors import UsageError, WorkFailed
-from simsiam.methods import Views
-from simsiam.prepare import compose
-from simsiam.preview import draw, lay_out, preview
+from simsiam.pages.preview import draw, lay_out, preview
+from simsiam.runs.compose import compose
 
 SIZES = [(70, 40), (48, 64), (50, 50), (33, 90), (64, 48)]  # height and width; as they differ, the images are streamed
 

@@ -17,15 +17,15 @@ from conftest import TINY, flags
 from equality import CASES, LIMIT, compared
 
 import simsiam
-from simsiam import batches as module
-from simsiam.batch_norm import synchronize
-from simsiam.batches import batches
-from simsiam.cli import main
+from simsiam.commands.main import main
+from simsiam.config.recipes import Recipe
+from simsiam.data import batches as module
+from simsiam.data.batches import batches
+from simsiam.data.images import from_arrays
+from simsiam.distributed.process_group import share
+from simsiam.distributed.sync_batch_norm import synchronize
 from simsiam.errors import UsageError
-from simsiam.images import from_arrays
-from simsiam.processes import share
-from simsiam.recipes import Recipe
-from simsiam.run import Run, destination
+from simsiam.runs.run_folder import Run, destination
 
 PROTOCOLS = ("knn", "label_free")
 TIMES = {"images_per_second", "data_wait"}

@@ -3,9 +3,9 @@
 import pytest
 import yaml
 
-from simsiam import recipes
+from simsiam.config import recipes
+from simsiam.config.recipes import RECIPES, Recipe
 from simsiam.errors import UsageError
-from simsiam.recipes import RECIPES, Recipe
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -11,18 +11,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_structure import FILES, imported
 
 import simsiam
-from simsiam.cli import main
+from simsiam.commands.main import main
+from simsiam.config.recipes import Recipe
+from simsiam.data.images import from_arrays
 from simsiam.errors import UsageError
-from simsiam.images import from_arrays
-from simsiam.recipes import Recipe
-from simsiam.report import clusters, curves, drawn, gallery, lay_flat, page, report
-from simsiam.run import Run, bare_backbone
-from simsiam.sources import open_source
+from simsiam.pages.report import clusters, curves, drawn, gallery, lay_flat, page, report
+from simsiam.runs.encoder import bare_backbone
+from simsiam.runs.run_folder import Run
+from simsiam.sources.open_source import open_source
 
-module = import_module("simsiam.report")
+module = import_module("simsiam.pages.report")
 HOSTILE = "<img src=x onerror=alert(1)>.jpg"
 EACH = 14  # images of a class
 
@@ -81,14 +81,6 @@ def alike(run: Run, folder, names) -> np.ndarray:
 
 
 # --- what the page holds ----------------------------------------------------------------------------------------------
-
-
-def test_nothing_on_the_way_to_a_page_trains():
-    found, new = set(), {"report"}
-    while new:
-        found |= new
-        new = set().union(*(imported(FILES[name]) for name in new)) - found
-    assert not found & {"pretrain", "evaluate", "demo"}
 
 
 def test_the_page_says_what_the_run_folder_says(run, made):

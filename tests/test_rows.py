@@ -10,15 +10,15 @@ import torch.nn.functional as F
 from conftest import QUICK
 
 import simsiam
-from simsiam import figure3
-from simsiam.columns import TERMS, Method
+from simsiam.config import figure3
+from simsiam.config.method import TERMS, Method
+from simsiam.config.methods import METHODS
+from simsiam.config.recipes import Recipe
 from simsiam.errors import UsageError
-from simsiam.methods import METHODS
-from simsiam.prepare import compose
-from simsiam.recipes import Recipe
-from simsiam.run import Run
-from simsiam.siamese import build
-from simsiam.sources import open_source
+from simsiam.model.siamese import build
+from simsiam.runs.compose import compose
+from simsiam.runs.run_folder import Run
+from simsiam.sources.open_source import open_source
 
 HERE = Path(__file__).parents[1]
 SMALL = {"backbone": "resnet10", "width": 4, "image_size": 16}
@@ -186,7 +186,7 @@ def test_supervised_needs_labels_that_fit(tmp_path):
         simsiam.pretrain("shapes", method="supervised", **QUICK | {"dim": 4})
     source = open_source("shapes")
     unlabeled = replace(source, train=replace(source.train, labels=None))
-    from simsiam.prepare import prepare
+    from simsiam.training.prepare import prepare
 
     with pytest.raises(UsageError, match="has no labels"):
         prepare(compose("shapes", None, QUICK | {"method": "supervised"})[0], unlabeled)
@@ -219,7 +219,7 @@ def test_the_page_add_a_method_runs(monkeypatch):
     page = (HERE / "docs" / "add_a_method.md").read_text()
     code = "\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL))
     assert len([line for line in code.splitlines() if line.strip()]) < 25
-    from simsiam.criteria import CRITERIA
+    from simsiam.model.losses import CRITERIA
 
     before = set(METHODS), set(CRITERIA)
     real = simsiam.pretrain

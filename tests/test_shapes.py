@@ -4,7 +4,7 @@ import hashlib
 
 import numpy as np
 
-from simsiam import shapes
+from simsiam.sources import shapes
 
 # sha256 of the first channel, 16 digits.
 FROZEN = {"train": "6d1eb76efe52dab7", "val": "7afb4421f8270322", "test": "56e95e6d458432ec"}

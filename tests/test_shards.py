@@ -20,19 +20,20 @@ import torch
 from test_decode import encode, picture, same
 from test_sources import is_the_same, one_line, parquet, refused, tarred, tree
 
-from simsiam import shapes as drawn
-from simsiam import shards, sources
-from simsiam.batches import batches, interleaved, members, steps_per_epoch
-from simsiam.catalog import INDEX
-from simsiam.decode import Unreadable
+from simsiam.config.recipes import Recipe
+from simsiam.data import shards
+from simsiam.data.batches import batches, interleaved, members, steps_per_epoch
+from simsiam.data.decode import Unreadable
+from simsiam.data.shards import Blocks
 from simsiam.errors import UsageError, WorkFailed
-from simsiam.index import index_of
-from simsiam.prepare import prepare
-from simsiam.pretrain import pretrain
-from simsiam.recipes import Recipe
-from simsiam.shard import shard, told
-from simsiam.shards import Blocks
-from simsiam.sources import open_source
+from simsiam.sources import open_source as sources
+from simsiam.sources import shapes as drawn
+from simsiam.sources.catalog import INDEX
+from simsiam.sources.file_index import index_of
+from simsiam.sources.open_source import open_source
+from simsiam.sources.write_shards import shard, told
+from simsiam.training.prepare import prepare
+from simsiam.training.pretrain import pretrain
 
 CPU = torch.device("cpu")
 
@@ -41,7 +42,7 @@ CPU = torch.device("cpu")
 def small(monkeypatch):
     """Blocks of a few images, and Parquet that is not read at once."""
     monkeypatch.setattr(shards, "BLOCK", 2**14)  # of four images
-    monkeypatch.setattr("simsiam.shard.BLOCK", 2**12)
+    monkeypatch.setattr("simsiam.sources.write_shards.BLOCK", 2**12)
     monkeypatch.setattr(sources, "RESIDENT", 0)
 
 

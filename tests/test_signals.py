@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from simsiam.signals import (
+from simsiam.monitoring.signals import (
     alignment,
     neighbor_stability,
     neighbors,

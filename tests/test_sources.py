@@ -18,10 +18,10 @@ import pytest
 from PIL import Image
 from test_decode import encode, npy, picture, same
 
-from simsiam.decode import Unreadable, decode
+from simsiam.data.decode import Unreadable, decode
+from simsiam.data.images import in_memory, spread
 from simsiam.errors import UsageError, WorkFailed
-from simsiam.images import in_memory, spread
-from simsiam.sources import open_source
+from simsiam.sources.open_source import open_source
 
 
 def tree(root, *paths, size=(8, 8)):
@@ -293,7 +293,7 @@ def test_many_names_are_as_few(tmp_path, monkeypatch):
         (tmp_path / path).parent.mkdir(exist_ok=True)
         (tmp_path / path).touch()
     for chunk in (1, 2, 7, 14, 99):
-        monkeypatch.setattr("simsiam.sources.CHUNK", chunk)
+        monkeypatch.setattr("simsiam.sources.open_source.CHUNK", chunk)
         assert list(open_source(tmp_path).train.keys) == paths
 
 

@@ -9,18 +9,18 @@ import pytest
 import torch
 from conftest import QUICK, TINY
 
-from simsiam import step
-from simsiam.batches import batches
-from simsiam.images import from_arrays
-from simsiam.knn import knn_scores
-from simsiam.methods import METHODS
-from simsiam.optim import build_optimizer, set_lr
-from simsiam.precision import pick_device
-from simsiam.pretrain import pretrain, resume
-from simsiam.recipes import Recipe
-from simsiam.run import Run
-from simsiam.siamese import build
-from simsiam.step import Gradients, compiled
+from simsiam.config.methods import METHODS
+from simsiam.config.recipes import Recipe
+from simsiam.data.batches import batches
+from simsiam.data.images import from_arrays
+from simsiam.model.optimizers import build_optimizer, set_lr
+from simsiam.model.precision import pick_device
+from simsiam.model.siamese import build
+from simsiam.monitoring.nearest_neighbors import knn_scores
+from simsiam.runs.run_folder import Run
+from simsiam.training import step
+from simsiam.training.pretrain import pretrain, resume
+from simsiam.training.step import Gradients, compiled
 
 CPU = torch.device("cpu")
 GPU = torch.device("cuda")

@@ -10,69 +10,85 @@ from mutations import MUTATIONS
 import simsiam
 
 ROOT = Path(simsiam.__file__).parent
-# A module imports only what stands before it.
+# A package imports only packages that stand before it, and itself.
 ARROW = [
-    "errors", "files", "bar", "columns", "methods", "figure3", "recipes", "protocols", "shapes", "decode",
-    "shards", "images", "workers", "catalog",
-    "sources", "choose", "index", "views", "processes", "batch_norm", "precision", "backbones", "heads", "releases",
-    "checkpoints", "optim", "criteria", "targets", "siamese", "memory", "monitors", "signals", "features", "knn", "run",
-    "convert", "batches", "label_free", "progress", "disk_cache", "prepare", "step", "pretrain", "evaluate.frozen",
-    "evaluate.scores",
-    "evaluate.knn", "evaluate.linear", "evaluate.few_label", "evaluate.label_free", "evaluate.finetune",
-    "evaluate.tuned", "evaluate", "inspect",
-    "plan", "shard", "preview", "detectron2", "transfer", "transfer.schedules",
-    "transfer.annotations", "transfer.metrics", "transfer.detector", "transfer.training", "transfer.scenes",
-    "transfer.pictures", "transfer.transfer", "embeddings", "embeddings.embed", "embeddings.page", "embeddings.search",
-    "embeddings.neighbors", "embeddings.duplicates", "embeddings.cluster", "embeddings.outliers", "embeddings.probe",
-    "card", "export", "compare", "report", "demo", "laboratory.claims", "laboratory.scales", "laboratory.experiments",
-    "laboratory.plan", "laboratory.measure", "laboratory.drawing", "laboratory.pages", "laboratory.detectors",
-    "laboratory.reproduce", "laboratory", "bench", "cli", "__main__", "__init__",
+    "errors", "utils", "config", "distributed", "data", "sources", "model", "monitoring", "runs", "exports",
+    "training", "evaluation", "embeddings", "pages", "detection", "laboratory", "commands",
 ]  # fmt: skip
+MAX_PACKAGES, MAX_MODULES = 16, 12
 
 
-def name_of(path: Path) -> str:
-    """A file's module without the package's name: "run", "evaluate" for evaluate/__init__.py, "evaluate.knn"."""
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    return ".".join(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts)
-
-
-FILES = {name_of(path): path for path in ROOT.rglob("*.py")}
-
-
-def imported(path: Path) -> set[str]:
-    """The modules of this package that a file imports, anywhere in it."""
-    found = set()
+def imports(path: Path) -> set[str]:
+    """The modules of this package that a file imports, anywhere in it, as "package.module"."""
+    names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and f"{node.module}.".startswith("simsiam."):
             owner = node.module.partition(".")[2]
-            inside = {f"{owner}.{alias.name}".strip(".") for alias in node.names}
-            found |= inside & FILES.keys() or {owner or "__init__"}
+            names |= {f"{owner}.{alias.name}" if owner in PACKAGES else owner for alias in node.names}
+        elif isinstance(node, ast.Import):
+            names |= {a.name.partition(".")[2] for a in node.names if a.name.startswith("simsiam.")}
         assert not isinstance(node, ast.ImportFrom) or node.level == 0, f"{path} imports from '.'"
-    return found - {"__init__"}
+    return names - {""}
 
 
-def test_imports_follow_the_arrow():
-    assert FILES.keys() == set(ARROW)
-    for module in ARROW:
-        late = imported(FILES[module]) - set(ARROW[: ARROW.index(module)])
-        assert not late, f"{module} imports {late}, which stand after it"
+PACKAGES = {path.parent.name for path in ROOT.glob("*/__init__.py")}
+MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in ROOT.glob("*/*.py")}
+
+
+def reachable(package: str) -> set[str]:
+    """Every module that importing the package's modules can import."""
+    found = {name for name in MODULES if name.startswith(f"{package}.")}
+    waiting = list(found)
+    while waiting:
+        new = imports(MODULES[name]) - found if (name := waiting.pop()) in MODULES else set()
+        found |= new
+        waiting += new
+    return found
+
+
+def test_packages_import_only_what_stands_below_them():
+    assert set(ARROW) - {"errors"} == PACKAGES
+    for name, path in MODULES.items():
+        package = name.partition(".")[0]
+        late = {other for other in imports(path) if other.partition(".")[0] not in ARROW[: ARROW.index(package) + 1]}
+        assert not late, f"{name} imports {late}, which stand above it"
+
+
+def test_packages_are_few_and_small_and_say_what_they_own():
+    assert len(PACKAGES) <= MAX_PACKAGES
+    for package in PACKAGES:
+        modules = [path for path in (ROOT / package).glob("*.py") if path.name != "__init__.py"]
+        assert package == "commands" or len(modules) <= MAX_MODULES, package
+        doc = ast.get_docstring(ast.parse((ROOT / package / "__init__.py").read_text()))
+        assert doc and len(doc.split()) >= 20, f"{package} does not say what it owns"
+    assert not PACKAGES & set(simsiam.__all__)
+
+
+def test_the_model_never_sees_where_images_come_from():
+    assert not {name for name in reachable("model") if name.startswith(("data.", "sources."))}
+    assert not {name for package in ("data", "sources") for name in reachable(package) if name.startswith("model.")}
+
+
+def test_what_shows_runs_and_embeddings_imports_nothing_that_trains():
+    trains = ("training.", "evaluation.", "detection.", "laboratory.")
+    assert not {name for name in reachable("pages") if name.startswith(trains)}
 
 
 def test_importing_and_helping_load_no_torch():
     code = (
-        "import sys, simsiam, simsiam.cli\n"
-        "simsiam.cli.build_parser().format_help()\n"
+        "import sys, simsiam, simsiam.commands.main\n"
+        "simsiam.commands.main.build_parser().format_help()\n"
         "assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_what_a_newcomer_reads_is_short():
-    assert sum(len((ROOT / f"{m}.py").read_text().splitlines()) for m in ("siamese", "methods", "pretrain")) <= 400
+    assert sum(len((ROOT / f"{m}.py").read_text().splitlines()) for m in ("model/siamese", "config/methods", "training/pretrain")) <= 400
 
 
 def test_the_stop_gradient_stands_in_exactly_one_place():
-    text = "".join((ROOT / f"{m}.py").read_text() for m in ("heads", "criteria", "targets", "siamese"))
+    text = "".join((ROOT / "model" / f"{m}.py").read_text() for m in ("heads", "losses", "targets", "siamese"))
     assert text.count("detach(") == 1
 
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from simsiam.config.methods import METHODS, Method
 from simsiam.errors import UsageError
-from simsiam.methods import METHODS, Method
-from simsiam.optim import build_optimizer, cosine, set_lr
-from simsiam.siamese import build
-from simsiam.targets import eta_bytes
+from simsiam.model.optimizers import build_optimizer, cosine, set_lr
+from simsiam.model.siamese import build
+from simsiam.model.targets import eta_bytes
 
 SMALL = {"backbone": "resnet10", "width": 4, "image_size": 16}
 N, IMAGES = 8, 24  # a batch; an epoch is three

@@ -13,14 +13,15 @@ from conftest import QUICK, flags
 from torch import nn
 
 import simsiam
-from simsiam.cli import main
+from simsiam.commands.main import main
+from simsiam.detection import scenes, transfer
+from simsiam.detection import train_detector as training
+from simsiam.detection.annotations import open_annotated
+from simsiam.detection.schedules import SCHEDULES, Schedule, chosen
+from simsiam.detection.train_detector import Steps, Where, detect, take_averages
 from simsiam.errors import Stopped, UsageError, WorkFailed
-from simsiam.report import tell
-from simsiam.run import Folder, Run
-from simsiam.transfer import scenes, training, transfer
-from simsiam.transfer.annotations import open_annotated
-from simsiam.transfer.schedules import SCHEDULES, Schedule, chosen
-from simsiam.transfer.training import Steps, Where, detect, take_averages
+from simsiam.pages.report import tell
+from simsiam.runs.run_folder import Folder, Run
 
 pytest.importorskip("pycocotools")
 CPU = Where(torch.device("cpu"), "float32")
@@ -127,7 +128,7 @@ def test_preprocessing_comes_with_the_weights(run, tmp_path, monkeypatch):
     network = resnet18()
     file = tmp_path / "resnet18.pth"
     torch.save(network.state_dict(), file)
-    monkeypatch.setattr("simsiam.releases.fetch", lambda name, release: file)
+    monkeypatch.setattr("simsiam.runs.published_weights.fetch", lambda name, release: file)
     start = transfer.Start(Run(big), "ResNet18_Weights.IMAGENET1K_V1", False)
     assert start.mean == (0.485, 0.456, 0.406) and start.words["from"] == "ResNet18_Weights.IMAGENET1K_V1"
     model = start.detector(2, Schedule(), masks=False, seed=0)

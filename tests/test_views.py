@@ -11,9 +11,9 @@ import torchvision.transforms.v2.functional as F
 from PIL import ImageFilter
 from torchvision.transforms.functional import pil_to_tensor
 
-from simsiam import views
-from simsiam.methods import Views
-from simsiam.views import (
+from simsiam.config.methods import Views
+from simsiam.data import views
+from simsiam.data.views import (
     CONTRAST,
     HUE,
     IDENTITY,

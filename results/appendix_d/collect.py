@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from simsiam.laboratory import drawing
-from simsiam.run import Run
+from simsiam.runs.run_folder import Run
 
 HERE = Path(__file__).parent
 EPOCHS = 5  # between two points of a curve that is kept

@@ -43,17 +43,18 @@ import torch.utils.tensorboard
 from matplotlib import figure  # noqa: F401
 from PIL import Image
 
-import simsiam.bench
 import simsiam.embeddings.embed
-import simsiam.evaluate
-import simsiam.export
-import simsiam.report
-from simsiam import cli
-from simsiam.files import whole
+import simsiam.evaluation.evaluate
+import simsiam.exports.export
+import simsiam.laboratory.bench
+import simsiam.pages.report
+from simsiam.commands import main as cli
+from simsiam.config.recipes import Recipe
 from simsiam.laboratory import reproduce, scales
-from simsiam.memory import least
-from simsiam.recipes import Recipe
-from simsiam.run import Run, environment, now
+from simsiam.model.memory import least
+from simsiam.runs.environment import environment, now
+from simsiam.runs.run_folder import Run
+from simsiam.utils.files import whole
 
 WORDS = {
     "backbone": "resnet10", "width": 4, "dim": 16, "proj-hidden": 16, "pred-dim": 4, "base-lr": 1.0, "batch-size": 16,

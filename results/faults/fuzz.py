@@ -41,20 +41,20 @@ import torch
 from PIL import Image, PngImagePlugin
 from safetensors.torch import save_file
 
-import simsiam.compare
-import simsiam.convert
 import simsiam.embeddings.neighbors
-import simsiam.inspect
-import simsiam.report
-import simsiam.sources
-import simsiam.workers
-from simsiam import cli
-from simsiam.decode import Unreadable, decode, header
-from simsiam.files import whole
-from simsiam.index import index_of
-from simsiam.run import environment, now
-from simsiam.siamese import build
-from simsiam.sources import open_source
+import simsiam.pages.compare
+import simsiam.pages.report
+import simsiam.runs.convert
+import simsiam.sources.open_source
+import simsiam.training.inspect
+import simsiam.utils.workers
+from simsiam.commands import main as cli
+from simsiam.data.decode import Unreadable, decode, header
+from simsiam.model.siamese import build
+from simsiam.runs.environment import environment, now
+from simsiam.sources.file_index import index_of
+from simsiam.sources.open_source import open_source
+from simsiam.utils.files import whole
 
 HANG, CHUNK, MEMORY = 5.0, 200, 3 * 2**30  # seconds; trials a process; bytes that a process may hold
 NUMBERS = (0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0x8000, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF)
@@ -299,7 +299,7 @@ def one_container(kind: str, path: Path, work: Path, rng: random.Random, other: 
         )
         ends = [checked(list(order)) for order in rng.sample(orders, 2)]
         return max(end[0] for end in ends), "; ".join(end[1] for end in ends if end[1])
-    simsiam.sources.RESIDENT = rng.choice([0, 2**30])  # Parquet a block at a time, or all of it at once
+    simsiam.sources.open_source.RESIDENT = rng.choice([0, 2**30])  # Parquet a block at a time, or all of it at once
     if kind.endswith("shards"):
         mutate_one(work / "shards", path, rng, other)
         return one_source(work / "shards")
@@ -328,7 +328,7 @@ def work_off(task: Task, send: Any, root: Path, until: float) -> None:
     """In a forked process: each trial in a new folder, and a report of each."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     sys.addaudithook(hook)
-    simsiam.workers.in_turn = lambda work, jobs: (work(*job) for job in jobs)  # our own forks would be seen as a file's
+    simsiam.utils.workers.in_turn = lambda work, jobs: (work(*job) for job in jobs)  # our own forks would be seen as a file's
     root = Path(tempfile.mkdtemp(dir=root))  # others have theirs
     for trial in task.trials:
         if time.monotonic() > until:

@@ -15,10 +15,10 @@ from collections import defaultdict
 from pathlib import Path
 from statistics import mean, stdev
 
-from simsiam.files import whole
-from simsiam.run import Run
-from simsiam.transfer.annotations import open_annotated
-from simsiam.transfer.transfer import transfer
+from simsiam.detection.annotations import open_annotated
+from simsiam.detection.transfer import transfer
+from simsiam.runs.run_folder import Run
+from simsiam.utils.files import whole
 
 HERE = Path(__file__).parent
 

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from simsiam.compare import compare
-    from simsiam.convert import convert
+    from simsiam.config.methods import METHODS, Method, Views
+    from simsiam.config.recipes import Recipe
+    from simsiam.detection.transfer import transfer
     from simsiam.embeddings.cluster import cluster
     from simsiam.embeddings.duplicates import duplicates
     from simsiam.embeddings.embed import embed
@@ -27,42 +28,42 @@ if TYPE_CHECKING:
     from simsiam.embeddings.outliers import outliers
     from simsiam.embeddings.probe import probe
     from simsiam.errors import Stopped, UsageError, WorkFailed
-    from simsiam.evaluate import evaluate
-    from simsiam.export import export
-    from simsiam.methods import METHODS, Method, Views
-    from simsiam.pretrain import pretrain, resume
-    from simsiam.recipes import Recipe
-    from simsiam.report import report
-    from simsiam.run import Run, load
-    from simsiam.siamese import Siamese, build
-    from simsiam.transfer.transfer import transfer
+    from simsiam.evaluation.evaluate import evaluate
+    from simsiam.exports.export import export
+    from simsiam.model.siamese import Siamese, build
+    from simsiam.pages.compare import compare
+    from simsiam.pages.report import report
+    from simsiam.runs.convert import convert
+    from simsiam.runs.encoder import load
+    from simsiam.runs.run_folder import Run
+    from simsiam.training.pretrain import pretrain, resume
 
 _HOME = {
-    "METHODS": "methods",
-    "Method": "methods",
-    "Recipe": "recipes",
-    "Run": "run",
-    "Siamese": "siamese",
+    "METHODS": "config.methods",
+    "Method": "config.methods",
+    "Recipe": "config.recipes",
+    "Run": "runs.run_folder",
+    "Siamese": "model.siamese",
     "Stopped": "errors",
     "UsageError": "errors",
-    "Views": "methods",
+    "Views": "config.methods",
     "WorkFailed": "errors",
-    "build": "siamese",
+    "build": "model.siamese",
     "cluster": "embeddings.cluster",
-    "compare": "compare",
-    "convert": "convert",
+    "compare": "pages.compare",
+    "convert": "runs.convert",
     "duplicates": "embeddings.duplicates",
     "embed": "embeddings.embed",
-    "evaluate": "evaluate",
-    "export": "export",
-    "load": "run",
+    "evaluate": "evaluation.evaluate",
+    "export": "exports.export",
+    "load": "runs.encoder",
     "neighbors": "embeddings.neighbors",
     "outliers": "embeddings.outliers",
-    "pretrain": "pretrain",
+    "pretrain": "training.pretrain",
     "probe": "embeddings.probe",
-    "report": "report",
-    "resume": "pretrain",
-    "transfer": "transfer.transfer",
+    "report": "pages.report",
+    "resume": "training.pretrain",
+    "transfer": "detection.transfer",
 }
 __all__ = [
     "METHODS", "Method", "Recipe", "Run", "Siamese", "Stopped", "UsageError", "Views", "WorkFailed",

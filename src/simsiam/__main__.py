@@ -1,7 +1,7 @@
 import os
 import sys
 
-from simsiam.cli import main
+from simsiam.commands.main import main
 
 if __name__ == "__main__":  # and not in a process that spawns from this one
     code = main()

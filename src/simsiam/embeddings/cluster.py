@@ -10,10 +10,10 @@ import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
-from simsiam.embeddings import Embeddings, read
-from simsiam.embeddings.page import write_page
+from simsiam.embeddings.gallery import write_page
+from simsiam.embeddings.table import Embeddings, read
 from simsiam.errors import UsageError, within
-from simsiam.files import writable, write_csv
+from simsiam.utils.files import writable, write_csv
 
 SHOWN = 12  # images of a cluster on the page
 STARTS = 4  # of k-means; the best is kept

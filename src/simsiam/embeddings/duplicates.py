@@ -18,12 +18,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from simsiam.embeddings import Embeddings, read
-from simsiam.embeddings.page import write_page
+from simsiam.embeddings.gallery import write_page
 from simsiam.embeddings.search import others
+from simsiam.embeddings.table import Embeddings, read
 from simsiam.errors import UsageError, within
-from simsiam.files import writable, write_csv
-from simsiam.images import CORES
+from simsiam.utils.files import writable, write_csv
+from simsiam.utils.workers import CORES
 
 SIDE = 12  # pixels to which a thumbnail is averaged down; that hides what compression and resizing change
 NEAREST = 20  # thumbnails that each is compared with

@@ -21,17 +21,21 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as TF
 
-from simsiam.bar import bar
+from simsiam.config.recipes import WORDS
+from simsiam.config.settings import convert
+from simsiam.data.images import Images, fingerprint
+from simsiam.data.transform import Transform, chunks
+from simsiam.distributed.collectives import most
+from simsiam.distributed.process_group import by_first, count, held, rank, together
 from simsiam.errors import UsageError, WorkFailed, shown
-from simsiam.features import Transform, chunks, outputs
-from simsiam.files import alone, begin, whole, write_csv
-from simsiam.images import Images, fingerprint
-from simsiam.precision import pick_device, pick_precision
-from simsiam.processes import by_first, count, held, most, rank, together
-from simsiam.recipes import WORDS, convert
-from simsiam.releases import sha256
-from simsiam.run import Run, load
-from simsiam.sources import open_source
+from simsiam.model.precision import pick_device, pick_precision
+from simsiam.monitoring.features import outputs
+from simsiam.runs.encoder import load
+from simsiam.runs.run_folder import Run
+from simsiam.runs.weight_files import sha256
+from simsiam.sources.open_source import open_source
+from simsiam.utils.files import alone, begin, whole, write_csv
+from simsiam.utils.progress_bar import bar
 
 PART = 2048  # images that a kill costs at most; a row group of the file
 SHARD = 50  # parts in each file of a folder

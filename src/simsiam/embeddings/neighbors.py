@@ -11,14 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from simsiam.decode import Unreadable, decode
-from simsiam.embeddings import Embeddings, read
-from simsiam.embeddings.page import write_page
+from simsiam.data.decode import Unreadable, decode
+from simsiam.data.transform import tensor
+from simsiam.embeddings.gallery import write_page
+from simsiam.embeddings.table import Embeddings, read
 from simsiam.errors import UsageError, WorkFailed, within
-from simsiam.features import outputs, tensor
-from simsiam.files import writable
-from simsiam.releases import sha256
-from simsiam.run import Run, load
+from simsiam.monitoring.features import outputs
+from simsiam.runs.encoder import load
+from simsiam.runs.run_folder import Run
+from simsiam.runs.weight_files import sha256
+from simsiam.utils.files import writable
 
 
 class Neighbor(NamedTuple):

@@ -7,12 +7,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
-from simsiam.embeddings import read
 from simsiam.embeddings.cluster import spread_out
-from simsiam.embeddings.page import write_page
+from simsiam.embeddings.gallery import write_page
 from simsiam.embeddings.search import others
+from simsiam.embeddings.table import read
 from simsiam.errors import within
-from simsiam.files import writable, write_csv
+from simsiam.utils.files import writable, write_csv
 
 SHOWN = 60  # images on the page
 

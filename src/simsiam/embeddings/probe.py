@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from simsiam.embeddings import Embeddings, read
+from simsiam.embeddings.table import Embeddings, read
 from simsiam.errors import UsageError, shown
-from simsiam.evaluate.frozen import moments
-from simsiam.evaluate.scores import wilson
-from simsiam.files import writable, write_csv
+from simsiam.monitoring.features import moments
+from simsiam.utils.files import writable, write_csv
+from simsiam.utils.intervals import wilson
 
 FOLDS = 5  # of cross-validation, or as many as the smallest class has images
 # Inverse strengths of the l2 penalty. That with the least cross-validated log loss is taken, for then confidence is as

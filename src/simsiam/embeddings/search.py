@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from simsiam.errors import UsageError
-from simsiam.knn import nearest
+from simsiam.monitoring.nearest_neighbors import nearest
 
 LARGE = 100_000  # images; for fewer, comparing each with each takes minutes at most
 LINKS, EFFORT = 32, 128  # of faiss's HNSW graph: edges of a node, candidates a search keeps

@@ -7,9 +7,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from simsiam.evaluate import finetune
-from simsiam.files import whole
+from simsiam.evaluation import finetune
 from simsiam.laboratory.claims import Values
+from simsiam.utils.files import whole
 
 COLORS = (*finetune.COLORS, "black")
 DASHES: tuple[Any, ...] = (*finetune.DASHES, (0, (6, 1)))

@@ -11,16 +11,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from simsiam.batches import views_of
-from simsiam.evaluate import evaluate
-from simsiam.evaluate.frozen import divide
-from simsiam.images import in_memory, sample
+from simsiam.data.batches import views_of
+from simsiam.data.images import in_memory, sample
+from simsiam.evaluation.evaluate import evaluate
+from simsiam.evaluation.frozen import divide
 from simsiam.laboratory.experiments import Experiment
 from simsiam.laboratory.scales import Scale
-from simsiam.monitors import ENOUGH_STEPS, judge
-from simsiam.prepare import assemble
-from simsiam.run import Run
-from simsiam.sources import open_source
+from simsiam.monitoring.verdict import ENOUGH_STEPS, judge
+from simsiam.runs.run_folder import Run
+from simsiam.sources.open_source import open_source
+from simsiam.training.prepare import assemble
 
 LOOKED_AT, VIEWS = 500, 32  # test images, and views of each that E[z] is the mean over
 STEP = 2**62  # whose views they take: no run gets there

@@ -12,18 +12,20 @@ from typing import Any
 
 from rich.console import Console
 
-from simsiam import figure3
+from simsiam.config import figure3
 from simsiam.errors import Stopped, UsageError, WorkFailed, unknown
-from simsiam.files import locked, whole
-from simsiam.laboratory import detectors, drawing, measure, pages
+from simsiam.laboratory import detector_cells as detectors
+from simsiam.laboratory import drawing, measure
+from simsiam.laboratory import experiment_page as pages
 from simsiam.laboratory.claims import Values
-from simsiam.laboratory.detectors import Tuning
+from simsiam.laboratory.detector_cells import Tuning
 from simsiam.laboratory.experiments import EXPERIMENTS, Experiment
-from simsiam.laboratory.plan import FINISHED, INTERRUPTED, Job, Jobs, every, hours, jobs, kept
+from simsiam.laboratory.jobs import FINISHED, INTERRUPTED, Job, Jobs, every, hours, jobs, kept
 from simsiam.laboratory.scales import SCALES, Scale
-from simsiam.pretrain import pretrain, resume
-from simsiam.run import Run
-from simsiam.sources import absolute, open_source
+from simsiam.runs.run_folder import Run
+from simsiam.sources.open_source import absolute, open_source
+from simsiam.training.pretrain import pretrain, resume
+from simsiam.utils.files import locked, whole
 
 
 def reproduce(

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from math import log
 from typing import Any
 
-from simsiam import recipes
-from simsiam.recipes import Recipe
+from simsiam.config import recipes
+from simsiam.config.recipes import Recipe
 
 Words = Mapping[str, Any]
 BASE_LR, WEIGHT_DECAY = 0.05, 1e-4  # the paper's baseline (section 3)

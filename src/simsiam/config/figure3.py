@@ -1,0 +1,94 @@
+"""METHODS to look at: the table of `simsiam methods`, the README's copy of it, the paper's Figure 3 as a drawing."""
+
+from simsiam.config.method import COPIES, Method
+from simsiam.config.methods import METHODS, SIMSIAM
+
+COLUMNS = ("method", "heads", "predictor", "target", "gradient", "D", "pairs", "batch norm", "optimizer")
+PANEL, HEIGHT, PER_LINE = 168, 250, 5  # pixels of a panel, and panels side by side
+INK, NEW = "#24292f", "#cf222e"  # the components that SimSiam lacks are red, as in the paper
+
+
+def cells(row: Method) -> tuple[str, ...]:
+    """A row in the words of COLUMNS."""
+    kept = {"momentum": f" {row.decay:g}", "moving_average": f" {row.decay:g}"}.get(row.target, "")
+    hidden = f"{row.proj_hidden}, " * (row.proj_layers - 1)
+    return (
+        row.name,
+        f"{hidden}{row.dim}",
+        row.predictor if row.predictor == "none" else f"{row.pred_dim}, {row.dim}",
+        row.target + kept,
+        "stopped" if row.stop_gradient else "flows",
+        row.criterion,
+        row.pairs,
+        row.bn,
+        f"{row.optimizer} {row.base_lr:g}, decay {row.weight_decay:g}",
+    )
+
+
+def table() -> str:
+    """METHODS as text, a line for each row."""
+    rows = [COLUMNS, *map(cells, METHODS.values())]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+
+
+def markdown() -> str:
+    """The same for a page."""
+    rows = [COLUMNS, ("---",) * len(COLUMNS), *map(cells, METHODS.values())]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def svg() -> str:
+    """Figure 3: a panel for each row. A dashed line is the way of a gradient; a bar across it is the stop-gradient."""
+    rows = list(METHODS.values())
+    lines = -(-len(rows) // PER_LINE)
+    size = f'width="{PANEL * PER_LINE}" height="{HEIGHT * lines}"'
+    panels = [
+        f'<g transform="translate({i % PER_LINE * PANEL} {i // PER_LINE * HEIGHT})">{panel(row)}</g>'
+        for i, row in enumerate(rows)
+    ]
+    style = 'font-family="sans-serif" font-size="11" text-anchor="middle" stroke-width="1.2"'
+    ground = '<rect width="100%" height="100%" fill="white"/>'
+    return "\n".join([f'<svg xmlns="http://www.w3.org/2000/svg" {size} {style}>', ground, *panels, "</svg>"])
+
+
+def panel(row: Method) -> str:
+    """One method: the branch of p on the left, that of t on the right, D above them."""
+    left, right, labels = 44, 124, row.target == "labels"
+    between = {"swapped": "Sinkhorn", "info_nce": "queue"}.get(row.criterion, "")  # encoder and D, on the right
+    second = row.target if labels else f"{row.target} encoder" if row.target in COPIES else "encoder"
+    parts = [_text(84, 18, row.name, INK, "bold"), _text(84, 224, "image", INK), _dashed(left - 14)]
+    parts += [_bar(right)] if row.stop_gradient else [_dashed(right + 14)]
+    parts += [_arrow(left, 206, 182)] + [_arrow(right, 206, 182)] * (not labels)
+    parts += [_arrow(left, 154, 62), _arrow(right, 154, 62)]
+    parts += [_box(left, 168, "encoder", INK), _box(right, 168, second, INK if second == "encoder" else NEW)]
+    parts += [_box(left, 108, "predictor", INK)] * (row.predictor != "none")
+    parts += [_box(right, 108, between, NEW)] * bool(between)
+    parts += [_box(84, 48, row.criterion, INK if row.criterion == SIMSIAM.criterion else NEW, 150)]
+    return "".join(parts)
+
+
+def _text(x: int, y: int, words: str, color: str, weight: str = "normal") -> str:
+    return f'<text x="{x}" y="{y}" fill="{color}" font-weight="{weight}">{words}</text>'
+
+
+def _box(x: int, y: int, words: str, color: str, width: int = 76) -> str:
+    outline = (
+        f'<rect x="{x - width // 2}" y="{y - 14}" width="{width}" height="28" rx="4" fill="white" stroke="{color}"/>'
+    )
+    if len(words) > 12 and " " in words and width < 100:
+        first, second = words.split(" ", 1)
+        return outline + _text(x, y - 2, first, color) + _text(x, y + 10, second, color)
+    return outline + _text(x, y + 4, words, color)
+
+
+def _arrow(x: int, start: int, stop: int) -> str:
+    return f'<path d="M{x} {start}V{stop}m-4 6l4 -6l4 6" fill="none" stroke="{INK}"/>'
+
+
+def _dashed(x: int) -> str:
+    return f'<path d="M{x} 62V154" fill="none" stroke="{INK}" stroke-dasharray="4 3"/>'
+
+
+def _bar(x: int) -> str:
+    return f'<path d="M{x - 8} 80h16" stroke="{INK}" stroke-width="3"/>'

@@ -1,0 +1,109 @@
+"""Siamese methods are rows of one table (the paper's Figure 3), and an ablation is a row with one cell replaced.
+
+`columns.Method` says what each cell means and holds SimSiam's values; a row holds what is its own, with the source
+beside it: a section of the method's paper, or "code" for what its authors released. "+" marks SimSiam's improved
+reproduction (appendix C). Plain data; loads no torch.
+"""
+
+from dataclasses import replace
+
+from simsiam.config.method import Method, Views
+
+# fmt: off
+BYOL_VIEWS = (  # BYOL's appendix B, table 6: the two views differ in blur and solarization
+    Views(crop_min=0.08, jitter=(0.4, 0.4, 0.2, 0.1), blur=1.0),
+    Views(crop_min=0.08, jitter=(0.4, 0.4, 0.2, 0.1), blur=0.1, solarize=0.2),
+)
+STRONG = (0.8, 0.8, 0.8, 0.2)  # SimCLR's jitter of strength 1 (its appendix A)
+
+SIMSIAM = Method(name="simsiam")
+
+BYOL = Method(
+    name="byol",  # Grill et al., 2020
+    dim=256, proj_layers=2, proj_hidden=4096, pred_dim=4096,  # 3.3
+    head_bn=("proj_hidden", "pred_hidden"), output_bias=False,  # 3.3; code
+    predictor_lr="cosine",  # one schedule for all (3.3)
+    target="momentum", target_decay=0.99, target_schedule="cosine",  # for 100 epochs (footnote 6); to 1 (3.3)
+    loss_scale=4.0,  # the sum over both pairs of 2 - 2 cos (equation 2) is 4 times the mean of D, plus a constant
+    views=BYOL_VIEWS,
+    optimizer="lars", base_lr=0.45, weight_decay=1e-6,  # for 100 epochs and batch 4096 (footnote 6)
+    exclude="bias_and_norm", warmup_epochs=10,  # 3.3
+)
+
+SIMCLR = Method(
+    name="simclr",  # Chen et al., 2020
+    dim=128, proj_layers=3,  # + (originally 2 layers)
+    head_bn=("proj_hidden", "proj_out", "pred_hidden"),  # code; its output BN has a scale, ours has none
+    bn="joint",  # code: both views are one batch
+    predictor="none", predictor_lr="cosine", stop_gradient=False,
+    criterion="nt_xent", tau=0.1,  # code, on ImageNet; on CIFAR it takes 0.5
+    views=(Views(crop_min=0.08, jitter=STRONG),),  # appendix A
+    optimizer="lars", base_lr=0.3, weight_decay=1e-6, exclude="bias_and_norm", warmup_epochs=10,  # 2.2, batch 4096
+)
+
+MOCO_V2 = Method(
+    name="moco_v2",  # Chen et al., 2020, on He et al., 2020; its views are SimSiam's
+    dim=128, proj_layers=2, head_bn=(),  # 3 and code: no batch norm in the head
+    bn="split",  # its 8 GPUs do not synchronize BN (MoCo 3.3), or keys would give themselves away
+    predictor="none", predictor_lr="cosine",
+    target="momentum", target_decay=0.999,  # code: constant
+    criterion="info_nce", tau=0.2, queue=65536,  # 3; code
+    pairs="asymmetric",  # one view is the query, the other the key
+    base_lr=0.03, weight_decay=1e-4,  # code, batch 256
+)
+
+MOCO_V2_PLUS = replace(
+    MOCO_V2,
+    name="moco_v2_plus",  # + symmetrized; as MoCo's CIFAR notebook does it:
+    pairs="symmetric", loss_scale=2.0,  # the sum of both directions, and one queue for the keys of both views
+)
+
+SWAV = Method(
+    name="swav",  # Caron et al., 2020, without multi-crop
+    dim=128, proj_layers=3,  # + (originally 2 layers)
+    head_bn=("proj_hidden", "pred_hidden"), bn="joint",  # code: crops of one size are one batch
+    predictor="none", predictor_lr="cosine",
+    criterion="swapped", tau=0.1, prototypes=3000, sinkhorn_epsilon=0.05, sinkhorn_iterations=3,  # 4.1 and code
+    prototype_norm="inside",  # as in SimSiam's reproduction (footnote 8); originally outside
+    freeze_prototypes=313,  # an epoch of batch 4096 (code)
+    views=(Views(crop_min=0.14, jitter=STRONG),),  # code; its script without multi-crop has 0.08
+    optimizer="lars", base_lr=0.3, weight_decay=1e-6,  # code: LARC on every parameter, lr 4.8 for batch 4096
+    warmup_epochs=10,
+)
+
+BARLOW_TWINS = Method(
+    name="barlow_twins",  # Zbontar et al., 2021
+    dim=8192, proj_layers=3, proj_hidden=8192,  # 2.2
+    head_bn=("proj_hidden", "pred_hidden"), output_bias=False,  # code: its output BN is the loss's own
+    predictor="none", predictor_lr="cosine", stop_gradient=False,
+    criterion="barlow_twins", barlow_lambda=5e-3,  # 2.2; 5.1e-3 in the code
+    loss_scale=0.024,  # code; only biases and norms feel it, as lr 0.0048 instead of 0.2
+    pairs="asymmetric",  # its D has no direction
+    views=BYOL_VIEWS,  # 2.2
+    optimizer="lars", base_lr=0.2, weight_decay=1e-6, exclude="bias_and_norm", warmup_epochs=10,  # code, batch 2048
+)
+
+VICREG = Method(
+    name="vicreg",  # Bardes et al., 2022
+    dim=8192, proj_layers=3, proj_hidden=8192,  # 4.2
+    head_bn=("proj_hidden", "pred_hidden"), output_bias=False,  # 4.2; code
+    predictor="none", predictor_lr="cosine", stop_gradient=False,
+    criterion="vicreg", vicreg_weights=(25.0, 25.0, 1.0),  # 4.2; the code halves the second
+    pairs="asymmetric",  # its D has no direction
+    views=BYOL_VIEWS,  # code
+    optimizer="lars", base_lr=0.2, weight_decay=1e-6, exclude="bias_and_norm", warmup_epochs=10,  # code, batch 2048
+)
+
+SUPERVISED = Method(
+    name="supervised",  # the yardstick, as in He et al., 2016, and Goyal et al., 2017
+    dim=1000, proj_layers=1, head_bn=(),  # logits: one for each class of ImageNet, the rest idle where there are fewer
+    predictor="none", predictor_lr="cosine",
+    target="labels", criterion="classification", pairs="single",
+    views=(Views(crop_min=0.08, jitter_p=0.0, gray=0.0, blur=0.0),),  # a random crop and a flip
+    base_lr=0.1, weight_decay=1e-4,
+)
+# fmt: on
+
+METHODS: dict[str, Method] = {
+    row.name: row for row in (SIMSIAM, BYOL, SIMCLR, MOCO_V2, MOCO_V2_PLUS, SWAV, BARLOW_TWINS, VICREG, SUPERVISED)
+}

@@ -1,0 +1,5 @@
+"""From encoded images to batches of views, as functions of (seed, step).
+
+This package owns decoding, storage by position, the evaluation transform, augmentation and batching. It imports
+`config`, `distributed` and `utils`, and never `model`. Start with `images` and `views`; `batches` puts them together.
+"""

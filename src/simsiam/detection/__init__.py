@@ -1,0 +1,5 @@
+"""Transfer to object detection and instance segmentation (section 6.1).
+
+This package owns annotations, the detector, its training and its metrics. It imports `training`, `exports` and what
+stands below them. Start with `transfer`.
+"""

@@ -1,0 +1,144 @@
+"""The processes of one run, as torchrun starts them: which is this one, what is its share, and what all of them know.
+
+PyTorch does the work: gloo carries what lies on a CPU, NCCL what lies on a GPU, DistributedDataParallel the gradients.
+A batch is dealt in order: the shares, in order of rank, are the batch of one process. All functions but `rank`, `count`
+and `share` are calls that every process has to make; for a process that is alone they do nothing.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+from torch.nn.parallel import DistributedDataParallel
+
+from simsiam.distributed.process_group import T, count, rank
+from simsiam.errors import WorkFailed
+
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # a number's bytes as a whole number
+
+
+def most(*numbers: int) -> list[int]:
+    """The largest that any process gave, of each number."""
+    if count() == 1:
+        return list(numbers)
+    found = torch.tensor([int(number) for number in numbers])
+    distributed.all_reduce(found, distributed.ReduceOp.MAX)
+    return found.tolist()
+
+
+def union(things: Sequence[T]) -> list[T]:
+    """The things of all processes, in order of rank."""
+    if count() == 1:
+        return list(things)
+    every: list[Any] = [None] * count()
+    distributed.all_gather_object(every, list(things))
+    return [thing for some in every for thing in some]
+
+
+def alike(state: Mapping[str, Tensor]) -> None:
+    """Raises WorkFailed where a tensor is not the same, to the bit, on every process."""
+    if count() == 1:
+        return
+    sums = [v.detach().view(BITS[v.element_size()]).sum(dtype=torch.int64) for v in state.values()]
+    every = gather(torch.stack(sums).cpu()[None])
+    if differ := [name for name, column in zip(state, every.T) if (column != column[0]).any()]:
+        raise WorkFailed(f"the processes have come apart: {', '.join(differ[:3])} of {len(differ)} are not alike")
+
+
+def sizes(n: int) -> list[int]:
+    """Every process's n, in order of rank."""
+    if count() == 1:
+        return [n]
+    every = torch.empty(count(), dtype=torch.int64)
+    distributed.all_gather_into_tensor(every, torch.tensor([n]))
+    return every.tolist()
+
+
+def rows(n: int) -> slice:
+    """Where this process's n rows are among those of all."""
+    start = sum(sizes(n)[: rank()])
+    return slice(start, start + n)
+
+
+def gather(x: Tensor) -> Tensor:
+    """The x (n, ...) of all processes in order of rank, whatever each one's n; gradients flow back to each."""
+    if count() == 1:
+        return x
+    return _Gather.apply(x, sizes(len(x)))
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, each: list[int]) -> Tensor:
+        start = sum(each[: rank()])
+        ctx.mine = slice(start, start + len(x))
+        padded = x.new_zeros(max(each), *x.shape[1:])  # collectives take equal parts
+        padded[: len(x)] = x
+        every = x.new_empty(len(each) * max(each), *x.shape[1:])
+        distributed.all_gather_into_tensor(every, padded)
+        return torch.cat([part[:n] for part, n in zip(every.split(max(each)), each)])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        total = gradient.clone(memory_format=torch.contiguous_format)
+        distributed.all_reduce(total)
+        return total[ctx.mine], None
+
+
+def dealt(table: Tensor) -> Tensor:
+    """This process's rows of a table too large for each to have all: row i is process i mod N's, at place i // N."""
+    return table[rank() :: count()]
+
+
+def collected(mine: Tensor) -> Tensor:
+    """The table of which every process gives its `dealt` rows: to the first one, in main memory; others get theirs."""
+    if count() == 1:
+        return mine
+    each = sizes(len(mine))
+    padded = mine.new_zeros(max(each), *mine.shape[1:], device="cpu")  # collectives take equal parts
+    padded[: len(mine)] = mine
+    parts = [torch.empty_like(padded) for _ in each] if rank() == 0 else None
+    distributed.gather(padded, parts)
+    return mine if parts is None else torch.stack(parts, dim=1).flatten(0, 1)[: sum(each)]
+
+
+def take(mine: Tensor, index: Tensor) -> Tensor:
+    """The rows of a `dealt` table that a process asks for, whoever has them."""
+    if count() == 1:
+        return mine[index]
+    every = gather(index)
+    here = every % count() == rank()
+    found = mine.new_zeros(len(every), *mine.shape[1:])
+    found[here] = mine[every[here] // count()]
+    distributed.all_reduce(found)
+    return found[rows(len(index))]
+
+
+def put(mine: Tensor, index: Tensor, values: Tensor) -> None:
+    """Write rows into a `dealt` table, each into the part of the process that has it."""
+    values = values.to(mine.dtype)
+    if count() == 1:
+        mine[index] = values
+        return
+    every, values = gather(index), gather(values)
+    here = every % count() == rank()
+    mine[every[here] // count()] = values[here]
+
+
+def mean(x: Tensor, n: int) -> Tensor:
+    """The mean of a scalar over the images of all processes, of which n are this one's; without gradient."""
+    weighed = torch.stack([x.detach() * n, x.new_tensor(n)])
+    if count() > 1:
+        distributed.all_reduce(weighed)
+    return weighed[0] / weighed[1]
+
+
+def parallel(network: Any) -> Any:
+    """The network, whose `backward` leaves the mean of the processes' gradients on each.
+
+    Buffers are not sent around: what a step makes of them is the same everywhere, and `alike` checks it.
+    """
+    if count() == 1:
+        return network
+    return DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)

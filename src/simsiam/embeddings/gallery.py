@@ -1,0 +1,48 @@
+"""A sheet of pictures: one HTML page that opens from disk and asks the network for nothing."""
+
+import base64
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+from simsiam.embeddings.table import Embeddings
+from simsiam.errors import UsageError
+from simsiam.utils.files import whole
+
+HEAD = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+:root {{ color-scheme: light dark; }}
+body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 1200px; margin: 2rem auto; padding: 0 1rem; }}
+h1 {{ font-size: 1.5rem; }}
+h2 {{ font-size: 1rem; margin: 2rem 0 .5rem; }}
+.row {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(112px, 1fr)); gap: 12px; }}
+figure {{ margin: 0; }}
+img {{ width: 100%; aspect-ratio: 1; border-radius: 6px; }}
+figcaption {{ font-size: 12px; overflow-wrap: anywhere; opacity: .75; }}
+</style>
+<h1>{title}</h1>
+<p>{note}</p>
+"""
+
+Figure = tuple[int, str]  # the position of an image, and what stands below it
+Section = tuple[str, Sequence[Figure]]  # a heading, and images
+
+
+def write_page(path: Path, title: str, note: str, sections: Sequence[Section], images: Embeddings) -> None:
+    """Raises UsageError where the embeddings have no thumbnails."""
+    if images.thumbnails is None:
+        raise UsageError("the file has no thumbnails, so there is nothing to show: `simsiam embed` writes them")
+    text = [HEAD.format(title=escape(title), note=escape(note))]
+    for heading, figures in sections:
+        text.append(f'<h2>{escape(heading)}</h2>\n<div class="row">\n')
+        for i, caption in figures:
+            data = base64.b64encode(images.thumbnails[i]).decode()
+            picture = f'<img loading="lazy" alt="" src="data:image/jpeg;base64,{data}">'
+            text.append(f"<figure>{picture}<figcaption>{escape(caption)}</figcaption></figure>\n")
+        text.append("</div>\n")
+    with whole(path) as part:
+        part.write_text("".join(text), encoding="utf-8")

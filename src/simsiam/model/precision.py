@@ -1,0 +1,63 @@
+"""Where to compute and in which precision: bfloat16 where the device is fast at it, float32 otherwise."""
+
+import os
+from collections.abc import Callable
+from functools import wraps
+
+import torch
+from torch import Tensor
+
+from simsiam.distributed.process_group import count
+from simsiam.errors import UsageError
+
+
+def pick_device(name: str) -> torch.device:
+    """The named device; "auto" is a GPU where there is one. Raises UsageError for one that is not there.
+
+    Of several processes on a host each has the GPU of its local rank.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and count() > 1:
+        if name != "cuda":
+            raise UsageError(f"device {name!r} is one GPU and there are {count()} processes: take cuda, one for each")
+        if (local := int(os.environ.get("LOCAL_RANK", 0))) >= (gpus := torch.cuda.device_count()):
+            raise UsageError(f"a host has {gpus} GPUs, and its process {local + 1} none: a smaller --nproc-per-node")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()  # the "meta" device fails here
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
+    torch.backends.cudnn.deterministic = True  # a run goes on bit for bit; a step takes as long either way
+    return device
+
+
+def pick_precision(name: str, device: torch.device) -> str:
+    """ "bfloat16" or "float32"; "auto" takes bfloat16 on a GPU and on CPUs with AMX or AVX512-BF16."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported()
+    else:
+        fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return "bfloat16" if fast else "float32"
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+
+
+def precise(x: Tensor) -> Tensor:
+    """x in at least float32: losses are not computed in bfloat16, and float64 is not lowered."""
+    return x if x.element_size() >= 4 else x.float()
+
+
+def precisely(D: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """D on precise tensors and outside autocast, which would take its matrix products in bfloat16."""
+
+    @wraps(D)
+    def computed(*tensors: Tensor, **settings: float) -> Tensor:
+        with torch.autocast(tensors[0].device.type, enabled=False):
+            return D(*map(precise, tensors), **settings)
+
+    return computed

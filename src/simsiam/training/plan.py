@@ -1,0 +1,387 @@
+"""What a run would take, before it is started: steps, time, memory, checkpoints, storage and reading.
+
+Sizes are counted on the model itself, speed is measured here or taken from what `simsiam bench` measured elsewhere, and
+whatever is only assumed is said.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from simsiam.config.method import PARTS
+from simsiam.config.recipes import Recipe
+from simsiam.data.batches import steps_per_epoch
+from simsiam.data.decode import Unreadable
+from simsiam.data.images import Images, glance, measure_sizes
+from simsiam.data.shards import BLOCK, Shards
+from simsiam.errors import UsageError, WorkFailed, shown
+from simsiam.model.memory import activations, on_meta
+from simsiam.model.precision import autocast, pick_device, pick_precision
+from simsiam.model.targets import eta_bytes
+from simsiam.runs.compose import compose
+from simsiam.runs.environment import environment
+from simsiam.runs.run_folder import checkpoint_bytes
+from simsiam.training.inspect import amount, per_image, say, span, speed
+from simsiam.training.prepare import assemble
+from simsiam.utils.files import whole
+from simsiam.utils.workers import CORES
+
+LOOKED_AT = 200  # images whose files are measured
+WITHIN = 0.9  # of N times the speed of one process is what N of them reach
+CATALOG = 72  # bytes on the disk that are known of each image in shards: its name, its place, its label
+
+
+def plan(
+    sources: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    *,
+    gpus: int = 1,
+    images: int | None = None,
+    cores: int | None = None,
+    bench: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
+    out: str | os.PathLike[str] | None = None,
+    recipe: str | Recipe | None = None,
+    **words: Any,
+) -> dict[str, Any]:
+    """Print what pretraining on a source would take, and return it; `words` change the recipe as in `pretrain`.
+
+    `gpus`: processes, one a device. `images`: as if there were so many, of the source's kind. `cores`: of each process,
+    to prepare images with; as many as here. `bench`: files of `simsiam bench --out`, from the machine that is to
+    train. `out` is a file for the facts, as JSON.
+    """
+    path = None if out is None else Path(out)
+    if path and (path.is_dir() or not path.parent.is_dir()):
+        raise UsageError(f"--out is {shown(str(path))}: it takes the name of a file in a folder that exists")
+    for name, given in {"gpus": gpus, "images": images, "cores": cores}.items():
+        if given is not None and given < 1:
+            raise UsageError(f"{name} is {given}; it is at least 1")
+    names = [os.fspath(one) for one in ([sources] if isinstance(sources, str | os.PathLike) else sources)]
+    complete, source, why = compose(names, recipe, words)
+    if complete.batch_size % gpus:
+        raise UsageError(f"batch_size {complete.batch_size} cannot be shared out evenly among {gpus} processes")
+    train = source.train
+    count = min(images or len(train), complete.limit or 2**63)
+    resident = is_resident(train, count, complete)
+    files = [bench] if isinstance(bench, str | os.PathLike) else list(bench or ())
+    measured = of_bench(files, complete) if files else of_this_machine(complete, train, resident)
+    facts: dict[str, Any] = {
+        "recipe": {"chosen": why[0], "because": why[1:]},
+        "images": {
+            "count": count,
+            "in_source": len(train),
+            "bytes_each": round(bytes_each(train)),
+            "resident": resident,
+        },
+        "steps": steps(complete, count),
+    }
+    facts["time"] = time_of(facts["steps"], measured, gpus, cores or CORES, resident)
+    facts["memory"] = memory_of(complete, train, count, gpus, measured["precision"])
+    facts["storage"] = storage_of(complete, facts, train, count)
+    facts["reading"] = reading_of(facts, gpus)
+    facts["assumed"] = {"lines": assumptions(facts, measured, gpus, images is not None)}
+    for name, fact in facts.items():
+        say(name, WORDS[name](fact))
+    if path:
+        with whole(path) as part:
+            part.write_text(json.dumps(facts, indent=2) + "\n")
+    return facts
+
+
+# --- the images -------------------------------------------------------------------------------------------------------
+
+
+def is_resident(images: Images, count: int, recipe: Recipe) -> bool:
+    """Whether `count` such images would be decoded once and stay in memory."""
+    if images.pixels is not None:
+        return count <= len(images)
+    sizes = measure_sizes(images)
+    same = len(sizes) > 0 and bool((sizes == sizes[0]).all())
+    return same and count * recipe.channels * int(sizes[0].prod()) <= recipe.cache_gib * 2**30
+
+
+def bytes_each(images: Images) -> float:
+    """The mean size of an image's file, of a sample."""
+    if images.pixels is not None:
+        return images.pixels[0].nbytes
+    sizes, some = [], glance(images, LOOKED_AT)
+    for i in range(len(some)):
+        with suppress(Unreadable, OSError):
+            file = some.file(i)
+            sizes.append(len(file) if isinstance(file, bytes) else os.path.getsize(file))
+    if not sizes:
+        raise WorkFailed(f"none of {len(some)} images looked at can be read")
+    return sum(sizes) / len(sizes)
+
+
+def steps(recipe: Recipe, count: int) -> dict[str, Any]:
+    """Steps, and the images that they go through."""
+    per_epoch = steps_per_epoch(count, recipe.batch_size)
+    total = recipe.steps or recipe.epochs * per_epoch
+    return {
+        "total": total,
+        "per_epoch": per_epoch,
+        "epochs": round(total / per_epoch, 4),
+        "batch_size": recipe.batch_size,
+        "samples": total * recipe.batch_size,
+    }
+
+
+# --- speed ------------------------------------------------------------------------------------------------------------
+
+
+def of_this_machine(recipe: Recipe, images: Images, resident: bool) -> dict[str, Any]:
+    """Seconds an image takes, measured here: see `speed`."""
+    found = speed(recipe, images, resident=resident)
+    precision = pick_precision(recipe.precision, pick_device(recipe.device))
+    return found | {"from": "a probe on this machine", "precision": precision}
+
+
+def of_bench(files: Sequence[str | os.PathLike[str]], recipe: Recipe) -> dict[str, Any]:
+    """Seconds an image takes on the machine of a bench file, by the arithmetic that its largest network got done.
+
+    What takes a GPU may be in one file and what takes cores in another. Raises UsageError where none holds a training
+    step.
+    """
+    reports = {Path(file).name: _report(file) for file in files}
+    try:
+        steps = [
+            (name, report, case)
+            for name, report in reports.items()
+            for key, case in report["cases"].items()
+            if key.startswith("step-")
+        ]
+        name, report, best = max(steps, key=lambda step: _achieved(step[2]))
+        _, flops = weigh(recipe, report["precision"])
+        found = {
+            "prepared": 0.0,
+            "trained": flops / _achieved(best),
+            "gpu": report["device_type"] != "cpu",
+            "device": report["device"],
+            "precision": report["precision"],
+            "from": f"{name}: {_achieved(best) / 1e12:.3g} TFLOP/s in {best['what']}",
+            "flops": flops,
+        }
+        for other in reports.values():
+            if views := other["cases"].get("views-224", {}).get("ways", {}).get("simsiam, what workers do of it"):
+                found |= {"prepared": 1 / views["rate"], "prepared_on": other["device"]}
+    except (ValueError, LookupError, TypeError, AttributeError):
+        need = "`simsiam bench --only step-resnet18-256 views-224 --out FILE.json` writes one"
+        names = ", ".join(shown(str(file)) for file in files)
+        raise UsageError(f"{names} is no bench file with a training step: {need}") from None
+    return found
+
+
+def _report(file: str | os.PathLike[str]) -> dict[str, Any]:
+    try:
+        report = json.loads(Path(file).read_text())
+    except OSError as error:
+        raise UsageError(f"cannot read {shown(str(file))}: {error.strerror}") from None
+    except ValueError:
+        report = None
+    return report if isinstance(report, dict) else {}
+
+
+def _achieved(case: Mapping[str, Any]) -> float:
+    return float(case["limit"]["achieved"])
+
+
+def time_of(
+    steps: Mapping[str, Any], measured: Mapping[str, Any], gpus: int, cores: int, resident: bool
+) -> dict[str, Any]:
+    """Rates per second, and how long it takes."""
+    prepared, trained, seconds = per_image(measured, resident=resident, cores=cores)
+    rate = gpus / seconds * (WITHIN if gpus > 1 else 1.0)
+    return {
+        "seconds": round(steps["samples"] / rate, 1),
+        "images_per_second": round(rate, 1),
+        "prepared_per_second": round(gpus / prepared, 1) if prepared else None,
+        "trained_per_second": round(gpus / trained, 1),
+        "cores_to_keep_up": round(measured["prepared"] / measured["trained"], 1) if measured["gpu"] else None,
+        "processes": gpus,
+        "cores": cores,
+        "device": measured["device"],
+        "from": measured["from"],
+    }
+
+
+# --- sizes ------------------------------------------------------------------------------------------------------------
+
+
+def weigh(recipe: Recipe, precision: str) -> tuple[dict[str, int], float]:
+    """Bytes of the recipe's model by what they are for, counted in one step on few images here; FLOPs of an image."""
+    recipe = recipe.replace(device="cpu", init=None)
+    few = 2 * PARTS if recipe.method.bn == "split" else 4
+    model, optimizer, device, _ = assemble(recipe.replace(batch_size=few))  # all that has to fit into memory here
+    labels = torch.zeros(few, dtype=torch.long) if recipe.method.target == "labels" else None
+    model.begin(images=few, labels=labels, steps=1, per_epoch=1)
+    assert recipe.image_size
+    shape = (few, recipe.channels, recipe.image_size, recipe.image_size)
+    x = [torch.randn(shape).contiguous(memory_format=torch.channels_last) for _ in range(recipe.method.view_count)]
+    index = torch.arange(few)
+    with FlopCounterMode(display=False) as counter:
+        with autocast(device, precision):
+            output = model(*x, index=index)
+        output.loss.backward()
+    optimizer.step()
+    model.after_step(output, 0, index)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    kept = [t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
+    here = environment(device, precision)
+    return {
+        "weights": _bytes(model.parameters()) + _bytes(model.buffers()),
+        "gradients": _bytes(trained),
+        "optimizer": _bytes(kept),
+        "activations_per_image": activations(on_meta(recipe), recipe.replace(precision=precision), few) // few,
+        "checkpoint": checkpoint_bytes(recipe, model, optimizer, here) - eta_bytes(recipe.method, few),
+    }, counter.get_total_flops() / few
+
+
+def _bytes(tensors: Any) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def memory_of(recipe: Recipe, images: Images, count: int, gpus: int, precision: str) -> dict[str, Any]:
+    """Bytes on the device of each process, and what its workers hold of shards."""
+    found, flops = weigh(recipe, precision)
+    mine, eta = recipe.batch_size // gpus, eta_bytes(recipe.method, -(-count // gpus))
+    parts = {
+        "weights": found["weights"] + eta,
+        "gradients": found["gradients"] * (2 if gpus > 1 else 1),  # and the buckets in which they are summed
+        "optimizer": found["optimizer"],
+        "activations": found["activations_per_image"] * mine,
+    }
+    held = 0
+    if isinstance(images.encoded, Shards) and images.blocks and recipe.order == "auto":
+        scale = max(1.0, count / len(images))
+        held = min(mine, round(len(images.blocks) * scale)) * block_bytes(images)
+    return {
+        "device_bytes": sum(parts.values()),
+        **{f"{name}_bytes": size for name, size in parts.items()},
+        "shards_bytes": held,
+        "checkpoint_bytes": found["checkpoint"] + eta_bytes(recipe.method, count),
+        "flops_per_image": flops,
+        "precision": precision,
+    }
+
+
+def block_bytes(images: Images) -> int:
+    """About how many bytes a block of shards has."""
+    assert isinstance(images.encoded, Shards) and images.blocks
+    places = images.encoded.places
+    total = sum(int(sizes.sum()) for sizes in places.sizes)
+    return max(0 if places.column else BLOCK, total // len(places.blocks))
+
+
+def storage_of(recipe: Recipe, facts: Mapping[str, Any], images: Images, count: int) -> dict[str, Any]:
+    """Bytes of the images, of what is known of them, and of the run folder."""
+    one, epochs = facts["memory"]["checkpoint_bytes"], facts["steps"]["epochs"]
+    kept = int(epochs // recipe.save_every) + 3  # and last.pt, the one before it, and best.pt
+    return {
+        "images_bytes": round(count * facts["images"]["bytes_each"]),
+        "catalog_bytes": count * CATALOG if isinstance(images.encoded, Shards) else 0,
+        "checkpoint_bytes": one,
+        "checkpoints": kept,
+        "run_bytes": one * kept,
+    }
+
+
+def reading_of(facts: Mapping[str, Any], gpus: int) -> dict[str, Any]:
+    """Bytes per second that storage and network have to bring; none, after a first time, of images in memory."""
+    rate = facts["time"]["images_per_second"] * facts["images"]["bytes_each"]
+    rate = 0.0 if facts["images"]["resident"] else rate
+    total = facts["steps"]["samples"] * facts["images"]["bytes_each"]
+    total = facts["storage"]["images_bytes"] if facts["images"]["resident"] else total
+    return {"bytes_per_second": round(rate), "each_process": round(rate / gpus), "bytes": round(total)}
+
+
+def assumptions(facts: Mapping[str, Any], measured: Mapping[str, Any], gpus: int, more: bool) -> list[str]:
+    """What the numbers rest on, and is not known."""
+    lines = [
+        "no kNN monitor, no checkpoint, no wait for storage in the time",
+        "no workspace of kernels and no fragments in the memory: add a fifth",
+    ]
+    if "flops" in measured:
+        lines.append("a network gets as many FLOP/s done as the bench's largest step")
+    if measured.get("prepared_on", measured["device"]) != measured["device"]:
+        lines.append(f"images are prepared by cores like those of {measured['prepared_on']}")
+    if gpus > 1:
+        lines.append(
+            f"{gpus} processes are {WITHIN:g} x {gpus} times as fast as one, and machines as fast as the measured"
+        )
+    if more:
+        lines.append(f"{facts['images']['count']:,} images are like the {facts['images']['in_source']:,} there are")
+    if not measured["prepared"]:
+        lines.append("images are prepared as fast as they are trained on: the bench file has no views-224")
+    return lines
+
+
+# --- in words ---------------------------------------------------------------------------------------------------------
+
+
+def _say_images(fact: Mapping[str, Any]) -> list[str]:
+    where = "decoded once, in memory" if fact["resident"] else "read and decoded every epoch"
+    return [f"{fact['count']:,} of {amount(fact['bytes_each'], 3)} each, {where}"]
+
+
+def _say_steps(fact: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{fact['total']:,}: {fact['epochs']:g} epochs of {fact['per_epoch']:,}, {fact['batch_size']:,} images each",
+        f"{fact['samples']:,} samples",
+    ]
+
+
+def _say_time(fact: Mapping[str, Any]) -> list[str]:
+    prepared = "as many" if fact["prepared_per_second"] is None else f"{fact['prepared_per_second']:,.0f}/s"
+    lines = [
+        f"about {span(fact['seconds'])} ({fact['seconds'] / 3600:,.3g} hours), an estimate",
+        f"{fact['images_per_second']:,.0f} images/s: {prepared} prepared, "
+        f"{fact['trained_per_second']:,.0f}/s trained on",
+        f"{fact['processes']:,} x {fact['device']}, with {fact['cores']} cores each to prepare images",
+        f"from {fact['from']}",
+    ]
+    if fact["cores_to_keep_up"]:
+        lines.append(f"{fact['cores_to_keep_up']:,.0f} cores would prepare images as fast as a device trains on them")
+    return lines
+
+
+def _say_memory(fact: Mapping[str, Any]) -> list[str]:
+    parts = ", ".join(
+        f"{amount(fact[f'{n}_bytes'], 3)} {n}" for n in ("weights", "gradients", "optimizer", "activations")
+    )
+    lines = [f"{amount(fact['device_bytes'], 3)} on the device of each process, in {fact['precision']}: {parts}"]
+    if fact["shards_bytes"]:
+        lines.append(f"{amount(fact['shards_bytes'], 3)} of shards in the memory of each process's workers")
+    return lines
+
+
+def _say_storage(fact: Mapping[str, Any]) -> list[str]:
+    known = f", and {amount(fact['catalog_bytes'], 3)} of places on every machine" * bool(fact["catalog_bytes"])
+    kept = f"{fact['checkpoints']:,} checkpoints of {amount(fact['checkpoint_bytes'], 3)}"
+    return [
+        f"{amount(fact['images_bytes'], 3)} of images{known}",
+        f"{amount(fact['run_bytes'], 3)} of run folder: {kept}",
+    ]
+
+
+def _say_reading(fact: Mapping[str, Any]) -> list[str]:
+    if not fact["bytes_per_second"]:
+        return [f"{amount(fact['bytes'], 3)}, once"]
+    each = f"{amount(fact['each_process'], 3)}/s for each process"
+    return [f"{amount(fact['bytes_per_second'], 3)}/s in all, {each}; {amount(fact['bytes'], 3)} in the end"]
+
+
+WORDS = {
+    "recipe": lambda fact: [fact["chosen"], *fact["because"]],
+    "images": _say_images,
+    "steps": _say_steps,
+    "time": _say_time,
+    "memory": _say_memory,
+    "storage": _say_storage,
+    "reading": _say_reading,
+    "assumed": lambda fact: fact["lines"],
+}
