@@ -15,9 +15,9 @@ import numpy as np
 import pyarrow as pa
 
 from simsiam.config.recipes import Recipe
-from simsiam.data.batches import members
+from simsiam.data.batches import batch_indices
 from simsiam.sources import catalog
-from simsiam.sources.catalog import SCHEMA, Catalog, File
+from simsiam.sources.catalog import CATALOG_SCHEMA, Catalog, ShardFile
 
 EACH, SHARD = 110_000, 10_000  # bytes of an image, images of a tar
 
@@ -30,23 +30,25 @@ def memory() -> float:
 
 def main(count: int) -> dict[str, float]:
     shards = count // SHARD
-    files = [File(f"train-{n:06}.tar", SHARD * EACH, "", "train") for n in range(shards)]
+    files = [ShardFile(f"train-{n:06}.tar", SHARD * EACH, "", "train") for n in range(shards)]
     places = np.arange(SHARD) * EACH, np.full(SHARD, EACH - 2048), np.full(SHARD, -1)
     keys = [f"train/n{i // 1300:08}/n{i // 1300:08}_{i:06}.JPEG".encode() for i in range(SHARD)]
-    batch = pa.record_batch([pa.array(keys, pa.large_binary()), *map(pa.array, places)], SCHEMA)
+    batch = pa.record_batch(
+        [pa.array(keys, pa.large_binary()), *map(pa.array, places)], CATALOG_SCHEMA
+    )
     with tempfile.TemporaryDirectory() as folder:
-        path, about = Path(folder) / "catalog.arrow", [catalog.VERSION, *map(list, files)]
-        catalog._write(path, Catalog(files, (batch for _ in files), (), (), None), about)
+        path, about = Path(folder) / "catalog.arrow", [catalog.CATALOG_VERSION, *map(list, files)]
+        catalog._write_catalog(path, Catalog(files, (batch for _ in files), (), (), None), about)
         before, start = memory(), time.perf_counter()
-        found = catalog._kept(path, files, about)
+        found = catalog._read_cached(path, files, about)
         assert found is not None
-        images, _ = found.images("train")
+        images, _ = found.load_split("train")
         opened = time.perf_counter() - start
         recipe = Recipe().replace(batch_size=512)
         times = []
         for step in (0, 1, 2, 3, count // 512 // 2):
             start = time.perf_counter()
-            index = members(step, recipe, images)
+            index = batch_indices(step, recipe, images)
             times.append(time.perf_counter() - start)
         names = [images.keys[i] for i in index[:8]]
         assert len(set(names)) <= 8

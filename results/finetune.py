@@ -14,13 +14,15 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from simsiam.data.images import hold_out
-from simsiam.evaluation.finetune import compare, finetune
+from simsiam.evaluation.finetune import finetune, plot_accuracy_curves
 from simsiam.sources.open_source import open_source
-from simsiam.utils.files import whole
+from simsiam.utils.files import atomic_write
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("source")
     parser.add_argument("runs", nargs="+")
     parser.add_argument("--labels", type=int, required=True)
@@ -36,15 +38,22 @@ def main() -> None:
         for start, results in found.items():
             out = Path(run) / "finetuning" / f"{asked.labels} {start}"
             scratch = start == "from scratch"
-            results.append(finetune(run, train, source.test, out=out, seed=seed, from_scratch=scratch, **how))
-            print(f"{asked.labels} labels, seed {seed}, {start}: {results[-1]['top1']:.2f}", flush=True)
+            results.append(
+                finetune(run, train, source.test, out=out, seed=seed, from_scratch=scratch, **how)
+            )
+            print(
+                f"{asked.labels} labels, seed {seed}, {start}: {results[-1]['top1']:.2f}",
+                flush=True,
+            )
     top1 = {start: [result["top1"] for result in results] for start, results in found.items()}
     for start, scores in top1.items():
         spread = f" ± {stdev(scores):.2f}" if len(scores) > 1 else ""
         print(f"{start}: {mean(scores):.2f}{spread}, n = {len(scores)}")
     title = f"CIFAR-10 (JPEG), {asked.labels:,} labels"
-    compare({k: [r["val_top1"] for r in rs] for k, rs in found.items()}, f"{asked.out}.png", title=title)
-    with whole(Path(f"{asked.out}.json")) as part:
+    plot_accuracy_curves(
+        {k: [r["val_top1"] for r in rs] for k, rs in found.items()}, f"{asked.out}.png", title=title
+    )
+    with atomic_write(Path(f"{asked.out}.json")) as part:
         part.write_text(json.dumps({"test_top1": top1, "runs": found}, indent=1) + "\n")
 
 

@@ -18,14 +18,14 @@ from statistics import mean, stdev
 import torch
 from scipy.stats import spearmanr
 
-from simsiam.data.images import in_memory, sample
+from simsiam.data.images import load_into_memory, sample
 from simsiam.monitoring.label_free_monitor import label_free_monitor
 from simsiam.monitoring.nearest_neighbors import knn_monitor
-from simsiam.runs.encoder import transform_of
+from simsiam.runs.encoder import eval_transform
 from simsiam.runs.run_folder import Run
 from simsiam.sources.open_source import open_source
-from simsiam.training.prepare import assemble
-from simsiam.utils.files import whole
+from simsiam.training.prepare import build_training_setup
+from simsiam.utils.files import atomic_write
 
 GAUGES = ("loss", "z_std_sqrt_d", "z_rank", "z_cosine_squared", "h_rank")
 
@@ -34,9 +34,19 @@ def curves(path: str, until: int | None) -> list[dict]:
     """A row for each kept checkpoint: epoch, kNN, signals, gauges."""
     run = Run(path)
     source = open_source(run.recipe.source, run.recipe.channels)
-    assert source.test is not None and source.train.labels is not None, "a labeled source with a test split"
-    bank, queries = (in_memory(sample(s, n), 2**31)[0] for s, n in ((source.train, 10_000), (source.test, 5_000)))
-    parts, transform, before, rows = assemble(run.recipe), transform_of(run.recipe), None, []
+    assert source.test is not None and source.train.labels is not None, (
+        "a labeled source with a test split"
+    )
+    bank, queries = (
+        load_into_memory(sample(s, n), 2**31)[0]
+        for s, n in ((source.train, 10_000), (source.test, 5_000))
+    )
+    parts, transform, before, rows = (
+        build_training_setup(run.recipe),
+        eval_transform(run.recipe),
+        None,
+        [],
+    )
     how = {"device": parts.device, "precision": parts.precision}
     for file in sorted((run.path / "checkpoints").glob("epoch-*.pt"))[:until]:
         state = torch.load(file, weights_only=True)
@@ -44,14 +54,23 @@ def curves(path: str, until: int | None) -> list[dict]:
         free = label_free_monitor(parts.model, bank, run.recipe, transform, before, **how)
         before = free.neighbors
         knn, _ = knn_monitor(parts.model, bank, queries, transform, **how)
-        logged = [line for line in run.metrics() if line["step"] <= state["step"] and "loss" in line][-1]
-        rows.append({"epoch": int(file.stem[6:])} | knn | free.values | {name: logged[name] for name in GAUGES})
+        logged = [
+            line for line in run.metrics() if line["step"] <= state["step"] and "loss" in line
+        ][-1]
+        rows.append(
+            {"epoch": int(file.stem[6:])}
+            | knn
+            | free.values
+            | {name: logged[name] for name in GAUGES}
+        )
         print(path, rows[-1], file=sys.stderr, flush=True)
     return rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("runs", nargs="+")
     parser.add_argument("--out", required=True)
     parser.add_argument("--until", type=int, help="use the first so many checkpoints")
@@ -68,10 +87,17 @@ def main() -> None:
         table[name] = {"spearman": [round(r, 3) for r in rhos], "mean": round(mean(rhos), 3)}
         table[name] |= {"std": round(stdev(rhos), 3)} if len(rhos) > 1 else {}
         spread = f" ± {stdev(rhos):.2f}" if len(rhos) > 1 else ""
-        print(f"| `{name}` | " + " | ".join(f"{r:.2f}" for r in rhos) + f" | {mean(rhos):.2f}{spread} |")
-    with whole(Path(asked.out)) as part:
+        print(
+            f"| `{name}` | "
+            + " | ".join(f"{r:.2f}" for r in rhos)
+            + f" | {mean(rhos):.2f}{spread} |"
+        )
+    with atomic_write(Path(asked.out)) as part:
         part.write_text(
-            json.dumps({"command": sys.argv, "spearman_with_knn": table, "curves": of_runs}, indent=1) + "\n"
+            json.dumps(
+                {"command": sys.argv, "spearman_with_knn": table, "curves": of_runs}, indent=1
+            )
+            + "\n"
         )
 
 

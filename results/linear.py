@@ -17,44 +17,74 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
 from simsiam.config.protocols import Settings
-from simsiam.data.images import in_memory
-from simsiam.evaluation.frozen import UNTRAINED, Frozen, divide, drawn
-from simsiam.evaluation.linear import cached
+from simsiam.data.images import load_into_memory
+from simsiam.evaluation.frozen import (
+    UNTRAINED_NETWORK,
+    FrozenNetwork,
+    sample_per_class,
+    split_train_test,
+)
+from simsiam.evaluation.linear import train_on_cached_features
 from simsiam.runs.run_folder import Run
 from simsiam.sources.open_source import open_source
-from simsiam.utils.files import whole
+from simsiam.utils.files import atomic_write
 
 CS = [10.0**n for n in range(-2, 6)]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run")
     parser.add_argument("source", nargs="?")
-    parser.add_argument("--features", nargs="+", default=["h", UNTRAINED])
+    parser.add_argument("--features", nargs="+", default=["h", UNTRAINED_NETWORK])
     parser.add_argument("--out", required=True)
     asked = parser.parse_args()
     warnings.simplefilter("ignore", ConvergenceWarning)
     run, how = Run(asked.run), Settings()
-    train, test, _ = divide(open_source([asked.source] if asked.source else run.recipe.source), labeled=True)
-    (train, _), (test, _) = in_memory(train, 2**31), in_memory(test, 2**31)
+    train, test, _ = split_train_test(
+        open_source([asked.source] if asked.source else run.recipe.source), require_labels=True
+    )
+    (train, _), (test, _) = load_into_memory(train, 2**31), load_into_memory(test, 2**31)
     where = {"device": "cpu", "precision": "auto"}
-    frozen = Frozen(run, "last", train, replace(test, labels=None), **where)
+    frozen = FrozenNetwork(run, "last", train, replace(test, labels=None), **where)
     rows = {}
     for kind in asked.features:
-        known = frozen.features(kind).standardized()
-        truth = test.labels[frozen.readable]
-        ours = 100 * float((cached(known, kind, how, frozen.device).ranked[0][:, 0].numpy() == truth).mean())
-        x, y = known.train.numpy(), known.labels.numpy()
-        held = drawn(y, np.ceil(np.bincount(y) / 5).astype(int), [how.seed])
+        known = frozen.features(kind).standardize()
+        truth = test.labels[frozen.test_indices]
+        ours = 100 * float(
+            (
+                train_on_cached_features(known, kind, how, frozen.device)
+                .predictions[0][:, 0]
+                .numpy()
+                == truth
+            ).mean()
+        )
+        x, y = known.train_features.numpy(), known.train_labels.numpy()
+        held = sample_per_class(y, np.ceil(np.bincount(y) / 5).astype(int), [how.seed])
         rest = np.setdiff1d(np.arange(len(x)), held)
-        chosen = [LogisticRegression(C=c, max_iter=500).fit(x[rest], y[rest]).score(x[held], y[held]) for c in CS]
-        tested = [100 * LogisticRegression(C=c, max_iter=500).fit(x, y).score(known.test.numpy(), truth) for c in CS]
+        chosen = [
+            LogisticRegression(C=c, max_iter=500).fit(x[rest], y[rest]).score(x[held], y[held])
+            for c in CS
+        ]
+        tested = [
+            100
+            * LogisticRegression(C=c, max_iter=500)
+            .fit(x, y)
+            .score(known.test_features.numpy(), truth)
+            for c in CS
+        ]
         best = int(np.argmax(chosen))
-        row = {"cached": ours, "scikit_learn": tested[best], "C": CS[best], "best_C_on_test": max(tested)}
+        row = {
+            "cached": ours,
+            "scikit_learn": tested[best],
+            "C": CS[best],
+            "best_C_on_test": max(tested),
+        }
         rows[kind] = {k: round(v, 3) for k, v in row.items()}
         print(kind, rows[kind], flush=True)
-    with whole(Path(asked.out)) as part:
+    with atomic_write(Path(asked.out)) as part:
         part.write_text(json.dumps({"n": len(truth), "top1": rows}, indent=1) + "\n")
 
 

@@ -14,14 +14,19 @@ from pathlib import Path
 from statistics import mean, median, stdev
 
 import simsiam
-from simsiam.laboratory.demo import test_top1
+from simsiam.laboratory.demo import knn_test_accuracy
 from simsiam.runs.run_folder import Run
 from simsiam.sources.open_source import open_source
-from simsiam.utils.files import whole
+from simsiam.utils.files import atomic_write
 
 HEADS = {"proj_layers": 2, "proj_hidden": 512}
 NORMED = {**HEADS, "dim": 128, "head_bn": ("proj_hidden", "proj_out")}
-MOCO = {**NORMED, "queue": 1024, "target_decay": 0.99, "base_lr": 0.7}  # 0.999 would outlast the 868 steps
+MOCO = {
+    **NORMED,
+    "queue": 1024,
+    "target_decay": 0.99,
+    "base_lr": 0.7,
+}  # 0.999 would outlast the 868 steps
 SMALL = {
     "simsiam": {},  # the demo
     "byol": {**HEADS, "dim": 256, "pred_dim": 512, "base_lr": 0.7},
@@ -66,9 +71,13 @@ def measure(row: str, seed: int, runs: Path) -> dict:
     lines = [line for line in run.metrics() if "loss" in line]
     recent = lines[-max(3, len(lines) // 10) :]
     gauges = {name: round(median(line[name] for line in recent), 3) for name in GAUGES}
-    top1 = round(test_top1(simsiam.load(out), open_source("shapes"), run.recipe), 2)
+    top1 = round(knn_test_accuracy(simsiam.load(out), open_source("shapes"), run.recipe), 2)
     found = {"seed": seed, "knn_top1": top1, "verdict": summary["verdict"], **gauges}
-    return found | {"seconds": summary["training_seconds"], "commit": here["commit"], "threads": here["threads"]}
+    return found | {
+        "seconds": summary["training_seconds"],
+        "commit": here["commit"],
+        "threads": here["threads"],
+    }
 
 
 def table(found: dict[str, list[dict]]) -> str:
@@ -81,12 +90,18 @@ def table(found: dict[str, list[dict]]) -> str:
         verdicts = [r["verdict"] for r in results]
         said = ", ".join(f"{verdicts.count(v)} {v}" for v in dict.fromkeys(verdicts))
         took = f"{mean(r['seconds'] for r in results):.0f}"
-        lines.append(" | ".join((f"`{row}`", f"{mean(top1):.1f}{spread}", *values, said, took, str(len(top1)))))
+        lines.append(
+            " | ".join(
+                (f"`{row}`", f"{mean(top1):.1f}{spread}", *values, said, took, str(len(top1)))
+            )
+        )
     return "".join(f"| {line} |\n" for line in lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--runs", required=True, type=Path)
     parser.add_argument("--rows", nargs="+", default=list(SMALL))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
@@ -99,8 +114,11 @@ def main() -> None:
             print(row, found[row][-1], file=sys.stderr, flush=True)
     print(table(found))
     if asked.out:
-        for suffix, text in ((".md", table(found)), (".json", json.dumps({"small": SMALL, "runs": found}, indent=1))):
-            with whole(Path(asked.out + suffix)) as part:
+        for suffix, text in (
+            (".md", table(found)),
+            (".json", json.dumps({"small": SMALL, "runs": found}, indent=1)),
+        ):
+            with atomic_write(Path(asked.out + suffix)) as part:
                 part.write_text(text.rstrip() + "\n")
 
 

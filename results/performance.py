@@ -28,14 +28,21 @@ def profile(batch_size: int = 128) -> dict[str, Any]:
     """Shares of a step's time by operation, plain and ours: SimSiam, ResNet-18 for 32 px, d = 2048."""
     from simsiam.commands.main import keep_memory
     from simsiam.model.precision import pick_device, pick_precision
-    from simsiam.runs.environment import environment
+    from simsiam.runs.environment import collect_environment
 
     keep_memory()
     device = pick_device("cpu")
     fast = pick_precision("auto", device)
-    steps = {"plain": shares(batch_size, "float32", fast=False), "simsiam": shares(batch_size, fast, fast=True)}
-    here = environment(device, fast)
-    return {"batch_size": batch_size, "steps": steps, "environment": {k: here[k] for k in here if k != "command"}}
+    steps = {
+        "plain": shares(batch_size, "float32", fast=False),
+        "simsiam": shares(batch_size, fast, fast=True),
+    }
+    here = collect_environment(device, fast)
+    return {
+        "batch_size": batch_size,
+        "steps": steps,
+        "environment": {k: here[k] for k in here if k != "command"},
+    }
 
 
 def shares(batch_size: int, precision: str, *, fast: bool) -> dict[str, Any]:
@@ -44,13 +51,19 @@ def shares(batch_size: int, precision: str, *, fast: bool) -> dict[str, Any]:
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
 
-    from simsiam.config.recipes import STATISTICS, Recipe, cifar
+    from simsiam.config.recipes import CHANNEL_STATISTICS, Recipe, cifar_recipe
     from simsiam.model.precision import autocast
-    from simsiam.training.prepare import assemble
+    from simsiam.training.prepare import build_training_setup
 
-    mean, std = STATISTICS["cifar10"]
-    words = {"batch_size": batch_size, "mean": mean, "std": std, "precision": precision, "device": "cpu"}
-    model, optimizer, device, _ = assemble(Recipe().replace(**cifar() | words))
+    mean, std = CHANNEL_STATISTICS["cifar10"]
+    words = {
+        "batch_size": batch_size,
+        "mean": mean,
+        "std": std,
+        "precision": precision,
+        "device": "cpu",
+    }
+    model, optimizer, device, _ = build_training_setup(Recipe().replace(**cifar_recipe() | words))
     form = torch.channels_last if fast else torch.contiguous_format
     model.to(memory_format=form)  # type: ignore[call-overload]
     x = [torch.randn(batch_size, 3, 32, 32).to(memory_format=form) for _ in range(2)]
@@ -68,7 +81,9 @@ def shares(batch_size: int, precision: str, *, fast: bool) -> dict[str, Any]:
     times = {event.key: event.self_cpu_time_total for event in seen.key_averages()}
     total, found = sum(times.values()), {}
     for group, starts in GROUPS.items():
-        found[group] = sum(times.pop(key) for key in [k for k in times if k.startswith(starts)]) / total
+        found[group] = (
+            sum(times.pop(key) for key in [k for k in times if k.startswith(starts)]) / total
+        )
     found["all else"] = sum(times.values()) / total
     return {"seconds": round(total / 1e6, 3), "shares": {k: round(v, 3) for k, v in found.items()}}
 
@@ -91,7 +106,9 @@ def cases(reports: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def tables(reports: dict[str, Any], again: dict[str, Any], profile: dict[str, Any]) -> dict[str, str]:
+def tables(
+    reports: dict[str, Any], again: dict[str, Any], profile: dict[str, Any]
+) -> dict[str, str]:
     """Each generated part of the page, by its name."""
 
     def rows(heads: list[str], body: list[list[str]]) -> str:
@@ -108,13 +125,24 @@ def tables(reports: dict[str, Any], again: dict[str, Any], profile: dict[str, An
             repeated = f"{second[way]['ratio']:.2f}" if way in second else "–"
             rate = f"{v['rate']:,.{0 if v['rate'] >= 100 else 2}f}"
             body.append([way, rate, f"{v['ratio']:.2f}", ratios, repeated])
-        heads = [f"{name}: {case['what']}, {case['threads']} threads", case["unit"], "ratio", "rounds", "second run"]
+        heads = [
+            f"{name}: {case['what']}, {case['threads']} threads",
+            case["unit"],
+            "ratio",
+            "rounds",
+            "second run",
+        ]
         parts[name] = rows(heads, body)
         if limit := case.get("limit"):
             share = f"{limit['achieved'] / limit['machine']:.0%}"
-            parts[name] += f"\n\nOurs reaches {share} of the machine's {limit['machine']:.2g} {limit['of']}."
+            parts[name] += (
+                f"\n\nOurs reaches {share} of the machine's {limit['machine']:.2g} {limit['of']}."
+            )
     steps = profile["steps"]
-    body = [[g, *(f"{s['seconds'] * s['shares'][g]:.2f}" for s in steps.values())] for g in steps["plain"]["shares"]]
+    body = [
+        [g, *(f"{s['seconds'] * s['shares'][g]:.2f}" for s in steps.values())]
+        for g in steps["plain"]["shares"]
+    ]
     body.append(["together", *(f"{s['seconds']:.2f}" for s in steps.values())])
     parts["profile"] = rows([f"seconds of a step of {profile['batch_size']} images", *steps], body)
     variants = read("gpu_step")["variants"]
@@ -122,17 +150,28 @@ def tables(reports: dict[str, Any], again: dict[str, Any], profile: dict[str, An
         [n, *(f"{v[k]:,}" for k in ("images_s", "step_ms", "step_alone_ms", "views_alone_ms"))]
         for n, v in variants.items()
     ]
-    parts["gpu-step"] = rows(["", "images/s", "ms a step", "gradients and SGD alone", "two views alone"], body)
+    parts["gpu-step"] = rows(
+        ["", "images/s", "ms a step", "gradients and SGD alone", "two views alone"], body
+    )
     body = []
     for precision in ("float32", "bfloat16"):
         mine = [run for run in read("precision")["runs"] if run["precision"] == precision]
         knn = [run["knn_top1"]["last"] for run in mine]
         rate = mean(run["images_per_second"] for run in mine)
-        body.append([precision, f"{mean(knn):.1f} ± {stdev(knn):.1f}", f"{len(knn)}", f"{rate:,.0f}"])
+        body.append(
+            [precision, f"{mean(knn):.1f} ± {stdev(knn):.1f}", f"{len(knn)}", f"{rate:,.0f}"]
+        )
     parts["precision"] = rows(["precision", "kNN, %", "seeds", "images/s"], body)
-    machines = sorted({f"{r['device']}, {r['precision']}, torch {r['versions']['torch']}" for r in reports.values()})
+    machines = sorted(
+        {
+            f"{r['device']}, {r['precision']}, torch {r['versions']['torch']}"
+            for r in reports.values()
+        }
+    )
     commits = [f"`{name}` at commit {str(r['commit'])[:12]}" for name, r in reports.items()]
-    peers = sorted({f"{peer} {version}" for r in reports.values() for peer, version in r["peers"].items()})
+    peers = sorted(
+        {f"{peer} {version}" for r in reports.values() for peer, version in r["peers"].items()}
+    )
     rounds = {r["rounds"] for r in reports.values()}
     parts["machine"] = (
         f"{'; '.join(machines)}: {', '.join(commits)}; peers: {', '.join(peers) or 'none'}. A ratio is the median of "
@@ -146,7 +185,9 @@ def page(text: str, parts: dict[str, str]) -> str:
     """The page with every part between its markers, <!-- NAME --> and <!-- / -->, written anew."""
     for name, part in parts.items():
         block = rf"(<!-- {re.escape(name)} -->\n).*?(<!-- / -->)"
-        text = re.sub(block, lambda m, part=part: f"{m[1]}\n{part}\n\n{m[2]}", text, flags=re.DOTALL)
+        text = re.sub(
+            block, lambda m, part=part: f"{m[1]}\n{part}\n\n{m[2]}", text, flags=re.DOTALL
+        )
     return text
 
 
@@ -166,7 +207,11 @@ def draw(reports: dict[str, Any], path: Path) -> None:
         axes.barh(y, ratio, color="#0072B2" if "simsiam" in label else "#999999")
         axes.plot([min(ratios), max(ratios)], [y, y], color="black", linewidth=1)
     axes.axvline(1, color="black", linewidth=0.8, linestyle=":")
-    axes.set(yticks=range(len(bars)), yticklabels=[label for label, *_ in bars], ylim=(len(bars) - 0.5, -0.5))
+    axes.set(
+        yticks=range(len(bars)),
+        yticklabels=[label for label, *_ in bars],
+        ylim=(len(bars) - 0.5, -0.5),
+    )
     axes.set_xlabel("times as fast as the plain way (dotted)")
     figure.savefig(path, metadata={"Date": None})
 

@@ -23,10 +23,21 @@ import numpy as np
 from PIL import Image
 
 from simsiam.runs.run_folder import Run
-from simsiam.utils.files import whole, write_csv
+from simsiam.utils.files import atomic_write, write_csv
 
 EACH, COPIES, LABELS = 200, 20, 5  # images of a class; copies in all; labels of a class
-TRAINING = ["--backbone", "resnet18", "--width", "32", "--image-size", "96", "--batch-size", "128", "--workers", "1"]
+TRAINING = [
+    "--backbone",
+    "resnet18",
+    "--width",
+    "32",
+    "--image-size",
+    "96",
+    "--batch-size",
+    "128",
+    "--workers",
+    "1",
+]
 
 
 def plant(classes: Path, photos: Path) -> dict[str, str]:
@@ -39,7 +50,9 @@ def plant(classes: Path, photos: Path) -> dict[str, str]:
             truth[path.name] = folder.name
     for name in rng.choice(sorted(truth), COPIES, replace=False):
         side, quality = int(rng.integers(64, 449)), int(rng.integers(10, 96))
-        image = Image.open(photos / name).convert("RGB").resize((side, side), Image.Resampling.LANCZOS)
+        image = (
+            Image.open(photos / name).convert("RGB").resize((side, side), Image.Resampling.LANCZOS)
+        )
         copy = f"{Path(name).stem} copy {side}px q{quality}.jpg"
         image.save(photos / copy, quality=quality)
         truth[copy] = truth[name]
@@ -49,12 +62,17 @@ def plant(classes: Path, photos: Path) -> dict[str, str]:
 def simsiam(*words: object) -> dict[str, object]:
     """Run a verb; returns its command, seconds on the wall and of processor time, memory at its peak, and last line."""
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
-    done = subprocess.run([sys.executable, "-m", "simsiam", *map(str, words)], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "simsiam", *map(str, words)], capture_output=True, text=True
+    )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     if done.returncode:
         sys.exit(f"simsiam {words[0]} failed: {done.stderr}")
     used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    about = {"command": " ".join(["simsiam", *map(str, words)]), "seconds": round(time.monotonic() - start, 1)}
+    about = {
+        "command": " ".join(["simsiam", *map(str, words)]),
+        "seconds": round(time.monotonic() - start, 1),
+    }
     about |= {"processor_seconds": round(used, 1), "said": done.stdout.strip().splitlines()[-1]}
     print(json.dumps(about), flush=True)
     return about
@@ -66,7 +84,9 @@ def rows(path: str) -> list[dict[str, str]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("classes", type=Path)
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--work", type=Path, default=Path("runs/use"), help="a new folder")
@@ -80,7 +100,11 @@ def main() -> None:
         write_csv(Path("truth.csv"), ("path", "label"), plant(classes, Path("photos")).items())
     truth = {row["path"]: row["label"] for row in rows("truth.csv")}
     names = sorted(name for name in truth if " copy " not in name)
-    few = [n for c in sorted(set(truth.values())) for n in [n for n in names if truth[n] == c][:: EACH // LABELS]]
+    few = [
+        n
+        for c in sorted(set(truth.values()))
+        for n in [n for n in names if truth[n] == c][:: EACH // LABELS]
+    ]
     write_csv(Path("labels.csv"), ("path", "label"), [(n, truth[n]) for n in few])
 
     begun = Path("run/recipe.yaml").exists()
@@ -99,12 +123,16 @@ def main() -> None:
     ]
     groups: dict[str, set[str]] = {}
     for row in rows("copies.csv"):
-        groups.setdefault(row["group"], set()).add(row["path"].split(" copy ")[0].removesuffix(".JPEG"))
+        groups.setdefault(row["group"], set()).add(
+            row["path"].split(" copy ")[0].removesuffix(".JPEG")
+        )
     planted = {name.split(" copy ")[0] for name in truth if " copy " in name}
     found = {next(iter(stems)) for stems in groups.values() if len(stems) == 1} & planted
     given = set(few)
     told = [
-        (float(r["confidence"]), r["predicted"] == truth[r["path"]]) for r in rows("all.csv") if r["path"] not in given
+        (float(r["confidence"]), r["predicted"] == truth[r["path"]])
+        for r in rows("all.csv")
+        if r["path"] not in given
     ]
     summary = Run("run").json("summary.json")
     judged = {
@@ -121,9 +149,15 @@ def main() -> None:
     }
     print(json.dumps(judged, indent=1))
     here = Run("run").json("environment.json")
-    machine = {"device": here["device"], "commit": here["commit"], "python": platform.python_version()}
-    with whole(out) as part:
-        part.write_text(json.dumps({"machine": machine, "judged": judged, "verbs": verbs}, indent=1) + "\n")
+    machine = {
+        "device": here["device"],
+        "commit": here["commit"],
+        "python": platform.python_version(),
+    }
+    with atomic_write(out) as part:
+        part.write_text(
+            json.dumps({"machine": machine, "judged": judged, "verbs": verbs}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

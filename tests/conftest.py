@@ -11,7 +11,14 @@ TINY = {
     "batch_size": 32, "log_every": 1, "epochs": 2,
 }  # fmt: skip
 # Three steps and nothing measured.
-QUICK = TINY | {"limit": 64, "batch_size": 16, "steps": 3, "holdout": 0, "save_every": 9, "knn_every": 9}
+QUICK = TINY | {
+    "limit": 64,
+    "batch_size": 16,
+    "steps": 3,
+    "holdout": 0,
+    "save_every": 9,
+    "knn_every": 9,
+}
 
 
 def flags(**words) -> list[str]:

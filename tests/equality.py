@@ -18,9 +18,9 @@ from torch import Tensor, distributed
 
 from simsiam.config.method import Method
 from simsiam.config.methods import METHODS
-from simsiam.distributed.collectives import mean, parallel
-from simsiam.distributed.process_group import broadcast, count, rank
-from simsiam.distributed.sync_batch_norm import settle, synchronize
+from simsiam.distributed.collectives import all_reduce_mean, wrap_ddp
+from simsiam.distributed.process_group import broadcast, rank, world_size
+from simsiam.distributed.sync_batch_norm import convert_sync_batchnorm, synchronize_replicas
 from simsiam.model.optimizers import build_optimizer, set_lr
 from simsiam.model.siamese import Siamese, build
 
@@ -37,7 +37,10 @@ def small(name: str, **cells) -> Method:
 
 
 # What MoCo splits in eighths is whole here; `split` is a case of its own, of 16 images.
-CASES = {name: small(name, bn="joint" if row.bn == "joint" else "per_view") for name, row in METHODS.items()} | {
+CASES = {
+    name: small(name, bn="joint" if row.bn == "joint" else "per_view")
+    for name, row in METHODS.items()
+} | {
     "moving_average": small("simsiam", target="moving_average"),
     "alternation": small("simsiam", target="alternation", target_steps=2),
     "expectation": small("simsiam", target="expectation", target_views=2),
@@ -60,17 +63,21 @@ def batch(step: int, views: int, n: int) -> tuple[Tensor, Tensor]:
 def train(method: Method, shares: tuple[int, ...]) -> dict[str, list[Tensor]]:
     """What this process computes of five steps, given the rows of each batch that are its own."""
     n, first = sum(shares), sum(shares[: rank()])
-    mine = slice(first, first + shares[rank()]) if count() > 1 else slice(0, n)
+    mine = slice(first, first + shares[rank()]) if world_size() > 1 else slice(0, n)
     model = build(method, backbone="resnet10", width=4, image_size=16).double()
-    if count() > 1 and method.bn != "split":
-        synchronize(model)
-    optimizer, network = build_optimizer(model, method), parallel(model)
-    begin = partial(model.begin, images=IMAGES, labels=torch.arange(IMAGES) % 10, steps=STEPS, per_epoch=4)
+    if world_size() > 1 and method.bn != "split":
+        convert_sync_batchnorm(model)
+    optimizer, network = build_optimizer(model, method), wrap_ddp(model)
+    begin = partial(
+        model.begin, images=IMAGES, labels=torch.arange(IMAGES) % 10, steps=STEPS, per_epoch=4
+    )
     begin()
     if method.target == "moving_average":
-        assert len(model.target.eta) == len(range(rank(), IMAGES, count())), "dealt out"
-        part = torch.arange(IMAGES).tensor_split(count())[rank()]
-        model.target.start(torch.randn(IMAGES, 12, generator=torch.Generator().manual_seed(9)).double()[part], part)
+        assert len(model.target.eta) == len(range(rank(), IMAGES, world_size())), "dealt out"
+        part = torch.arange(IMAGES).tensor_split(world_size())[rank()]
+        model.target.start(
+            torch.randn(IMAGES, 12, generator=torch.Generator().manual_seed(9)).double()[part], part
+        )
     found: dict[str, list[Tensor]] = {"loss": [], "gradient": []}
     for step in range(STEPS):
         if step == 2:  # as a run goes on from its checkpoint
@@ -78,19 +85,29 @@ def train(method: Method, shares: tuple[int, ...]) -> dict[str, list[Tensor]]:
             begin()
             model.load_state_dict(state)
         x, index = batch(step, method.view_count, n)
-        set_lr(optimizer, step, peak=method.base_lr * n / 256, steps=STEPS, warmup=0)
+        set_lr(optimizer, step, peak_lr=method.base_lr * n / 256, steps=STEPS, warmup_steps=0)
         out = network(*(view[mine] for view in x), index=index[mine])
         optimizer.zero_grad()
-        (len(index[mine]) * count() / n * out.loss).backward()
-        found["loss"].append(mean(out.loss, len(index[mine])))
+        (len(index[mine]) * world_size() / n * out.loss).backward()
+        found["loss"].append(all_reduce_mean(out.loss, len(index[mine])))
         found["gradient"] += [p.grad.clone() for p in model.parameters() if p.grad is not None]
         optimizer.step()
         model.after_step(out, step, index[mine])
-    settle(model)
-    tracked = ("running_mean", "running_var", "num_batches_tracked")  # of eighths each process has seen its own
-    state = {k: v for k, v in checkpoint(model).items() if method.bn != "split" or not k.endswith(tracked)}
+    synchronize_replicas(model)
+    tracked = (
+        "running_mean",
+        "running_var",
+        "num_batches_tracked",
+    )  # of eighths each process has seen its own
+    state = {
+        k: v
+        for k, v in checkpoint(model).items()
+        if method.bn != "split" or not k.endswith(tracked)
+    }
     found["state"] = list(state.values())
-    found["momentum"] = [s["momentum_buffer"] for s in optimizer.state.values() if "momentum_buffer" in s]
+    found["momentum"] = [
+        s["momentum_buffer"] for s in optimizer.state.values() if "momentum_buffer" in s
+    ]
     return found
 
 
@@ -102,17 +119,26 @@ def checkpoint(model: Siamese) -> dict[str, Tensor]:
 
 def distance(mine: list[Tensor], theirs: list[Tensor]) -> float:
     """|a - b| / |b| of all tensors together."""
-    a, b = (torch.cat([x.flatten() for x in tensors if x.is_floating_point()]) for tensors in (mine, theirs))
+    a, b = (
+        torch.cat([x.flatten() for x in tensors if x.is_floating_point()])
+        for tensors in (mine, theirs)
+    )
     return ((a - b).norm() / b.norm()).item()
 
 
 def one_process_of_many(number: str, folder: str, shares: str, *names: str) -> None:
     each = tuple(map(int, shares.split(",")))
     torch.set_num_threads(1)
-    distributed.init_process_group("gloo", f"file://{folder}/store", rank=int(number), world_size=len(each))
-    torch.save({name: train(CASES[name], scaled(name, each)) for name in names}, f"{folder}/{number}.pt")
+    distributed.init_process_group(
+        "gloo", f"file://{folder}/store", rank=int(number), world_size=len(each)
+    )
+    torch.save(
+        {name: train(CASES[name], scaled(name, each)) for name in names}, f"{folder}/{number}.pt"
+    )
     distributed.barrier()
-    os._exit(0)  # at once: gloo's threads may outlive the interpreter and then abort (pytorch issue 190489)
+    os._exit(
+        0
+    )  # at once: gloo's threads may outlive the interpreter and then abort (pytorch issue 190489)
 
 
 def scaled(name: str, shares: tuple[int, ...]) -> tuple[int, ...]:
@@ -125,7 +151,9 @@ def compared(shares: tuple[int, ...], names: list[str]) -> dict[str, dict[str, f
     with tempfile.TemporaryDirectory() as folder:
         how = [folder, ",".join(map(str, shares)), *names]
         command = [sys.executable, __file__, "--process"]
-        children = [subprocess.Popen([*command, str(number), *how]) for number in range(len(shares))]
+        children = [
+            subprocess.Popen([*command, str(number), *how]) for number in range(len(shares))
+        ]
         alone = {name: train(CASES[name], scaled(name, shares)) for name in names}
         assert [child.wait() for child in children] == [0] * len(shares)
         several = [torch.load(f"{folder}/{number}.pt") for number in range(len(shares))]
@@ -142,7 +170,11 @@ def compared(shares: tuple[int, ...], names: list[str]) -> dict[str, dict[str, f
 def main(*words: str) -> int:
     worst = 0.0
     for shares in SHARES:
-        names = [n for n in CASES if (n != "split" or len(shares) == 2) and (not words or any(w in n for w in words))]
+        names = [
+            n
+            for n in CASES
+            if (n != "split" or len(shares) == 2) and (not words or any(w in n for w in words))
+        ]
         for name, distances in compared(shares, names).items():
             worst = max(worst, *distances.values())
             told = "  ".join(f"{kind} {value:.1e}" for kind, value in distances.items())

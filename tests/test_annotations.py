@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from simsiam.detection.annotations import open_annotated, with_masks
-from simsiam.detection.metrics import pixels_of
+from simsiam.detection.annotations import keep_masked_objects, open_annotated
+from simsiam.detection.metrics import decode_masks
 from simsiam.errors import UsageError, WorkFailed
 
 pytest.importorskip("pycocotools")
@@ -25,7 +25,11 @@ def xml(objects, size=(60, 80), extra="") -> str:
         + "</bndbox></object>"
         for name, box, hard in objects
     )
-    sides = f"<size><width>{size[1]}</width><height>{size[0]}</height><depth>3</depth></size>" if size else ""
+    sides = (
+        f"<size><width>{size[1]}</width><height>{size[0]}</height><depth>3</depth></size>"
+        if size
+        else ""
+    )
     return f"<annotation>{sides}{rows}{extra}</annotation>"
 
 
@@ -36,14 +40,26 @@ def voc(folder: Path, files: dict[str, str], sets: dict[str, list[str]], size=(6
         (folder / "Annotations" / f"{name}.xml").write_text(text)
         Image.new("RGB", size[::-1], "gray").save(folder / "JPEGImages" / f"{name}.jpg")
     for name, listed in sets.items():
-        (folder / "ImageSets" / "Main" / f"{name}.txt").write_text("".join(f"{one}\n" for one in listed))
+        (folder / "ImageSets" / "Main" / f"{name}.txt").write_text(
+            "".join(f"{one}\n" for one in listed)
+        )
     return folder
 
 
-def coco(folder: Path, annotations: list, split="train", images=3, size=(60, 80), categories=("cat", "dog")) -> Path:
+def coco(
+    folder: Path,
+    annotations: list,
+    split="train",
+    images=3,
+    size=(60, 80),
+    categories=("cat", "dog"),
+) -> Path:
     (folder / "annotations").mkdir(parents=True, exist_ok=True)
     (folder / f"{split}2017").mkdir()
-    rows = [{"id": 7 + i, "file_name": f"{i}.png", "height": size[0], "width": size[1]} for i in range(images)]
+    rows = [
+        {"id": 7 + i, "file_name": f"{i}.png", "height": size[0], "width": size[1]}
+        for i in range(images)
+    ]
     for i in range(images):
         Image.new("RGB", size[::-1], "gray").save(folder / f"{split}2017" / f"{i}.png")
     kinds = [{"id": 3 + 2 * i, "name": name} for i, name in enumerate(categories)]
@@ -53,7 +69,9 @@ def coco(folder: Path, annotations: list, split="train", images=3, size=(60, 80)
 
 
 def test_voc_counts_from_one_and_includes_its_last_pixel(tmp_path):
-    opened = open_annotated(voc(tmp_path, {"a": xml([CAR, ("bus", (1, 1, 80, 60), 1)])}, {"train": ["a"]}))
+    opened = open_annotated(
+        voc(tmp_path, {"a": xml([CAR, ("bus", (1, 1, 80, 60), 1)])}, {"train": ["a"]})
+    )
     (objects,) = opened.splits["train"].objects
     assert opened.splits["train"].classes == ("bus", "car") and opened.metric == "voc"
     assert objects.boxes.tolist() == [[10, 20, 30, 40], [0, 0, 80, 60]]
@@ -62,7 +80,9 @@ def test_voc_counts_from_one_and_includes_its_last_pixel(tmp_path):
 
 def test_years_are_one_set_and_a_set_can_be_named(tmp_path):
     for year, names in {"VOC2007": "abc", "VOC2012": "de"}.items():
-        sets = {"train": [names[0]], "val": [names[1]]} | ({"test": [names[2]]} if len(names) > 2 else {})
+        sets = {"train": [names[0]], "val": [names[1]]} | (
+            {"test": [names[2]]} if len(names) > 2 else {}
+        )
         voc(tmp_path / year, {name: xml([CAR]) for name in names}, sets)
     keys = {k: list(v.images.keys) for k, v in open_annotated(tmp_path).splits.items()}
     assert keys == {
@@ -72,14 +92,20 @@ def test_years_are_one_set_and_a_set_can_be_named(tmp_path):
     }
     paper = open_annotated([tmp_path / "VOC2007", f"{tmp_path / 'VOC2012'}:train"])
     assert [len(paper.splits[split]) for split in ("train", "val", "test")] == [2, 1, 1]
-    assert paper.name == "VOC2007+VOC2012" and paper.splits["val"].images.read(0).shape == (60, 80, 3)
+    assert paper.name == "VOC2007+VOC2012" and paper.splits["val"].images.read(0).shape == (
+        60,
+        80,
+        3,
+    )
     with pytest.raises(UsageError, match="did you mean 'train'"):
         open_annotated(f"{tmp_path / 'VOC2012'}:trian")
 
 
 def test_what_is_wrong_in_voc_is_named_and_costs_nothing_else(tmp_path):
     files = {
-        "good": xml([CAR, ("car", (5, 5, 4, 9), 0), ("car", (70, 50, 200, 90), 0)]),  # the second has no area
+        "good": xml(
+            [CAR, ("car", (5, 5, 4, 9), 0), ("car", (70, 50, 200, 90), 0)]
+        ),  # the second has no area
         "broken": "<annotation><object>",
         "other_size": xml([CAR], size=(99, 99)),
         "no_size": xml([CAR], size=None),
@@ -104,8 +130,10 @@ def test_what_is_wrong_in_voc_is_named_and_costs_nothing_else(tmp_path):
                  "no_numbers.xml\tobject 1 has no box of four numbers", "object 2 has no name", "more3.jpg\t",
                  "good.jpg\tthe box 4, 4, 4, 9 of a car has no area"):  # fmt: skip
         assert text in lines, text
-    learned = part.learnable()
-    assert len(learned) == 6 and all(len(o) for o in learned.objects)  # the empty one teaches nothing, and is tested on
+    learned = part.trainable_subset()
+    assert len(learned) == 6 and all(
+        len(o) for o in learned.objects
+    )  # the empty one teaches nothing, and is tested on
 
 
 def test_coco_becomes_the_same(tmp_path):
@@ -124,36 +152,67 @@ def test_coco_becomes_the_same(tmp_path):
     opened = open_annotated(coco(coco(tmp_path, rows), rows[:1], "val"))
     train, val = opened.splits["train"], opened.splits["val"]
     assert train.classes == val.classes == ("cat", "dog") and opened.metric == "coco"
-    assert [len(o) for o in train.objects] == [2, 1, 0] and train.objects[0].labels.tolist() == [1, 0]
+    assert [len(o) for o in train.objects] == [2, 1, 0] and train.objects[0].labels.tolist() == [
+        1,
+        0,
+    ]
     assert train.objects[0].boxes.tolist() == [[10, 10, 30, 30], [0, 0, 80, 60]]
-    assert [len(o) for o in train.learnable().objects] == [1, 1]
-    assert opened.faults.counts["object left out"] == 4 and opened.faults.counts["degenerate box dropped"] == 1
-    masked = with_masks(opened)
+    assert [len(o) for o in train.trainable_subset().objects] == [1, 1]
+    assert (
+        opened.faults.counts["object left out"] == 4
+        and opened.faults.counts["degenerate box dropped"] == 1
+    )
+    masked = keep_masked_objects(opened)
     assert [len(o) for o in masked.splits["train"].objects] == [2, 0, 0]
-    assert [mask.sum() for mask in pixels_of(masked.splits["train"].objects[0])] == [400, 4800]
+    assert [mask.sum() for mask in decode_masks(masked.splits["train"].objects[0])] == [400, 4800]
     assert masked.faults.lines[-1] == "train2017/1.png\ta dog has no mask"
     assert [line.split("\t")[1] for line in opened.faults.lines if "annotations[4]" in line] == [
         "annotations[4] is of image 99, which is not there"
     ]
-    joined = train.join(val)
-    assert len(joined) == 6 and joined.images.read(5).shape == (60, 80, 3) and joined.objects[3].labels.tolist() == [1]
+    joined = train.concat(val)
+    assert (
+        len(joined) == 6
+        and joined.images.read(5).shape == (60, 80, 3)
+        and joined.objects[3].labels.tolist() == [1]
+    )
 
 
 def test_a_split_beside_its_images_is_coco_too(tmp_path):
     coco(tmp_path / "made", [{"id": 1, "image_id": 7, "category_id": 3, "bbox": [1, 1, 9, 9]}])
     os.rename(tmp_path / "made" / "train2017", tmp_path / "train")
-    os.rename(tmp_path / "made/annotations/instances_train2017.json", tmp_path / "train/_annotations.coco.json")
+    os.rename(
+        tmp_path / "made/annotations/instances_train2017.json",
+        tmp_path / "train/_annotations.coco.json",
+    )
     opened = open_annotated(tmp_path)
-    assert opened.splits["train"].classes == ("cat",) and opened.splits["train"].images.read(0).shape == (60, 80, 3)
+    assert opened.splits["train"].classes == ("cat",) and opened.splits["train"].images.read(
+        0
+    ).shape == (60, 80, 3)
 
 
 @pytest.mark.parametrize(
     "damage, error, words",
     [
-        (lambda f: (f / "annotations" / "instances_train2017.json").write_text("{"), WorkFailed, "cannot read"),
-        (lambda f: (f / "annotations" / "instances_train2017.json").write_text("{}"), WorkFailed, "not COCO's"),
-        (lambda f: [path.unlink() for path in (f / "train2017").iterdir()], WorkFailed, "3 of 3 annotated images"),
-        (lambda f: os.rename(f / "annotations", f / "labels"), UsageError, "is no source of annotated images"),
+        (
+            lambda f: (f / "annotations" / "instances_train2017.json").write_text("{"),
+            WorkFailed,
+            "cannot read",
+        ),
+        (
+            lambda f: (f / "annotations" / "instances_train2017.json").write_text("{}"),
+            WorkFailed,
+            "not COCO's",
+        ),
+        (
+            lambda f: [path.unlink() for path in (f / "train2017").iterdir()],
+            WorkFailed,
+            "3 of 3 annotated images",
+        ),
+        (
+            lambda f: os.rename(f / "annotations", f / "labels"),
+            UsageError,
+            "is no source of annotated images",
+        ),
     ],
 )
 def test_a_source_of_nothing_is_one_line(tmp_path, damage, error, words):
@@ -166,7 +225,9 @@ def test_boxes_stay_with_their_images(tmp_path):
     files = {name: xml([("car", (i + 1, 1, 70, 50), 0)]) for i, name in enumerate("abcdef")}
     part = open_annotated(voc(tmp_path, files, {})).splits["train"]
     rest, held = part.hold_out(2)
-    assert len(rest) == 4 and sorted([*rest.images.keys, *held.images.keys]) == list(part.images.keys)
-    for some in (rest, held, rest.join(held)):
+    assert len(rest) == 4 and sorted([*rest.images.keys, *held.images.keys]) == list(
+        part.images.keys
+    )
+    for some in (rest, held, rest.concat(held)):
         for key, objects in zip(some.images.keys, some.objects):
             assert np.isclose(objects.boxes[0, 0], "abcdef".index(Path(key).stem))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from simsiam.detection.annotations import Objects
-from simsiam.detection.metrics import Found, coco, packed, pixels_of, voc
+from simsiam.detection.metrics import Detections, coco_ap, decode_masks, encode_mask, voc_ap
 
 pytest.importorskip("pycocotools")
 CLASSES = ("a", "b", "c")
@@ -27,7 +27,7 @@ def scene(seed: int, images: int = 30):
         made[:, 2:] = np.maximum(made[:, 2:], made[:, :2] + 1)
         guessed = np.where(rng.random(len(rows)) < 0.9, labels[rows], 0)
         scores = np.round(rng.random(len(made)), 2).astype(np.float32) + np.float32(0.0001)
-        found.append(Found(made, scores, np.append(guessed, 1)))
+        found.append(Detections(made, scores, np.append(guessed, 1)))
     return found, there
 
 
@@ -49,7 +49,9 @@ def voc_reference(found, there, label: int, least: float) -> float:
                 u0, v0, u1, v1 = box[0] + 1, box[1] + 1, box[2], box[3]
                 wide, high = min(x1, u1) - max(x0, u0) + 1, min(y1, v1) - max(y0, v0) + 1
                 both = max(wide, 0) * max(high, 0)
-                overlap = both / ((x1 - x0 + 1) * (y1 - y0 + 1) + (u1 - u0 + 1) * (v1 - v0 + 1) - both)
+                overlap = both / (
+                    (x1 - x0 + 1) * (y1 - y0 + 1) + (u1 - u0 + 1) * (v1 - v0 + 1) - both
+                )
                 if overlap > best:
                     best, at = overlap, k
         if best <= least:
@@ -69,8 +71,13 @@ def voc_reference(found, there, label: int, least: float) -> float:
 @pytest.mark.parametrize("seed", range(3))
 def test_voc_is_the_reference(seed):
     found, there = scene(seed)
-    table = np.array([[100 * voc_reference(found, there, c, t / 100) for t in range(50, 100, 5)] for c in range(3)])
-    record = voc(found, there, CLASSES)
+    table = np.array(
+        [
+            [100 * voc_reference(found, there, c, t / 100) for t in range(50, 100, 5)]
+            for c in range(3)
+        ]
+    )
+    record = voc_ap(found, there, CLASSES)
     assert np.isclose(record["AP"], table.mean(), atol=1e-3) and 0 < record["AP"] < 100
     assert np.isclose(record["AP50"], table[:, 0].mean(), atol=1e-3)
     assert np.isclose(record["AP75"], table[:, 5].mean(), atol=1e-3)
@@ -104,8 +111,13 @@ def coco_reference(found, there, label: int, least: float) -> float:
 def test_coco_is_the_definition():
     found, there = scene(7)
     there = [Objects(o.size, o.boxes, o.labels, np.zeros(len(o), bool), o.crowd) for o in there]
-    record = coco(found, there, CLASSES, "bbox")
-    table = np.array([[100 * coco_reference(found, there, c, t / 100) for t in range(50, 100, 5)] for c in range(3)])
+    record = coco_ap(found, there, CLASSES, "bbox")
+    table = np.array(
+        [
+            [100 * coco_reference(found, there, c, t / 100) for t in range(50, 100, 5)]
+            for c in range(3)
+        ]
+    )
     assert np.isclose(record["AP"], table.mean(), atol=0.01) and 0 < record["AP"] < 100
     assert np.isclose(record["AP50"], table[:, 0].mean(), atol=0.01)
 
@@ -118,7 +130,11 @@ def test_coco_is_pycocotools_on_its_own_files(tmp_path):
     from pycocotools.cocoeval import COCOeval
 
     found, there = scene(11)
-    boxes = [(i, k, box.astype(float).tolist()) for i, o in enumerate(there) for k, box in enumerate(o.boxes)]
+    boxes = [
+        (i, k, box.astype(float).tolist())
+        for i, o in enumerate(there)
+        for k, box in enumerate(o.boxes)
+    ]
     wide = lambda b: [b[0], b[1], b[2] - b[0], b[3] - b[1]]  # noqa: E731
     truth = {
         "images": [{"id": i + 1, "height": 100, "width": 100} for i in range(len(there))],
@@ -140,8 +156,10 @@ def test_coco_is_pycocotools_on_its_own_files(tmp_path):
     judge.evaluate()
     judge.accumulate()
     judge.summarize()
-    record = coco(found, there, CLASSES, "bbox")
-    assert np.allclose([record[k] for k in ("AP", "AP50", "AP75")], 100 * judge.stats[:3], atol=1e-3)
+    record = coco_ap(found, there, CLASSES, "bbox")
+    assert np.allclose(
+        [record[k] for k in ("AP", "AP50", "AP75")], 100 * judge.stats[:3], atol=1e-3
+    )
 
 
 def test_perfect_masks_have_all_and_masks_decide_where_boxes_agree():
@@ -149,21 +167,29 @@ def test_perfect_masks_have_all_and_masks_decide_where_boxes_agree():
     y, x = np.ogrid[:60, :60]
     disc = (y - 30) ** 2 + (x - 30) ** 2 < 20**2
     box, label = np.array([[11, 11, 50, 50]], np.float32), np.array([0])
-    ring = [[float(v) for t in np.linspace(0, 2 * np.pi, 60) for v in (30.5 + 20 * np.cos(t), 30.5 + 20 * np.sin(t))]]
+    ring = [
+        [
+            float(v)
+            for t in np.linspace(0, 2 * np.pi, 60)
+            for v in (30.5 + 20 * np.cos(t), 30.5 + 20 * np.sin(t))
+        ]
+    ]
     there = [Objects((60, 60), box, label, np.zeros(1, bool), np.zeros(1, bool), (ring,))]
-    assert abs(int(pixels_of(there[0]).sum()) - int(disc.sum())) < 60
+    assert abs(int(decode_masks(there[0]).sum()) - int(disc.sum())) < 60
     square = np.zeros((60, 60), bool)
     square[11:50, 11:50] = True
     aps = {}
     for name, mask in {"disc": disc, "square": square}.items():
-        found = [Found(box, np.array([0.9], np.float32), label, (packed(mask),))]
-        aps[name] = coco(found, there, ("a",), "segm")
-        assert coco(found, there, ("a",), "bbox")["AP"] == pytest.approx(100)
+        found = [Detections(box, np.array([0.9], np.float32), label, (encode_mask(mask),))]
+        aps[name] = coco_ap(found, there, ("a",), "segm")
+        assert coco_ap(found, there, ("a",), "bbox")["AP"] == pytest.approx(100)
     assert aps["disc"]["AP75"] == pytest.approx(100) and aps["square"]["AP"] < 80
 
 
 def test_a_class_that_is_not_there_does_not_count():
     found, there = scene(5)
     there = [o.take(o.labels < 2) for o in there]
-    assert set(voc(found, there, CLASSES)["AP50_of_class"]) == set(coco(found, there, CLASSES, "bbox")["AP50_of_class"])
-    assert "c" not in voc(found, there, CLASSES)["AP50_of_class"]
+    assert set(voc_ap(found, there, CLASSES)["AP50_of_class"]) == set(
+        coco_ap(found, there, CLASSES, "bbox")["AP50_of_class"]
+    )
+    assert "c" not in voc_ap(found, there, CLASSES)["AP50_of_class"]

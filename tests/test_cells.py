@@ -10,13 +10,13 @@ from conftest import QUICK
 
 import simsiam
 from simsiam.config.methods import METHODS
-from simsiam.data.batches import batches, steps_per_epoch
+from simsiam.data.batches import iter_batches, steps_per_epoch
 from simsiam.data.images import hold_out, sample
 from simsiam.errors import Stopped
 from simsiam.model.optimizers import set_lr
-from simsiam.runs.compose import compose
+from simsiam.runs.compose import compose_recipe
 from simsiam.runs.run_folder import Run
-from simsiam.training.prepare import assemble, solve_first
+from simsiam.training.prepare import build_training_setup, initialize_eta
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -27,7 +27,9 @@ def test_every_row_trains_three_steps_on_shapes(name):
     assert len(losses) == 3 and all(torch.tensor(losses).isfinite())
     method = Run(run).recipe.method
     assert method.optimizer == row.optimizer and method.name == name
-    assert method.views == row.views or name == "simsiam"  # whose views are the recipe's, chosen for shapes
+    assert (
+        method.views == row.views or name == "simsiam"
+    )  # whose views are the recipe's, chosen for shapes
 
 
 CELLS = [
@@ -53,17 +55,29 @@ CELLS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("cells", CELLS, ids=lambda cells: " ".join(f"{k}={v}" for k, v in cells.items()))
+@pytest.mark.parametrize(
+    "cells", CELLS, ids=lambda cells: " ".join(f"{k}={v}" for k, v in cells.items())
+)
 def test_every_cell_trains_three_steps_on_shapes(cells):
-    recipe, source, _ = compose("shapes", None, QUICK | {"dim": 16, "precision": "float32"} | cells)
-    model, optimizer, device, precision = assemble(recipe)
+    recipe, source, _ = compose_recipe(
+        "shapes", None, QUICK | {"dim": 16, "precision": "float32"} | cells
+    )
+    model, optimizer, device, precision = build_training_setup(recipe)
     images, _ = hold_out(sample(source.train, 70), 6)
     per_epoch = steps_per_epoch(len(images), recipe.batch_size)
-    model.begin(images=len(images), labels=torch.from_numpy(images.labels), steps=3, per_epoch=per_epoch)
-    solve_first(model, images, recipe, device, precision)
+    model.begin(
+        images=len(images), labels=torch.from_numpy(images.labels), steps=3, per_epoch=per_epoch
+    )
+    initialize_eta(model, images, recipe, device, precision)
     before = [p.clone() for p in model.parameters()]
-    for batch in batches(images, recipe, 0, 3, device):
-        set_lr(optimizer, batch.step, peak=recipe.peak_lr, steps=3, warmup=recipe.method.warmup_epochs)
+    for batch in iter_batches(images, recipe, 0, 3, device):
+        set_lr(
+            optimizer,
+            batch.step,
+            peak_lr=recipe.peak_lr,
+            steps=3,
+            warmup_steps=recipe.method.warmup_epochs,
+        )
         out = model(*batch.views, index=batch.index)
         optimizer.zero_grad()
         out.loss.backward()
@@ -76,12 +90,12 @@ def test_every_cell_trains_three_steps_on_shapes(cells):
 def test_eta_starts_with_one_pass_over_every_image():
     """52 images in batches of 16: the last batch steps back. The model itself is left as it was."""
     words = QUICK | {"target": "moving_average", "predictor": "none", "precision": "float32"}
-    recipe, source, _ = compose("shapes", None, words)
-    model, _, device, precision = assemble(recipe)
+    recipe, source, _ = compose_recipe("shapes", None, words)
+    model, _, device, precision = build_training_setup(recipe)
     images = sample(source.train, 52)
     model.begin(images=len(images))
     before = {k: v.clone() for k, v in model.state_dict().items() if k != "target.eta"}
-    solve_first(model, images, recipe, device, precision)
+    initialize_eta(model, images, recipe, device, precision)
     torch.testing.assert_close(model.target.eta.norm(dim=1), torch.ones(52))
     assert len(model.target.eta.unique(dim=0)) == 52
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in before.items())
@@ -99,11 +113,17 @@ def test_what_targets_remember_survives_a_resume_bit_for_bit(cells, monkeypatch,
     whole = simsiam.pretrain("shapes", out="whole", **words)
     assert ("eta      " in capfd.readouterr().err) == ("moving_average" in cells.values())
     module = importlib.import_module("simsiam.training.pretrain")
-    real, signals = module.gauges, [signal.SIGTERM]
-    monkeypatch.setattr(module, "gauges", lambda out: (signals and os.kill(os.getpid(), signals.pop()), real(out))[1])
+    real, signals = module.compute_gauges, [signal.SIGTERM]
+    monkeypatch.setattr(
+        module,
+        "compute_gauges",
+        lambda out: (signals and os.kill(os.getpid(), signals.pop()), real(out))[1],
+    )
     with pytest.raises(Stopped, match="stopped at step 2"):
         simsiam.pretrain("shapes", out="half", **words)
     simsiam.resume("half")
     one, other = (Run(run).checkpoint()["model"] for run in (whole, "half"))
     assert all(torch.equal(one[k], other[k]) for k in one)
-    assert [line["loss"] for line in Run(whole).metrics()] == [line["loss"] for line in Run("half").metrics()]
+    assert [line["loss"] for line in Run(whole).metrics()] == [
+        line["loss"] for line in Run("half").metrics()
+    ]

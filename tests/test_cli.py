@@ -10,7 +10,7 @@ from conftest import QUICK, TINY, flags
 from PIL import Image
 
 from simsiam.commands.main import build_parser, main
-from simsiam.config.recipes import WORDS
+from simsiam.config.recipes import SETTING_TYPES
 
 
 def said(capsys, *arguments: str) -> tuple[int, str]:
@@ -32,13 +32,22 @@ def said(capsys, *arguments: str) -> tuple[int, str]:
         (["pretrain", "--backbone", "resnet19"], "unknown backbone 'resnet19': did you mean"),
         (["pretrain", "--backbone", "vgg11", "--width", "16"], "vgg11 has neither"),
         (["pretrain", "--device", "tpu"], "device 'tpu' cannot be used here"),
-        (["pretrain", "--batch-size", "9999"], "there are only 4000 images: take a smaller --batch-size"),
+        (
+            ["pretrain", "--batch-size", "9999"],
+            "there are only 4000 images: take a smaller --batch-size",
+        ),
         (["pretrain", "--recipe", "cifra"], "unknown recipe 'cifra': did you mean 'cifar'?"),
         (["pretrain", "--output-bn-affine", "--head-bn", "pred_hidden"], "add proj_out to head_bn"),
         (["pretrain", "--backbone", "squeezenet1_0", "--width", "64"], "no clear feature output"),
         (["pretrain", "--device", "meta"], "device 'meta' cannot be used here"),
-        (["pretrain", "--target", "momentum", "--no-stop-gradient"], "a second encoder gets no gradient"),
-        (["pretrain", "--queue", "64"], "queue says nothing here: it belongs to criterion info_nce"),
+        (
+            ["pretrain", "--target", "momentum", "--no-stop-gradient"],
+            "a second encoder gets no gradient",
+        ),
+        (
+            ["pretrain", "--queue", "64"],
+            "queue says nothing here: it belongs to criterion info_nce",
+        ),
         (["demo", "--seeds", "0"], "seeds is 0; it is at least 1"),
         (["resume", "nowhere"], "nowhere is not a run folder"),
         (["resume"], "the following arguments are required: RUN"),
@@ -61,7 +70,11 @@ def test_folders_that_cannot_be_used(capsys, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").write_text("mine")
     code, error = said(capsys, "pretrain", "--out", tmp_path / "full", *flags(**TINY))
-    assert code == 2 and "not written over" in error and (tmp_path / "full" / "x").read_text() == "mine"
+    assert (
+        code == 2
+        and "not written over" in error
+        and (tmp_path / "full" / "x").read_text() == "mine"
+    )
     (tmp_path / "file").write_text("")
     code, error = said(capsys, "pretrain", "--out", tmp_path / "file" / "run", *flags(**TINY))
     assert code == 2 and "cannot write to" in error
@@ -85,20 +98,41 @@ def test_a_broken_recipe_file(capsys, tmp_path):
 
 def test_every_word_of_a_recipe_is_a_documented_flag():
     verbs = build_parser()._subparsers._group_actions[0].choices
-    documented = {flag: action.help for action in verbs["pretrain"]._actions for flag in action.option_strings}
-    for word in WORDS.keys() - {"source"}:
+    documented = {
+        flag: action.help for action in verbs["pretrain"]._actions for flag in action.option_strings
+    }
+    for word in SETTING_TYPES.keys() - {"source"}:
         assert documented["--" + word.replace("_", "-")], word
-    for flag in ("--no-stop-gradient", "--predictor-lr-scale", "--head-bn", "--output-bn-affine", "--pred-dim"):
+    for flag in (
+        "--no-stop-gradient",
+        "--predictor-lr-scale",
+        "--head-bn",
+        "--output-bn-affine",
+        "--pred-dim",
+    ):
         assert flag in documented
 
 
 def test_one_command_trains_and_tells(tmp_path):
-    command = [sys.executable, "-m", "simsiam", "pretrain", "--out", str(tmp_path / "run"), *flags(**TINY)]
+    command = [
+        sys.executable,
+        "-m",
+        "simsiam",
+        "pretrain",
+        "--out",
+        str(tmp_path / "run"),
+        *flags(**TINY),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "too early after 32 steps" in done.stdout and f"run folder: {tmp_path / 'run'}" in done.stdout
+    assert (
+        "too early after 32 steps" in done.stdout
+        and f"run folder: {tmp_path / 'run'}" in done.stdout
+    )
     assert max(map(len, done.stderr.splitlines())) <= 80
-    assert json.loads((tmp_path / "run" / "environment.json").read_text())["command"][1] == "pretrain"
+    assert (
+        json.loads((tmp_path / "run" / "environment.json").read_text())["command"][1] == "pretrain"
+    )
 
 
 def test_cells_reach_the_model_from_the_command_line(tmp_path):
@@ -114,10 +148,24 @@ def test_cells_reach_the_model_from_the_command_line(tmp_path):
 def test_a_row_on_equal_terms_and_the_table_of_rows(tmp_path, capsys):
     from simsiam.runs.run_folder import Run
 
-    run = ["pretrain", "--out", str(tmp_path / "run"), "--method", "simclr", "--equal-terms", "--predictor", "mlp"]
+    run = [
+        "pretrain",
+        "--out",
+        str(tmp_path / "run"),
+        "--method",
+        "simclr",
+        "--equal-terms",
+        "--predictor",
+        "mlp",
+    ]
     assert main([*run, "--stop-gradient", *flags(**QUICK)]) == 0
     row = Run(tmp_path / "run").recipe.method
-    assert (row.criterion, row.optimizer, row.predictor, row.stop_gradient) == ("nt_xent", "sgd", "mlp", True)
+    assert (row.criterion, row.optimizer, row.predictor, row.stop_gradient) == (
+        "nt_xent",
+        "sgd",
+        "mlp",
+        True,
+    )
     capsys.readouterr()
     for how, start in (("text", "method "), ("markdown", "| method |"), ("svg", "<svg ")):
         assert main(["methods", "--format", how]) == 0

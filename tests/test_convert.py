@@ -22,13 +22,13 @@ from torchvision import models
 from simsiam import Run, build, load
 from simsiam.config.recipes import Recipe
 from simsiam.errors import UsageError, WorkFailed
-from simsiam.model.backbones import RESNETS, backbone
+from simsiam.model.backbones import RESNETS, create_backbone
 from simsiam.runs import foreign_checkpoints as checkpoints
 from simsiam.runs import published_weights as releases
-from simsiam.runs.convert import convert, told
-from simsiam.runs.foreign_checkpoints import backbone_weights, identify
-from simsiam.runs.published_weights import Release, release_of
-from simsiam.runs.weight_files import read, sha256
+from simsiam.runs.convert import convert, format_conversion
+from simsiam.runs.foreign_checkpoints import convert_state_dict, load_backbone_weights
+from simsiam.runs.published_weights import Release, find_release
+from simsiam.runs.weight_files import file_sha256, read_state_dict
 
 SMALL = {"dim": 12, "proj_hidden": 10, "pred_dim": 6}
 
@@ -50,7 +50,9 @@ def trained(stem="large", network="resnet10", **cells):
 
 def biased(state, fc, bn, noise=0.3):
     """A bias in front of a batch norm, which the running mean has followed."""
-    state[f"{fc}.bias"] = torch.randn(state[f"{bn}.running_mean"].shape).to(state[f"{bn}.running_mean"]) * noise
+    state[f"{fc}.bias"] = (
+        torch.randn(state[f"{bn}.running_mean"].shape).to(state[f"{bn}.running_mean"]) * noise
+    )
     state[f"{bn}.running_mean"] = state[f"{bn}.running_mean"] + state[f"{fc}.bias"]
 
 
@@ -72,13 +74,21 @@ def authors(state):
         ("backbone", "module.encoder"), ("projector", "module.encoder.fc"), ("predictor", "module.predictor"),
     )  # fmt: skip
     biased(state, "module.encoder.fc.6", "module.encoder.fc.7")
-    return {"epoch": 100, "arch": "resnet50", "state_dict": state, "optimizer": {"state": {}, "param_groups": []}}
+    return {
+        "epoch": 100,
+        "arch": "resnet50",
+        "state_dict": state,
+        "optimizer": {"state": {}, "param_groups": []},
+    }
 
 
 def moco(state):
     query = renamed(state, ("backbone", "module.encoder_q"), ("projector", "module.encoder_q.fc"))
     key = renamed(query, ("module.encoder_q", "module.encoder_k"))
-    queue = {"module.queue": torch.zeros(12, 8), "module.queue_ptr": torch.zeros(1, dtype=torch.long)}
+    queue = {
+        "module.queue": torch.zeros(12, 8),
+        "module.queue_ptr": torch.zeros(1, dtype=torch.long),
+    }
     return {"state_dict": query | key | queue}
 
 
@@ -92,7 +102,10 @@ def lightly(state):
 def lightly_older(state):
     nested = {"0": "0.0", "1": "0.1", "3": "1.0", "4": "1.1", "6": "2.0", "7": "2.1"}
     heads = [(rf"projector\.{i}\.", f"projection_mlp.{to}.") for i, to in nested.items()]
-    heads += [(r"predictor\.0\.", "prediction_mlp.0.0."), (r"predictor\.1\.", "prediction_mlp.0.1.")]
+    heads += [
+        (r"predictor\.0\.", "prediction_mlp.0.0."),
+        (r"predictor\.1\.", "prediction_mlp.0.1."),
+    ]
     heads += [(r"predictor\.3\.", "prediction_mlp.1.")]
     return renamed(state, *heads)
 
@@ -107,7 +120,10 @@ def mmselfsup(state):
 def solo_learn(state):
     state = {name: tensor.clone() for name, tensor in state.items()}
     biased(state, "projector.6", "projector.7")
-    return {"state_dict": state | {"classifier.weight": torch.zeros(10, 32), "classifier.bias": torch.zeros(10)}}
+    return {
+        "state_dict": state
+        | {"classifier.weight": torch.zeros(10, 32), "classifier.bias": torch.zeros(10)}
+    }
 
 
 def solo_learn_older(state):
@@ -118,19 +134,32 @@ def patrick_hua(state):
     """Two layers of three: layer2 stands idle in the checkpoint, freshly initialized."""
     parts = {"0": "layer1.0", "1": "layer1.1", "3": "layer3.0", "4": "layer3.1"}
     rules = [(rf"projector\.{i}\.", f"projector.{to}.") for i, to in parts.items()]
-    rules += [(r"predictor\.0\.", "predictor.layer1.0."), (r"predictor\.1\.", "predictor.layer1.1.")]
+    rules += [
+        (r"predictor\.0\.", "predictor.layer1.0."),
+        (r"predictor\.1\.", "predictor.layer1.1."),
+    ]
     rules += [(r"predictor\.3\.", "predictor.layer2."), (r"(backbone.*)downsample", r"\1shortcut")]
     state = renamed(state, *rules)
-    for fc, bn in (("projector.layer1.0", "projector.layer1.1"), ("projector.layer3.0", "projector.layer3.1")):
+    for fc, bn in (
+        ("projector.layer1.0", "projector.layer1.1"),
+        ("projector.layer3.0", "projector.layer3.1"),
+    ):
         biased(state, fc, bn)
     biased(state, "predictor.layer1.0", "predictor.layer1.1")
-    idle = nn.Sequential(nn.Linear(10, 10), nn.BatchNorm1d(10)).to(state["projector.layer1.0.weight"].dtype)
+    idle = nn.Sequential(nn.Linear(10, 10), nn.BatchNorm1d(10)).to(
+        state["projector.layer1.0.weight"].dtype
+    )
     state |= {f"projector.layer2.{name}": tensor for name, tensor in idle.state_dict().items()}
-    return {"epoch": 800, "state_dict": state | renamed(state, ("backbone", "encoder.0"), ("projector", "encoder.1"))}
+    return {
+        "epoch": 800,
+        "state_dict": state | renamed(state, ("backbone", "encoder.0"), ("projector", "encoder.1")),
+    }
 
 
 def torchvision(state):
-    backbone = {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}
+    backbone = {
+        k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")
+    }
     return backbone | {"fc.weight": torch.zeros(1000, 32), "fc.bias": torch.zeros(1000)}
 
 
@@ -155,7 +184,9 @@ def outputs(model, train):
     torch.manual_seed(0)
     x = torch.randn(2, 8, 3, 40, 40, dtype=next(model.parameters()).dtype)
     out = copy.deepcopy(model).train(train)(*x)
-    return torch.cat([t.flatten() for t in (out.loss, *out.features, *out.projections, *out.predictions)])
+    return torch.cat(
+        [t.flatten() for t in (out.loss, *out.features, *out.projections, *out.predictions)]
+    )
 
 
 @layouts
@@ -168,20 +199,34 @@ def test_a_layout_comes_back_as_the_same_model(name, tmp_path):
         run = Run(convert(tmp_path / "theirs.pt", out=tmp_path / f"run-{dtype}-{train}"))
         state = run.checkpoint()["model"]
         if name == "torchvision":  # which has no heads to bring back
-            assert run.recipe.method.name == "none" and all(key.startswith("backbone.") for key in state)
+            assert run.recipe.method.name == "none" and all(
+                key.startswith("backbone.") for key in state
+            )
             state = model.state_dict() | state
             run.recipe = run.recipe.replace(**SMALL)
-        back = build(run.recipe.method, backbone=run.recipe.backbone, width=run.recipe.width, stem=run.recipe.stem)
+        back = build(
+            run.recipe.method,
+            backbone=run.recipe.backbone,
+            width=run.recipe.width,
+            stem=run.recipe.stem,
+        )
         back.to(dtype).load_state_dict(state)
-        torch.testing.assert_close(outputs(back, train), outputs(model, train), rtol=bound, atol=bound)
+        torch.testing.assert_close(
+            outputs(back, train), outputs(model, train), rtol=bound, atol=bound
+        )
 
     encoder, x = load(run.path), torch.randn(2, 3, 40, 40)
     assert torch.equal(encoder(x), model.backbone.eval()(x))
-    assert (encoder.transform.size, encoder.transform.mean[0]) == (32 if cells.get("stem") == "small" else 224, 0.485)
+    assert (encoder.transform.size, encoder.transform.mean[0]) == (
+        32 if cells.get("stem") == "small" else 224,
+        0.485,
+    )
     said = run.json("converted.json")
     assert said["layout"] == program and Counter(n.split(".")[0] for n in said["left_over"]) == left
-    assert said["placed"] + len(said["left_over"]) == len(read(tmp_path / "theirs.pt")[0])
-    assert all(part in told(run.path) for part in left)
+    assert said["placed"] + len(said["left_over"]) == len(
+        read_state_dict(tmp_path / "theirs.pt")[0]
+    )
+    assert all(part in format_conversion(run.path) for part in left)
 
 
 @layouts
@@ -197,29 +242,36 @@ def test_the_contract_of_a_run_folder_holds(name, tmp_path, shared):
 @layouts
 def test_no_tensor_can_be_missing_misshapen_extra_or_infinite(name, monkeypatch):
     """Taken one by one; of the backbone's, every fourth."""
-    monkeypatch.setattr(checkpoints, "backbone", cache(backbone))  # only to be quick
+    monkeypatch.setattr(checkpoints, "create_backbone", cache(create_backbone))  # only to be quick
     export, cells, *_ = LAYOUTS[name]
     content = export(trained(**cells).state_dict())
     tensors = content.get("state_dict", content)
-    left = identify(tensors).left_over
-    assert identify(dict(reversed(tensors.items()))).method == identify(tensors).method  # their order is of no matter
+    left = convert_state_dict(tensors).unused_keys
+    assert (
+        convert_state_dict(dict(reversed(tensors.items()))).method
+        == convert_state_dict(tensors).method
+    )  # their order is of no matter
     used = [key for key in tensors if key.removeprefix("module.") not in left]
-    heads = [key for key in used if not re.search("conv|bn|layer[1-4]|downsample", key) or ".fc." in key]
+    heads = [
+        key for key in used if not re.search("conv|bn|layer[1-4]|downsample", key) or ".fc." in key
+    ]
 
     def refused(changed):
         with pytest.raises(UsageError) as error:
-            identify(changed)
+            convert_state_dict(changed)
         assert "\n" not in str(error.value)
 
     for key in {*used[::4], *heads}:
         if key.endswith("num_batches_tracked"):
             continue  # torch fills it in for old files
-        if not (name.startswith("solo") and key == "projector.6.bias"):  # our own last.pt is that layout without it
+        if not (
+            name.startswith("solo") and key == "projector.6.bias"
+        ):  # our own last.pt is that layout without it
             refused({k: v for k, v in tensors.items() if k != key})
         wider = torch.cat([tensors[key], tensors[key][:1]])
         refused(tensors | {key: wider})
         refused(tensors | {key: tensors[key] * float("nan")})
-    layout = identify(tensors).layout
+    layout = convert_state_dict(tensors).layout
     wrapper = "module." if name in ("authors", "moco") else ""
     for prefix in {layout.backbone, *layout.heads.values()}:
         for shape in ((3,), (3, 3)):
@@ -231,11 +283,18 @@ def test_a_bias_before_a_batch_norm_is_absorbed(tmp_path):
     torch.save(authors(trained().state_dict()), tmp_path / "theirs.pt")
     run = Run(convert(tmp_path / "theirs.pt", out="run"))
     assert run.json("converted.json")["absorbed"] == ["encoder.fc.6.bias"]
-    layers = [nn.Linear(32, 10, bias=False), nn.BatchNorm1d(10), nn.ReLU(), nn.Linear(10, 10, bias=False)]
+    layers = [
+        nn.Linear(32, 10, bias=False),
+        nn.BatchNorm1d(10),
+        nn.ReLU(),
+        nn.Linear(10, 10, bias=False),
+    ]
     layers += [nn.BatchNorm1d(10), nn.ReLU(), nn.Linear(10, 12), nn.BatchNorm1d(12, affine=False)]
-    theirs, _ = read(tmp_path / "theirs.pt")
+    theirs, _ = read_state_dict(tmp_path / "theirs.pt")
     fc = nn.Sequential(*layers).eval()
-    fc.load_state_dict({k.removeprefix("module.encoder.fc."): v for k, v in theirs.items() if ".fc." in k})
+    fc.load_state_dict(
+        {k.removeprefix("module.encoder.fc."): v for k, v in theirs.items() if ".fc." in k}
+    )
     ours = build(run.recipe.method, backbone="resnet10", width=4).eval()
     ours.load_state_dict(run.checkpoint()["model"])
     h = torch.randn(8, 32)
@@ -251,16 +310,16 @@ def test_lightlys_sequence_of_children_and_timms_names_are_the_same_network():
         theirs.append(import_module("timm").create_model("resnet18", num_classes=0))
     for network in theirs:
         save_file(network.state_dict(), "theirs.safetensors")
-        bare = backbone("resnet18", image_size=224)
-        bare.load_state_dict(backbone_weights("theirs.safetensors", "resnet18"))
+        bare = create_backbone("resnet18", image_size=224)
+        bare.load_state_dict(load_backbone_weights("theirs.safetensors", "resnet18"))
         assert torch.equal(bare.eval()(x), network.eval()(x))
 
 
 @pytest.mark.parametrize("stem", ["small", "large"])
 def test_depth_width_and_stem_are_read_from_the_shapes(stem):
     for network in RESNETS:
-        state = backbone(network, image_size=32, width=2, stem=stem).state_dict()
-        assert identify(state).words == {"backbone": network, "width": 2, "stem": stem}
+        state = create_backbone(network, image_size=32, width=2, stem=stem).state_dict()
+        assert convert_state_dict(state).settings == {"backbone": network, "width": 2, "stem": stem}
 
 
 def test_a_network_that_is_no_resnet_goes_by_its_name(tmp_path):
@@ -269,21 +328,35 @@ def test_a_network_that_is_no_resnet_goes_by_its_name(tmp_path):
     with pytest.raises(UsageError, match="no ResNet"):
         convert(tmp_path / "theirs.pt", out="run")
     run = convert(
-        tmp_path / "theirs.pt", out="run", backbone="mobilenet_v3_small", image_size=64, mean=[0.5] * 3, std=[1] * 3
+        tmp_path / "theirs.pt",
+        out="run",
+        backbone="mobilenet_v3_small",
+        image_size=64,
+        mean=[0.5] * 3,
+        std=[1] * 3,
     )
-    assert Run(run).json("converted.json")["left_over"] == ["classifier.3.weight", "classifier.3.bias"]
+    assert Run(run).json("converted.json")["left_over"] == [
+        "classifier.3.weight",
+        "classifier.3.bias",
+    ]
     x = torch.randn(2, 3, 64, 64)
     theirs.classifier[3] = nn.Identity()
-    assert torch.equal(load(run)(x), theirs.eval()(x)) and load(run).transform.mean == (0.5, 0.5, 0.5)
+    assert torch.equal(load(run)(x), theirs.eval()(x)) and load(run).transform.mean == (
+        0.5,
+        0.5,
+        0.5,
+    )
     with pytest.raises(UsageError, match="resnet10, not a resnet18"):
-        identify(torchvision(trained().state_dict()), "resnet18")
+        convert_state_dict(torchvision(trained().state_dict()), "resnet18")
 
 
 def test_twins_must_agree():
     tensors = patrick_hua(trained(**HUA).state_dict())["state_dict"]
     tensors["encoder.0.conv1.weight"] += 1
-    with pytest.raises(UsageError, match=r"backbone\.conv1\.weight and encoder\.0\.conv1\.weight are one tensor"):
-        identify(tensors)
+    with pytest.raises(
+        UsageError, match=r"backbone\.conv1\.weight and encoder\.0\.conv1\.weight are one tensor"
+    ):
+        convert_state_dict(tensors)
 
 
 class Code:
@@ -306,7 +379,11 @@ def damaged():
     with open("cut.pt", "rb+") as file:
         file.truncate(9_000)
     yield "cut.pt", "no checkpoint that can be read"
-    for name, content in (("empty.pt", b""), ("text.pt", b"hello world"), ("text.safetensors", b"hello world")):
+    for name, content in (
+        ("empty.pt", b""),
+        ("text.pt", b"hello world"),
+        ("text.safetensors", b"hello world"),
+    ):
         with open(name, "wb") as file:
             file.write(content)
         yield name, "no checkpoint that can be read"
@@ -315,10 +392,16 @@ def damaged():
     torch.save(torch.zeros(3), "tensor.pt")
     yield "tensor.pt", "holds no state dict, only Tensor"
     torch.save({"conv.weight": torch.zeros(3), "fc.bias": torch.zeros(3)}, "strange.pt")
-    yield "strange.pt", "no ResNet as the authors' SimSiam, MoCo, .* store it; its tensors are in conv, fc; name other"
+    yield (
+        "strange.pt",
+        "no ResNet as the authors' SimSiam, MoCo, .* store it; its tensors are in conv, fc; name other",
+    )
     names = [f"backbone.{i}" for i in range(6)] + ["projection_head.0", "prediction_head.0"]
     torch.save({f"{name}.weight": torch.zeros(3) for name in names}, "generator.pt")
-    yield "generator.pt", "are children 0, 1, 2, 3, 4, 5 of a Sequential, and a ResNet's are 0, 1, 4"
+    yield (
+        "generator.pt",
+        "are children 0, 1, 2, 3, 4, 5 of a Sequential, and a ResNet's are 0, 1, 4",
+    )
     yield "nowhere.pt", "unknown checkpoint 'nowhere.pt'"
     yield "simsiam_resnet50_100e", "did you mean 'simsiam_resnet50_100ep'"
     yield "ResNet50_Weights.IMAGENET1K_V3", "torchvision has no classifier's weights"
@@ -338,11 +421,13 @@ def test_a_release_is_downloaded_once_and_checked(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
     published = tmp_path / "checkpoint_0099.pth.tar"
     torch.save(authors(trained(network="resnet50").state_dict()), published)
-    digest = sha256(published)
+    digest = file_sha256(published)
 
     def publish(digits):
         url, words = published.as_uri(), {"epochs": 100, "batch_size": 256}
-        monkeypatch.setitem(releases.RELEASES, "simsiam_resnet50_100ep", Release(url, digits, words, "CC BY-NC 4.0"))
+        monkeypatch.setitem(
+            releases.RELEASES, "simsiam_resnet50_100ep", Release(url, digits, words, "CC BY-NC 4.0")
+        )
 
     publish("0" * 8)
     with pytest.raises(WorkFailed, match=r"cannot be downloaded from file://.*invalid hash"):
@@ -351,10 +436,14 @@ def test_a_release_is_downloaded_once_and_checked(tmp_path, monkeypatch):
     publish(digest[:8])
     run = Run(convert("simsiam_resnet50_100ep", out="run"))
     assert (run.recipe.epochs, run.recipe.batch_size, run.recipe.image_size) == (100, 256, 224)
-    assert run.json("converted.json")["sha256"] == digest and "CC BY-NC 4.0" in told(run.path)
+    assert run.json("converted.json")["sha256"] == digest and "CC BY-NC 4.0" in format_conversion(
+        run.path
+    )
     published.unlink()
-    bare = backbone("resnet50", image_size=224, width=4)
-    bare.load_state_dict(backbone_weights("simsiam_resnet50_100ep", "resnet50"))  # from the cache
+    bare = create_backbone("resnet50", image_size=224, width=4)
+    bare.load_state_dict(
+        load_backbone_weights("simsiam_resnet50_100ep", "resnet50")
+    )  # from the cache
     (cached,) = (tmp_path / "cache").rglob("*.tar")
     cached.write_bytes(b"")
     with pytest.raises(WorkFailed, match="is damaged: its sha256 does not start with"):
@@ -367,9 +456,9 @@ def test_a_release_is_downloaded_once_and_checked(tmp_path, monkeypatch):
 def test_every_classifier_of_torchvision_is_known_by_name():
     for network in models.list_models(module=models):
         for weights in models.get_model_weights(network):
-            release = release_of(f"{type(weights).__name__}.{weights.name}")
-            assert release.words["backbone"] == network and release.url == weights.url
-            assert len(release.sha256) >= 8 and release.sha256 in release.url
+            release = find_release(f"{type(weights).__name__}.{weights.name}")
+            assert release.settings["backbone"] == network and release.url == weights.url
+            assert len(release.sha256_prefix) >= 8 and release.sha256_prefix in release.url
 
 
 def test_a_backbone_can_start_from_any_of_them(tmp_path):
@@ -378,8 +467,13 @@ def test_a_backbone_can_start_from_any_of_them(tmp_path):
     torch.save(authors(model.state_dict()), tmp_path / "theirs.pt")
     save_file(state, tmp_path / "backbone.safetensors")
     run = convert(tmp_path / "theirs.pt", out=tmp_path / "run")
-    for given in (tmp_path / "theirs.pt", tmp_path / "backbone.safetensors", run, run / "checkpoints" / "last.pt"):
-        found = backbone_weights(given, "resnet10")
+    for given in (
+        tmp_path / "theirs.pt",
+        tmp_path / "backbone.safetensors",
+        run,
+        run / "checkpoints" / "last.pt",
+    ):
+        found = load_backbone_weights(given, "resnet10")
         assert found.keys() == state.keys() and all(torch.equal(found[k], state[k]) for k in state)
     with pytest.raises(UsageError, match="its backbone is a resnet10, not a resnet50"):
-        backbone_weights(run, "resnet50")
+        load_backbone_weights(run, "resnet50")

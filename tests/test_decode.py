@@ -16,7 +16,7 @@ from PIL import Image, ImageFile
 from torchvision.io import ImageReadMode, decode_image
 
 from simsiam.data import decode as module
-from simsiam.data.decode import EXTENSIONS, FORMATS, Unreadable, decode, header
+from simsiam.data.decode import EXTENSIONS, FORMATS, Unreadable, decode_image, read_header
 
 
 def picture(seed, height=8, width=8, channels=3):
@@ -32,7 +32,9 @@ def smooth(height, width):
 
 def encode(image, kind="PNG", **options):
     file = BytesIO()
-    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(file, kind, **options)
+    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(
+        file, kind, **options
+    )
     return file.getvalue()
 
 
@@ -44,16 +46,36 @@ def npy(array, **options):
 
 def png(pixels, interlaced=False, size=None):
     """Gray or RGB, uint8 or uint16, as Pillow cannot write it: interlaced, 16-bit RGB, with a size that is a lie."""
-    passes = [(0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1)]  # Adam7
+    passes = [
+        (0, 0, 8, 8),
+        (0, 4, 8, 8),
+        (4, 0, 8, 4),
+        (0, 2, 4, 4),
+        (2, 0, 4, 2),
+        (0, 1, 2, 2),
+        (1, 0, 2, 1),
+    ]  # Adam7
     data = b""
     for y, x, down, right in passes if interlaced else [(0, 0, 1, 1)]:
         part = pixels[y::down, x::right]
-        data += b"".join(b"\0" + row.astype(row.dtype.newbyteorder(">")).tobytes() for row in part if part.size)
+        data += b"".join(
+            b"\0" + row.astype(row.dtype.newbyteorder(">")).tobytes() for row in part if part.size
+        )
     height, width = size or pixels.shape[:2]
-    kind = struct.pack(">IIBBBBB", width, height, 8 * pixels.itemsize, 0 if pixels.ndim == 2 else 2, 0, 0, interlaced)
+    kind = struct.pack(
+        ">IIBBBBB",
+        width,
+        height,
+        8 * pixels.itemsize,
+        0 if pixels.ndim == 2 else 2,
+        0,
+        0,
+        interlaced,
+    )
     chunks = [(b"IHDR", kind), (b"IDAT", zlib.compress(data)), (b"IEND", b"")]
     return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        for name, data in chunks
     )
 
 
@@ -83,15 +105,19 @@ def tiff(pixels, photometric=None, size=None):
 
 def reference(data):
     """What torchvision decodes, RGB (H, W, 3); of 16 bits the upper eight; of an animation the first frame."""
-    image = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB, True)
+    image = decode_image(
+        torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB, True
+    )
     image = image[0] if image.ndim == 4 else image
     pixels = image.numpy()
-    return (pixels >> 8 if pixels.dtype == np.uint16 else pixels).astype(np.uint8).transpose(1, 2, 0)
+    return (
+        (pixels >> 8 if pixels.dtype == np.uint16 else pixels).astype(np.uint8).transpose(1, 2, 0)
+    )
 
 
 def reason(data, *args, **options):
     with pytest.raises(Unreadable) as error:
-        decode(data, *args, **options)
+        decode_image(data, *args, **options)
     text = str(error.value)
     assert 0 < len(text) <= 200 and text.isprintable() and " at 0x" not in text
     return text
@@ -145,13 +171,13 @@ def odd_files():
 def test_every_odd_format_is_what_torchvision_decodes(tmp_path, name):
     data = odd_files()[name]
     (tmp_path / name).write_bytes(data)
-    pixels = decode(tmp_path / name)
+    pixels = decode_image(tmp_path / name)
     assert pixels.dtype == np.uint8 and pixels.shape == (9, 14, 3) and pixels.flags.writeable
     # How four inks become three lights is not laid down: both multiply by the black ink, and round differently.
     tolerance = 1 if name in ("cmyk.jpg", "ycck.jpg") else 0
     assert np.abs(pixels.astype(int) - reference(data)).max() <= tolerance
-    assert same(decode(data), pixels)
-    assert header(data)[:2] == header(tmp_path / name)[:2] == (9, 14)
+    assert same(decode_image(data), pixels)
+    assert read_header(data)[:2] == read_header(tmp_path / name)[:2] == (9, 14)
 
 
 @pytest.mark.parametrize("kind, suffix", [("PNG", "png"), ("JPEG", "jpg")])
@@ -160,14 +186,14 @@ def test_every_exif_orientation_is_turned_upright(kind, suffix, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = encode(smooth(6, 10), kind, exif=exif)
-    assert same(decode(data), reference(data))
-    assert header(data) == (6, 10, kind)  # as stored
+    assert same(decode_image(data), reference(data))
+    assert read_header(data) == (6, 10, kind)  # as stored
     # EXIF 2.32, tag Orientation: the row and column of the stored array where the visual top and left are.
     turn = {
         1: lambda x: x, 2: np.fliplr, 3: lambda x: np.rot90(x, 2), 4: np.flipud, 5: lambda x: x.transpose(1, 0, 2),
         6: lambda x: np.rot90(x, -1), 7: lambda x: np.rot90(x, 2).transpose(1, 0, 2), 8: np.rot90,
     }  # fmt: skip
-    assert same(decode(data), turn[orientation](decode(encode(smooth(6, 10), kind))))
+    assert same(decode_image(data), turn[orientation](decode_image(encode(smooth(6, 10), kind))))
 
 
 def test_formats_that_torchvision_does_not_know_keep_their_pixels():
@@ -180,45 +206,65 @@ def test_formats_that_torchvision_does_not_know_keep_their_pixels():
         encode(rgb, "TIFF", **frames), encode(rgb, "WEBP", lossless=True), encode(white, "WEBP", lossless=True),
         encode(rgb, "WEBP", lossless=True, **frames), tiff(rgb, photometric=2), tiff(deep, photometric=2),
     ):  # fmt: skip
-        assert same(decode(data), rgb)
-    for data in (encode(gray[..., 0], "PPM"), encode(gray[..., 0], "BMP"), tiff(gray), tiff(gray.astype("u2") * 256)):
-        assert same(decode(data), gray.repeat(3, 2)) and same(decode(data, 1), gray)
-    stereo = encode(smooth(9, 14), "MPO", save_all=True, append_images=[Image.fromarray(picture(3, 9, 14))])
-    assert same(decode(stereo), decode(encode(smooth(9, 14), "JPEG")))  # two pictures in one JPEG, as of some cameras
+        assert same(decode_image(data), rgb)
+    for data in (
+        encode(gray[..., 0], "PPM"),
+        encode(gray[..., 0], "BMP"),
+        tiff(gray),
+        tiff(gray.astype("u2") * 256),
+    ):
+        assert same(decode_image(data), gray.repeat(3, 2)) and same(decode_image(data, 1), gray)
+    stereo = encode(
+        smooth(9, 14), "MPO", save_all=True, append_images=[Image.fromarray(picture(3, 9, 14))]
+    )
+    assert same(
+        decode_image(stereo), decode_image(encode(smooth(9, 14), "JPEG"))
+    )  # two pictures in one JPEG, as of some cameras
 
 
 def test_16_bit_gray_is_scaled_not_clipped():
     deep = np.arange(0, 65536, 1024, dtype=np.uint16).reshape(8, 8)
     ppm = b"P5\n8 8\n65535\n" + deep.astype(">u2").tobytes()
     for data in (encode(Image.fromarray(deep)), encode(Image.fromarray(deep), "TIFF"), ppm):
-        assert same(decode(data), np.stack([deep >> 8] * 3, -1)) and same(decode(data, 1)[..., 0], deep >> 8)
+        assert same(decode_image(data), np.stack([deep >> 8] * 3, -1)) and same(
+            decode_image(data, 1)[..., 0], deep >> 8
+        )
 
 
 def test_32_bit_gray_is_scaled_as_16_bits_and_floats_from_0_to_1():
     deep = np.array([[-5, 0, 300], [40_000, 65_535, 70_000]], np.int32)
-    assert same(decode(encode(Image.fromarray(deep), "TIFF"))[..., 0], [[0, 0, 1], [156, 255, 255]])
+    assert same(
+        decode_image(encode(Image.fromarray(deep), "TIFF"))[..., 0], [[0, 0, 1], [156, 255, 255]]
+    )
     light = np.array([[0, 0.25, 0.5, 1]], np.float32)
-    assert same(decode(encode(Image.fromarray(light), "TIFF"))[..., 2], [[0, 64, 128, 255]])
+    assert same(decode_image(encode(Image.fromarray(light), "TIFF"))[..., 2], [[0, 64, 128, 255]])
     assert "from 0 to 1" in reason(encode(Image.fromarray(255 * light), "TIFF"))
 
 
 def test_broken_exif_does_not_cost_the_image(recwarn):
     for exif in (b"Exif\0\0MM\0*\xff\xff\xff\xff broken", b"Exif\0\0no header"):
-        assert same(decode(encode(picture(0), exif=exif)), picture(0))
+        assert same(decode_image(encode(picture(0), exif=exif)), picture(0))
 
 
 @pytest.mark.filterwarnings("ignore:Palette images with Transparency")
 def test_one_channel_is_gray_and_four_are_rgba():
     rgb, alpha = Image.fromarray(picture(0)), picture(1, channels=1)
-    assert same(decode(encode(rgb), 1)[..., 0], rgb.convert("L"))
-    assert same(decode(encode(np.dstack([rgb, alpha])), 4), np.dstack([rgb, alpha]))
-    assert same(decode(encode(rgb), 4)[..., 3], np.full((8, 8), 255))
+    assert same(decode_image(encode(rgb), 1)[..., 0], rgb.convert("L"))
+    assert same(decode_image(encode(np.dstack([rgb, alpha])), 4), np.dstack([rgb, alpha]))
+    assert same(decode_image(encode(rgb), 4)[..., 3], np.full((8, 8), 255))
     palette = rgb.quantize(4)
-    assert same(decode(encode(palette, transparency=bytes([0, 50, 100, 150])), 4)[..., 3], np.asarray(palette) * 50)
-    red = decode(encode(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG")).astype(int)
+    assert same(
+        decode_image(encode(palette, transparency=bytes([0, 50, 100, 150])), 4)[..., 3],
+        np.asarray(palette) * 50,
+    )
+    red = decode_image(encode(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG")).astype(int)
     assert np.abs(red - (255, 0, 0)).max() < 10  # ink, not light
     for name, data in odd_files().items():
-        assert decode(data, 1).shape == (9, 14, 1) and decode(data, 4).shape == (9, 14, 4), name
+        assert decode_image(data, 1).shape == (9, 14, 1) and decode_image(data, 4).shape == (
+            9,
+            14,
+            4,
+        ), name
 
 
 # Arrays
@@ -234,14 +280,22 @@ def test_numpy_arrays_of_any_number_of_channels_first_or_last(channels):
     ]  # fmt: skip
     for array in everything + [pixels[..., 0]] * (channels == 1):
         data = npy(array)
-        assert same(decode(data, channels), pixels) and header(data, channels) == (20, 30, "NPY")
+        assert same(decode_image(data, channels), pixels) and read_header(data, channels) == (
+            20,
+            30,
+            "NPY",
+        )
         other = 4
-        assert reason(data, other).endswith(f"not an image of {other} channels; give --channels {channels}")
-    assert same(decode(npy(pixels > 127), channels), (pixels > 127) * np.uint8(255))
+        assert reason(data, other).endswith(
+            f"not an image of {other} channels; give --channels {channels}"
+        )
+    assert same(decode_image(npy(pixels > 127), channels), (pixels > 127) * np.uint8(255))
 
 
 def test_arrays_that_are_no_images_are_refused():
-    assert "int64 pixels: they should be uint8, uint16, or floats" in reason(npy(picture(0).astype(int)))
+    assert "int64 pixels: they should be uint8, uint16, or floats" in reason(
+        npy(picture(0).astype(int))
+    )
     for bad in (255.0, -0.1, np.nan):
         assert "from 0 to 1" in reason(npy(np.full((8, 8, 3), bad)))
     for shape in ((), (3,), (0, 8, 3), (2, 8, 8, 3), (30, 20, 17)):
@@ -256,7 +310,11 @@ def test_a_lying_array_is_refused_before_memory_is_asked_for():
         assert "damaged" in reason(whole.replace(b"(40, 40, 3)", lie))
     huge = whole.replace(b"(40, 40, 3), }      ", b"(99999999, 9999, 3),}")
     assert len(huge) == len(whole) + 1 and "damaged" in reason(huge)
-    assert "damaged NPY" in reason(whole[:-1]) and "damaged" in reason(whole[:9]) and "damaged" in reason(whole[:60])
+    assert (
+        "damaged NPY" in reason(whole[:-1])
+        and "damaged" in reason(whole[:9])
+        and "damaged" in reason(whole[:60])
+    )
 
 
 def test_python_objects_are_never_unpickled(tmp_path):
@@ -267,7 +325,7 @@ def test_python_objects_are_never_unpickled(tmp_path):
     data = npy(np.array([[Trap()]], object), allow_pickle=True)
     assert reason(data, 1) == "an array of Python objects, not of numbers"
     with pytest.raises(Unreadable):
-        header(data, 1)
+        read_header(data, 1)
     assert not (tmp_path / "sprung").exists()
     np.load(BytesIO(data), allow_pickle=True)
     assert (tmp_path / "sprung").exists()  # the trap was set
@@ -280,9 +338,15 @@ def test_tiff_of_many_channels(channels, kind, caplog):
     pixels = picture(0, 20, 30, channels)
     stored = pixels.astype(kind) * {np.uint8: 1, np.uint16: 257, np.float32: 1 / 255}[kind]
     planes = BytesIO()
-    tifffile.imwrite(planes, stored.astype(kind).transpose(2, 0, 1), photometric="minisblack")  # a page a channel
+    tifffile.imwrite(
+        planes, stored.astype(kind).transpose(2, 0, 1), photometric="minisblack"
+    )  # a page a channel
     for data in (tiff(stored.astype(kind)), planes.getvalue()):
-        assert same(decode(data, channels), pixels) and header(data, channels) == (20, 30, "TIFF")
+        assert same(decode_image(data, channels), pixels) and read_header(data, channels) == (
+            20,
+            30,
+            "TIFF",
+        )
     if channels > 2:
         assert reason(tiff(stored.astype(kind))).endswith(f"give --channels {channels}")
     for data in (tiff(stored.astype(kind)), planes.getvalue()):
@@ -293,19 +357,22 @@ def test_a_tiff_with_a_fourth_band_keeps_it():
     pytest.importorskip("tifffile")
     pixels = picture(0, 20, 30, 4)
     for data in (tiff(pixels), tiff(pixels, photometric=2)):
-        assert same(decode(data, 4), pixels)
-    assert same(decode(tiff(pixels, photometric=2)), pixels[..., :3])
+        assert same(decode_image(data, 4), pixels)
+    assert same(decode_image(tiff(pixels, photometric=2)), pixels[..., :3])
 
 
 def test_without_tifffile_its_images_are_unreadable_and_say_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "tifffile", None)
     assert "pip install tifffile" in reason(tiff(picture(0, 20, 30, 5)), 5)
-    assert same(decode(tiff(picture(0), photometric=2)), picture(0))
+    assert same(decode_image(tiff(picture(0), photometric=2)), picture(0))
 
 
 def test_another_number_of_channels_gives_the_one_to_give():
     assert reason(encode(picture(0)), 5) == "PNG in RGB, not 5 channels; give --channels 3"
-    assert reason(encode(picture(0)[..., 0], "JPEG"), 2) == "JPEG in L, not 2 channels; give --channels 1"
+    assert (
+        reason(encode(picture(0)[..., 0], "JPEG"), 2)
+        == "JPEG in L, not 2 channels; give --channels 1"
+    )
     assert reason(npy(picture(0, 8, 8, 2)), 5).endswith("give --channels 2")
 
 
@@ -315,12 +382,22 @@ def test_another_number_of_channels_gives_the_one_to_give():
 def test_reasons(tmp_path):
     whole = encode(picture(0, 64, 64))
     assert reason(b"") == "an empty file"
-    for data in (b"<html>404</html>", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n", b"\x89PN", bytes(100)):
+    for data in (
+        b"<html>404</html>",
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n",
+        b"\x89PN",
+        bytes(100),
+    ):
         assert reason(data) == f"not one of {', '.join(FORMATS)}"
     for data in (whole[:33], whole[: len(whole) // 2], whole[:200] + bytes(100) + whole[300:]):
         assert reason(data).startswith("damaged or unsupported PNG: ")
-    assert reason(b"RIFF\n\n\n\nWEBP").startswith("damaged or unsupported WEBP")  # any size, and so any byte
-    assert reason(tmp_path) == "Is a directory" and reason(tmp_path / "gone.png") == "No such file or directory"
+    assert reason(b"RIFF\n\n\n\nWEBP").startswith(
+        "damaged or unsupported WEBP"
+    )  # any size, and so any byte
+    assert (
+        reason(tmp_path) == "Is a directory"
+        and reason(tmp_path / "gone.png") == "No such file or directory"
+    )
     assert "null byte" in reason("a\0.png")
     (tmp_path / "a\x1b[31m\n.png").write_bytes(whole[:40])
     reason(tmp_path / "a\x1b[31m\n.png")
@@ -329,9 +406,13 @@ def test_reasons(tmp_path):
 def small_files():
     """One of each format, with the number of channels to ask for."""
     rgb = Image.fromarray(picture(0, 24, 24))
-    files = {kind: encode(rgb, kind) for kind in ("PNG", "JPEG", "GIF", "BMP", "WEBP", "PPM", "TIFF")}
+    files = {
+        kind: encode(rgb, kind) for kind in ("PNG", "JPEG", "GIF", "BMP", "WEBP", "PPM", "TIFF")
+    }
     files |= {"NPY": npy(picture(0, 24, 24))}
-    return {kind: (data, 3) for kind, data in files.items()} | {"TIFF of 5": (tiff(picture(0, 24, 24, 5)), 5)}
+    return {kind: (data, 3) for kind, data in files.items()} | {
+        "TIFF of 5": (tiff(picture(0, 24, 24, 5)), 5)
+    }
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF", "ignore:Truncated File")
@@ -340,14 +421,21 @@ def test_a_file_cut_anywhere_is_unreadable_or_whole(name):
     data, channels = small_files()[name]
     if channels == 5:
         pytest.importorskip("tifffile")
-    whole, refused = decode(data, channels), 0
+    whole, refused = decode_image(data, channels), 0
     cuts = [*range(0, min(len(data), 100)), *np.linspace(100, len(data) - 1, 100, dtype=int)]
     for cut in cuts:
         try:
-            assert same(decode(data[:cut], channels), whole)  # lost metadata behind the pixels is no loss
+            assert same(
+                decode_image(data[:cut], channels), whole
+            )  # lost metadata behind the pixels is no loss
         except Unreadable as error:
             refused += 1
-            kinds = "an empty file", "not one of", f"damaged or unsupported {name[:4].strip()}", "damaged NPY"
+            kinds = (
+                "an empty file",
+                "not one of",
+                f"damaged or unsupported {name[:4].strip()}",
+                "damaged NPY",
+            )
             assert str(error).startswith(kinds)
     assert refused > 0.9 * len(cuts)
 
@@ -366,37 +454,53 @@ def test_a_bomb_is_refused_by_its_size():
 
 def test_what_is_too_large_is_refused_unless_it_is_a_jpeg(monkeypatch):
     monkeypatch.setattr(module, "MAX_PIXELS", 64 * 96)
-    assert decode(encode(smooth(64, 96))).shape == (64, 96, 3)
+    assert decode_image(encode(smooth(64, 96))).shape == (64, 96, 3)
     for data in (encode(smooth(64, 97)), npy(smooth(64, 97)), encode(smooth(64, 97), "TIFF")):
         assert reason(data) == "97x64 is more than 6,144 pixels"
-    assert decode(encode(smooth(64, 96), "JPEG")).shape == (64, 96, 3)
-    for height, width, scale in ((64, 97, 2), (128, 192, 2), (128, 193, 4), (256, 385, 8), (512, 768, 8)):
+    assert decode_image(encode(smooth(64, 96), "JPEG")).shape == (64, 96, 3)
+    for height, width, scale in (
+        (64, 97, 2),
+        (128, 192, 2),
+        (128, 193, 4),
+        (256, 385, 8),
+        (512, 768, 8),
+    ):
         data = encode(smooth(height, width), "JPEG")
-        pixels = decode(data)
-        assert pixels.shape == (-(-height // scale), -(-width // scale), 3) and header(data)[:2] == (height, width)
-        exact = np.asarray(Image.fromarray(smooth(height, width)).resize(pixels.shape[1::-1], Image.Resampling.BOX))
+        pixels = decode_image(data)
+        assert pixels.shape == (-(-height // scale), -(-width // scale), 3) and read_header(data)[
+            :2
+        ] == (height, width)
+        exact = np.asarray(
+            Image.fromarray(smooth(height, width)).resize(pixels.shape[1::-1], Image.Resampling.BOX)
+        )
         assert np.abs(pixels.astype(int) - exact).max() <= 8
     assert "100x67 is more" in reason(encode(smooth(536, 800), "JPEG"))
-    assert decode(encode(smooth(128, 96), "JPEG", progressive=True)).shape == (64, 48, 3)
+    assert decode_image(encode(smooth(128, 96), "JPEG", progressive=True)).shape == (64, 48, 3)
     assert "more than 12,288" in reason(encode(smooth(129, 96), "JPEG", progressive=True))
 
 
 def test_a_phones_200_megapixels_are_read():
     black = Image.new("L", (16_320, 12_240))
-    assert decode(encode(black, "JPEG"), least=224).shape == (1530, 2040, 3)
+    assert decode_image(encode(black, "JPEG"), min_side=224).shape == (1530, 2040, 3)
 
 
 def test_a_jpeg_is_reduced_as_far_as_its_shorter_side_allows():
     photo, still = encode(smooth(200, 310), "JPEG"), encode(smooth(200, 310))
     for least in (*range(1, 30), 49, 50, 51, 99, 100, 101, 199, 200, 201, 1000):
-        pixels = decode(photo, least=least)
+        pixels = decode_image(photo, min_side=least)
         scale = next((s for s in (8, 4, 2) if 200 // s >= least), 1)
         assert pixels.shape == (-(-200 // scale), -(-310 // scale), 3)
-        assert decode(still, least=least).shape == (200, 310, 3)
-    assert same(decode(photo, least=0), decode(photo, least=101)) and same(decode(photo), reference(photo))
+        assert decode_image(still, min_side=least).shape == (200, 310, 3)
+    assert same(decode_image(photo, min_side=0), decode_image(photo, min_side=101)) and same(
+        decode_image(photo), reference(photo)
+    )
     exif = Image.Exif()
     exif[0x0112] = 6
-    assert decode(encode(smooth(200, 310), "JPEG", exif=exif), least=50).shape == (78, 50, 3)
+    assert decode_image(encode(smooth(200, 310), "JPEG", exif=exif), min_side=50).shape == (
+        78,
+        50,
+        3,
+    )
 
 
 @pytest.mark.filterwarnings("ignore")  # Pillow and NumPy warn of odd metadata
@@ -410,14 +514,18 @@ def test_damage_anywhere_is_unreadable_or_an_image():
         data[rng.integers(len(data))] = rng.integers(256)
         data[rng.integers(min(40, len(data)))] = rng.choice([0, 255])
         with suppress(Unreadable):
-            pixels = decode(bytes(data[: rng.integers(1, len(data) + 1)] if i % 3 == 0 else data), channels)
+            pixels = decode_image(
+                bytes(data[: rng.integers(1, len(data) + 1)] if i % 3 == 0 else data), channels
+            )
             assert pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] == channels
             read += 1
     assert 100 < read < 2600
 
 
 def test_odd_files_leave_no_line_on_the_terminal(tmp_path):
-    (tmp_path / "exif.png").write_bytes(encode(picture(0), exif=b"Exif\0\0MM\0*\xff\xff\xff\xff broken"))
+    (tmp_path / "exif.png").write_bytes(
+        encode(picture(0), exif=b"Exif\0\0MM\0*\xff\xff\xff\xff broken")
+    )
     (tmp_path / "bands.tif").write_bytes(tiff(picture(0, channels=16))[:-100])
     (tmp_path / "cut.tif").write_bytes(encode(picture(0), "TIFF")[:-150])
     (tmp_path / "bomb.png").write_bytes(png(np.zeros((0, 0), np.uint8), size=(10_000, 10_000)))
@@ -428,7 +536,9 @@ def test_odd_files_leave_no_line_on_the_terminal(tmp_path):
         "        try: decode(file, channels)\n"
         "        except Unreadable: pass\n"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True
+    )
     assert (done.returncode, done.stderr) == (0, "")
 
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from simsiam.detection.detector import Views, detector, to_detectron2
+from simsiam.detection.detector import DetectionTransform, build_detector, to_detectron2
 from simsiam.detection.schedules import SCHEDULES, Schedule
 from simsiam.errors import UsageError
-from simsiam.model.backbones import backbone
+from simsiam.model.backbones import create_backbone
 
 PAPER = Schedule()
 STATISTICS = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
@@ -16,8 +16,10 @@ SMALL = {"train_sides": (64,), "test_side": 64, "longest_side": 96, "anchors": (
 
 def built(name="resnet18", classes=3, masks=False, width=8, size=224, **words):
     torch.manual_seed(0)
-    how = Schedule.of(SMALL | words)
-    return detector(backbone(name, image_size=size, width=width), classes, how, masks=masks, **STATISTICS)
+    how = Schedule.from_settings(SMALL | words)
+    return build_detector(
+        create_backbone(name, image_size=size, width=width), classes, how, masks=masks, **STATISTICS
+    )
 
 
 def example(count=2, masks=False):
@@ -36,7 +38,12 @@ def detectron2_shapes(classes: int, masks: bool) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
 
     def norm(name: str, width: int) -> None:
-        shapes.update({f"{name}.{leaf}": (width,) for leaf in ("weight", "bias", "running_mean", "running_var")})
+        shapes.update(
+            {
+                f"{name}.{leaf}": (width,)
+                for leaf in ("weight", "bias", "running_mean", "running_var")
+            }
+        )
 
     def conv(name: str, out: int, into: int, k: int) -> None:
         shapes[f"{name}.weight"] = (out, into, k, k)
@@ -45,7 +52,11 @@ def detectron2_shapes(classes: int, masks: bool) -> dict[str, tuple[int, ...]]:
     conv("backbone.stem.conv1", 64, 3, 7)
     into = 64
     for stage, blocks in {2: 3, 3: 4, 4: 6, 5: 3}.items():
-        owner, middle, out = "roi_heads" if stage == 5 else "backbone", 64 * 2 ** (stage - 2), 256 * 2 ** (stage - 2)
+        owner, middle, out = (
+            "roi_heads" if stage == 5 else "backbone",
+            64 * 2 ** (stage - 2),
+            256 * 2 ** (stage - 2),
+        )
         for block in range(blocks):
             name = f"{owner}.res{stage}.{block}"
             if block == 0:
@@ -68,18 +79,26 @@ def detectron2_shapes(classes: int, masks: bool) -> dict[str, tuple[int, ...]]:
             "roi_heads.mask_head.predictor": (classes, 256, 1, 1),
         }
     for name, shape in heads.items():
-        shapes |= {f"{name}.weight": shape, f"{name}.bias": (256 if "deconv" in name else shape[0],)}
+        shapes |= {
+            f"{name}.weight": shape,
+            f"{name}.bias": (256 if "deconv" in name else shape[0],),
+        }
     return shapes
 
 
 @pytest.mark.parametrize("classes, masks", [(20, False), (80, True)])
 def test_the_full_size_c4_has_detectron2s_names_and_shapes(classes, masks):
     with torch.device("meta"):
-        model = detector(backbone("resnet50", image_size=224), classes, PAPER, masks=masks, **STATISTICS)
+        model = build_detector(
+            create_backbone("resnet50", image_size=224), classes, PAPER, masks=masks, **STATISTICS
+        )
         found = {name: tuple(tensor.shape) for name, tensor in to_detectron2(model, PAPER).items()}
     assert found == detectron2_shapes(classes, masks)
     first = model.roi_heads.box_head[0][0]
-    assert first.conv2.stride == (2, 2) and first.conv1.stride == (1, 1)  # the stride stands in the 3 x 3
+    assert first.conv2.stride == (2, 2) and first.conv1.stride == (
+        1,
+        1,
+    )  # the stride stands in the 3 x 3
 
 
 def test_rows_go_where_detectron2_looks_for_them():
@@ -89,10 +108,26 @@ def test_rows_go_where_detectron2_looks_for_them():
     for layer in (rpn.cls_logits, rpn.bbox_pred, heads.cls_score, heads.bbox_pred):
         torch.nn.init.constant_(layer.weight, 0)
         layer.bias.data = torch.arange(len(layer.bias), dtype=torch.float32)
-    found = to_detectron2(model, Schedule.of(SMALL))
+    found = to_detectron2(model, Schedule.from_settings(SMALL))
     # ours: shape 0 of sizes 16 and 32, shape 1 of them, ...
-    assert found["proposal_generator.rpn_head.objectness_logits.bias"].tolist() == [0, 2, 4, 1, 3, 5]
-    assert found["proposal_generator.rpn_head.anchor_deltas.bias"].tolist()[:8] == [0, 1, 2, 3, 8, 9, 10, 11]
+    assert found["proposal_generator.rpn_head.objectness_logits.bias"].tolist() == [
+        0,
+        2,
+        4,
+        1,
+        3,
+        5,
+    ]
+    assert found["proposal_generator.rpn_head.anchor_deltas.bias"].tolist()[:8] == [
+        0,
+        1,
+        2,
+        3,
+        8,
+        9,
+        10,
+        11,
+    ]
     assert found["roi_heads.box_predictor.cls_score.bias"].tolist() == [1, 2, 0]
     assert found["roi_heads.box_predictor.bbox_pred.bias"].tolist() == list(range(4, 12))
     sizes = [
@@ -103,7 +138,8 @@ def test_rows_go_where_detectron2_looks_for_them():
 
 
 @pytest.mark.parametrize(
-    "words", [{}, {"stride": 8}, {"size": 32}, {"architecture": "fpn", "anchors": (8, 16, 32, 64, 128)}]
+    "words",
+    [{}, {"stride": 8}, {"size": 32}, {"architecture": "fpn", "anchors": (8, 16, 32, 64, 128)}],
 )
 @pytest.mark.parametrize("masks", [False, True])
 def test_one_step_moves_everything_and_testing_finds_boxes_in_the_image(words, masks):
@@ -124,9 +160,13 @@ def test_one_step_moves_everything_and_testing_finds_boxes_in_the_image(words, m
 
 def test_one_training_step_at_full_size():
     """ResNet-50 C4 with masks, the paper's numbers of anchors and classes; fewer pixels and regions, for time."""
-    how = Schedule.of(SCHEDULES["coco"]() | {"train_sides": (128,), "proposals": 50, "regions": 4})
+    how = Schedule.from_settings(
+        SCHEDULES["coco"]() | {"train_sides": (128,), "proposals": 50, "regions": 4}
+    )
     torch.manual_seed(0)
-    model = detector(backbone("resnet50", image_size=224), 80, how, masks=True, **STATISTICS).train()
+    model = build_detector(
+        create_backbone("resnet50", image_size=224), 80, how, masks=True, **STATISTICS
+    ).train()
     images, targets = example(1, masks=True)
     sum(model(images, targets).values()).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
@@ -136,19 +176,23 @@ def test_stride_8_sees_twice_as_finely_and_as_far():
     fine, coarse = built(stride=8), built()
     for m in (*fine.modules(), *coarse.modules()):
         if isinstance(m, torch.nn.BatchNorm2d):
-            torch.nn.init.ones_(m.weight)  # the last of a block starts at 0: nothing of its convolutions would be seen
+            torch.nn.init.ones_(
+                m.weight
+            )  # the last of a block starts at 0: nothing of its convolutions would be seen
     image = torch.rand(1, 3, 64, 64)
     (a,), (b,) = (m.eval().backbone(image).values() for m in (fine, coarse))
     assert a.shape[-2:] == (8, 8) and b.shape[-2:] == (4, 4)
     assert torch.allclose(a[..., ::2, ::2], b, atol=1e-5)  # the same features where both have them
-    assert {k: v.shape for k, v in fine.state_dict().items()} == {k: v.shape for k, v in coarse.state_dict().items()}
+    assert {k: v.shape for k, v in fine.state_dict().items()} == {
+        k: v.shape for k, v in coarse.state_dict().items()
+    }
     with pytest.raises(UsageError, match="stride 4 at conv4 already"):
         built(stride=8, size=32)
 
 
 def test_views_move_boxes_and_masks_with_the_pixels():
     """A bright rectangle is where its box and its mask are, whatever the size and the flip; tests are not flipped."""
-    views = Views([40, 64, 90], 200, [0.0] * 3, [1.0] * 3)
+    views = DetectionTransform([40, 64, 90], 200, [0.0] * 3, [1.0] * 3)
     image = torch.zeros(3, 60, 100)
     image[:, 10:30, 20:60] = 1
     target = {"boxes": torch.tensor([[20.0, 10, 60, 30]]), "masks": (image[:1] > 0).byte()}
@@ -158,8 +202,13 @@ def test_views_move_boxes_and_masks_with_the_pixels():
         batch, (moved,) = views.train()([image], [dict(target)])
         (h, w), (x0, y0, x1, y1) = batch.image_sizes[0], moved["boxes"][0].round().int().tolist()
         pixels = batch.tensors[0, 0, :h, :w]
-        assert pixels[y0 + 2 : y1 - 2, x0 + 2 : x1 - 2].min() > 0.95 and moved["masks"][0, y0 + 2, x0 + 2] == 1
-        assert abs(pixels.sum() - (x1 - x0) * (y1 - y0)) < 0.1 * pixels.sum() and moved["masks"].shape == (1, h, w)
+        assert (
+            pixels[y0 + 2 : y1 - 2, x0 + 2 : x1 - 2].min() > 0.95
+            and moved["masks"][0, y0 + 2, x0 + 2] == 1
+        )
+        assert abs(pixels.sum() - (x1 - x0) * (y1 - y0)) < 0.1 * pixels.sum() and moved[
+            "masks"
+        ].shape == (1, h, w)
         seen.add(x0 / w < 0.3)
         sides.add(h)
     assert seen == {True, False} and sides == {40, 64, 90}
@@ -168,4 +217,4 @@ def test_views_move_boxes_and_masks_with_the_pixels():
 
 def test_only_a_resnet_has_stages():
     with pytest.raises(UsageError, match="built on a ResNet's stages"):
-        detector(torch.nn.Linear(2, 2), 3, PAPER, masks=False, **STATISTICS)
+        build_detector(torch.nn.Linear(2, 2), 3, PAPER, masks=False, **STATISTICS)

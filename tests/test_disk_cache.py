@@ -12,10 +12,10 @@ from PIL import Image
 
 from simsiam.config.recipes import Recipe
 from simsiam.data import images as images_module
-from simsiam.data.batches import batches, least_side
-from simsiam.sources.disk_cache import Cached, on_disk
+from simsiam.data.batches import iter_batches, min_decode_side
+from simsiam.sources.disk_cache import DiskCachedImages, with_disk_cache
 from simsiam.sources.open_source import open_source
-from simsiam.training.prepare import prepare
+from simsiam.training.prepare import prepare_data
 
 CPU = torch.device("cpu")
 N = 40
@@ -23,7 +23,14 @@ GIB = 2**30
 
 
 def recipe(folder: Path, **words) -> Recipe:
-    how = {"image_size": 16, "batch_size": 8, "mean": (0.5,) * 3, "std": (0.25,) * 3, "holdout": 0, "workers": 0}
+    how = {
+        "image_size": 16,
+        "batch_size": 8,
+        "mean": (0.5,) * 3,
+        "std": (0.25,) * 3,
+        "holdout": 0,
+        "workers": 0,
+    }
     return Recipe().replace(source=(str(folder),), **how | {"disk_cache_gib": 1.0} | words)
 
 
@@ -40,7 +47,9 @@ def photos(tmp_path):
     folder.mkdir()
     for i in range(N):
         height, width = rng.integers(100, 300, 2)
-        soft = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize((int(width), int(height)))
+        soft = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize(
+            (int(width), int(height))
+        )
         soft.save(folder / f"{i:02d}.{'png' if i % 4 == 0 else 'jpg'}")
     (folder / "07.jpg").write_bytes((folder / "07.jpg").read_bytes()[:300])
     return folder
@@ -48,23 +57,23 @@ def photos(tmp_path):
 
 def seen(r: Recipe, steps: int = 10) -> list:
     """Two epochs: which images, which views, and what was skipped, as plain values."""
-    data = prepare(r, open_source(r.source))
-    made = batches(data.train, r, 0, steps, CPU)
+    data = prepare_data(r, open_source(r.source))
+    made = iter_batches(data.train, r, 0, steps, CPU)
     return [(b.index.tolist(), [v.numpy().tobytes() for v in b.views], b.skipped) for b in made]
 
 
 def decoded_in_training(r: Recipe, monkeypatch) -> set[str]:
     """The files that two epochs decode, beside those that writing the cache does."""
-    data, found = prepare(r, open_source(r.source)), set()
+    data, found = prepare_data(r, open_source(r.source)), set()
 
     def decode(file, *more):
         found.add(Path(file).name)
-        return images_module.decode.plain(file, *more)
+        return images_module.decode_image.plain(file, *more)
 
-    decode.plain = images_module.decode
+    decode.plain = images_module.decode_image
     with monkeypatch.context() as patch:
-        patch.setattr(images_module, "decode", decode)
-        list(batches(data.train, r, 0, 10, CPU))
+        patch.setattr(images_module, "decode_image", decode)
+        list(iter_batches(data.train, r, 0, 10, CPU))
     return found
 
 
@@ -77,7 +86,9 @@ def packed(photos: Path, kind: str) -> Path:
 
 
 @pytest.mark.parametrize(("kind", "workers"), [("folder", 0), ("folder", 2), ("tar", 0)])
-def test_batches_are_the_same_to_the_bit_and_nothing_is_decoded_twice(photos, kept, kind, workers, monkeypatch):
+def test_batches_are_the_same_to_the_bit_and_nothing_is_decoded_twice(
+    photos, kept, kind, workers, monkeypatch
+):
     source = packed(photos, kind)
     plain = seen(recipe(source, disk_cache_gib=0, workers=workers))
     assert not kept.exists() and any(skipped for *_, skipped in plain)
@@ -89,8 +100,8 @@ def test_batches_are_the_same_to_the_bit_and_nothing_is_decoded_twice(photos, ke
 
 def test_pixels_decoded_for_another_size_are_not_taken(photos):
     source = open_source(str(photos))
-    train, least = source.train, least_side(recipe(photos))
-    images = on_disk(train, [str(photos)], train, least, GIB)
+    train, least = source.train, min_decode_side(recipe(photos))
+    images = with_disk_cache(train, [str(photos)], train, least, GIB)
     for i in (0, 1):
         for other in (0, least, 3 * least):
             assert np.array_equal(images.read(i, other), train.read(i, other))
@@ -144,7 +155,8 @@ def test_damage_is_noticed_said_once_and_costs_only_time(photos, kept, workers, 
 
 
 @pytest.mark.parametrize(
-    "harm", [lambda data: data[:-1], lambda data: data[:100], lambda data: b"", lambda data: b"x" * 999]
+    "harm",
+    [lambda data: data[:-1], lambda data: data[:100], lambda data: b"", lambda data: b"x" * 999],
 )
 def test_a_file_that_is_not_whole_is_written_anew(photos, kept, harm):
     plain = seen(recipe(photos))
@@ -158,30 +170,38 @@ def test_a_file_that_is_not_whole_is_written_anew(photos, kept, harm):
 
 def test_a_full_disk_costs_a_line(photos, kept, capfd):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))  # more is refused, as on a full disk
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (100_000, before[1])
+    )  # more is refused, as on a full disk
     try:
         found = seen(recipe(photos))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert capfd.readouterr().err.count("not kept decoded on disk: cannot write") == 1
-    assert [path.name for path in kept.iterdir()] == ["lock"] and found == seen(recipe(photos, disk_cache_gib=0))
+    assert [path.name for path in kept.iterdir()] == ["lock"] and found == seen(
+        recipe(photos, disk_cache_gib=0)
+    )
 
 
 def test_a_process_that_is_not_forked_maps_the_file_itself(photos, kept):
     r = recipe(photos)
-    train = prepare(r, open_source(r.source)).train
-    assert isinstance(train, Cached)
+    train = prepare_data(r, open_source(r.source)).train
+    assert isinstance(train, DiskCachedImages)
     sent = pickle.dumps(train)
     assert len(sent) < 20_000
     again = pickle.loads(sent)
-    assert len(again.decoded) == N - 1 and np.array_equal(again.read(3, again.least), train.read(3, train.least))
+    assert len(again.decoded) == N - 1 and np.array_equal(
+        again.read(3, again.least), train.read(3, train.min_side)
+    )
     next(kept.glob("*.npy")).unlink()
-    assert np.array_equal(pickle.loads(sent).read(3, again.least), train.read(3, train.least)), "then it decodes"
+    assert np.array_equal(pickle.loads(sent).read(3, again.least), train.read(3, train.min_side)), (
+        "then it decodes"
+    )
 
 
 def test_images_taken_from_it_keep_their_pixels(photos, monkeypatch):
     r = recipe(photos)
-    train = prepare(r, open_source(r.source)).train
+    train = prepare_data(r, open_source(r.source)).train
     some = train.take(np.array([30, 2, 11])).take([2, 0])
     monkeypatch.delattr(images_module, "decode")
     assert np.array_equal(some.read(0, some.least), train.read(11, train.least))

@@ -26,8 +26,8 @@ from simsiam.embeddings.embed import embed
 from simsiam.embeddings.neighbors import neighbors
 from simsiam.embeddings.outliers import outliers
 from simsiam.embeddings.probe import probe
-from simsiam.embeddings.search import others
-from simsiam.embeddings.table import read
+from simsiam.embeddings.search import search_neighbors
+from simsiam.embeddings.table import read_embeddings
 from simsiam.sources import shapes
 
 EVIL = "<img src=x onerror=alert(1)>.png"
@@ -37,7 +37,7 @@ EVIL = "<img src=x onerror=alert(1)>.png"
 def folder(tmp_path_factory):
     """Three classes, 40 images; one is broken, one has a wicked name."""
     root = tmp_path_factory.mktemp("data") / "few"
-    pixels, labels = shapes.draw("test")
+    pixels, labels = shapes.draw_split("test")
     chosen = np.concatenate([np.flatnonzero(labels == c)[:13] for c in range(3)])
     for i in chosen:
         path = root / shapes.CLASSES[labels[i]] / f"{i:04}.png"
@@ -65,7 +65,7 @@ def rows_of(path) -> list[dict[str, str]]:
 
 
 def test_a_row_is_what_the_loaded_backbone_says_of_the_image(run, folder, file):
-    encoder, found = simsiam.load(run), read(file)
+    encoder, found = simsiam.load(run), read_embeddings(file)
     assert len(found) == 39 and found.vectors.shape == (39, encoder.dim)
     for i in (0, 20, 38):
         with torch.no_grad():
@@ -73,8 +73,10 @@ def test_a_row_is_what_the_loaded_backbone_says_of_the_image(run, folder, file):
         assert torch.allclose(found.vectors[i], h, atol=1e-5)
         assert found.labels[i] == found.paths[i].split("/")[0]
         assert Image.open(io.BytesIO(found.thumbnails[i])).size == (32, 32)
-    assert [path.rpartition("/")[2] for path, _ in found.about["unreadable"]] == ["broken.png"]
-    assert found.paths == sorted(found.paths) and found.find(EVIL) == found.find(f"{shapes.CLASSES[2]}/{EVIL}")
+    assert [path.rpartition("/")[2] for path, _ in found.metadata["unreadable"]] == ["broken.png"]
+    assert found.paths == sorted(found.paths) and found.find(EVIL) == found.find(
+        f"{shapes.CLASSES[2]}/{EVIL}"
+    )
 
 
 def test_killed_and_started_anew_it_is_the_same_file(run, folder, file, tmp_path, monkeypatch):
@@ -95,42 +97,52 @@ def test_killed_and_started_anew_it_is_the_same_file(run, folder, file, tmp_path
     done = sorted(parts.glob("0*.parquet"))
     assert not out.exists() and 2 <= len(done) < 5
     before = {part: part.stat().st_mtime_ns for part in done}
-    monkeypatch.setattr(module, "PART", 8)
+    monkeypatch.setattr(module, "PART_SIZE", 8)
     seen = []
-    monkeypatch.setattr(module, "rows", lambda *a, rows=module.rows: seen.append(len(a[1])) or rows(*a))
+    monkeypatch.setattr(
+        module, "embed_part", lambda *a, rows=module.embed_part: seen.append(len(a[1])) or rows(*a)
+    )
     assert embed(run, folder, out=out, device="cpu", precision="float32") == out
     assert len(seen) == 5 - len(before) and not parts.exists()
     whole = embed(run, folder, out=tmp_path / "whole.parquet", device="cpu", precision="float32")
     assert out.read_bytes() == whole.read_bytes()
-    assert torch.allclose(read(out).vectors, read(file).vectors, atol=1e-5)
+    assert torch.allclose(read_embeddings(out).vectors, read_embeddings(file).vectors, atol=1e-5)
 
 
 def test_all_forms_hold_the_same_rows(run, folder, file, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "PART", 8)
-    monkeypatch.setattr(module, "SHARD", 2)
+    monkeypatch.setattr(module, "PART_SIZE", 8)
+    monkeypatch.setattr(module, "PARTS_PER_FILE", 2)
     shards = embed(run, folder, out=tmp_path / "shards", device="cpu", precision="float32")
     assert len(list(shards.iterdir())) == 3
-    whole, parts = read(file), read(shards)
-    assert whole.paths == parts.paths and whole.labels == parts.labels and whole.about == parts.about
+    whole, parts = read_embeddings(file), read_embeddings(shards)
+    assert (
+        whole.paths == parts.paths
+        and whole.labels == parts.labels
+        and whole.metadata == parts.metadata
+    )
     array = np.load(embed(run, folder, out=tmp_path / "h.npy", device="cpu", precision="float32"))
     assert array.tobytes() == parts.vectors.numpy().tobytes()
-    assert [(r["path"], r["label"]) for r in rows_of(tmp_path / "h.csv")] == list(zip(whole.paths, whole.labels))
+    assert [(r["path"], r["label"]) for r in rows_of(tmp_path / "h.csv")] == list(
+        zip(whole.paths, whole.labels)
+    )
 
 
-def test_the_parts_of_another_job_are_not_taken_for_ones_own(run, folder, tmp_path, capsys, monkeypatch):
+def test_the_parts_of_another_job_are_not_taken_for_ones_own(
+    run, folder, tmp_path, capsys, monkeypatch
+):
     def stop(*_):
         raise KeyboardInterrupt
 
     out = tmp_path / "x.parquet"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(module, "rows", stop)
+        patch.setattr(module, "embed_part", stop)
         embed(run, folder, out=out)
     assert main(["embed", str(run), "shapes", "--out", str(out)]) == 2
     assert "parts of another job" in capsys.readouterr().err and not out.exists()
 
 
 def test_neighbors_are_those_of_plain_cosines(file, folder, run, tmp_path):
-    found = read(file)
+    found = read_embeddings(file)
     h = found.vectors.numpy().astype(np.float64)
     unit = h / np.linalg.norm(h, axis=1, keepdims=True)
     cosine = unit @ unit[5]
@@ -143,7 +155,11 @@ def test_neighbors_are_those_of_plain_cosines(file, folder, run, tmp_path):
     assert first.path == found.paths[5] and first.cosine == pytest.approx(1, abs=1e-5)
     everything = neighbors(file, found.paths[5], k=1000, html=tmp_path / "near.html")
     page = (tmp_path / "near.html").read_text()
-    assert page.count("<img ") == len(everything) + 1 and "<img src=x" not in page and "&lt;img src=x" in page
+    assert (
+        page.count("<img ") == len(everything) + 1
+        and "<img src=x" not in page
+        and "&lt;img src=x" in page
+    )
     assert "http" not in page
 
 
@@ -152,8 +168,10 @@ def test_others_are_the_nearest_and_never_oneself():
     x[10:13] = x[0]  # equal rows
     unit = (x / x.norm(dim=1, keepdim=True)).double()
     cosines = (unit @ unit.T).fill_diagonal_(-2)
-    cosine, index = others(x, 4)
-    assert torch.allclose(cosine.double(), cosines.sort(dim=1, descending=True).values[:, :4], atol=1e-6)
+    cosine, index = search_neighbors(x, 4)
+    assert torch.allclose(
+        cosine.double(), cosines.sort(dim=1, descending=True).values[:, :4], atol=1e-6
+    )
     assert torch.allclose(cosine.double(), cosines.gather(1, index), atol=1e-6)
     assert not (index == torch.arange(30)[:, None]).any() and {10, 11, 12} <= set(index[0].tolist())
 
@@ -161,9 +179,9 @@ def test_others_are_the_nearest_and_never_oneself():
 def test_faiss_finds_the_same_others(monkeypatch):
     pytest.importorskip("faiss")
     x = torch.randn(500, 16, generator=torch.Generator().manual_seed(0))
-    exact = others(x, 5)
-    monkeypatch.setattr(search, "LARGE", 100)
-    cosine, index = others(x, 5)
+    exact = search_neighbors(x, 5)
+    monkeypatch.setattr(search, "FAISS_THRESHOLD", 100)
+    cosine, index = search_neighbors(x, 5)
     assert torch.equal(index, exact[1]) and torch.allclose(cosine, exact[0], atol=1e-5)
 
 
@@ -181,8 +199,12 @@ def test_copies_are_found_and_nothing_else(run, tmp_path):
     pictures = photographs(70)
     for i, picture in enumerate(pictures):
         picture.save(source / f"{i:02}.png")
-    for i, (size, quality) in enumerate([((80, 60), 90), ((320, 240), 20), ((160, 120), 10), ((53, 40), 50)]):
-        pictures[i].resize(size, Image.Resampling.LANCZOS).save(source / f"{i:02} copy.jpg", quality=quality)
+    for i, (size, quality) in enumerate(
+        [((80, 60), 90), ((320, 240), 20), ((160, 120), 10), ((53, 40), 50)]
+    ):
+        pictures[i].resize(size, Image.Resampling.LANCZOS).save(
+            source / f"{i:02} copy.jpg", quality=quality
+        )
     pictures[0].save(source / "00 third.jpg", quality=40)
     for name in ("a", "b"):
         Image.new("RGB", (64, 64), (200, 30, 30)).save(source / f"plain {name}.png")
@@ -191,14 +213,20 @@ def test_copies_are_found_and_nothing_else(run, tmp_path):
     groups = duplicates(file, out=tmp_path / "copies.csv", html=tmp_path / "copies.html")
     expected = [{"00.png", "00 copy.jpg", "00 third.jpg"}, {"plain a.png", "plain b.png"}]
     expected += [{f"{i:02}.png", f"{i:02} copy.jpg"} for i in (1, 2, 3)]
-    assert sorted(sorted(c.path for c in group) for group in groups) == sorted(map(sorted, expected))
-    assert [len(group) for group in groups] == [3, 2, 2, 2, 2] and all(group[0].distance == 0 for group in groups)
+    assert sorted(sorted(c.path for c in group) for group in groups) == sorted(
+        map(sorted, expected)
+    )
+    assert [len(group) for group in groups] == [3, 2, 2, 2, 2] and all(
+        group[0].distance == 0 for group in groups
+    )
     lines = rows_of(tmp_path / "copies.csv")
     assert [(line["group"], line["path"]) for line in lines] == [
         (str(n), c.path) for n, group in enumerate(groups, 1) for c in group
     ]
     assert (tmp_path / "copies.html").read_text().count("<img ") == 11
-    assert duplicates(file, threshold=0.0) == [group for group in groups if "plain" in group[0].path]
+    assert duplicates(file, threshold=0.0) == [
+        group for group in groups if "plain" in group[0].path
+    ]
 
 
 def blobs(tmp_path, labels: bool = True):
@@ -207,7 +235,9 @@ def blobs(tmp_path, labels: bool = True):
 
     rng = np.random.default_rng(0)
     centers = np.eye(8)[:3] * 10
-    h = np.concatenate([centers[i % 3] + rng.normal(size=8) for i in range(60)] + [np.eye(8)[7] * 12]).astype("f4")
+    h = np.concatenate(
+        [centers[i % 3] + rng.normal(size=8) for i in range(60)] + [np.eye(8)[7] * 12]
+    ).astype("f4")
     path = tmp_path / "blobs.parquet"
     columns = {
         "path": pa.array([f"d/{i}.jpg" for i in range(61)]),
@@ -222,8 +252,15 @@ def blobs(tmp_path, labels: bool = True):
 def test_clusters_and_outliers_of_what_is_well_separated(tmp_path):
     file = blobs(tmp_path)
     found = cluster(file, clusters=4, out=tmp_path / "c.csv")
-    assert found.agreement == pytest.approx(1) and np.bincount(found.names).tolist() == [20, 20, 20, 1]
-    assert [int(line["cluster"]) for line in rows_of(tmp_path / "c.csv")] == found.names.tolist()
+    assert found.nmi == pytest.approx(1) and np.bincount(found.assignments).tolist() == [
+        20,
+        20,
+        20,
+        1,
+    ]
+    assert [
+        int(line["cluster"]) for line in rows_of(tmp_path / "c.csv")
+    ] == found.assignments.tolist()
     first = outliers(file, out=tmp_path / "o.csv")
     assert first[0].path == "d/60.jpg" and first[0].distance > 2 * first[1].distance
     assert [line["path"] for line in rows_of(tmp_path / "o.csv")] == [x.path for x in first]
@@ -238,12 +275,18 @@ def test_a_few_labels_label_everything_and_say_how_well(tmp_path, capsys):
     assert [line["label"] for line in lines] == ["abc"[i % 3] for i in range(15)] + [""] * 46
     assert all(1 / 3 < float(line["confidence"]) <= 1 for line in lines)
     assert "cross-validated accuracy 100.0 %, 80 to 100" in capsys.readouterr().out
-    wrong = [("abc"[i % 3] if i > 5 else "abc"[(i + 1) % 3]) for i in range(15)]  # 6 of 15 labels are mistaken
+    wrong = [
+        ("abc"[i % 3] if i > 5 else "abc"[(i + 1) % 3]) for i in range(15)
+    ]  # 6 of 15 labels are mistaken
     given.write_text("path,label\n" + "".join(f"{i}.jpg,{wrong[i]}\n" for i in range(15)))
-    assert probe(file, given, out=tmp_path / "all.csv").right < 13  # an honest number: not that of the fit itself
-    assert probe(file, given, out=tmp_path / "all.csv").confidence.mean() < 0.8  # and no false confidence
+    assert (
+        probe(file, given, out=tmp_path / "all.csv").correct < 13
+    )  # an honest number: not that of the fit itself
+    assert (
+        probe(file, given, out=tmp_path / "all.csv").confidence.mean() < 0.8
+    )  # and no false confidence
     given.write_text("path,label\nd/0.jpg,a\nd/1.jpg,b\n")
-    assert probe(file, given, out=tmp_path / "all.csv").right is None
+    assert probe(file, given, out=tmp_path / "all.csv").correct is None
 
 
 @pytest.mark.parametrize(
@@ -270,7 +313,10 @@ def test_a_few_labels_label_everything_and_say_how_well(tmp_path, capsys):
         ("embed {run} shapes --out {file}", "not written over"),
         ("embed {run} shapes --out {one_npy}", "one.csv exists and is not written over"),
         ("probe {file} {one} --out {one}", "would write over the labels given"),
-        ("probe {file} {one} --out nowhere/o.csv", "there is no folder nowhere to write o.csv into"),
+        (
+            "probe {file} {one} --out nowhere/o.csv",
+            "there is no folder nowhere to write o.csv into",
+        ),
         ("neighbors {file} 0.png --html nowhere/o.html", "there is no folder nowhere"),
         ("duplicates {file} --out o.csv --html nowhere/o.html", "there is no folder nowhere"),
         ("cluster {file} --out o.csv --html {folder}", "is a folder: give the name of a file"),
@@ -280,7 +326,7 @@ def test_a_few_labels_label_everything_and_say_how_well(tmp_path, capsys):
 def test_bad_input_is_one_line_and_leaves_nothing(verb, text, run, folder, file, tmp_path, capsys):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "bad.csv").write_text("name,label\nx,y\n")
-    path = read(file).paths[0]
+    path = read_embeddings(file).paths[0]
     (tmp_path / "in" / "one.csv").write_text(f"path,label\n{path},y\n")
     names = {
         "file": file, "run": run, "blobs": blobs(tmp_path / "in"), "csv": tmp_path / "in" / "bad.csv",
@@ -296,4 +342,8 @@ def test_bad_input_is_one_line_and_leaves_nothing(verb, text, run, folder, file,
 
 def test_metadata_says_where_vectors_come_from(run, file):
     about = json.loads(pq.read_schema(file).metadata[b"simsiam"])
-    assert about["run"] == str(run.absolute()) and about["transform"]["size"] == 32 and about["source"] == "few"
+    assert (
+        about["run"] == str(run.absolute())
+        and about["transform"]["size"] == 32
+        and about["source"] == "few"
+    )

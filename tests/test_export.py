@@ -17,7 +17,7 @@ from simsiam.exports import detectron2
 from simsiam.exports.export import FORMATS, export
 from simsiam.pages.compare import compare
 from simsiam.runs.convert import convert
-from simsiam.runs.encoder import bare_backbone
+from simsiam.runs.encoder import build_backbone
 from simsiam.runs.run_folder import Run
 
 NEEDS = {"onnx": ("onnx", "onnxruntime", "onnxscript")}
@@ -31,12 +31,19 @@ def trained(tmp_path_factory):
 @pytest.fixture(scope="module")
 def standard(tmp_path_factory):
     """A finished run of the published ResNet-18, without the training."""
-    words = {"backbone": "resnet18", "image_size": 72, "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.25)}
+    words = {
+        "backbone": "resnet18",
+        "image_size": 72,
+        "mean": (0.5, 0.4, 0.3),
+        "std": (0.2, 0.3, 0.25),
+    }
     run = Run.create(tmp_path_factory.mktemp("runs") / "standard", Recipe().replace(**words))
     torch.manual_seed(0)
-    network = bare_backbone(run.recipe).eval()
+    network = build_backbone(run.recipe).eval()
     for module in network.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):  # as different from its initial state as training makes it
+        if isinstance(
+            module, torch.nn.BatchNorm2d
+        ):  # as different from its initial state as training makes it
             torch.nn.init.uniform_(module.weight, 0.5, 1.5)
             torch.nn.init.normal_(module.running_mean, std=0.1)
     run.finish(network.state_dict(), {"verdict": "healthy", "steps": 7})
@@ -72,7 +79,9 @@ def test_a_published_network_is_that_of_the_library(format, standard, tmp_path):
         import torchvision
 
         model = torchvision.models.resnet18()
-        found = model.load_state_dict(torch.load(folder / "backbone.pth", weights_only=True), strict=False)
+        found = model.load_state_dict(
+            torch.load(folder / "backbone.pth", weights_only=True), strict=False
+        )
         assert set(found.missing_keys) == {"fc.weight", "fc.bias"} and not found.unexpected_keys
         model.fc = torch.nn.Identity()
     else:
@@ -92,7 +101,9 @@ def names_in_detectron2(depth: int) -> set[str]:
     convolutions = ["stem.conv1"]
     for stage, count in zip((2, 3, 4, 5), blocks, strict=True):
         for block in range(count):
-            convolutions += [f"res{stage}.{block}.conv{n}" for n in (1, 2, 3)[: 2 if depth == 18 else 3]]
+            convolutions += [
+                f"res{stage}.{block}.conv{n}" for n in (1, 2, 3)[: 2 if depth == 18 else 3]
+            ]
         if stage > 2 or depth == 50:  # where the block before it is narrower
             convolutions.append(f"res{stage}.0.shortcut")
     return {f"{name}.{part}" for name in convolutions for part in ["weight", *norm]}
@@ -103,7 +114,7 @@ def test_detectron2_finds_every_tensor_under_its_own_name_and_reads_rgb(depth, s
     words = Run(standard).recipe.to_dict() | {"backbone": f"resnet{depth}"}
     run = Run.create(tmp_path / "run", Recipe.from_dict(words))
     torch.manual_seed(0)
-    network = bare_backbone(run.recipe)
+    network = build_backbone(run.recipe)
     run.finish(network.state_dict(), {"verdict": "healthy", "steps": 7})
     folder = export(run.path, format="detectron2").path
     said = pickle.loads((folder / "backbone.pkl").read_bytes())
@@ -113,17 +124,28 @@ def test_detectron2_finds_every_tensor_under_its_own_name_and_reads_rgb(depth, s
     assert torch.equal(torch.from_numpy(stem), network.conv1.weight)  # no channel changes its place
     assert torch.equal(torch.from_numpy(last), network.layer4[0].bn2.running_var)
     config = yaml.safe_load((folder / "config.yaml").read_text())
-    assert config["INPUT"]["FORMAT"] == "RGB" and config["MODEL"]["RESNETS"]["STRIDE_IN_1X1"] is False
-    assert config["MODEL"]["PIXEL_MEAN"] == [127.5, 102.0, 76.5] and config["MODEL"]["PIXEL_STD"] == [51.0, 76.5, 63.75]
+    assert (
+        config["INPUT"]["FORMAT"] == "RGB" and config["MODEL"]["RESNETS"]["STRIDE_IN_1X1"] is False
+    )
+    assert config["MODEL"]["PIXEL_MEAN"] == [127.5, 102.0, 76.5] and config["MODEL"][
+        "PIXEL_STD"
+    ] == [51.0, 76.5, 63.75]
     assert config["MODEL"]["RESNETS"]["DEPTH"] == depth
     assert config["MODEL"]["RESNETS"].get("RES2_OUT_CHANNELS", 256) == {18: 64, 50: 256}[depth]
 
 
 def test_names_that_detectron2_does_not_have_are_not_kept(standard, tmp_path, monkeypatch, capsys):
-    right = detectron2.renamed
-    monkeypatch.setattr(detectron2, "renamed", lambda name: right(name).replace("res5", "layer4"))
-    assert main(["export", str(standard), "--format", "detectron2", "--out", str(tmp_path / "out")]) == 1
-    assert "looks for a tensor res5.0.shortcut.weight" in capsys.readouterr().err and not list(tmp_path.iterdir())
+    right = detectron2.detectron2_name
+    monkeypatch.setattr(
+        detectron2, "detectron2_name", lambda name: right(name).replace("res5", "layer4")
+    )
+    assert (
+        main(["export", str(standard), "--format", "detectron2", "--out", str(tmp_path / "out")])
+        == 1
+    )
+    assert "looks for a tensor res5.0.shortcut.weight" in capsys.readouterr().err and not list(
+        tmp_path.iterdir()
+    )
 
 
 def test_an_upload_is_a_run_to_start_from(standard, tmp_path):
@@ -131,9 +153,15 @@ def test_an_upload_is_a_run_to_start_from(standard, tmp_path):
     x = torch.randn(2, 3, 72, 72)
     assert torch.equal(features(folder, x), features(standard, x))
     again = simsiam.load(convert(folder, out=tmp_path / "again"))
-    assert again.transform == simsiam.load(standard).transform and torch.equal(features(folder, x), again(x).detach())
+    assert again.transform == simsiam.load(standard).transform and torch.equal(
+        features(folder, x), again(x).detach()
+    )
     heading, text = (folder / "README.md").read_text().split("---\n")[1:3]
-    assert yaml.safe_load(heading)["license"] == "cc-by-4.0" and "healthy" in text and "Nothing yet" in text
+    assert (
+        yaml.safe_load(heading)["license"] == "cc-by-4.0"
+        and "healthy" in text
+        and "Nothing yet" in text
+    )
 
 
 def test_a_card_has_what_was_measured(trained, tmp_path):
@@ -144,7 +172,10 @@ def test_a_card_has_what_was_measured(trained, tmp_path):
     }  # fmt: skip
     (run / "evaluations" / "knn.json").write_text(json.dumps([record]))
     text = (export(run, format="huggingface").path / "README.md").read_text()
-    assert "| knn | k 20 | h | a\\|b | last | 61.2 | 60.0 to 62.5 | 2000 |" in text and "has not said" in text
+    assert (
+        "| knn | k 20 | h | a\\|b | last | 61.2 | 60.0 to 62.5 | 2000 |" in text
+        and "has not said" in text
+    )
 
 
 @pytest.mark.parametrize("format", list(FORMATS))
@@ -183,25 +214,39 @@ def test_what_cannot_be_exported_is_one_line(words, text, trained, tmp_path, cap
 
 def test_an_export_is_not_written_over(trained, tmp_path, capsys):
     (tmp_path / "out").mkdir()
-    assert main(["export", str(trained), "--format", "safetensors", "--out", str(tmp_path / "out")]) == 2
+    assert (
+        main(["export", str(trained), "--format", "safetensors", "--out", str(tmp_path / "out")])
+        == 2
+    )
     assert "not written over" in capsys.readouterr().err and not list((tmp_path / "out").iterdir())
 
 
 def test_nothing_is_pushed_but_what_was_proved_and_only_when_asked(trained, tmp_path, monkeypatch):
     hub = pytest.importorskip("huggingface_hub")
     calls = []
-    monkeypatch.setattr(hub.HfApi, "create_repo", lambda self, name, **how: calls.append((name, how)))
-    monkeypatch.setattr(hub.HfApi, "upload_folder", lambda self, repo_id, folder_path: calls.append(folder_path))
+    monkeypatch.setattr(
+        hub.HfApi, "create_repo", lambda self, name, **how: calls.append((name, how))
+    )
+    monkeypatch.setattr(
+        hub.HfApi, "upload_folder", lambda self, repo_id, folder_path: calls.append(folder_path)
+    )
     export(trained, format="huggingface", out=tmp_path / "one")
     assert not calls
     path = export(trained, format="huggingface", out=tmp_path / "two", push="me/it").path
     assert calls == [("me/it", {"private": True, "exist_ok": True}), path]
     monkeypatch.setattr(hub, "snapshot_download", lambda name, allow_patterns: str(path))
-    again = simsiam.pretrain("shapes", out=tmp_path / "again", **QUICK | {"init": "hf-hub:me/it", "base_lr": 0.0})
+    again = simsiam.pretrain(
+        "shapes", out=tmp_path / "again", **QUICK | {"init": "hf-hub:me/it", "base_lr": 0.0}
+    )
     monkeypatch.setattr(hub.HfApi, "upload_folder", lambda self, **how: 1 / 0)
-    with pytest.raises(simsiam.WorkFailed, match="is written, but not pushed to me/it: division by zero"):
+    with pytest.raises(
+        simsiam.WorkFailed, match="is written, but not pushed to me/it: division by zero"
+    ):
         export(trained, format="huggingface", out=tmp_path / "three", push="me/it")
-    theirs, ours = load_file(again / "backbone.safetensors"), load_file(trained / "backbone.safetensors")
+    theirs, ours = (
+        load_file(again / "backbone.safetensors"),
+        load_file(trained / "backbone.safetensors"),
+    )
     assert torch.equal(theirs["conv1.weight"], ours["conv1.weight"])
 
 
@@ -211,7 +256,14 @@ def test_compare_tells_what_differs_and_only_that(trained, tmp_path, capsys):
     recipe["method"]["dim"], recipe["method"]["views"][0]["blur"] = 99, 0.25
     (other / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     for run, top1 in ((trained, 40.0), (other, 42.5)):
-        record = {"protocol": "knn", "name": "k 5", "features": "h", "checkpoint": "last", "source": "s", "top1": top1}
+        record = {
+            "protocol": "knn",
+            "name": "k 5",
+            "features": "h",
+            "checkpoint": "last",
+            "source": "s",
+            "top1": top1,
+        }
         (run / "evaluations" / "knn.json").write_text(json.dumps([record]))
     found = compare([trained, other])
     blur = Run(trained).recipe.method.views[0].blur

@@ -22,16 +22,22 @@ from PIL import Image
 import simsiam
 from simsiam.commands.main import main
 from simsiam.config.recipes import Recipe
-from simsiam.data.batches import batches
+from simsiam.data.batches import iter_batches
 from simsiam.data.decode import Unreadable
 from simsiam.data.images import Images
 from simsiam.errors import UsageError, WorkFailed
 from simsiam.model import memory
 from simsiam.runs.recipe_file import read_recipe
 from simsiam.runs.run_folder import Run
-from simsiam.runs.weight_files import Damaged, digest, load_state, load_weights, save_weights
+from simsiam.runs.weight_files import (
+    ChecksumError,
+    load_state,
+    load_weights,
+    save_weights,
+    tensors_sha256,
+)
 from simsiam.sources.open_source import open_source
-from simsiam.utils.files import alone, locked, whole, whole_folder
+from simsiam.utils.files import atomic_folder, atomic_write, exclusive_lock, file_lock
 
 CAMPAIGNS = Path(__file__).parents[1] / "results" / "faults"
 
@@ -39,7 +45,9 @@ CAMPAIGNS = Path(__file__).parents[1] / "results" / "faults"
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A run of three steps, with the checkpoint of its end and the one before."""
-    run = simsiam.pretrain("shapes", out=tmp_path_factory.mktemp("finished") / "run", **QUICK | {"save_seconds": 0})
+    run = simsiam.pretrain(
+        "shapes", out=tmp_path_factory.mktemp("finished") / "run", **QUICK | {"save_seconds": 0}
+    )
     assert Run(run).checkpoint("last")["step"] == 3 and Run(run).checkpoint("previous")["step"] == 2
     return run
 
@@ -51,16 +59,19 @@ def test_a_file_that_cannot_be_written_leaves_what_was_there(tmp_path):
     path = tmp_path / "a"
     path.write_text("before")
     for error in (OSError(errno.ENOSPC, "no"), RuntimeError("torch hides it")):
-        with pytest.raises(WorkFailed, match=r"cannot write .*a: No space left on device") as told, whole(path) as part:
+        with (
+            pytest.raises(WorkFailed, match=r"cannot write .*a: No space left on device") as told,
+            atomic_write(path) as part,
+        ):
             part.write_text("half of")
             try:
                 raise OSError(errno.ENOSPC, "full")
             except OSError:
                 raise error  # noqa: B904  as libraries do: the reason is the context
         assert "\n" not in str(told.value)
-    with pytest.raises(KeyError), whole(path) as part:
+    with pytest.raises(KeyError), atomic_write(path) as part:
         raise KeyError("ours")
-    with pytest.raises(WorkFailed), whole_folder(tmp_path / "b"):
+    with pytest.raises(WorkFailed), atomic_folder(tmp_path / "b"):
         raise OSError(errno.EDQUOT, "quota")
     assert path.read_text() == "before" and os.listdir(tmp_path) == ["a"]
 
@@ -72,7 +83,7 @@ def test_what_a_killed_process_left_is_cleared_and_what_a_living_one_writes_is_n
     strays = [tmp_path / f"a.{dead.pid}.part", tmp_path / f"b.{dead.pid}.part"]
     for path in (living, *strays):
         path.write_text("half")
-    with whole(tmp_path / "a") as part:
+    with atomic_write(tmp_path / "a") as part:
         part.write_text("whole")
     assert sorted(os.listdir(tmp_path)) == sorted(["a", living.name, strays[1].name])
 
@@ -81,20 +92,27 @@ def test_of_two_processes_the_second_is_refused_and_a_killed_one_lets_go(finishe
     run = shutil.copytree(finished, tmp_path / "run")
     code = (
         "import sys, time, pathlib, simsiam.files\n"
-        "with simsiam.files.locked(pathlib.Path(sys.argv[1])) as mine:\n"
+        "with simsiam.utils.files.file_lock(pathlib.Path(sys.argv[1])) as mine:\n"
         "    print(mine, flush=True)\n"
         "    time.sleep(60)"
     )
-    held = subprocess.Popen([sys.executable, "-c", code, run / ".lock"], stdout=subprocess.PIPE, text=True)
+    held = subprocess.Popen(
+        [sys.executable, "-c", code, run / ".lock"], stdout=subprocess.PIPE, text=True
+    )
     assert held.stdout.readline() == "True\n"
-    with pytest.raises(UsageError, match=f"run is being worked on by process {held.pid} on .*: one at a time"):
+    with pytest.raises(
+        UsageError, match=f"run is being worked on by process {held.pid} on .*: one at a time"
+    ):
         simsiam.resume(run)
-    with locked(run / ".lock") as mine:
+    with file_lock(run / ".lock") as mine:
         assert not mine
     held.kill()
     held.wait()
     simsiam.resume(run)
-    with pytest.raises(UsageError, match="cannot write to"), alone(finished / "recipe.yaml" / ".lock", "it"):
+    with (
+        pytest.raises(UsageError, match="cannot write to"),
+        exclusive_lock(finished / "recipe.yaml" / ".lock", "it"),
+    ):
         pass
 
 
@@ -102,10 +120,10 @@ def test_a_signal_in_the_middle_of_a_fork_is_not_lost():
     """Python drops an exception that is raised there; and what works elsewhere ends quietly with who asked for it."""
     code = (
         "import os, signal, time\nfrom simsiam.commands import main as cli\n"
-        "from simsiam.utils import workers\nworkers.CORES = 2\n"
+        "from simsiam.utils import workers\nworkers.CPU_CORES = 2\n"
         "signal.signal(signal.SIGTERM, cli.terminate)\n"
         "os.register_at_fork(after_in_parent=lambda: os.kill(os.getpid(), signal.SIGTERM))\n"
-        "try:\n    print(list(workers.in_turn(time.sleep, [(5,), (5,)])))\n"
+        "try:\n    print(list(workers.parallel_map(time.sleep, [(5,), (5,)])))\n"
         "except KeyboardInterrupt as error:\n    print('stopped by', *error.args)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -117,22 +135,31 @@ def test_a_signal_in_the_middle_of_a_fork_is_not_lost():
 
 def same(a, b):
     one, other = Run(a).checkpoint(), Run(b).checkpoint()
-    return one["step"] == other["step"] and all(torch.equal(one["model"][k], other["model"][k]) for k in one["model"])
+    return one["step"] == other["step"] and all(
+        torch.equal(one["model"][k], other["model"][k]) for k in one["model"]
+    )
 
 
 @pytest.mark.parametrize("harm", ["bit", "cut", "gone"])
-def test_a_damaged_checkpoint_gives_way_to_the_one_before_and_it_is_said(harm, finished, tmp_path, capfd):
+def test_a_damaged_checkpoint_gives_way_to_the_one_before_and_it_is_said(
+    harm, finished, tmp_path, capfd
+):
     run = shutil.copytree(finished, tmp_path / "run")
     last = run / "checkpoints" / "last.pt"
     data = bytearray(last.read_bytes())
     if harm == "bit":
         record = max(zipfile.ZipFile(last).infolist(), key=lambda record: record.file_size)
-        data[record.header_offset + record.file_size // 2 + 128] ^= 1  # not in the padding, where it harms nobody
+        data[record.header_offset + record.file_size // 2 + 128] ^= (
+            1  # not in the padding, where it harms nobody
+        )
     last.write_bytes(data[: len(data) // 2] if harm == "cut" else data)
     if harm == "gone":
         last.unlink()
     else:
-        with pytest.raises(UsageError, match=r"last.pt is damaged: .*`simsiam resume .*` goes on from the one before"):
+        with pytest.raises(
+            UsageError,
+            match=r"last.pt is damaged: .*`simsiam resume .*` goes on from the one before",
+        ):
             Run(run).checkpoint()
     simsiam.resume(run)
     (line,) = [line for line in capfd.readouterr().err.splitlines() if "last.pt is" in line]
@@ -166,11 +193,11 @@ def test_every_flipped_bit_is_seen_or_harmless(tmp_path):
 def test_weights_carry_their_checksum(finished, tmp_path):
     run = shutil.copytree(finished, tmp_path / "run")
     path = run / "backbone.safetensors"
-    assert digest(load_weights(path)) in path.read_bytes()[:2000].decode(errors="replace")
+    assert tensors_sha256(load_weights(path)) in path.read_bytes()[:2000].decode(errors="replace")
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    with pytest.raises(Damaged):
+    with pytest.raises(ChecksumError):
         load_weights(path)
     with pytest.raises(UsageError, match="do not match their checksum"):
         simsiam.load(run)
@@ -195,7 +222,9 @@ def test_a_checkpoint_that_cannot_be_written_costs_nothing(finished, tmp_path, m
 def test_a_clock_that_jumps_changes_nothing(finished, tmp_path, monkeypatch):
     rng = random.Random(0)
     monkeypatch.setattr(time, "time", lambda: rng.uniform(-1e9, 4e9))
-    assert same(simsiam.pretrain("shapes", out=tmp_path / "run", **QUICK | {"save_seconds": 0}), finished)
+    assert same(
+        simsiam.pretrain("shapes", out=tmp_path / "run", **QUICK | {"save_seconds": 0}), finished
+    )
 
 
 # --- data and memory --------------------------------------------------------------------------------------------------
@@ -206,13 +235,17 @@ def photographs(tmp_path_factory):
     root = tmp_path_factory.mktemp("photographs")
     rng = np.random.default_rng(0)
     for i in range(40):
-        Image.fromarray(rng.integers(0, 255, (32, 32 + i % 2, 3), np.uint8)).save(root / f"{i:02}.png")
+        Image.fromarray(rng.integers(0, 255, (32, 32 + i % 2, 3), np.uint8)).save(
+            root / f"{i:02}.png"
+        )
     return root
 
 
 def streamed(photographs, **words):
-    recipe = Recipe().replace(image_size=32, batch_size=8, mean=[0.5] * 3, std=[0.2] * 3, workers=2, **words)
-    return batches(open_source(str(photographs)).train, recipe, 0, 50, torch.device("cpu"))
+    recipe = Recipe().replace(
+        image_size=32, batch_size=8, mean=[0.5] * 3, std=[0.2] * 3, workers=2, **words
+    )
+    return iter_batches(open_source(str(photographs)).train, recipe, 0, 50, torch.device("cpu"))
 
 
 def test_a_worker_that_hangs_is_named_with_its_file(photographs, monkeypatch):
@@ -224,13 +257,17 @@ def test_a_worker_that_hangs_is_named_with_its_file(photographs, monkeypatch):
         return real(self, i, least)
 
     monkeypatch.setattr(Images, "read", read)
-    with pytest.raises(WorkFailed, match=r"a data worker has not come back for 1 s from reading .*17\.png.*: "):
+    with pytest.raises(
+        WorkFailed, match=r"a data worker has not come back for 1 s from reading .*17\.png.*: "
+    ):
         list(streamed(photographs, read_timeout=1.0))
 
 
 def test_a_worker_that_is_killed_is_one_line(photographs, monkeypatch):
     monkeypatch.setattr(Images, "read", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-    with pytest.raises(WorkFailed, match=r"a data worker was killed, at .*png.*: perhaps memory ran out"):
+    with pytest.raises(
+        WorkFailed, match=r"a data worker was killed, at .*png.*: perhaps memory ran out"
+    ):
         list(streamed(photographs))
 
 
@@ -239,7 +276,9 @@ def test_a_folder_that_goes_away_is_one_line(photographs, tmp_path):
     made = streamed(folder)
     next(made)
     shutil.rmtree(folder)
-    with pytest.raises(WorkFailed, match="none of the 40 images can be read; the first reason: No such file"):
+    with pytest.raises(
+        WorkFailed, match="none of the 40 images can be read; the first reason: No such file"
+    ):
         list(made)
 
 
@@ -251,7 +290,9 @@ def test_the_least_memory_of_a_step_is_what_autograd_keeps():
 
     def keep(tensor):
         if tensor.untyped_storage().data_ptr() not in own:
-            kept[tensor.untyped_storage().data_ptr()] = tensor  # kept alive, so that no address comes twice
+            kept[tensor.untyped_storage().data_ptr()] = (
+                tensor  # kept alive, so that no address comes twice
+            )
         return tensor
 
     x = [torch.randn(16, 3, 32, 32) for _ in range(2)]
@@ -261,19 +302,22 @@ def test_the_least_memory_of_a_step_is_what_autograd_keeps():
     real = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
     weights = sum(v.nbytes for v in model.state_dict().values())
     real += weights + 2 * sum(v.nbytes for v in model.parameters())
-    assert len(p) == 2 and memory.least(recipe, 16) == pytest.approx(real, rel=0.02)
-    half = memory.least(replace(recipe, precision="bfloat16"), 16)
-    assert half < memory.least(recipe, 16) < memory.least(recipe, 32)
+    assert len(p) == 2 and memory.min_step_bytes(recipe, 16) == pytest.approx(real, rel=0.02)
+    half = memory.min_step_bytes(replace(recipe, precision="bfloat16"), 16)
+    assert half < memory.min_step_bytes(recipe, 16) < memory.min_step_bytes(recipe, 32)
 
 
 def test_too_large_a_batch_is_told_the_one_that_fits(tmp_path, monkeypatch, capsys):
     recipe = Recipe().replace(**TINY | {"image_size": 32, "precision": "float32"})
-    room = int(memory.SLACK * memory.least(recipe, 16)) + 1
-    monkeypatch.setattr(memory, "free", lambda device: room)
+    room = int(memory.PEAK_MEMORY_FACTOR * memory.min_step_bytes(recipe, 16)) + 1
+    monkeypatch.setattr(memory, "available_memory", lambda device: room)
     words = TINY | {"precision": "float32", "batch_size": 64}
     assert main(["pretrain", "shapes", "--out", str(tmp_path / "run"), *flags(**words)]) == 1
     said = capsys.readouterr().err
-    assert "batch_size 64 does not fit into the memory of cpu" in said and "--batch-size 16 should fit" in said
+    assert (
+        "batch_size 64 does not fit into the memory of cpu" in said
+        and "--batch-size 16 should fit" in said
+    )
     assert not (tmp_path / "run").exists()
     for error in (
         torch.OutOfMemoryError("CUDA out of memory"),
@@ -282,10 +326,13 @@ def test_too_large_a_batch_is_told_the_one_that_fits(tmp_path, monkeypatch, caps
     ):
         with (
             pytest.raises(WorkFailed, match="--batch-size 16 should fit"),
-            memory.enough(replace(recipe, batch_size=64), torch.device("cpu")),
+            memory.catch_out_of_memory(replace(recipe, batch_size=64), torch.device("cpu")),
         ):
             raise error
-    with pytest.raises(RuntimeError, match="another"), memory.enough(recipe, torch.device("cpu")):
+    with (
+        pytest.raises(RuntimeError, match="another"),
+        memory.catch_out_of_memory(recipe, torch.device("cpu")),
+    ):
         raise RuntimeError("another")
 
 
@@ -327,7 +374,9 @@ def test_a_run_writes_through_no_link(finished, tmp_path):
     run = shutil.copytree(finished, tmp_path / "run")
     shutil.move(run / "checkpoints", tmp_path / "outside")
     (run / "checkpoints").symlink_to(tmp_path / "outside")
-    with pytest.raises(UsageError, match="checkpoints is a link, and a run writes only inside its folder"):
+    with pytest.raises(
+        UsageError, match="checkpoints is a link, and a run writes only inside its folder"
+    ):
         simsiam.resume(run)
 
 
@@ -344,7 +393,9 @@ def test_a_run_writes_through_no_link(finished, tmp_path):
 def test_a_small_campaign(command, tmp_path):
     script, *arguments = command.split()
     done = subprocess.run(
-        [sys.executable, CAMPAIGNS / script, *arguments, "--out", tmp_path / "found"], capture_output=True, text=True
+        [sys.executable, CAMPAIGNS / script, *arguments, "--out", tmp_path / "found"],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert json.loads((tmp_path / "found.json").read_text())["trials"]

@@ -13,15 +13,21 @@ from conftest import QUICK
 from PIL import Image
 
 import simsiam
-from simsiam.data.batches import members, views_of
+from simsiam.data.batches import batch_indices, make_training_views
 from simsiam.errors import Stopped, UsageError, WorkFailed
 from simsiam.evaluation import finetune as module
-from simsiam.evaluation.finetune import compare, divide, finetune
+from simsiam.evaluation.finetune import finetune, plot_accuracy_curves, split_train_val
 from simsiam.runs.run_folder import Run
 from simsiam.sources.open_source import open_source
 
 EPOCHS, STEPS, BATCH = 4, 12, 32
-WORDS = {"epochs": EPOCHS, "labels": 120, "batch_size": BATCH, "device": "cpu", "precision": "float32"}  # 108 + 12
+WORDS = {
+    "epochs": EPOCHS,
+    "labels": 120,
+    "batch_size": BATCH,
+    "device": "cpu",
+    "precision": "float32",
+}  # 108 + 12
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +38,9 @@ def data():
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    return simsiam.pretrain("shapes", out=tmp_path_factory.mktemp("pretrained") / "run", workers=0, **QUICK)
+    return simsiam.pretrain(
+        "shapes", out=tmp_path_factory.mktemp("pretrained") / "run", workers=0, **QUICK
+    )
 
 
 @pytest.fixture(scope="module")
@@ -54,22 +62,32 @@ def assert_equal(a, b):
     assert a.keys() == b.keys() and all(torch.equal(v, b[k]) for k, v in a.items())
 
 
-def test_it_is_cross_entropy_and_sgd_with_a_cosine_lr_for_backbone_and_head_each(run, data, finished):
+def test_it_is_cross_entropy_and_sgd_with_a_cosine_lr_for_backbone_and_head_each(
+    run, data, finished
+):
     """Written out with other tools: torch's own schedule, one optimizer for each part, plain operations."""
     out, record = finished
-    encoder, head = simsiam.load(run), module.classifier(Run(run), 10, seed=0, from_scratch=True).head
+    encoder, head = (
+        simsiam.load(run),
+        module.build_classifier(Run(run), 10, seed=0, from_scratch=True).head,
+    )
     model = torch.nn.Sequential(encoder, head).to(memory_format=torch.channels_last).train()
-    train, val = divide(*data, None, 120, 0)
+    train, val = split_train_val(*data, None, 120, 0)
     recipe = Run(run).recipe.replace(batch_size=BATCH, jitter_p=0.0, gray=0.0, blur=0.0)
     optimizers = [
-        torch.optim.SGD(part.parameters(), lr=peak * BATCH / 256, momentum=0.9, weight_decay=5e-4, foreach=False)
+        torch.optim.SGD(
+            part.parameters(), lr=peak * BATCH / 256, momentum=0.9, weight_decay=5e-4, foreach=False
+        )
         for part, peak in ((encoder, 0.1), (head, 1.0))
     ]
-    schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda t: (1 + cos(pi * t / STEPS)) / 2) for o in optimizers]
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(o, lambda t: (1 + cos(pi * t / STEPS)) / 2)
+        for o in optimizers
+    ]
     losses = []
     for step in range(STEPS):
-        index = members(step, recipe, train)
-        logits = model(views_of(train, index, recipe, step, torch.device("cpu"))[0])
+        index = batch_indices(step, recipe, train)
+        logits = model(make_training_views(train, index, recipe, step, torch.device("cpu"))[0])
         loss = -logits.log_softmax(1)[range(BATCH), train.labels[index]].mean()
         for o in optimizers:
             o.zero_grad()
@@ -81,27 +99,41 @@ def test_it_is_cross_entropy_and_sgd_with_a_cosine_lr_for_backbone_and_head_each
         for k, v in part.state_dict().items():
             torch.testing.assert_close(last(out)["model"][f"{name}.{k}"], v, rtol=1e-3, atol=1e-5)
     rows = [json.loads(line) for line in (out / "curve.jsonl").read_text().splitlines()]
-    assert [row["loss"] for row in rows] == pytest.approx(np.reshape(losses, (EPOCHS, -1)).mean(axis=1), rel=1e-4)
+    assert [row["loss"] for row in rows] == pytest.approx(
+        np.reshape(losses, (EPOCHS, -1)).mean(axis=1), rel=1e-4
+    )
     with torch.no_grad():
         logits = model.eval()(encoder.transform([val.read(i) for i in range(len(val))]))
-    assert record["val_top1"][-1] == pytest.approx(100 * (logits.argmax(1).numpy() == val.labels).mean(), abs=1e-3)
+    assert record["val_top1"][-1] == pytest.approx(
+        100 * (logits.argmax(1).numpy() == val.labels).mean(), abs=1e-3
+    )
 
 
-def test_pretrained_starts_from_the_run_and_from_scratch_from_its_initialization(run, data, tmp_path):
+def test_pretrained_starts_from_the_run_and_from_scratch_from_its_initialization(
+    run, data, tmp_path
+):
     """At lr 0 the weights stay what they were at the start; the head is the same in both."""
     still = WORDS | {"base_lr": 0.0, "head_lr": 0.0, "epochs": 1}
     found = {}
     for from_scratch in (False, True):
         finetune(run, *data, out=tmp_path / str(from_scratch), from_scratch=from_scratch, **still)
         found[from_scratch] = last(tmp_path / str(from_scratch))["model"]
-    initial = simsiam.build(Run(run).recipe.method, backbone="resnet10", width=4, image_size=32, seed=0).backbone
+    initial = simsiam.build(
+        Run(run).recipe.method, backbone="resnet10", width=4, image_size=32, seed=0
+    ).backbone
     for weights, expected in ((found[False], simsiam.load(run)), (found[True], initial)):
         assert_equal(
-            {k: backbone(weights)[k] for k, _ in expected.named_parameters()}, dict(expected.named_parameters())
+            {k: backbone(weights)[k] for k, _ in expected.named_parameters()},
+            dict(expected.named_parameters()),
         )
-    assert not torch.equal(found[False]["backbone.conv1.weight"], found[True]["backbone.conv1.weight"])
+    assert not torch.equal(
+        found[False]["backbone.conv1.weight"], found[True]["backbone.conv1.weight"]
+    )
     assert torch.equal(found[False]["head.weight"], found[True]["head.weight"])
-    assert found[False]["head.weight"].std() == pytest.approx(0.01, rel=0.2) and not found[False]["head.bias"].any()
+    assert (
+        found[False]["head.weight"].std() == pytest.approx(0.01, rel=0.2)
+        and not found[False]["head.bias"].any()
+    )
 
 
 def test_the_curve_has_a_line_an_epoch_with_the_lr_of_its_last_step(finished):
@@ -139,7 +171,9 @@ def test_stopped_in_the_middle_of_an_epoch_it_goes_on_bit_for_bit(
     one, other = last(whole), last(tmp_path / "half")
     assert_equal(one["model"], other["model"])
     for i, state in one["optimizer"]["state"].items():
-        assert torch.equal(state["momentum_buffer"], other["optimizer"]["state"][i]["momentum_buffer"])
+        assert torch.equal(
+            state["momentum_buffer"], other["optimizer"]["state"][i]["momentum_buffer"]
+        )
     assert (whole / "curve.jsonl").read_bytes() == (tmp_path / "half" / "curve.jsonl").read_bytes()
     assert again | {"seconds": 0} == record | {"seconds": 0}
 
@@ -149,16 +183,22 @@ def test_a_finished_one_is_read_and_not_repeated(run, data, finished, monkeypatc
     assert finetune(run, *data, out=finished[0], **WORDS) == finished[1]
 
 
-def test_test_images_are_looked_at_once_at_the_end_and_change_nothing_else(run, data, finished, tmp_path, monkeypatch):
+def test_test_images_are_looked_at_once_at_the_end_and_change_nothing_else(
+    run, data, finished, tmp_path, monkeypatch
+):
     train, test = data
-    asked, real = [], module.extract
+    asked, real = [], module.extract_features
     monkeypatch.setattr(
-        module, "extract", lambda model, images, *a, **k: asked.append(images) or real(model, images, *a, **k)
+        module,
+        "extract",
+        lambda model, images, *a, **k: asked.append(images) or real(model, images, *a, **k),
     )
     wrong = replace(test, labels=(test.labels + 1) % 10)
     record = finetune(run, train, wrong, out=tmp_path, **WORDS)
     assert [images is wrong for images in asked] == [False] * EPOCHS + [True]
-    assert {len(images) for images in asked[:-1]} == {12} and not any(k.startswith("test") for k in asked[0].keys)
+    assert {len(images) for images in asked[:-1]} == {12} and not any(
+        k.startswith("test") for k in asked[0].keys
+    )
     assert_equal(last(tmp_path)["model"], last(finished[0])["model"])
     assert record["val_top1"] == finished[1]["val_top1"] and record["top1"] != finished[1]["top1"]
     assert (record["n"], record["parameters"]["epoch"]) == (200, "last")
@@ -169,22 +209,31 @@ def test_top1_and_top5_are_those_of_the_weights_in_last_pt(run, data, finished):
     encoder.load_state_dict(backbone(weights))
     with torch.no_grad():
         h = encoder(encoder.transform([test.read(i) for i in range(200)]))
-    order = (h @ weights["head.weight"].T + weights["head.bias"]).argsort(dim=1, descending=True).numpy()
+    order = (
+        (h @ weights["head.weight"].T + weights["head.bias"])
+        .argsort(dim=1, descending=True)
+        .numpy()
+    )
     hits = order == test.labels[:, None]
     top1, top5 = 100 * hits[:, 0].mean(), 100 * hits[:, :5].any(axis=1).mean()
-    assert (finished[1]["top1"], finished[1]["top5"]) == pytest.approx((top1, top5)) and top1 < top5 < 100
+    assert (finished[1]["top1"], finished[1]["top5"]) == pytest.approx(
+        (top1, top5)
+    ) and top1 < top5 < 100
 
 
 def test_labels_are_drawn_from_each_class_alike_and_some_are_kept_out(data):
     train, test = data
-    used, val = divide(train, test, None, 200, 0)
-    assert np.bincount(used.labels).tolist() == [18] * 10 and np.bincount(val.labels).tolist() == [2] * 10
+    used, val = split_train_val(train, test, None, 200, 0)
+    assert (
+        np.bincount(used.labels).tolist() == [18] * 10
+        and np.bincount(val.labels).tolist() == [2] * 10
+    )
     assert not set(used.keys) & set(val.keys) and set(used.keys) | set(val.keys) <= set(train.keys)
-    again, other = (divide(train, test, None, 200, seed)[0] for seed in (0, 1))
+    again, other = (split_train_val(train, test, None, 200, seed)[0] for seed in (0, 1))
     assert list(again.keys) == list(used.keys) != list(other.keys)
-    every, given = divide(train, test, val, 30, 0)
+    every, given = split_train_val(train, test, val, 30, 0)
     assert np.bincount(every.labels).tolist() == [3] * 10 and given is val
-    assert [len(part) for part in divide(train, test, None, None, 0)] == [3600, 400]
+    assert [len(part) for part in split_train_val(train, test, None, None, 0)] == [3600, 400]
 
 
 def test_files_of_many_sizes_are_streamed_and_an_unreadable_one_is_counted(run, tmp_path):
@@ -194,8 +243,12 @@ def test_files_of_many_sizes_are_streamed_and_an_unreadable_one_is_counted(run, 
         Image.new("L", (32 + i, 40), 100 * (i % 2)).save(path)
     images = open_source(tmp_path / "images").train
     path.write_bytes(path.read_bytes()[:40])
-    record = finetune(run, images, images, val=images.take(slice(12)), out=tmp_path, **WORDS | {"labels": 24})
-    assert record["unreadable"] == 1 and record["n"] == 23 and record["parameters"]["batch_size"] == 24
+    record = finetune(
+        run, images, images, val=images.take(slice(12)), out=tmp_path, **WORDS | {"labels": 24}
+    )
+    assert (
+        record["unreadable"] == 1 and record["n"] == 23 and record["parameters"]["batch_size"] == 24
+    )
     assert record["top5"] == 100  # of two classes
 
 
@@ -203,7 +256,10 @@ def test_what_cannot_be_is_refused_in_one_line(run, data, finished, tmp_path):
     train, test = data
     wrong = [
         ({"base_lr": 0.2}, "holds a fine-tuning with base_lr 0.1, not 0.2"),
-        ({"from_scratch": True}, "with start backbone.safetensors [0-9a-f]{16}, not random, seed 0"),
+        (
+            {"from_scratch": True},
+            "with start backbone.safetensors [0-9a-f]{16}, not random, seed 0",
+        ),
         ({"labels": 9}, "labels is 9; it lies between 10, one a class, and 4000"),
         ({"labels": 19}, "too few to keep some out for the curve: take 20 labels or more"),
         ({"head_lr": float("nan")}, "head_lr is nan"),
@@ -232,7 +288,11 @@ def test_curves_are_drawn_each_seed_pale_and_their_mean_bold(finished, tmp_path)
     assert Image.open(finished[0] / "curve.png").size == (1400, 900)
     rising = [[30.0 + 10 * seed + 0.2 * epoch for epoch in range(200)] for seed in (-1, 0, 1)]
     falling = [[100 - value for value in curve] for curve in rising]
-    compare({"pretrained": rising, "from scratch": falling}, tmp_path / "two.png", title="shapes, 120 labels")
+    plot_accuracy_curves(
+        {"pretrained": rising, "from scratch": falling},
+        tmp_path / "two.png",
+        title="shapes, 120 labels",
+    )
     page = np.asarray(Image.open(tmp_path / "two.png").convert("RGB")).astype(int)
     assert page.shape == (900, 1400, 3)
     for color in ((0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)):
@@ -241,5 +301,5 @@ def test_curves_are_drawn_each_seed_pale_and_their_mean_bold(finished, tmp_path)
         columns = bold[:, 300:900].any(axis=0)  # left of the legend: the mean crosses the picture
         assert columns.mean() > 0.5 and bold.sum() > 2000 and pale.sum() > 800
     with pytest.raises(UsageError, match=r"the curves of 'a' differ in epochs: \[1, 2\]"):
-        compare({"a": [[1.0], [1.0, 2.0]]}, tmp_path / "bad.png")
+        plot_accuracy_curves({"a": [[1.0], [1.0, 2.0]]}, tmp_path / "bad.png")
     assert not (tmp_path / "bad.png").exists()

@@ -9,8 +9,15 @@ from PIL import Image
 from test_decode import encode, npy, picture, same
 from test_sources import files_below, parquet, tarred, tree, zipped
 
-from simsiam.data.images import Images, hold_out, in_memory, measure_sizes, sample, spread
-from simsiam.data.storage import numbered
+from simsiam.data.images import (
+    Images,
+    evenly_spaced,
+    hold_out,
+    load_into_memory,
+    measure_sizes,
+    sample,
+)
+from simsiam.data.storage import numbered_keys
 from simsiam.errors import UsageError, WorkFailed
 from simsiam.sources.open_source import open_source
 
@@ -31,36 +38,42 @@ def test_broken_files_are_dropped_and_listed_while_the_good_ones_stay(tmp_path):
         (tmp_path / name).write_bytes(data)
     (tmp_path / "dog" / "5.png").unlink()
     images = open_source(tmp_path).train
-    decoded, left_out = in_memory(images, 10**6, threads=2)
+    decoded, left_out = load_into_memory(images, 10**6, threads=2)
     good = [name for name in names[:-1] if name not in bad]
-    assert list(decoded.keys) == good and decoded.pixels.shape == (8, 3, 8, 8) and decoded.encoded is None
+    assert (
+        list(decoded.keys) == good
+        and decoded.pixels.shape == (8, 3, 8, 8)
+        and decoded.encoded is None
+    )
     assert decoded.labels.tolist() == [0] * 4 + [1] * 4 and decoded.classes == ("cat", "dog")
     assert dict(left_out).keys() == bad.keys() and all(reason for _, reason in left_out)
     for i, name in enumerate(good):
         assert same(decoded.read(i), picture(names.index(name)))
-    assert in_memory(decoded, 0) == (decoded, [])
+    assert load_into_memory(decoded, 0) == (decoded, [])
 
 
 def test_what_cannot_be_one_array_is_left_to_be_streamed(tmp_path):
     images = open_source(tree(tmp_path, *(f"{i:04}.png" for i in range(300)))).train
-    assert in_memory(images, 300 * 8 * 8 * 3 - 1) == (images, [])
-    assert in_memory(images, 300 * 8 * 8 * 3)[0].pixels.shape == (300, 3, 8, 8)
-    odd = int(np.setdiff1d(np.arange(300), spread(300, 200))[-1])  # one that the sample of sizes does not see
+    assert load_into_memory(images, 300 * 8 * 8 * 3 - 1) == (images, [])
+    assert load_into_memory(images, 300 * 8 * 8 * 3)[0].pixels.shape == (300, 3, 8, 8)
+    odd = int(
+        np.setdiff1d(np.arange(300), evenly_spaced(300, 200))[-1]
+    )  # one that the sample of sizes does not see
     (tmp_path / images.keys[odd]).write_bytes(encode(picture(0, 9, 8)))
-    assert in_memory(images, 10**9) == (images, [])
+    assert load_into_memory(images, 10**9) == (images, [])
     (tmp_path / images.keys[0]).write_bytes(encode(picture(0, 9, 8)))
-    assert in_memory(images, 10**9) == (images, [])
+    assert load_into_memory(images, 10**9) == (images, [])
     empty = images.take([])
-    assert in_memory(empty, 10**9) == (empty, [])
+    assert load_into_memory(empty, 10**9) == (empty, [])
 
 
 def test_one_readable_image_among_many_is_found(tmp_path):
     images = open_source(tree(tmp_path, *(f"{i:04}.png" for i in range(250)))).train
-    lucky = int(np.setdiff1d(np.arange(250), spread(250, 200))[0])
+    lucky = int(np.setdiff1d(np.arange(250), evenly_spaced(250, 200))[0])
     for i, key in enumerate(images.keys):
         if i != lucky:
             (tmp_path / key).write_bytes(b"junk")
-    decoded, left_out = in_memory(images, 10**6)
+    decoded, left_out = load_into_memory(images, 10**6)
     assert list(decoded.keys) == [images.keys[lucky]] and len(left_out) == 249
     assert same(decoded.read(0), picture(lucky))
 
@@ -70,13 +83,13 @@ def test_no_readable_image_is_one_line(tmp_path):
     for name in "ab":
         (tmp_path / f"{name}.png").write_bytes(b"junk")
     with pytest.raises(WorkFailed) as error:
-        in_memory(open_source(tmp_path).train, 10**6)
+        load_into_memory(open_source(tmp_path).train, 10**6)
     assert "none of the 2 images" in one_line(error) and "a.png: not one of" in one_line(error)
 
 
 def test_a_row_without_an_image_is_unreadable(tmp_path):
     parquet(tmp_path / "x.parquet", [picture(0), None, b""])
-    images, left_out = in_memory(open_source(tmp_path).train, 10**6)
+    images, left_out = load_into_memory(open_source(tmp_path).train, 10**6)
     assert list(images.keys) == ["train#0"]
     assert left_out == [("train#1", "an empty file"), ("train#2", "an empty file")]
 
@@ -85,8 +98,12 @@ def test_a_row_without_an_image_is_unreadable(tmp_path):
 def test_any_number_of_channels_in_memory(tmp_path, channels):
     for i in range(3):
         (tmp_path / f"{i}.npy").write_bytes(npy(picture(i, 8, 6, channels).transpose(2, 0, 1)))
-    images, left_out = in_memory(open_source(tmp_path, channels).train, 3 * channels * 48)
-    assert images.pixels.shape == (3, channels, 8, 6) and left_out == [] and images.channels == channels
+    images, left_out = load_into_memory(open_source(tmp_path, channels).train, 3 * channels * 48)
+    assert (
+        images.pixels.shape == (3, channels, 8, 6)
+        and left_out == []
+        and images.channels == channels
+    )
     assert all(same(images.read(i), picture(i, 8, 6, channels)) for i in range(3))
 
 
@@ -96,8 +113,11 @@ def test_upright_images_lie_in_memory_and_turned_ones_are_streamed(tmp_path):
     for i in range(3):
         (tmp_path / f"{i}.png").write_bytes(encode(picture(i, 8, 6), exif=exif))
     images = open_source(tmp_path).train
-    assert in_memory(images, 10**6) == (images, [])  # their headers give another size than their pixels
-    assert images.header(0)[:2] == (8, 6) and images.read(0).shape == (6, 8, 3)
+    assert load_into_memory(images, 10**6) == (
+        images,
+        [],
+    )  # their headers give another size than their pixels
+    assert images.read_header(0)[:2] == (8, 6) and images.read(0).shape == (6, 8, 3)
 
 
 # Choosing
@@ -106,14 +126,21 @@ def test_upright_images_lie_in_memory_and_turned_ones_are_streamed(tmp_path):
 def kinds(tmp_path):
     """The same six images in every storage."""
     folder = tree(tmp_path / "folder", *(f"{c}/{i}.png" for c in "ab" for i in range(3)))
-    parquet(tmp_path / "rows" / "x.parquet", [picture(i) for i in range(6)], [0, 0, 0, 1, 1, 1], ["a", "b"])
-    (tmp_path / "list.txt").write_text("".join(f"folder/{c}/{i}.png\t{c}\n" for c in "ab" for i in range(3)))
+    parquet(
+        tmp_path / "rows" / "x.parquet",
+        [picture(i) for i in range(6)],
+        [0, 0, 0, 1, 1, 1],
+        ["a", "b"],
+    )
+    (tmp_path / "list.txt").write_text(
+        "".join(f"folder/{c}/{i}.png\t{c}\n" for c in "ab" for i in range(3))
+    )
     sources = [
         folder, [folder, folder / "a"], tmp_path / "list.txt", tmp_path / "rows",
         zipped(tmp_path / "files.zip", files_below(folder)), tarred(tmp_path / "files.tar", files_below(folder)),
     ]  # fmt: skip
     found = [open_source(source).train for source in sources]
-    return [*found, in_memory(found[-1], 10**6)[0]]
+    return [*found, load_into_memory(found[-1], 10**6)[0]]
 
 
 def agree(images, seeds):
@@ -149,22 +176,39 @@ def test_a_forked_worker_reads_the_same_images(tmp_path):
             return torch.from_numpy(np.array(self.images.read(i)))
 
     for images in kinds(tmp_path):
-        batch = next(iter(torch.utils.data.DataLoader(Bytes(images), 6, num_workers=1, multiprocessing_context="fork")))
+        batch = next(
+            iter(
+                torch.utils.data.DataLoader(
+                    Bytes(images), 6, num_workers=1, multiprocessing_context="fork"
+                )
+            )
+        )
         assert same(batch, np.stack([picture(i) for i in range(6)]))
 
 
 def test_spread():
-    assert spread(10, None).tolist() == spread(10, 10).tolist() == spread(10, 99).tolist() == list(range(10))
-    assert spread(10, 5).tolist() == [0, 2, 4, 6, 8] and spread(10, 0).tolist() == [] and spread(0, 3).tolist() == []
+    assert (
+        evenly_spaced(10, None).tolist()
+        == evenly_spaced(10, 10).tolist()
+        == evenly_spaced(10, 99).tolist()
+        == list(range(10))
+    )
+    assert (
+        evenly_spaced(10, 5).tolist() == [0, 2, 4, 6, 8]
+        and evenly_spaced(10, 0).tolist() == []
+        and evenly_spaced(0, 3).tolist() == []
+    )
     for n, limit in ((1000, 999), (1000, 7), (7, 3), (50_000, 501)):
-        steps = np.diff(spread(n, limit))
-        assert len(steps) == limit - 1 and steps.min() >= n // limit and steps.max() <= n // limit + 1
-    assert np.bincount(np.repeat(np.arange(10), 50)[spread(500, 100)]).tolist() == [10] * 10
+        steps = np.diff(evenly_spaced(n, limit))
+        assert (
+            len(steps) == limit - 1 and steps.min() >= n // limit and steps.max() <= n // limit + 1
+        )
+    assert np.bincount(np.repeat(np.arange(10), 50)[evenly_spaced(500, 100)]).tolist() == [10] * 10
 
 
 def labeled(labels):
     labels = np.asarray(labels)
-    return Images(numbered("train", len(labels)), labels=labels, classes=tuple("abc"))
+    return Images(numbered_keys("train", len(labels)), labels=labels, classes=tuple("abc"))
 
 
 def test_a_sample_is_spread_and_keeps_the_proportions():
@@ -172,7 +216,9 @@ def test_a_sample_is_spread_and_keeps_the_proportions():
     some = sample(labeled(labels), 100)
     positions = [int(key.split("#")[1]) for key in some.keys]
     assert np.bincount(some.labels).tolist() == [50, 30, 20] and positions == sorted(positions)
-    assert list(sample(Images(numbered("train", 10)), 5).keys) == [f"train#{i}" for i in (0, 2, 4, 6, 8)]
+    assert list(sample(Images(numbered_keys("train", 10)), 5).keys) == [
+        f"train#{i}" for i in (0, 2, 4, 6, 8)
+    ]
     assert len(sample(labeled(labels), None)) == len(sample(labeled(labels), 5000)) == 1000
 
 
@@ -180,20 +226,29 @@ def test_hold_out_is_stratified_disjoint_and_fixed():
     labels = np.random.default_rng(0).permutation(np.repeat([0, 1, 2], [500, 300, 200]))
     images = labeled(labels)
     rest, held = hold_out(images, 100)
-    assert np.bincount(held.labels).tolist() == [50, 30, 20] and np.bincount(rest.labels).tolist() == [450, 270, 180]
+    assert np.bincount(held.labels).tolist() == [50, 30, 20] and np.bincount(
+        rest.labels
+    ).tolist() == [450, 270, 180]
     assert sorted([*rest.keys, *held.keys]) == sorted(images.keys)
     positions = [int(key.split("#")[1]) for key in held.keys]
     assert positions == sorted(positions) and held.labels.tolist() == labels[positions].tolist()
-    assert list(hold_out(images, 100)[1].keys) == list(held.keys) != list(hold_out(images, 100, seed=1)[1].keys)
-    assert positions != list(spread(1000, 100))
+    assert (
+        list(hold_out(images, 100)[1].keys)
+        == list(held.keys)
+        != list(hold_out(images, 100, seed=1)[1].keys)
+    )
+    assert positions != list(evenly_spaced(1000, 100))
     for count in (1, 7, 333, 999):
         rest, held = hold_out(images, count)
         assert len(held) == count and len(rest) == 1000 - count
-        assert np.abs(np.bincount(held.labels, minlength=3) - count * np.array([0.5, 0.3, 0.2])).max() < 1
+        assert (
+            np.abs(np.bincount(held.labels, minlength=3) - count * np.array([0.5, 0.3, 0.2])).max()
+            < 1
+        )
 
 
 def test_hold_out_without_labels_and_out_of_bounds():
-    images = Images(numbered("train", 20))
+    images = Images(numbered_keys("train", 20))
     rest, held = hold_out(images, 5)
     assert len(set(held.keys)) == 5 and not set(held.keys) & set(rest.keys) and len(rest) == 15
     for count in (0, 20, -1):

@@ -23,10 +23,10 @@ from simsiam.data.decode import Unreadable
 from simsiam.data.images import from_arrays
 from simsiam.errors import UsageError, WorkFailed
 from simsiam.sources import file_index as module
-from simsiam.sources.file_index import SEEN, index_of, look
+from simsiam.sources.file_index import INSPECTION_SCHEMA, inspect_images, load_index
 from simsiam.sources.open_source import Source, open_source
 from simsiam.training import inspect as verb
-from simsiam.utils.files import whole
+from simsiam.utils.files import atomic_write
 
 inspect = verb.inspect
 SPEED = {"prepared": 0.001, "trained": 0.01, "gpu": False, "device": "a machine"}
@@ -41,7 +41,7 @@ def cache(tmp_path, monkeypatch):
 @pytest.fixture
 def quick(monkeypatch):
     """Training is not timed: the numbers are given."""
-    monkeypatch.setattr(verb, "speed", lambda recipe, images, *, resident: dict(SPEED))
+    monkeypatch.setattr(verb, "measure_speed", lambda recipe, images, *, resident: dict(SPEED))
 
 
 def encode(seed=0, kind="PNG", size=(12, 8), mode="RGB", **options):
@@ -62,7 +62,7 @@ def write(root, files):
 
 
 def indexed(root, channels=3):
-    return index_of([root], open_source([root], channels), channels).table
+    return load_index([root], open_source([root], channels), channels).table
 
 
 def array(values, **how):
@@ -75,7 +75,8 @@ def bomb():
     header = struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0)
     chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(b"")), (b"IEND", b""))
     return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        for name, data in chunks
     )
 
 
@@ -109,9 +110,22 @@ def odd_files():
 def pets():
     """Two splits with classes; a is there three times, b in both splits, and two files are broken alike."""
     a, b = encode(100, "JPEG"), encode(101)
-    files = {f"train/{'cat' if i % 3 else 'dog'}/{i}.jpg": encode(i, "JPEG", (20 + i, 40)) for i in range(20)}
-    files |= {"train/cat/a.jpg": a, "train/cat/a again.jpg": a, "train/dog/a.png": a, "train/dog/b.png": b}
-    files |= {"val/dog/b.png": b, "val/cat/0.png": encode(102), "train/cat/e1.jpg": b"", "train/cat/e2.jpg": b""}
+    files = {
+        f"train/{'cat' if i % 3 else 'dog'}/{i}.jpg": encode(i, "JPEG", (20 + i, 40))
+        for i in range(20)
+    }
+    files |= {
+        "train/cat/a.jpg": a,
+        "train/cat/a again.jpg": a,
+        "train/dog/a.png": a,
+        "train/dog/b.png": b,
+    }
+    files |= {
+        "val/dog/b.png": b,
+        "val/cat/0.png": encode(102),
+        "train/cat/e1.jpg": b"",
+        "train/cat/e2.jpg": b"",
+    }
     return files
 
 
@@ -125,15 +139,17 @@ def test_a_file_is_readable_if_and_only_if_it_decodes(tmp_path, channels):
     images = open_source([root], channels).train
     table = indexed(root, channels)
     assert [os.fsdecode(key) for key in table["key"].to_pylist()] == list(images.keys)
-    for i, (reason, height, width) in enumerate(zip(*(table[c].to_pylist() for c in ("reason", "height", "width")))):
+    for i, (reason, height, width) in enumerate(
+        zip(*(table[c].to_pylist() for c in ("reason", "height", "width")))
+    ):
         try:
             assert (height, width) == images.read(i).shape[:2] and reason == "", images.keys[i]
         except Unreadable as error:
             assert reason == str(error), images.keys[i]
     if channels == 3:
-        assert [key for key, reason in zip(images.keys, table["reason"].to_pylist()) if reason] == sorted(
-            key for key in images.keys if key.startswith("bad")
-        )
+        assert [
+            key for key, reason in zip(images.keys, table["reason"].to_pylist()) if reason
+        ] == sorted(key for key in images.keys if key.startswith("bad"))
 
 
 def test_names_that_lie_are_told_and_others_are_not(tmp_path):
@@ -147,29 +163,42 @@ def test_what_has_not_changed_is_not_looked_at_again(tmp_path, cache, monkeypatc
     root = write(tmp_path / "pets", pets())
     seen = []
     monkeypatch.setattr(
-        module, "look", lambda images, rows: seen.extend(images.keys[i] for i in rows) or look(images, rows)
+        module,
+        "inspect_images",
+        lambda images, rows: (
+            seen.extend(images.keys[i] for i in rows) or inspect_images(images, rows)
+        ),
     )
-    first = index_of([root], open_source(root))
+    first = load_index([root], open_source(root))
     assert sorted(seen) == sorted(pets())
     broken = ["train/cat/e1.jpg", "train/cat/e2.jpg"]  # looked at every time: a reason may pass
-    first.fact("something measured", lambda: 42)
+    first.get_or_measure("something measured", lambda: 42)
 
     seen.clear()
-    again = index_of([root], open_source(root))
-    assert seen == broken and again.table.equals(first.table) and again.facts == {"something measured": 42}
+    again = load_index([root], open_source(root))
+    assert (
+        seen == broken
+        and again.table.equals(first.table)
+        and again.facts == {"something measured": 42}
+    )
 
     (root / "train/dog/0.jpg").rename(root / "train/dog/zero.jpg")  # gone, and come
     write(root, {"val/dog/new.png": encode(200)})
     before = (root / "train/dog/3.jpg").stat()
     write(root, {"train/dog/3.jpg": encode(3, "JPEG", (23, 40))})  # the same bytes, at another time
-    write(root, {"train/dog/6.jpg": (root / "train/dog/6.jpg").read_bytes() + b"x"})  # the same time, another size
+    write(
+        root, {"train/dog/6.jpg": (root / "train/dog/6.jpg").read_bytes() + b"x"}
+    )  # the same time, another size
     os.utime(root / "train/dog/3.jpg", ns=(0, before.st_mtime_ns + 1))
     os.utime(
         root / "train/dog/6.jpg",
-        ns=(0, int(first.table["mtime"][first.table["key"].index(b"train/dog/6.jpg").as_py()].as_py())),
+        ns=(
+            0,
+            int(first.table["mtime"][first.table["key"].index(b"train/dog/6.jpg").as_py()].as_py()),
+        ),
     )
     seen.clear()
-    changed = index_of([root], open_source(root))
+    changed = load_index([root], open_source(root))
     assert sorted(seen) == sorted(
         [*broken, "train/dog/zero.jpg", "val/dog/new.png", "train/dog/3.jpg", "train/dog/6.jpg"]
     )
@@ -185,7 +214,9 @@ def test_channels_and_orders_have_an_index_of_their_own(tmp_path):
     write(tmp_path, {"a.png": encode(1), "b.png": encode(2)})
     for order in (["a.png", "b.png"], ["b.png", "a.png"], ["b.png"]):
         (tmp_path / "list.txt").write_text("\n".join(order))
-        assert indexed(tmp_path / "list.txt")["key"].to_pylist() == [name.encode() for name in order]
+        assert indexed(tmp_path / "list.txt")["key"].to_pylist() == [
+            name.encode() for name in order
+        ]
     assert indexed(tmp_path / "list.txt", 5)["reason"].to_pylist() != [""]
     assert indexed(tmp_path / "list.txt", 3)["reason"].to_pylist() == [""]
 
@@ -194,23 +225,36 @@ def test_many_processes_see_what_one_sees(tmp_path, monkeypatch, cache):
     root = write(tmp_path / "pets", pets())
     one = indexed(root)
     (next(cache.iterdir())).unlink()
-    monkeypatch.setattr(module, "CHUNK", 3)
-    monkeypatch.setattr(module, "NAMES", 5)
-    monkeypatch.setattr("simsiam.utils.workers.CORES", 3)
+    monkeypatch.setattr(module, "INSPECTION_CHUNK", 3)
+    monkeypatch.setattr(module, "STATUS_CHUNK", 5)
+    monkeypatch.setattr("simsiam.utils.workers.CPU_CORES", 3)
     assert indexed(root).equals(one)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the test's own `look` reaches only forked processes")
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="the test's own `look` reaches only forked processes"
+)
 def test_a_killed_process_is_one_line_and_what_was_seen_is_kept(tmp_path, monkeypatch):
     root = write(tmp_path / "many", {f"{i:02}.png": encode(i) for i in range(40)})
-    monkeypatch.setattr(module, "CHUNK", 4)
+    monkeypatch.setattr(module, "INSPECTION_CHUNK", 4)
     with monkeypatch.context() as patch:
-        patch.setattr(module, "look", lambda images, rows: os._exit(9) if 22 in rows else look(images, rows))
+        patch.setattr(
+            module,
+            "inspect_images",
+            lambda images, rows: os._exit(9) if 22 in rows else inspect_images(images, rows),
+        )
         with pytest.raises(WorkFailed, match="killed"):
             indexed(root)
     seen = []
-    monkeypatch.setattr(module, "_look_at", lambda parts, rows: seen.extend(rows) or [look(parts[0], rows)])
-    assert indexed(root)["digest"].to_pylist() == look(open_source(root).train, np.arange(40))["digest"].to_pylist()
+    monkeypatch.setattr(
+        module,
+        "_inspect_rows",
+        lambda parts, rows: seen.extend(rows) or [inspect_images(parts[0], rows)],
+    )
+    assert (
+        indexed(root)["digest"].to_pylist()
+        == inspect_images(open_source(root).train, np.arange(40))["digest"].to_pylist()
+    )
     assert seen == list(range(20, 40))
 
 
@@ -220,9 +264,17 @@ def test_a_damaged_or_foreign_cache_is_rebuilt(tmp_path, cache):
     file = next(cache.iterdir())
     data = file.read_bytes()
     other = BytesIO()
-    with pa.ipc.new_file(other, SEEN) as writer:
-        writer.write_table(SEEN.empty_table())
-    for damaged in (b"", b"ARROW1", data[:100], data[: len(data) // 2], data[:-8], bytes(len(data)), other.getvalue()):
+    with pa.ipc.new_file(other, INSPECTION_SCHEMA) as writer:
+        writer.write_table(INSPECTION_SCHEMA.empty_table())
+    for damaged in (
+        b"",
+        b"ARROW1",
+        data[:100],
+        data[: len(data) // 2],
+        data[:-8],
+        bytes(len(data)),
+        other.getvalue(),
+    ):
         file.write_bytes(damaged)
         assert indexed(root).equals(whole)
         assert file.read_bytes() == data
@@ -236,8 +288,8 @@ def test_a_cache_that_cannot_be_written_is_no_error(tmp_path, monkeypatch):
     root = write(tmp_path / "pets", pets())
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("SIMSIAM_CACHE", str(tmp_path / "file"))
-    index = index_of([root], open_source(root))
-    assert len(index.table) == len(pets()) and index.fact("x", lambda: 1) == 1
+    index = load_index([root], open_source(root))
+    assert len(index.table) == len(pets()) and index.get_or_measure("x", lambda: 1) == 1
 
 
 def test_the_cache_is_where_the_user_wants_it(tmp_path, monkeypatch):
@@ -270,14 +322,22 @@ def packed(tmp_path):
             archive.addfile(info, BytesIO(data))
     yield tmp_path / "pets.tar"
     about = {
-        "info": {"features": {"image": {"_type": "Image"}, "label": {"_type": "ClassLabel", "names": ["cat", "dog"]}}}
+        "info": {
+            "features": {
+                "image": {"_type": "Image"},
+                "label": {"_type": "ClassLabel", "names": ["cat", "dog"]},
+            }
+        }
     }
     (tmp_path / "rows").mkdir()
     for split in ("train", "val"):
         mine = {name: data for name, data in files.items() if name.startswith(split)}
-        table = pa.table({"image": list(mine.values()), "label": [int("dog" in name) for name in mine]})
+        table = pa.table(
+            {"image": list(mine.values()), "label": [int("dog" in name) for name in mine]}
+        )
         pq.write_table(
-            table.replace_schema_metadata({"huggingface": json.dumps(about)}), tmp_path / "rows" / f"{split}.parquet"
+            table.replace_schema_metadata({"huggingface": json.dumps(about)}),
+            tmp_path / "rows" / f"{split}.parquet",
         )
     yield tmp_path / "rows"
 
@@ -291,19 +351,30 @@ def test_however_images_are_packed_the_facts_are_the_same(tmp_path, quick):
             expected["formats"]["misnamed"] = []
             for split in ("train", "val"):
                 for i, name in enumerate(name for name in sorted(pets()) if name.startswith(split)):
-                    expected = json.loads(json.dumps(expected).replace(f'"{name}"', f'"{split}#{i}"'))
+                    expected = json.loads(
+                        json.dumps(expected).replace(f'"{name}"', f'"{split}#{i}"')
+                    )
         assert found | {"source": ""} == expected | {"source": ""}
 
 
 def test_another_archive_of_the_same_name_is_noticed(tmp_path):
     path = tmp_path / "x.zip"
-    for time, extra, seeds in ((1, "", (1, 2)), (2, "", (3, 4)), (2, "longer", (5, 6))):  # at another time, or larger
+    for time, extra, seeds in (
+        (1, "", (1, 2)),
+        (2, "", (3, 4)),
+        (2, "longer", (5, 6)),
+    ):  # at another time, or larger
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("notes.txt", extra)
             for i, seed in enumerate(seeds):
-                archive.writestr(f"{i}.bmp", encode(seed, "BMP"))  # as many bytes, whatever the seed
+                archive.writestr(
+                    f"{i}.bmp", encode(seed, "BMP")
+                )  # as many bytes, whatever the seed
         os.utime(path, (time, time))
-        assert indexed(path)["digest"].to_pylist() == look(open_source(path).train, np.arange(2))["digest"].to_pylist()
+        assert (
+            indexed(path)["digest"].to_pylist()
+            == inspect_images(open_source(path).train, np.arange(2))["digest"].to_pylist()
+        )
 
 
 def test_copies_are_found_also_across_splits(tmp_path, quick):
@@ -322,12 +393,21 @@ def test_copies_are_found_also_across_splits(tmp_path, quick):
 def test_counts_sizes_and_labels(tmp_path, quick):
     files = pets()
     facts = inspect(write(tmp_path / "pets", files))
-    assert facts["images"] == {"count": 28, "bytes": sum(map(len, files.values())), "splits": {"train": 26, "val": 2}}
+    assert facts["images"] == {
+        "count": 28,
+        "bytes": sum(map(len, files.values())),
+        "splits": {"train": 26, "val": 2},
+    }
     good = [Image.open(BytesIO(data)) for data in files.values() if data]
     shorter, longer = (np.array([side(image.size) for image in good]) for side in (min, max))
     assert facts["sizes"]["shorter_side"] == [min(shorter), int(np.median(shorter)), max(shorter)]
-    assert facts["sizes"]["longer_to_shorter"][2] == round(max(longer / shorter), 2) and facts["sizes"]["all"] is None
-    assert facts["formats"]["counts"] == {kind: sum(image.format == kind for image in good) for kind in ("JPEG", "PNG")}
+    assert (
+        facts["sizes"]["longer_to_shorter"][2] == round(max(longer / shorter), 2)
+        and facts["sizes"]["all"] is None
+    )
+    assert facts["formats"]["counts"] == {
+        kind: sum(image.format == kind for image in good) for kind in ("JPEG", "PNG")
+    }
     cats = sum(name.startswith("train/cat") for name in files)
     assert facts["labels"] == {
         "splits": ["train", "val"],
@@ -335,7 +415,11 @@ def test_counts_sizes_and_labels(tmp_path, quick):
         "classes": {"cat": cats, "dog": 26 - cats},
     }
     same = inspect(write(tmp_path / "same", {f"{i}.png": encode(i) for i in range(20)}))
-    assert same["sizes"]["all"] == [8, 12] and same["labels"] == {} and same["unreadable"] == {"files": []}
+    assert (
+        same["sizes"]["all"] == [8, 12]
+        and same["labels"] == {}
+        and same["unreadable"] == {"files": []}
+    )
 
 
 def test_colors_are_those_of_the_pixels(tmp_path, quick):
@@ -348,7 +432,10 @@ def test_colors_are_those_of_the_pixels(tmp_path, quick):
 
 
 def test_the_time_is_that_of_all_epochs(tmp_path, monkeypatch):
-    root = write(tmp_path / "small", {f"{i:02}.png": encode(i, size=(32, 32)) for i in range(37)} | {"bad.png": b""})
+    root = write(
+        tmp_path / "small",
+        {f"{i:02}.png": encode(i, size=(32, 32)) for i in range(37)} | {"bad.png": b""},
+    )
     write(root, {"other.png": encode(size=(32, 33))})  # of two sizes: not held in memory
     for gpu, resident, expected in (
         (False, True, 0.001 + 0.01), (True, True, 0.001 + 0.01), (False, False, 0.001 / 4 + 0.01), (True, False, 0.01),
@@ -358,24 +445,32 @@ def test_the_time_is_that_of_all_epochs(tmp_path, monkeypatch):
             write(root, {"other.png": encode(size=(32, 33))})
 
         def speed(recipe, images, *, resident, gpu=gpu, expected=resident):
-            assert resident == expected and recipe.batch_size == 16 and "bad.png" not in list(images.keys)
+            assert (
+                resident == expected
+                and recipe.batch_size == 16
+                and "bad.png" not in list(images.keys)
+            )
             return SPEED | {"gpu": gpu}
 
-        monkeypatch.setattr(verb, "speed", speed)
-        monkeypatch.setattr(verb, "CORES", 4)
-        monkeypatch.setattr(verb, "_machine", lambda gpu=gpu: [gpu])  # what was measured elsewhere does not count here
+        monkeypatch.setattr(verb, "measure_speed", speed)
+        monkeypatch.setattr(verb, "CPU_CORES", 4)
+        monkeypatch.setattr(
+            verb, "_machine_key", lambda gpu=gpu: [gpu]
+        )  # what was measured elsewhere does not count here
         time = inspect(root)["time"]
         assert time["images_per_epoch"] == 32 and time["epochs"] == 200
         assert time["seconds"] == pytest.approx(32 * 200 * expected, rel=1e-3)
-        monkeypatch.setattr(verb, "speed", None)
+        monkeypatch.setattr(verb, "measure_speed", None)
         assert inspect(root)["time"] == time, "it is measured once"
 
 
 @pytest.mark.parametrize("resident", [True, False])
 def test_speed_takes_real_steps(tmp_path, resident):
-    images = open_source(write(tmp_path / "small", {f"{i}.png": encode(i, size=(32, 32)) for i in range(40)})).train
+    images = open_source(
+        write(tmp_path / "small", {f"{i}.png": encode(i, size=(32, 32)) for i in range(40)})
+    ).train
     recipe = Recipe().replace(**TINY | {"image_size": 32, "mean": [0.5] * 3, "std": [0.25] * 3})
-    found = verb.speed(recipe, images, resident=resident)
+    found = verb.measure_speed(recipe, images, resident=resident)
     assert 0 < found["prepared"] < 10 and 0 < found["trained"] < 10 and found["device"]
 
 
@@ -386,14 +481,18 @@ def test_what_cannot_be_trained_on_is_told_all_the_same(tmp_path, capsys, monkey
     assert "5 readable images" in facts["time"]["unknown"] and facts["colors"]
     facts = inspect(write(tmp_path / "none", {f"{i}.png": b"" for i in range(20)}))
     assert "can be read" in facts["time"]["unknown"] and len(facts["unreadable"]["files"]) == 20
-    assert facts["sizes"] == {} and facts["formats"]["counts"] == {} and facts["duplicates"]["copies"] == 0
+    assert (
+        facts["sizes"] == {}
+        and facts["formats"]["counts"] == {}
+        and facts["duplicates"]["copies"] == 0
+    )
 
     def full(*_, **__):
         raise torch.OutOfMemoryError
 
     monkeypatch.undo()
     monkeypatch.setenv("SIMSIAM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("simsiam.data.batches.views_of", full)
+    monkeypatch.setattr("simsiam.data.batches.make_training_views", full)
     facts = inspect(write(tmp_path / "many", {f"{i}.png": encode(i) for i in range(20)}))
     assert "batches of 16 do not fit" in facts["time"]["unknown"]
     assert capsys.readouterr().out.count("unknown: ") == 4  # and the sizes of none
@@ -404,11 +503,15 @@ def test_what_cannot_be_trained_on_is_told_all_the_same(tmp_path, capsys, monkey
 
 def test_text_and_json_agree_in_80_columns(tmp_path, capsys, quick):
     hostile = os.fsdecode(b"train/cat/caf\xe9 \x1b[31m\n" + b"long" * 30 + b".png")
-    root = write(tmp_path / "pets", pets() | {hostile: b"", "train/dog/two-\twords.jpg": encode(300)})
+    root = write(
+        tmp_path / "pets", pets() | {hostile: b"", "train/dog/two-\twords.jpg": encode(300)}
+    )
     facts = inspect(root, out=tmp_path / "facts.json")
     text = capsys.readouterr().out
     assert json.loads((tmp_path / "facts.json").read_text()) == facts
-    assert text.isprintable() is False and all(line.isprintable() and len(line) <= 80 for line in text.splitlines())
+    assert text.isprintable() is False and all(
+        line.isprintable() and len(line) <= 80 for line in text.splitlines()
+    )
 
     told, name = {}, ""
     for line in text.splitlines():  # the name of a fact stands before what it says
@@ -416,17 +519,30 @@ def test_text_and_json_agree_in_80_columns(tmp_path, capsys, quick):
         told[name] = f"{told.get(name, '')} {line[12:].strip()}".strip()
     assert list(told) == list(facts)[1:]
     least, median, most = facts["sizes"]["shorter_side"]
-    (few, many), device = sorted(facts["labels"]["classes"].items(), key=lambda pair: pair[1]), facts["time"]["device"]
+    (few, many), device = (
+        sorted(facts["labels"]["classes"].items(), key=lambda pair: pair[1]),
+        facts["time"]["device"],
+    )
     expected = {
         "images": [f"{facts['images']['count']} in", "28 train, 2 val"],
         "sizes": [f"{least} to {most} px, median {median}"],
         "formats": ["JPEG", "PNG", "2 files named", "a.png is JPEG", r"two-\twords.jpg is PNG"],
-        "labels": ["2 classes, in train and val: cat, dog", f"{few[1]} ({few[0]}) to {many[1]} ({many[0]})"],
-        "duplicates": ["3 copies", "train/dog/b.png = val/dog/b.png", "1 of them stand both in train and in val"],
+        "labels": [
+            "2 classes, in train and val: cat, dog",
+            f"{few[1]} ({few[0]}) to {many[1]} ({many[0]})",
+        ],
+        "duplicates": [
+            "3 copies",
+            "train/dog/b.png = val/dog/b.png",
+            "1 of them stand both in train and in val",
+        ],
         "unreadable": ["3 files", r"caf\udce9 \x1b[31m\nlong", "e1.jpg: an empty file"],
         "recipe": [facts["recipe"]["chosen"], *facts["recipe"]["because"]],
         "colors": [f"{value:.4f}" for value in facts["colors"]["mean"] + facts["colors"]["std"]],
-        "time": [f"{facts['time']['epochs']} epochs of {facts['time']['images_per_epoch']} images", f"on {device}"],
+        "time": [
+            f"{facts['time']['epochs']} epochs of {facts['time']['images_per_epoch']} images",
+            f"on {device}",
+        ],
     }
     for name, parts in expected.items():
         for part in parts:
@@ -435,7 +551,10 @@ def test_text_and_json_agree_in_80_columns(tmp_path, capsys, quick):
 
 def test_a_long_list_of_trouble_is_cut_short(tmp_path, capsys, quick):
     inspect(
-        write(tmp_path / "bad", {f"{i:02}.png": b"" for i in range(12)} | {f"{i}.jpg": encode(1) for i in range(9)})
+        write(
+            tmp_path / "bad",
+            {f"{i:02}.png": b"" for i in range(12)} | {f"{i}.jpg": encode(1) for i in range(9)},
+        )
     )
     text = capsys.readouterr().out
     assert "00.png: an empty file" in text and "03.png" not in text and "and 9 more" in text
@@ -445,19 +564,29 @@ def test_a_long_list_of_trouble_is_cut_short(tmp_path, capsys, quick):
 def test_pixels_and_published_colors(tmp_path, capsys, monkeypatch, quick):
     pixels = np.random.default_rng(0).integers(0, 256, (70, 3, 32, 32), dtype=np.uint8)
     pixels[3] = pixels[50]
-    parts = from_arrays("train", pixels[:50], np.arange(50) % 2, "ab"), None, from_arrays("test", pixels[50:])
+    parts = (
+        from_arrays("train", pixels[:50], np.arange(50) % 2, "ab"),
+        None,
+        from_arrays("test", pixels[50:]),
+    )
     monkeypatch.setattr(verb, "open_source", lambda names, channels: Source("cifar10", *parts))
     for _ in range(2):
         facts = inspect("cifar10")
         assert facts["duplicates"]["shared"] == [["train", "test", 1]]
-        assert facts["images"] == {"count": 70, "bytes": pixels.nbytes, "splits": {"train": 50, "test": 20}}
+        assert facts["images"] == {
+            "count": 70,
+            "bytes": pixels.nbytes,
+            "splits": {"train": 50, "test": 20},
+        }
         assert facts["sizes"]["all"] == [32, 32] and facts["labels"]["splits"] == ["train"]
         assert facts["duplicates"]["groups"] == [["train#3", "test#0"]]
-        assert facts["colors"]["mean"] == [0.4914, 0.4822, 0.4465] and not facts["colors"]["measured"]
+        assert (
+            facts["colors"]["mean"] == [0.4914, 0.4822, 0.4465] and not facts["colors"]["measured"]
+        )
         text = capsys.readouterr().out
         assert "70 as plain pixels" in text and "as published" in text
         pixels[7] = 0  # what is drawn by a program may be drawn otherwise by another version
-    black = index_of(["cifar10"], Source("cifar10", *parts)).table["digest"][7].as_py()
+    black = load_index(["cifar10"], Source("cifar10", *parts)).table["digest"][7].as_py()
     assert black == blake2b(bytes(3 * 32 * 32), digest_size=16).digest()
 
 
@@ -476,17 +605,22 @@ def test_a_second_inspect_loads_no_torch_and_says_the_same(tmp_path, capsys, qui
     first = capsys.readouterr().out
     code = "import sys; from simsiam.inspect import inspect; inspect(sys.argv[1]); assert 'torch' not in sys.modules"
     here = os.environ | {"PYTHONIOENCODING": "ascii"}  # what such a terminal cannot show is escaped
-    done = subprocess.run([sys.executable, "-c", code, str(root)], capture_output=True, text=True, env=here)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(root)], capture_output=True, text=True, env=here
+    )
     assert done.returncode == 0, done.stderr
-    assert done.stdout == first.encode("ascii", "backslashreplace").decode() and r"\u732b" in done.stdout
+    assert (
+        done.stdout == first.encode("ascii", "backslashreplace").decode()
+        and r"\u732b" in done.stdout
+    )
 
 
 def test_a_file_is_whole_or_as_it_was(tmp_path):
     path = tmp_path / "facts.json"
-    with whole(path) as part:
+    with atomic_write(path) as part:
         part.write_text("all")
         assert not path.exists()
-    with pytest.raises(ZeroDivisionError), whole(path) as part:
+    with pytest.raises(ZeroDivisionError), atomic_write(path) as part:
         part.write_text("half")
         1 / 0  # noqa: B018
     assert path.read_text() == "all" and list(tmp_path.iterdir()) == [path]

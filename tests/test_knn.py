@@ -56,7 +56,9 @@ def test_a_small_tau_does_not_overflow():
     bank, labels, queries = data("random")
     scores = knn_scores(bank, labels, queries, classes=4, k=20, tau=0.001)
     assert scores.isfinite().all()
-    assert torch.equal(scores.argmax(1), knn_scores(bank, labels, queries, classes=4, k=1).argmax(1))
+    assert torch.equal(
+        scores.argmax(1), knn_scores(bank, labels, queries, classes=4, k=1).argmax(1)
+    )
 
 
 @pytest.mark.parametrize("kind", ["random", "corners"])
@@ -74,7 +76,7 @@ def test_similarities_stay_within_the_bytes_that_are_stated(kind, monkeypatch):
                     largest = max(largest, tensor.numel() * tensor.element_size())
             return out
 
-    monkeypatch.setattr(knn, "AT_ONCE", 150 * 4 * 11)  # 11 of the 12 queries
+    monkeypatch.setattr(knn, "MAX_SIMILARITY_BYTES", 150 * 4 * 11)  # 11 of the 12 queries
     with Watch():
         knn_scores(bank, labels, queries, classes=4, k=7)
     assert largest == 150 * 4 * 12 < bank.numel() * bank.element_size()  # a row more, see there
@@ -82,7 +84,9 @@ def test_similarities_stay_within_the_bytes_that_are_stated(kind, monkeypatch):
 
 def test_accuracy_is_percent_and_k_is_capped_for_small_sets():
     """Ten images of a class of 2 among 18 of a class of 1: with k = 200 the majority would always win."""
-    bank = torch.cat([torch.tensor([[1.0, 0.1]]).repeat(18, 1), torch.tensor([[0.1, 1.0]]).repeat(4, 1)])
+    bank = torch.cat(
+        [torch.tensor([[1.0, 0.1]]).repeat(18, 1), torch.tensor([[0.1, 1.0]]).repeat(4, 1)]
+    )
     labels = torch.tensor([0] * 18 + [1] * 4)
     queries, truth = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 1])
     assert knn_top1(bank, labels, queries, truth, classes=2) == 100.0

@@ -8,28 +8,34 @@ import torch
 from conftest import TINY
 from PIL import Image
 
-from simsiam.data.batches import views_of
+from simsiam.data.batches import make_training_views
 from simsiam.data.images import sample
-from simsiam.monitoring.label_free_monitor import STEP, advise, label_free_monitor
+from simsiam.monitoring.label_free_monitor import (
+    MONITOR_STEP,
+    advise_training_length,
+    label_free_monitor,
+)
 from simsiam.monitoring.signals import neighbor_stability, rankme, view_retrieval
-from simsiam.runs.compose import compose
-from simsiam.runs.encoder import transform_of
+from simsiam.runs.compose import compose_recipe
+from simsiam.runs.encoder import eval_transform
 from simsiam.sources.open_source import open_source
-from simsiam.training.prepare import assemble
+from simsiam.training.prepare import build_training_setup
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
 def parts():
-    recipe, source, _ = compose("shapes", None, TINY | {"precision": "float32"})
-    return recipe, sample(source.train, 600), assemble(recipe).model
+    recipe, source, _ = compose_recipe("shapes", None, TINY | {"precision": "float32"})
+    return recipe, sample(source.train, 600), build_training_setup(recipe).model
 
 
 def ask(parts, before=None, images=None):
     recipe, all_images, model = parts
     images = all_images if images is None else images
-    return label_free_monitor(model, images, recipe, transform_of(recipe), before, device=CPU, precision="float32")
+    return label_free_monitor(
+        model, images, recipe, eval_transform(recipe), before, device=CPU, precision="float32"
+    )
 
 
 def test_it_is_a_function_of_the_weights_and_leaves_them_alone(parts):
@@ -47,9 +53,9 @@ def test_signals_are_those_of_h_and_of_the_two_views(parts):
     found = ask(parts)
     model.eval()
     with torch.no_grad():
-        h = model.backbone(transform_of(recipe).normalize(torch.from_numpy(images.pixels)))
+        h = model.backbone(eval_transform(recipe).normalize(torch.from_numpy(images.pixels)))
         index = np.array_split(np.arange(600), 3)
-        pairs = [views_of(images, part, recipe, STEP, CPU) for part in index]
+        pairs = [make_training_views(images, part, recipe, MONITOR_STEP, CPU) for part in index]
         a, b = (torch.cat([model.backbone(pair[side]) for pair in pairs]) for side in (0, 1))
     model.train()
     assert found.values["h_rankme"] == pytest.approx(rankme(h), rel=1e-4)
@@ -60,9 +66,13 @@ def test_signals_are_those_of_h_and_of_the_two_views(parts):
 def test_weights_that_moved_move_neighbors(parts):
     recipe, images, _ = parts
     first = ask(parts)
-    moved = assemble(recipe.replace(seed=7)).model
+    moved = build_training_setup(recipe.replace(seed=7)).model
     second = ask((recipe, images, moved), first.neighbors)
-    assert second.values["neighbor_stability"] == round(neighbor_stability(first.neighbors, second.neighbors), 4) < 90
+    assert (
+        second.values["neighbor_stability"]
+        == round(neighbor_stability(first.neighbors, second.neighbors), 4)
+        < 90
+    )
 
 
 def test_a_set_that_changed_has_no_stability(parts):
@@ -80,7 +90,9 @@ def test_streamed_and_resident_images_are_looked_at_alike(parts, tmp_path):
     resident = ask(parts, images=replace(some, labels=None))
     assert [key for key, _ in streamed.skipped] == ["broken.png"]
     assert streamed.values["h_rankme"] == pytest.approx(resident.values["h_rankme"], rel=1e-3)
-    assert streamed.values["view_retrieval"] == pytest.approx(resident.values["view_retrieval"], abs=4)
+    assert streamed.values["view_retrieval"] == pytest.approx(
+        resident.values["view_retrieval"], abs=4
+    )
 
 
 def measured(**curves):
@@ -88,16 +100,29 @@ def measured(**curves):
 
 
 def test_the_advice_follows_the_curve_and_gives_its_numbers():
-    rising = advise(measured(view_retrieval=[1, 2, 3, 4, 5, 6, 7, 8, 9.0]))
-    assert rising.startswith("Still rising") and "1.0 first, 6.0 at two thirds, 9.0 at the end" in rising
-    assert advise(measured(view_retrieval=[1, 5, 8, 9, 9.5, 9.6, 9.7, 9.7, 9.8])).startswith("Leveled off")
-    assert advise(measured(view_retrieval=[1, 5, 9, 8, 6, 5, 4, 3, 2])).startswith("Past its best")
-    assert advise(measured(view_retrieval=[5, 4, 3, 2, 2, 2, 2, 2, 2])).startswith("Past its best")
-    assert advise(measured(view_retrieval=[5.0] * 9)).startswith("Leveled off")
-    assert "Fewer than 6 measurements" in advise(measured(view_retrieval=[1, 2, 3, 4, 5]) + [{"loss": 0.0}] * 9)
+    rising = advise_training_length(measured(view_retrieval=[1, 2, 3, 4, 5, 6, 7, 8, 9.0]))
+    assert (
+        rising.startswith("Still rising")
+        and "1.0 first, 6.0 at two thirds, 9.0 at the end" in rising
+    )
+    assert advise_training_length(
+        measured(view_retrieval=[1, 5, 8, 9, 9.5, 9.6, 9.7, 9.7, 9.8])
+    ).startswith("Leveled off")
+    assert advise_training_length(measured(view_retrieval=[1, 5, 9, 8, 6, 5, 4, 3, 2])).startswith(
+        "Past its best"
+    )
+    assert advise_training_length(measured(view_retrieval=[5, 4, 3, 2, 2, 2, 2, 2, 2])).startswith(
+        "Past its best"
+    )
+    assert advise_training_length(measured(view_retrieval=[5.0] * 9)).startswith("Leveled off")
+    assert "Fewer than 6 measurements" in advise_training_length(
+        measured(view_retrieval=[1, 2, 3, 4, 5]) + [{"loss": 0.0}] * 9
+    )
 
 
 def test_labels_join_the_advice_where_there_are_any():
     flat = [5.0] * 9
-    both = advise(measured(view_retrieval=flat, knn_top1=[30, 31, 32, 33, 34, 35, 36, 37, 38]))
+    both = advise_training_length(
+        measured(view_retrieval=flat, knn_top1=[30, 31, 32, 33, 34, 35, 36, 37, 38])
+    )
     assert both.startswith("Still rising") and "kNN" in both and "views" in both

@@ -8,8 +8,8 @@ import torch
 
 from simsiam.config.methods import METHODS
 from simsiam.model.siamese import build
-from simsiam.monitoring.gauges import effective_rank, squared_cosine, z_std
-from simsiam.monitoring.verdict import REMEDIES, judge
+from simsiam.monitoring.gauges import effective_rank, mean_squared_cosine, z_std
+from simsiam.monitoring.verdict import REMEDIES, judge_run
 
 
 def test_isotropic_gaussian_has_std_one_over_sqrt_d():
@@ -25,8 +25,10 @@ def test_a_constant_has_no_std_and_a_line_has_all_of_it():
     v, sign = torch.randn(64), torch.tensor([1.0, -1.0]).repeat(128)[:, None]
     assert z_std(v.expand(256, -1)).item() == pytest.approx(0, abs=1e-6)
     # The collapse that z_std misses: two antipodal points.
-    assert z_std(sign * v).item() * 8 == pytest.approx((v.abs() / v.norm()).mean().item() * 8, rel=1e-5)
-    assert squared_cosine(sign * v).item() == pytest.approx(1, abs=1e-5)
+    assert z_std(sign * v).item() * 8 == pytest.approx(
+        (v.abs() / v.norm()).mean().item() * 8, rel=1e-5
+    )
+    assert mean_squared_cosine(sign * v).item() == pytest.approx(1, abs=1e-5)
     assert effective_rank(sign * v).item() == pytest.approx(1, abs=1e-3)
 
 
@@ -53,8 +55,15 @@ def test_effective_rank_counts_directions():
 def test_squared_cosine_is_the_mean_over_pairs():
     torch.manual_seed(0)
     z = torch.randn(20, 7, dtype=torch.float64)
-    pairs = [torch.cosine_similarity(a, b, dim=0) ** 2 for i, a in enumerate(z) for j, b in enumerate(z) if i != j]
-    assert squared_cosine(z).item() == pytest.approx(torch.stack(pairs).mean().item(), rel=1e-9)
+    pairs = [
+        torch.cosine_similarity(a, b, dim=0) ** 2
+        for i, a in enumerate(z)
+        for j, b in enumerate(z)
+        if i != j
+    ]
+    assert mean_squared_cosine(z).item() == pytest.approx(
+        torch.stack(pairs).mean().item(), rel=1e-9
+    )
 
 
 @pytest.mark.parametrize(
@@ -69,32 +78,49 @@ def test_squared_cosine_is_the_mean_over_pairs():
     ],
 )
 def test_verdicts(word, loss, std, rank):
-    lines = [{"step": s, "loss": loss, "z_std_sqrt_d": std, "z_rank": rank} for s in range(0, 1000, 10)]
-    assert judge(lines, 1000) == (word, REMEDIES[word])
-    assert judge(lines, 100).verdict == "too early"
-    assert judge(lines, 1000, diverged=True).verdict == "diverged"
+    lines = [
+        {"step": s, "loss": loss, "z_std_sqrt_d": std, "z_rank": rank} for s in range(0, 1000, 10)
+    ]
+    assert judge_run(lines, 1000) == (word, REMEDIES[word])
+    assert judge_run(lines, 100).verdict == "too early"
+    assert judge_run(lines, 1000, diverged=True).verdict == "diverged"
 
 
 def test_one_noisy_batch_decides_nothing():
-    lines = [{"step": s, "loss": -0.9, "z_std_sqrt_d": 0.9, "z_rank": 20.0} for s in range(0, 1000, 10)]
+    lines = [
+        {"step": s, "loss": -0.9, "z_std_sqrt_d": 0.9, "z_rank": 20.0} for s in range(0, 1000, 10)
+    ]
     lines[-1] = lines[-1] | {"z_rank": 1.0}
-    assert judge(lines, 1000).verdict == "healthy"
+    assert judge_run(lines, 1000).verdict == "healthy"
 
 
 def test_each_criterion_says_what_a_high_loss_is():
     """A quarter of the way from unrelated views to the minimum; where labels are the target, only the loss speaks."""
-    lines = [{"step": s, "loss": 4.0, "z_std_sqrt_d": 0.9, "z_rank": 20.0} for s in range(0, 1000, 10)]
-    assert judge(lines, 1000, high=3.0).verdict == "not converging"
-    assert judge(lines, 1000, high=5.0).verdict == judge(lines, 1000, high=None).verdict == "healthy"
+    lines = [
+        {"step": s, "loss": 4.0, "z_std_sqrt_d": 0.9, "z_rank": 20.0} for s in range(0, 1000, 10)
+    ]
+    assert judge_run(lines, 1000, high_loss_threshold=3.0).verdict == "not converging"
+    assert (
+        judge_run(lines, 1000, high_loss_threshold=5.0).verdict
+        == judge_run(lines, 1000, high_loss_threshold=None).verdict
+        == "healthy"
+    )
     flat = [line | {"z_std_sqrt_d": 0.01, "z_rank": 1.0} for line in lines]
-    assert judge(flat, 1000, high=5.0).verdict == "collapsed"
-    assert judge(flat, 1000, high=5.0, labels=True).verdict == "healthy"
-    assert judge(flat, 1000, high=3.0, labels=True).verdict == "not converging"
+    assert judge_run(flat, 1000, high_loss_threshold=5.0).verdict == "collapsed"
+    assert judge_run(flat, 1000, high_loss_threshold=5.0, supervised=True).verdict == "healthy"
+    assert (
+        judge_run(flat, 1000, high_loss_threshold=3.0, supervised=True).verdict == "not converging"
+    )
     small = {"backbone": "resnet10", "width": 4, "image_size": 16}
-    high = {name: build(replace(row, dim=16), **small).high_loss(128) for name, row in METHODS.items()}
+    high = {
+        name: build(replace(row, dim=16), **small).high_loss_threshold(128)
+        for name, row in METHODS.items()
+    }
     assert high["simsiam"] == -0.25 and high["byol"] == -1.0
     assert high["swav"] == pytest.approx(0.98 * math.log(3000))
-    assert high["simclr"] == pytest.approx(0.75 * math.log(255) + 0.25 * math.log1p(254 * math.exp(-10)))
+    assert high["simclr"] == pytest.approx(
+        0.75 * math.log(255) + 0.25 * math.log1p(254 * math.exp(-10))
+    )
     assert high["moco_v2_plus"] == 2 * high["moco_v2"]
 
 

@@ -14,7 +14,9 @@ SMALL = {"backbone": "resnet10", "width": 4, "image_size": 16}
 
 
 def row(name: str, **cells) -> Method:
-    return replace(METHODS[name], **{"dim": 8, "proj_hidden": 8, "pred_dim": 4, "prototypes": 5} | cells)
+    return replace(
+        METHODS[name], **{"dim": 8, "proj_hidden": 8, "pred_dim": 4, "prototypes": 5} | cells
+    )
 
 
 @pytest.mark.parametrize("adapt", [True, False])
@@ -42,14 +44,18 @@ def test_lars_adapts_neither_a_weight_at_zero_nor_a_gradient_of_zero():
     w, still = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.ones(3))
     w.grad, still.grad = torch.ones(3), torch.zeros(3)
     LARS([{"params": [w, still]}], lr=0.5, momentum=0.9, weight_decay=0.0).step()
-    assert torch.equal(w.detach(), torch.full((3,), -0.5)) and torch.equal(still.detach(), torch.ones(3))
+    assert torch.equal(w.detach(), torch.full((3,), -0.5)) and torch.equal(
+        still.detach(), torch.ones(3)
+    )
 
 
 def test_biases_and_norms_are_excluded_where_the_row_says_so():
     for name in ("byol", "simclr", "barlow_twins", "vicreg"):
         model = build(row(name), **SMALL)
         groups = build_optimizer(model, model.method).param_groups
-        assert sum(len(g["params"]) for g in groups) == sum(p.requires_grad for p in model.parameters())
+        assert sum(len(g["params"]) for g in groups) == sum(
+            p.requires_grad for p in model.parameters()
+        )
         for g in groups:
             out = "excluded" in g["name"]
             assert all((p.ndim == 1) == out for p in g["params"])
@@ -58,7 +64,9 @@ def test_biases_and_norms_are_excluded_where_the_row_says_so():
         groups = build_optimizer(build(row(name), **SMALL), row(name)).param_groups
         assert not any("excluded" in g["name"] for g in groups)
     swav = build_optimizer(build(row("swav"), **SMALL), row("swav"))
-    assert isinstance(swav, LARS) and all(g["adapt"] for g in swav.param_groups), "SwAV adapts every parameter"
+    assert isinstance(swav, LARS) and all(g["adapt"] for g in swav.param_groups), (
+        "SwAV adapts every parameter"
+    )
 
 
 def test_prototypes_rest_and_then_move():
@@ -69,7 +77,7 @@ def test_prototypes_rest_and_then_move():
     for step in range(3):
         for p in model.parameters():
             p.grad = torch.ones_like(p)
-        lr = set_lr(optimizer, step, peak=1.0, steps=10, warmup=0)
+        lr = set_lr(optimizer, step, peak_lr=1.0, steps=10, warmup_steps=0)
         assert (lr["criterion"] > 0) == (step == 2) and lr["encoder"] > 0
         optimizer.step()
         assert torch.equal(weight.detach(), before) == (step < 2)
@@ -79,16 +87,20 @@ def test_prototypes_rest_and_then_move():
 
 
 def test_adamw_is_torchs():
-    method = row("simsiam", optimizer="adamw", base_lr=1e-3, weight_decay=0.05, predictor_lr="cosine")
+    method = row(
+        "simsiam", optimizer="adamw", base_lr=1e-3, weight_decay=0.05, predictor_lr="cosine"
+    )
     ours, theirs = (build(method, **SMALL) for _ in range(2))
     optimizer = build_optimizer(ours, method)
-    reference = torch.optim.AdamW(theirs.parameters(), lr=1e-3, betas=(0.9, 0.999), weight_decay=0.05)
+    reference = torch.optim.AdamW(
+        theirs.parameters(), lr=1e-3, betas=(0.9, 0.999), weight_decay=0.05
+    )
     for step in range(3):
         torch.manual_seed(step)
         for p, q in zip(ours.parameters(), theirs.parameters()):
             p.grad = torch.randn_like(p)
             q.grad = p.grad.clone()
-        set_lr(optimizer, step, peak=1e-3, steps=10**9, warmup=0)
+        set_lr(optimizer, step, peak_lr=1e-3, steps=10**9, warmup_steps=0)
         optimizer.step()
         reference.step()
     for p, q in zip(ours.parameters(), theirs.parameters()):

@@ -12,8 +12,8 @@ from simsiam.config.recipes import Recipe
 from simsiam.errors import UsageError
 from simsiam.model.siamese import build
 from simsiam.sources.open_source import open_source
-from simsiam.sources.write_shards import shard
-from simsiam.training.plan import memory_of, plan, weigh
+from simsiam.sources.write_shards import write_shards
+from simsiam.training.plan import estimate_memory, model_costs, plan
 from simsiam.training.pretrain import pretrain
 
 SPEED = {"prepared": 0.001, "trained": 0.004, "gpu": False, "device": "a device"}
@@ -22,25 +22,47 @@ SPEED = {"prepared": 0.001, "trained": 0.004, "gpu": False, "device": "a device"
 @pytest.fixture(autouse=True)
 def measured(monkeypatch):
     """Instead of a probe, which takes seconds."""
-    monkeypatch.setattr("simsiam.training.plan.speed", lambda *_, **__: SPEED)
+    monkeypatch.setattr("simsiam.training.plan.measure_speed", lambda *_, **__: SPEED)
 
 
 @pytest.mark.parametrize("method", ["simsiam", "byol"])
 def test_a_plan_is_what_then_happens(tmp_path, method):
-    words = TINY | {"method": method, "width": 8, "dim": 64, "epochs": 4, "limit": 64, "save_every": 2, "holdout": 0}
+    words = TINY | {
+        "method": method,
+        "width": 8,
+        "dim": 64,
+        "epochs": 4,
+        "limit": 64,
+        "save_every": 2,
+        "holdout": 0,
+    }
     words |= {"warmup_epochs": 0} if method == "byol" else {}
     found = plan("shapes", **words)
     run = pretrain("shapes", out=tmp_path / "run", **words, knn_every=99)
     summary = json.loads((run / "summary.json").read_text())
-    assert (found["steps"]["total"], found["steps"]["epochs"]) == (summary["steps"], summary["epochs"]) == (8, 4)
+    assert (
+        (found["steps"]["total"], found["steps"]["epochs"])
+        == (summary["steps"], summary["epochs"])
+        == (8, 4)
+    )
     kept = list((run / "checkpoints").glob("*.pt"))
-    assert len(kept) == 4 and found["storage"]["checkpoints"] == 5  # without labels held out there is no best.pt
+    assert (
+        len(kept) == 4 and found["storage"]["checkpoints"] == 5
+    )  # without labels held out there is no best.pt
     size = (run / "checkpoints" / "last.pt").stat().st_size
     assert found["storage"]["checkpoint_bytes"] == pytest.approx(size, rel=0.02)
     state = torch.load(run / "checkpoints" / "last.pt", weights_only=True)
     weights = sum(t.nbytes for t in state["model"].values())
-    momenta = sum(t.nbytes for s in state["optimizer"]["state"].values() for t in s.values() if torch.is_tensor(t))
-    assert found["memory"]["weights_bytes"] == weights and found["memory"]["optimizer_bytes"] == momenta
+    momenta = sum(
+        t.nbytes
+        for s in state["optimizer"]["state"].values()
+        for t in s.values()
+        if torch.is_tensor(t)
+    )
+    assert (
+        found["memory"]["weights_bytes"] == weights
+        and found["memory"]["optimizer_bytes"] == momenta
+    )
 
 
 def test_time_and_reading_follow_from_the_rate():
@@ -65,10 +87,14 @@ def test_time_and_reading_follow_from_the_rate():
 def test_activations_are_what_autograd_keeps():
     """Counted otherwise: by the graph's own saved tensors, for a network without batch norm's shared buffers."""
     recipe = Recipe().replace(**TINY | {"image_size": 32})
-    found, flops = weigh(recipe, "float32")
+    found, flops = model_costs(recipe, "float32")
     model = build(recipe.method, backbone="resnet10", image_size=32, width=4)
     x = [torch.randn(4, 3, 32, 32) for _ in range(2)]
-    seen, todo, own = {}, [model(*x).loss.grad_fn], {p.data_ptr() for p in (*model.parameters(), *model.buffers())}
+    seen, todo, own = (
+        {},
+        [model(*x).loss.grad_fn],
+        {p.data_ptr() for p in (*model.parameters(), *model.buffers())},
+    )
     visited = set()
     while todo:
         node = todo.pop()
@@ -81,22 +107,29 @@ def test_activations_are_what_autograd_keeps():
                 value = getattr(node, name)
                 for tensor in value if isinstance(value, tuple | list) else [value]:
                     if torch.is_tensor(tensor) and tensor.untyped_storage().data_ptr() not in own:
-                        seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+                        seen[tensor.untyped_storage().data_ptr()] = (
+                            tensor.untyped_storage().nbytes()
+                        )
     assert found["activations_per_image"] == pytest.approx(sum(seen.values()) / 4, rel=0.02)
     assert flops > 0
-    half = weigh(recipe, "bfloat16")[0]["activations_per_image"]
+    half = model_costs(recipe, "bfloat16")[0]["activations_per_image"]
     assert 0.4 < half / found["activations_per_image"] < 0.8
 
 
 def test_eta_and_shards_have_their_share(tmp_path):
-    train = open_source(shard("shapes", out=tmp_path / "out", per_shard=1000)).train
+    train = open_source(write_shards("shapes", out=tmp_path / "out", per_shard=1000)).train
     recipe = Recipe().replace(**TINY, image_size=32)
-    plain = memory_of(recipe, train, 10**6, 1, "float32")
+    plain = estimate_memory(recipe, train, 10**6, 1, "float32")
     moving = recipe.replace(target="moving_average", predictor="none")
-    eta = memory_of(moving, train, 10**6, 1, "float32")
+    eta = estimate_memory(moving, train, 10**6, 1, "float32")
     assert eta["weights_bytes"] > 10**6 * 16 * 4 and eta["checkpoint_bytes"] > 10**6 * 16 * 4
     assert 32 * 2**22 >= plain["shards_bytes"] > 0
-    assert memory_of(recipe.replace(order="shuffled"), train, 10**6, 1, "float32")["shards_bytes"] == 0
+    assert (
+        estimate_memory(recipe.replace(order="shuffled"), train, 10**6, 1, "float32")[
+            "shards_bytes"
+        ]
+        == 0
+    )
 
 
 def test_a_bench_file_speaks_for_another_machine(tmp_path):
@@ -109,15 +142,23 @@ def test_a_bench_file_speaks_for_another_machine(tmp_path):
     file.write_text(json.dumps(report))
     words = TINY | {"limit": None}
     found = plan("shapes", **words, images=10**6, bench=file, cores=4)
-    flops = weigh(Recipe().replace(**words, image_size=32), "bfloat16")[1]
+    flops = model_costs(Recipe().replace(**words, image_size=32), "bfloat16")[1]
     assert found["time"]["trained_per_second"] == pytest.approx(1e14 / flops, rel=0.01)
-    assert found["time"]["images_per_second"] == pytest.approx(200, rel=0.01)  # 4 cores are the slower part
+    assert found["time"]["images_per_second"] == pytest.approx(
+        200, rel=0.01
+    )  # 4 cores are the slower part
     assert found["time"]["cores_to_keep_up"] == pytest.approx(1e14 / flops / 50, rel=0.01)
     assert found["memory"]["precision"] == "bfloat16"
     cores = tmp_path / "cores.json"
-    cores.write_text(json.dumps(report | {"cases": {"views-224": views}, "device": "a CPU", "device_type": "cpu"}))
+    cores.write_text(
+        json.dumps(
+            report | {"cases": {"views-224": views}, "device": "a CPU", "device_type": "cpu"}
+        )
+    )
     file.write_text(json.dumps(report | {"cases": {"step-a": step}}))
-    both = plan("shapes", **words | {"batch_size": 2**20}, images=10**7, bench=[file, cores], cores=4)
+    both = plan(
+        "shapes", **words | {"batch_size": 2**20}, images=10**7, bench=[file, cores], cores=4
+    )
     assert both["time"]["prepared_per_second"] == 200 and both["time"]["device"] == "a GPU"
     assert "images are prepared by cores like those of a CPU" in both["assumed"]["lines"]
     for text in ("{", "{}", json.dumps(report | {"cases": {"views-224": views}}), "[]"):

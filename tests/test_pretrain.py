@@ -35,7 +35,9 @@ def assert_same_run(a, b):
     assert one["step"] == other["step"] and one["knn"] == other["knn"]
     assert all(torch.equal(one["model"][k], other["model"][k]) for k in one["model"])
     for i, of_one in one["optimizer"]["state"].items():
-        assert torch.equal(of_one["momentum_buffer"], other["optimizer"]["state"][i]["momentum_buffer"])
+        assert torch.equal(
+            of_one["momentum_buffer"], other["optimizer"]["state"][i]["momentum_buffer"]
+        )
     assert one["optimizer"]["param_groups"] == other["optimizer"]["param_groups"]
 
 
@@ -51,11 +53,22 @@ def finished(tmp_path_factory):
 
 
 def test_the_run_folder_keeps_its_contract(finished, shared):
-    checked = subprocess.run([sys.executable, shared / "check_run.py", finished], capture_output=True, text=True)
+    checked = subprocess.run(
+        [sys.executable, shared / "check_run.py", finished], capture_output=True, text=True
+    )
     assert checked.stdout.strip() == "contract holds", checked.stdout
     assert any((finished / "tensorboard").iterdir())
     about = json.loads((finished / "environment.json").read_text())
-    assert {"versions", "commit", "device", "processes", "threads", "seed", "start", "end"} <= about.keys()
+    assert {
+        "versions",
+        "commit",
+        "device",
+        "processes",
+        "threads",
+        "seed",
+        "start",
+        "end",
+    } <= about.keys()
     assert about["end"] is not None
 
 
@@ -103,7 +116,10 @@ def test_training_lowers_the_loss_and_logs_both_learning_rates(finished):
     assert [line["step"] for line in found] == list(range(1, 33))
     assert found[-1]["loss"] < found[0]["loss"] - 0.05
     assert found[0]["lr"] == 1.0 * 32 / 256
-    assert found[-1]["lr"] < 0.01 and found[-1]["lr_predictor"] == found[0]["lr_predictor"] == 2 * 1.0 * 32 / 256
+    assert (
+        found[-1]["lr"] < 0.01
+        and found[-1]["lr_predictor"] == found[0]["lr_predictor"] == 2 * 1.0 * 32 / 256
+    )
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -112,7 +128,9 @@ def test_killed_at_any_step_a_run_goes_on_bit_for_bit(precision, tmp_path):
     whole = simsiam.pretrain("shapes", out=tmp_path / "whole", **words)
     killed = tmp_path / "killed"
     process = spawn("pretrain", "shapes", "--out", str(killed), *flags(**words))
-    while len(Run(killed).metrics() if (killed / "recipe.yaml").exists() else []) < 23:  # in the middle of epoch 2
+    while (
+        len(Run(killed).metrics() if (killed / "recipe.yaml").exists() else []) < 23
+    ):  # in the middle of epoch 2
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
@@ -133,7 +151,9 @@ def test_a_signal_saves_and_stops_in_good_order(signum, tmp_path, finished):
         time.sleep(0.01)
     process.send_signal(signum)
     _, said = process.communicate()
-    assert process.returncode == 128 + signum and "simsiam resume" in said and "Traceback" not in said
+    assert (
+        process.returncode == 128 + signum and "simsiam resume" in said and "Traceback" not in said
+    )
     step = Run(run).checkpoint()["step"]
     assert 5 <= step < 32 and Run(run).metrics()[-1]["step"] == step
     assert (run / "summary.json").exists() and (run / "backbone.safetensors").exists()
@@ -196,7 +216,9 @@ def test_resuming_a_finished_run_changes_nothing(finished, tmp_path):
 
 def test_an_extension_that_fails_leaves_the_run_as_it_was(photographs, tmp_path):
     source = shutil.copytree(photographs, tmp_path / "source")
-    run = simsiam.pretrain(str(source), out=tmp_path / "run", **TINY | {"batch_size": 16, "workers": 0})
+    run = simsiam.pretrain(
+        str(source), out=tmp_path / "run", **TINY | {"batch_size": 16, "workers": 0}
+    )
     shutil.rmtree(source)
     with pytest.raises(UsageError, match="unknown source"):
         simsiam.resume(run, epochs=5)
@@ -205,9 +227,12 @@ def test_an_extension_that_fails_leaves_the_run_as_it_was(photographs, tmp_path)
 
 def test_a_loss_that_is_no_number_stops_the_run_and_says_where(tmp_path):
     with pytest.raises(
-        WorkFailed, match=r"diverged: loss and weights were finite at step \d+ and no longer are at step \d+"
+        WorkFailed,
+        match=r"diverged: loss and weights were finite at step \d+ and no longer are at step \d+",
     ):
-        simsiam.pretrain("shapes", out=tmp_path / "run", **TINY | {"base_lr": 1e30, "precision": "float32"})
+        simsiam.pretrain(
+            "shapes", out=tmp_path / "run", **TINY | {"base_lr": 1e30, "precision": "float32"}
+        )
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["verdict"] == "diverged"
     assert all(v.isfinite().all() for v in Run(tmp_path / "run").checkpoint()["model"].values())
 
@@ -228,22 +253,35 @@ def photographs(tmp_path_factory):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_folder_with_broken_files_trains_and_lists_them(photographs, workers, tmp_path, shared):
-    run = simsiam.pretrain(str(photographs), out=tmp_path / "run", **TINY | {"batch_size": 16, "workers": workers})
+    run = simsiam.pretrain(
+        str(photographs), out=tmp_path / "run", **TINY | {"batch_size": 16, "workers": workers}
+    )
     listed = (run / "quarantine.txt").read_text().splitlines()
     assert sorted(line.split("\t")[0] for line in listed) == ["cat/truncated.jpg", "dog/empty.png"]
     assert json.loads((run / "summary.json").read_text())["unreadable"] == 2
-    checked = subprocess.run([sys.executable, shared / "check_run.py", run], capture_output=True, text=True)
+    checked = subprocess.run(
+        [sys.executable, shared / "check_run.py", run], capture_output=True, text=True
+    )
     assert checked.stdout.strip() == "contract holds", checked.stdout
 
 
-def test_a_streamed_run_is_the_same_with_any_number_of_workers_and_after_a_resume(photographs, tmp_path):
+def test_a_streamed_run_is_the_same_with_any_number_of_workers_and_after_a_resume(
+    photographs, tmp_path
+):
     words = TINY | {"batch_size": 16, "epochs": 3}
-    one, two = (simsiam.pretrain(str(photographs), out=tmp_path / str(n), workers=n, **words) for n in (0, 2))
+    one, two = (
+        simsiam.pretrain(str(photographs), out=tmp_path / str(n), workers=n, **words)
+        for n in (0, 2)
+    )
     assert lines(one) == lines(two)
-    half = simsiam.pretrain(str(photographs), out=tmp_path / "half", workers=1, **words | {"steps": 4})
+    half = simsiam.pretrain(
+        str(photographs), out=tmp_path / "half", workers=1, **words | {"steps": 4}
+    )
     yaml = (half / "recipe.yaml").read_text()
     assert "steps: 4" in yaml
-    assert lines(one)[0]["loss"] == lines(half)[0]["loss"]  # the same first batch, before the schedules part
+    assert (
+        lines(one)[0]["loss"] == lines(half)[0]["loss"]
+    )  # the same first batch, before the schedules part
 
 
 def test_without_labels_there_is_no_knn_and_the_run_is_fine(photographs, tmp_path):
@@ -251,7 +289,9 @@ def test_without_labels_there_is_no_knn_and_the_run_is_fine(photographs, tmp_pat
     flat.mkdir()
     for path in photographs.rglob("*.jpg"):
         shutil.copy(path, flat)
-    run = simsiam.pretrain(str(flat), out=tmp_path / "run", **TINY | {"batch_size": 16, "workers": 0})
+    run = simsiam.pretrain(
+        str(flat), out=tmp_path / "run", **TINY | {"batch_size": 16, "workers": 0}
+    )
     assert "knn_top1" not in json.loads((run / "summary.json").read_text())
     assert not (run / "checkpoints" / "best.pt").exists()
 
@@ -284,7 +324,7 @@ def test_other_shapes_of_data_train_and_resume_exactly(make, tmp_path, monkeypat
     assert Run(whole).metrics()[-1]["step"] == 25
 
     module, calls = importlib.import_module("simsiam.training.pretrain"), []
-    real = module.gauges
+    real = module.compute_gauges
 
     def stopping(output):
         calls.append(output.loss)
@@ -292,7 +332,7 @@ def test_other_shapes_of_data_train_and_resume_exactly(make, tmp_path, monkeypat
             os.kill(os.getpid(), signal.SIGTERM)
         return real(output)
 
-    monkeypatch.setattr(module, "gauges", stopping)
+    monkeypatch.setattr(module, "compute_gauges", stopping)
     with pytest.raises(Stopped, match="stopped at step 14 of 25"):
         simsiam.pretrain(source, out=tmp_path / "half", **words)
     assert_same_run(simsiam.resume(tmp_path / "half"), whole)
@@ -304,35 +344,56 @@ def test_other_shapes_of_data_train_and_resume_exactly(make, tmp_path, monkeypat
 def test_more_broken_files_than_allowed_stop_the_run(photographs, tmp_path):
     """Two of sixty-one are broken: 3 % of them."""
     words = TINY | {"batch_size": 16, "workers": 0}
-    with pytest.raises(WorkFailed, match=r"[12] of \d\d images cannot be read, more than --max-unreadable 0.02 allows"):
+    with pytest.raises(
+        WorkFailed,
+        match=r"[12] of \d\d images cannot be read, more than --max-unreadable 0.02 allows",
+    ):
         simsiam.pretrain(str(photographs), out=tmp_path / "run", **words, max_unreadable=0.02)
     assert (tmp_path / "run" / "quarantine.txt").read_text()
-    simsiam.pretrain(str(photographs), out=tmp_path / "fine", **words | {"epochs": 1}, max_unreadable=0.1)
+    simsiam.pretrain(
+        str(photographs), out=tmp_path / "fine", **words | {"epochs": 1}, max_unreadable=0.1
+    )
 
 
 def test_stopped_is_raised_to_python(tmp_path, monkeypatch):
     module = importlib.import_module("simsiam.training.pretrain")
-    real = module.gauges
+    real = module.compute_gauges
     signals = [signal.SIGTERM]  # one: the second would be obeyed at once
-    monkeypatch.setattr(module, "gauges", lambda out: (signals and os.kill(os.getpid(), signals.pop()), real(out))[1])
-    with pytest.raises(Stopped, match="stopped at step 2 of 32"):  # the step after the signal is the last
+    monkeypatch.setattr(
+        module,
+        "compute_gauges",
+        lambda out: (signals and os.kill(os.getpid(), signals.pop()), real(out))[1],
+    )
+    with pytest.raises(
+        Stopped, match="stopped at step 2 of 32"
+    ):  # the step after the signal is the last
         simsiam.pretrain("shapes", out=tmp_path / "run", **TINY)
 
 
 def test_a_signal_in_the_last_step_ends_what_would_follow_the_finished_run(tmp_path, monkeypatch):
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job does not have
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # which a shell's background job does not have
     module = importlib.import_module("simsiam.training.pretrain")
     real = module.knn_monitor
-    monkeypatch.setattr(module, "knn_monitor", lambda *a, **k: (os.kill(os.getpid(), signal.SIGINT), real(*a, **k))[1])
+    monkeypatch.setattr(
+        module,
+        "knn_monitor",
+        lambda *a, **k: (os.kill(os.getpid(), signal.SIGINT), real(*a, **k))[1],
+    )
     with pytest.raises(KeyboardInterrupt):
         simsiam.pretrain("shapes", out=tmp_path / "run", **TINY | {"steps": 3})
     assert Run(tmp_path / "run").json("summary.json")["steps"] == 3
 
 
 def test_init_starts_from_another_runs_backbone(finished, tmp_path):
-    run = simsiam.pretrain("shapes", out=tmp_path / "run", init=str(finished), **TINY | {"steps": 1, "base_lr": 1e-12})
+    run = simsiam.pretrain(
+        "shapes", out=tmp_path / "run", init=str(finished), **TINY | {"steps": 1, "base_lr": 1e-12}
+    )
     ours, theirs = (simsiam.load(r).conv1.weight for r in (run, finished))
     assert Run(run).recipe.init == str(finished.resolve())
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
     with pytest.raises(UsageError, match="does not fit"):
-        simsiam.pretrain("shapes", out=tmp_path / "other", init=str(finished), **TINY | {"width": 8})
+        simsiam.pretrain(
+            "shapes", out=tmp_path / "other", init=str(finished), **TINY | {"width": 8}
+        )

@@ -9,10 +9,16 @@ from PIL import Image
 from simsiam.config.methods import Views
 from simsiam.data import views
 from simsiam.errors import UsageError, WorkFailed
-from simsiam.pages.preview import draw, lay_out, preview
-from simsiam.runs.compose import compose
+from simsiam.pages.preview import build_sheet, draw_sheet, preview
+from simsiam.runs.compose import compose_recipe
 
-SIZES = [(70, 40), (48, 64), (50, 50), (33, 90), (64, 48)]  # height and width; as they differ, the images are streamed
+SIZES = [
+    (70, 40),
+    (48, 64),
+    (50, 50),
+    (33, 90),
+    (64, 48),
+]  # height and width; as they differ, the images are streamed
 
 
 @pytest.fixture
@@ -25,16 +31,20 @@ def folder(tmp_path):
 
 
 def sheet(source, recipe=None, rows=8, views=6, **words):
-    return lay_out(*compose(str(source), recipe, words), rows=rows, views=views)
+    return build_sheet(*compose_recipe(str(source), recipe, words), rows=rows, views=views)
 
 
 def reference(image: np.ndarray, recipe, place: int, step: int, view: int) -> np.ndarray:
     """View `view` of the image that stands at `place` in the batch of `step`."""
     kinds, size = recipe.method.views, np.array([image.shape[:2]])
     where = {"seed": recipe.seed, "step": step, "view": view, "positions": np.array([place])}
-    d = views.draw(kinds[min(view, len(kinds) - 1)], size, **where)
-    crop = views.crop_one(image, d.top[0], d.left[0], d.height[0], d.width[0], d.flip[0], recipe.image_size)
-    return (views.color(crop[None] / 255, d)[0] * 255).round().byte().permute(1, 2, 0).numpy()
+    d = views.sample_view_params(kinds[min(view, len(kinds) - 1)], size, **where)
+    crop = views.resized_crop_one(
+        image, d.top[0], d.left[0], d.height[0], d.width[0], d.flip[0], recipe.image_size
+    )
+    return (
+        (views.augment_color(crop[None] / 255, d)[0] * 255).round().byte().permute(1, 2, 0).numpy()
+    )
 
 
 def holds(page: np.ndarray, picture: np.ndarray) -> bool:
@@ -44,10 +54,12 @@ def holds(page: np.ndarray, picture: np.ndarray) -> bool:
 
 
 def test_the_pictures_are_the_views_of_training(folder):
-    recipe, _, _ = compose(str(folder), None, {"seed": 3, "image_size": 24})
-    recipe = replace(recipe, method=replace(recipe.method, views=(Views(), Views(solarize=1.0, blur=0.0))))
+    recipe, _, _ = compose_recipe(str(folder), None, {"seed": 3, "image_size": 24})
+    recipe = replace(
+        recipe, method=replace(recipe.method, views=(Views(), Views(solarize=1.0, blur=0.0)))
+    )
     made = sheet(folder, recipe, views=5)
-    page = np.asarray(draw(made))
+    page = np.asarray(draw_sheet(made))
     assert [row.key for row in made.rows] == [f"{i}.png" for i in range(5)]
     for place, row in enumerate(made.rows):
         image = np.asarray(Image.open(folder / row.key))
@@ -59,66 +71,99 @@ def test_the_pictures_are_the_views_of_training(folder):
 
 
 def test_images_in_memory_are_seen_as_the_loop_crops_them():
-    recipe, source, why = compose("shapes", None, {})
-    row = lay_out(recipe, source, why, rows=1, views=2).rows[0]
-    how = {"count": 2, "size": 32, "mean": (0,) * 3, "std": (1,) * 3, "seed": 0, "step": 0, "positions": np.array([0])}
-    pair = views.make_views(views.torch.from_numpy(source.train.pixels[:1]), recipe.method.views, **how)
+    recipe, source, why = compose_recipe("shapes", None, {})
+    row = build_sheet(recipe, source, why, rows=1, views=2).rows[0]
+    how = {
+        "count": 2,
+        "size": 32,
+        "mean": (0,) * 3,
+        "std": (1,) * 3,
+        "seed": 0,
+        "step": 0,
+        "positions": np.array([0]),
+    }
+    pair = views.make_views(
+        views.torch.from_numpy(source.train.pixels[:1]), recipe.method.views, **how
+    )
     for x, picture in zip(pair, row.views, strict=True):
         assert np.array_equal(picture, (x[0] * 255).round().byte().permute(1, 2, 0).numpy())
 
 
 def test_the_words_say_the_recipe(folder):
-    recipe, source, why = compose(str(folder), None, {"jitter": (0.1, 0.2, 0.3, 0.05), "std": (0.2, 0.3, 0.4)})
-    made = lay_out(recipe, source, why, rows=2, views=2)
-    words = dict(made.words)
+    recipe, source, why = compose_recipe(
+        str(folder), None, {"jitter": (0.1, 0.2, 0.3, 0.05), "std": (0.2, 0.3, 0.4)}
+    )
+    made = build_sheet(recipe, source, why, rows=2, views=2)
+    words = dict(made.sections)
     assert [row.key for row in made.rows] == ["0.png", "2.png"]  # spread, not the first
-    assert words["recipe"] == why and words["both views"] == views.describe(recipe.method.views[0])
+    assert words["recipe"] == why and words["both views"] == views.describe_augmentation(
+        recipe.method.views[0]
+    )
     size = recipe.image_size
     assert words["network"][0] == f"resnet18, width 64, small stem, views of {size} x {size} pixels"
     assert words["network"][2] == "std 0.200 0.300 0.400"
     assert words["images"] == ["5 to train on; below, 2 of them, spread evenly"]
     kinds = (Views(crop_min=0.3), Views(blur=0.0))
-    words = dict(sheet(folder, replace(recipe, method=replace(recipe.method, views=kinds))).words)
-    assert [words["view 1"], words["view 2"]] == list(map(views.describe, kinds)) and "both views" not in words
+    words = dict(
+        sheet(folder, replace(recipe, method=replace(recipe.method, views=kinds))).sections
+    )
+    assert [words["view 1"], words["view 2"]] == list(
+        map(views.describe_augmentation, kinds)
+    ) and "both views" not in words
 
 
 def test_the_words_and_the_classes_of_shapes():
     made = sheet("shapes", rows=10, views=1)
-    assert {int(row.key.removeprefix("train#")) % 10 for row in made.rows} == set(range(10))  # labels come in turn
-    assert dict(made.words)["images"] == ["4,000 to train on in 10 classes; below, 10 of them, spread evenly"]
+    assert {int(row.key.removeprefix("train#")) % 10 for row in made.rows} == set(
+        range(10)
+    )  # labels come in turn
+    assert dict(made.sections)["images"] == [
+        "4,000 to train on in 10 classes; below, 10 of them, spread evenly"
+    ]
 
 
-@pytest.mark.parametrize(("channels", "said"), [(1, "as gray"), (2, "the first as gray"), (5, "the first three")])
+@pytest.mark.parametrize(
+    ("channels", "said"), [(1, "as gray"), (2, "the first as gray"), (5, "the first three")]
+)
 def test_other_channels_than_three_show_the_first(tmp_path, channels, said):
     pixels = np.random.default_rng(0).integers(0, 256, (4, 40, 50, channels), dtype=np.uint8)
     for i, image in enumerate(pixels):
         np.save(tmp_path / f"{i}.npy", image)
     made = sheet(tmp_path, channels=channels)
-    words = dict(made.words)
+    words = dict(made.sections)
     assert said in words["shown"][-1]
-    assert not [line for line in words["both views"] if "gray" in line or "hue" in line]  # nothing that is not done
+    assert not [
+        line for line in words["both views"] if "gray" in line or "hue" in line
+    ]  # nothing that is not done
     for row, image in zip(made.rows, pixels, strict=True):
         assert np.array_equal(row.original, image[..., [0, 1, 2] if channels > 2 else [0, 0, 0]])
-    draw(made)
+    draw_sheet(made)
 
 
 def test_unreadable_images_are_replaced_and_named(folder):
     (folder / "4.png").write_bytes(b"")
-    assert len(sheet(folder, rows=2, views=1).words[0][1]) == 1  # only as many as needed are looked at
+    assert (
+        len(sheet(folder, rows=2, views=1).sections[0][1]) == 1
+    )  # only as many as needed are looked at
     Image.new("RGB", (40, 40)).save(folder / "4.png")
     (folder / "0.png").write_bytes(b"no image")
     (folder / "2\n.png").write_bytes(b"")
     made = sheet(folder, rows=3, views=1)
-    assert len(made.rows) == 3 and {row.key for row in made.rows} <= {"1.png", "2.png", "3.png", "4.png"}
-    assert "that cannot be read were passed over; the first, 0.png: " in made.words[0][1][1]
+    assert len(made.rows) == 3 and {row.key for row in made.rows} <= {
+        "1.png",
+        "2.png",
+        "3.png",
+        "4.png",
+    }
+    assert "that cannot be read were passed over; the first, 0.png: " in made.sections[0][1][1]
     everything = sheet(folder, rows=8, views=1)
     assert [row.key for row in everything.rows] == ["1.png", "2.png", "3.png", "4.png"]
-    assert everything.words[0][1][1].startswith("2 that cannot be read")
-    recipe, source, why = compose(str(folder), None, {})
+    assert everything.sections[0][1][1].startswith("2 that cannot be read")
+    recipe, source, why = compose_recipe(str(folder), None, {})
     for file in folder.iterdir():
         file.write_bytes(b"")
     with pytest.raises(WorkFailed, match=r"none of the 6 images can be read; the first, 0.png: "):
-        lay_out(recipe, source, why, rows=2, views=2)
+        build_sheet(recipe, source, why, rows=2, views=2)
 
 
 def test_a_picture_is_replaced_by_the_same_bytes_each_time(folder, tmp_path_factory):
@@ -134,12 +179,17 @@ def test_a_picture_is_replaced_by_the_same_bytes_each_time(folder, tmp_path_fact
 def test_large_views_long_names_and_strange_letters_fit_on_the_page(folder):
     (folder / "4.png").rename(folder / ("x" * 200 + "ü中\n.png"))
     made = sheet(folder, image_size=400, views=1, rows=5)
-    page = np.asarray(draw(made))
-    assert "reduced to 320 pixels" in dict(made.words)["shown"][0]
+    page = np.asarray(draw_sheet(made))
+    assert "reduced to 320 pixels" in dict(made.sections)["shown"][0]
     assert (page[:30] == 255).all() and (page[:, :30] == 255).all() and (page[:, -30:] == 255).all()
     assert (page[-30:] == 255).all()
-    assert holds(page, np.asarray(Image.fromarray(made.rows[0].views[0]).resize((320, 320), Image.Resampling.LANCZOS)))
-    assert draw(replace(made, title="ü中")) == draw(replace(made, title="\\xfc\\u4e2d"))
+    assert holds(
+        page,
+        np.asarray(
+            Image.fromarray(made.rows[0].views[0]).resize((320, 320), Image.Resampling.LANCZOS)
+        ),
+    )
+    assert draw_sheet(replace(made, title="ü中")) == draw_sheet(replace(made, title="\\xfc\\u4e2d"))
 
 
 @pytest.mark.parametrize(

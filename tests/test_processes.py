@@ -20,12 +20,12 @@ import simsiam
 from simsiam.commands.main import main
 from simsiam.config.recipes import Recipe
 from simsiam.data import batches as module
-from simsiam.data.batches import batches
+from simsiam.data.batches import iter_batches
 from simsiam.data.images import from_arrays
-from simsiam.distributed.process_group import share
-from simsiam.distributed.sync_batch_norm import synchronize
+from simsiam.distributed.process_group import local_slice
+from simsiam.distributed.sync_batch_norm import convert_sync_batchnorm
 from simsiam.errors import UsageError
-from simsiam.runs.run_folder import Run, destination
+from simsiam.runs.run_folder import Run, choose_run_path
 
 PROTOCOLS = ("knn", "label_free")
 TIMES = {"images_per_second", "data_wait"}
@@ -47,12 +47,14 @@ def test_the_shares_of_a_batch_are_the_batch(kind, monkeypatch):
     pixels = np.random.default_rng(0).integers(0, 256, (20, 3, 20, 20), dtype=np.uint8)
     images = from_arrays("train", pixels)
     if kind == "streamed":
-        monkeypatch.setattr(module, "_resident", module._streamed)
-    recipe = Recipe().replace(image_size=16, mean=(0.5,) * 3, std=(0.25,) * 3, batch_size=11, workers=0)
+        monkeypatch.setattr(module, "_resident_batches", module._streamed_batches_batches)
+    recipe = Recipe().replace(
+        image_size=16, mean=(0.5,) * 3, std=(0.25,) * 3, batch_size=11, workers=0
+    )
 
     def made(mine: slice):
-        monkeypatch.setattr(module, "share", lambda n: mine)
-        return next(batches(images, recipe, 3, 4, torch.device("cpu")))
+        monkeypatch.setattr(module, "local_slice", lambda n: mine)
+        return next(iter_batches(images, recipe, 3, 4, torch.device("cpu")))
 
     whole = made(slice(0, 11))
     parts = [made(slice(*ends)) for ends in ((0, 4), (4, 8), (8, 11))]
@@ -62,7 +64,7 @@ def test_the_shares_of_a_batch_are_the_batch(kind, monkeypatch):
 
 
 def test_alone_a_share_is_everything():
-    assert share(7) == slice(0, 7)
+    assert local_slice(7) == slice(0, 7)
 
 
 def test_timms_batch_norms_keep_their_activation():
@@ -70,10 +72,12 @@ def test_timms_batch_norms_keep_their_activation():
     from timm.layers import BatchNormAct2d
 
     torch.manual_seed(0)
-    plain = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), BatchNormAct2d(4), torch.nn.BatchNorm2d(4))
+    plain = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 1), BatchNormAct2d(4), torch.nn.BatchNorm2d(4)
+    )
     names, x = list(plain.state_dict()), torch.randn(5, 3, 6, 6)
     expected = plain(x)
-    synchronize(plain)
+    convert_sync_batchnorm(plain)
     assert torch.equal(plain(x), expected) and list(plain.state_dict()) == names
     assert all("SyncBatchNorm" in str(layer) for layer in plain[1:])
 
@@ -82,14 +86,14 @@ def test_under_torchrun_a_run_of_the_same_recipe_is_gone_on_with(tmp_path, monke
     recipe = Recipe()
     path = Run.create(tmp_path / "run", recipe).path
     with pytest.raises(UsageError, match="not written over"):
-        destination(path, "", recipe)
+        choose_run_path(path, "", recipe)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "7")
-    assert destination(path, "", recipe) == path
+    assert choose_run_path(path, "", recipe) == path
     with pytest.raises(UsageError, match="another recipe"):
-        destination(path, "", recipe.replace(seed=1))
+        choose_run_path(path, "", recipe.replace(seed=1))
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     with pytest.raises(UsageError, match="give --out"):
-        destination(None, "new", recipe)
+        choose_run_path(None, "new", recipe)
 
 
 def test_other_verbs_are_for_one_process(monkeypatch, capsys):
@@ -106,13 +110,24 @@ WORDS = TINY | {"precision": "bfloat16", "save_seconds": 0.05, "knn_every": 2}
 
 
 def torchrun(*arguments: str) -> subprocess.Popen:
-    how = {"env": os.environ | {"OMP_NUM_THREADS": "1"}, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    how = {
+        "env": os.environ | {"OMP_NUM_THREADS": "1"},
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.STDOUT,
+    }
     return subprocess.Popen([*TORCHRUN, *arguments], text=True, **how)
 
 
 def pretraining(run: Path, *, restarts: int = 0) -> subprocess.Popen:
     return torchrun(
-        f"--max-restarts={restarts}", "-m", "simsiam", "pretrain", "shapes", "--out", str(run), *flags(**WORDS)
+        f"--max-restarts={restarts}",
+        "-m",
+        "simsiam",
+        "pretrain",
+        "shapes",
+        "--out",
+        str(run),
+        *flags(**WORDS),
     )
 
 
@@ -165,7 +180,9 @@ def test_told_to_stop_one_stops_all_and_another_number_goes_on(calm, tmp_path, c
     simsiam.resume(tmp_path / "run")
     assert "processes is 1 now and was 2" in capfd.readouterr().err
     mine, theirs = ([line["loss"] for line in lines(run)] for run in (tmp_path / "run", calm))
-    assert len(mine) == 32 and mine[step] == pytest.approx(theirs[step], abs=0.02)  # of the same images and views
+    assert len(mine) == 32 and mine[step] == pytest.approx(
+        theirs[step], abs=0.02
+    )  # of the same images and views
 
 
 def test_evaluated_and_embedded_by_two(calm, tmp_path):
@@ -179,7 +196,9 @@ def test_evaluated_and_embedded_by_two(calm, tmp_path):
     simsiam.embed(one, out=tmp_path / "one.parquet")
     for mine, theirs in zip(Run(two).evaluations(), Run(one).evaluations(), strict=True):
         assert (
-            mine["n"] == theirs["n"] if "top1" in mine else mine["rankme"] == pytest.approx(theirs["rankme"], rel=1e-3)
+            mine["n"] == theirs["n"]
+            if "top1" in mine
+            else mine["rankme"] == pytest.approx(theirs["rankme"], rel=1e-3)
         )
         assert mine.get("top1", 0) == pytest.approx(theirs.get("top1", 0), abs=0.3)
     tables = [pq.read_table(tmp_path / name) for name in ("two.parquet", "one.parquet")]

@@ -20,12 +20,18 @@ def test_the_baseline_is_the_papers():
     assert (m.base_lr, m.momentum, m.weight_decay, m.predictor_lr) == (0.05, 0.9, 1e-4, "constant")
     assert m.head_bn == ("proj_hidden", "proj_out", "pred_hidden") and not m.output_bn_affine
     v = m.views[0]
-    assert (v.crop_min, v.flip, v.jitter, v.jitter_p, v.gray) == (0.2, 0.5, (0.4, 0.4, 0.4, 0.1), 0.8, 0.2)
+    assert (v.crop_min, v.flip, v.jitter, v.jitter_p, v.gray) == (
+        0.2,
+        0.5,
+        (0.4, 0.4, 0.4, 0.1),
+        0.8,
+        0.2,
+    )
     assert (Recipe().batch_size, Recipe().epochs, Recipe().peak_lr) == (512, 100, 0.1)
 
 
 def test_appendix_d():
-    r = Recipe().replace(**recipes.cifar())
+    r = Recipe().replace(**recipes.cifar_recipe())
     assert r.peak_lr == pytest.approx(0.06) and r.epochs == 800 and r.method.weight_decay == 5e-4
     assert r.method.proj_layers == 2 and r.method.views[0].blur == 0 and r.backbone == "resnet18"
 
@@ -72,7 +78,7 @@ def test_text_and_numbers_mean_the_same():
 
 
 def test_naming_the_row_it_already_has_keeps_the_cells_that_were_moved():
-    recipe = Recipe().replace(**recipes.cifar())
+    recipe = Recipe().replace(**recipes.cifar_recipe())
     assert recipe.replace(method="simsiam") == recipe
 
 
@@ -85,5 +91,5 @@ def test_a_word_of_the_views_changes_every_view():
     [(9469, 224, 128, 256), (300, 1000, 224, 16), (50_000, 64, 64, 256), (2000, 375, 224, 64)],
 )
 def test_a_folders_recipe_follows_its_images(count, side, size, batch):
-    words = recipes.folder(count, side)
+    words = recipes.folder_recipe(count, side)
     assert (words["image_size"], words["batch_size"]) == (size, batch)

@@ -17,8 +17,16 @@ from simsiam.commands.main import main
 from simsiam.config.recipes import Recipe
 from simsiam.data.images import from_arrays
 from simsiam.errors import UsageError
-from simsiam.pages.report import clusters, curves, drawn, gallery, lay_flat, page, report
-from simsiam.runs.encoder import bare_backbone
+from simsiam.pages.report import (
+    build_gallery,
+    cluster_features,
+    encode_gallery,
+    extract_curves,
+    project_to_2d,
+    render_report,
+    report,
+)
+from simsiam.runs.encoder import build_backbone
 from simsiam.runs.run_folder import Run
 from simsiam.sources.open_source import open_source
 
@@ -35,29 +43,61 @@ def photos(tmp_path_factory):
         (folder / name).mkdir(parents=True)
         for i in range(EACH):
             noise = (np.array(color) + rng.integers(-50, 50, (40, 44, 3))).astype(np.uint8)
-            Image.fromarray(noise).save(folder / name / (HOSTILE if i == 3 else f"{i:02}.png"), quality=95)
+            Image.fromarray(noise).save(
+                folder / name / (HOSTILE if i == 3 else f"{i:02}.png"), quality=95
+            )
     return folder
 
 
 def run_folder(path, source, **words) -> Run:
     """What a run of the source leaves behind, with the weights that it began with."""
-    how = {"backbone": "resnet10", "width": 4, "image_size": 32, "mean": [0.4] * 3, "std": [0.2] * 3, "dim": 16}
+    how = {
+        "backbone": "resnet10",
+        "width": 4,
+        "image_size": 32,
+        "mean": [0.4] * 3,
+        "std": [0.2] * 3,
+        "dim": 16,
+    }
     run = Run.create(path, Recipe().replace(source=[str(source)], **how | words))
     torch.manual_seed(run.recipe.seed)
-    steps = [{"step": s, "epoch": s / 10, "loss": -s / 100, "z_rank": 3.5, "lr": 0.1} for s in range(1, 100)]
-    lines = [*steps, {"step": 100, "epoch": 10.0, "loss": float("nan"), "knn_top1": 61.5, "knn_top1_z": 60.0}]
+    steps = [
+        {"step": s, "epoch": s / 10, "loss": -s / 100, "z_rank": 3.5, "lr": 0.1}
+        for s in range(1, 100)
+    ]
+    lines = [
+        *steps,
+        {"step": 100, "epoch": 10.0, "loss": float("nan"), "knn_top1": 61.5, "knn_top1_z": 60.0},
+    ]
     run.write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
     run.write("environment.json", {"versions": {"torch": "2"}, "command": ["simsiam", "pretrain"]})
-    record = {"protocol": "knn", "name": "k 5", "features": "h", "top1": 71.43, "top5": None, "n": 28}
-    run.write("evaluations/knn.json", json.dumps([record | {"interval": [52.9, 84.7], "source": "photos"}]))
+    record = {
+        "protocol": "knn",
+        "name": "k 5",
+        "features": "h",
+        "top1": 71.43,
+        "top5": None,
+        "n": 28,
+    }
+    run.write(
+        "evaluations/knn.json",
+        json.dumps([record | {"interval": [52.9, 84.7], "source": "photos"}]),
+    )
     remedy = "Nothing </script><script>alert(2)</script> to mend."
-    run.finish(bare_backbone(run.recipe).state_dict(), {"verdict": "healthy", "remedy": remedy, "steps": 100})
+    run.finish(
+        build_backbone(run.recipe).state_dict(),
+        {"verdict": "healthy", "remedy": remedy, "steps": 100},
+    )
     return run
 
 
 def held(path) -> dict:
     """The data that a page holds."""
-    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', path.read_text(), re.S)[1])
+    return json.loads(
+        re.search(
+            r'<script type="application/json" id="data">(.*?)</script>', path.read_text(), re.S
+        )[1]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +114,10 @@ def alike(run: Run, folder, names) -> np.ndarray:
     """For each image the others by falling cosine of the backbone's features: (N, N - 1)."""
     encoder = simsiam.load(run.path)
     with torch.no_grad():
-        rows = [encoder(encoder.transform(Image.open(folder / name)))[0].double().numpy() for name in names]
+        rows = [
+            encoder(encoder.transform(Image.open(folder / name)))[0].double().numpy()
+            for name in names
+        ]
     cosine = np.array([[a @ b / np.linalg.norm(a) / np.linalg.norm(b) for b in rows] for a in rows])
     np.fill_diagonal(cosine, -2)
     return np.argsort(-cosine, axis=1)[:, :-1]
@@ -86,21 +129,35 @@ def alike(run: Run, folder, names) -> np.ndarray:
 def test_the_page_says_what_the_run_folder_says(run, made):
     (about,) = held(made)["runs"]
     assert made == run.path / "report.html" and about["recipe"] == run.recipe.to_dict()
-    assert about["summary"] == run.json("summary.json") and about["results"] == run.listed("evaluations/knn.json")
+    assert about["summary"] == run.json("summary.json") and about["results"] == run.listed(
+        "evaluations/knn.json"
+    )
     assert about["curves"]["loss"][:2] == [-0.01, -0.02] and about["curves"]["loss"][-1] is None
-    assert about["curves"]["knn_top1"] == [None] * 99 + [61.5] and "lr_predictor" not in about["curves"]
+    assert (
+        about["curves"]["knn_top1"] == [None] * 99 + [61.5]
+        and "lr_predictor" not in about["curves"]
+    )
 
 
 def test_no_data_end_the_element_they_stand_in():
     data = {"a": "</script><!-- {js} {data} -->", "b": [float("nan"), 1.5], "c": "\udc80\u2028"}
-    text = page(data)
+    text = render_report(data)
     assert text.count("</script") == 2 and text.count("<!--") == 0
     assert json.loads(re.search(r'id="data">(.*?)</script>', text)[1]) == data | {"b": [None, 1.5]}
 
 
 def test_the_script_makes_no_markup_and_asks_nobody():
-    script = page({})
-    for way in ("innerHTML", "outerHTML", "insertAdjacent", "document.write", "eval(", "fetch(", "XMLHttp", "http:"):
+    script = render_report({})
+    for way in (
+        "innerHTML",
+        "outerHTML",
+        "insertAdjacent",
+        "document.write",
+        "eval(",
+        "fetch(",
+        "XMLHttp",
+        "http:",
+    ):
         assert way not in script.replace("http://www.w3.org/2000/svg", ""), way
     assert "default-src 'none'" in script and "unsafe" not in script
 
@@ -108,9 +165,15 @@ def test_the_script_makes_no_markup_and_asks_nobody():
 def test_a_long_run_keeps_its_ends_and_all_that_was_measured():
     lines = [{"step": s, "epoch": s / 100, "loss": -1 / s} | ({"knn_top1": s / 100} if s % 777 == 0 else {})
              for s in range(1, 9001)]  # fmt: skip
-    columns = curves(lines)
-    assert [v for v in columns["knn_top1"] if v is not None] == [s / 100 for s in range(777, 9001, 777)]
-    assert columns["step"][0] == 1 and columns["step"][-1] == 9000 and columns["step"] == sorted(columns["step"])
+    columns = extract_curves(lines)
+    assert [v for v in columns["knn_top1"] if v is not None] == [
+        s / 100 for s in range(777, 9001, 777)
+    ]
+    assert (
+        columns["step"][0] == 1
+        and columns["step"][-1] == 9000
+        and columns["step"] == sorted(columns["step"])
+    )
     assert module.POINTS <= len(columns["step"]) <= module.POINTS + 12
 
 
@@ -121,43 +184,65 @@ def test_neighbors_are_the_most_similar_others(run, made, photos):
     assert np.array_equal(found, alike(run, photos, names)[:, : module.NEIGHBORS])
 
 
-@pytest.mark.parametrize(("x", "groups"), [(np.zeros((40, 7)), 1), (np.arange(5.0)[:, None], 3), (np.eye(6), 6)])
+@pytest.mark.parametrize(
+    ("x", "groups"), [(np.zeros((40, 7)), 1), (np.arange(5.0)[:, None], 3), (np.eye(6), 6)]
+)
 def test_a_map_of_collapsed_or_few_images_is_finite(x, groups):
-    _, xy = lay_flat(x)
+    _, xy = project_to_2d(x)
     assert xy.shape == (len(x), 2) and np.isfinite(xy).all() and xy.min() >= 0 and xy.max() <= 1
-    assert len(set(clusters(torch.from_numpy(x), 0))) == groups  # of numbers, less, equal and greater than the mean
+    assert (
+        len(set(cluster_features(torch.from_numpy(x), 0))) == groups
+    )  # of numbers, less, equal and greater than the mean
 
 
 def test_images_alike_lie_together():
     x = np.random.default_rng(0).normal(size=(60, 8)) + 30 * np.eye(8)[np.arange(60) % 3]
-    _, xy = lay_flat(x)
+    _, xy = project_to_2d(x)
     distance = np.linalg.norm(xy[:, None] - xy[None], axis=2) + 9 * np.eye(60)
     assert (distance.argmin(1) % 3 == np.arange(60) % 3).all()
 
 
 def test_thumbnails_are_the_images_in_order_and_fit_the_space():
     rng = np.random.default_rng(0)
-    pixels = np.repeat(rng.integers(0, 256, (300, 3, 1, 1)), 32 * 32, 2).reshape(300, 3, 32, 32).astype(np.uint8)
-    seen = drawn(gallery(from_arrays("train", pixels)), 10**6)
-    sheet = np.asarray(Image.open(BytesIO(base64.b64decode(seen["sheets"][0].partition(",")[2]))).convert("RGB"))
+    pixels = (
+        np.repeat(rng.integers(0, 256, (300, 3, 1, 1)), 32 * 32, 2)
+        .reshape(300, 3, 32, 32)
+        .astype(np.uint8)
+    )
+    seen = encode_gallery(build_gallery(from_arrays("train", pixels)), 10**6)
+    sheet = np.asarray(
+        Image.open(BytesIO(base64.b64decode(seen["sheets"][0].partition(",")[2]))).convert("RGB")
+    )
     assert (seen["side"], seen["across"], seen["pixelated"], seen["labels"]) == (32, 60, True, None)
     for i in (0, 59, 60, 299):
-        cell = sheet[32 * (i // 60) + 12 : 32 * (i // 60) + 20, 32 * (i % 60) + 12 : 32 * (i % 60) + 20]
+        cell = sheet[
+            32 * (i // 60) + 12 : 32 * (i // 60) + 20, 32 * (i % 60) + 12 : 32 * (i % 60) + 20
+        ]
         assert np.abs(cell.mean((0, 1)) - pixels[i, :, 0, 0]).max() < 12
-    noise = gallery(from_arrays("train", rng.integers(0, 256, (300, 3, 32, 32), dtype=np.uint8)))
-    size = len(drawn(noise, 10**9)["sheets"][0]) * 3 / 4
-    assert len(drawn(noise, round(0.6 * size))["sheets"][0]) * 3 / 4 <= 0.6 * size + 100
+    noise = build_gallery(
+        from_arrays("train", rng.integers(0, 256, (300, 3, 32, 32), dtype=np.uint8))
+    )
+    size = len(encode_gallery(noise, 10**9)["sheets"][0]) * 3 / 4
+    assert len(encode_gallery(noise, round(0.6 * size))["sheets"][0]) * 3 / 4 <= 0.6 * size + 100
 
 
 def test_what_cannot_be_shown_is_said(photos, tmp_path, capsys):
     moved = run_folder(tmp_path / "moved", photos)
-    moved.write("recipe.yaml", (moved.path / "recipe.yaml").read_text().replace("<photos>", "<gone>"))
+    moved.write(
+        "recipe.yaml", (moved.path / "recipe.yaml").read_text().replace("<photos>", "<gone>")
+    )
     unfinished = run_folder(tmp_path / "unfinished", photos)
     (unfinished.path / "backbone.safetensors").unlink()
     data = held(report([moved.path, unfinished.path], out=tmp_path / "page.html"))
     said, unsaid = [about["missing"] for about in data["runs"]]
-    assert said.startswith("no images: unknown source") and "no map: " in unsaid and "simsiam resume" in unsaid
-    assert [bool(about["views"]) for about in data["runs"]] == [False, True] and data["galleries"] == []
+    assert (
+        said.startswith("no images: unknown source")
+        and "no map: " in unsaid
+        and "simsiam resume" in unsaid
+    )
+    assert [bool(about["views"]) for about in data["runs"]] == [False, True] and data[
+        "galleries"
+    ] == []
     assert all(reason in capsys.readouterr().out for reason in (said,))
     assert "missing" not in held(report(moved.path, images=False))["runs"][0]
 
@@ -191,7 +276,9 @@ def test_damaged_evaluations_are_named(photos, tmp_path):
 @pytest.fixture(scope="module")
 def browser():
     sync_api = pytest.importorskip("playwright.sync_api")
-    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    path = next(
+        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+    )
     if not path:
         pytest.skip("needs chromium")
     how = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
@@ -207,14 +294,19 @@ def visit(browser):
     seen, contexts = [], []
 
     def visit(path, width=1440):
-        context = browser.new_context(viewport={"width": width, "height": 900}, accept_downloads=True)
+        context = browser.new_context(
+            viewport={"width": width, "height": 900}, accept_downloads=True
+        )
         contexts.append(context)
         tab = context.new_page()
         tab.set_default_timeout(120_000)
         tab.on("console", lambda message: seen.append(message.text))
         tab.on("pageerror", lambda error: seen.append(str(error)))
         tab.on("dialog", lambda dialog: (seen.append(dialog.message), dialog.dismiss()))
-        tab.on("request", lambda r: None if r.url.startswith(("data:", "blob:")) else seen.append(r.url))
+        tab.on(
+            "request",
+            lambda r: None if r.url.startswith(("data:", "blob:")) else seen.append(r.url),
+        )
         tab.goto(path.as_uri())
         assert seen.pop(0) == path.as_uri()
         return tab
@@ -233,12 +325,19 @@ def on_screen(tab, data):
     xy = np.array([data["runs"][0]["map"]["x"], data["runs"][0]["map"]["y"]]).T
     low, high = xy.min(0), xy.max(0)
     scale = (min(box["width"], box["height"]) - 40) / (high - low).max()
-    return (xy - (low + high) / 2) * scale + [box["x"] + box["width"] / 2, box["y"] + box["height"] / 2]
+    return (xy - (low + high) / 2) * scale + [
+        box["x"] + box["width"] / 2,
+        box["y"] + box["height"] / 2,
+    ]
 
 
 def alone(points) -> int:
     """The image whose point is farthest from any other."""
-    return int((np.linalg.norm(points[:, None] - points[None], axis=2) + 1e9 * np.eye(len(points))).min(1).argmax())
+    return int(
+        (np.linalg.norm(points[:, None] - points[None], axis=2) + 1e9 * np.eye(len(points)))
+        .min(1)
+        .argmax()
+    )
 
 
 def downloaded(tab) -> list[str]:
@@ -250,7 +349,10 @@ def downloaded(tab) -> list[str]:
 def test_hover_shows_the_image_and_click_its_neighbors(visit, run, made, photos):
     data = held(made)
     names = data["galleries"][0]["names"]
-    for i in (alone(on_screen(visit(made), data)), next(i for i, name in enumerate(names) if HOSTILE in name)):
+    for i in (
+        alone(on_screen(visit(made), data)),
+        next(i for i, name in enumerate(names) if HOSTILE in name),
+    ):
         tab = visit(made)
         points = on_screen(tab, data)
         tab.mouse.move(*points[i])
@@ -258,10 +360,14 @@ def test_hover_shows_the_image_and_click_its_neighbors(visit, run, made, photos)
         tip.wait_for()
         assert names[i] in tip.inner_text()
         tab.evaluate("sheetOf(data.galleries[0], 0).then(() => 0)")  # decoded and drawn
-        color = np.asarray(Image.open(BytesIO(tip.locator("canvas").screenshot())).convert("RGB")).mean((0, 1))
+        color = np.asarray(
+            Image.open(BytesIO(tip.locator("canvas").screenshot())).convert("RGB")
+        ).mean((0, 1))
         assert (color[0] > color[2]) == ("red" in names[i])
         tab.mouse.click(*points[i])
-        tiles = tab.locator("aside .tile").evaluate_all("tiles => tiles.map(t => Number(t.dataset.image))")
+        tiles = tab.locator("aside .tile").evaluate_all(
+            "tiles => tiles.map(t => Number(t.dataset.image))"
+        )
         assert tiles == alike(run, photos, names)[i, : module.NEIGHBORS].tolist()
         assert names[i] in tab.locator("aside").inner_text()
         tab.locator("aside .tile").first.click()
@@ -272,7 +378,9 @@ def test_pictures_answer_to_the_pointer(visit, made):
     tab, data = visit(made), held(made)
     points = on_screen(tab, data)
     tab.get_by_role("button", name="Pictures").click()
-    tab.evaluate("new Promise(requestAnimationFrame).then(() => new Promise(requestAnimationFrame)).then(() => 0)")
+    tab.evaluate(
+        "new Promise(requestAnimationFrame).then(() => new Promise(requestAnimationFrame)).then(() => 0)"
+    )
     tab.mouse.move(*points[0])
     box = tab.locator(".plot canvas").first.bounding_box()
     cells = ((points - [box["x"], box["y"]]) // 30).tolist()
@@ -320,7 +428,9 @@ def test_a_region_is_selected_by_dragging(visit, made, photos, tmp_path):
 def test_names_are_text_and_the_page_fits(visit, made, width):
     tab = visit(made, width)
     assert "healthy" in tab.locator(".verdict").inner_text()
-    assert "Nothing </script><script>alert(2)</script> to mend." in tab.locator("#page").inner_text()
+    assert (
+        "Nothing </script><script>alert(2)</script> to mend." in tab.locator("#page").inner_text()
+    )
     assert tab.locator("[onerror]").count() == 0 and tab.locator("script").count() == 2
     assert tab.evaluate("document.documentElement.scrollWidth") == width
     assert tab.locator(".accuracies").inner_text().count("71.4\n52.9–84.7") == 1
@@ -331,7 +441,9 @@ def test_names_are_text_and_the_page_fits(visit, made, width):
 def test_a_run_that_has_only_begun_has_a_page(visit, tmp_path):
     run = Run.create(tmp_path / "run", Recipe())
     tab = visit(report(run.path, images=False))
-    assert tab.locator(".verdict").inner_text() == "unfinished" and tab.locator("section").count() == 1
+    assert (
+        tab.locator(".verdict").inner_text() == "unfinished" and tab.locator("section").count() == 1
+    )
 
 
 def test_runs_stand_side_by_side_with_what_differs(visit, run, photos, tmp_path):
@@ -344,7 +456,11 @@ def test_runs_stand_side_by_side_with_what_differs(visit, run, photos, tmp_path)
     differing = tab.locator("#recipe .card").first.locator(".differs").all_inner_texts()
     assert [line.split() for line in differing] == [["seed", "0", "7"], ["base_lr", "0.05", "0.2"]]
     headings = [
-        [text.strip() for text in tab.locator("#recipe table").nth(n).locator("th").all_text_contents()] for n in (0, 1)
+        [
+            text.strip()
+            for text in tab.locator("#recipe table").nth(n).locator("th").all_text_contents()
+        ]
+        for n in (0, 1)
     ]
     assert headings == [["", "<i>run", "other"]] * 2
     assert tab.locator(".verdict").count() == 2 and tab.locator("#curves .curve.second").count() > 0

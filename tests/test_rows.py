@@ -11,12 +11,12 @@ from conftest import QUICK
 
 import simsiam
 from simsiam.config import figure3
-from simsiam.config.method import TERMS, Method
+from simsiam.config.method import EQUAL_TERMS, Method
 from simsiam.config.methods import METHODS
 from simsiam.config.recipes import Recipe
 from simsiam.errors import UsageError
 from simsiam.model.siamese import build
-from simsiam.runs.compose import compose
+from simsiam.runs.compose import compose_recipe
 from simsiam.runs.run_folder import Run
 from simsiam.sources.open_source import open_source
 
@@ -55,19 +55,31 @@ def test_the_constant_lr_of_the_predictor_is_simsiams_alone():
 def test_a_gradient_comes_through_the_target_only_when_asked(name):
     """With stop-gradient the gradient is that of targets held constant; without, it is another one."""
     row = small(name)
-    rows = [row] if row.target in ("momentum", "labels") else [row, replace(row, stop_gradient=not row.stop_gradient)]
+    rows = (
+        [row]
+        if row.target in ("momentum", "labels")
+        else [row, replace(row, stop_gradient=not row.stop_gradient)]
+    )
     for method in rows:
         model, x, index = begun(method)
         weights = [p for p in model.parameters() if p.requires_grad]
         out = model(*x, index=index)
         ours = torch.autograd.grad(out.loss, weights, retain_graph=True, allow_unused=True)
         p, t = (dict(zip(views, tensors)) for views, tensors in (
-            (model.predicted, out.predictions), (model.target.views, [t.detach() for t in out.targets]),
+            (model.predicted_views, out.predictions), (model.target.views, [t.detach() for t in out.targets]),
         ))  # fmt: skip
-        held = method.loss_scale * sum(model.criterion(p[i], t[j]) for i, j in model.pairs) / len(model.pairs)
+        held = (
+            method.loss_scale
+            * sum(model.criterion(p[i], t[j]) for i, j in model.pairs)
+            / len(model.pairs)
+        )
         theirs = torch.autograd.grad(held, weights, retain_graph=True, allow_unused=True)
         torch.testing.assert_close(out.loss, held)
-        equal = all(torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(ours, theirs) if a is not None)
+        equal = all(
+            torch.allclose(a, b, rtol=1e-9, atol=1e-12)
+            for a, b in zip(ours, theirs)
+            if a is not None
+        )
         assert equal == method.stop_gradient
         assert all(t.requires_grad != method.stop_gradient for t in out.targets)
         out.loss.backward()
@@ -147,14 +159,29 @@ def test_too_few_views_are_refused():
     [
         ({"target": "momentum", "stop_gradient": False}, "a second encoder gets no gradient"),
         ({"target": "alternation", "stop_gradient": False}, "a second encoder gets no gradient"),
-        ({"queue": 4096}, "queue says nothing here: it belongs to criterion info_nce, not to cosine"),
-        ({"tau": 0.5}, "tau says nothing here: it belongs to criterion nt_xent or info_nce or swapped"),
-        ({"target_views": 4}, "target_views says nothing here: it belongs to target expectation, not to shared"),
+        (
+            {"queue": 4096},
+            "queue says nothing here: it belongs to criterion info_nce, not to cosine",
+        ),
+        (
+            {"tau": 0.5},
+            "tau says nothing here: it belongs to criterion nt_xent or info_nce or swapped",
+        ),
+        (
+            {"target_views": 4},
+            "target_views says nothing here: it belongs to target expectation, not to shared",
+        ),
         ({"target": "expectation", "target_views": 0}, "target_views is 0; it is at least 1"),
         ({"target_decay": 0.5}, "belongs to target momentum or moving_average, not to shared"),
         ({"target": "moving_average", "target_schedule": "cosine"}, "belongs to target momentum"),
-        ({"target": "momentum", "target_decay": 1.5}, "target_decay is 1.5; it lies between 0 and 1"),
-        ({"method": "barlow_twins", "pairs": "asymmetric_2x"}, "barlow_twins has no direction to leave out"),
+        (
+            {"target": "momentum", "target_decay": 1.5},
+            "target_decay is 1.5; it lies between 0 and 1",
+        ),
+        (
+            {"method": "barlow_twins", "pairs": "asymmetric_2x"},
+            "barlow_twins has no direction to leave out",
+        ),
         ({"target": "labels"}, "labels and classification go together"),
         ({"method": "supervised", "criterion": "cosine"}, "labels and classification go together"),
         ({"pairs": "single"}, "take target labels or other pairs"),
@@ -178,7 +205,9 @@ def test_an_unknown_criterion_is_refused_before_anything_is_made():
 
 def test_harmless_cells_are_not():
     Recipe().replace(predictor="none", predictor_lr="cosine", pred_dim=9)
-    Recipe().replace(method="byol", target="shared", predictor_lr_scale=10.0)  # footnote 2; its decay stays, unused
+    Recipe().replace(
+        method="byol", target="shared", predictor_lr_scale=10.0
+    )  # footnote 2; its decay stays, unused
 
 
 def test_supervised_needs_labels_that_fit(tmp_path):
@@ -186,10 +215,10 @@ def test_supervised_needs_labels_that_fit(tmp_path):
         simsiam.pretrain("shapes", method="supervised", **QUICK | {"dim": 4})
     source = open_source("shapes")
     unlabeled = replace(source, train=replace(source.train, labels=None))
-    from simsiam.training.prepare import prepare
+    from simsiam.training.prepare import prepare_data
 
     with pytest.raises(UsageError, match="has no labels"):
-        prepare(compose("shapes", None, QUICK | {"method": "supervised"})[0], unlabeled)
+        prepare_data(compose_recipe("shapes", None, QUICK | {"method": "supervised"})[0], unlabeled)
 
 
 def test_equal_terms_are_those_of_the_recipe_at_hand():
@@ -197,7 +226,7 @@ def test_equal_terms_are_those_of_the_recipe_at_hand():
     ours = Recipe().replace(base_lr=0.03, weight_decay=5e-4, blur=0.0)
     theirs = ours.replace(method="simclr", equal_terms=True).method
     assert (theirs.criterion, theirs.dim, theirs.bn) == ("nt_xent", 128, "joint")
-    for cell in TERMS:
+    for cell in EQUAL_TERMS:
         assert getattr(theirs, cell) == getattr(ours.method, cell)
     own = ours.replace(method="simclr").method
     assert own.optimizer == "lars" and own.views[0].blur == 0.5
@@ -210,9 +239,12 @@ def test_equal_terms_are_those_of_the_recipe_at_hand():
 
 def test_the_readmes_table_and_the_drawing_are_current():
     """`simsiam methods --format markdown` and `--format svg > docs/figure3.svg` make them anew."""
-    assert figure3.markdown() in (HERE / "README.md").read_text()
-    assert (HERE / "docs" / "figure3.svg").read_text() == figure3.svg() + "\n"
-    assert all(name in figure3.table() and f">{name}<" in figure3.svg() for name in METHODS)
+    assert figure3.format_methods_markdown() in (HERE / "README.md").read_text()
+    assert (HERE / "docs" / "figure3.svg").read_text() == figure3.draw_methods_svg() + "\n"
+    assert all(
+        name in figure3.format_methods_table() and f">{name}<" in figure3.draw_methods_svg()
+        for name in METHODS
+    )
 
 
 def test_the_page_add_a_method_runs(monkeypatch):
@@ -223,7 +255,9 @@ def test_the_page_add_a_method_runs(monkeypatch):
 
     before = set(METHODS), set(CRITERIA)
     real = simsiam.pretrain
-    monkeypatch.setattr(simsiam, "pretrain", lambda *a, **words: real(*a, **QUICK | words), raising=False)
+    monkeypatch.setattr(
+        simsiam, "pretrain", lambda *a, **words: real(*a, **QUICK | words), raising=False
+    )
     try:
         found = {}
         exec(code, found)

@@ -22,17 +22,17 @@ from test_sources import is_the_same, one_line, parquet, refused, tarred, tree
 
 from simsiam.config.recipes import Recipe
 from simsiam.data import shards
-from simsiam.data.batches import batches, interleaved, members, steps_per_epoch
+from simsiam.data.batches import batch_indices, interleaved_indices, iter_batches, steps_per_epoch
 from simsiam.data.decode import Unreadable
 from simsiam.data.shards import Blocks
 from simsiam.errors import UsageError, WorkFailed
 from simsiam.sources import open_source as sources
 from simsiam.sources import shapes as drawn
-from simsiam.sources.catalog import INDEX
-from simsiam.sources.file_index import index_of
+from simsiam.sources.catalog import CATALOG_FILE
+from simsiam.sources.file_index import load_index
 from simsiam.sources.open_source import open_source
-from simsiam.sources.write_shards import shard, told
-from simsiam.training.prepare import prepare
+from simsiam.sources.write_shards import format_shard_summary, write_shards
+from simsiam.training.prepare import prepare_data
 from simsiam.training.pretrain import pretrain
 
 CPU = torch.device("cpu")
@@ -41,9 +41,9 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """Blocks of a few images, and Parquet that is not read at once."""
-    monkeypatch.setattr(shards, "BLOCK", 2**14)  # of four images
-    monkeypatch.setattr("simsiam.sources.write_shards.BLOCK", 2**12)
-    monkeypatch.setattr(sources, "RESIDENT", 0)
+    monkeypatch.setattr(shards, "BLOCK_BYTES", 2**14)  # of four images
+    monkeypatch.setattr("simsiam.sources.write_shards.BLOCK_BYTES", 2**12)
+    monkeypatch.setattr(sources, "MAX_RESIDENT_BYTES", 0)
 
 
 @pytest.fixture
@@ -52,7 +52,9 @@ def photos(tmp_path):
     folder = tmp_path / "photos"
     for i in range(60):
         tree(folder / ("cat", "dog")[i % 2], f"{i:03}.png", size=(20 + i % 5, 24))
-        (folder / ("cat", "dog")[i % 2] / f"{i:03}.png").write_bytes(encode(picture(i, 20 + i % 5, 24)))
+        (folder / ("cat", "dog")[i % 2] / f"{i:03}.png").write_bytes(
+            encode(picture(i, 20 + i % 5, 24))
+        )
     os.rename(os.fsencode(folder / "cat" / "000.png"), os.fsencode(folder / "cat") + b"/\xff0.png")
     return folder
 
@@ -72,24 +74,35 @@ def recipe(**words) -> Recipe:
 def test_shards_of_a_folder_are_the_folder(photos, tmp_path):
     """Same images, order, labels, class names and keys; in tars, from the catalog beside them or without it."""
     folder = open_source(photos)
-    out = shard(photos, out=tmp_path / "tars", per_shard=17)
-    assert sorted(path.name for path in out.iterdir()) == [INDEX, *(f"train-{n:06}.tar" for n in range(4))]
+    out = write_shards(photos, out=tmp_path / "tars", per_shard=17)
+    assert sorted(path.name for path in out.iterdir()) == [
+        CATALOG_FILE,
+        *(f"train-{n:06}.tar" for n in range(4)),
+    ]
     is_the_same(open_source(out), folder)
-    (out / INDEX).unlink()
+    (out / CATALOG_FILE).unlink()
     os.utime(out / "train-000000.tar", ns=(1, 1))  # or what is kept in the cache would do
     is_the_same(open_source(out), folder)
-    rows = open_source(shard(photos, out=tmp_path / "rows", format="parquet", per_shard=17)).train
-    assert rows.labels.tolist() == folder.train.labels.tolist() and rows.classes == folder.train.classes
+    rows = open_source(
+        write_shards(photos, out=tmp_path / "rows", format="parquet", per_shard=17)
+    ).train
+    assert (
+        rows.labels.tolist() == folder.train.labels.tolist()
+        and rows.classes == folder.train.classes
+    )
     assert len(rows.blocks) > 4 and all(same(rows.read(i), folder.train.read(i)) for i in range(60))
     assert list(rows.keys)[:2] == ["train#0", "train#1"]
 
 
 def test_all_splits_and_decoded_images_come_along(tmp_path, monkeypatch):
-    draw = drawn.draw
-    monkeypatch.setattr(drawn, "draw", lambda split: tuple(part[:30] for part in draw(split)))
-    out = shard("shapes", out=tmp_path / "out", per_shard=20)
+    draw = drawn.draw_split
+    monkeypatch.setattr(drawn, "draw_split", lambda split: tuple(part[:30] for part in draw(split)))
+    out = write_shards("shapes", out=tmp_path / "out", per_shard=20)
     source, shapes = open_source(out), open_source("shapes")
-    assert source.splits.keys() == shapes.splits.keys() and source.train.classes == shapes.train.classes
+    assert (
+        source.splits.keys() == shapes.splits.keys()
+        and source.train.classes == shapes.train.classes
+    )
     for one, other in zip(source.splits.values(), shapes.splits.values(), strict=True):
         assert list(one.keys) == list(other.keys) and same(one.labels, other.labels)
         assert same(one.read(len(one) - 1), other.read(len(one) - 1))
@@ -97,19 +110,31 @@ def test_all_splits_and_decoded_images_come_along(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("format", ["tar", "parquet"])
 def test_the_bytes_are_a_function_of_the_images(photos, tmp_path, format):
-    once, again = (shard(photos, out=tmp_path / name, format=format, per_shard=25) for name in ("once", "again"))
+    once, again = (
+        write_shards(photos, out=tmp_path / name, format=format, per_shard=25)
+        for name in ("once", "again")
+    )
     assert bytes_below(once) == bytes_below(again)
 
 
 def test_webdataset_reads_what_is_written(photos, tmp_path):
     """Its rules, written down here: one sample is what has one name up to the first dot, one file after the other."""
-    out, folder, n = shard(photos, out=tmp_path / "out", per_shard=17), open_source(photos).train, 0
+    out, folder, n = (
+        write_shards(photos, out=tmp_path / "out", per_shard=17),
+        open_source(photos).train,
+        0,
+    )
     for path in sorted(out.glob("*.tar")):
         with tarfile.open(path) as archive:
-            members = [(info.name.split(".", 1), archive.extractfile(info).read()) for info in archive]
+            members = [
+                (info.name.split(".", 1), archive.extractfile(info).read()) for info in archive
+            ]
         for (key, ending), data in members:
             if ending == "png":
-                assert data == Path(folder.file(n)).read_bytes() and (int(key), ending) == (n, "png")
+                assert data == Path(folder.file(n)).read_bytes() and (int(key), ending) == (
+                    n,
+                    "png",
+                )
                 sample = {e: d for (k, e), d in members if k == key}
                 assert int(sample["cls"]) == folder.labels[n]
                 assert json.loads(sample["json"])["class"] == folder.classes[folder.labels[n]]
@@ -118,13 +143,15 @@ def test_webdataset_reads_what_is_written(photos, tmp_path):
 
 
 def test_killed_and_started_anew_it_is_the_same_folder(photos, tmp_path):
-    whole, out = shard(photos, out=tmp_path / "whole", per_shard=4), tmp_path / "out"
+    whole, out = write_shards(photos, out=tmp_path / "whole", per_shard=4), tmp_path / "out"
     code = (
-        "import sys, time\nfrom simsiam import shard as m\nreadable = m._readable\n"
+        "import sys, time\nfrom simsiam import shard as m\nreadable = m._iter_readable\n"
         "def slow(*a):\n    for x in readable(*a):\n        time.sleep(0.05)\n        yield x\n"
-        "m._readable = slow\nm.shard(sys.argv[1], out=sys.argv[2], per_shard=4)\n"
+        "m._iter_readable = slow\nm.shard(sys.argv[1], out=sys.argv[2], per_shard=4)\n"
     )
-    process = subprocess.Popen([sys.executable, "-c", code, str(photos), str(out)], start_new_session=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(photos), str(out)], start_new_session=True
+    )
     work = tmp_path / "out.parts"
     while len(list(work.glob("*.tar"))) < 3 and process.poll() is None:
         time.sleep(0.01)
@@ -133,34 +160,39 @@ def test_killed_and_started_anew_it_is_the_same_folder(photos, tmp_path):
     done = {path: path.stat().st_mtime_ns for path in work.glob("*.tar")}
     assert 3 <= len(done) < 15 and not out.exists()
     with pytest.raises(UsageError, match="parts of another job"):
-        shard(photos, out=out, per_shard=5)
-    shard(photos, out=out, per_shard=4)
+        write_shards(photos, out=out, per_shard=5)
+    write_shards(photos, out=out, per_shard=4)
     assert bytes_below(out) == bytes_below(whole) and not work.exists()
     assert all((out / path.name).stat().st_mtime_ns == when for path, when in done.items())
     with pytest.raises(UsageError, match="exists and is not written over"):
-        shard(photos, out=out)
+        write_shards(photos, out=out)
 
 
 def test_what_cannot_be_read_is_left_out_and_listed(photos, tmp_path):
     (photos / "dog" / "001.png").write_bytes(b"junk")
     (photos / "dog" / "003.png").unlink()
     os.symlink("nowhere", photos / "dog" / "003.png")
-    out = shard(photos, out=tmp_path / "out", per_shard=17)
+    out = write_shards(photos, out=tmp_path / "out", per_shard=17)
     lines = (out / "left_out.txt").read_text().splitlines()
     assert [line.split("\t")[0] for line in lines] == ["dog/001.png", "dog/003.png"]
-    assert len(open_source(out).train) == 58 and "2 images cannot be read" in told(out)
+    assert len(open_source(out).train) == 58 and "2 images cannot be read" in format_shard_summary(
+        out
+    )
     for path in photos.rglob("*.png"):
         path.unlink()
         path.write_bytes(b"junk")
     with pytest.raises(WorkFailed, match="none of the 60 images"):
-        shard(photos, out=tmp_path / "none")
+        write_shards(photos, out=tmp_path / "none")
     assert not list(tmp_path.glob("none*"))
 
 
 def test_a_wrong_request_is_one_line(photos, tmp_path):
-    for words, said in [({"format": "rar"}, "unknown format 'rar'"), ({"per_shard": 0}, "at least 1")]:
+    for words, said in [
+        ({"format": "rar"}, "unknown format 'rar'"),
+        ({"per_shard": 0}, "at least 1"),
+    ]:
         with pytest.raises(UsageError, match=said):
-            shard(photos, out=tmp_path / "out", **words)
+            write_shards(photos, out=tmp_path / "out", **words)
     assert "no .parquet or .tar at memory://nowhere" in refused("memory://nowhere")
     assert "cannot be opened" in refused("gopher://x/y")
 
@@ -175,7 +207,7 @@ def memory(photos, tmp_path):
 
     system = fsspec.filesystem("memory")
     for format in ("tar", "parquet"):
-        folder = shard(photos, out=tmp_path / format, format=format, per_shard=17)
+        folder = write_shards(photos, out=tmp_path / format, format=format, per_shard=17)
         system.put(f"{folder}/", f"/{format}/", recursive=True)
     yield system
     system.store.clear()
@@ -189,8 +221,10 @@ def test_a_url_is_a_folder(photos, memory, tmp_path):
     rows = open_source("memory://parquet").train
     assert rows.labels.tolist() == folder.train.labels.tolist()
     assert all(same(rows.read(i), folder.train.read(i)) for i in range(60))
-    memory.rm(f"/tar/{INDEX}")
-    memory.pipe("/tar/train-000003.tar", (tmp_path / "tar" / "train-000003.tar").read_bytes())  # another time
+    memory.rm(f"/tar/{CATALOG_FILE}")
+    memory.pipe(
+        "/tar/train-000003.tar", (tmp_path / "tar" / "train-000003.tar").read_bytes()
+    )  # another time
     is_the_same(open_source("memory://tar"), folder)
     assert len(open_source("memory://tar/train-000000.tar").train) == 17
 
@@ -204,7 +238,7 @@ def test_what_vanishes_stops_the_work_in_one_line(photos, memory, tmp_path):
         vanish()
         for workers in (0, 2) if place == "memory://tar" else (0,):
             with pytest.raises(WorkFailed) as error:
-                list(batches(images, r.replace(workers=workers), 0, 2, CPU))
+                list(iter_batches(images, r.replace(workers=workers), 0, 2, CPU))
             assert "cannot read" in one_line(error) and "train-0" in str(error.value)
 
 
@@ -214,48 +248,63 @@ def test_what_vanishes_stops_the_work_in_one_line(photos, memory, tmp_path):
 def test_interleaving_is_a_permutation_of_blocks_and_within_them():
     rng = np.random.default_rng(0)
     blocks = Blocks(np.append(0, np.cumsum(rng.integers(1, 9, 40))))
-    n = int(blocks.first[-1])
+    n = int(blocks.offsets[-1])
     for seed, epoch in [(0, 0), (0, 1), (7, 0)]:
-        sequence = interleaved(seed, epoch, blocks, np.arange(n))
+        sequence = interleaved_indices(seed, epoch, blocks, np.arange(n))
         assert sorted(sequence) == list(range(n))
-        block = blocks.of(sequence)
-        assert len(np.flatnonzero(np.diff(block))) == len(blocks) - 1  # each block stands in one piece
+        block = blocks.block_of(sequence)
+        assert (
+            len(np.flatnonzero(np.diff(block))) == len(blocks) - 1
+        )  # each block stands in one piece
         assert (np.diff(block[np.flatnonzero(np.diff(block))]) != 1).any()
         assert (np.diff(sequence)[np.diff(block) == 0] != 1).any()
         some = rng.permutation(n)[:11]
-        assert interleaved(seed, epoch, blocks, some).tolist() == sequence[some].tolist()
-    orders = [tuple(interleaved(*key, blocks, np.arange(n))) for key in [(0, 0), (0, 1), (1, 0)]]
-    assert len(set(orders)) == len({tuple(blocks.of(np.array(order))) for order in orders}) == 3
+        assert interleaved_indices(seed, epoch, blocks, some).tolist() == sequence[some].tolist()
+    orders = [
+        tuple(interleaved_indices(*key, blocks, np.arange(n))) for key in [(0, 0), (0, 1), (1, 0)]
+    ]
+    assert (
+        len(set(orders)) == len({tuple(blocks.block_of(np.array(order))) for order in orders}) == 3
+    )
 
 
 @pytest.mark.parametrize("format", ["tar", "parquet"])
 def test_each_image_is_seen_once_an_epoch(photos, tmp_path, format):
     """By 1, 2 or 3 processes, each with any number of workers, with places of the batch shared out in any way."""
-    images = open_source(shard(photos, out=tmp_path / "out", format=format, per_shard=17)).train
+    images = open_source(
+        write_shards(photos, out=tmp_path / "out", format=format, per_shard=17)
+    ).train
     assert len(images.blocks) > 8
     r = recipe(batch_size=7)
     per_epoch = steps_per_epoch(60, 7)
     for epoch in range(2):
         steps = range(epoch * per_epoch, (epoch + 1) * per_epoch)
-        whole = np.stack([members(step, r, images) for step in steps])
+        whole = np.stack([batch_indices(step, r, images) for step in steps])
         assert max(Counter(whole.ravel().tolist()).values()) == 1 and whole.size == 56
         for shares in ([slice(0, 4), slice(4, 7)], [slice(r, None, 3) for r in range(3)]):
             for mine in shares:
-                assert same(np.stack([members(step, r, images, mine) for step in steps]), whole[:, mine])
+                assert same(
+                    np.stack([batch_indices(step, r, images, mine) for step in steps]),
+                    whole[:, mine],
+                )
         for workers in (0, 2) if epoch else (0,):
-            made = list(batches(images, r.replace(workers=workers), steps.start, steps.stop, CPU))
+            made = list(
+                iter_batches(images, r.replace(workers=workers), steps.start, steps.stop, CPU)
+            )
             assert same(torch.stack([batch.index for batch in made]), whole)
-    assert not same(whole, np.stack([members(step, r, images) for step in range(per_epoch)]))
+    assert not same(whole, np.stack([batch_indices(step, r, images) for step in range(per_epoch)]))
 
 
 @pytest.mark.parametrize("format", ["tar", "parquet"])
 def test_a_step_is_the_same_whatever_ran_before_and_whoever_makes_it(photos, tmp_path, format):
     """Exact resume in the middle of a shard, bit for bit; a chosen part of the images too."""
-    images = open_source(shard(photos, out=tmp_path / "out", format=format, per_shard=17)).train
+    images = open_source(
+        write_shards(photos, out=tmp_path / "out", format=format, per_shard=17)
+    ).train
     for some in (images, images.take(np.delete(np.arange(60), [3, 30, 31]))):
-        straight = list(batches(some, recipe(workers=2), 0, 12, CPU))
+        straight = list(iter_batches(some, recipe(workers=2), 0, 12, CPU))
         for workers, start in [(0, 5), (3, 10)]:
-            for batch in batches(some, recipe(workers=workers), start, 12, CPU):
+            for batch in iter_batches(some, recipe(workers=workers), start, 12, CPU):
                 known = straight[batch.step]
                 assert torch.equal(batch.index, known.index)
                 assert all(torch.equal(a, b) for a, b in zip(batch.views, known.views, strict=True))
@@ -263,27 +312,35 @@ def test_a_step_is_the_same_whatever_ran_before_and_whoever_makes_it(photos, tmp
 
 def test_the_images_of_shards_are_those_of_the_folder_in_a_batch(photos, tmp_path):
     """Shuffled, shards and the folder they were made of are one source to the bit."""
-    out = shard(photos, out=tmp_path / "out", per_shard=17)
+    out = write_shards(photos, out=tmp_path / "out", per_shard=17)
     r = recipe(order="shuffled", workers=0)
-    for one, other in zip(*(batches(open_source(place).train, r, 0, 9, CPU) for place in (photos, out))):
+    for one, other in zip(
+        *(iter_batches(open_source(place).train, r, 0, 9, CPU) for place in (photos, out))
+    ):
         assert torch.equal(one.index, other.index) and torch.equal(one.views[1], other.views[1])
 
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_each_block_is_read_about_once_an_epoch(photos, tmp_path, monkeypatch, workers):
     """By whoever makes the places of the batch that go through it: two, where a part of the sequence ends inside it."""
-    images = open_source(shard(photos, out=tmp_path / "out", per_shard=17)).train
+    images = open_source(write_shards(photos, out=tmp_path / "out", per_shard=17)).train
     r, read = recipe(batch_size=6), []
-    monkeypatch.setattr(shards, "read_ranges", lambda spans, real=shards.read_ranges: read.extend(spans) or real(spans))
+    monkeypatch.setattr(
+        shards,
+        "read_ranges",
+        lambda spans, real=shards.read_ranges: read.extend(spans) or real(spans),
+    )
     near = [images] * workers
     for step in range(10):
         for worker, mine in enumerate(np.array_split(np.arange(6), workers)):
-            index = members(step, r, images, slice(mine[0], mine[-1] + 1))
+            index = batch_indices(step, r, images, slice(mine[0], mine[-1] + 1))
             near[worker] = near[worker].near(index)
             assert len(near[worker].encoded.held) <= len(mine)
             for i in index:
                 near[worker].read(i)
-    assert len(images.blocks) <= len(read) <= len(images.blocks) + 6 and len(set(read)) == len(images.blocks)
+    assert len(images.blocks) <= len(read) <= len(images.blocks) + 6 and len(set(read)) == len(
+        images.blocks
+    )
 
 
 def test_a_batch_comes_from_many_blocks():
@@ -296,7 +353,10 @@ def test_a_batch_comes_from_many_blocks():
 
     Fake.blocks = blocks
     r, fake = recipe(batch_size=512), Fake()
-    distinct = [len(set(blocks.of(members(step, r, fake)).tolist())) for step in range(0, 195, 10)]
+    distinct = [
+        len(set(blocks.block_of(batch_indices(step, r, fake)).tolist()))
+        for step in range(0, 195, 10)
+    ]
     assert min(distinct) > 480
 
 
@@ -307,37 +367,51 @@ def test_broken_images_are_quarantined_and_replaced(photos, tmp_path):
     for name in ("dog/001.png", "dog/005.png"):
         data = (photos / name).read_bytes()
         (photos / name).write_bytes(data[: len(data) // 2])  # the header is whole
-    images = open_source(shard(photos, out=tmp_path / "out", per_shard=17)).train
-    found = [key for batch in batches(images, recipe(workers=2), 0, 7, CPU) for key, _ in batch.skipped]
-    seen = np.concatenate([members(step, recipe(), images) for step in range(7)])
+    images = open_source(write_shards(photos, out=tmp_path / "out", per_shard=17)).train
+    found = [
+        key
+        for batch in iter_batches(images, recipe(workers=2), 0, 7, CPU)
+        for key, _ in batch.skipped
+    ]
+    seen = np.concatenate([batch_indices(step, recipe(), images) for step in range(7)])
     expected = [images.keys[i] for i in seen if images.keys[i] in ("dog/001.png", "dog/005.png")]
     assert sorted(found) == sorted(expected)
 
 
 @pytest.mark.parametrize("cut", [0.5, 0.31, 0.02])
 def test_a_truncated_shard_is_one_line_that_says_what_is_lost(photos, tmp_path, cut):
-    out = shard(photos, out=tmp_path / "out", per_shard=20)
+    out = write_shards(photos, out=tmp_path / "out", per_shard=20)
     path = out / "train-000001.tar"
     data = path.read_bytes()
     path.write_bytes(data[: int(len(data) * cut)])
-    with tarfile.open(fileobj=io.BytesIO(data)) as archive:  # by offsets: those that end before the cut
-        whole = sum(i.name.endswith(".png") and i.offset_data + i.size <= len(data) * cut for i in archive)
+    with tarfile.open(
+        fileobj=io.BytesIO(data)
+    ) as archive:  # by offsets: those that end before the cut
+        whole = sum(
+            i.name.endswith(".png") and i.offset_data + i.size <= len(data) * cut for i in archive
+        )
     source = open_source(out)
     assert len(source.train) == 40 + whole
     (name, first), (again, second) = source.damage
     assert name == again == "train-000001.tar"
     assert "its 20 images" in first and "lost" in first
-    assert f"the {whole} images before it" in second and "lost" in second and "\n" not in first + second
+    assert (
+        f"the {whole} images before it" in second
+        and "lost" in second
+        and "\n" not in first + second
+    )
     r = recipe(limit=None, holdout=0, cache_gib=0.0)
-    assert prepare(r, source).unreadable[:2] == list(source.damage)
-    assert all(same(source.train.read(i), open_source(photos).train.read(i)) for i in range(20 + whole))
+    assert prepare_data(r, source).unreadable[:2] == list(source.damage)
+    assert all(
+        same(source.train.read(i), open_source(photos).train.read(i)) for i in range(20 + whole)
+    )
 
 
 def test_a_shard_cut_after_it_was_cataloged_costs_the_images_behind_the_cut(photos, tmp_path):
-    out = shard(photos, out=tmp_path / "out", per_shard=20)
+    out = write_shards(photos, out=tmp_path / "out", per_shard=20)
     images = open_source(out).train
     os.truncate(out / "train-000002.tar", (out / "train-000002.tar").stat().st_size // 2)
-    near = images.near(np.arange(60))
+    near = images.prefetch(np.arange(60))
     for reader in (images, near):
         with pytest.raises(Unreadable, match=r"train-000002.tar is damaged here"):
             reader.read(59)
@@ -357,8 +431,14 @@ def test_what_a_tar_may_not_hold_is_ignored_in_one_line(tmp_path):
             info.size = len(png) if kind in (tarfile.REGTYPE, b"0") else 0
             archive.addfile(info, io.BytesIO(png))
     source = open_source(tmp_path / "set")
-    assert list(source.train.keys) == ["a.tar/etc/abs.png", "a.tar/a.b.png", "a.tar/c\n\x1b[31m.png"]
-    assert source.damage == (("a.tar", "5 links, devices, giants or paths that lead outside are ignored"),)
+    assert list(source.train.keys) == [
+        "a.tar/etc/abs.png",
+        "a.tar/a.b.png",
+        "a.tar/c\n\x1b[31m.png",
+    ]
+    assert source.damage == (
+        ("a.tar", "5 links, devices, giants or paths that lead outside are ignored"),
+    )
     assert same(source.train.read(0), picture(1))
 
 
@@ -366,7 +446,10 @@ def test_what_a_tar_may_not_hold_is_ignored_in_one_line(tmp_path):
 def test_lying_tars_are_one_line(tmp_path, what):
     folder = tmp_path / "set"
     folder.mkdir()
-    tarred(folder / "a.tar", {"1.png": encode(picture(1)), "1.cls": b"7", "2.png": encode(picture(2)), "2.cls": b"9"})
+    tarred(
+        folder / "a.tar",
+        {"1.png": encode(picture(1)), "1.cls": b"7", "2.png": encode(picture(2)), "2.cls": b"9"},
+    )
     data = bytearray((folder / "a.tar").read_bytes())
     at = data.index(b"2.png")
 
@@ -405,12 +488,14 @@ def test_lying_tars_are_one_line(tmp_path, what):
         return
     source = open_source(folder)
     assert same(source.train.read(0), picture(1))
-    assert what == "json" or (len(source.train) == 1 and "what follows is lost" in source.damage[0][1])
+    assert what == "json" or (
+        len(source.train) == 1 and "what follows is lost" in source.damage[0][1]
+    )
 
 
 def test_a_lying_catalog_is_not_believed(photos, tmp_path):
-    out = shard(photos, out=tmp_path / "out", per_shard=20)
-    folder, path = open_source(photos), out / INDEX
+    out = write_shards(photos, out=tmp_path / "out", per_shard=20)
+    folder, path = open_source(photos), out / CATALOG_FILE
     with pa.OSFile(str(path)) as file:
         reader = pa.ipc.open_file(file)
         found, tables = reader.schema, [pa.table(reader.get_batch(i)) for i in range(3)]
@@ -423,21 +508,23 @@ def test_a_lying_catalog_is_not_believed(photos, tmp_path):
             ("size", [-5] * 20),
         ]
     ):
-        lie = tables[1].set_column(found.get_field_index(column), column, pa.array(values, pa.int64()))
+        lie = tables[1].set_column(
+            found.get_field_index(column), column, pa.array(values, pa.int64())
+        )
         with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, found) as writer:
             for table in (tables[0], lie, tables[2]):
                 writer.write_table(table.combine_chunks())
         os.utime(out / "train-000001.tar", ns=(n, n))  # so that what is kept does not count
         source = open_source(out)
         is_the_same(source, folder)
-        assert source.damage == ((INDEX, "is damaged, and the shards were scanned instead"),)
+        assert source.damage == ((CATALOG_FILE, "is damaged, and the shards were scanned instead"),)
     path.write_bytes(path.read_bytes()[:-100])
     os.utime(out / "train-000001.tar", ns=(99, 99))
     is_the_same(open_source(out), folder)
 
 
 def test_damaged_parquet_costs_its_row_group(photos, tmp_path):
-    out = shard(photos, out=tmp_path / "out", format="parquet", per_shard=30)
+    out = write_shards(photos, out=tmp_path / "out", format="parquet", per_shard=30)
     images = open_source(out).train
     path = out / "train-00000-of-00002.parquet"
     data = bytearray(path.read_bytes())
@@ -445,7 +532,7 @@ def test_damaged_parquet_costs_its_row_group(photos, tmp_path):
     path.write_bytes(data)
     with pytest.raises(Unreadable, match="row group 0 of train-00000-of-00002"):
         images.read(0)
-    assert same(images.near(np.arange(60)).read(59), open_source(photos).train.read(59))
+    assert same(images.prefetch(np.arange(60)).read(59), open_source(photos).train.read(59))
     parquet(out / "train-00002.parquet", [picture(0)], [0], ["x", "y"], image="other")
     assert "other columns or class names" in refused(out)
 
@@ -454,11 +541,16 @@ POOL = pa.proxy_memory_pool(pa.default_memory_pool())  # outlives whatever was a
 
 
 def test_a_footer_that_lies_about_rows_or_columns(photos, tmp_path):
-    path = shard(photos, out=tmp_path / "out", format="parquet") / "train-00000-of-00001.parquet"
+    path = (
+        write_shards(photos, out=tmp_path / "out", format="parquet")
+        / "train-00000-of-00001.parquet"
+    )
     images = open_source(path.parent).train
-    starts = [np.append(images.encoded.places.starts[0], 60)]  # one more than the row group has
-    lying = shards.Shards(replace(images.encoded.places, starts=starts, sizes=[np.ones(61, np.int64)]))
-    for reader in (lying, lying.near(np.arange(61))):
+    starts = [np.append(images.encoded.locations.starts[0], 60)]  # one more than the row group has
+    lying = shards.Shards(
+        replace(images.encoded.locations, starts=starts, sizes=[np.ones(61, np.int64)])
+    )
+    for reader in (lying, lying.prefetch(np.arange(61))):
         assert reader[59] == images.encoded[59]
         with pytest.raises(Unreadable, match="rows, and its footer has more"):
             reader[60]
@@ -474,29 +566,43 @@ def test_a_footer_that_lies_about_rows_or_columns(photos, tmp_path):
         assert len(open_source(path.parent).train) == 60
 
 
-def test_parquet_that_unpacks_to_gigabytes_is_refused_or_read_a_block_at_a_time(tmp_path, monkeypatch):
+def test_parquet_that_unpacks_to_gigabytes_is_refused_or_read_a_block_at_a_time(
+    tmp_path, monkeypatch
+):
     """zstd makes a few bytes of a MiB of zeros; a dictionary, of 300 of them; a footer claims any number of rows."""
-    monkeypatch.setattr(sources, "RESIDENT", 2**24)
+    monkeypatch.setattr(sources, "MAX_RESIDENT_BYTES", 2**24)
     for name, rows, per_group in [("bomb", 17, 17), ("blocks", 17, 1), ("same", 300, 300)]:
         image = os.urandom(2**20) if name == "same" else bytes(2**20)
-        table = pa.table({"image": pa.DictionaryArray.from_arrays(np.zeros(rows, np.int32), pa.array([image]))})
+        table = pa.table(
+            {"image": pa.DictionaryArray.from_arrays(np.zeros(rows, np.int32), pa.array([image]))}
+        )
         table = table if name == "same" else table.cast(pa.schema({"image": pa.binary()}))
-        how = {"use_dictionary": name == "same", "dictionary_pagesize_limit": 2**30, "row_group_size": per_group}
-        pq.write_table(table, tmp_path / f"{name}.parquet", compression="zstd", store_schema=False, **how)
+        how = {
+            "use_dictionary": name == "same",
+            "dictionary_pagesize_limit": 2**30,
+            "row_group_size": per_group,
+        }
+        pq.write_table(
+            table, tmp_path / f"{name}.parquet", compression="zstd", store_schema=False, **how
+        )
         assert (tmp_path / f"{name}.parquet").stat().st_size < 2**21
     before = pa.default_memory_pool()
     pa.set_memory_pool(POOL)
     said = refused(tmp_path / "bomb.parquet")
     assert "row group 0 of bomb.parquet, " in said and "unpacks to 17,82" in said
     assert "at most 16,777,216: write it with smaller row groups" in said
-    blocks, same_one = (open_source(tmp_path / f"{name}.parquet").train for name in ("blocks", "same"))
+    blocks, same_one = (
+        open_source(tmp_path / f"{name}.parquet").train for name in ("blocks", "same")
+    )
     assert len(blocks.blocks) == 17 and same_one.blocks is None and len(same_one) == 300
-    for images in (blocks.near(np.arange(1)), same_one):
+    for images in (blocks.prefetch(np.arange(1)), same_one):
         with pytest.raises(Unreadable, match="not one of"):
             images.read(0)
     pa.set_memory_pool(before)
     assert POOL.max_memory() < 2**25
-    pq.write_table(pa.table({"image": [b""] * 10**5}), tmp_path / "rows.parquet", compression="zstd")
+    pq.write_table(
+        pa.table({"image": [b""] * 10**5}), tmp_path / "rows.parquet", compression="zstd"
+    )
     assert "rows.parquet claims to hold 100,000 images in" in refused(tmp_path / "rows.parquet")
 
 
@@ -528,10 +634,13 @@ def test_tars_beside_photographs_are_no_shards(photos, tmp_path):
 
 
 def test_inspect_and_pretrain_take_shards(photos, tmp_path):
-    out = shard(photos, out=tmp_path / "out", per_shard=17)
-    index = index_of([out], open_source(out))
-    assert index.table["bytes"].to_pylist() == index_of([photos], open_source(photos)).table["bytes"].to_pylist()
-    assert index.table["digest"].equals(index_of([photos], open_source(photos)).table["digest"])
+    out = write_shards(photos, out=tmp_path / "out", per_shard=17)
+    index = load_index([out], open_source(out))
+    assert (
+        index.table["bytes"].to_pylist()
+        == load_index([photos], open_source(photos)).table["bytes"].to_pylist()
+    )
+    assert index.table["digest"].equals(load_index([photos], open_source(photos)).table["digest"])
     words = {"backbone": "resnet10", "width": 4, "dim": 16, "proj_hidden": 16, "pred_dim": 4, "image_size": 16,
              "batch_size": 8, "epochs": 1, "knn_every": 9, "holdout": 0, "workers": 2}  # fmt: skip
     run = pretrain(out, out=tmp_path / "run", **words)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from simsiam.monitoring.signals import (
     alignment,
+    nearest_neighbors,
     neighbor_stability,
-    neighbors,
     rankme,
     spectrum_auc,
     uniformity,
@@ -65,7 +65,9 @@ def test_the_spectrum_of_a_spread():
     assert spectrum_auc(h) == pytest.approx(33 / 64, rel=0.02)
     rows = torch.linalg.qr(normal(32, 32)).Q
     assert rankme(rows) == pytest.approx(32, rel=1e-12)
-    assert spectrum_auc(rows) == pytest.approx(1 / 2 + 1 / 32, rel=1e-12)  # centering takes one of 32 equal values
+    assert spectrum_auc(rows) == pytest.approx(
+        1 / 2 + 1 / 32, rel=1e-12
+    )  # centering takes one of 32 equal values
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -108,14 +110,14 @@ def test_neighbors_equal_a_stable_sort(h, chunk):
     np.fill_diagonal(cosine, -2)
     wanted = np.argsort(-cosine, axis=1, kind="stable")
     for k in (1, 10, 60):
-        found = neighbors(h, k, chunk=chunk)
+        found = nearest_neighbors(h, k, chunk=chunk)
         assert found.dtype == torch.int64 and found.tolist() == wanted[:, :k].tolist()
-    assert neighbors(h, 100).shape == (61, 60)
+    assert nearest_neighbors(h, 100).shape == (61, 60)
 
 
 def test_neighbors_in_a_collapse_are_the_first_rows():
     ray = normal(9, 1, dtype=torch.float32).abs() * normal(1, 32, 1, torch.float32)
-    assert neighbors(ray, 2).tolist() == [[1, 2], [0, 2]] + [[0, 1]] * 7
+    assert nearest_neighbors(ray, 2).tolist() == [[1, 2], [0, 2]] + [[0, 1]] * 7
 
 
 def test_neighbor_stability_compares_sets():
@@ -123,7 +125,10 @@ def test_neighbor_stability_compares_sets():
     now = torch.tensor([[3, 1, 2], [3, 4, 5], [4, 5, 6], [4, 2, 0]])  # 3, 1, 0 and 2 of 3
     assert neighbor_stability(before, now) == pytest.approx(100 * 6 / 12)
     assert neighbor_stability(before, before) == 100
-    before, now = neighbors(normal(300, 8), 7), neighbors(normal(300, 8) + normal(300, 8, 1), 7)
+    before, now = (
+        nearest_neighbors(normal(300, 8), 7),
+        nearest_neighbors(normal(300, 8) + normal(300, 8, 1), 7),
+    )
     kept = [len(set(b) & set(n)) / 7 for b, n in zip(before.tolist(), now.tolist())]
     assert neighbor_stability(before, now) == pytest.approx(100 * np.mean(kept), rel=1e-12)
 
@@ -135,7 +140,9 @@ def test_alignment_is_a_mean_distance(alpha):
     assert alignment(a, b, alpha) == pytest.approx(wanted, rel=1e-12)
     assert alignment(a, a, alpha) == 0
     assert alignment(a, -a, alpha) == pytest.approx(2**alpha, rel=1e-12)
-    assert alignment(a, b) == pytest.approx(2 - 2 * F.cosine_similarity(a, b).mean().item(), rel=1e-12)
+    assert alignment(a, b) == pytest.approx(
+        2 - 2 * F.cosine_similarity(a, b).mean().item(), rel=1e-12
+    )
 
 
 @pytest.mark.parametrize("chunk", [7, 1000])
@@ -152,23 +159,30 @@ def test_uniformity_of_a_point_a_sphere_and_a_basis():
     assert uniformity(normal(1, 8).expand(50, -1)) == pytest.approx(0, abs=1e-9)
     assert uniformity(torch.eye(16)) == pytest.approx(-4, abs=1e-6)
     for d in (3, 32):  # exp(2t cos) averages 0F1(; d / 2; t²) over the sphere, here as its series
-        mean = sum(4**k / math.factorial(k) * math.gamma(d / 2) / math.gamma(d / 2 + k) for k in range(20))
+        mean = sum(
+            4**k / math.factorial(k) * math.gamma(d / 2) / math.gamma(d / 2 + k) for k in range(20)
+        )
         assert uniformity(normal(3000, d)) == pytest.approx(-4 + math.log(mean), abs=0.01)
 
 
 def test_no_signal_sees_a_rotation_and_only_rankme_the_norms():
     a, b = two_views(61, 8)
     q, c = torch.linalg.qr(normal(8, 8, 2)).Q, normal(61, 1, 3).abs() + 0.1
-    kept = neighbors(a)
+    kept = nearest_neighbors(a)
     signals = [spectrum_auc, uniformity, lambda h: view_retrieval(h, b), lambda h: alignment(h, b)]
     for signal in signals:
         assert signal(c * a) == pytest.approx(signal(a), rel=1e-9)
-    assert torch.equal(neighbors(c * a), kept) and torch.equal(neighbors(a @ q), kept)
+    assert torch.equal(nearest_neighbors(c * a), kept) and torch.equal(
+        nearest_neighbors(a @ q), kept
+    )
     for signal in [rankme, *signals[:2]]:
         assert signal(a @ q) == pytest.approx(signal(a), rel=1e-9)
     for signal in (view_retrieval, alignment):
         assert signal(a @ q, b @ q) == pytest.approx(signal(a, b), rel=1e-9)
-    assert rankme(3 * a) == pytest.approx(rankme(a), rel=1e-12) and abs(rankme(c * a) - rankme(a)) > 0.01
+    assert (
+        rankme(3 * a) == pytest.approx(rankme(a), rel=1e-12)
+        and abs(rankme(c * a) - rankme(a)) > 0.01
+    )
 
 
 def test_lower_precision_is_computed_in_float32():
@@ -177,4 +191,4 @@ def test_lower_precision_is_computed_in_float32():
         assert signal(a) == signal(a.float())
     for signal in (view_retrieval, alignment):
         assert signal(a, b) == signal(a.float(), b.float())
-    assert torch.equal(neighbors(a), neighbors(a.float()))
+    assert torch.equal(nearest_neighbors(a), nearest_neighbors(a.float()))

@@ -18,8 +18,8 @@ import pytest
 from PIL import Image
 from test_decode import encode, npy, picture, same
 
-from simsiam.data.decode import Unreadable, decode
-from simsiam.data.images import in_memory, spread
+from simsiam.data.decode import Unreadable, decode_image
+from simsiam.data.images import evenly_spaced, load_into_memory
 from simsiam.errors import UsageError, WorkFailed
 from simsiam.sources.open_source import open_source
 
@@ -45,13 +45,19 @@ def parquet(path, arrays, labels=None, names=None, layout="struct", image="image
         table = table.append_column(label, pa.array(labels, pa.int64()))
         features[label] = {"_type": "ClassLabel", "names": names} if names else {"_type": "Value"}
     if names:
-        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+        table = table.replace_schema_metadata(
+            {"huggingface": json.dumps({"info": {"features": features}})}
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(table, path, row_group_size=2)
 
 
 def files_below(root):
-    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(root)): path.read_bytes()
+        for path in sorted(root.rglob("*"))
+        if path.is_file()
+    }
 
 
 def zipped(path, files, how=zipfile.ZIP_DEFLATED, zip64=False):
@@ -75,7 +81,9 @@ def is_the_same(a, b, prefix=""):
     """The same splits of the same images in the same order with the same labels; their keys differ by a prefix."""
     assert a.splits.keys() == b.splits.keys()
     for one, other in zip(a.splits.values(), b.splits.values(), strict=True):
-        assert list(one.keys) == [prefix + key for key in other.keys] and one.classes == other.classes
+        assert (
+            list(one.keys) == [prefix + key for key in other.keys] and one.classes == other.classes
+        )
         assert (one.labels is None) == (other.labels is None) and same(one.labels, other.labels)
         for i in range(len(one)):
             assert same(one.read(i), other.read(i)) and one.header(i) == other.header(i)
@@ -126,7 +134,9 @@ def test_no_network_is_one_line_that_says_what_else_to_give(tmp_path, monkeypatc
     monkeypatch.setenv("SIMSIAM_DATA", str(tmp_path / "data"))
     for name in ("cifar10", "cifar100", "stl10"):
         line = refused(name, WorkFailed)
-        assert name in line and str(tmp_path / "data") in line and "Temporary failure in name" in line
+        assert (
+            name in line and str(tmp_path / "data") in line and "Temporary failure in name" in line
+        )
         assert "local Parquet file or a folder" in line
 
 
@@ -151,10 +161,14 @@ def test_torchvision_arrays_become_channels_first(tmp_path, monkeypatch):
     assert (len(cifar.train), cifar.val, len(cifar.test)) == (4, None, 2)
     assert cifar.train.labels.tolist() == [1, 0, 1, 0] and cifar.train.classes == ("cat", "dog")
     stl = open_source("stl10")
-    assert stl.train.labels is None and stl.train.classes == () and stl.val.labels.tolist() == [0, 1, 1]
+    assert (
+        stl.train.labels is None
+        and stl.train.classes == ()
+        and stl.val.labels.tolist() == [0, 1, 1]
+    )
     for split in (cifar.train, cifar.test, stl.train, stl.val, stl.test):
         assert all(same(split.read(i), picture(i)) for i in range(len(split)))
-        assert split.header(0)[:2] == (8, 8)
+        assert split.read_header(0)[:2] == (8, 8)
 
 
 # Folders
@@ -169,7 +183,12 @@ def test_a_flat_folder_has_no_labels_and_a_bytewise_order(tmp_path):
         == sorted(names, key=str.encode)
         == ["B.PNG", "a-.png", "a.JPeG", "a/z.png", *names[::4]]
     )
-    assert source.train.labels is None and source.train.classes == () and source.val is None and source.test is None
+    assert (
+        source.train.labels is None
+        and source.train.classes == ()
+        and source.val is None
+        and source.test is None
+    )
     for i, name in enumerate(source.train.keys):
         assert same(source.train.read(i), picture(names.index(name)))
 
@@ -204,7 +223,11 @@ def test_splits_share_the_classes_of_train(tmp_path, val):
     source = open_source(tmp_path)
     assert list(source.train.keys) == ["train/cat/1.png", "train/dog/1.png", "train/emu/1.png"]
     assert list(source.val.keys) == [f"{val}/dog/1.png"]
-    assert source.val.labels.tolist() == [1] and source.val.classes == source.train.classes == ("cat", "dog", "emu")
+    assert source.val.labels.tolist() == [1] and source.val.classes == source.train.classes == (
+        "cat",
+        "dog",
+        "emu",
+    )
     assert source.test.labels is None and same(source.test.read(0), picture(4))
 
 
@@ -264,7 +287,9 @@ def test_a_folder_that_may_not_be_read_is_one_line(tmp_path, monkeypatch):
         return scandir(path)
 
     monkeypatch.setattr("os.scandir", scandir)
-    assert refused(tree(tmp_path, "a/1.png", "b/1.png"), WorkFailed).endswith("b/: Permission denied")
+    assert refused(tree(tmp_path, "a/1.png", "b/1.png"), WorkFailed).endswith(
+        "b/: Permission denied"
+    )
 
 
 def test_file_names_of_any_bytes(tmp_path):
@@ -279,11 +304,16 @@ def test_file_names_of_any_bytes(tmp_path):
             pytest.skip("this file system takes only UTF-8")
     images = open_source(tmp_path).train
     assert [os.fsencode(key) for key in images.keys] == sorted(names)
-    assert all(same(images.read(i), picture(names.index(name))) for i, name in enumerate(sorted(names)))
+    assert all(
+        same(images.read(i), picture(names.index(name))) for i, name in enumerate(sorted(names))
+    )
     os.remove(os.path.join(os.fsencode(tmp_path), names[1]))
     os.remove(os.path.join(os.fsencode(tmp_path), names[3]))
     labeled = open_source(tmp_path).train
-    assert labeled.classes == (os.fsdecode(b"b\xff"), os.fsdecode(b"caf\xe9")) and labeled.labels.tolist() == [0, 1]
+    assert labeled.classes == (
+        os.fsdecode(b"b\xff"),
+        os.fsdecode(b"caf\xe9"),
+    ) and labeled.labels.tolist() == [0, 1]
 
 
 def test_many_names_are_as_few(tmp_path, monkeypatch):
@@ -293,7 +323,7 @@ def test_many_names_are_as_few(tmp_path, monkeypatch):
         (tmp_path / path).parent.mkdir(exist_ok=True)
         (tmp_path / path).touch()
     for chunk in (1, 2, 7, 14, 99):
-        monkeypatch.setattr("simsiam.sources.open_source.CHUNK", chunk)
+        monkeypatch.setattr("simsiam.sources.open_source.NAME_CHUNK", chunk)
         assert list(open_source(tmp_path).train.keys) == paths
 
 
@@ -302,21 +332,36 @@ def test_several_folders_and_files_equal_the_folder_that_holds_them(tmp_path):
     folders = [tmp_path / "all" / "a-b", tmp_path / "all" / "a"]
     source = open_source(folders)
     assert source.name == "all" and source.train.classes == ("cat", "dog", "emu")
-    assert list(source.train.keys) == ["a-b/cat/2.png", "a-b/emu/1.png", "a/cat/1.png", "a/dog/1.png"]
+    assert list(source.train.keys) == [
+        "a-b/cat/2.png",
+        "a-b/emu/1.png",
+        "a/cat/1.png",
+        "a/dog/1.png",
+    ]
     assert source.train.labels.tolist() == [0, 2, 0, 1]
     plain = open_source(tmp_path / "all").train
     for images in (source.train, open_source([*folders, folders[0]]).train):
         assert list(images.keys) == list(plain.keys)
         assert all(same(images.read(i), plain.read(i)) for i in range(4))
-    inside = open_source([tmp_path / "all" / "a", tmp_path / "all", tmp_path / "all" / "a" / "cat" / "1.png"])
-    assert sorted(inside.train.keys) == sorted(plain.keys) and inside.train.labels is not None  # no image twice
+    inside = open_source(
+        [tmp_path / "all" / "a", tmp_path / "all", tmp_path / "all" / "a" / "cat" / "1.png"]
+    )
+    assert (
+        sorted(inside.train.keys) == sorted(plain.keys) and inside.train.labels is not None
+    )  # no image twice
     files = [tmp_path / "all" / key for key in plain.keys]
     alone = open_source(files[::-1])
     assert list(alone.train.keys) == list(plain.keys) and alone.train.labels is None
     mixed = open_source([folders[1], files[0]]).train
-    assert list(mixed.keys) == ["a-b/cat/2.png", "a/cat/1.png", "a/dog/1.png"] and mixed.labels is None
+    assert (
+        list(mixed.keys) == ["a-b/cat/2.png", "a/cat/1.png", "a/dog/1.png"] and mixed.labels is None
+    )
     one = open_source(files[0])
-    assert one.name == "2" and list(one.train.keys) == ["2.png"] and same(one.train.read(0), picture(2))
+    assert (
+        one.name == "2"
+        and list(one.train.keys) == ["2.png"]
+        and same(one.train.read(0), picture(2))
+    )
 
 
 def test_what_cannot_be_several_is_one_line(tmp_path):
@@ -324,7 +369,9 @@ def test_what_cannot_be_several_is_one_line(tmp_path):
     (tmp_path / "list.txt").write_text("a/1.png")
     (tmp_path / "empty").mkdir()
     for other in ("cifar10", tmp_path / "list.txt", tmp_path / "gone", tmp_path / "gone.png"):
-        assert "is neither a folder nor an image file: only these can be several" in refused([tmp_path / "a", other])
+        assert "is neither a folder nor an image file: only these can be several" in refused(
+            [tmp_path / "a", other]
+        )
     assert "no image in" in refused([tmp_path / "empty", tmp_path / "empty"])
 
 
@@ -334,20 +381,33 @@ def test_what_cannot_be_several_is_one_line(tmp_path):
 def test_a_list_is_read_in_its_order(tmp_path, monkeypatch):
     tree(tmp_path, "data/b.png", "elsewhere/a.png", "data/x y.png")
     listed = tmp_path / "data" / "my list.txt"
-    listed.write_bytes(f"\ufeffx y.png\r\n\n{tmp_path}/elsewhere/a.png\n../data/b.png\nb.png".encode())
+    listed.write_bytes(
+        f"\ufeffx y.png\r\n\n{tmp_path}/elsewhere/a.png\n../data/b.png\nb.png".encode()
+    )
     monkeypatch.chdir(tmp_path)
     for path in (listed, "data/my list.txt"):
         source = open_source(path)
         assert source.name == "my-list" and source.val is None and source.train.labels is None
-        assert list(source.train.keys) == ["x y.png", f"{tmp_path}/elsewhere/a.png", "../data/b.png", "b.png"]
-        assert [same(source.train.read(i), picture(seed)) for i, seed in enumerate((2, 1, 0, 0))] == [True] * 4
+        assert list(source.train.keys) == [
+            "x y.png",
+            f"{tmp_path}/elsewhere/a.png",
+            "../data/b.png",
+            "b.png",
+        ]
+        assert [
+            same(source.train.read(i), picture(seed)) for i, seed in enumerate((2, 1, 0, 0))
+        ] == [True] * 4
 
 
 def test_a_list_may_give_labels(tmp_path):
     tree(tmp_path, "1.png", "2.png", "3.png")
     (tmp_path / "l.txt").write_bytes(b"1.png\tdog\n3.png\tc\xe9\tt \n2.png\tdog\n")
     images = open_source(tmp_path / "l.txt").train
-    assert images.classes == (os.fsdecode(b"c\xe9\tt "), "dog") and images.labels.tolist() == [1, 0, 1]
+    assert images.classes == (os.fsdecode(b"c\xe9\tt "), "dog") and images.labels.tolist() == [
+        1,
+        0,
+        1,
+    ]
     (tmp_path / "l.txt").write_text("1.png\tdog\n3.png\n2.png\tcat\n")
     assert open_source(tmp_path / "l.txt").train.labels is None  # one has none
     (tmp_path / "l.txt").write_text("1.png\tdog\n3.png\tdog\n")
@@ -399,12 +459,17 @@ def test_an_archive_equals_the_folder_in_it(tmp_path, layout, prefix):
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     for archive in archives:
         is_the_same(open_source(archive), open_source(folder), prefix)
-    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}  # read in place
+    assert before == {
+        path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")
+    }  # read in place
 
 
 def test_train_around_everything_is_a_split_not_a_wrapping(tmp_path):
     tree(tmp_path / "f", "train/all/cat/1.png", "train/all/dog/1.png")  # one class, so none
-    is_the_same(open_source(zipped(tmp_path / "a.zip", files_below(tmp_path / "f"))), open_source(tmp_path / "f"))
+    is_the_same(
+        open_source(zipped(tmp_path / "a.zip", files_below(tmp_path / "f"))),
+        open_source(tmp_path / "f"),
+    )
 
 
 def test_an_archive_gives_only_its_visible_regular_files(tmp_path):
@@ -417,7 +482,9 @@ def test_an_archive_gives_only_its_visible_regular_files(tmp_path):
             setattr(info, key, value)
         return info
 
-    sparse = member("p.png", tarfile.REGTYPE, pax_headers={"GNU.sparse.map": "0,8", "GNU.sparse.size": "8"})
+    sparse = member(
+        "p.png", tarfile.REGTYPE, pax_headers={"GNU.sparse.map": "0,8", "GNU.sparse.size": "8"}
+    )
     files = {
         "a.png": data, "../../x.png": data, "a/../y.png": data, "/abs.png": data, "d.png/b.png": data,
         member("s.png", tarfile.SYMTYPE, linkname="a.png"): b"",
@@ -442,7 +509,10 @@ def test_an_archive_gives_only_its_visible_regular_files(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 def test_of_two_members_with_one_name_the_last_counts_as_if_unpacked(tmp_path):
-    with tarfile.open(tmp_path / "a.tar", "w") as tar, zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+    with (
+        tarfile.open(tmp_path / "a.tar", "w") as tar,
+        zipfile.ZipFile(tmp_path / "a.zip", "w") as archive,
+    ):
         for seed in (1, 2, 0):
             info = tarfile.TarInfo("a.png")
             info.size = len(encode(picture(seed)))
@@ -456,7 +526,9 @@ def test_of_two_members_with_one_name_the_last_counts_as_if_unpacked(tmp_path):
 def test_names_of_any_bytes_in_a_tar(tmp_path):
     names = [os.fsdecode(b"caf\xe9\n.png"), os.fsdecode(b"\xff/1.png")]
     for kind in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
-        images = open_source(tarred(tmp_path / "a.tar", {name: encode(picture(0)) for name in names}, kind)).train
+        images = open_source(
+            tarred(tmp_path / "a.tar", {name: encode(picture(0)) for name in names}, kind)
+        ).train
         assert list(images.keys) == names and same(images.read(1), picture(0))
 
 
@@ -467,14 +539,18 @@ def test_a_zip_that_lies_costs_only_the_liar(tmp_path):
     while (at := data.find(b"PK\1\2", at + 1)) > 0:  # the central directory
         entries.append(at)
     size = len(files["1.png"])
-    struct.pack_into("<I", data, entries[1] + 24, size - 1)  # it becomes more than it says: a bomb would
+    struct.pack_into(
+        "<I", data, entries[1] + 24, size - 1
+    )  # it becomes more than it says: a bomb would
     struct.pack_into("<I", data, entries[2] + 24, size + 9)  # less
     struct.pack_into("<I", data, entries[3] + 42, 7)  # it begins elsewhere
     struct.pack_into("<II", data, entries[4] + 20, 2**31, 2**31)  # longer than the archive
     (tmp_path / "a.zip").write_bytes(data)
     images = open_source(tmp_path / "a.zip").train
     assert same(images.read(0), picture(0, 64, 64))
-    for i, word in enumerate(("damaged here", "damaged here", "damaged here", "bytes in the archive; at most"), 1):
+    for i, word in enumerate(
+        ("damaged here", "damaged here", "damaged here", "bytes in the archive; at most"), 1
+    ):
         with pytest.raises(Unreadable, match=word) as error:
             images.read(i)
         one_line(error)
@@ -485,7 +561,9 @@ def test_an_archive_that_cannot_be_read_is_one_line(tmp_path):
     whole = zipped(tmp_path / "a.zip", files).read_bytes()
     at = whole.index(b"PK\1\2")
     (tmp_path / "a.zip").write_bytes(whole[: at + 8] + b"\1" + whole[at + 9 :])
-    assert refused(tmp_path / "a.zip").endswith("a.zip is encrypted or packed in a rare way: unpack it")
+    assert refused(tmp_path / "a.zip").endswith(
+        "a.zip is encrypted or packed in a rare way: unpack it"
+    )
     assert "rare way" in refused(zipped(tmp_path / "a.zip", files, zipfile.ZIP_LZMA))
     (tmp_path / "a.zip").write_bytes(whole[:at])
     assert "cannot read" in refused(tmp_path / "a.zip", WorkFailed)
@@ -495,7 +573,10 @@ def test_an_archive_that_cannot_be_read_is_one_line(tmp_path):
     for data in (b"", b"junk" * 999, tar[:600], tar[:512] + bytes(range(256)) * 8):
         (tmp_path / "a.tar").write_bytes(data)
         assert "cannot read" in refused(tmp_path / "a.tar", WorkFailed)
-    for path in (zipped(tmp_path / "none.zip", {"a.txt": b""}), tarred(tmp_path / "none.tar", {"a.txt": b""})):
+    for path in (
+        zipped(tmp_path / "none.zip", {"a.txt": b""}),
+        tarred(tmp_path / "none.tar", {"a.txt": b""}),
+    ):
         assert "no image in" in refused(path)
 
 
@@ -523,11 +604,17 @@ def test_channels_are_those_asked_for(tmp_path):
     zipped(tmp_path / "a.zip", files_below(tmp_path))
     for source in (tmp_path, tmp_path / "a.zip"):
         images = open_source(source, channels=5).train
-        assert all(same(images.read(i), five[i]) and images.header(i) == (20, 30, "NPY") for i in range(3))
+        assert all(
+            same(images.read(i), five[i]) and images.read_header(i) == (20, 30, "NPY")
+            for i in range(3)
+        )
         with pytest.raises(Unreadable, match="give --channels 5"):
             open_source(source).train.read(0)
     tree(tmp_path / "photos", "1.png")
-    assert same(open_source(tmp_path / "photos", channels=1).train.read(0), decode(encode(picture(0)), 1))
+    assert same(
+        open_source(tmp_path / "photos", channels=1).train.read(0),
+        decode_image(encode(picture(0)), 1),
+    )
 
 
 # Parquet
@@ -537,17 +624,39 @@ def test_channels_are_those_asked_for(tmp_path):
 def test_parquet_shards_are_one_split_in_name_order(tmp_path, layout):
     for shard in (1, 0):
         arrays = [picture(10 * shard + i) for i in range(3)]
-        parquet(tmp_path / f"train-0000{shard}-of-00002.parquet", arrays, [2, 0, shard], list("abc"), layout, "img")
-    parquet(tmp_path / "validation-00000-of-00001.parquet", [picture(20)], [2], list("abc"), layout, "img")
-    parquet(tmp_path / "test-00000-of-00001.parquet", [picture(30)], [-1], list("abc"), layout, "img")
+        parquet(
+            tmp_path / f"train-0000{shard}-of-00002.parquet",
+            arrays,
+            [2, 0, shard],
+            list("abc"),
+            layout,
+            "img",
+        )
+    parquet(
+        tmp_path / "validation-00000-of-00001.parquet",
+        [picture(20)],
+        [2],
+        list("abc"),
+        layout,
+        "img",
+    )
+    parquet(
+        tmp_path / "test-00000-of-00001.parquet", [picture(30)], [-1], list("abc"), layout, "img"
+    )
     (tmp_path / "._train-00000-of-00002.parquet").write_text("what macOS leaves behind")
     source = open_source(tmp_path)
     assert list(source.train.keys) == [f"train#{i}" for i in range(6)]
-    assert source.train.labels.tolist() == [2, 0, 0, 2, 0, 1] and source.train.classes == ("a", "b", "c")
+    assert source.train.labels.tolist() == [2, 0, 0, 2, 0, 1] and source.train.classes == (
+        "a",
+        "b",
+        "c",
+    )
     for i, seed in enumerate([0, 1, 2, 10, 11, 12]):
         assert same(source.train.read(i), picture(seed))
     assert source.val.labels.tolist() == [2] and same(source.val.read(0), picture(20))
-    assert source.test.labels is None and source.test.classes == ()  # -1: Hugging Face's hidden label
+    assert (
+        source.test.labels is None and source.test.classes == ()
+    )  # -1: Hugging Face's hidden label
 
 
 def test_parquet_without_metadata(tmp_path):
@@ -562,7 +671,13 @@ def test_parquet_without_metadata(tmp_path):
 
 
 def test_a_class_label_of_any_name_comes_first(tmp_path):
-    parquet(tmp_path / "data" / "train.parquet", [picture(0), picture(1)], [1, 0], ["cat", "dog"], label="species")
+    parquet(
+        tmp_path / "data" / "train.parquet",
+        [picture(0), picture(1)],
+        [1, 0],
+        ["cat", "dog"],
+        label="species",
+    )
     images = open_source(tmp_path).train
     assert images.labels.tolist() == [1, 0] and images.classes == ("cat", "dog")
 
@@ -570,11 +685,16 @@ def test_a_class_label_of_any_name_comes_first(tmp_path):
 def test_of_several_columns_the_right_one_is_taken(tmp_path):
     columns = {"thumbnail": [b"", b""], "photo": [encode(picture(0)), encode(picture(1))]}
     columns |= {"label": [0, 5], "coarse_label": [1, 0], "fine_label": [1, 2]}
-    features = {"coarse_label": ["pets", "cars"], "fine_label": ["cat", "dog", "car"]}  # CIFAR-100's two levels
+    features = {
+        "coarse_label": ["pets", "cars"],
+        "fine_label": ["cat", "dog", "car"],
+    }  # CIFAR-100's two levels
     about = {name: {"_type": "ClassLabel", "names": names} for name, names in features.items()} | {
         "photo": {"_type": "Image"}
     }
-    table = pa.table(columns).replace_schema_metadata({"huggingface": json.dumps({"info": {"features": about}})})
+    table = pa.table(columns).replace_schema_metadata(
+        {"huggingface": json.dumps({"info": {"features": about}})}
+    )
     pq.write_table(table, tmp_path / "x.parquet")
     images = open_source(tmp_path).train
     assert images.labels.tolist() == [1, 2] and images.classes == ("cat", "dog", "car")
@@ -608,11 +728,17 @@ def test_wrong_parquet_is_one_line(tmp_path):
 def test_cifar10_jpeg(shared):
     source = open_source(shared / "data" / "cifar10-jpeg")
     assert (len(source.train), source.val, len(source.test)) == (50_000, None, 10_000)
-    assert len(source.train.classes) == 10 and list(source.train.classes) == sorted(source.train.classes)
+    assert len(source.train.classes) == 10 and list(source.train.classes) == sorted(
+        source.train.classes
+    )
     assert np.bincount(source.train.labels).tolist() == [5_000] * 10
-    some = source.train.take(spread(50_000, 500))
-    decoded, left_out = in_memory(some, 500 * 32 * 32 * 3)
-    assert left_out == [] and decoded.pixels.shape == (500, 3, 32, 32) and list(decoded.keys) == list(some.keys)
+    some = source.train.take(evenly_spaced(50_000, 500))
+    decoded, left_out = load_into_memory(some, 500 * 32 * 32 * 3)
+    assert (
+        left_out == []
+        and decoded.pixels.shape == (500, 3, 32, 32)
+        and list(decoded.keys) == list(some.keys)
+    )
     for i in range(500):
         plain = Image.open(BytesIO(some.encoded[i])).convert("RGB")
         assert same(decoded.pixels[i].transpose(1, 2, 0), plain) and same(decoded.read(i), plain)
@@ -621,4 +747,7 @@ def test_cifar10_jpeg(shared):
 def test_opening_and_reading_loads_no_torch(tmp_path):
     tree(tmp_path, "a/1.png", "b/1.png")
     code = "import sys\nfrom simsiam.sources import open_source\nopen_source(sys.argv[1]).train.read(0)\n"
-    subprocess.run([sys.executable, "-c", code + "assert 'torch' not in sys.modules", str(tmp_path)], check=True)
+    subprocess.run(
+        [sys.executable, "-c", code + "assert 'torch' not in sys.modules", str(tmp_path)],
+        check=True,
+    )

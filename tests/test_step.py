@@ -11,7 +11,7 @@ from conftest import QUICK, TINY
 
 from simsiam.config.methods import METHODS
 from simsiam.config.recipes import Recipe
-from simsiam.data.batches import batches
+from simsiam.data.batches import iter_batches
 from simsiam.data.images import from_arrays
 from simsiam.model.optimizers import build_optimizer, set_lr
 from simsiam.model.precision import pick_device
@@ -20,13 +20,20 @@ from simsiam.monitoring.nearest_neighbors import knn_scores
 from simsiam.runs.run_folder import Run
 from simsiam.training import step
 from simsiam.training.pretrain import pretrain, resume
-from simsiam.training.step import Gradients, compiled
+from simsiam.training.step import GradientStep, compile_backbone
 
 CPU = torch.device("cpu")
 GPU = torch.device("cuda")
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 # Every row, small, and the targets that are no row of their own.
-SMALL = {"dim": 16, "proj_hidden": 16, "pred_dim": 8, "queue": 64, "prototypes": 12, "freeze_prototypes": 2}
+SMALL = {
+    "dim": 16,
+    "proj_hidden": 16,
+    "pred_dim": 8,
+    "queue": 64,
+    "prototypes": 12,
+    "freeze_prototypes": 2,
+}
 ROWS = {name: replace(row, **SMALL) for name, row in METHODS.items()}
 ROWS |= {
     "alternation": replace(ROWS["simsiam"], target="alternation", target_steps=3),
@@ -51,14 +58,18 @@ def given(row, at, device):
 def test_gradients_are_those_of_the_weighted_loss_and_nothing_is_held_on_to(name):
     model = model_of(ROWS[name])
     other, (views, index) = deepcopy(model), given(ROWS[name], 0, CPU)
-    gradients = Gradients(model, CPU, "float32")
+    gradients = GradientStep(model, CPU, "float32")
     for _ in range(2):  # what was there before is replaced
         output = gradients(views, index, 0.5)
     other(*views, index=index)  # batch norm has seen the batch twice
     loss = other(*views, index=index).loss
-    wanted = torch.autograd.grad(0.5 * loss, [w for w in other.parameters() if w.requires_grad], allow_unused=True)
+    wanted = torch.autograd.grad(
+        0.5 * loss, [w for w in other.parameters() if w.requires_grad], allow_unused=True
+    )
     got = [w.grad for w in model.parameters() if w.requires_grad]
-    assert all((a is None and b is None) or torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+    assert all(
+        (a is None and b is None) or torch.equal(a, b) for a, b in zip(got, wanted, strict=True)
+    )
     assert output.loss == loss.detach()
     assert not any(x.requires_grad for x in [output.loss, *chain(*output[1:])])
 
@@ -78,9 +89,9 @@ def test_a_compiled_backbone_is_the_same_one(monkeypatch):
             return self._orig_mod(x)
 
     monkeypatch.setattr(torch, "compile", Fast)
-    monkeypatch.setattr(step, "compiles", lambda device: True)
-    fast = compiled(model)
-    Gradients(fast, CPU, "float32")(*given(ROWS["simsiam"], 0, CPU))
+    monkeypatch.setattr(step, "compile_works", lambda device: True)
+    fast = compile_backbone(model)
+    GradientStep(fast, CPU, "float32")(*given(ROWS["simsiam"], 0, CPU))
     assert len(used) == 2 and list(model.state_dict()) == names
     assert all(w.grad is not None for w in model.parameters())
     model(*given(ROWS["simsiam"], 0, CPU)[0])
@@ -88,9 +99,9 @@ def test_a_compiled_backbone_is_the_same_one(monkeypatch):
 
 
 def test_where_nothing_compiles_the_model_is_taken_as_it_is(monkeypatch):
-    monkeypatch.setattr(step, "compiles", lambda device: False)
+    monkeypatch.setattr(step, "compile_works", lambda device: False)
     model = model_of(ROWS["simsiam"])
-    assert compiled(model) is model
+    assert compile_backbone(model) is model
 
 
 # --- with a GPU -------------------------------------------------------------------------------------------------------
@@ -102,29 +113,40 @@ def test_a_graph_is_the_step_that_it_recorded(name):
     """Ten steps, each from the same state with the graph and without: the same loss, gradients and new state."""
     pick_device("cuda")  # cuDNN chooses kernels as in a run
     models = [model_of(ROWS[name]).to(GPU).to(memory_format=torch.channels_last) for _ in range(2)]
-    graphed, plain = (Gradients(model, GPU, "float32") for model in models)
-    optimizers, plain.waits = [build_optimizer(model, ROWS[name]) for model in models], -1
+    graphed, plain = (GradientStep(model, GPU, "float32") for model in models)
+    optimizers, plain.warmup_calls_left = (
+        [build_optimizer(model, ROWS[name]) for model in models],
+        -1,
+    )
     for at in range(10):
         models[0].load_state_dict(models[1].state_dict())  # rounding would grow from step to step
         optimizers[0].load_state_dict(optimizers[1].state_dict())
         outputs = []
         for model, gradients, optimizer in zip(models, (graphed, plain), optimizers):
-            set_lr(optimizer, at, peak=0.1, steps=10, warmup=0)
+            set_lr(optimizer, at, peak_lr=0.1, steps=10, warmup_steps=0)
             views, index = given(ROWS[name], at, GPU)
             outputs.append(gradients(views, index))
             optimizer.step()
             model.after_step(outputs[-1], at, index)
         torch.testing.assert_close(outputs[0].loss, outputs[1].loss, rtol=1e-4, atol=1e-5)
         for key, value in models[0].state_dict().items():
-            torch.testing.assert_close(value, models[1].state_dict()[key], rtol=1e-3, atol=1e-4, msg=key)
+            torch.testing.assert_close(
+                value, models[1].state_dict()[key], rtol=1e-3, atol=1e-4, msg=key
+            )
     assert graphed.graph is not None and plain.graph is None
 
 
 @on_gpu
 def test_views_and_their_order_are_the_processors():
-    images = from_arrays("train", np.random.default_rng(0).integers(0, 256, (90, 3, 32, 32), dtype=np.uint8))
+    images = from_arrays(
+        "train", np.random.default_rng(0).integers(0, 256, (90, 3, 32, 32), dtype=np.uint8)
+    )
     recipe = Recipe().replace(image_size=32, mean=(0.5,) * 3, std=(0.25,) * 3, batch_size=30)
-    for ours, theirs in zip(batches(images, recipe, 0, 7, GPU), batches(images, recipe, 0, 7, CPU), strict=True):
+    for ours, theirs in zip(
+        iter_batches(images, recipe, 0, 7, GPU),
+        iter_batches(images, recipe, 0, 7, CPU),
+        strict=True,
+    ):
         assert ours.step == theirs.step and ours.index.equal(theirs.index)
         for a, b in zip(ours.views, theirs.views, strict=True):
             torch.testing.assert_close(a.cpu(), b, rtol=0, atol=2e-3)
@@ -149,14 +171,23 @@ def test_on_a_gpu_a_run_goes_on_bit_for_bit(words, tmp_path):
     part = Run(resume(tmp_path / "part"))
     a, b = whole.checkpoint()["model"], part.checkpoint()["model"]
     assert all(torch.equal(a[key], b[key]) for key in a)
-    losses = [[(line["step"], line["loss"]) for line in run.metrics() if "loss" in line] for run in (whole, part)]
+    losses = [
+        [(line["step"], line["loss"]) for line in run.metrics() if "loss" in line]
+        for run in (whole, part)
+    ]
     assert losses[0] == losses[1]
 
 
 @on_gpu
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_trains_and_is_measured_on_a_gpu(name, tmp_path):
-    words = QUICK | {"dim": 16, "proj_hidden": 16, "equal_terms": True, "device": "cuda", "method": name}
+    words = QUICK | {
+        "dim": 16,
+        "proj_hidden": 16,
+        "equal_terms": True,
+        "device": "cuda",
+        "method": name,
+    }
     words.pop("pred_dim")
     run = Run(pretrain("shapes", out=tmp_path / "run", **words))
     assert run.json("summary.json")["steps"] == 3

@@ -24,7 +24,9 @@ def imports(path: Path) -> set[str]:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and f"{node.module}.".startswith("simsiam."):
             owner = node.module.partition(".")[2]
-            names |= {f"{owner}.{alias.name}" if owner in PACKAGES else owner for alias in node.names}
+            names |= {
+                f"{owner}.{alias.name}" if owner in PACKAGES else owner for alias in node.names
+            }
         elif isinstance(node, ast.Import):
             names |= {a.name.partition(".")[2] for a in node.names if a.name.startswith("simsiam.")}
         assert not isinstance(node, ast.ImportFrom) or node.level == 0, f"{path} imports from '.'"
@@ -32,7 +34,9 @@ def imports(path: Path) -> set[str]:
 
 
 PACKAGES = {path.parent.name for path in ROOT.glob("*/__init__.py")}
-MODULES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in ROOT.glob("*/*.py")}
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in ROOT.glob("*/*.py")
+}
 
 
 def reachable(package: str) -> set[str]:
@@ -50,7 +54,11 @@ def test_packages_import_only_what_stands_below_them():
     assert set(ARROW) - {"errors"} == PACKAGES
     for name, path in MODULES.items():
         package = name.partition(".")[0]
-        late = {other for other in imports(path) if other.partition(".")[0] not in ARROW[: ARROW.index(package) + 1]}
+        late = {
+            other
+            for other in imports(path)
+            if other.partition(".")[0] not in ARROW[: ARROW.index(package) + 1]
+        }
         assert not late, f"{name} imports {late}, which stand above it"
 
 
@@ -66,7 +74,12 @@ def test_packages_are_few_and_small_and_say_what_they_own():
 
 def test_the_model_never_sees_where_images_come_from():
     assert not {name for name in reachable("model") if name.startswith(("data.", "sources."))}
-    assert not {name for package in ("data", "sources") for name in reachable(package) if name.startswith("model.")}
+    assert not {
+        name
+        for package in ("data", "sources")
+        for name in reachable(package)
+        if name.startswith("model.")
+    }
 
 
 def test_what_shows_runs_and_embeddings_imports_nothing_that_trains():
@@ -84,11 +97,19 @@ def test_importing_and_helping_load_no_torch():
 
 
 def test_what_a_newcomer_reads_is_short():
-    assert sum(len((ROOT / f"{m}.py").read_text().splitlines()) for m in ("model/siamese", "config/methods", "training/pretrain")) <= 400
+    assert (
+        sum(
+            len((ROOT / f"{m}.py").read_text().splitlines())
+            for m in ("model/siamese", "config/methods", "training/pretrain")
+        )
+        <= 400
+    )
 
 
 def test_the_stop_gradient_stands_in_exactly_one_place():
-    text = "".join((ROOT / "model" / f"{m}.py").read_text() for m in ("heads", "losses", "targets", "siamese"))
+    text = "".join(
+        (ROOT / "model" / f"{m}.py").read_text() for m in ("heads", "losses", "targets", "siamese")
+    )
     assert text.count("detach(") == 1
 
 

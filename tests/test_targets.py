@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from simsiam.config.methods import METHODS, Method
 from simsiam.errors import UsageError
-from simsiam.model.optimizers import build_optimizer, cosine, set_lr
+from simsiam.model.optimizers import build_optimizer, cosine_schedule, set_lr
 from simsiam.model.siamese import build
 from simsiam.model.targets import eta_bytes
 
@@ -17,13 +17,17 @@ N, IMAGES = 8, 24  # a batch; an epoch is three
 
 
 def small(**cells) -> Method:
-    return Method(name="simsiam", **{"dim": 12, "proj_hidden": 10, "pred_dim": 6, "base_lr": 4.0} | cells)
+    return Method(
+        name="simsiam", **{"dim": 12, "proj_hidden": 10, "pred_dim": 6, "base_lr": 4.0} | cells
+    )
 
 
 def batch(step: int, views: int = 2) -> tuple[list[torch.Tensor], torch.Tensor]:
     """The views of a step and the positions of its images."""
     generator = torch.Generator().manual_seed(step)
-    return list(torch.randn(views, N, 3, 16, 16, generator=generator)), torch.arange(N) + N * step % IMAGES
+    return list(torch.randn(views, N, 3, 16, 16, generator=generator)), torch.arange(
+        N
+    ) + N * step % IMAGES
 
 
 def train(method: Method, steps: int = 8, dtype: torch.dtype = torch.float32):
@@ -33,7 +37,7 @@ def train(method: Method, steps: int = 8, dtype: torch.dtype = torch.float32):
     optimizer, losses = build_optimizer(model, method), []
     for step in range(steps):
         x, index = batch(step, method.view_count)
-        set_lr(optimizer, step, peak=method.base_lr * N / 256, steps=steps, warmup=0)
+        set_lr(optimizer, step, peak_lr=method.base_lr * N / 256, steps=steps, warmup_steps=0)
         out = model(*(view.to(dtype) for view in x), index=index)
         optimizer.zero_grad()
         out.loss.backward()
@@ -108,7 +112,9 @@ def test_byols_momentum_rises_to_one_on_a_cosine():
     with pytest.raises(UsageError, match=r"give it to model\.after_step"):
         model.after_step(model(*batch(0)[0]))
     assert model.target.decay(0) == pytest.approx(0.9)
-    assert [model.target.decay(s) for s in (25, 99)] == [pytest.approx(1 - 0.1 * cosine(s, 100)) for s in (25, 99)]
+    assert [model.target.decay(s) for s in (25, 99)] == [
+        pytest.approx(1 - 0.1 * cosine_schedule(s, 100)) for s in (25, 99)
+    ]
     assert model.target.decay(99) > 0.9999
 
 
@@ -124,9 +130,11 @@ def test_alternation_equals_targets_cached_ahead(k):
             ahead = deepcopy(model.f)
             with torch.no_grad():
                 cache = {s: [ahead(view) for view in batch(s)[0]] for s in range(step, step + k)}
-        set_lr(optimizer, step, peak=method.base_lr * N / 256, steps=8, warmup=0)
+        set_lr(optimizer, step, peak_lr=method.base_lr * N / 256, steps=8, warmup_steps=0)
         p = [model.predictor(model.f(view)) for view in batch(step)[0]]
-        loss = sum(-F.cosine_similarity(p[i], cache[step][j]).mean() for i, j in ((0, 1), (1, 0))) / 2
+        loss = (
+            sum(-F.cosine_similarity(p[i], cache[step][j]).mean() for i, j in ((0, 1), (1, 0))) / 2
+        )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -135,12 +143,17 @@ def test_alternation_equals_targets_cached_ahead(k):
 
 
 def test_a_block_of_an_epoch():
-    assert same(train(small(target="alternation", target_steps=0)), train(small(target="alternation", target_steps=3)))
+    assert same(
+        train(small(target="alternation", target_steps=0)),
+        train(small(target="alternation", target_steps=3)),
+    )
 
 
 def test_moving_average_without_memory_is_simsiam_without_a_predictor():
     """m = 0: t is the other view's z, and D does not see its length (footnote 5)."""
-    moving = train(small(predictor="none", target="moving_average", target_decay=0.0), dtype=torch.float64)
+    moving = train(
+        small(predictor="none", target="moving_average", target_decay=0.0), dtype=torch.float64
+    )
     plain = train(small(predictor="none"), dtype=torch.float64)
     torch.testing.assert_close(moving[0], plain[0], rtol=1e-9, atol=0)
     for mine, theirs in zip(moving[1].parameters(), plain[1].parameters(), strict=True):

@@ -29,7 +29,9 @@ def test_it_runs_from_top_to_bottom_and_again(cells):
     with open(made / "all.csv", newline="") as file:
         answers = list(csv.DictReader(file))
     assert len(answers) == 600 and sum(bool(row["label"]) for row in answers) == 50
-    right = sum(row["predicted"] == names["truth"][row["path"]] for row in answers if not row["label"])
+    right = sum(
+        row["predicted"] == names["truth"][row["path"]] for row in answers if not row["label"]
+    )
     assert right > 80  # of 550; 55 ± 7 by chance
     assert (made / "run" / "report.html").is_file() and (made / "near.html").is_file()
     weights = load_file(made / "run" / "exports" / "safetensors" / "backbone.safetensors")
@@ -44,9 +46,19 @@ def test_it_runs_from_top_to_bottom_and_again(cells):
 def test_settings_stand_in_the_first_cell_and_no_output_is_kept(cells):
     assert all(not cell.get("outputs") and cell.get("execution_count") is None for cell in cells)
     first, *rest = map(ast.parse, code(cells))
-    settings = {node.id for node in ast.walk(first) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    settings = {
+        node.id
+        for node in ast.walk(first)
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+    }
     assert settings == {"images", "drawn", "labels", "few", "work", "training", "format"}
     for tree in rest:
         for node in ast.walk(tree):
-            assert not (isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and node.id in settings)
-            assert not (isinstance(node, ast.Constant) and isinstance(node.value, float)), "a setting outside its cell"
+            assert not (
+                isinstance(node, ast.Name)
+                and isinstance(node.ctx, ast.Store)
+                and node.id in settings
+            )
+            assert not (isinstance(node, ast.Constant) and isinstance(node.value, float)), (
+                "a setting outside its cell"
+            )

@@ -20,7 +20,17 @@ def record(run: Run) -> dict[str, Any]:
     """All that the page needs, and where it comes from, without the paths of a machine."""
     per_epoch = EPOCHS * run.metrics()[-1]["step"] / run.metrics()[-1]["epoch"]
     lines = [line for line in run.metrics() if line["step"] % per_epoch == 0]
-    kept = ("protocol", "features", "checkpoint", "top1", "top5", "n", "interval", "parameters", "chosen")
+    kept = (
+        "protocol",
+        "features",
+        "checkpoint",
+        "top1",
+        "top5",
+        "n",
+        "interval",
+        "parameters",
+        "chosen",
+    )
     return {
         "recipe": run.recipe.replace(source=("cifar10-jpeg",)).to_dict(),
         "summary": run.json("summary.json"),
@@ -32,8 +42,15 @@ def record(run: Run) -> dict[str, Any]:
 
 def row(name: str, run: dict[str, Any]) -> list[str]:
     recipe, summary = run["recipe"], run["summary"]
-    top1 = {r["protocol"]: (r["top1"], r["interval"]) for r in run["evaluations"] if r["features"] == "h"}
-    told = [f"{value:.1f} ({low:.1f} to {high:.1f})" for value, (low, high) in (top1[p] for p in ("knn", "linear"))]
+    top1 = {
+        r["protocol"]: (r["top1"], r["interval"])
+        for r in run["evaluations"]
+        if r["features"] == "h"
+    }
+    told = [
+        f"{value:.1f} ({low:.1f} to {high:.1f})"
+        for value, (low, high) in (top1[p] for p in ("knn", "linear"))
+    ]
     time = f"{summary['training_seconds'] / 60:.1f} at {summary['images_per_second']:,.0f}/s"
     return [name, f"{recipe['epochs']}", f"{recipe['batch_size']}", *told, summary["verdict"], time]
 
@@ -50,10 +67,13 @@ def main() -> None:
     runs |= {Path(folder).name: record(Run(folder)) for folder in sys.argv[1:]}
     path.write_text(json.dumps(runs, indent=1) + "\n")
     curves = {
-        metric: {name: [[(line["epoch"], line[metric]) for line in run["curve"]]] for name, run in runs.items()}
+        metric: {
+            name: [[(line["epoch"], line[metric]) for line in run["curve"]]]
+            for name, run in runs.items()
+        }
         for metric in ("loss", "z_std_sqrt_d")
     }
-    drawing.curves(curves, HERE / "curves", "CIFAR-10 (JPEG), one seed each")
+    drawing.plot_curves(curves, HERE / "curves", "CIFAR-10 (JPEG), one seed each")
     before, _, rest = page.read_text().partition("<!-- runs -->\n")
     after = rest.partition("<!-- / -->")[2]
     page.write_text(f"{before}<!-- runs -->\n\n{table(runs)}\n\n<!-- / -->{after}")

@@ -51,17 +51,26 @@ import simsiam.pages.report
 from simsiam.commands import main as cli
 from simsiam.config.recipes import Recipe
 from simsiam.laboratory import reproduce, scales
-from simsiam.model.memory import least
-from simsiam.runs.environment import environment, now
+from simsiam.model.memory import min_step_bytes
+from simsiam.runs.environment import collect_environment, utc_now
 from simsiam.runs.run_folder import Run
-from simsiam.utils.files import whole
+from simsiam.utils.files import atomic_write
 
 WORDS = {
     "backbone": "resnet10", "width": 4, "dim": 16, "proj-hidden": 16, "pred-dim": 4, "base-lr": 1.0, "batch-size": 16,
     "log-every": 1, "epochs": 3, "save-seconds": 0.0, "device": "cpu", "precision": "float32",
 }  # fmt: skip
 TINY = [str(word) for name, value in WORDS.items() for word in (f"--{name}", value)]
-TIMES = {"images_per_second", "data_wait", "seconds", "training_seconds", "measured", "environment", "made", "start"}
+TIMES = {
+    "images_per_second",
+    "data_wait",
+    "seconds",
+    "training_seconds",
+    "measured",
+    "environment",
+    "made",
+    "start",
+}
 OUTSIDE = 98  # a signal came before or after the verb, in this script's own time
 LIMIT = 120  # seconds until a verb is taken to hang
 
@@ -69,7 +78,9 @@ LIMIT = 120  # seconds until a verb is taken to hang
 class Case(NamedTuple):
     """A verb on its own small job."""
 
-    command: Callable[[Path], list[str]]  # what to type; called again, what to type after it was stopped
+    command: Callable[
+        [Path], list[str]
+    ]  # what to type; called again, what to type after it was stopped
     result: Callable[[Path], Any]  # what came of it, comparable
     before: Callable[[Path], None] = lambda work: None  # what has to be there
 
@@ -110,7 +121,10 @@ def evaluated(work: Path) -> Any:
 
 
 def reproduced(work: Path) -> Any:
-    return {path.name: content(path) for path in sorted((work / "results" / "tiny").glob("table1.[cs]*v*"))}
+    return {
+        path.name: content(path)
+        for path in sorted((work / "results" / "tiny").glob("table1.[cs]*v*"))
+    }
 
 
 def embedded(work: Path) -> Any:
@@ -122,7 +136,10 @@ def exported(work: Path) -> Any:
 
 
 def converted(work: Path) -> Any:
-    files = {name: content(work / "out" / name) for name in ("recipe.yaml", "backbone.safetensors", "converted.json")}
+    files = {
+        name: content(work / "out" / name)
+        for name in ("recipe.yaml", "backbone.safetensors", "converted.json")
+    }
     return files | {"checkpoint": plain(Run(work / "out").checkpoint())}
 
 
@@ -163,35 +180,73 @@ def once(*command: str) -> Callable[[Path], list[str]]:
 def cases() -> dict[str, Case]:
     photos = str(ROOT / "photos")
     streamed = ["--cache-gib", "0", "--epochs", "2"]
-    embed = ["embed", "run", photos, "--out", "out.parquet", "--device", "cpu", "--precision", "float32"]
+    embed = [
+        "embed",
+        "run",
+        photos,
+        "--out",
+        "out.parquet",
+        "--device",
+        "cpu",
+        "--precision",
+        "float32",
+    ]
     return {
         "pretrain": Case(train(photos), trained),
         "pretrain, workers": Case(train(photos, "--workers", "1", *streamed), trained),
         "pretrain, tar": Case(train(str(ROOT / "tar"), "--workers", "1", *streamed), trained),
-        "pretrain, Parquet": Case(train(str(ROOT / "parquet"), "--workers", "0", *streamed), trained),
+        "pretrain, Parquet": Case(
+            train(str(ROOT / "parquet"), "--workers", "0", *streamed), trained
+        ),
         "shard": Case(once("shard", photos, "--out", "shards", "--per-shard", "6"), sharded),
         "shard, Parquet": Case(
-            once("shard", photos, "--out", "shards", "--per-shard", "6", "--format", "parquet"), sharded
+            once("shard", photos, "--out", "shards", "--per-shard", "6", "--format", "parquet"),
+            sharded,
         ),
         "resume": Case(once("resume", "run"), trained, copy("half")),
         "embed": Case(once(*embed), embedded, copy("run")),
         "evaluate": Case(evaluate("--protocol", "knn", "label_free"), evaluated, copy("run")),
-        "finetune": Case(evaluate("--protocol", "finetune", "--finetune-epochs", "2"), evaluated, copy("run")),
+        "finetune": Case(
+            evaluate("--protocol", "finetune", "--finetune-epochs", "2"), evaluated, copy("run")
+        ),
         "reproduce": Case(
-            once("reproduce", "table1", "--only", "baseline", "--seeds", "1", "--source", photos, "--device", "cpu"),
+            once(
+                "reproduce",
+                "table1",
+                "--only",
+                "baseline",
+                "--seeds",
+                "1",
+                "--source",
+                photos,
+                "--device",
+                "cpu",
+            ),
             reproduced,
         ),
-        "export": Case(once("export", "run", "--format", "safetensors", "--out", "out"), exported, copy("run")),
-        "convert": Case(once("convert", str(ROOT / "run" / "checkpoints" / "last.pt"), "--out", "out"), converted),
+        "export": Case(
+            once("export", "run", "--format", "safetensors", "--out", "out"), exported, copy("run")
+        ),
+        "convert": Case(
+            once("convert", str(ROOT / "run" / "checkpoints" / "last.pt"), "--out", "out"),
+            converted,
+        ),
         "report": Case(once("report", "run", "--limit", "40"), reported, copy("run")),
     }
 
 
 def shrink() -> None:
     """Small parts and a small laboratory, in the processes that will be harmed."""
-    simsiam.embeddings.embed.PART = 16
+    simsiam.embeddings.embed.PART_SIZE = 16
     tiny = scales.SCALES["tiny"]
-    base = tiny.base | {"width": 4, "dim": 16, "pred_dim": 4, "proj_hidden": 16, "batch_size": 16, "log_every": 1}
+    base = tiny.base | {
+        "width": 4,
+        "dim": 16,
+        "pred_dim": 4,
+        "proj_hidden": 16,
+        "batch_size": 16,
+        "log_every": 1,
+    }
     scales.SCALES["tiny"] = reproduce.SCALES["tiny"] = replace(tiny, base=base, epochs=1)
 
 
@@ -253,7 +308,9 @@ def finish(pid: int, work: Path, begin: float) -> Ended:
         if waited > LIMIT:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
-            return Ended(-999, time.monotonic() - begin, (work / "said.txt").read_text(errors="replace"))
+            return Ended(
+                -999, time.monotonic() - begin, (work / "said.txt").read_text(errors="replace")
+            )
         time.sleep(0.002)
 
 
@@ -274,7 +331,11 @@ def complaint(ended: Ended, allowed: set[int]) -> str:
         return f"a traceback: {ended.said[max(0, ended.said.index('Traceback') - 300) :][:1500]}"
     if ended.code not in allowed:
         return f"exit code {ended.code}: {ended.said.strip()[-200:]}"
-    if ended.code not in (0, OUTSIDE) and ended.code > 0 and not last_line(ended).startswith("simsiam: "):
+    if (
+        ended.code not in (0, OUTSIDE)
+        and ended.code > 0
+        and not last_line(ended).startswith("simsiam: ")
+    ):
         return f"exit code {ended.code} without a line"
     return ""
 
@@ -289,14 +350,20 @@ def compared(case: Case, work: Path, expected: Any) -> str:
         return f"left behind: {left}"
     if found == expected:
         return ""
-    keys = [key for key in expected if found.get(key) != expected[key]] if isinstance(expected, dict) else []
+    keys = (
+        [key for key in expected if found.get(key) != expected[key]]
+        if isinstance(expected, dict)
+        else []
+    )
     return f"another result {keys}"
 
 
 # --- the trials -------------------------------------------------------------------------------------------------------
 
 
-def kill(case: Case, work: Path, expected: Any, seconds: float, rng: random.Random, real: bool) -> tuple[str, str]:
+def kill(
+    case: Case, work: Path, expected: Any, seconds: float, rng: random.Random, real: bool
+) -> tuple[str, str]:
     """(what was done, what is wrong with how it ended)."""
     done = []
     for _ in range(1 + (rng.random() < 0.3)):
@@ -353,7 +420,10 @@ def fill(case: Case, work: Path, expected: Any, need: int, rng: random.Random) -
 def damage(path: Path, rng: random.Random) -> str:
     """Harm a file in one of several ways; says how."""
     data = bytearray(path.read_bytes())
-    how, at = rng.choice(["bit", "bit", "bit", "zeros", "cut", "noise", "empty"]), rng.randrange(len(data))
+    how, at = (
+        rng.choice(["bit", "bit", "bit", "zeros", "cut", "noise", "empty"]),
+        rng.randrange(len(data)),
+    )
     if how == "bit":
         data[at] ^= 1 << rng.randrange(8)
     elif how == "zeros":
@@ -398,14 +468,19 @@ def corrupt(kind: str, work: Path, expected: dict[str, Any], rng: random.Random)
         case = every["embed"]
         case.before(work)
         pid, begin = launch(case.command(work), work), time.monotonic()
-        while len(list(work.glob("out.parquet.parts/*.parquet"))) < 3 and time.monotonic() - begin < LIMIT:
+        while (
+            len(list(work.glob("out.parquet.parts/*.parquet"))) < 3
+            and time.monotonic() - begin < LIMIT
+        ):
             time.sleep(0.001)
         os.kill(pid, signal.SIGKILL)
         finish(pid, work, begin)
         parts = sorted(work.glob("out.parquet.parts/*.parquet"))
         done = damage(rng.choice(parts), rng) if parts else "it had ended"
         ended = perform(case, work)
-        return f"{done}: {ended.code}", complaint(ended, {0, 2}) or compared(case, work, expected["embed"])
+        return f"{done}: {ended.code}", complaint(ended, {0, 2}) or compared(
+            case, work, expected["embed"]
+        )
     assert kind == "finetune"
     case = every["finetune"]
     case.before(work)
@@ -442,10 +517,21 @@ def prepare(work: Path) -> None:
     photos = str(ROOT / "photos")
     photographs(ROOT / "photos")
     # What a first step imports and a first pass compiles, once and not in every process.
-    least(Recipe().replace(backbone="resnet10", width=4, image_size=32, precision="float32"), 2)
+    min_step_bytes(
+        Recipe().replace(backbone="resnet10", width=4, image_size=32, precision="float32"), 2
+    )
     for format in ("tar", "parquet"):
         work.mkdir()
-        command = ["shard", photos, "--out", str(ROOT / format), "--per-shard", "20", "--format", format]
+        command = [
+            "shard",
+            photos,
+            "--out",
+            str(ROOT / format),
+            "--per-shard",
+            "20",
+            "--format",
+            format,
+        ]
         ended = perform(Case(once(*command), sharded), work)
         assert ended.code == 0, ended.said
         shutil.rmtree(work)
@@ -453,7 +539,10 @@ def prepare(work: Path) -> None:
         work.mkdir()
         case, begin = Case(train(photos), trained), time.monotonic()
         pid = launch(case.command(work), work)
-        while name == "half" and len(Run(work / "run").metrics() if (work / "run/recipe.yaml").exists() else []) < 5:
+        while (
+            name == "half"
+            and len(Run(work / "run").metrics() if (work / "run/recipe.yaml").exists() else []) < 5
+        ):
             time.sleep(0.001)
         if name == "half":
             os.kill(pid, signal.SIGTERM)
@@ -464,20 +553,30 @@ def prepare(work: Path) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=220)
     parser.add_argument("--full", type=int, default=60)
     parser.add_argument("--corruptions", type=int, default=60)
-    parser.add_argument("--real", type=int, default=0, help="kills of freshly started programs, besides")
+    parser.add_argument(
+        "--real", type=int, default=0, help="kills of freshly started programs, besides"
+    )
     parser.add_argument("--only", nargs="+", help="cases")
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no trial after so many")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", help="write PATH.json and PATH.md")
     asked = parser.parse_args()
     torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what runs in the background without it
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell starts what runs in the background without it
     os.environ["SIMSIAM_CACHE"] = str(ROOT / "cache")
-    spent, begun, here = time.monotonic(), now(), environment(torch.device("cpu"), "float32")
+    spent, begun, here = (
+        time.monotonic(),
+        utc_now(),
+        collect_environment(torch.device("cpu"), "float32"),
+    )
     work = ROOT / "work"  # always the same: some files say where they are
     before = known(Path(f"{asked.out}.json"), asked.seed) if asked.out else {}
     trials: list[dict[str, Any]] = [t for t in before.get("trials", []) if not t["wrong"]]
@@ -492,7 +591,11 @@ def main() -> int:
         case.before(work)
         ended = perform(case, work)
         assert ended.code == 0, ended.said
-        expected[name], seconds[name], need[name] = case.result(work), ended.seconds, measure_need(work)
+        expected[name], seconds[name], need[name] = (
+            case.result(work),
+            ended.seconds,
+            measure_need(work),
+        )
         print(f"{name:<20}{ended.seconds:6.2f} s{need[name]:>12,} bytes", flush=True)
         if name == "resume" and "pretrain" in expected:
             assert expected["resume"] == expected["pretrain"], "a resumed run is another one"
@@ -501,16 +604,26 @@ def main() -> int:
         shutil.rmtree(work)
 
     Harm = Callable[[str, Path, random.Random], tuple[str, str]]
-    todo: list[tuple[float, str, str, int, Harm, bool]] = []  # in turns, so that one cut short has some of each
+    todo: list[
+        tuple[float, str, str, int, Harm, bool]
+    ] = []  # in turns, so that one cut short has some of each
 
     def plan(kind: str, names: list[str], n: int, harm: Harm, ready: bool) -> None:
         todo.extend((i / n, kind, names[i % len(names)], i, harm, ready) for i in range(n))
 
     names = list(every)
     quick = [name for name in every if name in ("pretrain", "resume", "shard", "convert")]
-    often = names + [name for name in names if name != "reproduce"]  # it takes longer than all others
+    often = names + [
+        name for name in names if name != "reproduce"
+    ]  # it takes longer than all others
     starting = 4.0  # seconds of Python and torch, which a program newly started takes
-    plan("kill", often, asked.kills, lambda k, w, rng: kill(every[k], w, expected[k], seconds[k], rng, False), True)
+    plan(
+        "kill",
+        often,
+        asked.kills,
+        lambda k, w, rng: kill(every[k], w, expected[k], seconds[k], rng, False),
+        True,
+    )
     plan(
         "real kill",
         quick,
@@ -518,21 +631,39 @@ def main() -> int:
         lambda k, w, rng: kill(every[k], w, expected[k], seconds[k] + starting, rng, True),
         True,
     )
-    plan("full", often, asked.full, lambda k, w, rng: fill(every[k], w, expected[k], need[k], rng), False)
+    plan(
+        "full",
+        often,
+        asked.full,
+        lambda k, w, rng: fill(every[k], w, expected[k], need[k], rng),
+        False,
+    )
     needs = {"backbone": "embed", "part": "embed", "finetune": "finetune"}
     kinds = ["last", "last", "last and previous", "gone", "backbone", "part", "finetune"]
     kinds = [kind for kind in kinds if needs.get(kind, "resume") in every]
-    plan("corruption", kinds, asked.corruptions, lambda k, w, rng: corrupt(k, w, expected, rng), False)
+    plan(
+        "corruption",
+        kinds,
+        asked.corruptions,
+        lambda k, w, rng: corrupt(k, w, expected, rng),
+        False,
+    )
 
     def write() -> str:
         """PATH.json and PATH.md as far as things are; returns the latter."""
-        used = sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+        used = sum(
+            sum(resource.getrusage(who)[:2])
+            for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+        )
         used += before.get("cpu_seconds", 0.0)
         lasted = time.monotonic() - spent + before.get("seconds", 0.0)
         failed = [t for t in trials if t["wrong"]]
         count = Counter((t["kind"], t["case"]) for t in trials)
         wrong = Counter((t["kind"], t["case"]) for t in failed)
-        rows = [f"| {kind} | {case} | {n} | {wrong[kind, case]} |" for (kind, case), n in sorted(count.items())]
+        rows = [
+            f"| {kind} | {case} | {n} | {wrong[kind, case]} |"
+            for (kind, case), n in sorted(count.items())
+        ]
         commits = ", ".join(dict.fromkeys(t["commit"] for t in trials)) or here["commit"]
         command = "python results/faults/campaign.py " + " ".join(sys.argv[1:])
         started = before.get("started", begun)
@@ -543,10 +674,15 @@ def main() -> int:
             "| harm | job | trials | wrong |\n| --- | --- | --- | --- |\n" + "\n".join(rows) + "\n"
         )
         if asked.out:
-            about = {"command": command, "seed": asked.seed, "started": started, "environment": here}
+            about = {
+                "command": command,
+                "seed": asked.seed,
+                "started": started,
+                "environment": here,
+            }
             about |= {"seconds": round(lasted, 1), "cpu_seconds": round(used, 1), "trials": trials}
             for kind, text in {"json": json.dumps(about, indent=1) + "\n", "md": summary}.items():
-                with whole(Path(f"{asked.out}.{kind}")) as part:
+                with atomic_write(Path(f"{asked.out}.{kind}")) as part:
                     part.write_text(text)
         return summary
 
@@ -559,7 +695,14 @@ def main() -> int:
         if ready:
             every[name].before(work)
         done, wrong = harm(name, work, random.Random(f"{asked.seed} {trial}"))
-        facts = {"trial": trial, "kind": kind, "case": name, "done": done, "wrong": wrong, "commit": here["commit"]}
+        facts = {
+            "trial": trial,
+            "kind": kind,
+            "case": name,
+            "done": done,
+            "wrong": wrong,
+            "commit": here["commit"],
+        }
         trials.append(facts)
         print(f"{kind:<12}{name:<20}{done}{'   WRONG: ' + wrong if wrong else ''}", flush=True)
         for folder in (work, work.with_name(work.name + ".said")):

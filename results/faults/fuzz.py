@@ -49,14 +49,18 @@ import simsiam.sources.open_source
 import simsiam.training.inspect
 import simsiam.utils.workers
 from simsiam.commands import main as cli
-from simsiam.data.decode import Unreadable, decode, header
+from simsiam.data.decode import Unreadable, decode_image, read_header
 from simsiam.model.siamese import build
-from simsiam.runs.environment import environment, now
-from simsiam.sources.file_index import index_of
+from simsiam.runs.environment import collect_environment, utc_now
+from simsiam.sources.file_index import load_index
 from simsiam.sources.open_source import open_source
-from simsiam.utils.files import whole
+from simsiam.utils.files import atomic_write
 
-HANG, CHUNK, MEMORY = 5.0, 200, 3 * 2**30  # seconds; trials a process; bytes that a process may hold
+HANG, CHUNK, MEMORY = (
+    5.0,
+    200,
+    3 * 2**30,
+)  # seconds; trials a process; bytes that a process may hold
 NUMBERS = (0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0x8000, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF)
 TINY = "--backbone resnet10 --width 4 --dim 16 --proj-hidden 16 --pred-dim 4 --batch-size 16 --epochs 1 --workers 0"
 
@@ -67,7 +71,9 @@ TINY = "--backbone resnet10 --width 4 --dim 16 --proj-hidden 16 --pred-dim 4 --b
 def pictures() -> dict[str, bytes]:
     """Images of 48 x 40 pixels in every format and many of their kinds."""
     rng = np.random.default_rng(0)
-    low = Image.fromarray(rng.integers(0, 255, (6, 5, 3), np.uint8)).resize((48, 40), Image.Resampling.BICUBIC)
+    low = Image.fromarray(rng.integers(0, 255, (6, 5, 3), np.uint8)).resize(
+        (48, 40), Image.Resampling.BICUBIC
+    )
     exif = Image.Exif()
     exif[0x0112], exif[0x010E] = 6, "a description"
     text = PngImagePlugin.PngInfo()
@@ -117,9 +123,18 @@ def containers(folder: Path, images: dict[str, bytes]) -> dict[str, Path]:
             info.size = len(data)
             archive.addfile(info, io.BytesIO(data))
     rows = [{"bytes": data, "path": None} for data in some]
-    about = {"info": {"features": {"image": {"_type": "Image"}, "label": {"_type": "ClassLabel", "names": ["a", "b"]}}}}
+    about = {
+        "info": {
+            "features": {
+                "image": {"_type": "Image"},
+                "label": {"_type": "ClassLabel", "names": ["a", "b"]},
+            }
+        }
+    }
     table = pa.table({"image": rows, "label": [i % 2 for i in range(len(rows))]})
-    pq.write_table(table.replace_schema_metadata({"huggingface": json.dumps(about)}), folder / "a.parquet")
+    pq.write_table(
+        table.replace_schema_metadata({"huggingface": json.dumps(about)}), folder / "a.parquet"
+    )
     with contextlib.chdir(folder):
         (folder / "photos").mkdir()
         for i in range(20):
@@ -130,7 +145,9 @@ def containers(folder: Path, images: dict[str, bytes]) -> dict[str, Path]:
         code, said = typed(["embed", "run", "--out", "e.parquet"])
         assert code == 0, said
         for kind in ("tar", "parquet"):
-            code, said = typed(["shard", "a.zip", "--out", f"{kind} shards", "--format", kind, "--per-shard", "10"])
+            code, said = typed(
+                ["shard", "a.zip", "--out", f"{kind} shards", "--format", kind, "--per-shard", "10"]
+            )
             assert code == 0, said
     weights = build("simsiam", backbone="resnet10", width=4, image_size=32).backbone.state_dict()
     torch.save({"state_dict": weights, "epoch": 3}, folder / "a.pt")
@@ -214,11 +231,21 @@ def hook(event: str, arguments: tuple[Any, ...]) -> None:
         paths = [arguments[0]]
     elif event in ("os.rename", "os.link", "os.symlink"):
         paths = [arguments[1]]
-    elif event in WATCHED and "git" not in arguments[:1]:  # which commit this is goes into a run's environment
+    elif (
+        event in WATCHED and "git" not in arguments[:1]
+    ):  # which commit this is goes into a run's environment
         seen.append(f"{event} {arguments!r}"[:200])
     for path in paths:
-        where = os.path.realpath(os.fsdecode(path)) if isinstance(path, str | bytes | os.PathLike) else ""
-        if where and where != "/dev/null" and not any(where.startswith(folder) for folder in inside):
+        where = (
+            os.path.realpath(os.fsdecode(path))
+            if isinstance(path, str | bytes | os.PathLike)
+            else ""
+        )
+        if (
+            where
+            and where != "/dev/null"
+            and not any(where.startswith(folder) for folder in inside)
+        ):
             seen.append(f"{event} {where}")
 
 
@@ -249,11 +276,13 @@ def checked(arguments: list[str]) -> tuple[str, str]:
 def one_image(data: bytes, rng: random.Random) -> tuple[str, str]:
     channels = rng.choice([3, 3, 3, 1, 4])
     try:
-        header(data, channels)
-        pixels = decode(data, channels, rng.choice([0, 0, 16]))
+        read_header(data, channels)
+        pixels = decode_image(data, channels, rng.choice([0, 0, 16]))
     except Unreadable as error:
         reason = str(error)
-        return "a reason", "" if reason.isprintable() and len(reason) < 300 else f"the reason {reason!r}"
+        return "a reason", "" if reason.isprintable() and len(
+            reason
+        ) < 300 else f"the reason {reason!r}"
     fine = pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] == channels
     return "pixels", "" if fine else f"pixels {pixels.dtype} {pixels.shape}"
 
@@ -266,7 +295,7 @@ def one_source(path: Path) -> tuple[str, str]:
         return "one line", "" if "\n" not in str(error) else "two lines"
     read = 0
     for images in source.splits.values():
-        images = images.near(np.arange(min(len(images), 50)))
+        images = images.prefetch(np.arange(min(len(images), 50)))
         for i in range(min(len(images), 50)):
             with contextlib.suppress(Unreadable):
                 images.read(i)
@@ -276,19 +305,28 @@ def one_source(path: Path) -> tuple[str, str]:
 
 def indexed(folder: Path) -> tuple[str, str]:
     """As `inspect` looks at every file."""
-    table = index_of([folder], open_source(str(folder))).table
-    return f"{sum(not reason for reason in table['reason'].to_pylist())} of {len(table)} can be read", ""
+    table = load_index([folder], open_source(str(folder))).table
+    return (
+        f"{sum(not reason for reason in table['reason'].to_pylist())} of {len(table)} can be read",
+        "",
+    )
 
 
 def mutate_one(run: Path, original: Path, rng: random.Random, other: bytes) -> None:
     """A copy of a run folder or of shards, one file of it mutated."""
     shutil.copytree(original, run)
-    files = [path for path in sorted(run.rglob("*")) if path.is_file() and "tensorboard" not in path.parts]
+    files = [
+        path
+        for path in sorted(run.rglob("*"))
+        if path.is_file() and "tensorboard" not in path.parts
+    ]
     path = rng.choice([path for path in files if path.name != ".lock"])
     path.write_bytes(mutated(path.read_bytes(), other, rng))
 
 
-def one_container(kind: str, path: Path, work: Path, rng: random.Random, other: bytes) -> tuple[str, str]:
+def one_container(
+    kind: str, path: Path, work: Path, rng: random.Random, other: bytes
+) -> tuple[str, str]:
     if kind == "run folder":
         mutate_one(work / "run", path, rng, other)
         orders = (
@@ -299,7 +337,9 @@ def one_container(kind: str, path: Path, work: Path, rng: random.Random, other: 
         )
         ends = [checked(list(order)) for order in rng.sample(orders, 2)]
         return max(end[0] for end in ends), "; ".join(end[1] for end in ends if end[1])
-    simsiam.sources.open_source.RESIDENT = rng.choice([0, 2**30])  # Parquet a block at a time, or all of it at once
+    simsiam.sources.open_source.MAX_RESIDENT_BYTES = rng.choice(
+        [0, 2**30]
+    )  # Parquet a block at a time, or all of it at once
     if kind.endswith("shards"):
         mutate_one(work / "shards", path, rng, other)
         return one_source(work / "shards")
@@ -328,7 +368,9 @@ def work_off(task: Task, send: Any, root: Path, until: float) -> None:
     """In a forked process: each trial in a new folder, and a report of each."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     sys.addaudithook(hook)
-    simsiam.utils.workers.in_turn = lambda work, jobs: (work(*job) for job in jobs)  # our own forks would be seen as a file's
+    simsiam.utils.workers.parallel_map = lambda work, jobs: (
+        work(*job) for job in jobs
+    )  # our own forks would be seen as a file's
     root = Path(tempfile.mkdtemp(dir=root))  # others have theirs
     for trial in task.trials:
         if time.monotonic() > until:
@@ -353,7 +395,9 @@ def work_off(task: Task, send: Any, root: Path, until: float) -> None:
     send.close()
 
 
-def run_all(tasks: list[Task], root: Path, processes: int, until: float) -> tuple[Counter, list[dict[str, Any]], int]:
+def run_all(
+    tasks: list[Task], root: Path, processes: int, until: float
+) -> tuple[Counter, list[dict[str, Any]], int]:
     """(how many ended how, what was wrong, the largest process in KiB)."""
     context = multiprocessing.get_context("fork")
     waiting, ends, wrongs, largest = list(reversed(tasks)), Counter(), list[dict[str, Any]](), 0
@@ -378,9 +422,18 @@ def run_all(tasks: list[Task], root: Path, processes: int, until: float) -> tupl
                 del at_work[receive]
                 if done < len(task.trials) and process.exitcode != 0:  # it died
                     wrongs.append(
-                        {"kind": task.kind, "trial": name_of(task, done), "wrong": f"ended by {process.exitcode}"}
+                        {
+                            "kind": task.kind,
+                            "trial": name_of(task, done),
+                            "wrong": f"ended by {process.exitcode}",
+                        }
                     )
-                    rest = Task(task.kind, task.first + done + 1, task.trials[done + 1 :], task.names[done + 1 :])
+                    rest = Task(
+                        task.kind,
+                        task.first + done + 1,
+                        task.trials[done + 1 :],
+                        task.names[done + 1 :],
+                    )
                     waiting += [rest] if rest.trials else []
                 continue
             ends[task.kind, end or "wrong"] += 1
@@ -402,7 +455,9 @@ def run_all(tasks: list[Task], root: Path, processes: int, until: float) -> tupl
 def in_a_child(make: Callable[..., Any], *arguments: Any) -> Any:
     """What a function returns, called in a process of its own: those forked later cannot train if this one has."""
     receive, send = multiprocessing.get_context("fork").Pipe(duplex=False)
-    process = multiprocessing.get_context("fork").Process(target=lambda: send.send(make(*arguments)))
+    process = multiprocessing.get_context("fork").Process(
+        target=lambda: send.send(make(*arguments))
+    )
     process.start()
     send.close()
     found = receive.recv()
@@ -463,16 +518,26 @@ def bombs(images: dict[str, bytes]) -> dict[str, bytes]:
     return {
         "png of 60000 x 60000": png(60_000, 60_000),
         "png of 2^31 x 2^31": png(2**31 - 1, 2**31 - 1),
-        "png with a text of a gigabyte": png(8, 8, chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(2**30), 9))),
-        "png with a profile of 500 MB": png(8, 8, chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(500_000_000), 9))),
+        "png with a text of a gigabyte": png(
+            8, 8, chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(2**30), 9))
+        ),
+        "png with a profile of 500 MB": png(
+            8, 8, chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(500_000_000), 9))
+        ),
         "jpeg with 20000 scans": progressive[:scan] + progressive[scan:-2] * 20_000 + b"\xff\xd9",
-        "gif of 65535 x 65535": images["gif"][:6] + struct.pack("<2H", 65535, 65535) + images["gif"][10:],
-        "bmp of 2^31 x 2^31": images["bmp"][:18] + struct.pack("<2i", 2**31 - 1, -(2**31)) + images["bmp"][26:],
-        "webp of 16384 x 16384": b"RIFF\x1e\0\0\0WEBPVP8X\n\0\0\0\x02\0\0\0\xff\x3f\0\xff\x3f\0" + bytes(12),
+        "gif of 65535 x 65535": images["gif"][:6]
+        + struct.pack("<2H", 65535, 65535)
+        + images["gif"][10:],
+        "bmp of 2^31 x 2^31": images["bmp"][:18]
+        + struct.pack("<2i", 2**31 - 1, -(2**31))
+        + images["bmp"][26:],
+        "webp of 16384 x 16384": b"RIFF\x1e\0\0\0WEBPVP8X\n\0\0\0\x02\0\0\0\xff\x3f\0\xff\x3f\0"
+        + bytes(12),
         "tiff whose next directory is its first": bytes(tiff),
         "ppm of 10^9 x 10^9": b"P6 1000000000 1000000000 255\n" + bytes(100),
         "ppm of text": b"P3 9000 9000 255\n" + b"1 " * 1000,
-        "npy of 10^15": images["npy"][:8] + images["npy"][8:].replace(b"(40, 48, 3)", b"(9**15,3,3)"),
+        "npy of 10^15": images["npy"][:8]
+        + images["npy"][8:].replace(b"(40, 48, 3)", b"(9**15,3,3)"),
     }
 
 
@@ -519,7 +584,11 @@ def hostile(folder: Path, images: dict[str, bytes]) -> dict[str, Callable[[Path]
             info = tarfile.TarInfo(name)
             info.size = len(picture)
             archive.addfile(info, io.BytesIO(picture))
-        for name, kind in (("l.png", tarfile.SYMTYPE), ("h.png", tarfile.LNKTYPE), ("f.png", tarfile.FIFOTYPE)):
+        for name, kind in (
+            ("l.png", tarfile.SYMTYPE),
+            ("h.png", tarfile.LNKTYPE),
+            ("f.png", tarfile.FIFOTYPE),
+        ):
             info = tarfile.TarInfo(name)
             info.type, info.linkname = kind, "/etc/passwd"
             archive.addfile(info)
@@ -537,19 +606,29 @@ def hostile(folder: Path, images: dict[str, bytes]) -> dict[str, Callable[[Path]
         info = tarfile.TarInfo("a.png")
         info.size, info.pax_headers = len(picture), {f"k{i}": "v" * 50 for i in range(50_000)}
         archive.addfile(info, io.BytesIO(picture))
-    rows = [{"bytes": data, "path": "../../../etc/passwd"} for data in (picture, b"", None, bytes(1000))]
+    rows = [
+        {"bytes": data, "path": "../../../etc/passwd"} for data in (picture, b"", None, bytes(1000))
+    ]
     pq.write_table(pa.table({"image": rows}), source("paths.parquet"))
     for size in (2**20, 2**23, 2**26):
         zeros = pa.table({"image": pa.array([bytes(size)] * 24, pa.large_binary())})
         for rows in (1, 24):
             path = source(f"bomb {size:,} {rows}.parquet")
-            pq.write_table(zeros, path, compression="zstd", row_group_size=rows, use_dictionary=False)
+            pq.write_table(
+                zeros, path, compression="zstd", row_group_size=rows, use_dictionary=False
+            )
     same = pa.DictionaryArray.from_arrays(np.zeros(2000, np.int32), pa.array([bytes(2**23)]))
-    how: dict[str, Any] = {"compression": "zstd", "dictionary_pagesize_limit": 2**30, "store_schema": False}
+    how: dict[str, Any] = {
+        "compression": "zstd",
+        "dictionary_pagesize_limit": 2**30,
+        "store_schema": False,
+    }
     pq.write_table(pa.table({"image": same}), source("same.parquet"), **how)
     data = folder.joinpath("same.parquet").read_bytes()
     at = len(data) - 8 - struct.unpack("<I", data[-8:-4])[0]
-    folder.joinpath("same.parquet").write_bytes(data[:at] + bytes(2000) + data[at:])  # so that its rows are believed
+    folder.joinpath("same.parquet").write_bytes(
+        data[:at] + bytes(2000) + data[at:]
+    )  # so that its rows are believed
     pq.write_table(pa.table({"image": [b""] * 10**7}), source("rows.parquet"), **how)
     del zeros, same
     for name in ("traversal", "sizes", "headers"):
@@ -559,16 +638,24 @@ def hostile(folder: Path, images: dict[str, bytes]) -> dict[str, Callable[[Path]
     photos = folder / "pipes"
     photos.mkdir()
     os.mkfifo(photos / "pipe.fifo")
-    for name, to in {"zero": "/dev/zero", "pipe": "pipe.fifo", "tty": "/dev/tty", "none": "nowhere"}.items():
+    for name, to in {
+        "zero": "/dev/zero",
+        "pipe": "pipe.fifo",
+        "tty": "/dev/tty",
+        "none": "nowhere",
+    }.items():
         (photos / f"{name}.png").symlink_to(to)
     (photos / "fine.png").write_bytes(picture)
-    (folder / "devices.txt").write_text(f"/dev/zero\n/dev/stdin\n{photos}/pipe.fifo\n{photos}/fine.png\n")
+    (folder / "devices.txt").write_text(
+        f"/dev/zero\n/dev/stdin\n{photos}/pipe.fifo\n{photos}/fine.png\n"
+    )
     found["a folder of pipes and devices"] = lambda work: one_source(photos)
     found["a list of pipes and devices"] = lambda work: one_source(folder / "devices.txt")
     found["the same, inspected"] = lambda work: indexed(photos)
 
     weights = {
-        k: v.clone() for k, v in build(backbone="resnet10", width=4, image_size=32).backbone.state_dict().items()
+        k: v.clone()
+        for k, v in build(backbone="resnet10", width=4, image_size=32).backbone.state_dict().items()
     }
     wide = dict(weights) | {"conv1.weight": torch.zeros(1).expand(10**6, 10**6, 3, 3)}
     deep: Any = ()
@@ -599,24 +686,34 @@ def hostile(folder: Path, images: dict[str, bytes]) -> dict[str, Callable[[Path]
                 torch.save(content, path, _use_new_zipfile_serialization=zipped)
             except (RuntimeError, NotImplementedError):
                 continue
-            found[f"convert {path.name}"] = lambda work, path=path: checked(["convert", str(path), "--out", "made"])
+            found[f"convert {path.name}"] = lambda work, path=path: checked(
+                ["convert", str(path), "--out", "made"]
+            )
     for protocol in range(6):
         path = folder / f"pickle{protocol}.pt"
         path.write_bytes(pickle.dumps(Shell(), protocol))
-        found[f"convert {path.name}"] = lambda work, path=path: checked(["convert", str(path), "--out", "made"])
+        found[f"convert {path.name}"] = lambda work, path=path: checked(
+            ["convert", str(path), "--out", "made"]
+        )
         path = folder / f"misnamed{protocol}.safetensors"
         path.write_bytes(pickle.dumps(Shell(), protocol))
-        found[f"convert {path.name}"] = lambda work, path=path: checked(["convert", str(path), "--out", "made"])
+        found[f"convert {path.name}"] = lambda work, path=path: checked(
+            ["convert", str(path), "--out", "made"]
+        )
     for name, text in {
         "size": struct.pack("<Q", 2**62),
         "open": struct.pack("<Q", 8) + b"{" * 8,
         "deep": struct.pack("<Q", 9000) + b"[" * 9000,
-        "far": struct.pack("<Q", 60) + b'{"a":{"dtype":"F32","shape":[9],"data_offsets":[0,99999999]}}',
-        "huge": struct.pack("<Q", 66) + b'{"a":{"dtype":"F32","shape":[4294967296,4294967296],"data_offsets":',
+        "far": struct.pack("<Q", 60)
+        + b'{"a":{"dtype":"F32","shape":[9],"data_offsets":[0,99999999]}}',
+        "huge": struct.pack("<Q", 66)
+        + b'{"a":{"dtype":"F32","shape":[4294967296,4294967296],"data_offsets":',
     }.items():
         path = folder / f"{name}.safetensors"
         path.write_bytes(text)
-        found[f"convert {path.name}"] = lambda work, path=path: checked(["convert", str(path), "--out", "made"])
+        found[f"convert {path.name}"] = lambda work, path=path: checked(
+            ["convert", str(path), "--out", "made"]
+        )
 
     photos_ = str(folder / "photos")
     laughs = "a0: &a0 [x,x,x,x,x,x,x,x,x]\n" + "".join(
@@ -704,17 +801,30 @@ def names(work: Path, picture: bytes) -> tuple[str, str]:
             for i in range(count):
                 file = io.BytesIO()
                 Image.fromarray(rng.integers(0, 255, (32, 32, 3), np.uint8)).save(file, "PNG")
-                path = root / split / name.replace("/", "\u2044") / f"{i}{name[:100].replace('/', '')}.png"
+                path = (
+                    root
+                    / split
+                    / name.replace("/", "\u2044")
+                    / f"{i}{name[:100].replace('/', '')}.png"
+                )
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(file.getvalue())
-        path.with_name(f"broken {path.name}").write_bytes(b"\x1b[31m<script>" if n % 2 else picture[:50])
+        path.with_name(f"broken {path.name}").write_bytes(
+            b"\x1b[31m<script>" if n % 2 else picture[:50]
+        )
     orders = [
         ["inspect", str(root), "--out", "facts.json"],
         ["preview", str(root), "--out", "views.png", "--rows", "2"],
         ["pretrain", str(root), "--out", "run\x1b[31m<b>", *TINY.split(), "--max-unreadable", "1"],
         ["evaluate", "run\x1b[31m<b>", "--protocol", "knn", "label_free"],
         ["embed", "run\x1b[31m<b>", "--out", "e.parquet"],
-        ["neighbors", "e.parquet", "train/[bold]markup[\u2044bold]/0[bold]markup[bold].png", "--html", "near.html"],
+        [
+            "neighbors",
+            "e.parquet",
+            "train/[bold]markup[\u2044bold]/0[bold]markup[bold].png",
+            "--html",
+            "near.html",
+        ],
         ["duplicates", "e.parquet", "--html", "copies.html"],
         ["cluster", "e.parquet", "--html", "clusters.html"],
         ["outliers", "e.parquet", "--html", "outliers.html"],
@@ -739,10 +849,14 @@ def names(work: Path, picture: bytes) -> tuple[str, str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--images", type=int, default=20_000)
     parser.add_argument("--containers", type=int, default=2_000)
-    parser.add_argument("--no-hostile", dest="hostile", action="store_false", help="leave out what is made by hand")
+    parser.add_argument(
+        "--no-hostile", dest="hostile", action="store_false", help="leave out what is made by hand"
+    )
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no trial after so many")
     parser.add_argument("--seed", type=int, default=0)
@@ -753,7 +867,7 @@ def main() -> int:
     valid, trials = root / "valid", root / "trials"
     valid.mkdir(), trials.mkdir()
     os.environ["SIMSIAM_CACHE"] = str(root / "cache")
-    started, spent = now(), time.monotonic()
+    started, spent = utc_now(), time.monotonic()
     try:
         images = pictures()
         for name, data in images.items():
@@ -780,11 +894,21 @@ def main() -> int:
         for i in range(0, asked.images, CHUNK):
             numbers = range(i, min(i + CHUNK, asked.images))
             names_ = [f"{every[n % len(every)][0]} {n}" for n in numbers]
-            tasks.append(Task("mutated image", i, [image(n) for n in numbers], names_, i / asked.images))
+            tasks.append(
+                Task("mutated image", i, [image(n) for n in numbers], names_, i / asked.images)
+            )
         for i in range(0, asked.containers, CHUNK // 8):
             numbers = range(i, min(i + CHUNK // 8, asked.containers))
             names_ = [f"{list(kinds)[n % len(kinds)]} {n}" for n in numbers]
-            tasks.append(Task("mutated container", i, [container(n) for n in numbers], names_, i / asked.containers))
+            tasks.append(
+                Task(
+                    "mutated container",
+                    i,
+                    [container(n) for n in numbers],
+                    names_,
+                    i / asked.containers,
+                )
+            )
         if asked.hostile:
             made = {
                 name: (lambda work, data=data: one_image(data, random.Random(0)))
@@ -792,14 +916,21 @@ def main() -> int:
             }
             made |= hostile(valid, images)
             limits = {"names": 12 * HANG}  # it types so many commands
-            tasks += [Task("made by hand", 0, [t], [n], limit=limits.get(n, HANG)) for n, t in made.items()]
+            tasks += [
+                Task("made by hand", 0, [t], [n], limit=limits.get(n, HANG))
+                for n, t in made.items()
+            ]
         until = spent + 60 * asked.minutes
-        ends, wrongs, largest = run_all(sorted(tasks, key=lambda task: task.when), trials, asked.processes, until)
+        ends, wrongs, largest = run_all(
+            sorted(tasks, key=lambda task: task.when), trials, asked.processes, until
+        )
     finally:
         shutil.rmtree(root, ignore_errors=True)
 
-    used = sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    here = environment(torch.device("cpu"), "float32")
+    used = sum(
+        sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    )
+    here = collect_environment(torch.device("cpu"), "float32")
     command = "python results/faults/fuzz.py " + " ".join(sys.argv[1:])
     rows = "\n".join(f"| {kind} | {end} | {n:,} |" for (kind, end), n in sorted(ends.items()))
     summary = (
@@ -814,11 +945,16 @@ def main() -> int:
     for wrong in wrongs:
         print(f"WRONG {wrong['kind']} {wrong['trial']}: {wrong['wrong']}")
     if asked.out:
-        about = {"command": command, "started": started, "environment": here, "cpu_seconds": round(used, 1)}
+        about = {
+            "command": command,
+            "started": started,
+            "environment": here,
+            "cpu_seconds": round(used, 1),
+        }
         counts = [{"kind": kind, "end": end, "n": n} for (kind, end), n in sorted(ends.items())]
         about |= {"largest_kib": largest, "trials": counts, "wrong": wrongs}
         for kind, text in {"json": json.dumps(about, indent=1) + "\n", "md": summary}.items():
-            with whole(Path(f"{asked.out}.{kind}")) as part:
+            with atomic_write(Path(f"{asked.out}.{kind}")) as part:
                 part.write_text(text)
     return bool(wrongs)
 

@@ -18,13 +18,15 @@ from statistics import mean, stdev
 from simsiam.detection.annotations import open_annotated
 from simsiam.detection.transfer import transfer
 from simsiam.runs.run_folder import Run
-from simsiam.utils.files import whole
+from simsiam.utils.files import atomic_write
 
 HERE = Path(__file__).parent
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     verbs = parser.add_subparsers(dest="verb", required=True)
     listing = verbs.add_parser("list")
     listing.add_argument("source", type=Path)
@@ -34,7 +36,12 @@ def main() -> None:
     running.add_argument("run")
     running.add_argument("--steps", type=int, nargs="+", required=True)
     running.add_argument("--seeds", type=int, default=2)
-    running.add_argument("--only", nargs="+", default=["scratch", "run"], help="scratch, run, or weights as of --init")
+    running.add_argument(
+        "--only",
+        nargs="+",
+        default=["scratch", "run"],
+        help="scratch, run, or weights as of --init",
+    )
     telling = verbs.add_parser("table")
     telling.add_argument("run")
     asked = parser.parse_args()
@@ -55,20 +62,27 @@ def main() -> None:
 def table(run: Run) -> None:
     """Print a row for each start and budget, and write every record but its paths."""
     groups = defaultdict(list)
-    records = sorted(run.transfers(), key=lambda r: (r["parameters"]["steps"], r["init"]["from"], r["seed"]))
+    records = sorted(
+        run.transfers(), key=lambda r: (r["parameters"]["steps"], r["init"]["from"], r["seed"])
+    )
     for record in records:
         groups[record["parameters"]["steps"], record["init"]["from"]].append(record)
     print(
-        "| steps | from | AP50 | " + " | ".join(f"AP50 of {name}" for name in records[0]["classes"]) + " | AP | seeds |"
+        "| steps | from | AP50 | "
+        + " | ".join(f"AP50 of {name}" for name in records[0]["classes"])
+        + " | AP | seeds |"
     )
     for (steps, start), found in groups.items():
-        of_class = [[r["metrics"]["coco_box"]["AP50_of_class"][name] for r in found] for name in records[0]["classes"]]
+        of_class = [
+            [r["metrics"]["coco_box"]["AP50_of_class"][name] for r in found]
+            for name in records[0]["classes"]
+        ]
         numbers = [[r["metrics"]["coco_box"]["AP50"] for r in found], *of_class]
         numbers.append([r["metrics"]["coco_box"]["AP"] for r in found])
         print(f"| {steps} | {start} | " + " | ".join(map(spread, numbers)) + f" | {len(found)} |")
     for record in records:
         record["asked"].pop("source")
-    with whole(HERE / "bccd.json") as part:
+    with atomic_write(HERE / "bccd.json") as part:
         part.write_text(json.dumps(records, indent=1) + "\n")
 
 

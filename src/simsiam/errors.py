@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from math import inf
 
-BRIEF = 200  # characters of what was given that an error repeats
+MAX_VALUE_CHARS = 200  # characters of what was given that an error repeats
 
 
 class UsageError(ValueError):
@@ -15,37 +15,41 @@ class WorkFailed(RuntimeError):
     """The request was fine and the work failed: no readable image, a diverged loss, a full disk. Exit code 1."""
 
 
-def unknown(kind: str, given: object, allowed: Iterable[str]) -> UsageError:
+def unknown_name(kind: str, value: object, allowed: Iterable[str]) -> UsageError:
     """The error for a name that is not in a list, with the nearest one that is."""
-    names, text = sorted(allowed), brief(given)
+    names, text = sorted(allowed), truncate(value)
     near = get_close_matches(text, names, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(names)}"
     return UsageError(f"unknown {kind} {text!r}: {hint}")
 
 
-def brief(given: object, form: Callable[[object], str] = str) -> str:
+def truncate(value: object, formatter: Callable[[object], str] = str) -> str:
     """What was given, at most a line of it."""
     try:
-        text = form(given)
+        text = formatter(value)
     except ValueError:  # Python's limit for the digits of a number
         text = "a number of thousands of digits"
-    return text if len(text) <= BRIEF else f"{text[:BRIEF]}..."
+    return text if len(text) <= MAX_VALUE_CHARS else f"{text[:MAX_VALUE_CHARS]}..."
 
 
-def shown(name: str) -> str:
+def printable(name: str) -> str:
     """A file's name as one printable line: line breaks, terminal escapes and what is not UTF-8 as backslashes."""
     if name.isprintable():
         return name
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
 
 
-def within(owner: object, **ranges: tuple[float, float]) -> None:
+def check_ranges(instance: object, **ranges: tuple[float, float]) -> None:
     """Raises UsageError for a field of `owner` (or a value of a tuple there) that is set and outside its range."""
     for name, (low, high) in ranges.items():
-        value = getattr(owner, name)
+        value = getattr(instance, name)
         for number in value if isinstance(value, tuple) else (value,):
             if number is not None and not low <= number <= high:  # true of nan as well
-                bounds = f"it is at least {low:g}" if high == inf else f"it lies between {low:g} and {high:g}"
+                bounds = (
+                    f"it is at least {low:g}"
+                    if high == inf
+                    else f"it lies between {low:g} and {high:g}"
+                )
                 raise UsageError(f"{name} is {number}; {bounds}")
 
 

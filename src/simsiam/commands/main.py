@@ -18,14 +18,20 @@ from typing import Any
 
 from simsiam import __version__
 from simsiam.config import recipes
-from simsiam.config.method import TERMS, Method, Views
-from simsiam.config.protocols import FROZEN, PROTOCOLS, Settings
+from simsiam.config.method import EQUAL_TERMS, Method, Views
+from simsiam.config.protocols import FROZEN_PROTOCOLS, PROTOCOLS, Settings
 from simsiam.detection.schedules import SCHEDULES, Schedule
-from simsiam.errors import Stopped, UsageError, WorkFailed, shown, unknown
+from simsiam.errors import Stopped, UsageError, WorkFailed, printable, unknown_name
 from simsiam.laboratory.experiments import EXPERIMENTS
 from simsiam.laboratory.scales import SCALES
 
-TOGETHER = ("pretrain", "resume", "evaluate", "transfer", "embed")  # verbs of several processes, under torchrun
+TOGETHER = (
+    "pretrain",
+    "resume",
+    "evaluate",
+    "transfer",
+    "embed",
+)  # verbs of several processes, under torchrun
 EPILOG = "Documentation and source of every setting: README.md; `simsiam VERB --help` lists a verb's flags."
 
 
@@ -46,26 +52,41 @@ def comments(owner: type) -> dict[str, str]:
 
 def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
     """A flag for every word of a recipe, with the paper's baseline as its default."""
-    for owner, title in ((recipes.Recipe, "the run"), (Method, "the method's cells"), (Views, "the views")):
-        add_flags(parser, owner, title, recipes.WORDS)
-    note = "the row on simsiam's views and optimizer: " + ", ".join(TERMS)
+    for owner, title in (
+        (recipes.Recipe, "the run"),
+        (Method, "the method's cells"),
+        (Views, "the views"),
+    ):
+        add_flags(parser, owner, title, recipes.SETTING_TYPES)
+    note = "the row on simsiam's views and optimizer: " + ", ".join(EQUAL_TERMS)
     parser.add_argument("--equal-terms", action="store_true", default=argparse.SUPPRESS, help=note)
 
 
-def add_flags(parser: argparse.ArgumentParser, owner: type, title: str, words: typing.Mapping[str, Any]) -> None:
+def add_flags(
+    parser: argparse.ArgumentParser, owner: type, title: str, words: typing.Mapping[str, Any]
+) -> None:
     """A flag for every field of a dataclass that is among `words`, which gives its type."""
     group, said = parser.add_argument_group(title), comments(owner)
     for f in fields(owner):
         if f.name in ("source", "name", "views") or f.name not in words:
             continue
         kind, default = words[f.name], "simsiam" if f.name == "method" else f.default
-        note = said.get(f.name, "a row of `simsiam methods`" if f.name == "method" else "").replace("%", "%%")
+        note = said.get(f.name, "a row of `simsiam methods`" if f.name == "method" else "").replace(
+            "%", "%%"
+        )
         if default is not MISSING and default is not None:
             shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
             note += f" [{'on' if default is True else 'off' if default is False else shown}]"
         how: dict[str, Any] = {"help": note, "default": argparse.SUPPRESS}
-        how |= {"action": argparse.BooleanOptionalAction} if kind is bool else {"metavar": _metavar(kind)}
-        if tuple in (typing.get_origin(kind), *(typing.get_origin(option) for option in typing.get_args(kind))):
+        how |= (
+            {"action": argparse.BooleanOptionalAction}
+            if kind is bool
+            else {"metavar": _metavar(kind)}
+        )
+        if tuple in (
+            typing.get_origin(kind),
+            *(typing.get_origin(option) for option in typing.get_args(kind)),
+        ):
             how["nargs"] = "*"
         group.add_argument("--" + f.name.replace("_", "-"), **how)
 
@@ -86,7 +107,11 @@ def _metavar(kind: Any) -> str:
 
 
 def build_parser() -> Parser:
-    parser = Parser(prog="simsiam", description="Visual representations from images without labels.", epilog=EPILOG)
+    parser = Parser(
+        prog="simsiam",
+        description="Visual representations from images without labels.",
+        epilog=EPILOG,
+    )
     parser.add_argument("--version", action="version", version=f"simsiam {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", title="verbs")
 
@@ -97,13 +122,22 @@ def build_parser() -> Parser:
         epilog="In brackets: the paper's baseline. The source or --recipe chooses other values for some; flags win.",
     )
     add_source(pretrain, "*", "[shapes]")
-    pretrain.add_argument("--recipe", metavar="NAME or FILE", help=f"{', '.join(recipes.RECIPES)}, or a recipe.yaml")
-    pretrain.add_argument("--out", metavar="RUN", help="the run folder; it must not exist [runs/SOURCE-METHOD-N]")
+    pretrain.add_argument(
+        "--recipe", metavar="NAME or FILE", help=f"{', '.join(recipes.RECIPES)}, or a recipe.yaml"
+    )
+    pretrain.add_argument(
+        "--out", metavar="RUN", help="the run folder; it must not exist [runs/SOURCE-METHOD-N]"
+    )
     add_recipe_flags(pretrain)
 
     resume = verbs.add_parser("resume", help="continue a run bit for bit from its last checkpoint")
     resume.add_argument("run", metavar="RUN")
-    resume.add_argument("--epochs", metavar="N", type=int, help="extend the run; says what that does to the schedule")
+    resume.add_argument(
+        "--epochs",
+        metavar="N",
+        type=int,
+        help="extend the run; says what that does to the schedule",
+    )
 
     inspect = verbs.add_parser(
         "inspect",
@@ -120,9 +154,21 @@ def build_parser() -> Parser:
         usage="simsiam shard SOURCE [SOURCE ...] --out FOLDER [--format NAME] [--per-shard N] [--channels N]",
     )
     add_source(shard, "+")
-    shard.add_argument("--out", metavar="FOLDER", required=True, help="a new folder; it appears when it is complete")
-    shard.add_argument("--format", metavar="NAME", default="tar", help="tar (WebDataset's) or parquet (Hugging Face's)")
-    shard.add_argument("--per-shard", metavar="N", type=int, default=10_000, help="images in a shard [10000]")
+    shard.add_argument(
+        "--out",
+        metavar="FOLDER",
+        required=True,
+        help="a new folder; it appears when it is complete",
+    )
+    shard.add_argument(
+        "--format",
+        metavar="NAME",
+        default="tar",
+        help="tar (WebDataset's) or parquet (Hugging Face's)",
+    )
+    shard.add_argument(
+        "--per-shard", metavar="N", type=int, default=10_000, help="images in a shard [10000]"
+    )
     shard.add_argument("--channels", metavar="N", type=int, default=3, help="of an image [3]")
 
     plan = verbs.add_parser(
@@ -132,14 +178,28 @@ def build_parser() -> Parser:
         epilog="The flags are those of pretrain; the source or --recipe chooses their values as it does there.",
     )
     add_source(plan, "+")
-    plan.add_argument("--gpus", metavar="N", type=int, default=1, help="processes, one a device [1]")
-    plan.add_argument("--images", metavar="N", type=int, help="as if there were so many like those of the source")
-    plan.add_argument("--cores", metavar="N", type=int, help="of each process, to prepare images [as many as here]")
     plan.add_argument(
-        "--bench", metavar="FILE.json", nargs="+", help="of `simsiam bench --out`, from the machine that is to train"
+        "--gpus", metavar="N", type=int, default=1, help="processes, one a device [1]"
+    )
+    plan.add_argument(
+        "--images", metavar="N", type=int, help="as if there were so many like those of the source"
+    )
+    plan.add_argument(
+        "--cores",
+        metavar="N",
+        type=int,
+        help="of each process, to prepare images [as many as here]",
+    )
+    plan.add_argument(
+        "--bench",
+        metavar="FILE.json",
+        nargs="+",
+        help="of `simsiam bench --out`, from the machine that is to train",
     )
     plan.add_argument("--out", metavar="FILE.json", help="write the facts here too")
-    plan.add_argument("--recipe", metavar="NAME or FILE", help=f"{', '.join(recipes.RECIPES)}, or a recipe.yaml")
+    plan.add_argument(
+        "--recipe", metavar="NAME or FILE", help=f"{', '.join(recipes.RECIPES)}, or a recipe.yaml"
+    )
     add_recipe_flags(plan)
 
     preview = verbs.add_parser(
@@ -149,9 +209,13 @@ def build_parser() -> Parser:
         epilog="The flags are those of pretrain; the source or --recipe chooses their values as it does there.",
     )
     add_source(preview, "+")
-    preview.add_argument("--out", metavar="FILE.png", required=True, help="the picture; one of that name is replaced")
+    preview.add_argument(
+        "--out", metavar="FILE.png", required=True, help="the picture; one of that name is replaced"
+    )
     preview.add_argument("--rows", metavar="N", type=int, default=8, help="images [8]")
-    preview.add_argument("--recipe", metavar="NAME or FILE", help=f"{', '.join(recipes.RECIPES)}, or a recipe.yaml")
+    preview.add_argument(
+        "--recipe", metavar="NAME or FILE", help=f"{', '.join(recipes.RECIPES)}, or a recipe.yaml"
+    )
     add_recipe_flags(preview)
 
     evaluate = verbs.add_parser(
@@ -162,9 +226,18 @@ def build_parser() -> Parser:
     )
     evaluate.add_argument("run", metavar="RUN")
     add_source(evaluate, "*", "[the run's own]")
-    names = f"{', '.join(PROTOCOLS)} [{' '.join(FROZEN)}]"
-    evaluate.add_argument("--protocol", dest="protocols", metavar="NAME", nargs="+", default=FROZEN, help=names)
-    evaluate.add_argument("--checkpoint", metavar="NAME", default="last", help="last, best or epoch-NNNN [last]")
+    names = f"{', '.join(PROTOCOLS)} [{' '.join(FROZEN_PROTOCOLS)}]"
+    evaluate.add_argument(
+        "--protocol",
+        dest="protocols",
+        metavar="NAME",
+        nargs="+",
+        default=FROZEN_PROTOCOLS,
+        help=names,
+    )
+    evaluate.add_argument(
+        "--checkpoint", metavar="NAME", default="last", help="last, best or epoch-NNNN [last]"
+    )
     evaluate.add_argument("--device", metavar="NAME", default="auto", help="cpu, cuda, ... [auto]")
     precisions = "auto, bfloat16 or float32; of the backbone alone [auto]"
     evaluate.add_argument("--precision", metavar="NAME", default="auto", help=precisions)
@@ -184,11 +257,15 @@ def build_parser() -> Parser:
     formats = "torchvision, timm, detectron2, safetensors, onnx, torch_export or huggingface"
     export.add_argument("--format", metavar="NAME", required=True, help=formats)
     export.add_argument("--out", metavar="FOLDER", help="a new folder [RUN/exports/FORMAT]")
-    export.add_argument("--license", metavar="NAME", help="huggingface: of the weights, for the model card")
+    export.add_argument(
+        "--license", metavar="NAME", help="huggingface: of the weights, for the model card"
+    )
     push = "huggingface: upload to the hub too, as a private repository where there is none; else nothing leaves here"
     export.add_argument("--push", metavar="OWNER/NAME", help=push)
 
-    compare = verbs.add_parser("compare", help="what differs between runs, in how they were made and what came of it")
+    compare = verbs.add_parser(
+        "compare", help="what differs between runs, in how they were made and what came of it"
+    )
     compare.add_argument("runs", metavar="RUN", nargs="+", help="two or more")
 
     report = verbs.add_parser(
@@ -198,12 +275,24 @@ def build_parser() -> Parser:
     )
     report.add_argument("runs", metavar="RUN", nargs="+")
     report.add_argument(
-        "--out", metavar="FILE.html", help="one of that name is replaced [report.html in the first RUN]"
+        "--out",
+        metavar="FILE.html",
+        help="one of that name is replaced [report.html in the first RUN]",
     )
-    report.add_argument("--limit", metavar="N", type=int, default=3000, help="images on the map, spread evenly [3000]")
-    report.add_argument("--no-map", dest="images", action="store_false", help="read no image: no views and no map")
+    report.add_argument(
+        "--limit",
+        metavar="N",
+        type=int,
+        default=3000,
+        help="images on the map, spread evenly [3000]",
+    )
+    report.add_argument(
+        "--no-map", dest="images", action="store_false", help="read no image: no views and no map"
+    )
 
-    demo = verbs.add_parser("demo", help="see it work: pretrain on the embedded set, beside baselines and a ceiling")
+    demo = verbs.add_parser(
+        "demo", help="see it work: pretrain on the embedded set, beside baselines and a ceiling"
+    )
     demo.add_argument("--seeds", metavar="N", type=int, default=1, help="runs to average over [1]")
     demo.add_argument("--out", metavar="FOLDER", help="where the run folders go [runs/demo-N]")
 
@@ -214,21 +303,47 @@ def build_parser() -> Parser:
         epilog="It shows its plan first. Runs are shared between experiments, and finished ones are reused; stopped or "
         "killed, it goes on where it was, and two of it share the work.",
     )
-    reproduce.add_argument("experiments", metavar="EXPERIMENT", nargs="+", help=f"{', '.join(EXPERIMENTS)}, or all")
-    reproduce.add_argument("--scale", metavar="NAME", default="tiny", help=f"{', '.join(SCALES)} [tiny]")
-    reproduce.add_argument("--source", metavar="SOURCE", nargs="+", default=(), help="the images [the scale's]")
-    reproduce.add_argument("--seeds", metavar="N", type=int, help="runs of each cell [3; 5 for figure2]")
-    reproduce.add_argument("--epochs", metavar="N", type=int, help="what the paper's 100 epochs become [the scale's]")
+    reproduce.add_argument(
+        "experiments", metavar="EXPERIMENT", nargs="+", help=f"{', '.join(EXPERIMENTS)}, or all"
+    )
+    reproduce.add_argument(
+        "--scale", metavar="NAME", default="tiny", help=f"{', '.join(SCALES)} [tiny]"
+    )
+    reproduce.add_argument(
+        "--source", metavar="SOURCE", nargs="+", default=(), help="the images [the scale's]"
+    )
+    reproduce.add_argument(
+        "--seeds", metavar="N", type=int, help="runs of each cell [3; 5 for figure2]"
+    )
+    reproduce.add_argument(
+        "--epochs", metavar="N", type=int, help="what the paper's 100 epochs become [the scale's]"
+    )
     reproduce.add_argument("--limit", metavar="N", type=int, help="train on this many images [all]")
-    reproduce.add_argument("--only", metavar="CELL", nargs="+", default=(), help="run only these cells [all]")
-    annotated = "table5: VOCdevkit, a folder of COCO 2017, any VOC folder, or shapes (embedded) [shapes]"
-    reproduce.add_argument("--annotated", metavar="FOLDER", nargs="+", default=("shapes",), help=annotated)
-    reproduce.add_argument("--out", metavar="FOLDER", help="where pages and figures go [results/SCALE]")
+    reproduce.add_argument(
+        "--only", metavar="CELL", nargs="+", default=(), help="run only these cells [all]"
+    )
+    annotated = (
+        "table5: VOCdevkit, a folder of COCO 2017, any VOC folder, or shapes (embedded) [shapes]"
+    )
+    reproduce.add_argument(
+        "--annotated", metavar="FOLDER", nargs="+", default=("shapes",), help=annotated
+    )
+    reproduce.add_argument(
+        "--out", metavar="FOLDER", help="where pages and figures go [results/SCALE]"
+    )
     reproduce.add_argument("--device", metavar="NAME", default="auto", help="cpu, cuda, ... [auto]")
     reproduce.add_argument("--plan", action="store_true", help="show the plan and stop")
 
-    bench = verbs.add_parser("bench", help="speed beside the plain way of doing the same, as ratios")
-    bench.add_argument("--only", metavar="CASE", nargs="+", default=(), help="cases; an unknown one lists them [all]")
+    bench = verbs.add_parser(
+        "bench", help="speed beside the plain way of doing the same, as ratios"
+    )
+    bench.add_argument(
+        "--only",
+        metavar="CASE",
+        nargs="+",
+        default=(),
+        help="cases; an unknown one lists them [all]",
+    )
     bench.add_argument("--device", metavar="NAME", default="auto", help="cpu, cuda, ... [auto]")
     bench.add_argument("--out", metavar="FILE.json", help="write everything measured here")
 
@@ -239,17 +354,33 @@ def build_parser() -> Parser:
         "torchvision, timm. Known by name: simsiam_resnet50_100ep, simsiam_resnet50_100ep_256bs, "
         "simsiam_resnet50_200ep_256bs, and torchvision's, such as ResNet50_Weights.IMAGENET1K_V2.",
     )
-    convert.add_argument("checkpoint", metavar="CHECKPOINT", help="a file, or the name of published weights")
-    convert.add_argument("--out", metavar="RUN", required=True, help="the run folder; it must not exist")
-    convert.add_argument("--backbone", metavar="NAME", help="its torchvision network, where that is no ResNet")
     convert.add_argument(
-        "--image-size", metavar="N", type=int, help="side of its images in pixels [224; 32 small stem]"
+        "checkpoint", metavar="CHECKPOINT", help="a file, or the name of published weights"
     )
-    convert.add_argument("--mean", metavar="X", type=float, nargs=3, help="of each channel, in 0..1 [ImageNet's]")
+    convert.add_argument(
+        "--out", metavar="RUN", required=True, help="the run folder; it must not exist"
+    )
+    convert.add_argument(
+        "--backbone", metavar="NAME", help="its torchvision network, where that is no ResNet"
+    )
+    convert.add_argument(
+        "--image-size",
+        metavar="N",
+        type=int,
+        help="side of its images in pixels [224; 32 small stem]",
+    )
+    convert.add_argument(
+        "--mean", metavar="X", type=float, nargs=3, help="of each channel, in 0..1 [ImageNet's]"
+    )
     convert.add_argument("--std", metavar="X", type=float, nargs=3, help="likewise [ImageNet's]")
 
     methods = verbs.add_parser("methods", help="the methods as rows of one table (Figure 3)")
-    methods.add_argument("--format", choices=("text", "markdown", "svg"), default="text", help="svg draws them [text]")
+    methods.add_argument(
+        "--format",
+        choices=("text", "markdown", "svg"),
+        default="text",
+        help="svg draws them [text]",
+    )
     return parser
 
 
@@ -264,15 +395,21 @@ def add_transfer(verbs: typing.Any) -> None:
     transfer.add_argument("run", metavar="RUN")
     sources = "Pascal VOC folders (VOC2007, VOC2012:train), a folder of COCO's JSON and images, or shapes (embedded)"
     transfer.add_argument("source", metavar="SOURCE", nargs="+", help=sources)
-    transfer.add_argument("--task", metavar="NAME", default="detection", help="detection or segmentation [detection]")
+    transfer.add_argument(
+        "--task", metavar="NAME", default="detection", help="detection or segmentation [detection]"
+    )
     named = f"{', '.join(SCHEDULES)} (the paper's), or auto, by the number of images [auto]"
     transfer.add_argument("--schedule", metavar="NAME", default="auto", help=named)
     init = "start from a run folder, a checkpoint or published weights [RUN's backbone]"
     transfer.add_argument("--init", metavar="WEIGHTS", help=init)
     transfer.add_argument("--from-scratch", action="store_true", help="start from random weights")
-    transfer.add_argument("--seed", metavar="N", type=int, default=0, help="of new weights and of every step [0]")
+    transfer.add_argument(
+        "--seed", metavar="N", type=int, default=0, help="of new weights and of every step [0]"
+    )
     transfer.add_argument("--device", metavar="NAME", default="auto", help="cpu, cuda, ... [auto]")
-    transfer.add_argument("--precision", metavar="NAME", default="auto", help="auto, bfloat16 or float32 [auto]")
+    transfer.add_argument(
+        "--precision", metavar="NAME", default="auto", help="auto, bfloat16 or float32 [auto]"
+    )
     add_flags(transfer, Schedule, "the schedule", typing.get_type_hints(Schedule))
 
 
@@ -288,11 +425,15 @@ def add_embedding_verbs(verbs: typing.Any) -> None:
     outs = "a new .parquet, a folder for many files of 100,000 images, or a .npy with a .csv of paths beside it"
     embed.add_argument("--out", metavar="FILE.parquet", required=True, help=outs)
     embed.add_argument("--device", metavar="NAME", default="auto", help="cpu, cuda, ... [auto]")
-    embed.add_argument("--precision", metavar="NAME", default="auto", help="auto, bfloat16 or float32 [auto]")
+    embed.add_argument(
+        "--precision", metavar="NAME", default="auto", help="auto, bfloat16 or float32 [auto]"
+    )
 
     def verb(name: str, help: str, out: str = "", html: str = "") -> Parser:
         found = verbs.add_parser(name, help=help)
-        found.add_argument("file", metavar="FILE.parquet", help="what `simsiam embed` wrote, a file or a folder")
+        found.add_argument(
+            "file", metavar="FILE.parquet", help="what `simsiam embed` wrote, a file or a folder"
+        )
         if out:
             found.add_argument("--out", metavar="FILE.csv", required=name == "probe", help=out)
         if html:
@@ -300,27 +441,55 @@ def add_embedding_verbs(verbs: typing.Any) -> None:
         return found
 
     neighbors = verb("neighbors", "the images most similar to one", html="them")
-    neighbors.add_argument("query", metavar="QUERY", help="an embedded image's path or name, or another image file")
+    neighbors.add_argument(
+        "query", metavar="QUERY", help="an embedded image's path or name, or another image file"
+    )
     neighbors.add_argument("--k", metavar="N", type=int, default=10, help="how many [10]")
 
-    duplicates = verb("duplicates", "copies, resized or compressed again, in groups", "group, path, distance", "groups")
+    duplicates = verb(
+        "duplicates",
+        "copies, resized or compressed again, in groups",
+        "group, path, distance",
+        "groups",
+    )
     note = "most that two thumbnails differ, relative to their contrast [0.28]"
-    duplicates.add_argument("--threshold", metavar="X", type=float, default=argparse.SUPPRESS, help=note)
+    duplicates.add_argument(
+        "--threshold", metavar="X", type=float, default=argparse.SUPPRESS, help=note
+    )
 
-    cluster = verb("cluster", "images in groups of similar ones (k-means)", "path, cluster, distance", "every cluster")
+    cluster = verb(
+        "cluster",
+        "images in groups of similar ones (k-means)",
+        "path, cluster, distance",
+        "every cluster",
+    )
     cluster.add_argument("--clusters", metavar="N", type=int, default=10, help="how many [10]")
-    cluster.add_argument("--seed", metavar="N", type=int, default=0, help="of the first centers [0]")
+    cluster.add_argument(
+        "--seed", metavar="N", type=int, default=0, help="of the first centers [0]"
+    )
 
-    probe = verb("probe", "label a few images and have all others labeled", "path, label, predicted, confidence")
-    probe.add_argument("labels", metavar="LABELS.csv", help="columns path and label, a line an image")
+    probe = verb(
+        "probe",
+        "label a few images and have all others labeled",
+        "path, label, predicted, confidence",
+    )
+    probe.add_argument(
+        "labels", metavar="LABELS.csv", help="columns path and label, a line an image"
+    )
 
-    outliers = verb("outliers", "the images that are least like any other", "path, label, distance", "the first")
-    outliers.add_argument("--k", metavar="N", type=int, default=10, help="neighbors that count [10]")
+    outliers = verb(
+        "outliers", "the images that are least like any other", "path, label, distance", "the first"
+    )
+    outliers.add_argument(
+        "--k", metavar="N", type=int, default=10, help="neighbors that count [10]"
+    )
 
 
 def flags_of(parser: Parser, verb: str | None) -> list[str]:
     verbs = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction)).choices
-    return [flag for action in verbs.get(verb or "", parser)._actions for flag in action.option_strings]
+    return [
+        flag for action in verbs.get(verb or "", parser)._actions for flag in action.option_strings
+    ]
 
 
 def run(arguments: dict[str, Any]) -> None:
@@ -343,10 +512,10 @@ def run(arguments: dict[str, Any]) -> None:
 
         inspect(arguments["source"], channels=arguments["channels"], out=arguments["out"])
     elif verb == "shard":
-        from simsiam.sources.write_shards import shard
-        from simsiam.sources.write_shards import told as written
+        from simsiam.sources.write_shards import format_shard_summary as written
+        from simsiam.sources.write_shards import write_shards
 
-        print(written(shard(arguments.pop("source"), **arguments)))
+        print(written(write_shards(arguments.pop("source"), **arguments)))
     elif verb == "plan":
         from simsiam.training.plan import plan
 
@@ -369,10 +538,10 @@ def run(arguments: dict[str, Any]) -> None:
         say(embed(arguments.pop("run"), arguments.pop("source"), **arguments))
     elif verb in ("neighbors", "duplicates", "cluster", "probe", "outliers"):
         module = import_module(f"simsiam.embeddings.{verb}")
-        say(module.told(vars(module)[verb](**arguments)))
+        say(vars(module)[f"format_{verb}"](vars(module)[verb](**arguments)))
     elif verb == "export":
         from simsiam.exports.export import export
-        from simsiam.exports.export import told as exported
+        from simsiam.exports.export import format_export as exported
 
         say(exported(export(arguments.pop("run"), **arguments)))
     elif verb == "compare":
@@ -397,13 +566,19 @@ def run(arguments: dict[str, Any]) -> None:
 
         bench(**arguments)
     elif verb == "convert":
-        from simsiam.runs.convert import convert, told
+        from simsiam.runs.convert import convert, format_conversion
 
-        say(told(convert(**arguments)))
+        say(format_conversion(convert(**arguments)))
     elif verb == "methods":
         from simsiam.config import figure3
 
-        say({"text": figure3.table, "markdown": figure3.markdown, "svg": figure3.svg}[arguments["format"]]())
+        say(
+            {
+                "text": figure3.format_methods_table,
+                "markdown": figure3.format_methods_markdown,
+                "svg": figure3.draw_methods_svg,
+            }[arguments["format"]]()
+        )
 
 
 def tell(run: Path) -> None:
@@ -412,7 +587,9 @@ def tell(run: Path) -> None:
         return
     summary = json.loads((run / "summary.json").read_text())
     knn = summary.get("knn_top1")
-    say(f"{summary['verdict']} after {summary['steps']} steps at {summary['images_per_second']:.0f} images/s")
+    say(
+        f"{summary['verdict']} after {summary['steps']} steps at {summary['images_per_second']:.0f} images/s"
+    )
     if knn:
         best = f"{knn['best']:.1f} % at best (step {knn['best_step']})"
         say(f"kNN on held-out images: {knn['last']:.1f} % at the end, {best}")
@@ -426,7 +603,7 @@ def tell(run: Path) -> None:
 
 def say(text: object) -> None:
     """Lines for a person, with whatever a terminal would obey made visible."""
-    print("\n".join(map(shown, str(text).splitlines())))
+    print("\n".join(map(printable, str(text).splitlines())))
 
 
 def keep_memory() -> None:
@@ -452,12 +629,12 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         known, strange = parser.parse_known_args(arguments)
         if strange:
-            raise unknown("argument", strange[0].split("=")[0], flags_of(parser, known.verb))
+            raise unknown_name("argument", strange[0].split("=")[0], flags_of(parser, known.verb))
         run(vars(known))
         return 0
     except (UsageError, WorkFailed, Stopped, OSError) as error:
         who = f"simsiam, process {os.environ['RANK']}" if "RANK" in os.environ else "simsiam"
-        print(f"{who}: {shown(' '.join(str(error).split()))}", file=sys.stderr)
+        print(f"{who}: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         if isinstance(error, Stopped):
             return 128 + error.signum
         return 2 if isinstance(error, UsageError) else 1

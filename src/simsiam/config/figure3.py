@@ -1,14 +1,31 @@
 """METHODS to look at: the table of `simsiam methods`, the README's copy of it, the paper's Figure 3 as a drawing."""
 
-from simsiam.config.method import COPIES, Method
+from simsiam.config.method import SECOND_ENCODER_TARGETS, Method
 from simsiam.config.methods import METHODS, SIMSIAM
 
-COLUMNS = ("method", "heads", "predictor", "target", "gradient", "D", "pairs", "batch norm", "optimizer")
-PANEL, HEIGHT, PER_LINE = 168, 250, 5  # pixels of a panel, and panels side by side
-INK, NEW = "#24292f", "#cf222e"  # the components that SimSiam lacks are red, as in the paper
+COLUMNS = (
+    "method",
+    "heads",
+    "predictor",
+    "target",
+    "gradient",
+    "D",
+    "pairs",
+    "batch norm",
+    "optimizer",
+)
+PANEL_WIDTH, PANEL_HEIGHT, PANELS_PER_ROW = (
+    168,
+    250,
+    5,
+)  # pixels of a panel, and panels side by side
+DEFAULT_COLOR, HIGHLIGHT_COLOR = (
+    "#24292f",
+    "#cf222e",
+)  # the components that SimSiam lacks are red, as in the paper
 
 
-def cells(row: Method) -> tuple[str, ...]:
+def table_cells(row: Method) -> tuple[str, ...]:
     """A row in the words of COLUMNS."""
     kept = {"momentum": f" {row.decay:g}", "moving_average": f" {row.decay:g}"}.get(row.target, "")
     hidden = f"{row.proj_hidden}, " * (row.proj_layers - 1)
@@ -25,70 +42,95 @@ def cells(row: Method) -> tuple[str, ...]:
     )
 
 
-def table() -> str:
+def format_methods_table() -> str:
     """METHODS as text, a line for each row."""
-    rows = [COLUMNS, *map(cells, METHODS.values())]
+    rows = [COLUMNS, *map(table_cells, METHODS.values())]
     widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows
+    )
 
 
-def markdown() -> str:
+def format_methods_markdown() -> str:
     """The same for a page."""
-    rows = [COLUMNS, ("---",) * len(COLUMNS), *map(cells, METHODS.values())]
+    rows = [COLUMNS, ("---",) * len(COLUMNS), *map(table_cells, METHODS.values())]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def svg() -> str:
+def draw_methods_svg() -> str:
     """Figure 3: a panel for each row. A dashed line is the way of a gradient; a bar across it is the stop-gradient."""
     rows = list(METHODS.values())
-    lines = -(-len(rows) // PER_LINE)
-    size = f'width="{PANEL * PER_LINE}" height="{HEIGHT * lines}"'
+    lines = -(-len(rows) // PANELS_PER_ROW)
+    size = f'width="{PANEL_WIDTH * PANELS_PER_ROW}" height="{PANEL_HEIGHT * lines}"'
     panels = [
-        f'<g transform="translate({i % PER_LINE * PANEL} {i // PER_LINE * HEIGHT})">{panel(row)}</g>'
+        f'<g transform="translate({i % PANELS_PER_ROW * PANEL_WIDTH} {i // PANELS_PER_ROW * PANEL_HEIGHT})">{draw_panel(row)}</g>'
         for i, row in enumerate(rows)
     ]
     style = 'font-family="sans-serif" font-size="11" text-anchor="middle" stroke-width="1.2"'
     ground = '<rect width="100%" height="100%" fill="white"/>'
-    return "\n".join([f'<svg xmlns="http://www.w3.org/2000/svg" {size} {style}>', ground, *panels, "</svg>"])
+    return "\n".join(
+        [f'<svg xmlns="http://www.w3.org/2000/svg" {size} {style}>', ground, *panels, "</svg>"]
+    )
 
 
-def panel(row: Method) -> str:
+def draw_panel(row: Method) -> str:
     """One method: the branch of p on the left, that of t on the right, D above them."""
     left, right, labels = 44, 124, row.target == "labels"
-    between = {"swapped": "Sinkhorn", "info_nce": "queue"}.get(row.criterion, "")  # encoder and D, on the right
-    second = row.target if labels else f"{row.target} encoder" if row.target in COPIES else "encoder"
-    parts = [_text(84, 18, row.name, INK, "bold"), _text(84, 224, "image", INK), _dashed(left - 14)]
-    parts += [_bar(right)] if row.stop_gradient else [_dashed(right + 14)]
+    between = {"swapped": "Sinkhorn", "info_nce": "queue"}.get(
+        row.criterion, ""
+    )  # encoder and D, on the right
+    second = (
+        row.target
+        if labels
+        else f"{row.target} encoder"
+        if row.target in SECOND_ENCODER_TARGETS
+        else "encoder"
+    )
+    parts = [
+        _text(84, 18, row.name, DEFAULT_COLOR, "bold"),
+        _text(84, 224, "image", DEFAULT_COLOR),
+        _dashed_line(left - 14),
+    ]
+    parts += [_stop_gradient_bar(right)] if row.stop_gradient else [_dashed_line(right + 14)]
     parts += [_arrow(left, 206, 182)] + [_arrow(right, 206, 182)] * (not labels)
     parts += [_arrow(left, 154, 62), _arrow(right, 154, 62)]
-    parts += [_box(left, 168, "encoder", INK), _box(right, 168, second, INK if second == "encoder" else NEW)]
-    parts += [_box(left, 108, "predictor", INK)] * (row.predictor != "none")
-    parts += [_box(right, 108, between, NEW)] * bool(between)
-    parts += [_box(84, 48, row.criterion, INK if row.criterion == SIMSIAM.criterion else NEW, 150)]
+    parts += [
+        _box(left, 168, "encoder", DEFAULT_COLOR),
+        _box(right, 168, second, DEFAULT_COLOR if second == "encoder" else HIGHLIGHT_COLOR),
+    ]
+    parts += [_box(left, 108, "predictor", DEFAULT_COLOR)] * (row.predictor != "none")
+    parts += [_box(right, 108, between, HIGHLIGHT_COLOR)] * bool(between)
+    parts += [
+        _box(
+            84,
+            48,
+            row.criterion,
+            DEFAULT_COLOR if row.criterion == SIMSIAM.criterion else HIGHLIGHT_COLOR,
+            150,
+        )
+    ]
     return "".join(parts)
 
 
-def _text(x: int, y: int, words: str, color: str, weight: str = "normal") -> str:
-    return f'<text x="{x}" y="{y}" fill="{color}" font-weight="{weight}">{words}</text>'
+def _text(x: int, y: int, text: str, color: str, weight: str = "normal") -> str:
+    return f'<text x="{x}" y="{y}" fill="{color}" font-weight="{weight}">{text}</text>'
 
 
-def _box(x: int, y: int, words: str, color: str, width: int = 76) -> str:
-    outline = (
-        f'<rect x="{x - width // 2}" y="{y - 14}" width="{width}" height="28" rx="4" fill="white" stroke="{color}"/>'
-    )
-    if len(words) > 12 and " " in words and width < 100:
-        first, second = words.split(" ", 1)
+def _box(x: int, y: int, label: str, color: str, width: int = 76) -> str:
+    outline = f'<rect x="{x - width // 2}" y="{y - 14}" width="{width}" height="28" rx="4" fill="white" stroke="{color}"/>'
+    if len(label) > 12 and " " in label and width < 100:
+        first, second = label.split(" ", 1)
         return outline + _text(x, y - 2, first, color) + _text(x, y + 10, second, color)
-    return outline + _text(x, y + 4, words, color)
+    return outline + _text(x, y + 4, label, color)
 
 
 def _arrow(x: int, start: int, stop: int) -> str:
-    return f'<path d="M{x} {start}V{stop}m-4 6l4 -6l4 6" fill="none" stroke="{INK}"/>'
+    return f'<path d="M{x} {start}V{stop}m-4 6l4 -6l4 6" fill="none" stroke="{DEFAULT_COLOR}"/>'
 
 
-def _dashed(x: int) -> str:
-    return f'<path d="M{x} 62V154" fill="none" stroke="{INK}" stroke-dasharray="4 3"/>'
+def _dashed_line(x: int) -> str:
+    return f'<path d="M{x} 62V154" fill="none" stroke="{DEFAULT_COLOR}" stroke-dasharray="4 3"/>'
 
 
-def _bar(x: int) -> str:
-    return f'<path d="M{x - 8} 80h16" stroke="{INK}" stroke-width="3"/>'
+def _stop_gradient_bar(x: int) -> str:
+    return f'<path d="M{x - 8} 80h16" stroke="{DEFAULT_COLOR}" stroke-width="3"/>'

@@ -14,7 +14,7 @@ BYOL_VIEWS = (  # BYOL's appendix B, table 6: the two views differ in blur and s
     Views(crop_min=0.08, jitter=(0.4, 0.4, 0.2, 0.1), blur=1.0),
     Views(crop_min=0.08, jitter=(0.4, 0.4, 0.2, 0.1), blur=0.1, solarize=0.2),
 )
-STRONG = (0.8, 0.8, 0.8, 0.2)  # SimCLR's jitter of strength 1 (its appendix A)
+STRONG_JITTER = (0.8, 0.8, 0.8, 0.2)  # SimCLR's jitter of strength 1 (its appendix A)
 
 SIMSIAM = Method(name="simsiam")
 
@@ -37,7 +37,7 @@ SIMCLR = Method(
     bn="joint",  # code: both views are one batch
     predictor="none", predictor_lr="cosine", stop_gradient=False,
     criterion="nt_xent", tau=0.1,  # code, on ImageNet; on CIFAR it takes 0.5
-    views=(Views(crop_min=0.08, jitter=STRONG),),  # appendix A
+    views=(Views(crop_min=0.08, jitter=STRONG_JITTER),),  # appendix A
     optimizer="lars", base_lr=0.3, weight_decay=1e-6, exclude="bias_and_norm", warmup_epochs=10,  # 2.2, batch 4096
 )
 
@@ -66,7 +66,7 @@ SWAV = Method(
     criterion="swapped", tau=0.1, prototypes=3000, sinkhorn_epsilon=0.05, sinkhorn_iterations=3,  # 4.1 and code
     prototype_norm="inside",  # as in SimSiam's reproduction (footnote 8); originally outside
     freeze_prototypes=313,  # an epoch of batch 4096 (code)
-    views=(Views(crop_min=0.14, jitter=STRONG),),  # code; its script without multi-crop has 0.08
+    views=(Views(crop_min=0.14, jitter=STRONG_JITTER),),  # code; its script without multi-crop has 0.08
     optimizer="lars", base_lr=0.3, weight_decay=1e-6,  # code: LARC on every parameter, lr 4.8 for batch 4096
     warmup_epochs=10,
 )
@@ -105,5 +105,16 @@ SUPERVISED = Method(
 # fmt: on
 
 METHODS: dict[str, Method] = {
-    row.name: row for row in (SIMSIAM, BYOL, SIMCLR, MOCO_V2, MOCO_V2_PLUS, SWAV, BARLOW_TWINS, VICREG, SUPERVISED)
+    row.name: row
+    for row in (
+        SIMSIAM,
+        BYOL,
+        SIMCLR,
+        MOCO_V2,
+        MOCO_V2_PLUS,
+        SWAV,
+        BARLOW_TWINS,
+        VICREG,
+        SUPERVISED,
+    )
 }

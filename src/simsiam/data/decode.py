@@ -24,14 +24,14 @@ from PIL.PpmImagePlugin import PpmImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-from simsiam.errors import shown
+from simsiam.errors import printable
 
 EXTENSIONS = {
     ".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".npy",
 }  # fmt: skip
 MAX_PIXELS = 2**28 // 3  # of one image: 256 MiB in RGB
 MAX_SCANS = 100  # of a progressive JPEG; encoders make ten
-MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # channels to the mode of Pillow's that has as many
+PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # channels to the mode of Pillow's that has as many
 
 # The decoders' own remarks on odd metadata would fall into the progress of a run; what matters becomes Unreadable.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
@@ -43,7 +43,7 @@ class Unreadable(Exception):
     """One image could not be decoded; str(error) is a short reason in one line."""
 
 
-class Header(NamedTuple):
+class ImageHeader(NamedTuple):
     """What a file says of itself before its pixels are decoded."""
 
     height: int
@@ -51,7 +51,9 @@ class Header(NamedTuple):
     format: str
 
 
-def decode(file: str | os.PathLike[str] | bytes, channels: int = 3, least: int = 0) -> np.ndarray:
+def decode_image(
+    file: str | os.PathLike[str] | bytes, channels: int = 3, min_side: int = 0
+) -> np.ndarray:
     """Pixels uint8 (H, W, channels) of a path or a file's bytes: the first frame, turned upright as EXIF says.
 
     RGB for three channels, gray for one, RGBA for four; 16 bits a channel keep the upper eight; otherwise alpha is
@@ -59,28 +61,30 @@ def decode(file: str | os.PathLike[str] | bytes, channels: int = 3, least: int =
     A JPEG may be decoded at 1/2, 1/4 or 1/8 of its size as long as its shorter side keeps `least` pixels (0: only where
     it would be too large).
     """
-    with _open(file, channels) as opened:
+    with _open_image(file, channels) as opened:
         if isinstance(opened, Image.Image):
-            return _pixels(_reduced(opened, least), channels)
-        return opened.pixels()
+            return _image_to_array(_apply_draft(opened, min_side), channels)
+        return opened.read_pixels()
 
 
-def header(file: str | os.PathLike[str] | bytes, channels: int = 3) -> Header:
+def read_header(file: str | os.PathLike[str] | bytes, channels: int = 3) -> ImageHeader:
     """Size and format of an image; decodes nothing. The size is the stored one, before any EXIF rotation."""
-    with _open(file, channels) as opened:
-        return Header(opened.height, opened.width, str(opened.format))
+    with _open_image(file, channels) as opened:
+        return ImageHeader(opened.height, opened.width, str(opened.format))
 
 
-class _Array(NamedTuple):
+class _ArrayImage(NamedTuple):
     """An image that is stored as an array, before it is read."""
 
     height: int
     width: int
     format: str
-    pixels: Callable[[], np.ndarray]
+    read_pixels: Callable[[], np.ndarray]
 
 
-def _array(shape: tuple[int, ...], channels: int, format: str, read: Callable[[], np.ndarray]) -> _Array:
+def _make_array_image(
+    shape: tuple[int, ...], channels: int, format: str, read_array: Callable[[], np.ndarray]
+) -> _ArrayImage:
     """The array that `read` returns, of this shape, as an image; its channels are first or last, or one and left out.
 
     Raises Unreadable if they are not as many as wanted, or the image is too large.
@@ -92,30 +96,36 @@ def _array(shape: tuple[int, ...], channels: int, format: str, read: Callable[[]
         raise Unreadable(f"an array of shape {shape}, not an image of {channels} channels{hint}")
     axes = (0, 1, 2) if whole[2] == channels else (1, 2, 0)
     height, width = whole[axes[0]], whole[axes[1]]
-    _check(height, width, MAX_PIXELS)
+    _check_pixel_count(height, width, MAX_PIXELS)
 
     def pixels() -> np.ndarray:
-        return np.ascontiguousarray(_bytes(read()).reshape(whole).transpose(axes))
+        return np.ascontiguousarray(_to_uint8(read_array()).reshape(whole).transpose(axes))
 
-    return _Array(height, width, format, pixels)
+    return _ArrayImage(height, width, format, pixels)
 
 
-def _numpy(stream: BinaryIO, channels: int) -> _Array:
+def _open_npy(stream: BinaryIO, channels: int) -> _ArrayImage:
     """A .npy file that holds what its header announces. Never unpickles."""
     version = np.lib.format.read_magic(stream)
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    read = (
+        np.lib.format.read_array_header_1_0
+        if version == (1, 0)
+        else np.lib.format.read_array_header_2_0
+    )
     shape, _, kind = read(stream)
     if kind.hasobject:
         raise Unreadable("an array of Python objects, not of numbers")
     start, end = stream.tell(), stream.seek(0, os.SEEK_END)
     size = int(np.prod(shape, dtype=object)) * kind.itemsize
     if end - start != size:
-        raise Unreadable(f"damaged NPY: {kind} {shape} takes {size:,} bytes, and there are {end - start:,}")
+        raise Unreadable(
+            f"damaged NPY: {kind} {shape} takes {size:,} bytes, and there are {end - start:,}"
+        )
     stream.seek(0)
-    return _array(shape, channels, "NPY", lambda: np.load(stream, allow_pickle=False))
+    return _make_array_image(shape, channels, "NPY", lambda: np.load(stream, allow_pickle=False))
 
 
-def _tiff(stream: BinaryIO, channels: int) -> Image.Image | _Array:
+def _open_tiff(stream: BinaryIO, channels: int) -> Image.Image | _ArrayImage:
     """By Pillow where it knows the kind; it takes only the colors of a TIFF with more channels."""
     if channels in (1, 3):
         with suppress(SyntaxError):  # Pillow's word for a kind that it does not know
@@ -126,7 +136,7 @@ def _tiff(stream: BinaryIO, channels: int) -> Image.Image | _Array:
     except ImportError:
         raise Unreadable("a TIFF that only tifffile may read: pip install tifffile") from None
     series = tifffile.TiffFile(stream).series[0]
-    return _array(series.shape, channels, "TIFF", series.asarray)
+    return _make_array_image(series.shape, channels, "TIFF", series.asarray)
 
 
 # How a file of each format begins, and what opens it. Not Image.open: it has limits of its own, and no reasons.
@@ -137,12 +147,12 @@ FORMATS: dict[str, tuple[bytes, Callable[[BinaryIO, int], Any]]] = {
     "GIF": (rb"GIF8[79]a", lambda stream, _: GifImageFile(stream)),
     "WEBP": (rb"RIFF....WEBP", lambda stream, _: WebPImageFile(stream)),
     "PPM": (rb"P[1-6]\s", lambda stream, _: PpmImageFile(stream)),
-    "TIFF": (rb"II[*+]\0|MM\0[*+]", _tiff),
-    "NPY": (rb"\x93NUMPY", _numpy),
+    "TIFF": (rb"II[*+]\0|MM\0[*+]", _open_tiff),
+    "NPY": (rb"\x93NUMPY", _open_npy),
 }
 
 
-def regular(file: str | os.PathLike[str]) -> BinaryIO:
+def open_regular_file(file: str | os.PathLike[str]) -> BinaryIO:
     """A file opened to be read. Raises Unreadable for a pipe or a device, which would keep whoever reads it waiting."""
     stream = open(file, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK))  # noqa: SIM115
     if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
@@ -152,16 +162,22 @@ def regular(file: str | os.PathLike[str]) -> BinaryIO:
 
 
 @contextmanager
-def _open(file: str | os.PathLike[str] | bytes, channels: int) -> Iterator[Image.Image | _Array]:
+def _open_image(
+    file: str | os.PathLike[str] | bytes, channels: int
+) -> Iterator[Image.Image | _ArrayImage]:
     """An image opened and not yet decoded. Whatever goes wrong, here or within, is Unreadable."""
     format = "file"
     try:
-        with BytesIO(file) if isinstance(file, bytes) else regular(file) as stream:
+        with BytesIO(file) if isinstance(file, bytes) else open_regular_file(file) as stream:
             start = stream.read(12)
             stream.seek(0)
             if not start:
                 raise Unreadable("an empty file")
-            found = [name for name, (pattern, _) in FORMATS.items() if re.match(pattern, start, re.DOTALL)]
+            found = [
+                name
+                for name, (pattern, _) in FORMATS.items()
+                if re.match(pattern, start, re.DOTALL)
+            ]
             if not found:
                 raise Unreadable(f"not one of {', '.join(FORMATS)}")
             format = found[0]
@@ -171,26 +187,26 @@ def _open(file: str | os.PathLike[str] | bytes, channels: int) -> Iterator[Image
     except Exception as error:  # a damaged file makes decoders raise anything
         if isinstance(error, OSError) and error.strerror:
             raise Unreadable(error.strerror) from error  # its str would repeat the path
-        text = shown(" ".join(str(error).split())[:120]) or type(error).__name__
+        text = printable(" ".join(str(error).split())[:120]) or type(error).__name__
         raise Unreadable(f"damaged or unsupported {format}: {text}") from error
 
 
-def _reduced(image: Image.Image, least: int) -> Image.Image:
+def _apply_draft(image: Image.Image, min_side: int) -> Image.Image:
     """The image, a JPEG set to decode at a smaller scale where that suffices; refuses what is too large."""
     width, height = image.size
     if "progressive" in image.info:  # at any scale its coefficients are held all at once
-        _check(height, width, 2 * MAX_PIXELS)
-        if (scans := _scans(image)) > MAX_SCANS:
+        _check_pixel_count(height, width, 2 * MAX_PIXELS)
+        if (scans := _count_scans(image)) > MAX_SCANS:
             raise Unreadable(f"{scans:,} scans of a progressive JPEG; at most {MAX_SCANS}")
-    suffices = min(width, height) // least if least else 1
+    suffices = min(width, height) // min_side if min_side else 1
     fits = next((s for s in (1, 2, 4) if -(-width // s) * -(-height // s) <= MAX_PIXELS), 8)
     scale = max(suffices, fits)
     image.draft(None, (max(1, width // scale), max(1, height // scale)))
-    _check(image.height, image.width, MAX_PIXELS)
+    _check_pixel_count(image.height, image.width, MAX_PIXELS)
     return image
 
 
-def _scans(image: Image.Image) -> int:
+def _count_scans(image: Image.Image) -> int:
     """How often a progressive JPEG goes over its coefficients: a small file can ask for it a thousand times."""
     stream: BinaryIO = vars(image)["fp"]
     here = stream.tell()
@@ -200,27 +216,31 @@ def _scans(image: Image.Image) -> int:
     return count
 
 
-def _check(height: int, width: int, limit: int) -> None:
+def _check_pixel_count(height: int, width: int, limit: int) -> None:
     if height * width > limit:
         raise Unreadable(f"{width}x{height} is more than {limit:,} pixels")
 
 
-def _pixels(image: Image.Image, channels: int) -> np.ndarray:
-    if channels not in MODES:
+def _image_to_array(image: Image.Image, channels: int) -> np.ndarray:
+    if channels not in PIL_MODES:
         fewer = 1 if Image.getmodebase(image.mode) == "L" else 3
-        raise Unreadable(f"{image.format} in {image.mode}, not {channels} channels; give --channels {fewer}")
+        raise Unreadable(
+            f"{image.format} in {image.mode}, not {channels} channels; give --channels {fewer}"
+        )
     image.load()
     with suppress(Exception):  # broken EXIF is no reason to lose good pixels
         ImageOps.exif_transpose(image, in_place=True)
     if image.mode == "F":
-        image = Image.fromarray(_bytes(np.asarray(image)))
+        image = Image.fromarray(_to_uint8(np.asarray(image)))
     elif image.mode.startswith("I"):  # 16-bit gray, which `convert` would clip at 255
         image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
-    pixels = np.array(image if image.mode == MODES[channels] else image.convert(MODES[channels]))
+    pixels = np.array(
+        image if image.mode == PIL_MODES[channels] else image.convert(PIL_MODES[channels])
+    )
     return pixels[..., None] if channels == 1 else pixels
 
 
-def _bytes(pixels: np.ndarray) -> np.ndarray:
+def _to_uint8(pixels: np.ndarray) -> np.ndarray:
     """Any type's pixels as uint8: the upper byte of uint16, floats and booleans from 0..1."""
     kind = pixels.dtype.kind
     if pixels.dtype == np.uint8:

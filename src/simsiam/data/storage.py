@@ -11,8 +11,8 @@ import numpy as np
 import pyarrow as pa
 
 from simsiam.data.decode import Unreadable
-from simsiam.data.shards import MAX_BYTES, chosen
-from simsiam.errors import shown
+from simsiam.data.shards import MAX_FILE_BYTES, select_rows
+from simsiam.errors import printable
 
 
 class Column(Sequence):
@@ -28,13 +28,13 @@ class Column(Sequence):
     def __len__(self) -> int:
         return len(self.values) if self.rows is None else len(self.rows)
 
-    def __getitem__(self, at: Any) -> Any:
-        if isinstance(at, int | np.integer):
-            row = range(len(self.values))[at] if self.rows is None else self.rows[at]
-            return self._value(self.values[int(row)])
-        return type(self)(self.values, chosen(self.rows, at, len(self.values)))
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, int | np.integer):
+            row = range(len(self.values))[index] if self.rows is None else self.rows[index]
+            return self._to_python(self.values[int(row)])
+        return type(self)(self.values, select_rows(self.rows, index, len(self.values)))
 
-    def _value(self, scalar: pa.Scalar) -> Any:
+    def _to_python(self, scalar: pa.Scalar) -> Any:
         return scalar.as_py()
 
 
@@ -46,34 +46,40 @@ class Names(Column):
 
 
 @dataclass(frozen=True, eq=False)
-class Packed:
+class ArchiveMembers:
     """The files inside an archive, read in place: no unpacking, and nothing open between two reads."""
 
     path: Path
     # int64 (N, 5): where a file's bytes begin, how many, how many they become, 1 if deflated or 0, CRC-32 or -1
-    places: np.ndarray
+    entries: np.ndarray
 
-    def __getitem__(self, at: Any) -> Any:
-        places = self.places[at]
+    def __getitem__(self, index: Any) -> Any:
+        places = self.entries[index]
         if places.ndim == 2:
-            return Packed(self.path, places)
+            return ArchiveMembers(self.path, places)
         start, packed, size, deflated, checksum = places.tolist()
-        if max(packed, size) > MAX_BYTES:
-            raise Unreadable(f"{size:,} bytes in the archive; at most {MAX_BYTES:,}")
+        if max(packed, size) > MAX_FILE_BYTES:
+            raise Unreadable(f"{size:,} bytes in the archive; at most {MAX_FILE_BYTES:,}")
         try:
             with open(self.path, "rb") as file:
                 file.seek(start)
                 data = file.read(packed)
             if deflated:
-                data = zlib.decompressobj(-15).decompress(data, size + 1)  # never more than was announced
+                data = zlib.decompressobj(-15).decompress(
+                    data, size + 1
+                )  # never more than was announced
         except (OSError, ValueError, zlib.error) as error:
-            raise Unreadable(f"{shown(self.path.name)} is damaged here: {error}") from error
+            raise Unreadable(f"{printable(self.path.name)} is damaged here: {error}") from error
         if len(data) != size:
-            raise Unreadable(f"{shown(self.path.name)} is damaged here: {len(data):,} of {size:,} bytes")
+            raise Unreadable(
+                f"{printable(self.path.name)} is damaged here: {len(data):,} of {size:,} bytes"
+            )
         if checksum >= 0 and zlib.crc32(data) != checksum:
-            raise Unreadable(f"{shown(self.path.name)} is damaged here: the bytes do not match their checksum")
+            raise Unreadable(
+                f"{printable(self.path.name)} is damaged here: the bytes do not match their checksum"
+            )
         return data
 
 
-def numbered(split: str, n: int) -> Names:
+def numbered_keys(split: str, n: int) -> Names:
     return Names(pa.array([f"{split}#{i}".encode() for i in range(n)], pa.large_binary()))

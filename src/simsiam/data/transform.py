@@ -12,7 +12,7 @@ from torchvision.transforms.v2 import functional as TF
 
 from simsiam.data.decode import Unreadable
 from simsiam.data.images import Images
-from simsiam.utils.workers import CORES
+from simsiam.utils.workers import CPU_CORES
 
 
 @dataclass(frozen=True)
@@ -29,50 +29,65 @@ class Transform:
         """256 for a crop of 224 and in proportion for others; small images are not cropped (section A, appendix D)."""
         return self.size if self.size <= 64 else round(self.size * 256 / 224)
 
-    def __call__(self, image: Image.Image | np.ndarray | Sequence[Image.Image | np.ndarray]) -> Tensor:
+    def __call__(
+        self, image: Image.Image | np.ndarray | Sequence[Image.Image | np.ndarray]
+    ) -> Tensor:
         """One image or several to a batch (N, C, size, size), float32. An array is uint8 (H, W, C)."""
         images = [image] if isinstance(image, Image.Image | np.ndarray) else image
         arrays = [np.asarray(i.convert("RGB")) if isinstance(i, Image.Image) else i for i in images]
-        return self.normalize(torch.cat([self.crop(tensor(array)) for array in arrays]))
+        return self.normalize(torch.cat([self.crop(image_to_tensor(array)) for array in arrays]))
 
     def crop(self, pixels: Tensor) -> Tensor:
         """uint8 (N, C, H, W) to uint8 (N, C, size, size)."""
         if pixels.shape[-2:] == (self.size, self.size) == (self.resize, self.resize):
             return pixels
-        return TF.center_crop(TF.resize(pixels, [self.resize], antialias=True), [self.size, self.size])
+        return TF.center_crop(
+            TF.resize(pixels, [self.resize], antialias=True), [self.size, self.size]
+        )
 
     def normalize(self, pixels: Tensor) -> Tensor:
         """uint8 (N, C, size, size) to float32, (x / 255 - mean) / std."""
-        mean, std = (torch.tensor(v, device=pixels.device).view(-1, 1, 1) for v in (self.mean, self.std))
+        mean, std = (
+            torch.tensor(v, device=pixels.device).view(-1, 1, 1) for v in (self.mean, self.std)
+        )
         return (pixels.float() / 255 - mean) / std
 
 
-def tensor(pixels: np.ndarray) -> Tensor:
+def image_to_tensor(pixels: np.ndarray) -> Tensor:
     """uint8 (H, W, C) to (1, C, H, W)."""
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))[None]
 
 
-def chunks(
-    images: Images, transform: Transform, skipped: list[tuple[str, str]], size: int = 256
+def iter_crops(
+    images: Images, transform: Transform, skipped: list[tuple[str, str]], chunk_size: int = 256
 ) -> Iterator[tuple[np.ndarray, Tensor]]:
     """Positions and cropped pixels, uint8, of up to `size` readable images at a time; the others go into `skipped`."""
 
     def read(i: int) -> Tensor | None:
         try:
-            return transform.crop(tensor(near.read(i, least=2 * transform.resize)))
+            return transform.crop(image_to_tensor(near.read(i, min_side=2 * transform.resize)))
         except Unreadable as error:
             skipped.append((images.keys[i], str(error)))
             return None
 
     near = images
-    with ThreadPoolExecutor(CORES) as pool:
-        for start in range(0, len(images), size):
-            index = np.arange(start, min(start + size, len(images)))
+    with ThreadPoolExecutor(CPU_CORES) as pool:
+        for start in range(0, len(images), chunk_size):
+            index = np.arange(start, min(start + chunk_size, len(images)))
             if images.pixels is not None:
-                yield index, transform.crop(torch.from_numpy(images.pixels[start : start + size]))
+                yield (
+                    index,
+                    transform.crop(torch.from_numpy(images.pixels[start : start + chunk_size])),
+                )
                 continue
-            near = near.near(index, 0.25)  # all of a block is read where much of it is asked for
-            found = [(i, pixels) for i, pixels in zip(index, pool.map(read, index), strict=True) if pixels is not None]
+            near = near.prefetch(
+                index, 0.25
+            )  # all of a block is read where much of it is asked for
+            found = [
+                (i, pixels)
+                for i, pixels in zip(index, pool.map(read, index), strict=True)
+                if pixels is not None
+            ]
             if found:
                 kept, pixels = zip(*found, strict=True)
                 yield np.array(kept), torch.cat(pixels)

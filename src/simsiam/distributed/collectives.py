@@ -12,133 +12,144 @@ import torch
 from torch import Tensor, distributed
 from torch.nn.parallel import DistributedDataParallel
 
-from simsiam.distributed.process_group import T, count, rank
+from simsiam.distributed.process_group import T, rank, world_size
 from simsiam.errors import WorkFailed
 
-BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # a number's bytes as a whole number
+INT_DTYPES = {
+    1: torch.uint8,
+    2: torch.int16,
+    4: torch.int32,
+    8: torch.int64,
+}  # a number's bytes as a whole number
 
 
-def most(*numbers: int) -> list[int]:
+def all_reduce_max(*numbers: int) -> list[int]:
     """The largest that any process gave, of each number."""
-    if count() == 1:
+    if world_size() == 1:
         return list(numbers)
     found = torch.tensor([int(number) for number in numbers])
     distributed.all_reduce(found, distributed.ReduceOp.MAX)
     return found.tolist()
 
 
-def union(things: Sequence[T]) -> list[T]:
+def all_gather_objects(items: Sequence[T]) -> list[T]:
     """The things of all processes, in order of rank."""
-    if count() == 1:
-        return list(things)
-    every: list[Any] = [None] * count()
-    distributed.all_gather_object(every, list(things))
+    if world_size() == 1:
+        return list(items)
+    every: list[Any] = [None] * world_size()
+    distributed.all_gather_object(every, list(items))
     return [thing for some in every for thing in some]
 
 
-def alike(state: Mapping[str, Tensor]) -> None:
+def check_replicas_equal(state: Mapping[str, Tensor]) -> None:
     """Raises WorkFailed where a tensor is not the same, to the bit, on every process."""
-    if count() == 1:
+    if world_size() == 1:
         return
-    sums = [v.detach().view(BITS[v.element_size()]).sum(dtype=torch.int64) for v in state.values()]
-    every = gather(torch.stack(sums).cpu()[None])
+    sums = [
+        v.detach().view(INT_DTYPES[v.element_size()]).sum(dtype=torch.int64) for v in state.values()
+    ]
+    every = all_gather(torch.stack(sums).cpu()[None])
     if differ := [name for name, column in zip(state, every.T) if (column != column[0]).any()]:
-        raise WorkFailed(f"the processes have come apart: {', '.join(differ[:3])} of {len(differ)} are not alike")
+        raise WorkFailed(
+            f"the processes have come apart: {', '.join(differ[:3])} of {len(differ)} are not alike"
+        )
 
 
-def sizes(n: int) -> list[int]:
+def all_gather_sizes(n: int) -> list[int]:
     """Every process's n, in order of rank."""
-    if count() == 1:
+    if world_size() == 1:
         return [n]
-    every = torch.empty(count(), dtype=torch.int64)
+    every = torch.empty(world_size(), dtype=torch.int64)
     distributed.all_gather_into_tensor(every, torch.tensor([n]))
     return every.tolist()
 
 
-def rows(n: int) -> slice:
+def local_rows(n: int) -> slice:
     """Where this process's n rows are among those of all."""
-    start = sum(sizes(n)[: rank()])
+    start = sum(all_gather_sizes(n)[: rank()])
     return slice(start, start + n)
 
 
-def gather(x: Tensor) -> Tensor:
+def all_gather(x: Tensor) -> Tensor:
     """The x (n, ...) of all processes in order of rank, whatever each one's n; gradients flow back to each."""
-    if count() == 1:
+    if world_size() == 1:
         return x
-    return _Gather.apply(x, sizes(len(x)))
+    return _AllGather.apply(x, all_gather_sizes(len(x)))
 
 
-class _Gather(torch.autograd.Function):
+class _AllGather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, each: list[int]) -> Tensor:
-        start = sum(each[: rank()])
+    def forward(ctx: Any, x: Tensor, row_counts: list[int]) -> Tensor:
+        start = sum(row_counts[: rank()])
         ctx.mine = slice(start, start + len(x))
-        padded = x.new_zeros(max(each), *x.shape[1:])  # collectives take equal parts
+        padded = x.new_zeros(max(row_counts), *x.shape[1:])  # collectives take equal parts
         padded[: len(x)] = x
-        every = x.new_empty(len(each) * max(each), *x.shape[1:])
+        every = x.new_empty(len(row_counts) * max(row_counts), *x.shape[1:])
         distributed.all_gather_into_tensor(every, padded)
-        return torch.cat([part[:n] for part, n in zip(every.split(max(each)), each)])
+        return torch.cat([part[:n] for part, n in zip(every.split(max(row_counts)), row_counts)])
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        total = gradient.clone(memory_format=torch.contiguous_format)
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        total = grad_output.clone(memory_format=torch.contiguous_format)
         distributed.all_reduce(total)
         return total[ctx.mine], None
 
 
-def dealt(table: Tensor) -> Tensor:
+def shard_rows(table: Tensor) -> Tensor:
     """This process's rows of a table too large for each to have all: row i is process i mod N's, at place i // N."""
-    return table[rank() :: count()]
+    return table[rank() :: world_size()]
 
 
-def collected(mine: Tensor) -> Tensor:
+def gather_rows(local_table: Tensor) -> Tensor:
     """The table of which every process gives its `dealt` rows: to the first one, in main memory; others get theirs."""
-    if count() == 1:
-        return mine
-    each = sizes(len(mine))
-    padded = mine.new_zeros(max(each), *mine.shape[1:], device="cpu")  # collectives take equal parts
-    padded[: len(mine)] = mine
+    if world_size() == 1:
+        return local_table
+    each = all_gather_sizes(len(local_table))
+    padded = local_table.new_zeros(
+        max(each), *local_table.shape[1:], device="cpu"
+    )  # collectives take equal parts
+    padded[: len(local_table)] = local_table
     parts = [torch.empty_like(padded) for _ in each] if rank() == 0 else None
     distributed.gather(padded, parts)
-    return mine if parts is None else torch.stack(parts, dim=1).flatten(0, 1)[: sum(each)]
+    return local_table if parts is None else torch.stack(parts, dim=1).flatten(0, 1)[: sum(each)]
 
 
-def take(mine: Tensor, index: Tensor) -> Tensor:
+def lookup_rows(local_table: Tensor, index: Tensor) -> Tensor:
     """The rows of a `dealt` table that a process asks for, whoever has them."""
-    if count() == 1:
-        return mine[index]
-    every = gather(index)
-    here = every % count() == rank()
-    found = mine.new_zeros(len(every), *mine.shape[1:])
-    found[here] = mine[every[here] // count()]
+    if world_size() == 1:
+        return local_table[index]
+    every = all_gather(index)
+    here = every % world_size() == rank()
+    found = local_table.new_zeros(len(every), *local_table.shape[1:])
+    found[here] = local_table[every[here] // world_size()]
     distributed.all_reduce(found)
-    return found[rows(len(index))]
+    return found[local_rows(len(index))]
 
 
-def put(mine: Tensor, index: Tensor, values: Tensor) -> None:
+def write_rows(local_table: Tensor, index: Tensor, values: Tensor) -> None:
     """Write rows into a `dealt` table, each into the part of the process that has it."""
-    values = values.to(mine.dtype)
-    if count() == 1:
-        mine[index] = values
+    values = values.to(local_table.dtype)
+    if world_size() == 1:
+        local_table[index] = values
         return
-    every, values = gather(index), gather(values)
-    here = every % count() == rank()
-    mine[every[here] // count()] = values[here]
+    every, values = all_gather(index), all_gather(values)
+    here = every % world_size() == rank()
+    local_table[every[here] // world_size()] = values[here]
 
 
-def mean(x: Tensor, n: int) -> Tensor:
+def all_reduce_mean(x: Tensor, n: int) -> Tensor:
     """The mean of a scalar over the images of all processes, of which n are this one's; without gradient."""
     weighed = torch.stack([x.detach() * n, x.new_tensor(n)])
-    if count() > 1:
+    if world_size() > 1:
         distributed.all_reduce(weighed)
     return weighed[0] / weighed[1]
 
 
-def parallel(network: Any) -> Any:
+def wrap_ddp(network: Any) -> Any:
     """The network, whose `backward` leaves the mean of the processes' gradients on each.
 
     Buffers are not sent around: what a step makes of them is the same everywhere, and `alike` checks it.
     """
-    if count() == 1:
+    if world_size() == 1:
         return network
     return DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)

@@ -10,27 +10,27 @@ from torch import Tensor, distributed, nn
 from torch.nn.modules._functions import SyncBatchNorm as OnGPU  # what nn.SyncBatchNorm is made of
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from simsiam.distributed.collectives import alike
-from simsiam.distributed.process_group import count
+from simsiam.distributed.collectives import check_replicas_equal
+from simsiam.distributed.process_group import world_size
 
-_normalize = torch.ops.aten.native_batch_norm.out
-_backward = torch.ops.aten.native_batch_norm_backward
+_native_batch_norm_out = torch.ops.aten.native_batch_norm.out
+_native_batch_norm_backward = torch.ops.aten.native_batch_norm_backward
 
-_views = 1  # that the rows are of, one after the other; each has statistics of its own
+_num_views = 1  # that the rows are of, one after the other; each has statistics of its own
 
 
 @contextmanager
-def views_apart(views: int) -> Iterator[None]:
+def per_view_statistics(num_views: int) -> Iterator[None]:
     """Within, the rows of a batch are those of several views, and synchronized batch norm on a CPU keeps these apart.
 
     What all views have to tell goes in one message, so processes wait for each other once and not once a view.
     """
-    global _views
-    _views = views
+    global _num_views
+    _num_views = num_views
     try:
         yield
     finally:
-        _views = 1
+        _num_views = 1
 
 
 class SyncBatchNorm(_BatchNorm):
@@ -40,29 +40,39 @@ class SyncBatchNorm(_BatchNorm):
     will not be on a CPU, nor will DistributedDataParallel have it there.)
     """
 
-    def __init__(self, like: _BatchNorm):
-        super().__init__(like.num_features, like.eps, like.momentum, like.affine, like.track_running_stats)
-        self._parameters, self._buffers = like._parameters, like._buffers
-        self.then = nn.Sequential(*like.children())  # timm's BatchNormAct2d: what it does to what it normalized
+    def __init__(self, batch_norm: _BatchNorm):
+        super().__init__(
+            batch_norm.num_features,
+            batch_norm.eps,
+            batch_norm.momentum,
+            batch_norm.affine,
+            batch_norm.track_running_stats,
+        )
+        self._parameters, self._buffers = batch_norm._parameters, batch_norm._buffers
+        self.then = nn.Sequential(
+            *batch_norm.children()
+        )  # timm's BatchNormAct2d: what it does to what it normalized
 
     def _check_input_dim(self, x: Tensor) -> None:
         """Any (n, C, ...) will do."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or count() == 1:
+        if not self.training or world_size() == 1:
             return self.then(super().forward(x))
-        momenta = [self.momentum] * _views
+        momenta = [self.momentum] * _num_views
         if self.num_batches_tracked is not None:
             before = int(self.num_batches_tracked)
-            self.num_batches_tracked.add_(_views)
-            momenta = [1 / (before + 1 + view) if m is None else m for view, m in enumerate(momenta)]
+            self.num_batches_tracked.add_(_num_views)
+            momenta = [
+                1 / (before + 1 + view) if m is None else m for view, m in enumerate(momenta)
+            ]
         given = x, self.weight, self.bias, self.running_mean, self.running_var, self.eps
         if x.is_cuda:
-            return self.then(OnGPU.apply(*given, momenta[0], distributed.group.WORLD, count()))
-        return self.then(_Synchronized.apply(*given, momenta))
+            return self.then(OnGPU.apply(*given, momenta[0], distributed.group.WORLD, world_size()))
+        return self.then(_SyncBatchNormFunction.apply(*given, momenta))
 
 
-class _Synchronized(torch.autograd.Function):
+class _SyncBatchNormFunction(torch.autograd.Function):
     """x (views * n, C, ...) of each process; each view is normalized by its mean and variance over all of them."""
 
     @staticmethod
@@ -77,11 +87,17 @@ class _Synchronized(torch.autograd.Function):
         momenta: list[float],
     ) -> Tensor:
         views = len(momenta)
-        blank = x.new_zeros(2, x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32))  # as exact is the answer
-        moments = [torch.batch_norm_update_stats(view, blank[0], blank[1], 0.0) for view in x.chunk(views)]
+        blank = x.new_zeros(
+            2, x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32)
+        )  # as exact is the answer
+        moments = [
+            torch.batch_norm_update_stats(view, blank[0], blank[1], 0.0) for view in x.chunk(views)
+        ]
         mean, var = map(torch.stack, zip(*moments, strict=True))  # the variance is biased
         mine = torch.cat([mean, var, mean.new_full((views, 1), x.numel() // mean.numel())], dim=1)
-        means, variances, counts = everyones(mine).split([x.shape[1], x.shape[1], 1], dim=2)  # (processes, views, C)
+        means, variances, counts = all_gather_stats(mine).split(
+            [x.shape[1], x.shape[1], 1], dim=2
+        )  # (processes, views, C)
         n = counts.sum(0)
         share = counts / n
         mean = (share * means).sum(0)
@@ -92,43 +108,57 @@ class _Synchronized(torch.autograd.Function):
                 running_var.lerp_(v, momentum)
         ctx.save_for_backward(x, weight, mean, var, n)
         ctx.eps = eps
-        return _normalized(x, mean, var, weight, bias, eps)
+        return _normalize_per_view(x, mean, var, weight, bias, eps)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """With x^ = (x - mean) / std: weight / std * (g - mean of g - x^ * mean of g x^), both means over all."""
         x, weight, mean, var, n = ctx.saved_tensors
         views, scale = len(mean), (var + ctx.eps).rsqrt()
         one = torch.ones_like(mean[0]) if weight is None else weight
         sums = [
-            _backward(part, view, one, None, None, m, s, True, ctx.eps, [False, True, True])[1:]
-            for part, view, m, s in zip(g.chunk(views), x.chunk(views), mean, scale, strict=True)
+            _native_batch_norm_backward(
+                part, view, one, None, None, m, s, True, ctx.eps, [False, True, True]
+            )[1:]
+            for part, view, m, s in zip(
+                grad_output.chunk(views), x.chunk(views), mean, scale, strict=True
+            )
         ]
         of_weight, of_bias = map(torch.stack, zip(*sums, strict=True))
-        of_x, of_one = (everyones(torch.cat([of_weight, of_bias], dim=1)).sum(0) / n).chunk(2, dim=1)
+        of_x, of_one = (all_gather_stats(torch.cat([of_weight, of_bias], dim=1)).sum(0) / n).chunk(
+            2, dim=1
+        )
         scale = scale * one
-        away = _normalized(x, mean, var, -scale * of_x, -scale * of_one, ctx.eps)
-        for of_view, gradient, by in zip(away.chunk(views), g.chunk(views), scale, strict=True):
-            of_view.addcmul_(gradient, by.to(g.dtype).view(-1, *[1] * (x.ndim - 2)))
+        away = _normalize_per_view(x, mean, var, -scale * of_x, -scale * of_one, ctx.eps)
+        for of_view, gradient, by in zip(
+            away.chunk(views), grad_output.chunk(views), scale, strict=True
+        ):
+            of_view.addcmul_(gradient, by.to(grad_output.dtype).view(-1, *[1] * (x.ndim - 2)))
         mine = (None, None) if weight is None else (of_weight.sum(0), of_bias.sum(0))
         return away, *mine, None, None, None, None
 
 
-def _normalized(x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+def _normalize_per_view(
+    x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
     """Each view of x by its row of mean and var (views, C); weight and bias are (C,), or (views, C) too."""
     y, none = torch.empty_like(x), mean.new_empty(0)
     rows = [[None] * len(mean) if v is None else v.expand_as(mean) for v in (weight, bias)]
-    for view, out, m, v, w, b in zip(x.chunk(len(mean)), y.chunk(len(mean)), mean, var, *rows, strict=True):
-        _normalize(view, w, b, m, v, False, 0.0, eps, out=out, save_mean=none, save_invstd=none)
+    for view, out, m, v, w, b in zip(
+        x.chunk(len(mean)), y.chunk(len(mean)), mean, var, *rows, strict=True
+    ):
+        _native_batch_norm_out(
+            view, w, b, m, v, False, 0.0, eps, out=out, save_mean=none, save_invstd=none
+        )
     return y
 
 
-def everyones(x: Tensor) -> Tensor:
+def all_gather_stats(x: Tensor) -> Tensor:
     """x of each process, (processes, ...). For few numbers gloo gathers in a quarter of the time that it sums in.
 
     It asks for them again and again, for a processor that goes to sleep over each message is late to wake.
     """
-    every = x.new_empty(count(), *x.shape)
+    every = x.new_empty(world_size(), *x.shape)
     work = distributed.all_gather_into_tensor(every, x[None], async_op=True)
     while not work.is_completed():
         os.sched_yield()
@@ -136,7 +166,7 @@ def everyones(x: Tensor) -> Tensor:
     return every
 
 
-def synchronize(model: nn.Module) -> None:
+def convert_sync_batchnorm(model: nn.Module) -> None:
     """Put a synchronized batch norm in the place of each."""
     for module in list(model.modules()):
         for name, child in module.named_children():
@@ -144,15 +174,15 @@ def synchronize(model: nn.Module) -> None:
                 module.register_module(name, SyncBatchNorm(child))
 
 
-def settle(model: nn.Module) -> None:
+def synchronize_replicas(model: nn.Module) -> None:
     """Before a model is measured or saved: it is the same on every process, or WorkFailed.
 
     Where each process has batch norm statistics of its own, the first one's are the run's.
     """
-    if count() == 1:
+    if world_size() == 1:
         return
     for module in model.modules():
         if isinstance(module, _BatchNorm) and not isinstance(module, SyncBatchNorm):
             for buffer in module.buffers():
                 distributed.broadcast(buffer, 0)
-    alike({**dict(model.named_parameters()), **dict(model.named_buffers())})
+    check_replicas_equal({**dict(model.named_parameters()), **dict(model.named_buffers())})

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from simsiam.embeddings.table import Embeddings
 from simsiam.errors import UsageError
-from simsiam.utils.files import whole
+from simsiam.utils.files import atomic_write
 
-HEAD = """<!doctype html>
+HTML_HEAD = """<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
@@ -32,11 +32,15 @@ Figure = tuple[int, str]  # the position of an image, and what stands below it
 Section = tuple[str, Sequence[Figure]]  # a heading, and images
 
 
-def write_page(path: Path, title: str, note: str, sections: Sequence[Section], images: Embeddings) -> None:
+def write_page(
+    path: Path, title: str, note: str, sections: Sequence[Section], images: Embeddings
+) -> None:
     """Raises UsageError where the embeddings have no thumbnails."""
     if images.thumbnails is None:
-        raise UsageError("the file has no thumbnails, so there is nothing to show: `simsiam embed` writes them")
-    text = [HEAD.format(title=escape(title), note=escape(note))]
+        raise UsageError(
+            "the file has no thumbnails, so there is nothing to show: `simsiam embed` writes them"
+        )
+    text = [HTML_HEAD.format(title=escape(title), note=escape(note))]
     for heading, figures in sections:
         text.append(f'<h2>{escape(heading)}</h2>\n<div class="row">\n')
         for i, caption in figures:
@@ -44,5 +48,5 @@ def write_page(path: Path, title: str, note: str, sections: Sequence[Section], i
             picture = f'<img loading="lazy" alt="" src="data:image/jpeg;base64,{data}">'
             text.append(f"<figure>{picture}<figcaption>{escape(caption)}</figcaption></figure>\n")
         text.append("</div>\n")
-    with whole(path) as part:
+    with atomic_write(path) as part:
         part.write_text("".join(text), encoding="utf-8")

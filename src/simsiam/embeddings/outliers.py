@@ -7,14 +7,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
-from simsiam.embeddings.cluster import spread_out
+from simsiam.embeddings.cluster import center_and_normalize
 from simsiam.embeddings.gallery import write_page
-from simsiam.embeddings.search import others
-from simsiam.embeddings.table import read
-from simsiam.errors import within
-from simsiam.utils.files import writable, write_csv
+from simsiam.embeddings.search import search_neighbors
+from simsiam.embeddings.table import read_embeddings
+from simsiam.errors import check_ranges
+from simsiam.utils.files import check_writable, write_csv
 
-SHOWN = 60  # images on the page
+PAGE_IMAGES = 60  # images on the page
 
 
 class Outlier(NamedTuple):
@@ -34,15 +34,15 @@ def outliers(
 
     Distances are between features less their mean. Raises UsageError.
     """
-    within(SimpleNamespace(k=k), k=(1, inf))
-    writable(out, html)
-    images = read(file)
-    cosine, _ = others(spread_out(images.vectors), k)
+    check_ranges(SimpleNamespace(k=k), k=(1, inf))
+    check_writable(out, html)
+    images = read_embeddings(file)
+    cosine, _ = search_neighbors(center_and_normalize(images.vectors), k)
     distance = 1 - cosine.mean(1)
     order = distance.sort(descending=True, stable=True).indices.tolist()
     found = [Outlier(images.paths[i], images.label(i), distance[i].item()) for i in order]
     if html:
-        figures = [(i, f"{distance[i]:.3f} {images.caption(i)}") for i in order[:SHOWN]]
+        figures = [(i, f"{distance[i]:.3f} {images.caption(i)}") for i in order[:PAGE_IMAGES]]
         note = f"Of {len(images)} images, those farthest from their {k} nearest."
         write_page(Path(html), "Outliers", note, [("Loneliest first", figures)], images)
     if out:
@@ -51,5 +51,7 @@ def outliers(
     return found
 
 
-def told(found: Sequence[Outlier], most: int = 20) -> str:
-    return "\n".join(f"{x.distance:6.3f}  {x.path}" + f"  ({x.label})" * bool(x.label) for x in found[:most])
+def format_outliers(results: Sequence[Outlier], limit: int = 20) -> str:
+    return "\n".join(
+        f"{x.distance:6.3f}  {x.path}" + f"  ({x.label})" * bool(x.label) for x in results[:limit]
+    )

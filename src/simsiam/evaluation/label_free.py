@@ -4,29 +4,29 @@ from collections.abc import Iterator
 from typing import Any
 
 from simsiam.config.protocols import Settings
-from simsiam.data.images import spread
-from simsiam.evaluation.frozen import Answer, Frozen
-from simsiam.monitoring.features import extract
-from simsiam.monitoring.label_free_monitor import LOOKED_AT, both_views
+from simsiam.data.images import evenly_spaced
+from simsiam.evaluation.frozen import FrozenNetwork, ProtocolResult
+from simsiam.monitoring.features import extract_features
+from simsiam.monitoring.label_free_monitor import MONITOR_SAMPLE_SIZE, two_view_features
 from simsiam.monitoring.signals import alignment, rankme, spectrum_auc, uniformity, view_retrieval
-from simsiam.runs.encoder import transform_of
+from simsiam.runs.encoder import eval_transform
 
 
-def without_labels(frozen: Frozen, how: Settings) -> Iterator[Answer]:
+def evaluate_label_free(frozen: FrozenNetwork, settings: Settings) -> Iterator[ProtocolResult]:
     """Signals of test images spread evenly, as they are and in two views of each."""
-    images = frozen.test.take(spread(len(frozen.test), LOOKED_AT))
+    images = frozen.test.take(evenly_spaced(len(frozen.test), MONITOR_SAMPLE_SIZE))
     where: dict[str, Any] = {"device": frozen.device, "precision": frozen.precision}
-    network = frozen.network(how.features)
-    found = extract(network, images, transform_of(frozen.recipe), **where)
+    network = frozen.network(settings.features)
+    found = extract_features(network, images, eval_transform(frozen.recipe), **where)
     h = found.matrices[0].to(frozen.device)
-    a, b = both_views(network, images.take(found.kept), frozen.recipe, **where)
+    a, b = two_view_features(network, images.take(found.kept_indices), frozen.recipe, **where)
     values = {
         "rankme": rankme(h), "spectrum_auc": spectrum_auc(h), "alignment": alignment(a, b),
         "uniformity": uniformity(h), "view_retrieval": view_retrieval(a, b),
     }  # fmt: skip
-    yield Answer(
+    yield ProtocolResult(
         name=f"{len(h)} images",
-        features=how.features,
+        features=settings.features,
         parameters={"images": len(h), "views": "the run's", "alpha": 2, "t": 2},
-        values={name: round(value, 4) for name, value in values.items()},
+        metrics={name: round(value, 4) for name, value in values.items()},
     )

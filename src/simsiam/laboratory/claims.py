@@ -11,11 +11,13 @@ from math import fsum, inf, sqrt
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
-Values = Mapping[str, Mapping[int, Mapping[str, Any]]]  # cell -> seed -> metric -> number, None or absent if not known
-HOLDS, NOT, NOISE = "holds", "does not hold", "within noise"
+MetricValues = Mapping[
+    str, Mapping[int, Mapping[str, Any]]
+]  # cell -> seed -> metric -> number, None or absent if not known
+HOLDS, DOES_NOT_HOLD, WITHIN_NOISE = "holds", "does not hold", "within noise"
 
 
-class Ruling(NamedTuple):
+class ClaimResult(NamedTuple):
     verdict: str  # HOLDS, NOT or NOISE
     mean: float | None
     interval: tuple[float, float] | None
@@ -26,8 +28,8 @@ class Ruling(NamedTuple):
 class Claim:
     """`low` < the sum of weight * metric over cells < `high`."""
 
-    says: str
-    of: Mapping[str, float]  # cell -> weight
+    statement: str
+    weights: Mapping[str, float]  # cell -> weight
     metric: str = "linear"
     low: float = -inf
     high: float = inf
@@ -35,27 +37,40 @@ class Claim:
     @property
     def rule(self) -> str:
         """The predicate in words."""
-        terms = [f"{'+' if w > 0 else '−'} {'' if abs(w) == 1 else f'{abs(w):g} '}[{c}]" for c, w in self.of.items()]
+        terms = [
+            f"{'+' if w > 0 else '−'} {'' if abs(w) == 1 else f'{abs(w):g} '}[{c}]"
+            for c, w in self.weights.items()
+        ]
         total = " ".join(terms).removeprefix("+ ")
-        low, high = (f"{self.low:g} < " if self.low > -inf else ""), (f" < {self.high:g}" if self.high < inf else "")
+        low, high = (
+            (f"{self.low:g} < " if self.low > -inf else ""),
+            (f" < {self.high:g}" if self.high < inf else ""),
+        )
         return f"{self.metric}: {low}{total}{high}"
 
-    def judge(self, values: Values) -> Ruling:
+    def evaluate(self, values: MetricValues) -> ClaimResult:
         """What the seeds that have the metric in all cells of the claim say."""
-        cells = [values.get(cell, {}) for cell in self.of]
+        cells = [values.get(cell, {}) for cell in self.weights]
         found = []
         for seed in sorted(set.intersection(*map(set, cells))):
             numbers = [x for cell in cells if (x := cell[seed].get(self.metric)) is not None]
             if len(numbers) == len(cells):
-                found.append(fsum(w * x for w, x in zip(self.of.values(), numbers, strict=True)))
+                found.append(
+                    fsum(w * x for w, x in zip(self.weights.values(), numbers, strict=True))
+                )
         if len(found) < 2:
-            return Ruling(NOISE, fmean(found) if found else None, None, len(found))
-        low, high = interval(found)
+            return ClaimResult(WITHIN_NOISE, fmean(found) if found else None, None, len(found))
+        low, high = confidence_interval(found)
         inside, outside = self.low < low and high < self.high, high <= self.low or self.high <= low
-        return Ruling(HOLDS if inside else NOT if outside else NOISE, fmean(found), (low, high), len(found))
+        return ClaimResult(
+            HOLDS if inside else DOES_NOT_HOLD if outside else WITHIN_NOISE,
+            fmean(found),
+            (low, high),
+            len(found),
+        )
 
 
-def interval(numbers: Sequence[float]) -> tuple[float, float]:
+def confidence_interval(numbers: Sequence[float]) -> tuple[float, float]:
     """The 95 % interval of the mean of two or more numbers, by Student's t."""
     from scipy.stats import t
 
@@ -63,26 +78,38 @@ def interval(numbers: Sequence[float]) -> tuple[float, float]:
     return fmean(numbers) - half, fmean(numbers) + half
 
 
-def above(says: str, better: str, worse: str, by: float = 0.0, metric: str = "linear") -> Claim:
+def claim_greater(
+    statement: str, better: str, worse: str, margin: float = 0.0, metric: str = "linear"
+) -> Claim:
     """One cell exceeds another by more than `by`."""
-    return Claim(says=says, of={better: 1, worse: -1}, metric=metric, low=by)
+    return Claim(statement=statement, weights={better: 1, worse: -1}, metric=metric, low=margin)
 
 
-def alike(says: str, one: str, other: str, within: float, metric: str = "linear") -> Claim:
+def claim_similar(
+    statement: str, cell: str, other_cell: str, margin: float, metric: str = "linear"
+) -> Claim:
     """Two cells differ by less than `within`."""
-    return Claim(says=says, of={one: 1, other: -1}, metric=metric, low=-within, high=within)
+    return Claim(
+        statement=statement,
+        weights={cell: 1, other_cell: -1},
+        metric=metric,
+        low=-margin,
+        high=margin,
+    )
 
 
-def lies(says: str, cell: str, metric: str, *, low: float = -inf, high: float = inf) -> Claim:
+def claim_in_range(
+    statement: str, cell: str, metric: str, *, low: float = -inf, high: float = inf
+) -> Claim:
     """A metric of one cell lies in a range."""
-    return Claim(says=says, of={cell: 1}, metric=metric, low=low, high=high)
+    return Claim(statement=statement, weights={cell: 1}, metric=metric, low=low, high=high)
 
 
-def is_so(says: str, cell: str, metric: str) -> Claim:
+def claim_true(statement: str, cell: str, metric: str) -> Claim:
     """Of a metric that is 1 for yes and 0 for no: yes, for every seed."""
-    return lies(says, cell, metric, low=0.5)
+    return claim_in_range(statement, cell, metric, low=0.5)
 
 
-def is_not(says: str, cell: str, metric: str) -> Claim:
+def claim_false(statement: str, cell: str, metric: str) -> Claim:
     """No, for every seed."""
-    return lies(says, cell, metric, high=0.5)
+    return claim_in_range(statement, cell, metric, high=0.5)

@@ -9,10 +9,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise, product
 
-from simsiam.laboratory.claims import Claim, above, alike, is_not, is_so, lies
-from simsiam.laboratory.scales import Words
+from simsiam.laboratory.claims import (
+    Claim,
+    claim_false,
+    claim_greater,
+    claim_in_range,
+    claim_similar,
+    claim_true,
+)
+from simsiam.laboratory.scales import Overrides
 
-SAME, FAILS = 2.0, 10.0
+SAME_MARGIN, FAILURE_MARGIN = 2.0, 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,133 +27,200 @@ class Experiment:
     """One table or figure: its runs are cells x seeds. Without cells it is drawn from METHODS."""
 
     title: str
-    where: str  # in the paper
-    cells: Mapping[str, Words] = field(default_factory=dict)
+    section: str  # in the paper
+    cells: Mapping[str, Overrides] = field(default_factory=dict)
     claims: tuple[Claim, ...] = ()
-    common: Words = field(default_factory=dict)  # words of all cells
+    common: Overrides = field(default_factory=dict)  # words of all cells
     seeds: int = 3
     epochs: int = 100  # of its runs in the paper, but for cells that say theirs
-    curves: tuple[str, ...] = ()  # metrics to draw over epochs; "linear" keeps checkpoints and classifies from each
-    against: str = ""  # or a word to draw accuracies against; cells that differ in their last number are a line
-    reads_h: bool = False  # measure what the predictor predicts (section 5.1)
-    transfers: bool = False  # fine-tune every run as a detector (Table 5)
-    from_scratch: tuple[str, ...] = ()  # cells whose detectors forget what the run has learned
+    curve_metrics: tuple[
+        str, ...
+    ] = ()  # metrics to draw over epochs; "linear" keeps checkpoints and classifies from each
+    plot_against: str = ""  # or a word to draw accuracies against; cells that differ in their last number are a line
+    measure_predictor: bool = False  # measure what the predictor predicts (section 5.1)
+    train_detectors: bool = False  # fine-tune every run as a detector (Table 5)
+    scratch_cells: tuple[str, ...] = ()  # cells whose detectors forget what the run has learned
 
 
-COSINE = {"predictor_lr": "cosine"}  # Figure 2, and the baseline of Table 1
-NO_PREDICTOR = COSINE | {"predictor": "none"}  # Table 1a
+COSINE_PREDICTOR_LR = {"predictor_lr": "cosine"}  # Figure 2, and the baseline of Table 1
+NO_PREDICTOR = COSINE_PREDICTOR_LR | {"predictor": "none"}  # Table 1a
 NO_BN = {"head_bn": (), "output_bn_affine": False}
-WARM = {"warmup_epochs": 10}
-LARS = {"optimizer": "lars", "base_lr": 0.3, "weight_decay": 1e-6, "exclude": "bias_and_norm"}  # SimCLR's; ours to say
-WIDTHS = (256, 512, 1024, 2048)
-LENGTHS = (100, 200, 400, 800)
-ROWS = ("simclr", "moco_v2_plus", "byol", "swav", "simsiam")
+WARMUP = {"warmup_epochs": 10}
+LARS = {
+    "optimizer": "lars",
+    "base_lr": 0.3,
+    "weight_decay": 1e-6,
+    "exclude": "bias_and_norm",
+}  # SimCLR's; ours to say
+OUTPUT_DIMS = (256, 512, 1024, 2048)
+EPOCH_COUNTS = (100, 200, 400, 800)
+METHOD_NAMES = ("simclr", "moco_v2_plus", "byol", "swav", "simsiam")
 
 EXPERIMENTS: dict[str, Experiment] = {
     "figure2": Experiment(
         title="With and without stop-gradient",
-        where="section 4.1, Figure 2",
+        section="section 4.1, Figure 2",
         seeds=5,
-        cells={"with stop-gradient": COSINE, "without stop-gradient": COSINE | {"stop_gradient": False}},
-        curves=("loss", "z_std_sqrt_d", "knn_top1"),
+        cells={
+            "with stop-gradient": COSINE_PREDICTOR_LR,
+            "without stop-gradient": COSINE_PREDICTOR_LR | {"stop_gradient": False},
+        },
+        curve_metrics=("loss", "z_std_sqrt_d", "knn_top1"),
         claims=(
-            lies("without, the loss falls to its minimum of -1", "without stop-gradient", "loss", high=-0.9),
-            lies("without, z/|z| is constant", "without stop-gradient", "z_std_sqrt_d", high=0.1),
-            is_so("without, the outputs collapse (std or rank)", "without stop-gradient", "collapsed"),
-            lies("without, accuracy is at chance", "without stop-gradient", "above_chance", high=SAME),
-            lies("with it, the std is near 1/sqrt(d)", "with stop-gradient", "z_std_sqrt_d", low=0.9),
-            is_not("with it, nothing collapses", "with stop-gradient", "collapsed"),
-            above("stop-gradient makes the difference", "with stop-gradient", "without stop-gradient", FAILS),
+            claim_in_range(
+                "without, the loss falls to its minimum of -1",
+                "without stop-gradient",
+                "loss",
+                high=-0.9,
+            ),
+            claim_in_range(
+                "without, z/|z| is constant", "without stop-gradient", "z_std_sqrt_d", high=0.1
+            ),
+            claim_true(
+                "without, the outputs collapse (std or rank)", "without stop-gradient", "collapsed"
+            ),
+            claim_in_range(
+                "without, accuracy is at chance",
+                "without stop-gradient",
+                "above_chance",
+                high=SAME_MARGIN,
+            ),
+            claim_in_range(
+                "with it, the std is near 1/sqrt(d)", "with stop-gradient", "z_std_sqrt_d", low=0.9
+            ),
+            claim_false("with it, nothing collapses", "with stop-gradient", "collapsed"),
+            claim_greater(
+                "stop-gradient makes the difference",
+                "with stop-gradient",
+                "without stop-gradient",
+                FAILURE_MARGIN,
+            ),
         ),
     ),
     "table1": Experiment(
         title="The predictor",
-        where="section 4.2, Table 1",
+        section="section 4.2, Table 1",
         cells={
-            "baseline": COSINE,
+            "baseline": COSINE_PREDICTOR_LR,
             "(a) no predictor": NO_PREDICTOR,
             "no predictor, asymmetric": NO_PREDICTOR | {"pairs": "asymmetric"},
-            "(b) fixed at random": COSINE | {"predictor": "fixed"},
+            "(b) fixed at random": COSINE_PREDICTOR_LR | {"predictor": "fixed"},
             "(c) lr not decayed": {},
         },
         claims=(
-            above("without a predictor it does not work", "baseline", "(a) no predictor", FAILS),
-            is_so("without a predictor it collapses", "(a) no predictor", "collapsed"),
-            is_so("so it does with the asymmetric loss", "no predictor, asymmetric", "collapsed"),
-            above("a fixed predictor does not work", "baseline", "(b) fixed at random", FAILS),
-            is_not("that failure is no collapse", "(b) fixed at random", "collapsed"),
-            above("its loss stays high", "(b) fixed at random", "baseline", 0.1, "loss"),
-            above("a constant predictor lr is better than a decayed one", "(c) lr not decayed", "baseline"),
+            claim_greater(
+                "without a predictor it does not work",
+                "baseline",
+                "(a) no predictor",
+                FAILURE_MARGIN,
+            ),
+            claim_true("without a predictor it collapses", "(a) no predictor", "collapsed"),
+            claim_true(
+                "so it does with the asymmetric loss", "no predictor, asymmetric", "collapsed"
+            ),
+            claim_greater(
+                "a fixed predictor does not work", "baseline", "(b) fixed at random", FAILURE_MARGIN
+            ),
+            claim_false("that failure is no collapse", "(b) fixed at random", "collapsed"),
+            claim_greater("its loss stays high", "(b) fixed at random", "baseline", 0.1, "loss"),
+            claim_greater(
+                "a constant predictor lr is better than a decayed one",
+                "(c) lr not decayed",
+                "baseline",
+            ),
         ),
     ),
     "table2": Experiment(
         title="The batch size",
-        where="section 4.3, Table 2",
-        against="batch_size",
+        section="section 4.3, Table 2",
+        plot_against="batch_size",
         cells={
             **{f"batch {n}": {"batch_size": n} for n in (64, 128, 256)},
             "batch 512": {},
-            **{f"batch {n}": {"batch_size": n} | WARM for n in (1024, 2048, 4096)},
-            "LARS, batch 4096": {"batch_size": 4096} | WARM | LARS,
+            **{f"batch {n}": {"batch_size": n} | WARMUP for n in (1024, 2048, 4096)},
+            "LARS, batch 4096": {"batch_size": 4096} | WARMUP | LARS,
         },
         claims=(
-            alike("256 is as good as 512", "batch 256", "batch 512", SAME),
-            alike("1024 is as good as 512", "batch 1024", "batch 512", SAME),
-            alike("2048 is as good as 512", "batch 2048", "batch 512", SAME),
-            Claim(says="64 is decent", of={"batch 512": 1, "batch 64": -1}, high=2 * SAME),
-            Claim(says="128 is decent", of={"batch 512": 1, "batch 128": -1}, high=2 * SAME),
-            above("SGD is worse at 4096", "batch 512", "batch 4096"),
-            is_not("it does not collapse there", "batch 4096", "collapsed"),
-            above("LARS should help at 4096 (expected in the paper, not tried)", "LARS, batch 4096", "batch 4096"),
+            claim_similar("256 is as good as 512", "batch 256", "batch 512", SAME_MARGIN),
+            claim_similar("1024 is as good as 512", "batch 1024", "batch 512", SAME_MARGIN),
+            claim_similar("2048 is as good as 512", "batch 2048", "batch 512", SAME_MARGIN),
+            Claim(
+                statement="64 is decent",
+                weights={"batch 512": 1, "batch 64": -1},
+                high=2 * SAME_MARGIN,
+            ),
+            Claim(
+                statement="128 is decent",
+                weights={"batch 512": 1, "batch 128": -1},
+                high=2 * SAME_MARGIN,
+            ),
+            claim_greater("SGD is worse at 4096", "batch 512", "batch 4096"),
+            claim_false("it does not collapse there", "batch 4096", "collapsed"),
+            claim_greater(
+                "LARS should help at 4096 (expected in the paper, not tried)",
+                "LARS, batch 4096",
+                "batch 4096",
+            ),
         ),
     ),
     "table3": Experiment(
         title="Batch norm in the heads",
-        where="section 4.4, Table 3",
+        section="section 4.4, Table 3",
         cells={
-            "(a) none": NO_BN | WARM,
+            "(a) none": NO_BN | WARMUP,
             "(b) hidden": {"head_bn": ("proj_hidden", "pred_hidden"), "output_bn_affine": False},
             "(c) default": {},
             "(d) all": {"head_bn": ("proj_hidden", "proj_out", "pred_hidden", "pred_out")},
             "default, no affine": {"output_bn_affine": False},
         },
         claims=(
-            is_not("without batch norm it does not collapse", "(a) none", "collapsed"),
-            above("but accuracy is low", "(c) default", "(a) none", FAILS),
-            above("batch norm in hidden layers makes the difference", "(b) hidden", "(a) none", FAILS),
-            above("that of f's output adds to it", "(c) default", "(b) hidden"),
-            alike("its affine part does not matter", "default, no affine", "(c) default", SAME),
-            above("batch norm on h's output does not work", "(c) default", "(d) all", FAILS),
-            is_not("that failure is no collapse", "(d) all", "collapsed"),
-            above("there the loss oscillates", "(d) all", "(c) default", metric="loss_swing"),
+            claim_false("without batch norm it does not collapse", "(a) none", "collapsed"),
+            claim_greater("but accuracy is low", "(c) default", "(a) none", FAILURE_MARGIN),
+            claim_greater(
+                "batch norm in hidden layers makes the difference",
+                "(b) hidden",
+                "(a) none",
+                FAILURE_MARGIN,
+            ),
+            claim_greater("that of f's output adds to it", "(c) default", "(b) hidden"),
+            claim_similar(
+                "its affine part does not matter", "default, no affine", "(c) default", SAME_MARGIN
+            ),
+            claim_greater(
+                "batch norm on h's output does not work", "(c) default", "(d) all", FAILURE_MARGIN
+            ),
+            claim_false("that failure is no collapse", "(d) all", "collapsed"),
+            claim_greater(
+                "there the loss oscillates", "(d) all", "(c) default", metric="loss_swing"
+            ),
         ),
     ),
     "similarity": Experiment(
         title="The similarity function",
-        where="section 4.5",
+        section="section 4.5",
         cells={"cosine": {}, "cross-entropy": {"criterion": "cross_entropy"}},
         claims=(
-            is_not("cross-entropy does not collapse", "cross-entropy", "collapsed"),
-            above("cosine is better", "cosine", "cross-entropy"),
+            claim_false("cross-entropy does not collapse", "cross-entropy", "collapsed"),
+            claim_greater("cosine is better", "cosine", "cross-entropy"),
         ),
     ),
     "symmetrization": Experiment(
         title="Symmetrization",
-        where="section 4.6",
+        section="section 4.6",
         cells={
             "symmetric": {},
             "asymmetric": {"pairs": "asymmetric"},
             "asymmetric 2x": {"pairs": "asymmetric_2x"},
         },
         claims=(
-            is_not("asymmetric does not collapse", "asymmetric", "collapsed"),
-            above("asymmetric is worse than asymmetric 2x", "asymmetric 2x", "asymmetric"),
-            above("asymmetric 2x is worse than symmetric", "symmetric", "asymmetric 2x"),
+            claim_false("asymmetric does not collapse", "asymmetric", "collapsed"),
+            claim_greater("asymmetric is worse than asymmetric 2x", "asymmetric 2x", "asymmetric"),
+            claim_greater("asymmetric 2x is worse than symmetric", "symmetric", "asymmetric 2x"),
         ),
     ),
     "alternation": Experiment(
         title="Multi-step alternation",
-        where="section 5.2",
+        section="section 5.2",
         cells={
             "1 step": {},
             "10 steps": {"target": "alternation", "target_steps": 10},
@@ -154,162 +228,222 @@ EXPERIMENTS: dict[str, Experiment] = {
             "1 epoch": {"target": "alternation", "target_steps": 0},
         },
         claims=(
-            above("10 steps are better than 1", "10 steps", "1 step"),
-            above("100 steps are better than 1", "100 steps", "1 step"),
-            alike("an epoch works as well", "1 epoch", "1 step", SAME),
-            is_not("and does not collapse", "1 epoch", "collapsed"),
+            claim_greater("10 steps are better than 1", "10 steps", "1 step"),
+            claim_greater("100 steps are better than 1", "100 steps", "1 step"),
+            claim_similar("an epoch works as well", "1 epoch", "1 step", SAME_MARGIN),
+            claim_false("and does not collapse", "1 epoch", "collapsed"),
         ),
     ),
     "moving_average": Experiment(
         title="A moving average in place of the predictor",
-        where="section 5.2",
+        section="section 5.2",
         cells={
             "simsiam": {},
             "no predictor": NO_PREDICTOR,
-            "no predictor, moving average": NO_PREDICTOR | {"target": "moving_average", "target_decay": 0.8},
+            "no predictor, moving average": NO_PREDICTOR
+            | {"target": "moving_average", "target_decay": 0.8},
         },
         claims=(
-            is_so("without both it collapses", "no predictor", "collapsed"),
-            is_not("the moving average prevents it", "no predictor, moving average", "collapsed"),
-            above("and learns", "no predictor, moving average", "no predictor", FAILS),
-            above("less than with a predictor", "simsiam", "no predictor, moving average"),
+            claim_true("without both it collapses", "no predictor", "collapsed"),
+            claim_false(
+                "the moving average prevents it", "no predictor, moving average", "collapsed"
+            ),
+            claim_greater(
+                "and learns", "no predictor, moving average", "no predictor", FAILURE_MARGIN
+            ),
+            claim_greater("less than with a predictor", "simsiam", "no predictor, moving average"),
         ),
     ),
     "expectation": Experiment(
         title="The expectation over views, and what h predicts",
-        where="sections 5.1 and 5.2, equation 9",
+        section="sections 5.1 and 5.2, equation 9",
         cells={
             "simsiam": {},
             "mean of 3 views": {"target": "expectation", "target_views": 3},
             "no predictor": NO_PREDICTOR,
-            "no predictor, mean of 3 views": NO_PREDICTOR | {"target": "expectation", "target_views": 3},
+            "no predictor, mean of 3 views": NO_PREDICTOR
+            | {"target": "expectation", "target_views": 3},
         },
-        reads_h=True,
+        measure_predictor=True,
         claims=(
-            lies("p1 lies nearer to E[z] than z1 does", "simsiam", "h_gain", low=0),
-            is_not(
-                "with the expectation no predictor is needed (suggested)", "no predictor, mean of 3 views", "collapsed"
+            claim_in_range("p1 lies nearer to E[z] than z1 does", "simsiam", "h_gain", low=0),
+            claim_false(
+                "with the expectation no predictor is needed (suggested)",
+                "no predictor, mean of 3 views",
+                "collapsed",
             ),
-            above(
+            claim_greater(
                 "with the expectation it learns without one (suggested)",
                 "no predictor, mean of 3 views",
                 "no predictor",
-                FAILS,
+                FAILURE_MARGIN,
             ),
         ),
     ),
     "table4": Experiment(
         title="Methods and lengths of training",
-        where="section 6.1, Table 4",
-        against="epochs",
+        section="section 6.1, Table 4",
+        plot_against="epochs",
         common={"batch_size": 256},
-        cells={f"{row} {n}": {"method": row, "epochs": n} for row, n in product(ROWS, LENGTHS)},
+        cells={
+            f"{row} {n}": {"method": row, "epochs": n}
+            for row, n in product(METHOD_NAMES, EPOCH_COUNTS)
+        },
         claims=(
-            *(above(f"best at 100 epochs: above {row}", "simsiam 100", f"{row} 100") for row in ROWS[:-1]),
-            *(above(f"above SimCLR at {n} epochs", f"simsiam {n}", f"simclr {n}") for n in LENGTHS),
+            *(
+                claim_greater(f"best at 100 epochs: above {row}", "simsiam 100", f"{row} 100")
+                for row in METHOD_NAMES[:-1]
+            ),
+            *(
+                claim_greater(f"above SimCLR at {n} epochs", f"simsiam {n}", f"simclr {n}")
+                for n in EPOCH_COUNTS
+            ),
             *(
                 Claim(
-                    says=f"gains less from longer training than {row}",
-                    of={f"{row} 800": 1, f"{row} 100": -1, "simsiam 800": -1, "simsiam 100": 1},
+                    statement=f"gains less from longer training than {row}",
+                    weights={
+                        f"{row} 800": 1,
+                        f"{row} 100": -1,
+                        "simsiam 800": -1,
+                        "simsiam 100": 1,
+                    },
                     low=0,
                 )
-                for row in ROWS[:-1]
+                for row in METHOD_NAMES[:-1]
             ),
         ),
     ),
     "simclr_ablation": Experiment(
         title="A predictor and a stop-gradient for SimCLR",
-        where="section 6.2",
+        section="section 6.2",
         cells={
             "simclr": {"method": "simclr"},
             "with predictor": {"method": "simclr", "predictor": "mlp"},
-            "with predictor and stop-gradient": {"method": "simclr", "predictor": "mlp", "stop_gradient": True},
+            "with predictor and stop-gradient": {
+                "method": "simclr",
+                "predictor": "mlp",
+                "stop_gradient": True,
+            },
         },
         claims=(
-            Claim(says="a predictor does not help", of={"with predictor": 1, "simclr": -1}, high=SAME),
-            Claim(says="both do not help", of={"with predictor and stop-gradient": 1, "simclr": -1}, high=SAME),
-            is_not("neither is needed", "simclr", "collapsed"),
+            Claim(
+                statement="a predictor does not help",
+                weights={"with predictor": 1, "simclr": -1},
+                high=SAME_MARGIN,
+            ),
+            Claim(
+                statement="both do not help",
+                weights={"with predictor and stop-gradient": 1, "simclr": -1},
+                high=SAME_MARGIN,
+            ),
+            claim_false("neither is needed", "simclr", "collapsed"),
         ),
     ),
     "swav_ablation": Experiment(
         title="A predictor for SwAV, and no stop-gradient",
-        where="section 6.2",
+        section="section 6.2",
         cells={
             "swav": {"method": "swav"},
             "with predictor": {"method": "swav", "predictor": "mlp"},
             "without stop-gradient": {"method": "swav", "stop_gradient": False},
         },
         claims=(
-            Claim(says="a predictor does not help", of={"with predictor": 1, "swav": -1}, high=SAME),
-            is_so("without stop-gradient it diverges", "without stop-gradient", "diverged"),
+            Claim(
+                statement="a predictor does not help",
+                weights={"with predictor": 1, "swav": -1},
+                high=SAME_MARGIN,
+            ),
+            claim_true("without stop-gradient it diverges", "without stop-gradient", "diverged"),
         ),
     ),
     "byol_without_momentum": Experiment(
         title="BYOL without its momentum encoder",
-        where="section 2, footnote 2",
+        section="section 2, footnote 2",
         epochs=300,
         cells={
             "byol": {"method": "byol"},
             "no momentum": {"method": "byol", "target": "shared"},
-            "no momentum, predictor lr x 10": {"method": "byol", "target": "shared", "predictor_lr_scale": 10.0},
+            "no momentum, predictor lr x 10": {
+                "method": "byol",
+                "target": "shared",
+                "predictor_lr_scale": 10.0,
+            },
         },
         claims=(
-            above("without it BYOL fails (its v1)", "byol", "no momentum", FAILS),
-            is_not(
-                "with ten times the predictor's lr nothing collapses", "no momentum, predictor lr x 10", "collapsed"
+            claim_greater("without it BYOL fails (its v1)", "byol", "no momentum", FAILURE_MARGIN),
+            claim_false(
+                "with ten times the predictor's lr nothing collapses",
+                "no momentum, predictor lr x 10",
+                "collapsed",
             ),
-            above("which mends it (its v3)", "no momentum, predictor lr x 10", "no momentum"),
-            above("the momentum encoder is still of use", "byol", "no momentum, predictor lr x 10"),
+            claim_greater(
+                "which mends it (its v3)", "no momentum, predictor lr x 10", "no momentum"
+            ),
+            claim_greater(
+                "the momentum encoder is still of use", "byol", "no momentum, predictor lr x 10"
+            ),
         ),
     ),
     "output_dim": Experiment(
         title="The output dimension d",
-        where="appendix B",
-        against="dim",
+        section="appendix B",
+        plot_against="dim",
         cells={
-            **{f"d = {d}": {"dim": d, "pred_dim": d // 4} for d in WIDTHS},
+            **{f"d = {d}": {"dim": d, "pred_dim": d // 4} for d in OUTPUT_DIMS},
             "hidden = d = 2048": {"dim": 2048, "pred_dim": 2048},
         },
         claims=(
-            *(above(f"{b} is better than {a}", f"d = {b}", f"d = {a}") for a, b in pairwise(WIDTHS)),
-            above(
-                "a predictor without bottleneck is less stable", "hidden = d = 2048", "d = 2048", metric="loss_swing"
+            *(
+                claim_greater(f"{b} is better than {a}", f"d = {b}", f"d = {a}")
+                for a, b in pairwise(OUTPUT_DIMS)
             ),
-            above("or fails", "d = 2048", "hidden = d = 2048", FAILS),
+            claim_greater(
+                "a predictor without bottleneck is less stable",
+                "hidden = d = 2048",
+                "d = 2048",
+                metric="loss_swing",
+            ),
+            claim_greater("or fails", "d = 2048", "hidden = d = 2048", FAILURE_MARGIN),
         ),
     ),
     "figure_d1": Experiment(
         title="SimSiam beside SimCLR on equal terms",
-        where="appendix D, Figure D.1",
+        section="appendix D, Figure D.1",
         epochs=800,
         cells={"simsiam": {}, "simclr": {"method": "simclr", "proj_layers": 2}},
-        curves=("knn_top1", "linear"),
+        curve_metrics=("knn_top1", "linear"),
         claims=(
-            is_not("SimSiam does not collapse", "simsiam", "collapsed"),
-            alike("the kNN curves are similar: their means over training", "simsiam", "simclr", 2 * SAME, "knn_mean"),
-            alike("the results are similar", "simsiam", "simclr", SAME),
-            above("SimSiam is slightly better", "simsiam", "simclr"),
+            claim_false("SimSiam does not collapse", "simsiam", "collapsed"),
+            claim_similar(
+                "the kNN curves are similar: their means over training",
+                "simsiam",
+                "simclr",
+                2 * SAME_MARGIN,
+                "knn_mean",
+            ),
+            claim_similar("the results are similar", "simsiam", "simclr", SAME_MARGIN),
+            claim_greater("SimSiam is slightly better", "simsiam", "simclr"),
         ),
     ),
-    "figure3": Experiment(title="Siamese architectures", where="section 6.2, Figure 3"),
+    "figure3": Experiment(title="Siamese architectures", section="section 6.2, Figure 3"),
     "optimal_recipe": Experiment(
         title="The recipe that transfers better",
-        where="section 6.1, Table 5",
+        section="section 6.1, Table 5",
         epochs=200,
         common={"batch_size": 256},
         cells={"base": {}, "optimal": {"base_lr": 0.5, "weight_decay": 1e-5}},
         claims=(
-            is_not("it does not collapse", "optimal", "collapsed"),
-            alike("its linear accuracy is similar", "optimal", "base", SAME),
+            claim_false("it does not collapse", "optimal", "collapsed"),
+            claim_similar("its linear accuracy is similar", "optimal", "base", SAME_MARGIN),
         ),
     ),
     "table5": Experiment(
         title="Transfer to detection and segmentation",
-        where="section 6.1, Table 5",
+        section="section 6.1, Table 5",
         epochs=200,
         common={"batch_size": 256},
-        transfers=True,
-        from_scratch=("scratch",),
+        train_detectors=True,
+        scratch_cells=("scratch",),
         cells={
             "scratch": {},
             "supervised": {"method": "supervised"},
@@ -318,40 +452,78 @@ EXPERIMENTS: dict[str, Experiment] = {
             "simsiam, optimal": {"base_lr": 0.5, "weight_decay": 1e-5},
         },
         claims=(
-            above("SimSiam's features transfer", "simsiam, base", "scratch", SAME, "ap50"),
-            above("so do the other recipe's, and better", "simsiam, optimal", "simsiam, base", metric="ap50"),
+            claim_greater(
+                "SimSiam's features transfer", "simsiam, base", "scratch", SAME_MARGIN, "ap50"
+            ),
+            claim_greater(
+                "so do the other recipe's, and better",
+                "simsiam, optimal",
+                "simsiam, base",
+                metric="ap50",
+            ),
             *(
-                above(f"{row} surpasses labels or is on par with them", row, "supervised", -SAME, "ap50")
+                claim_greater(
+                    f"{row} surpasses labels or is on par with them",
+                    row,
+                    "supervised",
+                    -SAME_MARGIN,
+                    "ap50",
+                )
                 for row in ("simclr", "moco_v2_plus", "byol", "swav", "simsiam, optimal")
             ),
             *(
-                above(f"SimSiam is competitive with {row}", "simsiam, optimal", row, -SAME, "ap50")
+                claim_greater(
+                    f"SimSiam is competitive with {row}",
+                    "simsiam, optimal",
+                    row,
+                    -SAME_MARGIN,
+                    "ap50",
+                )
                 for row in ("simclr", "moco_v2_plus", "byol", "swav")
             ),
         ),
     ),
     "table_c1": Experiment(
         title="The other methods, as in their papers and improved",
-        where="appendix C, Table C.1",
+        section="appendix C, Table C.1",
         common={"batch_size": 256},
         cells={
-            **{f"simclr original {n}": {"method": "simclr", "epochs": n, "proj_layers": 2} for n in (200, 800)},
+            **{
+                f"simclr original {n}": {"method": "simclr", "epochs": n, "proj_layers": 2}
+                for n in (200, 800)
+            },
             **{f"simclr improved {n}": {"method": "simclr", "epochs": n} for n in (200, 800)},
-            **{f"{row} {n}": {"method": row, "epochs": n} for n in (200, 800) for row in ("moco_v2", "moco_v2_plus")},
+            **{
+                f"{row} {n}": {"method": row, "epochs": n}
+                for n in (200, 800)
+                for row in ("moco_v2", "moco_v2_plus")
+            },
             "byol 300": {"method": "byol", "epochs": 300},
             "swav original 400": {"method": "swav", "epochs": 400, "proj_layers": 2},
             "swav improved 400": {"method": "swav", "epochs": 400},
         },
         claims=(
             *(
-                above(f"three layers are better: SimCLR, {n} epochs", f"simclr improved {n}", f"simclr original {n}")
+                claim_greater(
+                    f"three layers are better: SimCLR, {n} epochs",
+                    f"simclr improved {n}",
+                    f"simclr original {n}",
+                )
                 for n in (200, 800)
             ),
             *(
-                above(f"both directions are better: MoCo v2, {n} epochs", f"moco_v2_plus {n}", f"moco_v2 {n}")
+                claim_greater(
+                    f"both directions are better: MoCo v2, {n} epochs",
+                    f"moco_v2_plus {n}",
+                    f"moco_v2 {n}",
+                )
                 for n in (200, 800)
             ),
-            above("three layers are better: SwAV, 400 epochs", "swav improved 400", "swav original 400"),
+            claim_greater(
+                "three layers are better: SwAV, 400 epochs",
+                "swav improved 400",
+                "swav original 400",
+            ),
         ),
     ),
 }

@@ -8,9 +8,9 @@ from typing import Any
 from simsiam.config import recipes
 from simsiam.config.recipes import Recipe
 
-Words = Mapping[str, Any]
+Overrides = Mapping[str, Any]
 BASE_LR, WEIGHT_DECAY = 0.05, 1e-4  # the paper's baseline (section 3)
-PER_EPOCH = 1281167 // 512  # steps of the baseline's epoch on ImageNet
+IMAGENET_STEPS_PER_EPOCH = 1281167 // 512  # steps of the baseline's epoch on ImageNet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,29 +18,41 @@ class Scale:
     """A size at which experiments are repeated, and how the paper's settings map to it."""
 
     name: str
-    data: str  # the images, in words
+    dataset: str  # the images, in words
     source: str | None  # None: has to be given
-    base: Words  # SimSiam's recipe
-    rows: Mapping[str, Words]  # what a method takes besides its row of METHODS; "byol 800": at that length in the paper
+    base: Overrides  # SimSiam's recipe
+    method_overrides: Mapping[
+        str, Overrides
+    ]  # what a method takes besides its row of METHODS; "byol 800": at that length in the paper
     epochs: int | None  # of each run, unless lengths are compared; None: the paper's
-    ladder: float  # what the paper's 100 epochs become where lengths are compared
-    divisor: int  # of the paper's batches
-    linear: str  # the linear protocol
-    images: int  # that a run trains on
-    classes: int
-    rate: float  # images a second of a run with two views, before any has been measured ...
+    epochs_per_100: float  # what the paper's 100 epochs become where lengths are compared
+    batch_divisor: int  # of the paper's batches
+    linear_protocol: str  # the linear protocol
+    num_images: int  # that a run trains on
+    num_classes: int
+    images_per_second: (
+        float  # images a second of a run with two views, before any has been measured ...
+    )
     hardware: str  # ... on this
     mapping: tuple[str, ...]  # the same in words, for readers of a table
 
     @property
     def metric(self) -> str:
-        return f"{self.data}, linear top-1 (%)"
+        return f"{self.dataset}, linear top-1 (%)"
 
     @property
     def chance(self) -> float:
-        return 100 / self.classes
+        return 100 / self.num_classes
 
-    def recipe(self, cell: Words, *, common: Words, epochs: int, given: int | None = None, **run: Any) -> Recipe:
+    def recipe(
+        self,
+        cell: Overrides,
+        *,
+        common: Overrides,
+        epochs: int,
+        user_epochs: int | None = None,
+        **recipe_settings: Any,
+    ) -> Recipe:
         """The recipe of a cell of an experiment whose runs take `epochs` in the paper; `run` is taken as it is.
 
         A method's own words precede those `common` to the experiment, and the cell's precede all. A cell that says
@@ -50,28 +62,35 @@ class Scale:
         cell = dict(cell)
         compared, length = "epochs" in cell, cell.pop("epochs", epochs)
         method = cell.pop("method", "simsiam")
-        if given is not None:
-            long = round(given * length / 100) if compared else given
+        if user_epochs is not None:
+            long = round(user_epochs * length / 100) if compared else user_epochs
         else:
-            long = round(self.ladder * length / 100) if compared else self.epochs or length
-        own = {**self.rows.get(method, {}), **self.rows.get(f"{method} {length}", {})}
+            long = round(self.epochs_per_100 * length / 100) if compared else self.epochs or length
+        own = {
+            **self.method_overrides.get(method, {}),
+            **self.method_overrides.get(f"{method} {length}", {}),
+        }
         recipe = Recipe().replace(**self.base).replace(method=method, **own)
         cell = {word: value for word, value in common.items() if word not in own} | cell
         for name, paper in {"base_lr": BASE_LR, "weight_decay": WEIGHT_DECAY}.items():
             if name in cell:  # relative to the baseline's
                 cell[name] = float(f"{cell[name] * self.base.get(name, paper) / paper:.3g}")
         if "batch_size" in cell:
-            cell["batch_size"] //= self.divisor
+            cell["batch_size"] //= self.batch_divisor
         if cell.get("target_steps", 0) > 1:  # as far between a step and an epoch, on a log scale
-            per_epoch = self.images // recipe.batch_size
-            cell["target_steps"] = round(per_epoch ** (log(cell["target_steps"]) / log(PER_EPOCH)))
+            per_epoch = self.num_images // recipe.batch_size
+            cell["target_steps"] = round(
+                per_epoch ** (log(cell["target_steps"]) / log(IMAGENET_STEPS_PER_EPOCH))
+            )
         warmup = cell.pop("warmup_epochs", recipe.method.warmup_epochs)
         warmup = min(max(1, round(warmup * long / length)), max(long, 1) - 1) if warmup else 0
-        return recipe.replace(**cell, epochs=max(long, 1), warmup_epochs=warmup, **run)
+        return recipe.replace(**cell, epochs=max(long, 1), warmup_epochs=warmup, **recipe_settings)
 
 
-AFFINE = {"output_bn_affine": True}  # the paper's default (section 4.4); ours, and the authors' code's, is without
-LARGE = {"batch_size": 4096}  # of the other methods in Table 4
+OUTPUT_AFFINE = {
+    "output_bn_affine": True
+}  # the paper's default (section 4.4); ours, and the authors' code's, is without
+LARGE_BATCH = {"batch_size": 4096}  # of the other methods in Table 4
 
 TINY_MOCO = {
     "equal_terms": True, "base_lr": 0.7, "dim": 128, "proj_hidden": 512, "queue": 1024, "target_decay": 0.99,
@@ -80,11 +99,11 @@ TINY_MOCO = {
 
 TINY = Scale(
     name="tiny",
-    data="shapes",
+    dataset="shapes",
     source="shapes",
-    base=recipes.shapes() | {"knn_every": 3, "log_every": 5},
-    rows={
-        "simsiam": AFFINE,
+    base=recipes.shapes_recipe() | {"knn_every": 3, "log_every": 5},
+    method_overrides={
+        "simsiam": OUTPUT_AFFINE,
         "byol": {"equal_terms": True, "base_lr": 0.7, "dim": 256, "proj_hidden": 512, "pred_dim": 512},
         "simclr": {"equal_terms": True, "base_lr": 0.7, "dim": 128, "proj_hidden": 512, "tau": 0.5},
         "moco_v2": TINY_MOCO,
@@ -96,12 +115,12 @@ TINY = Scale(
         "supervised": {"equal_terms": True, "dim": 10},
     },
     epochs=14,
-    ladder=2,
-    divisor=4,
-    linear="cached",
-    images=4000,
-    classes=10,
-    rate=830.0,
+    epochs_per_100=2,
+    batch_divisor=4,
+    linear_protocol="cached",
+    num_images=4000,
+    num_classes=10,
+    images_per_second=830.0,
     hardware="two cores of a Xeon with AMX",
     mapping=(
         "ResNet-10 of width 16, 32 px, crops of 40 to 100 % of the area, no color and no blur",
@@ -116,28 +135,28 @@ TINY = Scale(
     ),
 )  # fmt: skip
 
-EQUAL = {"equal_terms": True}
+EQUAL_TERMS = {"equal_terms": True}
 CIFAR10 = Scale(
     name="cifar10",
-    data="CIFAR-10",
+    dataset="CIFAR-10",
     source="cifar10",
-    base=recipes.cifar(),
-    rows={
-        "simsiam": AFFINE,
-        "byol": EQUAL,
-        "simclr": EQUAL | {"tau": 0.5},  # tau: SimCLR's on CIFAR-10
-        "moco_v2": EQUAL | {"queue": 4096, "target_decay": 0.99},
-        "moco_v2_plus": EQUAL | {"queue": 4096, "target_decay": 0.99},
-        "swav": EQUAL | {"prototypes": 300, "freeze_prototypes": 87},
-        "supervised": EQUAL | {"dim": 10},
+    base=recipes.cifar_recipe(),
+    method_overrides={
+        "simsiam": OUTPUT_AFFINE,
+        "byol": EQUAL_TERMS,
+        "simclr": EQUAL_TERMS | {"tau": 0.5},  # tau: SimCLR's on CIFAR-10
+        "moco_v2": EQUAL_TERMS | {"queue": 4096, "target_decay": 0.99},
+        "moco_v2_plus": EQUAL_TERMS | {"queue": 4096, "target_decay": 0.99},
+        "swav": EQUAL_TERMS | {"prototypes": 300, "freeze_prototypes": 87},
+        "supervised": EQUAL_TERMS | {"dim": 10},
     },
     epochs=800,
-    ladder=100,
-    divisor=1,
-    linear="cached",
-    images=45000,
-    classes=10,
-    rate=60.0,
+    epochs_per_100=100,
+    batch_divisor=1,
+    linear_protocol="cached",
+    num_images=45000,
+    num_classes=10,
+    images_per_second=60.0,
     hardware="two cores of a Xeon with AMX, a rough figure; finished runs correct it",
     mapping=(
         "appendix D: ResNet-18 for 32 px, no blur, a two-layer projector, base lr 0.03, weight decay 5e-4",
@@ -150,14 +169,14 @@ CIFAR10 = Scale(
 
 IMAGENET = Scale(
     name="imagenet",
-    data="ImageNet",
+    dataset="ImageNet",
     source=None,
-    base=recipes.imagenet(),
-    rows={
-        "simsiam": AFFINE,
-        "simclr": LARGE,
-        "swav": LARGE,
-        "byol": LARGE,
+    base=recipes.imagenet_recipe(),
+    method_overrides={
+        "simsiam": OUTPUT_AFFINE,
+        "simclr": LARGE_BATCH,
+        "swav": LARGE_BATCH,
+        "byol": LARGE_BATCH,
         "byol 200": {"base_lr": 0.3},  # footnote 6, as are those below
         "byol 300": {"base_lr": 0.3},
         "byol 400": {"base_lr": 0.3},
@@ -167,12 +186,12 @@ IMAGENET = Scale(
         "moco_v2_plus": {"batch_size": 256},
     },
     epochs=None,
-    ladder=100,
-    divisor=1,
-    linear="paper",
-    images=1281167,
-    classes=1000,
-    rate=137.0,  # MoCo v2, table 3: 65 hours for 200 epochs end to end on 8 V100
+    epochs_per_100=100,
+    batch_divisor=1,
+    linear_protocol="paper",
+    num_images=1281167,
+    num_classes=1000,
+    images_per_second=137.0,  # MoCo v2, table 3: 65 hours for 200 epochs end to end on 8 V100
     hardware="one V100 in float32",
     mapping=("as in the paper",),
 )

@@ -11,23 +11,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simsiam.config.method import Method
-from simsiam.distributed.collectives import gather, rows
-from simsiam.model.precision import precise, precisely
+from simsiam.distributed.collectives import all_gather, local_rows
+from simsiam.model.precision import at_least_float32, in_full_precision
 
 
-@precisely
+@in_full_precision
 def negative_cosine(p: Tensor, t: Tensor) -> Tensor:
     """Equation 1: minus the cosine of p and t, averaged over the batch; from -1 to 1, about 0 for unrelated vectors."""
     return -F.cosine_similarity(p, t, dim=1).mean()
 
 
-@precisely
+@in_full_precision
 def cross_entropy(p: Tensor, t: Tensor) -> Tensor:
     """Section 4.5: -softmax(t) . log softmax(p), the channels taken as d categories."""
     return -(t.softmax(1) * p.log_softmax(1)).sum(1).mean()
 
 
-@precisely
+@in_full_precision
 def nt_xent(p: Tensor, t: Tensor, *, tau: float) -> Tensor:
     """SimCLR's loss seen from one view: tell an image's t among the t of all images and the p of all others.
 
@@ -35,15 +35,15 @@ def nt_xent(p: Tensor, t: Tensor, *, tau: float) -> Tensor:
     6.2) the text leaves the negatives of the same view open; here they are predictions, so D depends on p and t alone.
     """
     p, t = F.normalize(p, dim=1), F.normalize(t, dim=1)
-    others, targets = gather(p), gather(t)
+    others, targets = all_gather(p), all_gather(t)
     every = torch.arange(len(targets), device=t.device)
-    label = every[rows(len(t))]
+    label = every[local_rows(len(t))]
     itself = label[:, None] == every
     similarities = torch.cat([p @ targets.T, (p @ others.T).masked_fill(itself, -math.inf)], dim=1)
     return F.cross_entropy(similarities / tau, label)
 
 
-@precisely
+@in_full_precision
 def info_nce(p: Tensor, t: Tensor, queue: Tensor, *, tau: float) -> Tensor:
     """MoCo's loss: tell an image's t among the queue (K, d) of past targets, which are unit vectors."""
     p, t = F.normalize(p, dim=1), F.normalize(t, dim=1)
@@ -51,33 +51,35 @@ def info_nce(p: Tensor, t: Tensor, queue: Tensor, *, tau: float) -> Tensor:
     return F.cross_entropy(logits, torch.zeros(len(p), dtype=torch.long, device=p.device))
 
 
-@precisely
+@in_full_precision
 def sinkhorn(scores: Tensor, *, epsilon: float, iterations: int) -> Tensor:
     """Codes (N, K) for scores (N, K): a row sums to 1, and each of the K prototypes gets about as much as the others.
 
     Sinkhorn-Knopp on exp(scores / epsilon), in logarithms; the limit is the optimal transport that maximizes the scores
     plus epsilon times the entropy (SwAV's equation 3).
     """
-    log = gather(scores) / epsilon
+    log = all_gather(scores) / epsilon
     for _ in range(iterations):
         log = log - log.logsumexp(0)
         log = log - log.logsumexp(1, keepdim=True)
-    return log[rows(len(scores))].exp()
+    return log[local_rows(len(scores))].exp()
 
 
-@precisely
+@in_full_precision
 def barlow_twins(p: Tensor, t: Tensor, *, weight: float) -> Tensor:
     """The correlations (d, d) between p's channels and t's should be the identity; `weight` is lambda (equation 1)."""
-    p, t = (F.normalize(x - x.mean(0), dim=0) for x in (gather(p), gather(t)))
+    p, t = (F.normalize(x - x.mean(0), dim=0) for x in (all_gather(p), all_gather(t)))
     c = p.T @ t
     on = c.diagonal()
     return (on - 1).square().sum() + weight * (c.square().sum() - on.square().sum())
 
 
-@precisely
-def vicreg(p: Tensor, t: Tensor, *, invariance: float, variance: float, covariance: float) -> Tensor:
+@in_full_precision
+def vicreg(
+    p: Tensor, t: Tensor, *, invariance: float, variance: float, covariance: float
+) -> Tensor:
     """VICReg's Algorithm 1: p near t; in each, every channel's std at least 1 and channels uncorrelated."""
-    p, t = gather(p), gather(t)
+    p, t = all_gather(p), all_gather(t)
     loss = invariance * F.mse_loss(p, t)
     for x in (p, t):
         x = x - x.mean(0)
@@ -95,17 +97,17 @@ class Criterion(nn.Module):
         super().__init__()
         self.method = method
 
-    def code(self, t: Tensor) -> Tensor:
+    def encode_target(self, t: Tensor) -> Tensor:
         """What the target's z is turned into, before the stop-gradient."""
         return t
 
-    def span(self, n: int) -> tuple[float, float] | None:
+    def loss_range(self, batch_size: int) -> tuple[float, float] | None:
         """The value for unrelated p and t over a batch of n, and the least value; None where neither is known."""
         return None
 
-    def high(self, n: int) -> float | None:
+    def high_loss_threshold(self, batch_size: int) -> float | None:
         """Above this, a value is less than a quarter of the way from unrelated p and t to the least; None: unknown."""
-        if (span := self.span(n)) is None:
+        if (span := self.loss_range(batch_size)) is None:
             return None
         unrelated, least = span
         return unrelated - (unrelated - least) / 4
@@ -114,11 +116,11 @@ class Criterion(nn.Module):
         """Move what gradients do not move, given the step's targets."""
 
 
-class Cosine(Criterion):
+class NegativeCosine(Criterion):
     def forward(self, p: Tensor, t: Tensor) -> Tensor:
         return negative_cosine(p, t)
 
-    def span(self, n: int) -> tuple[float, float]:
+    def loss_range(self, batch_size: int) -> tuple[float, float]:
         return 0.0, -1.0
 
 
@@ -131,8 +133,10 @@ class NTXent(Criterion):
     def forward(self, p: Tensor, t: Tensor) -> Tensor:
         return nt_xent(p, t, tau=self.method.tau)
 
-    def span(self, n: int) -> tuple[float, float]:
-        return math.log(2 * n - 1), math.log1p((2 * n - 2) * math.exp(-1 / self.method.tau))
+    def loss_range(self, batch_size: int) -> tuple[float, float]:
+        return math.log(2 * batch_size - 1), math.log1p(
+            (2 * batch_size - 2) * math.exp(-1 / self.method.tau)
+        )
 
 
 class InfoNCE(Criterion):
@@ -147,17 +151,17 @@ class InfoNCE(Criterion):
     def forward(self, p: Tensor, t: Tensor) -> Tensor:
         return info_nce(p, t, self.queue, tau=self.method.tau)
 
-    def span(self, n: int) -> tuple[float, float]:
+    def loss_range(self, batch_size: int) -> tuple[float, float]:
         k = self.method.queue
         return math.log(k + 1), math.log1p(k * math.exp(-1 / self.method.tau))
 
     @torch.no_grad()
     def after_step(self, t: list[Tensor]) -> None:
-        new = torch.cat([gather(F.normalize(precise(view), dim=1)) for view in t])
+        new = torch.cat([all_gather(F.normalize(at_least_float32(view), dim=1)) for view in t])
         self.queue.copy_(torch.cat([self.queue, new])[-len(self.queue) :])
 
 
-class Swapped(Criterion):
+class SwappedPrediction(Criterion):
     """SwAV: predict the code of the other view, which is its balanced assignment to K prototypes."""
 
     def __init__(self, method: Method):
@@ -165,22 +169,24 @@ class Swapped(Criterion):
         self.prototypes = nn.Linear(method.dim, method.prototypes, bias=False)
         self.after_step([])
 
-    def scores(self, z: Tensor) -> Tensor:
+    def prototype_scores(self, z: Tensor) -> Tensor:
         """Cosines (N, K) of z (N, d) with the prototypes."""
-        weight = precise(self.prototypes.weight)
+        weight = at_least_float32(self.prototypes.weight)
         with torch.autocast(z.device.type, enabled=False):
             if self.method.prototype_norm == "inside":
                 weight = F.normalize(weight, dim=1)
-            return F.linear(F.normalize(precise(z), dim=1), weight)
+            return F.linear(F.normalize(at_least_float32(z), dim=1), weight)
 
-    def code(self, t: Tensor) -> Tensor:
+    def encode_target(self, t: Tensor) -> Tensor:
         m = self.method
-        return sinkhorn(self.scores(t), epsilon=m.sinkhorn_epsilon, iterations=m.sinkhorn_iterations)
+        return sinkhorn(
+            self.prototype_scores(t), epsilon=m.sinkhorn_epsilon, iterations=m.sinkhorn_iterations
+        )
 
     def forward(self, p: Tensor, t: Tensor) -> Tensor:
-        return -(t * (self.scores(p) / self.method.tau).log_softmax(1)).sum(1).mean()
+        return -(t * (self.prototype_scores(p) / self.method.tau).log_softmax(1)).sum(1).mean()
 
-    def high(self, n: int) -> float:
+    def high_loss_threshold(self, batch_size: int) -> float:
         """Next to log K, where all prototypes are as likely; how far down it comes depends on how soft codes are."""
         return 0.98 * math.log(self.method.prototypes)
 
@@ -194,9 +200,11 @@ class BarlowTwins(Criterion):
     def forward(self, p: Tensor, t: Tensor) -> Tensor:
         return barlow_twins(p, t, weight=self.method.barlow_lambda)
 
-    def span(self, n: int) -> tuple[float, float]:
+    def loss_range(self, batch_size: int) -> tuple[float, float]:
         d = self.method.dim
-        return d + self.method.barlow_lambda * d * (d - 1) / n, 0.0  # a correlation of chance has square 1/n
+        return d + self.method.barlow_lambda * d * (
+            d - 1
+        ) / batch_size, 0.0  # a correlation of chance has square 1/n
 
 
 class VICReg(Criterion):
@@ -204,7 +212,7 @@ class VICReg(Criterion):
         invariance, variance, covariance = self.method.vicreg_weights
         return vicreg(p, t, invariance=invariance, variance=variance, covariance=covariance)
 
-    def span(self, n: int) -> tuple[float, float]:
+    def loss_range(self, batch_size: int) -> tuple[float, float]:
         return 2 * self.method.vicreg_weights[0], 0.0  # unrelated channels of variance 1
 
 
@@ -212,18 +220,18 @@ class Classification(Criterion):
     """Cross-entropy with labels t, int64 (N,)."""
 
     def forward(self, p: Tensor, t: Tensor) -> Tensor:
-        return F.cross_entropy(precise(p), t)
+        return F.cross_entropy(at_least_float32(p), t)
 
-    def span(self, n: int) -> tuple[float, float]:
+    def loss_range(self, batch_size: int) -> tuple[float, float]:
         return math.log(self.method.dim), 0.0
 
 
 CRITERIA: dict[str, type[Criterion]] = {
-    "cosine": Cosine,
+    "cosine": NegativeCosine,
     "cross_entropy": CrossEntropy,
     "nt_xent": NTXent,
     "info_nce": InfoNCE,
-    "swapped": Swapped,
+    "swapped": SwappedPrediction,
     "barlow_twins": BarlowTwins,
     "vicreg": VICReg,
     "classification": Classification,

@@ -10,19 +10,19 @@ from torch.optim import SGD, AdamW, Optimizer
 from simsiam.config.method import Method
 
 
-def cosine(step: int, steps: int, warmup: int = 0) -> float:
+def cosine_schedule(step: int, steps: int, warmup: int = 0) -> float:
     """Share of the peak lr at 0 <= step < steps: a linear rise over `warmup` steps, then half a cosine (section 3)."""
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
-def constant(step: int, steps: int, warmup: int = 0) -> float:
+def constant_schedule(step: int, steps: int, warmup: int = 0) -> float:
     """Always the peak, warm-up included: the predictor should adapt to the latest representations (section 4.2)."""
     return 1.0
 
 
-SCHEDULES = {"cosine": cosine, "constant": constant}
+SCHEDULES = {"cosine": cosine_schedule, "constant": constant_schedule}
 
 
 class LARS(Optimizer):
@@ -34,8 +34,16 @@ class LARS(Optimizer):
     A group at lr 0 rests, its momentum too.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], *, lr: float, momentum: float, weight_decay: float):
-        settings = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "adapt": True, "trust": 1e-3}
+    def __init__(
+        self, groups: list[dict[str, Any]], *, lr: float, momentum: float, weight_decay: float
+    ):
+        settings = {
+            "lr": lr,
+            "momentum": momentum,
+            "weight_decay": weight_decay,
+            "adapt": True,
+            "trust": 1e-3,
+        }
         super().__init__(groups, settings)
 
     @torch.no_grad()
@@ -70,8 +78,13 @@ def build_optimizer(model: nn.Module, method: Method) -> Optimizer:
         trained = [(k.partition(".")[0], p) for k, p in model.named_parameters() if p.requires_grad]
         mine = [p for owner, p in trained if (owner if owner in schedules else "encoder") == name]
         excluded = [method.exclude == "bias_and_norm" and p.ndim == 1 for p in mine]
-        groups.append({"name": name, "params": [p for p, out in zip(mine, excluded) if not out]} | schedule)
-        groups.append({"name": f"{name}, excluded", "params": [p for p, out in zip(mine, excluded) if out]} | schedule)
+        groups.append(
+            {"name": name, "params": [p for p, out in zip(mine, excluded) if not out]} | schedule
+        )
+        groups.append(
+            {"name": f"{name}, excluded", "params": [p for p, out in zip(mine, excluded) if out]}
+            | schedule
+        )
         groups[-1] |= {"weight_decay": 0.0, "adapt": False}
     groups = [group for group in groups if group["params"]]
     how: dict[str, Any] = {"lr": method.base_lr, "weight_decay": method.weight_decay}
@@ -82,9 +95,15 @@ def build_optimizer(model: nn.Module, method: Method) -> Optimizer:
     return SGD(groups, momentum=method.momentum, **how, fused=True)
 
 
-def set_lr(optimizer: Optimizer, step: int, *, peak: float, steps: int, warmup: int) -> dict[str, float]:
+def set_lr(
+    optimizer: Optimizer, step: int, *, peak_lr: float, steps: int, warmup_steps: int
+) -> dict[str, float]:
     """Give every group its lr of this step; returns them by the group's name. A group that rests has none yet."""
     for group in optimizer.param_groups:
-        share = SCHEDULES[group["schedule"]](step, steps, warmup) if step >= group.get("rest", 0) else 0.0
-        group["lr"] = peak * group["lr_scale"] * share
+        share = (
+            SCHEDULES[group["schedule"]](step, steps, warmup_steps)
+            if step >= group.get("rest", 0)
+            else 0.0
+        )
+        group["lr"] = peak_lr * group["lr_scale"] * share
     return {group["name"]: group["lr"] for group in optimizer.param_groups}

@@ -7,7 +7,7 @@ from functools import wraps
 import torch
 from torch import Tensor
 
-from simsiam.distributed.process_group import count
+from simsiam.distributed.process_group import world_size
 from simsiam.errors import UsageError
 
 
@@ -18,17 +18,25 @@ def pick_device(name: str) -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and count() > 1:
+    if name.startswith("cuda") and world_size() > 1:
         if name != "cuda":
-            raise UsageError(f"device {name!r} is one GPU and there are {count()} processes: take cuda, one for each")
+            raise UsageError(
+                f"device {name!r} is one GPU and there are {world_size()} processes: take cuda, one for each"
+            )
         if (local := int(os.environ.get("LOCAL_RANK", 0))) >= (gpus := torch.cuda.device_count()):
-            raise UsageError(f"a host has {gpus} GPUs, and its process {local + 1} none: a smaller --nproc-per-node")
+            raise UsageError(
+                f"a host has {gpus} GPUs, and its process {local + 1} none: a smaller --nproc-per-node"
+            )
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()  # the "meta" device fails here
     except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"device {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
-    torch.backends.cudnn.deterministic = True  # a run goes on bit for bit; a step takes as long either way
+        raise UsageError(
+            f"device {name!r} cannot be used here: {str(error).splitlines()[0]}"
+        ) from None
+    torch.backends.cudnn.deterministic = (
+        True  # a run goes on bit for bit; a step takes as long either way
+    )
     return device
 
 
@@ -47,17 +55,17 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
 
 
-def precise(x: Tensor) -> Tensor:
+def at_least_float32(x: Tensor) -> Tensor:
     """x in at least float32: losses are not computed in bfloat16, and float64 is not lowered."""
     return x if x.element_size() >= 4 else x.float()
 
 
-def precisely(D: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def in_full_precision(loss_fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """D on precise tensors and outside autocast, which would take its matrix products in bfloat16."""
 
-    @wraps(D)
+    @wraps(loss_fn)
     def computed(*tensors: Tensor, **settings: float) -> Tensor:
         with torch.autocast(tensors[0].device.type, enabled=False):
-            return D(*map(precise, tensors), **settings)
+            return loss_fn(*map(at_least_float32, tensors), **settings)
 
     return computed

@@ -8,23 +8,23 @@ import torch
 from torch import Tensor, nn
 
 from simsiam.data.images import Images
-from simsiam.data.transform import Transform, chunks
-from simsiam.distributed.collectives import gather, union
-from simsiam.distributed.process_group import count, rank, share
+from simsiam.data.transform import Transform, iter_crops
+from simsiam.distributed.collectives import all_gather, all_gather_objects
+from simsiam.distributed.process_group import local_slice, rank, world_size
 from simsiam.errors import WorkFailed
 from simsiam.model.precision import autocast
-from simsiam.utils.progress_bar import bar
+from simsiam.utils.progress_bar import progress_bar
 
 
 class Features(NamedTuple):
     """What came out for M of N images."""
 
     matrices: list[Tensor]  # each (M, dim), float32, on the CPU
-    kept: np.ndarray  # int64 (M,), the positions of the images that could be read
+    kept_indices: np.ndarray  # int64 (M,), the positions of the images that could be read
     skipped: list[tuple[str, str]]  # key and reason of the others
 
 
-def extract(
+def extract_features(
     model: nn.Module,
     images: Images,
     transform: Transform,
@@ -32,7 +32,7 @@ def extract(
     device: torch.device,
     precision: str = "float32",
     forward: Callable[[Tensor], tuple[Tensor, ...]] | None = None,
-    words: str = "",
+    progress_label: str = "",
 ) -> Features:
     """Features of each readable image from `model` in eval mode (its mode is restored).
 
@@ -45,25 +45,40 @@ def extract(
     rows: list[list[Tensor]] = []
     kept: list[np.ndarray] = []
     skipped: list[tuple[str, str]] = []
-    mine = share(len(images))
+    mine = local_slice(len(images))
     try:
-        looked_at = images if count() == 1 else images.take(mine)
-        with bar(words if rank() == 0 else "", len(looked_at)) as advance:
-            for index, pixels in chunks(looked_at, transform, skipped):
-                rows.append(outputs(forward or (lambda x: (model(x),)), pixels, transform, device, precision))
+        looked_at = images if world_size() == 1 else images.take(mine)
+        with progress_bar(progress_label if rank() == 0 else "", len(looked_at)) as advance:
+            for index, pixels in iter_crops(looked_at, transform, skipped):
+                rows.append(
+                    compute_outputs(
+                        forward or (lambda x: (model(x),)), pixels, transform, device, precision
+                    )
+                )
                 kept.append(index + mine.start)
                 advance(len(index))
     finally:
         model.train(training)
-    skipped, widths = union(skipped), union([[m.shape[1] for m in matrices] for matrices in rows[:1]])
+    skipped, widths = (
+        all_gather_objects(skipped),
+        all_gather_objects([[m.shape[1] for m in matrices] for matrices in rows[:1]]),
+    )
     if not widths:
-        raise WorkFailed(f"none of the {len(images)} images can be read; the first, {skipped[0][0]}: {skipped[0][1]}")
-    columns = zip([torch.empty(0, d) for d in widths[0]], *rows, strict=True)  # a share may have no readable image
+        raise WorkFailed(
+            f"none of the {len(images)} images can be read; the first, {skipped[0][0]}: {skipped[0][1]}"
+        )
+    columns = zip(
+        [torch.empty(0, d) for d in widths[0]], *rows, strict=True
+    )  # a share may have no readable image
     positions = torch.from_numpy(np.concatenate([np.arange(0), *kept]))
-    return Features([gather(torch.cat(column)) for column in columns], gather(positions).numpy(), skipped)
+    return Features(
+        [all_gather(torch.cat(column)) for column in columns],
+        all_gather(positions).numpy(),
+        skipped,
+    )
 
 
-def outputs(
+def compute_outputs(
     forward: Callable[[Tensor], tuple[Tensor, ...]],
     pixels: Tensor,
     transform: Transform,
@@ -76,7 +91,7 @@ def outputs(
         return [h.float().cpu() for h in forward(x)]
 
 
-def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+def standardization_stats(x: Tensor) -> tuple[Tensor, Tensor]:
     """What to subtract from features x (N, d) and what to divide by, so that they are STANDARDIZED."""
     mean, std = x.mean(0), x.std(0)
     std = torch.where(std > 1e-6 * x.abs().max(), std, 1)  # a constant feature stays one

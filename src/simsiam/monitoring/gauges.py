@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from simsiam.distributed.collectives import gather, mean, most
+from simsiam.distributed.collectives import all_gather, all_reduce_max, all_reduce_mean
 from simsiam.model.siamese import Output
 
 
@@ -52,7 +52,7 @@ def z_std(z: Tensor) -> Tensor:
     return F.normalize(z, dim=1).std(0, correction=0).mean()
 
 
-def squared_cosine(z: Tensor) -> Tensor:
+def mean_squared_cosine(z: Tensor) -> Tensor:
     """Mean squared cosine between the z of different images: 1 when all lie on one line, about 1/d when isotropic."""
     unit = F.normalize(z, dim=1)
     n = len(unit)
@@ -60,28 +60,41 @@ def squared_cosine(z: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def gauges(output: Output) -> dict[str, float]:
+def compute_gauges(output: Output) -> dict[str, float]:
     """Named numbers from one step, read from its first view over the whole batch, in float32."""
-    loss = mean(output.loss, len(output.features[0]))
-    z, h = (gather(of_views[0].detach().float()) for of_views in (output.projections, output.features))
+    loss = all_reduce_mean(output.loss, len(output.features[0]))
+    z, h = (
+        all_gather(of_views[0].detach().float())
+        for of_views in (output.projections, output.features)
+    )
     std = z_std(z)
     values = {
         "loss": loss,
         "z_std": std,
         "z_std_sqrt_d": std * math.sqrt(z.shape[1]),
         "z_rank": effective_rank(z),
-        "z_cosine_squared": squared_cosine(z),
+        "z_cosine_squared": mean_squared_cosine(z),
         "h_rank": effective_rank(h),
     }
-    return dict(zip(values, torch.stack([v.float() for v in values.values()]).tolist(), strict=True))
+    return dict(
+        zip(values, torch.stack([v.float() for v in values.values()]).tolist(), strict=True)
+    )
 
 
-def finite(loss: Tensor, model: nn.Module | None = None) -> bool:
+def all_finite(loss: Tensor, model: nn.Module | None = None) -> bool:
     """Whether the loss and, where a model is given, all its weights and statistics are numbers, on every process."""
-    values = [] if model is None else [v for v in chain(model.parameters(), model.buffers()) if v.is_floating_point()]
-    return not any(most(not all(bool(v.isfinite().all()) for v in [loss.detach(), *values])))
+    values = (
+        []
+        if model is None
+        else [v for v in chain(model.parameters(), model.buffers()) if v.is_floating_point()]
+    )
+    return not any(
+        all_reduce_max(not all(bool(v.isfinite().all()) for v in [loss.detach(), *values]))
+    )
 
 
 def grad_norm(model: nn.Module) -> float:
     """Euclidean norm of the last step's gradient over all parameters."""
-    return torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]).item()
+    return torch.nn.utils.get_total_norm(
+        [p.grad for p in model.parameters() if p.grad is not None]
+    ).item()

@@ -9,13 +9,15 @@ from torch import Tensor
 
 from simsiam.data.images import Images
 from simsiam.data.transform import Transform
-from simsiam.distributed.collectives import gather
-from simsiam.distributed.process_group import share
+from simsiam.distributed.collectives import all_gather
+from simsiam.distributed.process_group import local_slice
 from simsiam.model.siamese import Siamese
-from simsiam.monitoring.features import extract
+from simsiam.monitoring.features import extract_features
 
-K = 200  # neighbors, on ImageNet
-AT_ONCE = 2**28  # bytes of similarities held at a time; breaking ties takes as much again
+IMAGENET_K = 200  # neighbors, on ImageNet
+MAX_SIMILARITY_BYTES = (
+    2**28
+)  # bytes of similarities held at a time; breaking ties takes as much again
 
 
 def knn_scores(
@@ -24,7 +26,7 @@ def knn_scores(
     queries: Tensor,
     *,
     classes: int,
-    k: int = K,
+    k: int = IMAGENET_K,
     tau: float = 0.1,
     chunk: int | None = None,
 ) -> Tensor:
@@ -35,26 +37,30 @@ def knn_scores(
     default so many that their similarities fill AT_ONCE bytes, and no copy is made of the bank.
     """
     votes = []
-    for cosine, index in nearest(bank, queries, k, chunk):
+    for cosine, index in iter_nearest(bank, queries, k, chunk):
         weight = ((cosine - cosine.amax(1, keepdim=True)) / tau).exp()
         votes.append(weight.new_zeros(len(cosine), classes).scatter_add_(1, labels[index], weight))
     return torch.cat(votes)
 
 
-def nearest(bank: Tensor, queries: Tensor, k: int, chunk: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+def iter_nearest(
+    bank: Tensor, queries: Tensor, k: int, chunk: int | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Cosines and positions, both (m, k), of the k rows of `bank` that are most similar to each of m queries.
 
     All queries come in turn, `chunk` at a time. The k are in no order; of equally similar rows the first are taken.
     """
     k, norms = min(k, len(bank)), bank.norm(dim=1).clamp_min(1e-12)
-    for part in F.normalize(queries, dim=1).split(chunk or max(1, AT_ONCE // (len(bank) * bank.element_size()))):
+    for part in F.normalize(queries, dim=1).split(
+        chunk or max(1, MAX_SIMILARITY_BYTES // (len(bank) * bank.element_size()))
+    ):
         # A row more, for one row alone is multiplied in another way, in which equal rows of the bank may round apart.
-        yield first_largest((torch.cat([part, part[:1]]) @ bank.T)[:-1].div_(norms), k)
+        yield stable_topk((torch.cat([part, part[:1]]) @ bank.T)[:-1].div_(norms), k)
 
 
-def first_largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def stable_topk(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest of each row of `values` (M, N), of equal ones the first; they and their positions, both (M, k)."""
-    largest, index = topk(values, min(k + 1, values.shape[1]))
+    largest, index = grouped_topk(values, min(k + 1, values.shape[1]))
     if k < values.shape[1]:  # ties matter where the last one taken equals the first one left out
         tied = (largest[:, k - 1] == largest[:, k]).nonzero().flatten()
         for rows in tied.split(len(values) // 8 + 1):  # an eighth at a time, for the memory's sake
@@ -66,7 +72,7 @@ def first_largest(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return largest[:, :k], index[:, :k]
 
 
-def topk(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def grouped_topk(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """`values.topk(k)` of each row, faster for long rows: those of equal values it takes may be others.
 
     Columns are dealt into groups. The k groups of the largest maxima hold k values that are the row's k largest, for a
@@ -78,7 +84,13 @@ def topk(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if size < 4:
         return values.topk(k, dim=1)
     count = n // size
-    groups = values[:, : size * count].unflatten(1, (size, count)).amax(1).topk(k, dim=1, sorted=False).indices
+    groups = (
+        values[:, : size * count]
+        .unflatten(1, (size, count))
+        .amax(1)
+        .topk(k, dim=1, sorted=False)
+        .indices
+    )
     members = torch.arange(0, size * count, count, device=values.device)
     left_over = torch.arange(size * count, n, device=values.device).expand(len(values), -1)
     columns = torch.cat([(groups[:, None] + members[:, None]).flatten(1), left_over], dim=1)
@@ -86,23 +98,37 @@ def topk(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return largest, columns.gather(1, index)
 
 
-def usual_k(count: int, classes: int, k: int = K) -> int:
+def cap_k(bank_size: int, class_count: int, k: int = IMAGENET_K) -> int:
     """k, but at most a sixth of an average class of the bank.
 
     That is the share k = 200 has on ImageNet; on a small set 200 neighbors would reach far beyond an image's own kind.
     """
-    return max(1, min(k, count // (6 * classes)))
+    return max(1, min(k, bank_size // (6 * class_count)))
 
 
-def knn_top1(bank: Tensor, labels: Tensor, queries: Tensor, truth: Tensor, *, classes: int, k: int = K) -> float:
+def knn_top1(
+    bank: Tensor,
+    labels: Tensor,
+    queries: Tensor,
+    query_labels: Tensor,
+    *,
+    classes: int,
+    k: int = IMAGENET_K,
+) -> float:
     """Top-1 accuracy in percent, with the usual k; of several processes each classifies its share of the queries."""
-    k, mine = usual_k(len(bank), classes, k), share(len(queries))
+    k, mine = cap_k(len(bank), classes, k), local_slice(len(queries))
     predicted = knn_scores(bank, labels, queries[mine], classes=classes, k=k).argmax(1)
-    return 100 * gather((predicted == truth[mine]).float()).mean().item()
+    return 100 * all_gather((predicted == query_labels[mine]).float()).mean().item()
 
 
 def knn_monitor(
-    model: Siamese, bank: Images, queries: Images, transform: Transform, *, device: torch.device, precision: str
+    model: Siamese,
+    bank: Images,
+    queries: Images,
+    transform: Transform,
+    *,
+    device: torch.device,
+    precision: str,
 ) -> tuple[dict[str, float], list[tuple[str, str]]]:
     """Accuracy on h (`knn_top1`) and on z (`knn_top1_z`), in percent, and the files that could not be read.
 
@@ -114,9 +140,15 @@ def knn_monitor(
         return h, model.projector(h)
 
     def features(images: Images) -> tuple[list[Tensor], Tensor, list[tuple[str, str]]]:
-        found = extract(model, images, transform, device=device, precision=precision, forward=h_and_z)
+        found = extract_features(
+            model, images, transform, device=device, precision=precision, forward=h_and_z
+        )
         assert images.labels is not None
-        return [m.to(device) for m in found.matrices], torch.from_numpy(images.labels[found.kept]), found.skipped
+        return (
+            [m.to(device) for m in found.matrices],
+            torch.from_numpy(images.labels[found.kept_indices]),
+            found.skipped,
+        )
 
     known, labels, skipped = features(bank)
     asked, truth, more = features(queries)
@@ -124,4 +156,6 @@ def knn_monitor(
         knn_top1(b, labels.to(device), q, truth.to(device), classes=len(bank.classes))
         for b, q in zip(known, asked, strict=True)
     ]
-    return dict(zip(("knn_top1", "knn_top1_z"), (round(v, 3) for v in top1), strict=True)), skipped + more
+    return dict(
+        zip(("knn_top1", "knn_top1_z"), (round(v, 3) for v in top1), strict=True)
+    ), skipped + more

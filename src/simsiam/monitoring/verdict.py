@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any, NamedTuple
 
-ENOUGH_STEPS = 200
+MIN_VERDICT_STEPS = 200
 
 
 class Verdict(NamedTuple):
@@ -14,7 +14,7 @@ class Verdict(NamedTuple):
 
 REMEDIES = {
     "healthy": "Nothing to mend. More epochs usually help: compare kNN, or simply use the backbone.",
-    "too early": f"Fewer than {ENOUGH_STEPS} steps say nothing yet: train longer, or take a smaller batch to get more "
+    "too early": f"Fewer than {MIN_VERDICT_STEPS} steps say nothing yet: train longer, or take a smaller batch to get more "
     "steps from the same images.",
     "collapsed": "All images get nearly the same output, so the backbone has learned nothing. Check that the "
     "cells are the row's in `simsiam methods` (simsiam: a predictor, the gradient stopped); then lower --base-lr by 4 "
@@ -29,13 +29,13 @@ REMEDIES = {
 }
 
 
-def judge(
+def judge_run(
     lines: Sequence[Mapping[str, Any]],
     steps: int,
     *,
     diverged: bool = False,
-    high: float | None = -0.25,
-    labels: bool = False,
+    high_loss_threshold: float | None = -0.25,
+    supervised: bool = False,
 ) -> Verdict:
     """The verdict on a run from its logged lines (those of metrics.jsonl that have a loss) after so many steps.
 
@@ -45,15 +45,17 @@ def judge(
     lines = [line for line in lines if "loss" in line]
     if diverged:
         return Verdict("diverged", REMEDIES["diverged"])
-    if steps < ENOUGH_STEPS or not lines:
+    if steps < MIN_VERDICT_STEPS or not lines:
         return Verdict("too early", REMEDIES["too early"])
     recent = lines[-max(3, len(lines) // 10) :]
-    loss, std, rank = (median(line[key] for line in recent) for key in ("loss", "z_std_sqrt_d", "z_rank"))
-    if not labels and (std < 0.1 or rank <= 2):
+    loss, std, rank = (
+        median(line[key] for line in recent) for key in ("loss", "z_std_sqrt_d", "z_rank")
+    )
+    if not supervised and (std < 0.1 or rank <= 2):
         word = "collapsed"
-    elif high is not None and loss > high:
+    elif high_loss_threshold is not None and loss > high_loss_threshold:
         word = "not converging"
-    elif not labels and (std < 0.5 or rank <= 3):
+    elif not supervised and (std < 0.5 or rank <= 3):
         word = "partial collapse"
     else:
         word = "healthy"

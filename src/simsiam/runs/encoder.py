@@ -9,28 +9,30 @@ from torch import nn
 from simsiam.config.recipes import Recipe
 from simsiam.data.transform import Transform
 from simsiam.errors import UsageError
-from simsiam.model.backbones import backbone
-from simsiam.runs.foreign_checkpoints import backbone_weights
+from simsiam.model.backbones import create_backbone
+from simsiam.runs.foreign_checkpoints import load_backbone_weights
 from simsiam.runs.run_folder import Run
 from simsiam.runs.weight_files import load_weights
 
 
-def transform_of(recipe: Recipe) -> Transform:
+def eval_transform(recipe: Recipe) -> Transform:
     """The preprocessing that belongs to a run's backbone."""
     assert recipe.image_size and recipe.mean and recipe.std
     return Transform(size=recipe.image_size, mean=recipe.mean, std=recipe.std)
 
 
-def bare_backbone(recipe: Recipe) -> nn.Module:
+def build_backbone(recipe: Recipe) -> nn.Module:
     """The recipe's backbone, freshly initialized."""
     assert recipe.image_size
     size, name = recipe.image_size, recipe.backbone
-    return backbone(name, image_size=size, width=recipe.width, stem=recipe.stem, channels=recipe.channels)
+    return create_backbone(
+        name, image_size=size, width=recipe.width, stem=recipe.stem, channels=recipe.channels
+    )
 
 
-def initialize(model: nn.Module, recipe: Recipe) -> None:
+def load_init_weights(model: nn.Module, recipe: Recipe) -> None:
     """Give a backbone the weights that `init` names, strictly; raises UsageError where they do not fit."""
-    weights = backbone_weights(recipe.init or "", recipe.backbone)
+    weights = load_backbone_weights(recipe.init or "", recipe.backbone)
     try:
         model.load_state_dict(weights)
     except (RuntimeError, ValueError) as error:
@@ -46,17 +48,25 @@ def load(run: str | os.PathLike[str]) -> nn.Module:
     folder = Run(run)
     weights = folder.path / "backbone.safetensors"
     if not weights.exists():
-        raise UsageError(f"{folder.path} has no backbone yet: `simsiam resume {folder.path}` finishes the run")
-    model = bare_backbone(folder.recipe)
+        raise UsageError(
+            f"{folder.path} has no backbone yet: `simsiam resume {folder.path}` finishes the run"
+        )
+    model = build_backbone(folder.recipe)
     try:
         model.load_state_dict(load_weights(weights))
-    except (SafetensorError, RuntimeError, ValueError) as error:  # ValueError: mnasnet's own, and Damaged
-        raise UsageError(f"{weights} does not fit the recipe: {' '.join(str(error).split())[:160]}") from None
-    model.transform = transform_of(folder.recipe)  # type: ignore[assignment]
+    except (
+        SafetensorError,
+        RuntimeError,
+        ValueError,
+    ) as error:  # ValueError: mnasnet's own, and Damaged
+        raise UsageError(
+            f"{weights} does not fit the recipe: {' '.join(str(error).split())[:160]}"
+        ) from None
+    model.transform = eval_transform(folder.recipe)  # type: ignore[assignment]
     return model.eval()
 
 
-def fingerprint(network: nn.Module) -> str:
+def weights_sha256(network: nn.Module) -> str:
     """What changes when any bit of a parameter or of a batch norm's statistics does."""
     digest = sha256()
     for name, tensor in network.state_dict().items():

@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 
-from simsiam.distributed.process_group import count
+from simsiam.distributed.process_group import world_size
 
 
-def now() -> str:
+def utc_now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
-def commit() -> str | None:
+def git_commit() -> str | None:
     """The commit of the code, with "-dirty" where the package differs from it; None where it is no checkout.
 
     What else has changed does not count: results are often written beside the code that makes them.
@@ -33,37 +33,41 @@ def commit() -> str | None:
         return subprocess.run(["git", *words], cwd=package, **how).stdout
 
     try:
-        return git("rev-parse", "HEAD").strip() + ("-dirty" if git("status", "--porcelain", ".") else "")
+        return git("rev-parse", "HEAD").strip() + (
+            "-dirty" if git("status", "--porcelain", ".") else ""
+        )
     except (OSError, subprocess.SubprocessError):
         return None
 
 
-def environment(device: torch.device, precision: str) -> dict[str, Any]:
+def collect_environment(device: torch.device, precision: str) -> dict[str, Any]:
     """What a run's numbers and bits depend on besides its recipe."""
     versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
     packages = ("simsiam", "torchvision", "numpy", "pillow", "pyarrow")
     return {
         "versions": versions | {name: version(name) for name in packages},
-        "commit": commit(),
+        "commit": git_commit(),
         "command": sys.argv,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
         "device_type": device.type,
         "precision": precision,
         "threads": torch.get_num_threads(),
-        "processes": count(),
+        "processes": world_size(),
     }
 
 
-def conditions(here: Mapping[str, Any]) -> dict[str, Any]:
+def numerical_conditions(env: Mapping[str, Any]) -> dict[str, Any]:
     """The part of an environment that changes the bits of a run."""
     names = ("device_type", "precision", "threads", "processes")
-    return {name: here[name] for name in names} | {"torch": here["versions"]["torch"]}
+    return {name: env[name] for name in names} | {"torch": env["versions"]["torch"]}
 
 
-def _processor() -> str:
+def _cpu_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+        name = next(
+            line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
+        )
     except (OSError, StopIteration):
         name = platform.processor() or platform.machine()
     return f"{name}, {os.cpu_count()} cores"

@@ -17,21 +17,29 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from simsiam.data.decode import EXTENSIONS, MAX_PIXELS, MODES, Unreadable, decode, header, regular
+from simsiam.data.decode import (
+    EXTENSIONS,
+    MAX_PIXELS,
+    PIL_MODES,
+    Unreadable,
+    decode_image,
+    open_regular_file,
+    read_header,
+)
 from simsiam.data.images import Images
 from simsiam.data.shards import Shards, is_url
-from simsiam.data.storage import Column, Packed
-from simsiam.sources.open_source import Source, absolute, shards_in
-from simsiam.utils.files import cache, whole
-from simsiam.utils.workers import in_turn
+from simsiam.data.storage import ArchiveMembers, Column
+from simsiam.sources.open_source import Source, absolute_source, find_shards
+from simsiam.utils.files import atomic_write, cache_dir
+from simsiam.utils.workers import parallel_map
 
-VERSION = 1  # of the files in the cache
-CHUNK = 128  # images looked at before a worker reports
-NAMES = 10_000  # file names held as Python objects at a time
+INDEX_VERSION = 1  # of the files in the cache
+INSPECTION_CHUNK = 128  # images looked at before a worker reports
+STATUS_CHUNK = 10_000  # file names held as Python objects at a time
 # What tells whether a file has changed; an mtime in ns, or -1: look every time.
-STAMP = pa.schema({"key": pa.large_binary(), "bytes": pa.int64(), "mtime": pa.int64()})
+STAMP_SCHEMA = pa.schema({"key": pa.large_binary(), "bytes": pa.int64(), "mtime": pa.int64()})
 # What a look at it finds.
-SEEN = pa.schema(
+INSPECTION_SCHEMA = pa.schema(
     [
         ("height", pa.int32()),
         ("width", pa.int32()),
@@ -41,11 +49,15 @@ SEEN = pa.schema(
         ("digest", pa.binary(16)),  # of the file's bytes
     ]
 )
-SCHEMA = pa.schema([*STAMP, *SEEN])
+INDEX_SCHEMA = pa.schema([*STAMP_SCHEMA, *INSPECTION_SCHEMA])
 # What the files of a format are called; elsewhere just like the format.
-CALLED = {"JPEG": (".jpg", ".jpeg", ".jfif"), "TIFF": (".tif", ".tiff"), "PPM": (".ppm", ".pgm")}
+FORMAT_EXTENSIONS = {
+    "JPEG": (".jpg", ".jpeg", ".jfif"),
+    "TIFF": (".tif", ".tiff"),
+    "PPM": (".ppm", ".pgm"),
+}
 # How a complete file ends: with the marker EOI, or with the chunk IEND, empty, and its checksum.
-END = {"JPEG": b"\xff\xd9", "PNG": b"\0\0\0\0IEND\xaeB`\x82"}
+END_MARKERS = {"JPEG": b"\xff\xd9", "PNG": b"\0\0\0\0IEND\xaeB`\x82"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,11 +65,15 @@ class Index:
     """A row an image, split after split in the order of the source, and what is known of exactly these images."""
 
     table: pa.Table  # of SCHEMA
-    facts: dict[str, Any]  # whatever was measured on the images, as JSON; empty once one has changed, come or gone
+    facts: dict[
+        str, Any
+    ]  # whatever was measured on the images, as JSON; empty once one has changed, come or gone
     path: Path  # where it is kept
-    containers: list[Any]  # path, mtime and size of the archive or the Parquet files that the images lie in
+    containers: list[
+        Any
+    ]  # path, mtime and size of the archive or the Parquet files that the images lie in
 
-    def fact(self, key: str, measure: Callable[[], Any]) -> Any:
+    def get_or_measure(self, key: str, measure: Callable[[], Any]) -> Any:
         """What `measure()` returned, once for exactly these images; it is JSON."""
         if key not in self.facts:
             self.facts[key] = measure()
@@ -71,14 +87,14 @@ class Index:
         with suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with (
-                whole(self.path) as part,
+                atomic_write(self.path) as part,
                 pa.OSFile(str(part), "wb") as file,
                 pa.ipc.new_file(file, table.schema) as to,
             ):
                 to.write_table(table)
 
 
-def index_of(names: Sequence[str | os.PathLike[str]], source: Source, channels: int = 3) -> Index:
+def load_index(names: Sequence[str | os.PathLike[str]], source: Source, channels: int = 3) -> Index:
     """The index of the source that `names` opened, taken from the cache as far as that still holds.
 
     A file is readable if its header parses and it is complete: a JPEG or PNG that ends as it should, and anything else
@@ -87,13 +103,19 @@ def index_of(names: Sequence[str | os.PathLike[str]], source: Source, channels: 
 
     Raises WorkFailed if a worker is killed. What has been seen by then, or by Ctrl-C, is kept.
     """
-    paths = [absolute(name) for name in names]
-    containers = _containers(paths) if isinstance(source.train.encoded, Packed | Column | Shards) else []
-    name = blake2b(json.dumps([VERSION, channels, *paths]).encode(), digest_size=16).hexdigest()
-    old = _read(cache("index") / f"{name}.arrow", containers)
+    paths = [absolute_source(name) for name in names]
+    containers = (
+        _container_stamps(paths)
+        if isinstance(source.train.encoded, ArchiveMembers | Column | Shards)
+        else []
+    )
+    name = blake2b(
+        json.dumps([INDEX_VERSION, channels, *paths]).encode(), digest_size=16
+    ).hexdigest()
+    old = _read_index(cache_dir("index") / f"{name}.arrow", containers)
     parts = list(source.splits.values())
     pa.default_memory_pool().release_unused()  # what opening a large source took besides
-    stamps = _stamps(parts, containers)
+    stamps = _image_stamps(parts, containers)
 
     alike = stamps["key"].equals(old.table["key"])
     before = np.arange(len(stamps))  # the row of each image in the old index
@@ -102,19 +124,21 @@ def index_of(names: Sequence[str | os.PathLike[str]], source: Source, channels: 
     kept = np.flatnonzero((before >= 0) & (stamps["mtime"].to_numpy() >= 0))
     for column in ("bytes", "mtime"):
         kept = kept[stamps[column].to_numpy()[kept] == old.table[column].to_numpy()[before[kept]]]
-    kept = kept[pc.equal(old.table["reason"], "").to_numpy()[before[kept]]]  # a reason may pass without the file's help
+    kept = kept[
+        pc.equal(old.table["reason"], "").to_numpy()[before[kept]]
+    ]  # a reason may pass without the file's help
     if alike and len(kept) == len(stamps):
         return old
 
     others = np.setdiff1d(np.arange(len(stamps)), kept)
-    seen = [SEEN.empty_table()]
+    seen = [INSPECTION_SCHEMA.empty_table()]
     try:
-        for part in _look_at(parts, others):
+        for part in _inspect_rows(parts, others):
             seen.append(part)
     finally:
         looked = pa.concat_tables(seen)
         done = others[: len(looked)]  # all, unless it was interrupted
-        fresh = pa.table([*stamps.take(pa.array(done)).columns, *looked.columns], SCHEMA)
+        fresh = pa.table([*stamps.take(pa.array(done)).columns, *looked.columns], INDEX_SCHEMA)
         found = old
         if not alike or not fresh.equals(old.table.take(pa.array(before[others]))):
             table = pa.concat_tables([old.table.take(pa.array(before[kept])), fresh])
@@ -124,28 +148,28 @@ def index_of(names: Sequence[str | os.PathLike[str]], source: Source, channels: 
     return found
 
 
-def _read(path: Path, containers: list[Any]) -> Index:
+def _read_index(path: Path, containers: list[Any]) -> Index:
     """The index in a file; an empty one if it is not there, damaged, or of other containers."""
     with suppress(OSError, ValueError, LookupError, TypeError, pa.ArrowException):
         table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
         table.validate(full=True)
         about = json.loads(table.schema.metadata[b"simsiam"])
-        if table.schema.equals(SCHEMA) and about["containers"] == containers:
+        if table.schema.equals(INDEX_SCHEMA) and about["containers"] == containers:
             return Index(table.replace_schema_metadata(None), about["facts"], path, containers)
-    return Index(SCHEMA.empty_table(), {}, path, containers)
+    return Index(INDEX_SCHEMA.empty_table(), {}, path, containers)
 
 
-def _containers(paths: Sequence[str]) -> list[Any]:
+def _container_stamps(paths: Sequence[str]) -> list[Any]:
     found = []
     for path in paths:
         if is_url(path) or os.path.isdir(path):
-            found += [[file, stamp, size] for file, (size, stamp) in shards_in(path).items()]
+            found += [[file, stamp, size] for file, (size, stamp) in find_shards(path).items()]
         elif os.path.isfile(path):
             found.append([path, str((status := os.stat(path)).st_mtime_ns), status.st_size])
     return found
 
 
-def _stamps(parts: Sequence[Images], containers: list[Any]) -> pa.Table:
+def _image_stamps(parts: Sequence[Images], containers: list[Any]) -> pa.Table:
     """What tells whether the images of all parts have changed, from the file system alone."""
     newest = max((int(stamp) if stamp.isdigit() else 0 for _, stamp, _ in containers), default=-1)
     tables = []
@@ -153,30 +177,35 @@ def _stamps(parts: Sequence[Images], containers: list[Any]) -> pa.Table:
         keys = images.keys.values  # all of them, in order: the source has just been opened
         sizes, mtimes = np.zeros(len(images), np.int64), np.full(len(images), newest, np.int64)
         if isinstance(images.encoded, Path):
-            jobs = [(images.encoded, keys[start : start + NAMES]) for start in range(0, len(keys), NAMES)]
-            sizes, mtimes = np.concatenate([np.zeros((2, 0), np.int64), *in_turn(_status, jobs)], axis=1)
-        elif isinstance(images.encoded, Packed):
-            sizes = images.encoded.places[:, 2]
+            jobs = [
+                (images.encoded, keys[start : start + STATUS_CHUNK])
+                for start in range(0, len(keys), STATUS_CHUNK)
+            ]
+            sizes, mtimes = np.concatenate(
+                [np.zeros((2, 0), np.int64), *parallel_map(_stat_files, jobs)], axis=1
+            )
+        elif isinstance(images.encoded, ArchiveMembers):
+            sizes = images.encoded.entries[:, 2]
         elif isinstance(images.encoded, Shards):
-            sizes = np.concatenate([np.zeros(0, np.int64), *images.encoded.places.sizes])
+            sizes = np.concatenate([np.zeros(0, np.int64), *images.encoded.locations.sizes])
         elif isinstance(images.encoded, Column):
-            sizes = _lengths(images.encoded.values).fill_null(0).to_numpy()
+            sizes = _byte_lengths(images.encoded.values).fill_null(0).to_numpy()
         elif images.pixels is not None and len(images):
             sizes[:] = images.pixels[0].nbytes
-        tables.append(pa.table([keys, sizes, mtimes], STAMP))
+        tables.append(pa.table([keys, sizes, mtimes], STAMP_SCHEMA))
     return pa.concat_tables(tables)
 
 
-def _lengths(values: pa.Array | pa.ChunkedArray) -> pa.Array:
+def _byte_lengths(values: pa.Array | pa.ChunkedArray) -> pa.Array:
     """Bytes of each value; equal ones may stand in Arrow memory once for many rows."""
     if isinstance(values, pa.ChunkedArray):
-        return pa.chunked_array([_lengths(chunk) for chunk in values.chunks], pa.int64())
+        return pa.chunked_array([_byte_lengths(chunk) for chunk in values.chunks], pa.int64())
     if pa.types.is_dictionary(values.type):
-        return _lengths(values.dictionary).take(values.indices)
+        return _byte_lengths(values.dictionary).take(values.indices)
     return pc.binary_length(values).cast(pa.int64())
 
 
-def _status(folder: Path, names: pa.ChunkedArray) -> np.ndarray:
+def _stat_files(folder: Path, names: pa.ChunkedArray) -> np.ndarray:
     """Bytes and mtimes of files, int64 (2, N); 0 and -1 where there is none."""
     start, found = os.fsencode(folder) + b"/", []
     for name in names.to_pylist():
@@ -188,56 +217,65 @@ def _status(folder: Path, names: pa.ChunkedArray) -> np.ndarray:
     return np.array(found, np.int64).T
 
 
-def _look_at(parts: Sequence[Images], rows: np.ndarray) -> Iterator[pa.Table]:
+def _inspect_rows(parts: Sequence[Images], rows: np.ndarray) -> Iterator[pa.Table]:
     """What is seen of the images at `rows`, counted over all parts, in that order, CHUNK by CHUNK."""
     ends = np.cumsum([len(images) for images in parts])
     jobs = [
-        (images, mine[start : start + CHUNK])
+        (images, mine[start : start + INSPECTION_CHUNK])
         for images, end in zip(parts, ends)
         for mine in [rows[(rows >= end - len(images)) & (rows < end)] - (end - len(images))]
-        for start in range(0, len(mine), CHUNK)
+        for start in range(0, len(mine), INSPECTION_CHUNK)
     ]
-    if len(rows) <= CHUNK:  # done before processes would have started
-        yield from (look(*job) for job in jobs)
+    if len(rows) <= INSPECTION_CHUNK:  # done before processes would have started
+        yield from (inspect_images(*job) for job in jobs)
         return
 
-    from simsiam.utils.progress_bar import bar
+    from simsiam.utils.progress_bar import progress_bar
 
-    found = in_turn(look, jobs)
-    with bar("looking", len(rows)) as advance:
+    found = parallel_map(inspect_images, jobs)
+    with progress_bar("looking", len(rows)) as advance:
         for part in found:
             advance(len(part))
             yield part
 
 
-def look(images: Images, rows: np.ndarray) -> pa.Table:
+def inspect_images(images: Images, rows: np.ndarray) -> pa.Table:
     """What is seen of the images at `rows` (at least one): a table of SEEN."""
-    near = images.near(rows, 0.25)  # all of a block is read where much of it is asked for
-    columns = zip(*(_look(near, i) for i in rows))
-    return pa.table([pa.array(column, kind) for column, kind in zip(columns, SEEN.types)], SEEN)
+    near = images.prefetch(rows, 0.25)  # all of a block is read where much of it is asked for
+    columns = zip(*(_inspect_image(near, i) for i in rows))
+    return pa.table(
+        [pa.array(column, kind) for column, kind in zip(columns, INSPECTION_SCHEMA.types)],
+        INSPECTION_SCHEMA,
+    )
 
 
-def _look(images: Images, i: int) -> tuple[int, int, str, bool, str, bytes]:
+def _inspect_image(images: Images, i: int) -> tuple[int, int, str, bool, str, bytes]:
     if images.pixels is not None:
-        return *images.header(i), False, "", _digest(images.pixels[i].tobytes())
+        return *images.read_header(i), False, "", _digest(images.pixels[i].tobytes())
     height, width, kind, reason, digest = 0, 0, "", "", bytes(16)
     try:
         file = images.file(i)
-        data = file if isinstance(file, bytes) else _content(file)
+        data = file if isinstance(file, bytes) else _read_file(file)
         digest = _digest(data)
-        height, width, kind = header(data, images.channels)
-        cheap = kind in END and images.channels in MODES and height * width <= MAX_PIXELS
-        if not cheap or not data.endswith(END[kind]):
-            decode(data, images.channels)
+        height, width, kind = read_header(data, images.channels)
+        cheap = (
+            kind in END_MARKERS and images.channels in PIL_MODES and height * width <= MAX_PIXELS
+        )
+        if not cheap or not data.endswith(END_MARKERS[kind]):
+            decode_image(data, images.channels)
     except (Unreadable, OSError, MemoryError) as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
     extension = os.path.splitext(images.keys[i])[1].lower()
-    misnamed = kind != "" and extension in EXTENSIONS and extension not in CALLED.get(kind, (f".{kind.lower()}",))
+    misnamed = (
+        kind != ""
+        and extension in EXTENSIONS
+        and extension not in FORMAT_EXTENSIONS.get(kind, (f".{kind.lower()}",))
+    )
     return height, width, kind, misnamed, reason, digest
 
 
-def _content(file: str) -> bytes:
-    with regular(file) as stream:
+def _read_file(file: str) -> bytes:
+    with open_regular_file(file) as stream:
         return stream.read()
 
 
@@ -245,12 +283,16 @@ def _digest(data: bytes) -> bytes:
     return blake2b(data, digest_size=16).digest()
 
 
-def pixels_folder() -> Path:
+def pixel_cache_dir() -> Path:
     """Where decoded pixels are kept, beside the indices."""
-    return cache("pixels")
+    return cache_dir("pixels")
 
 
-def stamped(paths: Sequence[str], images: Images) -> tuple[list[Any], pa.Table]:
+def source_stamps(paths: Sequence[str], images: Images) -> tuple[list[Any], pa.Table]:
     """What tells whether anything of a source that has just been opened has changed: its containers, and STAMPs."""
-    containers = _containers(paths) if isinstance(images.encoded, Packed | Column | Shards) else []
-    return containers, _stamps([images], containers)
+    containers = (
+        _container_stamps(paths)
+        if isinstance(images.encoded, ArchiveMembers | Column | Shards)
+        else []
+    )
+    return containers, _image_stamps([images], containers)

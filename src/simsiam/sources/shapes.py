@@ -14,48 +14,69 @@ from math import hypot
 
 import numpy as np
 
-CLASSES = ("bar", "crescent", "disc", "half_disc", "l", "plus", "ring", "square", "star", "triangle")
-SIZE = 32
-GRID = np.arange(SIZE, dtype=np.float64)
-TRIES = 200  # to place a copy; a crowded image may end with fewer than wanted
-SPLITS = {"train": (0, 4000), "val": (1, 1000), "test": (2, 2000)}  # generator seed, number of images
+CLASSES = (
+    "bar",
+    "crescent",
+    "disc",
+    "half_disc",
+    "l",
+    "plus",
+    "ring",
+    "square",
+    "star",
+    "triangle",
+)
+IMAGE_SIZE = 32
+PIXEL_GRID = np.arange(IMAGE_SIZE, dtype=np.float64)
+MAX_TRIES = 200  # to place a copy; a crowded image may end with fewer than wanted
+SPLIT_SPECS = {
+    "train": (0, 4000),
+    "val": (1, 1000),
+    "test": (2, 2000),
+}  # generator seed, number of images
 
 
 @lru_cache
-def draw(split: str) -> tuple[np.ndarray, np.ndarray]:
+def draw_split(split: str) -> tuple[np.ndarray, np.ndarray]:
     """Pixels, uint8 (N, 3, 32, 32), three equal channels; labels, int64 (N,), classes in turn."""
-    seed, n = SPLITS[split]
-    rng = np.random.Generator(np.random.Philox(key=[seed, SIZE]))
+    seed, n = SPLIT_SPECS[split]
+    rng = np.random.Generator(np.random.Philox(key=[seed, IMAGE_SIZE]))
     labels = np.arange(n, dtype=np.int64) % len(CLASSES)
-    gray = np.stack([_image(rng, CLASSES[label]) for label in labels])
-    return np.broadcast_to(gray[:, None], (n, 3, SIZE, SIZE)).copy(), labels
+    gray = np.stack([_draw_image(rng, CLASSES[label]) for label in labels])
+    return np.broadcast_to(gray[:, None], (n, 3, IMAGE_SIZE, IMAGE_SIZE)).copy(), labels
 
 
-def _image(rng: np.random.Generator, shape: str) -> np.ndarray:
+def _draw_image(rng: np.random.Generator, shape: str) -> np.ndarray:
     """One image, uint8 (32, 32). Uses rng.random only: its stream is the same in every version of numpy."""
-    image = 0.3 + 0.1 * (rng.random((SIZE, SIZE)) - 0.5)
-    for x, y, radius in _places(rng):
+    image = 0.3 + 0.1 * (rng.random((IMAGE_SIZE, IMAGE_SIZE)) - 0.5)
+    for x, y, radius in _sample_circles(rng):
         angle = 2 * np.pi * rng.random()
         contrast = 0.25 + 0.35 * rng.random()
-        patch = slice(int(y - radius), int(y + radius) + 2), slice(int(x - radius), int(x + radius) + 2)
-        dy, dx = (GRID[patch[0], None] - y) / radius, (GRID[None, patch[1]] - x) / radius
+        patch = (
+            slice(int(y - radius), int(y + radius) + 2),
+            slice(int(x - radius), int(x + radius) + 2),
+        )
+        dy, dx = (
+            (PIXEL_GRID[patch[0], None] - y) / radius,
+            (PIXEL_GRID[None, patch[1]] - x) / radius,
+        )
         u, v = np.cos(angle) * dx + np.sin(angle) * dy, np.cos(angle) * dy - np.sin(angle) * dx
-        cover = 0.5 - radius * OUTLINES[shape](u, v)  # the outline, softened over one pixel
+        cover = 0.5 - radius * SIGNED_DISTANCES[shape](u, v)  # the outline, softened over one pixel
         image[patch] += contrast * np.minimum(np.maximum(cover, 0), 1)
     return np.round(255 * np.clip(image, 0, 1)).astype(np.uint8)
 
 
-def _places(rng: np.random.Generator) -> list[tuple[float, float, float]]:
+def _sample_circles(rng: np.random.Generator) -> list[tuple[float, float, float]]:
     """Centers and radii in pixels of four to six circles that touch neither each other nor the image's edge."""
     wanted = 4 + int(3 * rng.random())
     before = rng.bit_generator.state
-    u = rng.random((TRIES, 3))
+    u = rng.random((MAX_TRIES, 3))
     radii = 4.4 + 1.8 * u[:, :1]
     circles = np.hstack(
-        [radii + (SIZE - 1 - 2 * radii) * u[:, 1:], radii]
+        [radii + (IMAGE_SIZE - 1 - 2 * radii) * u[:, 1:], radii]
     ).tolist()  # plain numbers are faster in a loop
     places: list[tuple[float, float, float]] = []
-    for tried in range(TRIES):
+    for tried in range(MAX_TRIES):
         x, y, radius = circles[tried]
         if all(hypot(x - a, y - b) > radius + r + 0.5 for a, b, r in places):
             places.append((x, y, radius))
@@ -66,29 +87,35 @@ def _places(rng: np.random.Generator) -> list[tuple[float, float, float]]:
     return places
 
 
-def _box(u, v, half_width, half_height, at=(0.0, 0.0)):
-    return np.maximum(np.abs(u - at[0]) - half_width, np.abs(v - at[1]) - half_height)
+def _box_distance(u, v, half_width, half_height, center=(0.0, 0.0)):
+    return np.maximum(np.abs(u - center[0]) - half_width, np.abs(v - center[1]) - half_height)
 
 
-def _star(u, v):
+def _star_distance(u, v):
     """Five points: the nearest of ten edges, found by folding the plane into one tenth of it."""
     angle = np.abs((np.arctan2(u, v) + np.pi / 5) % (2 * np.pi / 5) - np.pi / 5)
     a, b = np.hypot(u, v) * np.sin(angle), np.hypot(u, v) * np.cos(angle)
-    inner = 0.42 * np.array([np.sin(np.pi / 5), np.cos(np.pi / 5)])  # a dent; the point is at (0, 1)
+    inner = 0.42 * np.array(
+        [np.sin(np.pi / 5), np.cos(np.pi / 5)]
+    )  # a dent; the point is at (0, 1)
     edge = (inner - [0, 1]) / np.hypot(*(inner - [0, 1]))
     return edge[0] * (b - 1) - edge[1] * a
 
 
 # Signed distance to each outline, about 1 at most across; negative inside. Coordinates are in radii of the copy.
-OUTLINES = {
-    "bar": lambda u, v: _box(u, v, 0.95, 0.26),
+SIGNED_DISTANCES = {
+    "bar": lambda u, v: _box_distance(u, v, 0.95, 0.26),
     "crescent": lambda u, v: np.maximum(np.hypot(u, v) - 0.95, 0.75 - np.hypot(u - 0.5, v)),
     "disc": lambda u, v: np.hypot(u, v) - 0.85,
     "half_disc": lambda u, v: np.maximum(np.hypot(u, v + 0.35) - 0.95, -v - 0.35),
-    "l": lambda u, v: np.minimum(_box(u, v, 0.22, 0.85, (-0.45, 0)), _box(u, v, 0.65, 0.22, (0, 0.63))),
-    "plus": lambda u, v: np.minimum(_box(u, v, 0.95, 0.24), _box(u, v, 0.24, 0.95)),
+    "l": lambda u, v: np.minimum(
+        _box_distance(u, v, 0.22, 0.85, (-0.45, 0)), _box_distance(u, v, 0.65, 0.22, (0, 0.63))
+    ),
+    "plus": lambda u, v: np.minimum(
+        _box_distance(u, v, 0.95, 0.24), _box_distance(u, v, 0.24, 0.95)
+    ),
     "ring": lambda u, v: np.abs(np.hypot(u, v) - 0.72) - 0.23,
-    "square": lambda u, v: _box(u, v, 0.7, 0.7),
-    "star": _star,
+    "square": lambda u, v: _box_distance(u, v, 0.7, 0.7),
+    "star": _star_distance,
     "triangle": lambda u, v: np.maximum(np.sqrt(3) / 2 * np.abs(u) + v / 2, -v) - 0.48,
 }

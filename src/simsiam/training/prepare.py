@@ -7,36 +7,36 @@ from typing import NamedTuple
 import torch
 from torch.optim import Optimizer
 
-from simsiam.config.method import PARTS
+from simsiam.config.method import BN_SPLITS
 from simsiam.config.recipes import Recipe
-from simsiam.data.batches import least_side, steps_per_epoch, sweep
-from simsiam.data.images import Images, hold_out, in_memory, sample
-from simsiam.distributed.collectives import union
-from simsiam.distributed.process_group import count
-from simsiam.distributed.sync_batch_norm import synchronize
+from simsiam.data.batches import min_decode_side, sequential_batches, steps_per_epoch
+from simsiam.data.images import Images, hold_out, load_into_memory, sample
+from simsiam.distributed.collectives import all_gather_objects
+from simsiam.distributed.process_group import world_size
+from simsiam.distributed.sync_batch_norm import convert_sync_batchnorm
 from simsiam.errors import UsageError
-from simsiam.model.memory import check
+from simsiam.model.memory import check_memory
 from simsiam.model.optimizers import build_optimizer
 from simsiam.model.precision import autocast, pick_device, pick_precision
 from simsiam.model.siamese import Siamese, build
-from simsiam.model.targets import MovingAverage
-from simsiam.runs.encoder import initialize
-from simsiam.sources.disk_cache import on_disk
+from simsiam.model.targets import MovingAverageTarget
+from simsiam.runs.encoder import load_init_weights
+from simsiam.sources.disk_cache import with_disk_cache
 from simsiam.sources.open_source import Source
 
 
 @dataclass(frozen=True)
-class Data:
+class RunData:
     """What a run reads."""
 
     train: Images
     bank: Images  # labeled images that vote in the kNN monitor, where there are any: the training images if they can
     held_out: Images | None  # labeled images they vote on
     unreadable: list[tuple[str, str]]  # key and reason of files that do not decode
-    seen: int  # how many images there were, readable or not
+    total_images: int  # how many images there were, readable or not
 
 
-def prepare(recipe: Recipe, source: Source) -> Data:
+def prepare_data(recipe: Recipe, source: Source) -> RunData:
     """Limit, decode what fits in memory or on disk, and hold out; a function of the recipe and the files alone.
 
     Labeled images are held out of the training set, unless the source has a `val` split beside its `test` split (a lone
@@ -45,45 +45,73 @@ def prepare(recipe: Recipe, source: Source) -> Data:
     """
     limit_bytes = int(recipe.cache_gib * 2**30)
     everything = sample(source.train, recipe.limit)
-    train, unreadable = in_memory(everything, limit_bytes)
+    train, unreadable = load_into_memory(everything, limit_bytes)
     unreadable = [*source.damage, *unreadable]
     seen, bank, held_out, tenth = len(everything), train, None, min(len(train) // 10, 5000)
-    beside = None if source.val is None or source.val.labels is None or recipe.holdout == 0 else source.val
-    if beside is not None and (train.labels is None or (recipe.holdout is None and source.test is not None)):
-        held_out, more = in_memory(beside, limit_bytes)
+    beside = (
+        None
+        if source.val is None or source.val.labels is None or recipe.holdout == 0
+        else source.val
+    )
+    if beside is not None and (
+        train.labels is None or (recipe.holdout is None and source.test is not None)
+    ):
+        held_out, more = load_into_memory(beside, limit_bytes)
         unreadable, seen = unreadable + more, seen + len(beside)
         if train.labels is None:
             bank, held_out = hold_out(held_out, recipe.holdout or max(1, len(held_out) // 5))
-    elif train.labels is not None and (count := tenth if recipe.holdout is None else recipe.holdout):
+    elif train.labels is not None and (
+        count := tenth if recipe.holdout is None else recipe.holdout
+    ):
         train, held_out = hold_out(train, count)
         bank = train
     steps_per_epoch(len(train), recipe.batch_size)
-    deal(recipe, len(train))
-    if recipe.method.target == "labels" and (train.labels is None or len(train.classes) > recipe.method.dim):
-        known = "no labels" if train.labels is None else f"{len(train.classes)} classes: dim is {recipe.method.dim}"
-        raise UsageError(f"target labels needs a label, of at most `dim`, for each image; {source.name} has {known}")
-    train = on_disk(train, recipe.source, source.train, least_side(recipe), int(recipe.disk_cache_gib * 2**30))
-    return Data(train, bank, held_out, unreadable, seen)
-
-
-def deal(recipe: Recipe, images: int) -> None:
-    """Raises UsageError where a batch cannot be dealt to the processes, or they do not see the same source."""
-    processes, size = count(), recipe.batch_size
-    if size < processes:
-        raise UsageError(f"batch_size is {size} and there are {processes} processes: each needs an image")
-    if processes > 1 and recipe.method.bn == "split" and (PARTS % processes or size % PARTS):
+    check_process_split(recipe, len(train))
+    if recipe.method.target == "labels" and (
+        train.labels is None or len(train.classes) > recipe.method.dim
+    ):
+        known = (
+            "no labels"
+            if train.labels is None
+            else f"{len(train.classes)} classes: dim is {recipe.method.dim}"
+        )
         raise UsageError(
-            f"bn split makes {PARTS} equal parts of a batch, for 1, 2, 4 or 8 processes, and batch_size is {size} with "
+            f"target labels needs a label, of at most `dim`, for each image; {source.name} has {known}"
+        )
+    train = with_disk_cache(
+        train,
+        recipe.source,
+        source.train,
+        min_decode_side(recipe),
+        int(recipe.disk_cache_gib * 2**30),
+    )
+    return RunData(train, bank, held_out, unreadable, seen)
+
+
+def check_process_split(recipe: Recipe, image_count: int) -> None:
+    """Raises UsageError where a batch cannot be dealt to the processes, or they do not see the same source."""
+    processes, size = world_size(), recipe.batch_size
+    if size < processes:
+        raise UsageError(
+            f"batch_size is {size} and there are {processes} processes: each needs an image"
+        )
+    if (
+        processes > 1
+        and recipe.method.bn == "split"
+        and (BN_SPLITS % processes or size % BN_SPLITS)
+    ):
+        raise UsageError(
+            f"bn split makes {BN_SPLITS} equal parts of a batch, for 1, 2, 4 or 8 processes, and batch_size is {size} with "
             f"{processes} processes: take other numbers, or bn per_view"
         )
-    mine = recipe.to_dict() | {"images": images}
-    for other in union([mine]):
+    mine = recipe.to_dict() | {"images": image_count}
+    for other in all_gather_objects([mine]):
         if differ := [name for name in mine if mine[name] != other[name]]:
             both = f"{differ[0]} is {mine[differ[0]]} here and {other[differ[0]]} elsewhere"
             raise UsageError(f"the processes do not see the same source: {both}")
 
 
-class Parts(NamedTuple):
+class TrainingSetup(NamedTuple):
     """What the loop moves, and where."""
 
     model: Siamese
@@ -92,7 +120,7 @@ class Parts(NamedTuple):
     precision: str
 
 
-def assemble(recipe: Recipe) -> Parts:
+def build_training_setup(recipe: Recipe) -> TrainingSetup:
     """The recipe's model and optimizer on its device, at their first step."""
     device = pick_device(recipe.device)
     assert recipe.image_size
@@ -106,22 +134,26 @@ def assemble(recipe: Recipe) -> Parts:
         seed=recipe.seed,
     )
     if recipe.init is not None:
-        initialize(model.backbone, recipe)
-    if recipe.sync_bn and recipe.method.bn != "split" and count() > 1:
-        synchronize(model)
+        load_init_weights(model.backbone, recipe)
+    if recipe.sync_bn and recipe.method.bn != "split" and world_size() > 1:
+        convert_sync_batchnorm(model)
     precision = pick_precision(recipe.precision, device)
-    check(recipe.replace(precision=precision), device)
+    check_memory(recipe.replace(precision=precision), device)
     model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return Parts(model, build_optimizer(model, recipe.method), device, precision)
+    return TrainingSetup(model, build_optimizer(model, recipe.method), device, precision)
 
 
-def solve_first(model: Siamese, images: Images, recipe: Recipe, device: torch.device, precision: str) -> None:
+def initialize_eta(
+    model: Siamese, images: Images, recipe: Recipe, device: torch.device, precision: str
+) -> None:
     """Give every image its first eta, what the initial network makes of one view, where the target keeps one (5.2).
 
     Without it, in the first epoch t would be the other view's z alone: Table 1a, which collapses.
     """
-    if isinstance(model.target, MovingAverage):
-        f = deepcopy(model.f)  # a copy: the running statistics of the model's batch norms stay as they are
-        for batch in sweep(images, recipe, device):
+    if isinstance(model.target, MovingAverageTarget):
+        f = deepcopy(
+            model.f
+        )  # a copy: the running statistics of the model's batch norms stay as they are
+        for batch in sequential_batches(images, recipe, device):
             with torch.no_grad(), autocast(device, precision):
-                model.target.start(f(batch.views[0]), batch.index.to(device))
+                model.target.set_eta(f(batch.views[0]), batch.index.to(device))

@@ -8,38 +8,44 @@ from typing import Any
 import torch
 
 from simsiam.config.recipes import Recipe
-from simsiam.data.batches import batches, steps_per_epoch
-from simsiam.distributed.collectives import most, union
-from simsiam.distributed.process_group import by_first, count, together
-from simsiam.distributed.sync_batch_norm import settle
+from simsiam.data.batches import iter_batches, steps_per_epoch
+from simsiam.distributed.collectives import all_gather_objects, all_reduce_max
+from simsiam.distributed.process_group import distributed_entry_point, rank_zero_only, world_size
+from simsiam.distributed.sync_batch_norm import synchronize_replicas
 from simsiam.errors import Stopped, UsageError, WorkFailed
-from simsiam.model.memory import enough
+from simsiam.model.memory import catch_out_of_memory
 from simsiam.model.optimizers import set_lr
 from simsiam.model.targets import eta_bytes
-from simsiam.monitoring.gauges import finite, gauges, grad_norm
-from simsiam.monitoring.label_free_monitor import advise, label_free_monitor
+from simsiam.monitoring.gauges import all_finite, compute_gauges, grad_norm
+from simsiam.monitoring.label_free_monitor import advise_training_length, label_free_monitor
 from simsiam.monitoring.nearest_neighbors import knn_monitor
-from simsiam.monitoring.verdict import judge
-from simsiam.runs.compose import compose
-from simsiam.runs.encoder import transform_of
-from simsiam.runs.environment import environment
-from simsiam.runs.journal import Journal
+from simsiam.monitoring.verdict import judge_run
+from simsiam.runs.compose import compose_recipe
+from simsiam.runs.encoder import eval_transform
+from simsiam.runs.environment import collect_environment
+from simsiam.runs.journal import MetricsLogger
 from simsiam.runs.recipe_file import write_recipe
-from simsiam.runs.run_folder import Run, destination
+from simsiam.runs.run_folder import Run, choose_run_path
 from simsiam.sources.open_source import open_source
-from simsiam.training.interrupt import Interrupt
-from simsiam.training.prepare import Data, Parts, assemble, prepare, solve_first
-from simsiam.training.progress import Line, Stopwatch, told
-from simsiam.training.step import gradients_of
+from simsiam.training.interrupt import InterruptHandler
+from simsiam.training.prepare import (
+    RunData,
+    TrainingSetup,
+    build_training_setup,
+    initialize_eta,
+    prepare_data,
+)
+from simsiam.training.progress import ProgressLine, Stopwatch, format_labeled_lines
+from simsiam.training.step import build_gradient_step
 
 
-@together
+@distributed_entry_point
 def pretrain(
     source: str | os.PathLike[str] | Sequence[str] | None = None,
     *,
     recipe: str | Recipe | None = None,
     out: str | os.PathLike[str] | None = None,
-    **words: Any,
+    **overrides: Any,
 ) -> Path:
     """Pretrain on images without labels; returns the run folder.
 
@@ -48,44 +54,68 @@ def pretrain(
     diverged loss, and Stopped after SIGINT or SIGTERM, with the run saved. Under torchrun all its processes make one
     run, and go on with it when they are started again.
     """
-    complete, opened, why = compose(source, recipe, words)
-    path = destination(out, f"{opened.name}-{complete.method.name}", complete)
-    data, parts = prepare(complete, opened), assemble(complete)
-    with Run.create(path, complete).alone() as run:  # only now: a wrong request leaves nothing behind
-        train(run, data, parts, said=[*told("recipe", why), *told("run", [str(path)])])
+    complete, opened, why = compose_recipe(source, recipe, overrides)
+    path = choose_run_path(out, f"{opened.name}-{complete.method.name}", complete)
+    data, parts = prepare_data(complete, opened), build_training_setup(complete)
+    with Run.create(
+        path, complete
+    ).lock() as run:  # only now: a wrong request leaves nothing behind
+        train_run(
+            run,
+            data,
+            parts,
+            messages=[
+                *format_labeled_lines("recipe", why),
+                *format_labeled_lines("run", [str(path)]),
+            ],
+        )
     return path
 
 
-@together
+@distributed_entry_point
 def resume(path: str | os.PathLike[str], *, epochs: int | None = None) -> Path:
     """Continue a run bit for bit from its last checkpoint; more `epochs` stretch its schedule, and it is said how."""
-    with by_first(Run)(path).alone() as run:
+    with rank_zero_only(Run)(path).lock() as run:
         if epochs is not None:
             if epochs < run.recipe.epochs or run.recipe.steps is not None:
-                raise UsageError(f"a run can only be extended: its epochs are {run.recipe.epochs}, its steps not set")
+                raise UsageError(
+                    f"a run can only be extended: its epochs are {run.recipe.epochs}, its steps not set"
+                )
             run.recipe = run.recipe.replace(epochs=epochs)
-        recipe = run.recipe.replace(init=None) if run.begun else run.recipe  # the checkpoint has all weights
-        data, parts = prepare(run.recipe, open_source(run.recipe.source, run.recipe.channels)), assemble(recipe)
+        recipe = (
+            run.recipe.replace(init=None) if run.has_checkpoint else run.recipe
+        )  # the checkpoint has all weights
+        data, parts = (
+            prepare_data(run.recipe, open_source(run.recipe.source, run.recipe.channels)),
+            build_training_setup(recipe),
+        )
         write_recipe(run.path, run.recipe)
-        train(run, data, parts, said=[])
+        train_run(run, data, parts, messages=[])
     return run.path
 
 
-def train(run: Run, data: Data, parts: Parts, said: list[str]) -> None:
+def train_run(run: Run, data: RunData, setup: TrainingSetup, messages: list[str]) -> None:
     """From the run's last checkpoint, or from the start, to its last step."""
     recipe, method = run.recipe, run.recipe.method
-    model, optimizer, device, precision = parts
-    gradients = gradients_of(recipe, parts)
+    model, optimizer, device, precision = setup
+    gradients = build_gradient_step(recipe, setup)
     per_epoch = steps_per_epoch(len(data.train), recipe.batch_size)
     steps = recipe.steps or recipe.epochs * per_epoch
     warmup = method.warmup_epochs * per_epoch
 
-    state, changed = run.begin(environment(device, precision), images=len(data.train))
+    state, changed = run.load_or_create_state(
+        collect_environment(device, precision), num_images=len(data.train)
+    )
     if state["step"]:
-        said = [*said, f"from     step {state['step']} of {steps}"]
+        messages = [*messages, f"from     step {state['step']} of {steps}"]
     if eta := eta_bytes(method, len(data.train)):
-        where = f"{device.type}, dealt to {count()} processes" if count() > 1 else device.type
-        said = [*said, f"eta      {eta / 2**20:,.2f} MiB on {where}; and in every checkpoint"]
+        where = (
+            f"{device.type}, dealt to {world_size()} processes" if world_size() > 1 else device.type
+        )
+        messages = [
+            *messages,
+            f"eta      {eta / 2**20:,.2f} MiB on {where}; and in every checkpoint",
+        ]
     labels = None if data.train.labels is None else torch.from_numpy(data.train.labels)
     model.begin(images=len(data.train), labels=labels, steps=steps, per_epoch=per_epoch)
     if "model" in state:
@@ -93,7 +123,7 @@ def train(run: Run, data: Data, parts: Parts, said: list[str]) -> None:
         optimizer.load_state_dict(state["optimizer"])
     start = step = state["step"]
     diverged, stopping = "", False
-    run.quarantine(data.unreadable, seen=data.seen)
+    run.quarantine(data.unreadable, images_seen=data.total_images)
 
     def save(name: str) -> None:
         moved = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
@@ -101,12 +131,14 @@ def train(run: Run, data: Data, parts: Parts, said: list[str]) -> None:
 
     def measure() -> dict[str, float]:
         how: dict[str, Any] = {"device": device, "precision": precision}
-        found = label_free_monitor(model, data.train, recipe, transform_of(recipe), state.get("neighbors"), **how)
+        found = label_free_monitor(
+            model, data.train, recipe, eval_transform(recipe), state.get("neighbors"), **how
+        )
         run.quarantine(found.skipped)
         state["neighbors"] = found.neighbors
         if data.held_out is None:
             return found.values
-        top1, skipped = knn_monitor(model, data.bank, data.held_out, transform_of(recipe), **how)
+        top1, skipped = knn_monitor(model, data.bank, data.held_out, eval_transform(recipe), **how)
         run.quarantine(skipped)
         state["knn"] |= {"last": top1["knn_top1"]}
         if top1["knn_top1"] > state["knn"].get("best", -1):
@@ -114,56 +146,75 @@ def train(run: Run, data: Data, parts: Parts, said: list[str]) -> None:
             save("best")
         return found.values | top1
 
-    room = enough(recipe.replace(precision=precision), device)
-    with Journal(run, start) as journal, Line(start, steps, per_epoch) as line, Interrupt() as interrupt, room:
-        for text in said + changed:
-            line.say(text)
+    room = catch_out_of_memory(recipe.replace(precision=precision), device)
+    with (
+        MetricsLogger(run, start) as journal,
+        ProgressLine(start, steps, per_epoch) as line,
+        InterruptHandler() as interrupt,
+        room,
+    ):
+        for text in messages + changed:
+            line.print_line(text)
         if "model" not in state:
-            solve_first(model, data.train, recipe, device, precision)
+            initialize_eta(model, data.train, recipe, device, precision)
         watch = Stopwatch(state["seconds"])
         save("last")
-        for batch in batches(data.train, recipe, start, steps, device):
+        for batch in iter_batches(data.train, recipe, start, steps, device):
             step, index = batch.step + 1, batch.index.to(device)
-            lr = set_lr(optimizer, batch.step, peak=recipe.peak_lr, steps=steps, warmup=warmup)
+            lr = set_lr(
+                optimizer, batch.step, peak_lr=recipe.peak_lr, steps=steps, warmup_steps=warmup
+            )
             output = gradients(batch.views, index, batch.weight)
             optimizer.step()
             model.after_step(output, batch.step, index)
 
             # What one process is told or meets, all act on at this same step.
-            signum, stale, broken = most(interrupt.signum, watch.stale(recipe.save_seconds), len(batch.skipped))
+            signum, stale, broken = all_reduce_max(
+                interrupt.signum, watch.save_due(recipe.save_seconds), len(batch.skipped)
+            )
             last, stopping = step == steps, bool(signum)
             logged = last or step == 1 or step % recipe.log_every == 0
             measured = last or step % (per_epoch * recipe.knn_every) == 0
             kept = step % (per_epoch * recipe.save_every) == 0
             saved = last or kept or stopping or bool(stale)
-            if (logged or saved or measured) and not finite(output.loss, model if saved or measured else None):
+            if (logged or saved or measured) and not all_finite(
+                output.loss, model if saved or measured else None
+            ):
                 diverged = f"loss and weights were finite at step {journal.step} and no longer are at step {step}"
                 break
-            watch.count(recipe.batch_size, batch.wait)
+            watch.record_step(recipe.batch_size, batch.wait)
             with watch.paused():
                 found: dict[str, Any] = {}
                 if logged:
-                    found = {"lr": lr["encoder"], "lr_predictor": lr.get("predictor"), **gauges(output)}
+                    found = {
+                        "lr": lr["encoder"],
+                        "lr_predictor": lr.get("predictor"),
+                        **compute_gauges(output),
+                    }
                     found |= {"grad_norm": grad_norm(model), **watch.rates()}
                 if measured or saved:
-                    settle(model)
+                    synchronize_replicas(model)
                 if measured:
                     found |= measure()
                 if found:
                     journal.log({"step": step, "epoch": round(step / per_epoch, 4)} | found)
-                    line.show(step, found)
+                    line.update(step, found)
                 if kept:
                     save(f"epoch-{step // per_epoch:04d}")
                 if saved:
                     save("last")
                 if broken:
-                    seen = min(max(step * recipe.batch_size, data.seen // 10), data.seen)
-                    run.quarantine(union(batch.skipped), seen=seen)
+                    seen = min(
+                        max(step * recipe.batch_size, data.total_images // 10), data.total_images
+                    )
+                    run.quarantine(all_gather_objects(batch.skipped), images_seen=seen)
             if stopping:
                 break
 
-    high, labeled = model.high_loss(recipe.batch_size), method.target == "labels"
-    verdict = judge(journal.lines, step, diverged=bool(diverged), high=high, labels=labeled)
+    high, labeled = model.high_loss_threshold(recipe.batch_size), method.target == "labels"
+    verdict = judge_run(
+        journal.lines, step, diverged=bool(diverged), high_loss_threshold=high, supervised=labeled
+    )
     if diverged and (good := run.checkpoint()):
         model.load_state_dict(good["model"])
     knn = {"knn_top1": state["knn"]} if state["knn"] else {}
@@ -172,13 +223,13 @@ def train(run: Run, data: Data, parts: Parts, said: list[str]) -> None:
         {
             "verdict": verdict.verdict,
             "remedy": verdict.remedy,
-            "advice": advise(journal.lines),
+            "advice": advise_training_length(journal.lines),
             "steps": step,
             "epochs": round(step / per_epoch, 4),
             **knn,
             "images_per_second": round(step * recipe.batch_size / max(watch.seconds, 1e-9), 1),
             "training_seconds": round(watch.seconds, 1),
-            "unreadable": len(run.quarantined()),
+            "unreadable": len(run.read_quarantine()),
         },
     )
     if diverged:
@@ -186,4 +237,4 @@ def train(run: Run, data: Data, parts: Parts, said: list[str]) -> None:
     if stopping and step < steps:
         message = f"stopped at step {step} of {steps}, saved; `simsiam resume {run.path}` goes on"
         raise Stopped(message, signum)
-    interrupt.pass_on()
+    interrupt.raise_pending()

@@ -11,39 +11,51 @@ from typing import Any
 
 from simsiam.errors import UsageError, WorkFailed
 
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+CPU_CORES = (
+    len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+)
 
 
-CORES = max(1, CORES // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # the processes of a run share a host
-STOPS = {signal.SIGINT, signal.SIGTERM} if hasattr(signal, "pthread_sigmask") else set()  # none on Windows
+CPU_CORES = max(
+    1, CPU_CORES // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+)  # the processes of a run share a host
+STOP_SIGNALS = (
+    {signal.SIGINT, signal.SIGTERM} if hasattr(signal, "pthread_sigmask") else set()
+)  # none on Windows
 
 
-def in_turn(work: Callable[..., Any], jobs: Sequence[tuple]) -> Iterator[Any]:
+def parallel_map(function: Callable[..., Any], jobs: Sequence[tuple]) -> Iterator[Any]:
     """work(*job) of each job, in order, done by all cores; raises WorkFailed if a process is killed.
 
     Processes, because Pillow parses headers under the GIL. Each reports through a pipe of its own, and ends when nobody
     listens any more. What a user can get wrong is raised here as it was there.
     """
     if len(jobs) < 2:
-        return iter([work(*job) for job in jobs])
+        return iter([function(*job) for job in jobs])
     context: Any = get_context("fork" if sys.platform == "linux" else None)
     pipes = []
-    with unstopped():
-        for worker in range(min(CORES, len(jobs))):
+    with block_stop_signals():
+        for worker in range(min(CPU_CORES, len(jobs))):
             receive, send = context.Pipe(duplex=False)
             pipes.append(receive)
-            context.Process(target=_work, args=(work, jobs[worker::CORES], send, pipes), daemon=True).start()
+            context.Process(
+                target=_worker_loop,
+                args=(function, jobs[worker::CPU_CORES], send, pipes),
+                daemon=True,
+            ).start()
             send.close()
 
     def results() -> Iterator[Any]:
         try:
             for i in range(len(jobs)):
-                found = pipes[i % CORES].recv()
+                found = pipes[i % CPU_CORES].recv()
                 if isinstance(found, UsageError | WorkFailed):
                     raise found
                 yield found
         except EOFError:
-            raise WorkFailed("a process that looked at images was killed: perhaps memory ran out; try again") from None
+            raise WorkFailed(
+                "a process that looked at images was killed: perhaps memory ran out; try again"
+            ) from None
         finally:
             for receive in pipes:
                 receive.close()
@@ -52,9 +64,9 @@ def in_turn(work: Callable[..., Any], jobs: Sequence[tuple]) -> Iterator[Any]:
 
 
 @contextmanager
-def unstopped() -> Iterator[None]:
+def block_stop_signals() -> Iterator[None]:
     """Ctrl-C and SIGTERM wait: an exception that a signal raises in the middle of a fork would be lost."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS) if STOPS else None
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS) if STOP_SIGNALS else None
     try:
         yield
     finally:
@@ -62,29 +74,36 @@ def unstopped() -> Iterator[None]:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def with_a_bar(work: Callable[..., Any], jobs: Sequence[tuple], words: str) -> list[Any]:
+def parallel_map_with_progress(
+    function: Callable[..., Any], jobs: Sequence[tuple], description: str
+) -> list[Any]:
     """work(*job) of each job, done by all cores; on a terminal, a bar shows how far they are."""
-    from simsiam.utils.progress_bar import bar
+    from simsiam.utils.progress_bar import progress_bar
 
     found = []
-    with bar(words, len(jobs)) as advance:
-        for one in in_turn(work, jobs):
+    with progress_bar(description, len(jobs)) as advance:
+        for one in parallel_map(function, jobs):
             found.append(one)
             advance(1)
     return found
 
 
-def _work(work: Callable[..., Any], jobs: Sequence[tuple], send: Connection, pipes: Sequence[Connection]) -> None:
+def _worker_loop(
+    function: Callable[..., Any],
+    jobs: Sequence[tuple],
+    sender: Connection,
+    pipes: Sequence[Connection],
+) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that listens
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # it has ended; nothing stays half-written
-    if STOPS:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+    if STOP_SIGNALS:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     for receive in pipes:
         receive.close()  # or this process itself would be a listener
     with suppress(BrokenPipeError):
         for job in jobs:
             try:
-                found = work(*job)
+                found = function(*job)
             except (UsageError, WorkFailed) as error:
                 found = error
-            send.send(found)
+            sender.send(found)
