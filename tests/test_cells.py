@@ -62,13 +62,14 @@ def test_every_cell_trains_three_steps_on_shapes(cells):
     recipe, source, _ = compose_recipe(
         "shapes", None, QUICK | {"dim": 16, "precision": "float32"} | cells
     )
-    model, optimizer, device, precision = build_training_setup(recipe)
+    model, optimizer, compute = build_training_setup(recipe)
+    device = compute.device
     images, _ = hold_out(sample(source.train, 70), 6)
     per_epoch = steps_per_epoch(len(images), recipe.batch_size)
     model.begin(
         images=len(images), labels=torch.from_numpy(images.labels), steps=3, per_epoch=per_epoch
     )
-    initialize_eta(model, images, recipe, device, precision)
+    initialize_eta(model, images, recipe, compute)
     before = [p.clone() for p in model.parameters()]
     for batch in iter_batches(images, recipe, 0, 3, device):
         set_lr(
@@ -91,11 +92,12 @@ def test_eta_starts_with_one_pass_over_every_image():
     """52 images in batches of 16: the last batch steps back. The model itself is left as it was."""
     words = QUICK | {"target": "moving_average", "predictor": "none", "precision": "float32"}
     recipe, source, _ = compose_recipe("shapes", None, words)
-    model, _, device, precision = build_training_setup(recipe)
+    model, _, compute = build_training_setup(recipe)
+    device = compute.device
     images = sample(source.train, 52)
     model.begin(images=len(images))
     before = {k: v.clone() for k, v in model.state_dict().items() if k != "target.eta"}
-    initialize_eta(model, images, recipe, device, precision)
+    initialize_eta(model, images, recipe, compute)
     torch.testing.assert_close(model.target.eta.norm(dim=1), torch.ones(52))
     assert len(model.target.eta.unique(dim=0)) == 52
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in before.items())

@@ -382,7 +382,7 @@ def test_what_h_predicts_is_measured_on_other_views(small, monkeypatch):
     assert reproduce("expectation", "--only", "simsiam", "--seeds", 1, *small) == 0
     (run,) = map(Run, every_run("runs"))
     found = run.json("laboratory.json")
-    model, _, device, _ = build_training_setup(run.recipe)
+    model, _, (device, _) = build_training_setup(run.recipe)
     model.load_state_dict(run.checkpoint()["model"])
     model.eval()
     paths = [p for label in "01" for p in sorted((Path(small[1]) / "test" / label).iterdir())]

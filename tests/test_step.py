@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import QUICK, TINY
 
+from simsiam.model.precision import Compute
 from simsiam.config.methods import METHODS
 from simsiam.config.recipes import Recipe
 from simsiam.data.batches import iter_batches
@@ -58,7 +59,7 @@ def given(row, at, device):
 def test_gradients_are_those_of_the_weighted_loss_and_nothing_is_held_on_to(name):
     model = model_of(ROWS[name])
     other, (views, index) = deepcopy(model), given(ROWS[name], 0, CPU)
-    gradients = GradientStep(model, CPU, "float32")
+    gradients = GradientStep(model, Compute(CPU, "float32"))
     for _ in range(2):  # what was there before is replaced
         output = gradients(views, index, 0.5)
     other(*views, index=index)  # batch norm has seen the batch twice
@@ -91,7 +92,7 @@ def test_a_compiled_backbone_is_the_same_one(monkeypatch):
     monkeypatch.setattr(torch, "compile", Fast)
     monkeypatch.setattr(step, "compile_works", lambda device: True)
     fast = compile_backbone(model)
-    GradientStep(fast, CPU, "float32")(*given(ROWS["simsiam"], 0, CPU))
+    GradientStep(fast, Compute(CPU, "float32"))(*given(ROWS["simsiam"], 0, CPU))
     assert len(used) == 2 and list(model.state_dict()) == names
     assert all(w.grad is not None for w in model.parameters())
     model(*given(ROWS["simsiam"], 0, CPU)[0])
@@ -113,7 +114,7 @@ def test_a_graph_is_the_step_that_it_recorded(name):
     """Ten steps, each from the same state with the graph and without: the same loss, gradients and new state."""
     pick_device("cuda")  # cuDNN chooses kernels as in a run
     models = [model_of(ROWS[name]).to(GPU).to(memory_format=torch.channels_last) for _ in range(2)]
-    graphed, plain = (GradientStep(model, GPU, "float32") for model in models)
+    graphed, plain = (GradientStep(model, Compute(GPU, "float32")) for model in models)
     optimizers, plain.warmup_calls_left = (
         [build_optimizer(model, ROWS[name]) for model in models],
         -1,

@@ -13,13 +13,13 @@ from conftest import QUICK, flags
 from torch import nn
 
 import simsiam
+from simsiam.model.precision import Compute
 from simsiam.commands.main import main
 from simsiam.detection import scenes, transfer
 from simsiam.detection import train_detector as training
 from simsiam.detection.annotations import open_annotated
 from simsiam.detection.schedules import SCHEDULES, Schedule, auto_schedule
 from simsiam.detection.train_detector import (
-    DeviceConfig,
     StepDataset,
     detect_objects,
     update_bn_stats,
@@ -29,7 +29,7 @@ from simsiam.pages.report import summarize_run
 from simsiam.runs.run_folder import Run, TrainingFolder
 
 pytest.importorskip("pycocotools")
-CPU = DeviceConfig(torch.device("cpu"), "float32")
+CPU = Compute(torch.device("cpu"), "float32")
 BRIEF = {"steps": 4, "batch_size": 2, "warmup_steps": 0, "regions": 8, "proposals": 40, "test_proposals": 10,
          "region_size": 4, "precise_bn": 1, "precision": "float32", "device": "cpu"}  # fmt: skip
 

@@ -5,9 +5,11 @@ key of RUN/recipe.yaml. The named recipes below are the paper's baseline with so
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from math import inf
 from typing import Any, Literal, get_type_hints
+
+from typing_extensions import Self
 
 from simsiam.config.method import BN_SPLITS, EQUAL_TERMS, SETTING_CONDITIONS, Method, Views
 from simsiam.config.methods import METHODS
@@ -116,7 +118,7 @@ class Recipe:
         """The linear scaling rule: base_lr * batch_size / 256 (section 3)."""
         return self.method.base_lr * self.batch_size / 256
 
-    def replace(self, **overrides: Any) -> "Recipe":
+    def replace(self, **overrides: Any) -> Self:
         """A recipe with some words changed, whether of the run, of the row, or of every view's augmentation."""
         for name in overrides:
             if name not in SETTING_TYPES:
@@ -146,14 +148,41 @@ class Recipe:
                 )
         return replace(self, method=row, **overrides)
 
+    def resolve(self) -> "ResolvedRecipe":
+        """Return the same recipe as one in which everything is chosen.
+
+        Raises:
+            UsageError: If the image size, the mean or the standard deviation is still None.
+        """
+        for name in ("image_size", "mean", "std"):
+            if getattr(self, name) is None:
+                raise UsageError(f"the recipe has no {name}: give --{name.replace('_', '-')}")
+        return ResolvedRecipe(**{f.name: getattr(self, f.name) for f in fields(Recipe)})
+
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, dictionaries and scalars: what recipe.yaml and a checkpoint hold."""
         return _to_builtin_types(asdict(self))
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> "Recipe":
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
         """The recipe of `to_dict`. Raises UsageError for an unknown key (with the nearest name) or a wrong type."""
         return parse_value(data, cls, "recipe")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedRecipe(Recipe):
+    """A recipe in which nothing is left to be chosen from the images: what a run folder records.
+
+    Attributes:
+        image_size: Side of a view in pixels.
+        mean: Mean of each channel, in 0..1.
+        std: Standard deviation of each channel, in 0..1.
+    """
+
+    # `field()` takes back the default None that these have in `Recipe`.
+    image_size: int = field()
+    mean: tuple[float, ...] = field()
+    std: tuple[float, ...] = field()
 
 
 def default_stem(image_size: int) -> str:

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.cuda import Event
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from simsiam.config.recipes import Recipe
+from simsiam.config.recipes import ResolvedRecipe
 from simsiam.data import views
 from simsiam.data.decode import Unreadable
 from simsiam.data.images import Images
@@ -94,13 +94,13 @@ def interleaved_indices(seed: int, epoch: int, blocks: Blocks, positions: np.nda
     return np.array(found, np.int64)
 
 
-def interleaved_blocks(images: Images, recipe: Recipe) -> Blocks | None:
+def interleaved_blocks(images: Images, recipe: ResolvedRecipe) -> Blocks | None:
     """The blocks of the order `interleaved`; None where the order is `shuffled`."""
     return images.blocks if recipe.order == "auto" else None
 
 
 def batch_indices(
-    step: int, recipe: Recipe, images: Images, batch_slice: slice = slice(None)
+    step: int, recipe: ResolvedRecipe, images: Images, batch_slice: slice = slice(None)
 ) -> np.ndarray:
     """The images (N,) of a step's batch, as positions in the training set; `mine`: at these places alone."""
     size, count = recipe.batch_size, len(images)
@@ -114,7 +114,7 @@ def batch_indices(
 
 
 def iter_batches(
-    images: Images, recipe: Recipe, start: int, stop: int, device: torch.device
+    images: Images, recipe: ResolvedRecipe, start: int, stop: int, device: torch.device
 ) -> Iterator[ViewBatch]:
     """The batches of steps start .. stop - 1; of several processes each gets its share of every batch."""
     made = (_streamed_batches if images.pixels is None else _resident_batches)(
@@ -163,7 +163,7 @@ def prefetch_cuda(batch_iter: Iterator[ViewBatch], device: torch.device) -> Iter
         yield replace(batch, wait=wait)
 
 
-def sequential_batches(images: Images, recipe: Recipe, device: torch.device) -> Iterator[ViewBatch]:
+def sequential_batches(images: Images, recipe: ResolvedRecipe, device: torch.device) -> Iterator[ViewBatch]:
     """Views of every image, in order."""
     return iter_batches(
         images,
@@ -175,7 +175,7 @@ def sequential_batches(images: Images, recipe: Recipe, device: torch.device) -> 
 
 
 def _resident_batches(
-    images: Images, recipe: Recipe, start: int, stop: int, device: torch.device
+    images: Images, recipe: ResolvedRecipe, start: int, stop: int, device: torch.device
 ) -> Iterator[ViewBatch]:
     assert images.pixels is not None
     pixels, mine = torch.from_numpy(images.pixels).to(device), local_slice(recipe.batch_size)
@@ -188,7 +188,7 @@ def _resident_batches(
 
 
 def _streamed_batches(
-    images: Images, recipe: Recipe, start: int, stop: int, device: torch.device
+    images: Images, recipe: ResolvedRecipe, start: int, stop: int, device: torch.device
 ) -> Iterator[ViewBatch]:
     workers = CPU_CORES if recipe.workers is None else recipe.workers
     reading = torch.full(
@@ -251,7 +251,7 @@ def _iter_loader(loader: DataLoader, images: Images, current_image: Tensor) -> I
 def make_training_views(
     images: Images,
     index: np.ndarray,
-    recipe: Recipe,
+    recipe: ResolvedRecipe,
     step: int,
     device: torch.device,
     *,
@@ -267,9 +267,8 @@ def make_training_views(
 
 
 def _make_views(
-    pixels: Tensor, recipe: Recipe, step: int, view_count: int, first_position: int = 0
+    pixels: Tensor, recipe: ResolvedRecipe, step: int, view_count: int, first_position: int = 0
 ) -> list[Tensor]:
-    assert recipe.image_size and recipe.mean and recipe.std
     return views.make_views(
         pixels,
         recipe.method.views,
@@ -285,10 +284,9 @@ def _make_views(
 
 
 def _finish_views(
-    crops: Tensor, recipe: Recipe, step: int, first_position: int = 0
+    crops: Tensor, recipe: ResolvedRecipe, step: int, first_position: int = 0
 ) -> list[Tensor]:
     """Crops uint8 (views, N, C, size, size) to views: what the device does."""
-    assert recipe.mean and recipe.std
     how: dict[str, Any] = {"mean": recipe.mean, "std": recipe.std, "compiled": recipe.compile}
     sizes = [(1, 1)] * crops.shape[1]  # colors do not depend on the image's size
     return [
@@ -305,7 +303,7 @@ class _StepDataset(Dataset):
     def __init__(
         self,
         images: Images,
-        recipe: Recipe,
+        recipe: ResolvedRecipe,
         batch_slice: slice,
         part_count: int,
         current_image: Tensor,
@@ -334,9 +332,8 @@ class _StepDataset(Dataset):
             reading.fill_(-1)
 
 
-def min_decode_side(recipe: Recipe) -> int:
+def min_decode_side(recipe: ResolvedRecipe) -> int:
     """The pixels that an image's shorter side needs for no crop of it to be enlarged: a JPEG is not decoded larger."""
-    assert recipe.image_size
     return round(
         recipe.image_size
         / (min(v.crop_min for v in recipe.method.views) * views.ASPECT_RATIO[0]) ** 0.5
@@ -346,7 +343,7 @@ def min_decode_side(recipe: Recipe) -> int:
 def crop_images(
     images: Images,
     index: np.ndarray,
-    recipe: Recipe,
+    recipe: ResolvedRecipe,
     step: int,
     view_count: int,
     first_position: int = 0,
@@ -358,7 +355,6 @@ def crop_images(
     batches stay whole and stay the same. `reading` is told the position of the image that is being read.
     """
     size, skipped = recipe.image_size, list[tuple[str, str]]()
-    assert size
     least = min_decode_side(recipe)
 
     def read(i: int) -> tuple[int, np.ndarray]:
@@ -392,7 +388,7 @@ def crop_images(
 
 
 def _sample_view_params(
-    recipe: Recipe, step: int, view: int, sizes: list[tuple[int, int]], first_position: int = 0
+    recipe: ResolvedRecipe, step: int, view: int, sizes: list[tuple[int, int]], first_position: int = 0
 ) -> views.ViewParams:
     augmentation = recipe.method.views[min(view, len(recipe.method.views) - 1)]
     positions = np.arange(first_position, first_position + len(sizes))

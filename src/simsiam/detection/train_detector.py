@@ -33,7 +33,7 @@ from simsiam.distributed.process_group import local_slice, rank, rank_zero_only,
 from simsiam.distributed.sync_batch_norm import convert_sync_batchnorm, synchronize_replicas
 from simsiam.errors import Stopped, UsageError, WorkFailed
 from simsiam.evaluation.finetune import restore
-from simsiam.model.precision import autocast
+from simsiam.model.precision import Compute
 from simsiam.monitoring.gauges import all_finite, grad_norm
 from simsiam.runs.journal import MetricsLogger
 from simsiam.runs.run_folder import TrainingFolder
@@ -51,13 +51,6 @@ class DetectionBatch(NamedTuple):
     targets: list[dict[str, Tensor]]  # boxes (K, 4), labels (K,) from 1, perhaps masks (K, H, W)
     skipped: list[tuple[str, str]]  # unreadable files met on the way: key and reason
     wait_seconds: float = 0.0  # seconds that the loop waited for them
-
-
-class DeviceConfig(NamedTuple):
-    """The machine's part of a fine-tuning."""
-
-    device: torch.device
-    precision: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,7 +165,7 @@ def build_optimizer(model: nn.Module, schedule: Schedule) -> Optimizer:
 
 
 def train_detector(
-    model: nn.Module, dataset: DetectionDataset, schedule: Schedule, *, out: Path, lr: float, seed: int, masks: bool, device_config: DeviceConfig,
+    model: nn.Module, dataset: DetectionDataset, schedule: Schedule, *, out: Path, lr: float, seed: int, masks: bool, compute: Compute,
     settings: dict[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
     """Train the detector on the learnable images, and set its batch norms' averages; unreadable images and seconds.
@@ -180,7 +173,7 @@ def train_detector(
     The folder gets last.pt, metrics.jsonl and TensorBoard's events. Called again with the same settings it goes on from
     last.pt. Raises UsageError for other settings there, WorkFailed for a diverged loss, and Stopped after a signal.
     """
-    device, precision = device_config
+    device, precision = compute
     batch_size = min(schedule.batch_size, len(dataset))
     if batch_size < world_size():
         raise UsageError(
@@ -189,7 +182,7 @@ def train_detector(
     state = rank_zero_only(restore)(out, settings)
     mine, per_epoch = local_slice(batch_size), steps_per_epoch(len(dataset), batch_size)
     steps = StepDataset(dataset, batch_size, seed, masks, mine)
-    model.to(device).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    compute.place(model).train()
     if world_size() > 1:
         convert_sync_batchnorm(model)
     network, optimizer = wrap_ddp(model), build_optimizer(model, schedule)
@@ -219,7 +212,7 @@ def train_detector(
             seed_step(seed, step)
             for group in optimizer.param_groups:
                 group["lr"] = lr * schedule.lr_factor(step)
-            with autocast(device, precision):
+            with compute.autocast():
                 losses = network(batch.images, batch.targets)
             loss = torch.stack(list(losses.values())).sum()
             optimizer.zero_grad()
@@ -267,7 +260,7 @@ def train_detector(
                 signum,
             )
         if schedule.precise_bn:
-            update_bn_stats(model, steps, schedule, device_config)
+            update_bn_stats(model, steps, schedule, compute)
             synchronize_replicas(model)
     interrupt.raise_pending()
     return {
@@ -279,7 +272,7 @@ def train_detector(
 
 @torch.no_grad()
 def update_bn_stats(
-    model: nn.Module, step_dataset: StepDataset, schedule: Schedule, device_config: DeviceConfig
+    model: nn.Module, step_dataset: StepDataset, schedule: Schedule, compute: Compute
 ) -> None:
     """Give every batch norm the plain mean of its statistics over `precise_bn` batches of training (PreciseBN)."""
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
@@ -288,10 +281,10 @@ def update_bn_stats(
         m.reset_running_stats()
         m.momentum = None  # torch's word for the plain mean
     for step, batch in enumerate(
-        load_batches(step_dataset, 0, schedule.precise_bn, device_config.device)
+        load_batches(step_dataset, 0, schedule.precise_bn, compute.device)
     ):
         seed_step(step_dataset.seed, step)
-        with autocast(*device_config):
+        with compute.autocast():
             model(batch.images, batch.targets)
     for m, momentum in zip(norms, before, strict=True):
         m.momentum = momentum
@@ -299,10 +292,10 @@ def update_bn_stats(
 
 @torch.no_grad()
 def detect_objects(
-    model: nn.Module, dataset: DetectionDataset, device_config: DeviceConfig
+    model: nn.Module, dataset: DetectionDataset, compute: Compute
 ) -> tuple[list[Detections], np.ndarray, list[tuple[str, str]]]:
     """What the detector finds in each image that can be read, their positions, and key and reason of the others."""
-    device, precision = device_config
+    device, precision = compute
     model.to(device).eval()
     found, kept, skipped = list[Detections](), list[int](), list[tuple[str, str]]()
     for i in range(len(dataset))[local_slice(len(dataset))]:
@@ -311,7 +304,7 @@ def detect_objects(
         except Unreadable as error:
             skipped.append((dataset.images.keys[i], str(error)))
             continue
-        with autocast(device, precision):
+        with compute.autocast():
             (seen,) = model([image])
         boxes, scores, labels = (
             seen[key].float().cpu().numpy() for key in ("boxes", "scores", "labels")

@@ -20,8 +20,7 @@ from rich.table import Table
 from torch import nn
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
-from simsiam.config.recipes import SETTING_TYPES, default_stem
-from simsiam.config.settings import parse_value
+from simsiam.config.recipes import default_stem
 from simsiam.detection import pictures, scenes
 from simsiam.detection.annotations import (
     AnnotatedSource,
@@ -32,7 +31,7 @@ from simsiam.detection.annotations import (
 from simsiam.detection.detector import build_detector, to_detectron2
 from simsiam.detection.metrics import compute_metrics, import_pycocotools
 from simsiam.detection.schedules import SCHEDULES, Schedule, auto_schedule
-from simsiam.detection.train_detector import DeviceConfig, detect_objects, train_detector
+from simsiam.detection.train_detector import detect_objects, train_detector
 from simsiam.distributed.process_group import (
     distributed_entry_point,
     rank,
@@ -41,7 +40,7 @@ from simsiam.distributed.process_group import (
 )
 from simsiam.errors import UsageError, WorkFailed, unknown_name
 from simsiam.model.backbones import RESNETS
-from simsiam.model.precision import pick_device, pick_precision
+from simsiam.model.precision import Compute
 from simsiam.runs.convert import sibling_recipe_settings
 from simsiam.runs.encoder import build_backbone, load, load_init_weights, weights_sha256
 from simsiam.runs.environment import collect_environment, utc_now
@@ -95,10 +94,7 @@ def transfer(
     Schedule.from_settings(overrides)  # refuses now what would not be a schedule ...
     import_pycocotools()  # ... and what could not be measured after an hour
     folder = Run(run)
-    on = pick_device(device)
-    where = DeviceConfig(
-        on, pick_precision(parse_value(precision, SETTING_TYPES["precision"], "precision"), on)
-    )
+    compute = Compute.pick(device, precision)
     opened, masks = open_transfer_source(source, folder.recipe.channels), task == "segmentation"
     opened = keep_masked_objects(opened) if masks else opened
     parts = split_source(opened)
@@ -108,10 +104,10 @@ def transfer(
     about = {
         "task": task, "source": opened.name, **parts.descriptions, "classes": list(parts.train.classes),
         "train_images": len(parts.train), "test_images": len(parts.test), "init": start.description, "seed": seed,
-        "network": start.network, "precision": where.precision, "processes": world_size(),
+        "network": start.network, "precision": compute.precision, "processes": world_size(),
     }  # fmt: skip
     here = collect_environment(
-        on, where.precision
+        compute
     )  # now: hours later the commit may be another than the code that ran
     console = Console(stderr=True, highlight=False, quiet=rank() != 0)
     for line in format_summary(opened, parts, how, why, start):
@@ -136,7 +132,7 @@ def transfer(
             lr=lr,
             seed=seed,
             masks=masks,
-            device_config=where,
+            compute=compute,
             settings=fixed,
         )
 
@@ -153,12 +149,12 @@ def transfer(
                 console.print(f"         {error}", soft_wrap=True)
                 searched[f"{lr:g}"] = None
             else:
-                searched[f"{lr:g}"] = validation_ap(tried, parts.val, task, where)
+                searched[f"{lr:g}"] = validation_ap(tried, parts.val, task, compute)
     best = max(how.lr, key=lambda lr: searched.get(f"{lr:g}") or 0.0)
     if searched and not any(value is not None for value in searched.values()):
         raise WorkFailed(f"diverged with every lr of {', '.join(searched)}: give smaller ones")
     model, spent = tuned(parts.train, best, out)
-    found, kept, skipped = detect_objects(model, parts.test, where)
+    found, kept, skipped = detect_objects(model, parts.test, compute)
 
     @rank_zero_only
     def recorded() -> dict[str, Any]:
@@ -274,7 +270,6 @@ class Initialization:
     def __init__(self, run: Run, init: str | None, from_scratch: bool):
         recipe = run.recipe
         self.run, self.recipe, self.init, self.from_scratch = run, recipe, init, from_scratch
-        assert recipe.mean and recipe.std
         if recipe.backbone not in RESNETS:
             raise UsageError(
                 f"a detector is built on {', '.join(RESNETS)}; {run.path} has {recipe.backbone}"
@@ -312,11 +307,9 @@ class Initialization:
             )
 
 
-def validation_ap(
-    model: nn.Module, val: DetectionDataset, task: str, device_config: DeviceConfig
-) -> float:
+def validation_ap(model: nn.Module, val: DetectionDataset, task: str, compute: Compute) -> float:
     """COCO's AP of a detector, of masks where masks are learned."""
-    found, kept, _ = detect_objects(model, val, device_config)
+    found, kept, _ = detect_objects(model, val, compute)
     results = compute_metrics(found, [val.objects[i] for i in kept], val.classes, task)
     return results["coco_mask" if task == "segmentation" else "coco_box"]["AP"]
 

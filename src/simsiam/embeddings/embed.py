@@ -21,8 +21,6 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as TF
 
-from simsiam.config.recipes import SETTING_TYPES
-from simsiam.config.settings import parse_value
 from simsiam.data.images import Images, fingerprint
 from simsiam.data.transform import Transform, iter_crops
 from simsiam.distributed.collectives import all_reduce_max
@@ -34,7 +32,7 @@ from simsiam.distributed.process_group import (
     world_size,
 )
 from simsiam.errors import UsageError, WorkFailed, printable
-from simsiam.model.precision import pick_device, pick_precision
+from simsiam.model.precision import Compute
 from simsiam.monitoring.features import compute_outputs
 from simsiam.runs.encoder import load
 from simsiam.runs.run_folder import Run
@@ -78,8 +76,7 @@ def embed(
         )
     network, recipe = load(run), Run(run).recipe
     transform: Any = network.transform
-    there = pick_device(device)
-    exact = pick_precision(parse_value(precision, SETTING_TYPES["precision"], "precision"), there)
+    compute = Compute.pick(device, precision)
     opened = open_source(source or recipe.source, recipe.channels)
     splits = list(opened.splits.values())
     about = {
@@ -92,13 +89,13 @@ def embed(
     }
     labeled = any(images.labels is not None for images in splits)
     job = about | {
-        "device": there.type,
-        "precision": exact,
+        "device": compute.device.type,
+        "precision": compute.precision,
         "labeled": labeled,
         "images": fingerprint(splits),
     }
 
-    network.to(there).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    compute.place(network)
     with rank_zero_context(exclusive_lock(work / ".lock", str(path))):
         rank_zero_only(start_or_continue_job)(work, job)
         jobs = [
@@ -113,7 +110,7 @@ def embed(
         with progress_bar("embedding" if rank() == 0 else "", sum(map(len, jobs[mine]))) as advance:
             for part, images in zip(parts[mine], jobs[mine]):
                 if not is_intact(part):
-                    table = embed_part(network, images, transform, there, exact, labeled)
+                    table = embed_part(network, images, transform, compute, labeled)
                     with atomic_write(part) as file:
                         pq.write_table(table, file, write_page_checksum=True)
                 advance(len(images))
@@ -165,15 +162,14 @@ def embed_part(
     network: nn.Module,
     images: Images,
     transform: Transform,
-    device: torch.device,
-    precision: str,
+    compute: Compute,
     labeled: bool,
 ) -> pa.Table:
     """One part: a row of each of these images that can be read, and in the metadata those that cannot."""
     unreadable: list[tuple[str, str]] = []
     vectors, thumbnails, kept = [torch.zeros(0, int(network.dim))], list[bytes](), list[int]()  # type: ignore[arg-type]
     for index, pixels in iter_crops(images, transform, unreadable):
-        vectors += compute_outputs(lambda x: (network(x),), pixels, transform, device, precision)
+        vectors += compute_outputs(lambda x: (network(x),), pixels, transform, compute)
         thumbnails += map(encode_jpeg, make_thumbnails(pixels))
         kept += index.tolist()
     flat = torch.cat(vectors)

@@ -16,8 +16,9 @@ from simsiam.data.transform import image_to_tensor
 from simsiam.embeddings.gallery import write_page
 from simsiam.embeddings.table import Embeddings, read_embeddings
 from simsiam.errors import UsageError, WorkFailed, check_ranges
+from simsiam.model.precision import Compute
 from simsiam.monitoring.features import compute_outputs
-from simsiam.runs.encoder import load
+from simsiam.runs.encoder import eval_transform, load
 from simsiam.runs.run_folder import Run
 from simsiam.runs.weight_files import file_sha256
 from simsiam.utils.files import check_writable
@@ -80,9 +81,11 @@ def query_vector(query: str, images: Embeddings) -> tuple[Tensor, int | None]:
         pixels = image_to_tensor(decode_image(query, Run(run).recipe.channels))
     except Unreadable as error:
         raise WorkFailed(f"{query} cannot be read: {error}") from None
-    transform = network.transform
-    size = transform.crop(pixels)  # type: ignore[operator, union-attr]
-    (h,) = compute_outputs(lambda x: (network(x),), size, transform, torch.device("cpu"), "float32")  # type: ignore[arg-type]
+    transform = eval_transform(Run(run).recipe)
+    size = transform.crop(pixels)
+    (h,) = compute_outputs(
+        lambda x: (network(x),), size, transform, Compute(torch.device("cpu"), "float32")
+    )
     return h[0], None
 
 

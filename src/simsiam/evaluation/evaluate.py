@@ -32,6 +32,7 @@ from simsiam.evaluation.knn import evaluate_knn
 from simsiam.evaluation.label_free import evaluate_label_free
 from simsiam.evaluation.linear import evaluate_linear
 from simsiam.evaluation.scores import score_predictions
+from simsiam.model.precision import Compute
 from simsiam.runs.encoder import weights_sha256
 from simsiam.runs.environment import collect_environment, utc_now
 from simsiam.runs.run_folder import Run
@@ -91,16 +92,16 @@ def evaluate(
     train, test = sample(train, limit), sample(test, limit)
     room = int(folder.recipe.cache_gib * 2**30)
     (train, broken), (test, more) = load_into_memory(train, room), load_into_memory(test, room)
-    where: dict[str, Any] = {"device": device, "precision": precision}
-    frozen = FrozenNetwork(folder, checkpoint, train, replace(test, labels=None), **where)
+    compute = Compute.pick(device, precision)
+    frozen = FrozenNetwork(folder, checkpoint, train, replace(test, labels=None), compute=compute)
     truth: Any = test.labels  # here, and nowhere below
     tuning = partial(
-        evaluate_finetune, folder, checkpoint, train, test, how, **where
+        evaluate_finetune, folder, checkpoint, train, test, how, compute=compute
     )  # it alone is given test labels
     if {"few_label", "finetune"} & set(protocols):
         plan_draws(train, how)  # refuses now what could not be drawn after an hour
     weights = weights_sha256(frozen.backbone)
-    here = collect_environment(frozen.device, frozen.precision)
+    here = collect_environment(frozen.compute)
     about = {
         "checkpoint": checkpoint, "step": frozen.step, "backbone_sha256": weights,
         "source": opened.name, **split, "train_images": len(train), "classes": len(train.classes),

@@ -25,7 +25,7 @@ from torch.optim import SGD, Optimizer
 
 from simsiam.config.method import Method
 from simsiam.config.methods import SUPERVISED
-from simsiam.config.recipes import Recipe
+from simsiam.config.recipes import ResolvedRecipe
 from simsiam.data.batches import iter_batches, steps_per_epoch
 from simsiam.data.images import Images, hold_out, load_into_memory
 from simsiam.distributed.collectives import (
@@ -37,8 +37,9 @@ from simsiam.distributed.collectives import (
 from simsiam.distributed.process_group import rank_zero_context, rank_zero_only, world_size
 from simsiam.distributed.sync_batch_norm import convert_sync_batchnorm, synchronize_replicas
 from simsiam.errors import Stopped, UsageError, WorkFailed
+from simsiam.model.backbones import feature_dim
 from simsiam.model.optimizers import set_lr
-from simsiam.model.precision import autocast, pick_device, pick_precision
+from simsiam.model.precision import Compute, pick_device, pick_precision
 from simsiam.monitoring.features import extract_features
 from simsiam.monitoring.gauges import all_finite
 from simsiam.runs.encoder import build_backbone, eval_transform, load
@@ -108,7 +109,7 @@ def finetune(
     steps = epochs * per_epoch
 
     on = pick_device(device)
-    how: dict[str, Any] = {"device": on, "precision": pick_precision(precision, on)}
+    compute = Compute(on, pick_precision(precision, on))
     weights = pretrained.path / "backbone.safetensors"
     settings = {
         "start": f"random, seed {seed}"
@@ -128,12 +129,12 @@ def finetune(
         "crop_min": views.crop_min,
         "flip": views.flip,
         "seed": seed,
-        "precision": how["precision"],
+        "precision": compute.precision,
     }
     model = build_classifier(pretrained, len(train.classes), seed=seed, from_scratch=from_scratch)
     if world_size() > 1:
         convert_sync_batchnorm(model)
-    model.to(on).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    compute.place(model)
     optimizer = build_optimizer(model, method, head_lr)
     state = restore(out, settings)
     if "model" in state:
@@ -167,7 +168,7 @@ def finetune(
             lr = set_lr(
                 optimizer, batch.step, peak_lr=plan.batch_size / 256, steps=steps, warmup_steps=0
             )
-            with autocast(**how):
+            with compute.autocast():
                 logits = network(batch.views[0])
             loss = F.cross_entropy(logits.float(), truth[batch.index.to(on)])
             optimizer.zero_grad()
@@ -194,7 +195,7 @@ def finetune(
                         "loss": loss_sum.item() / per_epoch,
                     }
                     found |= {"lr": lr["backbone"], "lr_head": lr["head"]}
-                    rows.append(found | {"val_top1": accuracy(model, val, plan, **how)["top1"]})
+                    rows.append(found | {"val_top1": accuracy(model, val, plan, compute)["top1"]})
                     line.update(step, rows[-1] | watch.rates())
                     loss_sum = torch.zeros_like(loss_sum)
                     write_curve(out / "curve.jsonl", rows)
@@ -211,7 +212,7 @@ def finetune(
         {"from scratch" if from_scratch else "pretrained": [curve]}, out / "curve.png"
     )
     about = {"val_top1": curve, "unreadable": len(unreadable), "seconds": round(watch.seconds, 1)}
-    return {"parameters": settings, **accuracy(model, test, plan, **how), **about}
+    return {"parameters": settings, **accuracy(model, test, plan, compute), **about}
 
 
 def split_train_val(
@@ -246,7 +247,7 @@ def build_classifier(run: Run, classes: int, *, seed: int, from_scratch: bool) -
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         backbone = build_backbone(run.recipe)
-        head = nn.Linear(int(backbone.dim), classes)  # type: ignore[arg-type]
+        head = nn.Linear(feature_dim(backbone), classes)
         nn.init.normal_(head.weight, std=0.01)  # as in linear evaluation (appendix A)
         nn.init.zeros_(head.bias)
     return nn.Sequential(
@@ -276,11 +277,11 @@ def build_optimizer(model: nn.Sequential, method: Method, head_lr: float) -> Opt
 
 
 def accuracy(
-    model: nn.Module, images: Images, recipe: Recipe, device: torch.device, precision: str
+    model: nn.Module, images: Images, recipe: ResolvedRecipe, compute: Compute
 ) -> dict[str, float]:
     """`top1` and `top5` in percent (top5 of as many classes as there are) over the `n` images that could be read."""
     found = extract_features(
-        model, images, eval_transform(recipe), device=device, precision=precision
+        model, images, eval_transform(recipe), compute=compute
     )
     assert images.labels is not None
     best = found.matrices[0].topk(min(5, len(images.classes))).indices

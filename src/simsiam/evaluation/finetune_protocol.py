@@ -11,6 +11,7 @@ from simsiam.evaluation.few_label import plan_draws
 from simsiam.evaluation.finetune import finetune
 from simsiam.evaluation.frozen import ProtocolResult
 from simsiam.evaluation.scores import summarize_accuracy
+from simsiam.model.precision import Compute
 from simsiam.runs.run_folder import Run
 
 
@@ -21,8 +22,7 @@ def evaluate_finetune(
     test: Images,
     settings: Settings,
     *,
-    device: str,
-    precision: str,
+    compute: Compute,
 ) -> Iterator[ProtocolResult]:
     """End to end on all training images, or on the few that protocol few_label would label, draw by draw.
 
@@ -43,7 +43,7 @@ def evaluate_finetune(
                 finetune(
                     run.path, train.take(positions), test, out=run.path / "finetuning" / words.replace(" ", "-"),
                     epochs=settings.finetune_epochs, from_scratch=settings.from_scratch, seed=settings.seed + draw,
-                    device=device, precision=precision,
+                    device=str(compute.device), precision=compute.precision,
                 )
             )  # fmt: skip
         top1, top5 = ([one[key] for one in found] for key in ("top1", "top5"))

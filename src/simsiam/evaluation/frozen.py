@@ -9,12 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from simsiam.config.protocols import Settings
-from simsiam.config.recipes import SETTING_TYPES
-from simsiam.config.settings import parse_value
 from simsiam.data.images import Images, hold_out
 from simsiam.errors import UsageError, unknown_name
+from simsiam.model.backbones import feature_dim
 from simsiam.model.heads import build_projector
-from simsiam.model.precision import pick_device, pick_precision
+from simsiam.model.precision import Compute
 from simsiam.monitoring.features import extract_features, standardization_stats
 from simsiam.runs.encoder import build_backbone, eval_transform
 from simsiam.runs.run_folder import Run
@@ -67,9 +66,7 @@ class FrozenNetwork:
     Raises UsageError for a checkpoint that is not there.
     """
 
-    def __init__(
-        self, run: Run, checkpoint: str, train: Images, test: Images, *, device: str, precision: str
-    ):
+    def __init__(self, run: Run, checkpoint: str, train: Images, test: Images, *, compute: Compute):
         names = sorted(path.stem for path in (run.path / "checkpoints").glob("*.pt"))
         if not names:
             raise UsageError(f"{run.path} has no checkpoint: `simsiam resume {run.path}` makes one")
@@ -84,10 +81,7 @@ class FrozenNetwork:
             state["model"],
         )
         self.train, self.test = train, test
-        self.device = pick_device(device)
-        self.precision = pick_precision(
-            parse_value(precision, SETTING_TYPES["precision"], "precision"), self.device
-        )
+        self.compute = compute
         self.backbone = self.load_part(build_backbone(self.recipe), "backbone")
         self.test_indices: np.ndarray = np.arange(
             len(test)
@@ -112,19 +106,16 @@ class FrozenNetwork:
         return self.freeze_part(part)
 
     def freeze_part(self, part: nn.Module) -> nn.Module:
-        return (
-            part.eval().requires_grad_(False).to(self.device).to(memory_format=torch.channels_last)
-        )  # type: ignore[call-overload]
+        return self.compute.place(part.eval().requires_grad_(False))
 
     def network(self, kind: str) -> nn.Module:
         """Normalized images to the features of a kind: h, z, RAW or UNTRAINED."""
         if kind == "h":
             return self.backbone
         if kind == "z":
-            z = build_projector(self.recipe.method, int(self.backbone.dim))  # type: ignore[arg-type]
+            z = build_projector(self.recipe.method, feature_dim(self.backbone))
             return nn.Sequential(self.backbone, self.load_part(z, "projector"))
         if kind == RAW_PIXELS:
-            assert self.recipe.image_size
             return nn.Sequential(
                 nn.AdaptiveAvgPool2d(min(self.recipe.image_size, MAX_RAW_SIDE)), nn.Flatten()
             )
@@ -148,8 +139,7 @@ class FrozenNetwork:
                 network,
                 images,
                 transform,
-                device=self.device,
-                precision=self.precision,
+                compute=self.compute,
                 progress_label=f"features, {kind}",
             )
             for images in (self.train, self.test)

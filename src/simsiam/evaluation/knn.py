@@ -15,7 +15,7 @@ def evaluate_knn(frozen: FrozenNetwork, settings: Settings) -> Iterator[Protocol
             settings.k or cap_k(len(known.train_features), known.classes), len(known.train_features)
         )
         bank, labels, queries = (
-            part.to(frozen.device)
+            part.to(frozen.compute.device)
             for part in (known.train_features, known.train_labels, known.test_features)
         )
         scores = knn_scores(bank, labels, queries, classes=known.classes, k=k, tau=settings.tau)

@@ -1,7 +1,6 @@
 """Protocol label_free: what features show by themselves."""
 
 from collections.abc import Iterator
-from typing import Any
 
 from simsiam.config.protocols import Settings
 from simsiam.data.images import evenly_spaced
@@ -15,11 +14,12 @@ from simsiam.runs.encoder import eval_transform
 def evaluate_label_free(frozen: FrozenNetwork, settings: Settings) -> Iterator[ProtocolResult]:
     """Signals of test images spread evenly, as they are and in two views of each."""
     images = frozen.test.take(evenly_spaced(len(frozen.test), MONITOR_SAMPLE_SIZE))
-    where: dict[str, Any] = {"device": frozen.device, "precision": frozen.precision}
     network = frozen.network(settings.features)
-    found = extract_features(network, images, eval_transform(frozen.recipe), **where)
-    h = found.matrices[0].to(frozen.device)
-    a, b = two_view_features(network, images.take(found.kept_indices), frozen.recipe, **where)
+    found = extract_features(network, images, eval_transform(frozen.recipe), compute=frozen.compute)
+    h = found.matrices[0].to(frozen.compute.device)
+    a, b = two_view_features(
+        network, images.take(found.kept_indices), frozen.recipe, compute=frozen.compute
+    )
     values = {
         "rankme": rankme(h), "spectrum_auc": spectrum_auc(h), "alignment": alignment(a, b),
         "uniformity": uniformity(h), "view_retrieval": view_retrieval(a, b),

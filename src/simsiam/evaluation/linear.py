@@ -31,7 +31,6 @@ from simsiam.evaluation.frozen import (
     top5_classes,
 )
 from simsiam.model.optimizers import LARS, cosine_schedule
-from simsiam.model.precision import autocast
 from simsiam.training.progress import ProgressLine, Stopwatch
 
 MOMENTUM = 0.9
@@ -54,7 +53,7 @@ def evaluate_linear(frozen: FrozenNetwork, settings: Settings) -> Iterator[Proto
     if settings.linear == "cached":
         for kind in feature_kinds(settings):
             yield train_on_cached_features(
-                frozen.features(kind).standardize(), kind, settings, frozen.device
+                frozen.features(kind).standardize(), kind, settings, frozen.compute.device
             )
     else:
         yield from train_on_crops(frozen, settings)
@@ -140,7 +139,7 @@ def linear_logits(w: Tensor, x: Tensor) -> Tensor:
 
 def train_on_crops(frozen: FrozenNetwork, settings: Settings) -> Iterator[ProtocolResult]:
     """A layer on features of fresh crops, its weights from N(0, 0.01), its biases from 0; one layer a learning rate."""
-    n, device = len(frozen.train), frozen.device
+    n, device = len(frozen.train), frozen.compute.device
     paper = settings.linear == "paper"
     size = min(PAPER_BATCH_SIZE if paper else 256, n)
     base_lrs = BASE_LRS[settings.linear] if settings.base_lr is None else (settings.base_lr,)
@@ -157,7 +156,7 @@ def train_on_crops(frozen: FrozenNetwork, settings: Settings) -> Iterator[Protoc
     watch = Stopwatch()
     with ProgressLine(0, steps, per_epoch) as line:
         for batch in iter_batches(frozen.train, recipe, 0, steps, device):
-            with torch.no_grad(), autocast(device, frozen.precision):
+            with torch.no_grad(), frozen.compute.autocast():
                 h, index = (
                     all_gather(network(batch.views[0]).float()),
                     all_gather(batch.index.to(device)),

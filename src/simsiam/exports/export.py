@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision import models
 
-from simsiam.config.recipes import Recipe, default_stem
+from simsiam.config.recipes import ResolvedRecipe, default_stem
 from simsiam.errors import UsageError, WorkFailed, unknown_name
 from simsiam.exports import detectron2
 from simsiam.exports.model_card import model_card
@@ -97,7 +97,7 @@ def require_package(package: str, format: str) -> None:
         ) from None
 
 
-def preprocessing_config(recipe: Recipe) -> dict[str, Any]:
+def preprocessing_config(recipe: ResolvedRecipe) -> dict[str, Any]:
     """What is done to an image before the network sees it."""
     transform = eval_transform(recipe)
     return {
@@ -107,9 +107,8 @@ def preprocessing_config(recipe: Recipe) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def max_difference(eager: Network, exported: Network, recipe: Recipe) -> float:
+def max_difference(eager: Network, exported: Network, recipe: ResolvedRecipe) -> float:
     """The largest |Δ| between features of the same images. Raises WorkFailed above TOLERANCE."""
-    assert recipe.image_size
     largest = 0.0
     for n in TEST_BATCH_SIZES:
         shape = (n, recipe.channels, recipe.image_size, recipe.image_size)
@@ -140,7 +139,7 @@ def write_safetensors(network: nn.Module, run: Run, folder: Path) -> None:
     save_weights(contiguous_state_dict(network), folder / "backbone.safetensors", about)
 
 
-def reload_safetensors(folder: Path, recipe: Recipe) -> Network:
+def reload_safetensors(folder: Path, recipe: ResolvedRecipe) -> Network:
     network = build_backbone(recipe).eval()
     network.load_state_dict(load_file(folder / "backbone.safetensors"))
     return network
@@ -156,8 +155,7 @@ def write_torchvision(network: nn.Module, run: Run, folder: Path) -> None:
         torch.save(contiguous_state_dict(network), file)
 
 
-def reload_torchvision(folder: Path, recipe: Recipe) -> Network:
-    assert recipe.image_size
+def reload_torchvision(folder: Path, recipe: ResolvedRecipe) -> Network:
     model = models.get_model(recipe.backbone, weights=None)
     network = remove_classifier(model, recipe.backbone, recipe.image_size).eval()
     network.load_state_dict(torch.load(folder / "backbone.pth", weights_only=True))
@@ -193,7 +191,7 @@ def write_timm(network: nn.Module, run: Run, folder: Path) -> None:
     save_weights(contiguous_state_dict(network), folder / "model.safetensors", {"format": "pt"})
 
 
-def reload_timm(folder: Path, recipe: Recipe) -> Network:
+def reload_timm(folder: Path, recipe: ResolvedRecipe) -> Network:
     import timm
 
     network = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
@@ -223,7 +221,7 @@ def write_detectron2(network: nn.Module, run: Run, folder: Path) -> None:
     (folder / "config.yaml").write_text(config)
 
 
-def reload_detectron2(folder: Path, recipe: Recipe) -> Network:
+def reload_detectron2(folder: Path, recipe: ResolvedRecipe) -> Network:
     """By the library where it is installed, else from its names and settings."""
     weights, config, transform = (
         folder / "backbone.pkl",
@@ -256,7 +254,7 @@ def write_onnx(network: nn.Module, run: Run, folder: Path) -> None:
         )
 
 
-def reload_onnx(folder: Path, recipe: Recipe) -> Network:
+def reload_onnx(folder: Path, recipe: ResolvedRecipe) -> Network:
     import onnx
     import onnxruntime
 
@@ -276,7 +274,7 @@ def write_torch_export(network: nn.Module, run: Run, folder: Path) -> None:
         torch.export.save(program, folder / "backbone.pt2", extra_files=about)
 
 
-def reload_torch_export(folder: Path, recipe: Recipe) -> Network:
+def reload_torch_export(folder: Path, recipe: ResolvedRecipe) -> Network:
     with suppress_warnings():
         return torch.export.load(folder / "backbone.pt2").module()
 
@@ -289,7 +287,7 @@ def write_huggingface(network: nn.Module, run: Run, folder: Path) -> None:
         write_timm(network, run, folder)
 
 
-def reload_huggingface(folder: Path, recipe: Recipe) -> Network:
+def reload_huggingface(folder: Path, recipe: ResolvedRecipe) -> Network:
     ours = load(folder)
     if is_in_timm(recipe):
         max_difference(ours, reload_timm(folder, recipe), recipe)
@@ -298,7 +296,7 @@ def reload_huggingface(folder: Path, recipe: Recipe) -> Network:
 
 class Format(NamedTuple):
     write: Callable[[nn.Module, Run, Path], None]
-    reload: Callable[[Path, Recipe], Network]
+    reload: Callable[[Path, ResolvedRecipe], Network]
     packages: tuple[str, ...]  # beyond our own dependencies
     load_code: str  # the line that loads it
 
@@ -328,9 +326,8 @@ FORMATS = {
 EXTRAS = {"onnx": "onnx", "onnxscript": "onnx", "onnxruntime": "onnx", "huggingface_hub": "hub"}
 
 
-def is_standard_backbone(recipe: Recipe) -> bool:
+def is_standard_backbone(recipe: ResolvedRecipe) -> bool:
     """Whether the network is as published: a ResNet may be narrower here, or have the stem for small images."""
-    assert recipe.image_size
     stem = recipe.stem or default_stem(recipe.image_size)
     return recipe.backbone not in RESNETS or (recipe.width, stem, recipe.channels) == (
         64,
@@ -339,7 +336,7 @@ def is_standard_backbone(recipe: Recipe) -> bool:
     )
 
 
-def is_in_timm(recipe: Recipe) -> bool:
+def is_in_timm(recipe: ResolvedRecipe) -> bool:
     """timm's ResNets are torchvision's, parameter by parameter."""
     import timm
 
@@ -351,8 +348,7 @@ def is_in_timm(recipe: Recipe) -> bool:
     return ours or recipe.backbone.startswith(TIMM_PREFIX)
 
 
-def describe_backbone(recipe: Recipe) -> str:
-    assert recipe.image_size
+def describe_backbone(recipe: ResolvedRecipe) -> str:
     stem = recipe.stem or default_stem(recipe.image_size)
     return f"{recipe.backbone}" + f" of width {recipe.width} with a {stem} stem" * (
         recipe.backbone in RESNETS
@@ -365,8 +361,7 @@ def contiguous_state_dict(network: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def example_input(recipe: Recipe) -> Tensor:
-    assert recipe.image_size
+def example_input(recipe: ResolvedRecipe) -> Tensor:
     return torch.zeros(2, recipe.channels, recipe.image_size, recipe.image_size)
 
 

@@ -36,7 +36,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms as T
 
 from simsiam.config.method import Views
-from simsiam.config.recipes import CHANNEL_STATISTICS, Recipe, cifar_recipe, shapes_recipe
+from simsiam.config.recipes import (
+    CHANNEL_STATISTICS,
+    Recipe,
+    ResolvedRecipe,
+    cifar_recipe,
+    shapes_recipe,
+)
 from simsiam.data.batches import crop_images, iter_batches, make_training_views, min_decode_side
 from simsiam.data.images import Images, from_arrays, load_into_memory
 from simsiam.data.storage import Column, Names, numbered_keys
@@ -44,7 +50,7 @@ from simsiam.data.transform import Transform
 from simsiam.data.views import make_views
 from simsiam.errors import UsageError, WorkFailed, unknown_name
 from simsiam.model.optimizers import set_lr
-from simsiam.model.precision import pick_device, pick_precision
+from simsiam.model.precision import Compute
 from simsiam.model.siamese import build
 from simsiam.monitoring.features import extract_features
 from simsiam.monitoring.nearest_neighbors import IMAGENET_K, knn_scores
@@ -64,8 +70,7 @@ PHOTO_SIZE = (380, 460)  # height and width of a photograph: ImageNet's mean
 class BenchContext:
     """Where a case takes place."""
 
-    device: torch.device
-    precision: str
+    compute: Compute
     folder: Path  # for files; empty at first, and gone at the end
 
 
@@ -98,19 +103,18 @@ def bench(
             raise unknown_name("case", name, CASES)
     if out is not None and not Path(out).parent.is_dir():
         raise UsageError(f"{Path(out).parent} is not a folder: choose another --out")
-    where = pick_device(device)
-    precision = pick_precision("auto", where)
+    compute = Compute.pick(device)
     console = Console(highlight=False)
     found: dict[str, Any] = {}
-    for name in only or [name for name, case in CASES.items() if case.device in (None, where.type)]:
+    for name in only or [
+        name for name, case in CASES.items() if case.device in (None, compute.device.type)
+    ]:
         with tempfile.TemporaryDirectory() as folder, torch_threads(CASES[name].threads):
-            scene = BenchContext(device=where, precision=precision, folder=Path(folder))
-            found[name] = measure_case(CASES[name], CASES[name].prepare(scene), where)
+            scene = BenchContext(compute=compute, folder=Path(folder))
+            found[name] = measure_case(CASES[name], CASES[name].prepare(scene), compute.device)
         console.print(result_table(name, found[name]))
     here = {
-        k: v
-        for k, v in collect_environment(where, precision).items()
-        if k not in ("command", "processes")
+        k: v for k, v in collect_environment(compute).items() if k not in ("command", "processes")
     }
     peers = {
         name: importlib.metadata.version(name)
@@ -352,7 +356,7 @@ def bench_training(
 ) -> Comparison:
     """Load, augment and step, on images of 32 px; ours decodes them once, before the first step, as training does."""
     steps = (
-        20 if context.device.type == "cuda" else max(1, 64 // width)
+        20 if context.compute.device.type == "cuda" else max(1, 64 // width)
     )  # long enough for a loader's start not to count
     changes: dict[str, Any] = {
         "backbone": backbone,
@@ -361,14 +365,14 @@ def bench_training(
         "mean": MEAN,
         "std": STD,
     }
-    recipe = Recipe().replace(**cifar_recipe() | changes, device=context.device.type)
+    recipe = Recipe().replace(**cifar_recipe() | changes, device=context.compute.device.type).resolve()
     views = recipe.method.views[0]
     files = make_photographs(batch_size, 32, 32) * steps
     train, _ = load_into_memory(images_from_jpegs(files), 2**30)
     ours, device, precision = (
         make_training_steps(recipe, train, steps),
-        context.device,
-        context.precision,
+        context.compute.device,
+        context.compute.precision,
     )
 
     def loop(transform: Callable[[Image.Image], Tensor]) -> Callable[[], None]:
@@ -405,9 +409,9 @@ def bench_training(
     )
 
 
-def make_training_steps(recipe: Recipe, train: Images, steps: int) -> Callable[[], None]:
+def make_training_steps(recipe: ResolvedRecipe, train: Images, steps: int) -> Callable[[], None]:
     """A function that takes the next steps of a run; of several processes, its share in them."""
-    model, optimizer, device, _ = parts = build_training_setup(recipe)
+    model, optimizer, (device, _) = parts = build_training_setup(recipe)
     gradients, clock = build_gradient_step(recipe, parts), itertools.count(0, steps)
 
     def ours() -> None:
@@ -462,7 +466,7 @@ def make_synthetic_steps(
         "std": STD,
     }
     return make_training_steps(
-        Recipe().replace(**shapes_recipe() | changes, device="cpu", precision="float32"),
+        Recipe().replace(**shapes_recipe() | changes, device="cpu", precision="float32").resolve(),
         images,
         steps,
     )
@@ -486,7 +490,7 @@ def bench_small_views(context: BenchContext) -> Comparison:
         [np.asarray(Image.open(io.BytesIO(file))) for file in make_photographs(count, 32, 32)]
     )
     pillow = [Image.fromarray(image) for image in pixels]
-    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().to(context.device)
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().to(context.compute.device)
 
     def ours(compiled: bool) -> list[Tensor]:
         key: dict[str, Any] = {"seed": 0, "step": next(clock), "positions": np.arange(count)}
@@ -495,7 +499,7 @@ def bench_small_views(context: BenchContext) -> Comparison:
         )
 
     def one_by_one(transform: Callable[[Image.Image], Tensor]) -> Tensor:
-        return torch.stack([transform(image) for image in pillow]).to(context.device)
+        return torch.stack([transform(image) for image in pillow]).to(context.compute.device)
 
     ways: dict[str, Callable[[], object]] = {
         "torchvision, Pillow": partial(one_by_one, torchvision_transform(views, 32))
@@ -517,13 +521,13 @@ def bench_small_views(context: BenchContext) -> Comparison:
     return Comparison(num_items=count, variants=ways, bytes_moved=5 * images.numel())
 
 
-def photo_recipe(device: torch.device, batch_size: int) -> Recipe:
+def photo_recipe(device: torch.device, batch_size: int) -> ResolvedRecipe:
     return Recipe().replace(
         image_size=224, mean=MEAN, std=STD, batch_size=batch_size, device=device.type
-    )
+    ).resolve()
 
 
-def cache_on_disk(images: Images, recipe: Recipe, folder: Path) -> Images:
+def cache_on_disk(images: Images, recipe: ResolvedRecipe, folder: Path) -> Images:
     least, path = min_decode_side(recipe), folder / "pixels.npy"
     write_pixel_file(images, path, least, 2**40)
     return with_pixel_file(images, PixelFile(path, images.channels), least)
@@ -534,7 +538,7 @@ def bench_large_views(context: BenchContext) -> Comparison:
     count = 128  # enough for a second of the plain way: short rounds scatter
     files, recipe, index = (
         make_photographs(count, *PHOTO_SIZE),
-        photo_recipe(context.device, count),
+        photo_recipe(context.compute.device, count),
         np.arange(count),
     )
     images, view = images_from_jpegs(files), torchvision_transform(recipe.method.views[0], 224)
@@ -542,9 +546,9 @@ def bench_large_views(context: BenchContext) -> Comparison:
     plain, compiled = JpegDataset(files, view, view), recipe.replace(compile=True)
     ways = {
         "torchvision, Pillow": lambda: [plain[i] for i in range(count)],
-        "simsiam": lambda: make_training_views(images, index, recipe, 0, context.device),
+        "simsiam": lambda: make_training_views(images, index, recipe, 0, context.compute.device),
         "simsiam, compiled": lambda: make_training_views(
-            images, index, compiled, 0, context.device
+            images, index, compiled, 0, context.compute.device
         ),
         "simsiam, what workers do of it": lambda: crop_images(images, index, recipe, 0, 2),
         "the same, decoded on disk": lambda: crop_images(kept, index, recipe, 0, 2),
@@ -561,7 +565,7 @@ def bench_folder(context: BenchContext) -> Comparison:
     images = Images(
         Names(pa.array([path.name.encode() for path in paths], pa.large_binary())), context.folder
     )
-    recipe = photo_recipe(context.device, batch_size)
+    recipe = photo_recipe(context.compute.device, batch_size)
     view, kept = (
         torchvision_transform(recipe.method.views[0], 224),
         cache_on_disk(images, recipe, context.folder),
@@ -569,13 +573,13 @@ def bench_folder(context: BenchContext) -> Comparison:
     loader = JpegDataset(paths, view, view).data_loader(batch_size)
     ways = {
         "DataLoader, torchvision, Pillow": lambda: [
-            [x.to(context.device) for x in views] for views in loader
+            [x.to(context.compute.device) for x in views] for views in loader
         ][:0],
         "simsiam": lambda: [
-            batch.step for batch in iter_batches(images, recipe, 0, steps, context.device)
+            batch.step for batch in iter_batches(images, recipe, 0, steps, context.compute.device)
         ],
         "simsiam, decoded on disk": lambda: [
-            batch.step for batch in iter_batches(kept, recipe, 0, steps, context.device)
+            batch.step for batch in iter_batches(kept, recipe, 0, steps, context.compute.device)
         ],
     }
     return Comparison(num_items=len(paths), variants=ways)
@@ -597,7 +601,11 @@ def bench_neighbors(context: BenchContext) -> Comparison:
     plain = KNeighborsClassifier(IMAGENET_K, weights=weights, algorithm="brute").fit(
         bank.numpy(), labels.numpy()
     )
-    mine = bank.to(context.device), labels.to(context.device), queries.to(context.device)
+    mine = (
+        bank.to(context.compute.device),
+        labels.to(context.compute.device),
+        queries.to(context.compute.device),
+    )
     ways: dict[str, Callable[[], object]] = {
         "scikit-learn, brute force": lambda: plain.predict(queries.numpy()),
         "simsiam": lambda: knn_scores(*mine, classes=10).argmax(1),
@@ -619,23 +627,19 @@ def bench_embedding(context: BenchContext) -> Comparison:
     """JPEG files to the features of a ResNet-18 at 224 pixels."""
     files = make_photographs(512, *PHOTO_SIZE)
     images, model = images_from_jpegs(files), build(backbone="resnet18").backbone.eval()
-    mine = (
-        build(backbone="resnet18").backbone.to(context.device).to(memory_format=torch.channels_last)
-    )  # type: ignore
+    mine = context.compute.place(build(backbone="resnet18").backbone)
     transform = Transform(224, MEAN, STD)
     plain = T.Compose([T.Resize(256), T.CenterCrop(224), T.ToTensor(), T.Normalize(MEAN, STD)])
-    loader, model = JpegDataset(files, plain).data_loader(64), model.to(context.device)
+    loader, model = JpegDataset(files, plain).data_loader(64), model.to(context.compute.device)
 
     def loop() -> None:
         with torch.no_grad():
             for (x,) in loader:
-                model(x.to(context.device)).cpu()
+                model(x.to(context.compute.device)).cpu()
 
     ways = {
         "plain loop": loop,
-        "simsiam": lambda: extract_features(
-            mine, images, transform, device=context.device, precision=context.precision
-        ),
+        "simsiam": lambda: extract_features(mine, images, transform, compute=context.compute),
     }
     return Comparison(num_items=len(files), variants=ways)
 
@@ -655,7 +659,7 @@ def bench_startup(context: BenchContext) -> Comparison:
             "pretrain",
             "shapes",
             "--device",
-            context.device.type,
+            context.compute.device.type,
             "--out",
             str(out),
         ]

@@ -9,10 +9,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from simsiam.config.recipes import Recipe, shapes_recipe
+from simsiam.config.recipes import ResolvedRecipe, shapes_recipe
 from simsiam.data.images import Images
 from simsiam.errors import UsageError
-from simsiam.model.precision import pick_device
+from simsiam.model.precision import Compute
 from simsiam.monitoring.features import extract_features
 from simsiam.monitoring.nearest_neighbors import knn_top1
 from simsiam.runs.encoder import eval_transform, load
@@ -101,13 +101,13 @@ def demo(*, seeds: int = 1, out: str | None = None) -> dict[str, list[float]]:
     return found
 
 
-def knn_test_accuracy(backbone: nn.Module, source: Source, recipe: Recipe) -> float:
+def knn_test_accuracy(backbone: nn.Module, source: Source, recipe: ResolvedRecipe) -> float:
     """kNN top-1 on the test images, in percent, with the training images as the bank. Never used to choose anything."""
-    device = pick_device(recipe.device)
+    compute = Compute.pick(recipe.device, "float32")
 
     def features(images: Images) -> Tensor:
         return extract_features(
-            backbone.to(device), images, eval_transform(recipe), device=device
+            backbone.to(compute.device), images, eval_transform(recipe), compute=compute
         ).matrices[0]
 
     train, test = source.train, source.test

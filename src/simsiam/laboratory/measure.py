@@ -121,7 +121,7 @@ def predictor_cosines(run: Run) -> dict[str, float]:
     """
     if not (found := run.json("laboratory.json")):
         recipe = run.recipe
-        model, _, device, _ = build_training_setup(replace(recipe, init=None))
+        model, _, (device, _) = build_training_setup(replace(recipe, init=None))
         state: Any = run.checkpoint()
         model.load_state_dict(state["model"])
         _, test, _ = split_train_test(

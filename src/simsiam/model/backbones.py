@@ -83,6 +83,18 @@ class SubsampledConv2d(nn.Conv2d):
         return super().forward(x[..., :: self.subsample_stride[0], :: self.subsample_stride[1]])
 
 
+def feature_dim(backbone: nn.Module) -> int:
+    """Return the width of a backbone's feature h.
+
+    Args:
+        backbone: A module with an attribute `dim`, as `create_backbone` makes it.
+
+    Returns:
+        The number of channels of h.
+    """
+    return int(backbone.dim)  # type: ignore[arg-type]
+
+
 def create_backbone(
     name: str, *, image_size: int, width: int = 64, stem: str | None = None, channels: int = 3
 ) -> nn.Module:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from simsiam.config.recipes import Recipe
+from simsiam.config.recipes import ResolvedRecipe
 from simsiam.distributed.process_group import world_size
 from simsiam.errors import WorkFailed
 from simsiam.model.siamese import Siamese, build
@@ -20,9 +20,8 @@ OUT_OF_MEMORY_MESSAGES = (
 )  # what torch's allocators say
 
 
-def build_on_meta(recipe: Recipe) -> Siamese:
+def build_on_meta(recipe: ResolvedRecipe) -> Siamese:
     """The recipe's model without a byte."""
-    assert recipe.image_size
     with torch.device("meta"):
         return build(
             recipe.method, backbone=recipe.backbone, image_size=recipe.image_size, width=recipe.width,
@@ -30,7 +29,7 @@ def build_on_meta(recipe: Recipe) -> Siamese:
         )  # fmt: skip
 
 
-def activation_bytes(model: Siamese, recipe: Recipe, batch_size: int) -> int:
+def activation_bytes(model: Siamese, recipe: ResolvedRecipe, batch_size: int) -> int:
     """Bytes that autograd keeps of a forward pass, of the recipe's model `on_meta`, for the backward pass.
 
     A criterion's own matrices are left out.
@@ -40,7 +39,6 @@ def activation_bytes(model: Siamese, recipe: Recipe, batch_size: int) -> int:
         dict[int, Tensor](),
         4 if recipe.precision == "float32" else 2,
     )
-    assert size
     with torch.device("meta"):
         views = {
             i: torch.empty(batch_size, recipe.channels, size, size)
@@ -60,7 +58,7 @@ def activation_bytes(model: Siamese, recipe: Recipe, batch_size: int) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) * values // 4
 
 
-def min_step_bytes(recipe: Recipe, batch_size: int) -> int:
+def min_step_bytes(recipe: ResolvedRecipe, batch_size: int) -> int:
     """Bytes that are all in use when a step turns back: weights, gradients, momentum, and what the backward pass needs.
 
     The optimizer has one momentum a parameter (AdamW two).
@@ -94,7 +92,7 @@ def available_memory(device: torch.device) -> int | None:
     return min(found, default=None) if device.type == "cpu" else None
 
 
-def out_of_memory_message(recipe: Recipe, device: torch.device, available_bytes: int | None) -> str:
+def out_of_memory_message(recipe: ResolvedRecipe, device: torch.device, available_bytes: int | None) -> str:
     """The largest batch that fits, among the powers of two, in words."""
     words = f"batch_size {recipe.batch_size} does not fit into the memory of {device}"
     if available_bytes is not None:
@@ -112,7 +110,7 @@ def out_of_memory_message(recipe: Recipe, device: torch.device, available_bytes:
     return f"{words}: take a smaller --batch-size"
 
 
-def check_memory(recipe: Recipe, device: torch.device) -> None:
+def check_memory(recipe: ResolvedRecipe, device: torch.device) -> None:
     """Raises WorkFailed, with a batch size that fits, where a step cannot.
 
     On a CPU alone: there the system ends a process that takes too much, and it has no last word.
@@ -127,7 +125,7 @@ def check_memory(recipe: Recipe, device: torch.device) -> None:
 
 
 @contextmanager
-def catch_out_of_memory(recipe: Recipe, device: torch.device) -> Iterator[None]:
+def catch_out_of_memory(recipe: ResolvedRecipe, device: torch.device) -> Iterator[None]:
     """Training in the memory there is. Raises WorkFailed, with a batch size that fits, where it runs out."""
     there = available_memory(device)
     try:

@@ -3,10 +3,13 @@
 import os
 from collections.abc import Callable
 from functools import wraps
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from simsiam.config.recipes import SETTING_TYPES
+from simsiam.config.settings import parse_value
 from simsiam.distributed.process_group import world_size
 from simsiam.errors import UsageError
 
@@ -51,8 +54,50 @@ def pick_precision(name: str, device: torch.device) -> str:
     return "bfloat16" if fast else "float32"
 
 
-def autocast(device: torch.device, precision: str) -> torch.autocast:
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+class Compute(NamedTuple):
+    """Where to compute and in which precision.
+
+    Attributes:
+        device: The device of model and batches.
+        precision: "bfloat16" or "float32", of the network; losses take at least float32.
+    """
+
+    device: torch.device
+    precision: str
+
+    @classmethod
+    def pick(cls, device: str = "auto", precision: str = "auto") -> "Compute":
+        """Choose a device and a precision by name.
+
+        Args:
+            device: "auto", "cpu", "cuda", "cuda:1", ...; "auto" takes a GPU where there is one.
+            precision: "auto", "bfloat16" or "float32"; "auto" takes bfloat16 where it is fast.
+
+        Returns:
+            The chosen pair.
+
+        Raises:
+            UsageError: If the device cannot be used here or the precision is unknown.
+        """
+        precision = parse_value(precision, SETTING_TYPES["precision"], "precision")
+        chosen = pick_device(device)
+        return cls(chosen, pick_precision(precision, chosen))
+
+    def place(self, module: nn.Module) -> nn.Module:
+        """Move a module to the device, in the memory format in which convolutions are fastest.
+
+        Args:
+            module: Any module; it is changed in place.
+
+        Returns:
+            The same module.
+        """
+        return module.to(device=self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def autocast(self) -> torch.autocast:
+        """Return the context in which the network computes."""
+        enabled = self.precision == "bfloat16"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
 
 
 def at_least_float32(x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from simsiam.config.method import PAIRS
 from simsiam.config.methods import METHODS, Method
 from simsiam.errors import UsageError, unknown_name
-from simsiam.model.backbones import create_backbone as named_backbone
+from simsiam.model.backbones import create_backbone, feature_dim
 from simsiam.model.heads import BN_GROUPINGS, build_predictor, build_projector
 from simsiam.model.losses import CRITERIA
 from simsiam.model.targets import TARGETS
@@ -38,7 +38,7 @@ class Siamese(nn.Module):
             raise unknown_name("criterion", method.criterion, CRITERIA)
         self.method = method
         self.backbone = backbone
-        self.projector = build_projector(method, int(backbone.dim))  # type: ignore[arg-type]
+        self.projector = build_projector(method, feature_dim(backbone))
         self.predictor = build_predictor(method)
         self.target = TARGETS[method.target](method, self.f)
         self.criterion = CRITERIA[method.criterion](method)
@@ -109,7 +109,7 @@ def build(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if isinstance(backbone, str):
-            backbone = named_backbone(
+            backbone = create_backbone(
                 backbone, image_size=image_size, width=width, stem=stem, channels=channels
             )
         return Siamese(backbone, method)

@@ -12,7 +12,7 @@ from simsiam.data.transform import Transform, iter_crops
 from simsiam.distributed.collectives import all_gather, all_gather_objects
 from simsiam.distributed.process_group import local_slice, rank, world_size
 from simsiam.errors import WorkFailed
-from simsiam.model.precision import autocast
+from simsiam.model.precision import Compute
 from simsiam.utils.progress_bar import progress_bar
 
 
@@ -29,8 +29,7 @@ def extract_features(
     images: Images,
     transform: Transform,
     *,
-    device: torch.device,
-    precision: str = "float32",
+    compute: Compute,
     forward: Callable[[Tensor], tuple[Tensor, ...]] | None = None,
     progress_label: str = "",
 ) -> Features:
@@ -51,9 +50,7 @@ def extract_features(
         with progress_bar(progress_label if rank() == 0 else "", len(looked_at)) as advance:
             for index, pixels in iter_crops(looked_at, transform, skipped):
                 rows.append(
-                    compute_outputs(
-                        forward or (lambda x: (model(x),)), pixels, transform, device, precision
-                    )
+                    compute_outputs(forward or (lambda x: (model(x),)), pixels, transform, compute)
                 )
                 kept.append(index + mine.start)
                 advance(len(index))
@@ -82,12 +79,11 @@ def compute_outputs(
     forward: Callable[[Tensor], tuple[Tensor, ...]],
     pixels: Tensor,
     transform: Transform,
-    device: torch.device,
-    precision: str,
+    compute: Compute,
 ) -> list[Tensor]:
     """What `forward` returns for cropped pixels, uint8 (N, C, size, size): float32, on the CPU, without gradients."""
-    x = transform.normalize(pixels.to(device)).contiguous(memory_format=torch.channels_last)
-    with torch.no_grad(), autocast(device, precision):
+    x = transform.normalize(pixels.to(compute.device)).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad(), compute.autocast():
         return [h.float().cpu() for h in forward(x)]
 
 

@@ -7,13 +7,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from simsiam.config.recipes import Recipe
+from simsiam.config.recipes import ResolvedRecipe
 from simsiam.data.batches import make_training_views
 from simsiam.data.images import Images, quick_sample
 from simsiam.data.transform import Transform
 from simsiam.distributed.collectives import all_gather
 from simsiam.distributed.process_group import local_slice, rank_zero_only, world_size
-from simsiam.model.precision import autocast
+from simsiam.model.precision import Compute
 from simsiam.model.siamese import Siamese
 from simsiam.monitoring.features import extract_features
 from simsiam.monitoring.signals import (
@@ -44,24 +44,21 @@ class LabelFreeSignals(NamedTuple):
 def label_free_monitor(
     model: Siamese,
     images: Images,
-    recipe: Recipe,
+    recipe: ResolvedRecipe,
     transform: Transform,
     previous_neighbors: Tensor | None,
     *,
-    device: torch.device,
-    precision: str,
+    compute: Compute,
 ) -> LabelFreeSignals:
     """Signals on h of the same images and views whenever it is asked; a function of the weights and `before`."""
     looked_at = quick_sample(images, MONITOR_SAMPLE_SIZE)
-    found = extract_features(
-        model.backbone, looked_at, transform, device=device, precision=precision
-    )
-    h = found.matrices[0].to(device)
+    found = extract_features(model.backbone, looked_at, transform, compute=compute)
+    h = found.matrices[0].to(compute.device)
     training = model.training
     model.eval()
     try:
         shown = looked_at.take(found.kept_indices)
-        a, b = two_view_features(model.backbone, shown, recipe, device=device, precision=precision)
+        a, b = two_view_features(model.backbone, shown, recipe, compute=compute)
     finally:
         model.train(training)
     values, now = compute_signals(h, a, b, previous_neighbors)
@@ -85,7 +82,7 @@ def compute_signals(
 
 
 def two_view_features(
-    network: nn.Module, images: Images, recipe: Recipe, *, device: torch.device, precision: str
+    network: nn.Module, images: Images, recipe: ResolvedRecipe, *, compute: Compute
 ) -> tuple[Tensor, Tensor]:
     """Features (N, d), float32, of two views of each image, the same two every time; `network` is in eval mode.
 
@@ -96,8 +93,8 @@ def two_view_features(
     )
     pairs = []
     for index in parts[local_slice(len(parts))]:
-        views = make_training_views(images, index, recipe, MONITOR_STEP, device)[:2]
-        with torch.no_grad(), autocast(device, precision):
+        views = make_training_views(images, index, recipe, MONITOR_STEP, compute.device)[:2]
+        with torch.no_grad(), compute.autocast():
             pairs.append([network(x).float() for x in views])
     a, b = (all_gather(torch.cat(side)) for side in zip(*pairs, strict=True))
     return a, b

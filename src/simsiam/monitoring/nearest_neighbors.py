@@ -11,6 +11,7 @@ from simsiam.data.images import Images
 from simsiam.data.transform import Transform
 from simsiam.distributed.collectives import all_gather
 from simsiam.distributed.process_group import local_slice
+from simsiam.model.precision import Compute
 from simsiam.model.siamese import Siamese
 from simsiam.monitoring.features import extract_features
 
@@ -127,8 +128,7 @@ def knn_monitor(
     queries: Images,
     transform: Transform,
     *,
-    device: torch.device,
-    precision: str,
+    compute: Compute,
 ) -> tuple[dict[str, float], list[tuple[str, str]]]:
     """Accuracy on h (`knn_top1`) and on z (`knn_top1_z`), in percent, and the files that could not be read.
 
@@ -140,12 +140,10 @@ def knn_monitor(
         return h, model.projector(h)
 
     def features(images: Images) -> tuple[list[Tensor], Tensor, list[tuple[str, str]]]:
-        found = extract_features(
-            model, images, transform, device=device, precision=precision, forward=h_and_z
-        )
+        found = extract_features(model, images, transform, compute=compute, forward=h_and_z)
         assert images.labels is not None
         return (
-            [m.to(device) for m in found.matrices],
+            [m.to(compute.device) for m in found.matrices],
             torch.from_numpy(images.labels[found.kept_indices]),
             found.skipped,
         )
@@ -153,7 +151,9 @@ def knn_monitor(
     known, labels, skipped = features(bank)
     asked, truth, more = features(queries)
     top1 = [
-        knn_top1(b, labels.to(device), q, truth.to(device), classes=len(bank.classes))
+        knn_top1(
+            b, labels.to(compute.device), q, truth.to(compute.device), classes=len(bank.classes)
+        )
         for b, q in zip(known, asked, strict=True)
     ]
     return dict(

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from simsiam.config.recipes import Recipe, default_stem
+from simsiam.config.recipes import Recipe, ResolvedRecipe, default_stem
 from simsiam.data.batches import DEFAULT_VIEW_COUNT, make_training_views
 from simsiam.data.decode import Unreadable
 from simsiam.data.images import Images, evenly_spaced, sample
@@ -90,7 +90,7 @@ def preview(
 
 
 def build_sheet(
-    recipe: Recipe, source: Source, reasons: Sequence[str], *, rows: int, views: int
+    recipe: ResolvedRecipe, source: Source, reasons: Sequence[str], *, rows: int, views: int
 ) -> PreviewSheet:
     """The sheet of what `compose` returns.
 
@@ -166,10 +166,9 @@ def describe_images(
     return lines
 
 
-def describe_recipe(recipe: Recipe) -> list[tuple[str, list[str]]]:
+def describe_recipe(recipe: ResolvedRecipe) -> list[tuple[str, list[str]]]:
     """The recipe's parameters that the pictures depend on, and how the pictures show them."""
     size, channels = recipe.image_size, recipe.channels
-    assert size and recipe.mean and recipe.std
     stem = recipe.stem or default_stem(size)
     network = (
         f"{recipe.backbone}, width {recipe.width}, {stem} stem"

@@ -30,7 +30,7 @@ from simsiam.data.images import Images, evenly_spaced, measure_sizes, sample
 from simsiam.embeddings.cluster import center_and_normalize, kmeans
 from simsiam.embeddings.search import search_neighbors
 from simsiam.errors import UsageError, WorkFailed, check_ranges, printable
-from simsiam.model.precision import pick_device
+from simsiam.model.precision import Compute
 from simsiam.monitoring.features import extract_features
 from simsiam.pages.preview import MIN_SIDE, build_sheet, describe_recipe, to_rgb
 from simsiam.runs.encoder import load
@@ -340,10 +340,14 @@ def map_images(encoder: Any, images: Images) -> dict[str, Any]:
         raise WorkFailed(
             f"a map takes at least {MIN_MAP_IMAGES} images, and there are {len(images)}"
         )
-    device = pick_device("auto")
+    compute = Compute.pick("auto", "float32")
     # In float32, for cosines lie close together.
     found = extract_features(
-        encoder.to(device), images, encoder.transform, device=device, progress_label="mapping"
+        encoder.to(compute.device),
+        images,
+        encoder.transform,
+        compute=compute,
+        progress_label="mapping",
     )
     if found.skipped:
         raise WorkFailed(

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from simsiam.config import recipes
-from simsiam.config.recipes import Recipe
+from simsiam.config.recipes import Recipe, ResolvedRecipe
 from simsiam.data.images import Images, measure_sizes, quick_sample
 from simsiam.data.transform import Transform, iter_crops
 from simsiam.errors import UsageError, unknown_name
@@ -53,7 +53,7 @@ def compose_recipe(
     sources: str | os.PathLike[str] | Sequence[str] | None,
     recipe: str | Recipe | None,
     overrides: Mapping[str, Any],
-) -> tuple[Recipe, Source, list[str]]:
+) -> tuple[ResolvedRecipe, Source, list[str]]:
     """The complete recipe, the opened source, and why this recipe: the source decides, words override."""
     if isinstance(recipe, Recipe):
         base, why = recipe, ["given"]
@@ -86,22 +86,22 @@ def compose_recipe(
         complete = replace(complete, init=str(Path(complete.init).expanduser().resolve()))
     if complete.image_size is None:
         complete = replace(complete, image_size=input_size(complete.backbone) or 224)
+    size = complete.image_size or 0  # set above
     if complete.mean is None or complete.std is None:
-        mean, std = known or channel_statistics(opened.train, complete)
+        mean, std = known or channel_statistics(opened.train, size, complete.channels)
         complete = complete.replace(mean=complete.mean or mean, std=complete.std or std)
-    return complete, opened, why
+    return complete.resolve(), opened, why
 
 
 def channel_statistics(
-    images: Images, recipe: Recipe
+    images: Images, image_size: int, channels: int
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of each channel, in 0..1, over images prepared as for evaluation."""
-    assert recipe.image_size
-    transform = Transform(size=recipe.image_size, mean=(0.0,), std=(1.0,))
+    transform = Transform(size=image_size, mean=(0.0,), std=(1.0,))
     count, total, squares = (
         0,
-        torch.zeros(recipe.channels).double(),
-        torch.zeros(recipe.channels).double(),
+        torch.zeros(channels).double(),
+        torch.zeros(channels).double(),
     )
     for _, pixels in iter_crops(quick_sample(images, STATISTICS_SAMPLE_SIZE), transform, []):
         x = transform.normalize(pixels).double().movedim(1, 0).flatten(1)

@@ -11,6 +11,7 @@ import torch
 
 from simsiam.config.recipes import Recipe
 from simsiam.errors import UsageError
+from simsiam.model.precision import Compute
 from simsiam.runs.encoder import load
 from simsiam.runs.environment import collect_environment, utc_now
 from simsiam.runs.foreign_checkpoints import ConvertedCheckpoint, convert_state_dict
@@ -57,11 +58,11 @@ def convert(
     assumed = {k: v for k, v in assumed.items() if k not in known | given}
     recipe = Recipe(method=found.method, source=("unknown",)).replace(
         **known | found.settings | assumed | given
-    )
+    ).resolve()
 
     with atomic_folder(Path(out)) as part:
         run = Run.create(part, recipe)
-        here = collect_environment(torch.device("cpu"), "float32")
+        here = collect_environment(Compute(torch.device("cpu"), "float32"))
         run.write("environment.json", here | {"seed": recipe.seed, "start": utc_now(), "end": None})
         run.write("converted.json", {
             "checkpoint": str(checkpoint) if release else str(path.resolve()),

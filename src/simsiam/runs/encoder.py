@@ -6,7 +6,7 @@ from hashlib import sha256
 from safetensors import SafetensorError
 from torch import nn
 
-from simsiam.config.recipes import Recipe
+from simsiam.config.recipes import ResolvedRecipe
 from simsiam.data.transform import Transform
 from simsiam.errors import UsageError
 from simsiam.model.backbones import create_backbone
@@ -15,22 +15,20 @@ from simsiam.runs.run_folder import Run
 from simsiam.runs.weight_files import load_weights
 
 
-def eval_transform(recipe: Recipe) -> Transform:
+def eval_transform(recipe: ResolvedRecipe) -> Transform:
     """The preprocessing that belongs to a run's backbone."""
-    assert recipe.image_size and recipe.mean and recipe.std
     return Transform(size=recipe.image_size, mean=recipe.mean, std=recipe.std)
 
 
-def build_backbone(recipe: Recipe) -> nn.Module:
+def build_backbone(recipe: ResolvedRecipe) -> nn.Module:
     """The recipe's backbone, freshly initialized."""
-    assert recipe.image_size
     size, name = recipe.image_size, recipe.backbone
     return create_backbone(
         name, image_size=size, width=recipe.width, stem=recipe.stem, channels=recipe.channels
     )
 
 
-def load_init_weights(model: nn.Module, recipe: Recipe) -> None:
+def load_init_weights(model: nn.Module, recipe: ResolvedRecipe) -> None:
     """Give a backbone the weights that `init` names, strictly; raises UsageError where they do not fit."""
     weights = load_backbone_weights(recipe.init or "", recipe.backbone)
     try:

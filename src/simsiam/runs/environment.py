@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from simsiam.distributed.process_group import world_size
+from simsiam.model.precision import Compute
 
 
 def utc_now() -> str:
@@ -40,7 +41,7 @@ def git_commit() -> str | None:
         return None
 
 
-def collect_environment(device: torch.device, precision: str) -> dict[str, Any]:
+def collect_environment(compute: Compute) -> dict[str, Any]:
     """What a run's numbers and bits depend on besides its recipe."""
     versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
     packages = ("simsiam", "torchvision", "numpy", "pillow", "pyarrow")
@@ -48,9 +49,11 @@ def collect_environment(device: torch.device, precision: str) -> dict[str, Any]:
         "versions": versions | {name: version(name) for name in packages},
         "commit": git_commit(),
         "command": sys.argv,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
-        "device_type": device.type,
-        "precision": precision,
+        "device": torch.cuda.get_device_name(compute.device)
+        if compute.device.type == "cuda"
+        else _cpu_name(),
+        "device_type": compute.device.type,
+        "precision": compute.precision,
         "threads": torch.get_num_threads(),
         "processes": world_size(),
     }

@@ -29,7 +29,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from simsiam.config.method import HeadBN
 from simsiam.config.methods import METHODS, Method
 from simsiam.errors import UsageError
-from simsiam.model.backbones import RESNETS, create_backbone
+from simsiam.model.backbones import RESNETS, create_backbone, feature_dim
 from simsiam.model.heads import build_predictor, build_projector
 from simsiam.runs.published_weights import resolve_checkpoint
 from simsiam.runs.weight_files import read_state_dict
@@ -357,9 +357,9 @@ def expected_state_dict(
         parts = {"backbone": bare}
         if heads:
             parts |= {
-                "projector": build_projector(method, int(bare.dim)),
+                "projector": build_projector(method, feature_dim(bare)),
                 "predictor": build_predictor(method),
-            }  # type: ignore[arg-type]
+            }
         return {
             f"{part}.{name}": v
             for part, module in parts.items()

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from simsiam.config.recipes import Recipe
+from simsiam.config.recipes import ResolvedRecipe
 from simsiam.distributed.process_group import rank_zero_context, rank_zero_only
 from simsiam.errors import UsageError, WorkFailed, printable
 from simsiam.runs.environment import numerical_conditions, utc_now
@@ -110,11 +110,11 @@ class Run(TrainingFolder):
                 raise UsageError(
                     f"{where} is a link, and a run writes only inside its folder: link the whole folder"
                 )
-        self.recipe = read_recipe(self.path / "recipe.yaml")
+        self.recipe = read_recipe(self.path / "recipe.yaml").resolve()
 
     @classmethod
     @rank_zero_only
-    def create(cls, path: str | os.PathLike[str], recipe: Recipe) -> "Run":
+    def create(cls, path: str | os.PathLike[str], recipe: ResolvedRecipe) -> "Run":
         """A new run folder, or that of a run to go on with: one that `vacant` lets pass."""
         path = check_vacant(path, recipe)
         try:
@@ -169,7 +169,7 @@ class Run(TrainingFolder):
                 f"{error}; `simsiam resume {self.path}` goes on from the one before"
             ) from None
         try:
-            made_with = Recipe.from_dict(state["recipe"])
+            made_with = ResolvedRecipe.from_dict(state["recipe"])
             if state["format"] != CHECKPOINT_FORMAT:
                 raise UsageError(
                     f"{path} has format {state['format']}; this version reads {CHECKPOINT_FORMAT}"
@@ -291,7 +291,7 @@ class Run(TrainingFolder):
 
 
 def checkpoint_bytes(
-    recipe: Recipe, model: nn.Module, optimizer: Optimizer, env: dict[str, Any]
+    recipe: ResolvedRecipe, model: nn.Module, optimizer: Optimizer, env: dict[str, Any]
 ) -> int:
     """The size of a checkpoint that `Run.save` would write."""
     moved = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "environment": env}
@@ -301,7 +301,7 @@ def checkpoint_bytes(
 
 
 @rank_zero_only
-def choose_run_path(out: str | os.PathLike[str] | None, name: str, recipe: Recipe) -> Path:
+def choose_run_path(out: str | os.PathLike[str] | None, name: str, recipe: ResolvedRecipe) -> Path:
     """Where a run goes: `out`, or else a new runs/NAME-N. Raises UsageError where it cannot."""
     if out is None and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
         raise UsageError(
@@ -310,7 +310,7 @@ def choose_run_path(out: str | os.PathLike[str] | None, name: str, recipe: Recip
     return check_vacant(out or next_run_path(name), recipe)
 
 
-def check_vacant(path: str | os.PathLike[str], recipe: Recipe | None = None) -> Path:
+def check_vacant(path: str | os.PathLike[str], recipe: ResolvedRecipe | None = None) -> Path:
     """The path, if a run folder can be made there. An existing folder with anything in it is refused.
 
     But torchrun starts the same command again after a crash, and so does a cluster's queue: under torchrun the folder
@@ -324,7 +324,7 @@ def check_vacant(path: str | os.PathLike[str], recipe: Recipe | None = None) -> 
             and "TORCHELASTIC_RUN_ID" in os.environ
             and (path / "recipe.yaml").is_file()
         ):
-            if read_recipe(path / "recipe.yaml") == recipe:
+            if read_recipe(path / "recipe.yaml").resolve() == recipe:
                 return path
             raise UsageError(
                 f"{path} holds a run of another recipe than this command's: choose another --out"

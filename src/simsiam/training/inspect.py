@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from simsiam.config import recipes
-from simsiam.config.recipes import Recipe
+from simsiam.config.recipes import Recipe, ResolvedRecipe
 from simsiam.data.images import Images, evenly_spaced, load_into_memory
 from simsiam.errors import UsageError, WorkFailed, printable
 from simsiam.runs.compose import choose_recipe
@@ -72,7 +72,7 @@ def inspect(
         color = found("colors", color_statistics(names, source, recipe, index))
         found(
             "time",
-            estimate_duration(source, recipe.replace(mean=color["mean"], std=color["std"]), index),
+            estimate_duration(source, recipe.replace(mean=color["mean"], std=color["std"]).resolve(), index),
         )
     except (
         UsageError,
@@ -205,10 +205,10 @@ def color_statistics(
 def _measure_statistics(images: Images, recipe: Recipe) -> Any:
     from simsiam.runs.compose import channel_statistics
 
-    return channel_statistics(images, recipe)
+    return channel_statistics(images, recipe.image_size or 0, recipe.channels)
 
 
-def estimate_duration(source: Source, recipe: Recipe, index: Index) -> dict[str, Any]:
+def estimate_duration(source: Source, recipe: ResolvedRecipe, index: Index) -> dict[str, Any]:
     """An estimate of the time that the recipe's run takes here, without kNN monitor and checkpoints.
 
     An image is prepared (decoded, cropped, colored), then trained on. Worker processes prepare images beside a GPU, and
@@ -266,7 +266,7 @@ def _machine_key() -> list[Any]:
     ]
 
 
-def measure_speed(recipe: Recipe, images: Images, *, resident: bool) -> dict[str, Any]:
+def measure_speed(recipe: ResolvedRecipe, images: Images, *, resident: bool) -> dict[str, Any]:
     """Seconds it takes to prepare the views of an image in one process, and to train on them, and on which device.
 
     From real steps on images of the source: of 8 images, of 16, and so on up to a whole batch, as far as time allows.
@@ -275,11 +275,11 @@ def measure_speed(recipe: Recipe, images: Images, *, resident: bool) -> dict[str
     import torch
 
     from simsiam.data.batches import make_training_views
-    from simsiam.model.precision import autocast
     from simsiam.runs.environment import collect_environment
     from simsiam.training.prepare import build_training_setup
 
-    model, optimizer, device, precision = build_training_setup(recipe)
+    model, optimizer, compute = build_training_setup(recipe)
+    device = compute.device
     model.begin(images=len(images), labels=None, steps=1, per_epoch=1)
 
     def step(size: int) -> tuple[float, float]:
@@ -295,7 +295,7 @@ def measure_speed(recipe: Recipe, images: Images, *, resident: bool) -> dict[str
             torch.from_numpy(rows),
         )
         middle = time.monotonic()
-        with autocast(device, precision):
+        with compute.autocast():
             output = model(*x, index=index.to(device))
         optimizer.zero_grad()
         output.loss.backward()
@@ -320,7 +320,7 @@ def measure_speed(recipe: Recipe, images: Images, *, resident: bool) -> dict[str
         raise WorkFailed(
             f"batches of {recipe.batch_size} do not fit in the memory of {device}"
         ) from None
-    device_name = collect_environment(device, precision)["device"]
+    device_name = collect_environment(compute)["device"]
     return {
         "prepared": prepared,
         "trained": trained,

@@ -15,14 +15,14 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from simsiam.config.method import BN_SPLITS
-from simsiam.config.recipes import Recipe
+from simsiam.config.recipes import Recipe, ResolvedRecipe
 from simsiam.data.batches import steps_per_epoch
 from simsiam.data.decode import Unreadable
 from simsiam.data.images import Images, measure_sizes, quick_sample
 from simsiam.data.shards import BLOCK_BYTES, Shards
 from simsiam.errors import UsageError, WorkFailed, printable
 from simsiam.model.memory import activation_bytes, build_on_meta
-from simsiam.model.precision import autocast, pick_device, pick_precision
+from simsiam.model.precision import Compute
 from simsiam.model.targets import eta_bytes
 from simsiam.runs.compose import compose_recipe
 from simsiam.runs.environment import collect_environment
@@ -113,7 +113,7 @@ def plan(
 # --- the images -------------------------------------------------------------------------------------------------------
 
 
-def is_resident(images: Images, num_images: int, recipe: Recipe) -> bool:
+def is_resident(images: Images, num_images: int, recipe: ResolvedRecipe) -> bool:
     """Whether `count` such images would be decoded once and stay in memory."""
     if images.pixels is not None:
         return num_images <= len(images)
@@ -136,7 +136,7 @@ def mean_file_bytes(images: Images) -> float:
     return sum(sizes) / len(sizes)
 
 
-def count_steps(recipe: Recipe, num_images: int) -> dict[str, Any]:
+def count_steps(recipe: ResolvedRecipe, num_images: int) -> dict[str, Any]:
     """Steps, and the images that they go through."""
     per_epoch = steps_per_epoch(num_images, recipe.batch_size)
     total = recipe.steps or recipe.epochs * per_epoch
@@ -152,14 +152,14 @@ def count_steps(recipe: Recipe, num_images: int) -> dict[str, Any]:
 # --- speed ------------------------------------------------------------------------------------------------------------
 
 
-def measure_local_speed(recipe: Recipe, images: Images, resident: bool) -> dict[str, Any]:
+def measure_local_speed(recipe: ResolvedRecipe, images: Images, resident: bool) -> dict[str, Any]:
     """Seconds an image takes, measured here: see `speed`."""
     found = measure_speed(recipe, images, resident=resident)
-    precision = pick_precision(recipe.precision, pick_device(recipe.device))
+    precision = Compute.pick(recipe.device, recipe.precision).precision
     return found | {"from": "a probe on this machine", "precision": precision}
 
 
-def speed_from_bench(files: Sequence[str | os.PathLike[str]], recipe: Recipe) -> dict[str, Any]:
+def speed_from_bench(files: Sequence[str | os.PathLike[str]], recipe: ResolvedRecipe) -> dict[str, Any]:
     """Seconds an image takes on the machine of a bench file, by the arithmetic that its largest network got done.
 
     What takes a GPU may be in one file and what takes cores in another. Raises UsageError where none holds a training
@@ -237,16 +237,16 @@ def estimate_time(
 # --- sizes ------------------------------------------------------------------------------------------------------------
 
 
-def model_costs(recipe: Recipe, precision: str) -> tuple[dict[str, int], float]:
+def model_costs(recipe: ResolvedRecipe, precision: str) -> tuple[dict[str, int], float]:
     """Bytes of the recipe's model by what they are for, counted in one step on few images here; FLOPs of an image."""
     recipe = recipe.replace(device="cpu", init=None)
+    compute = Compute(torch.device("cpu"), precision)
     few = 2 * BN_SPLITS if recipe.method.bn == "split" else 4
-    model, optimizer, device, _ = build_training_setup(
+    model, optimizer, _ = build_training_setup(
         recipe.replace(batch_size=few)
     )  # all that has to fit into memory here
     labels = torch.zeros(few, dtype=torch.long) if recipe.method.target == "labels" else None
     model.begin(images=few, labels=labels, steps=1, per_epoch=1)
-    assert recipe.image_size
     shape = (few, recipe.channels, recipe.image_size, recipe.image_size)
     x = [
         torch.randn(shape).contiguous(memory_format=torch.channels_last)
@@ -254,7 +254,7 @@ def model_costs(recipe: Recipe, precision: str) -> tuple[dict[str, int], float]:
     ]
     index = torch.arange(few)
     with FlopCounterMode(display=False) as counter:
-        with autocast(device, precision):
+        with compute.autocast():
             output = model(*x, index=index)
         output.loss.backward()
     optimizer.step()
@@ -266,7 +266,7 @@ def model_costs(recipe: Recipe, precision: str) -> tuple[dict[str, int], float]:
         for t in state.values()
         if isinstance(t, torch.Tensor)
     ]
-    here = collect_environment(device, precision)
+    here = collect_environment(compute)
     return {
         "weights": _total_bytes(model.parameters()) + _total_bytes(model.buffers()),
         "gradients": _total_bytes(trained),
@@ -285,7 +285,7 @@ def _total_bytes(tensors: Any) -> int:
 
 
 def estimate_memory(
-    recipe: Recipe, images: Images, num_images: int, gpus: int, precision: str
+    recipe: ResolvedRecipe, images: Images, num_images: int, gpus: int, precision: str
 ) -> dict[str, Any]:
     """Bytes on the device of each process, and what its workers hold of shards."""
     found, flops = model_costs(recipe, precision)
@@ -320,7 +320,7 @@ def block_bytes(images: Images) -> int:
 
 
 def estimate_storage(
-    recipe: Recipe, facts: Mapping[str, Any], images: Images, num_images: int
+    recipe: ResolvedRecipe, facts: Mapping[str, Any], images: Images, num_images: int
 ) -> dict[str, Any]:
     """Bytes of the images, of what is known of them, and of the run folder."""
     one, epochs = facts["memory"]["checkpoint_bytes"], facts["steps"]["epochs"]

@@ -8,7 +8,7 @@ import torch
 from torch.optim import Optimizer
 
 from simsiam.config.method import BN_SPLITS
-from simsiam.config.recipes import Recipe
+from simsiam.config.recipes import ResolvedRecipe
 from simsiam.data.batches import min_decode_side, sequential_batches, steps_per_epoch
 from simsiam.data.images import Images, hold_out, load_into_memory, sample
 from simsiam.distributed.collectives import all_gather_objects
@@ -17,7 +17,7 @@ from simsiam.distributed.sync_batch_norm import convert_sync_batchnorm
 from simsiam.errors import UsageError
 from simsiam.model.memory import check_memory
 from simsiam.model.optimizers import build_optimizer
-from simsiam.model.precision import autocast, pick_device, pick_precision
+from simsiam.model.precision import Compute
 from simsiam.model.siamese import Siamese, build
 from simsiam.model.targets import MovingAverageTarget
 from simsiam.runs.encoder import load_init_weights
@@ -36,7 +36,7 @@ class RunData:
     total_images: int  # how many images there were, readable or not
 
 
-def prepare_data(recipe: Recipe, source: Source) -> RunData:
+def prepare_data(recipe: ResolvedRecipe, source: Source) -> RunData:
     """Limit, decode what fits in memory or on disk, and hold out; a function of the recipe and the files alone.
 
     Labeled images are held out of the training set, unless the source has a `val` split beside its `test` split (a lone
@@ -88,7 +88,7 @@ def prepare_data(recipe: Recipe, source: Source) -> RunData:
     return RunData(train, bank, held_out, unreadable, seen)
 
 
-def check_process_split(recipe: Recipe, image_count: int) -> None:
+def check_process_split(recipe: ResolvedRecipe, image_count: int) -> None:
     """Raises UsageError where a batch cannot be dealt to the processes, or they do not see the same source."""
     processes, size = world_size(), recipe.batch_size
     if size < processes:
@@ -116,14 +116,12 @@ class TrainingSetup(NamedTuple):
 
     model: Siamese
     optimizer: Optimizer
-    device: torch.device
-    precision: str
+    compute: Compute
 
 
-def build_training_setup(recipe: Recipe) -> TrainingSetup:
+def build_training_setup(recipe: ResolvedRecipe) -> TrainingSetup:
     """The recipe's model and optimizer on its device, at their first step."""
-    device = pick_device(recipe.device)
-    assert recipe.image_size
+    compute = Compute.pick(recipe.device, recipe.precision)
     model = build(
         recipe.method,
         backbone=recipe.backbone,
@@ -137,15 +135,12 @@ def build_training_setup(recipe: Recipe) -> TrainingSetup:
         load_init_weights(model.backbone, recipe)
     if recipe.sync_bn and recipe.method.bn != "split" and world_size() > 1:
         convert_sync_batchnorm(model)
-    precision = pick_precision(recipe.precision, device)
-    check_memory(recipe.replace(precision=precision), device)
-    model.to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return TrainingSetup(model, build_optimizer(model, recipe.method), device, precision)
+    check_memory(recipe.replace(precision=compute.precision), compute.device)
+    compute.place(model)
+    return TrainingSetup(model, build_optimizer(model, recipe.method), compute)
 
 
-def initialize_eta(
-    model: Siamese, images: Images, recipe: Recipe, device: torch.device, precision: str
-) -> None:
+def initialize_eta(model: Siamese, images: Images, recipe: ResolvedRecipe, compute: Compute) -> None:
     """Give every image its first eta, what the initial network makes of one view, where the target keeps one (5.2).
 
     Without it, in the first epoch t would be the other view's z alone: Table 1a, which collapses.
@@ -154,6 +149,6 @@ def initialize_eta(
         f = deepcopy(
             model.f
         )  # a copy: the running statistics of the model's batch norms stay as they are
-        for batch in sequential_batches(images, recipe, device):
-            with torch.no_grad(), autocast(device, precision):
-                model.target.set_eta(f(batch.views[0]), batch.index.to(device))
+        for batch in sequential_batches(images, recipe, compute.device):
+            with torch.no_grad(), compute.autocast():
+                model.target.set_eta(f(batch.views[0]), batch.index.to(compute.device))

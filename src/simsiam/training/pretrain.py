@@ -97,14 +97,15 @@ def resume(path: str | os.PathLike[str], *, epochs: int | None = None) -> Path:
 def train_run(run: Run, data: RunData, setup: TrainingSetup, messages: list[str]) -> None:
     """From the run's last checkpoint, or from the start, to its last step."""
     recipe, method = run.recipe, run.recipe.method
-    model, optimizer, device, precision = setup
+    model, optimizer, compute = setup
+    device, precision = compute
     gradients = build_gradient_step(recipe, setup)
     per_epoch = steps_per_epoch(len(data.train), recipe.batch_size)
     steps = recipe.steps or recipe.epochs * per_epoch
     warmup = method.warmup_epochs * per_epoch
 
     state, changed = run.load_or_create_state(
-        collect_environment(device, precision), num_images=len(data.train)
+        collect_environment(compute), num_images=len(data.train)
     )
     if state["step"]:
         messages = [*messages, f"from     step {state['step']} of {steps}"]
@@ -130,15 +131,21 @@ def train_run(run: Run, data: RunData, setup: TrainingSetup, messages: list[str]
         run.save(name, state | moved | {"step": step, "seconds": watch.seconds})
 
     def measure() -> dict[str, float]:
-        how: dict[str, Any] = {"device": device, "precision": precision}
         found = label_free_monitor(
-            model, data.train, recipe, eval_transform(recipe), state.get("neighbors"), **how
+            model,
+            data.train,
+            recipe,
+            eval_transform(recipe),
+            state.get("neighbors"),
+            compute=compute,
         )
         run.quarantine(found.skipped)
         state["neighbors"] = found.neighbors
         if data.held_out is None:
             return found.values
-        top1, skipped = knn_monitor(model, data.bank, data.held_out, eval_transform(recipe), **how)
+        top1, skipped = knn_monitor(
+            model, data.bank, data.held_out, eval_transform(recipe), compute=compute
+        )
         run.quarantine(skipped)
         state["knn"] |= {"last": top1["knn_top1"]}
         if top1["knn_top1"] > state["knn"].get("best", -1):
@@ -156,7 +163,7 @@ def train_run(run: Run, data: RunData, setup: TrainingSetup, messages: list[str]
         for text in messages + changed:
             line.print_line(text)
         if "model" not in state:
-            initialize_eta(model, data.train, recipe, device, precision)
+            initialize_eta(model, data.train, recipe, compute)
         watch = Stopwatch(state["seconds"])
         save("last")
         for batch in iter_batches(data.train, recipe, start, steps, device):

@@ -6,11 +6,11 @@ from copy import copy
 import torch
 from torch import Tensor, nn
 
-from simsiam.config.recipes import Recipe
+from simsiam.config.recipes import ResolvedRecipe
 from simsiam.data.views import compile_works
 from simsiam.distributed.collectives import wrap_ddp
 from simsiam.distributed.process_group import world_size
-from simsiam.model.precision import autocast
+from simsiam.model.precision import Compute
 from simsiam.model.siamese import Output, Siamese
 from simsiam.training.prepare import TrainingSetup
 
@@ -27,11 +27,11 @@ class GradientStep:
     kernels in the same order, so the same bits. Several processes, whose gradients meet on the way, launch them singly.
     """
 
-    def __init__(self, network: nn.Module, device: torch.device, precision: str):
-        self.network, self.device, self.precision = network, device, precision
+    def __init__(self, network: nn.Module, compute: Compute):
+        self.network, self.compute = network, compute
         self.graph: torch.cuda.CUDAGraph | None = None
         self.warmup_calls_left = (
-            GRAPH_WARMUP_STEPS if device.type == "cuda" and world_size() == 1 else -1
+            GRAPH_WARMUP_STEPS if compute.device.type == "cuda" and world_size() == 1 else -1
         )  # calls until it is recorded; -1: for ever
 
     def __call__(self, views: Sequence[Tensor], index: Tensor, weight: float = 1.0) -> Output:
@@ -53,7 +53,7 @@ class GradientStep:
         return self.static_output
 
     def compute_gradients(self, views: Sequence[Tensor], index: Tensor, weight: float) -> Output:
-        with autocast(self.device, self.precision):
+        with self.compute.autocast():
             output = self.network(*views, index=index)
         self.network.zero_grad()
         (weight * output.loss).backward()
@@ -62,10 +62,10 @@ class GradientStep:
         )
 
 
-def build_gradient_step(recipe: Recipe, setup: TrainingSetup) -> GradientStep:
+def build_gradient_step(recipe: ResolvedRecipe, setup: TrainingSetup) -> GradientStep:
     """A run's way to its gradients."""
     network = compile_backbone(setup.model) if recipe.compile else setup.model
-    return GradientStep(wrap_ddp(network), setup.device, setup.precision)
+    return GradientStep(wrap_ddp(network), setup.compute)
 
 
 def compile_backbone(model: Siamese) -> Siamese:

@@ -1,0 +1,190 @@
+"""The parser of a verb, and the arguments that several verbs share. Loads no torch."""
+
+import argparse
+import typing
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, fields
+
+from simsiam.config.method import EQUAL_TERMS, Method, Views
+from simsiam.config.recipes import RECIPES, SETTING_TYPES, Recipe
+from simsiam.errors import UsageError
+
+NOT_FLAGS = ("source", "name", "views")  # fields that no flag sets
+
+
+class Parser(argparse.ArgumentParser):
+    """An argparse parser that accepts no abbreviated flags and raises UsageError for wrong arguments."""
+
+    def __init__(self, prog: str, **options: typing.Any):
+        super().__init__(prog, allow_abbrev=False, **options)
+
+    def error(self, message: str) -> typing.NoReturn:
+        """Raise UsageError in place of printing the usage and exiting.
+
+        Args:
+            message: What argparse says is wrong.
+
+        Raises:
+            UsageError: Always.
+        """
+        raise UsageError(message)
+
+    def flags(self) -> list[str]:
+        """List every flag of the parser, such as "--epochs"."""
+        return [flag for action in self._actions for flag in action.option_strings]
+
+
+def add_run(parser: argparse.ArgumentParser) -> None:
+    """Add the positional argument RUN.
+
+    Args:
+        parser: The verb's parser.
+    """
+    parser.add_argument("run", metavar="RUN", help="a run folder")
+
+
+def add_source(parser: argparse.ArgumentParser, nargs: str, default: str = "") -> None:
+    """Add the positional argument SOURCE.
+
+    Args:
+        parser: The verb's parser.
+        nargs: "*" or "+", as in argparse.
+        default: What is used where the argument is missing, for the help text.
+    """
+    text = (
+        "images: shapes (embedded), cifar10, cifar100, stl10, folders, a .txt that lists files, "
+        "a .zip or .tar archive, Parquet or .tar shards (local files or URLs)"
+    )
+    note = f"{text} [{default}]" if default else text
+    parser.add_argument("source", nargs=nargs, metavar="SOURCE", help=note)
+
+
+def add_channels(parser: argparse.ArgumentParser) -> None:
+    """Add the flag --channels.
+
+    Args:
+        parser: The verb's parser.
+    """
+    parser.add_argument(
+        "--channels", metavar="N", type=int, default=3, help="channels of an image [3]"
+    )
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Add the flag --device.
+
+    Args:
+        parser: The verb's parser.
+    """
+    note = "cpu, cuda, cuda:1, ...; auto uses a GPU if there is one [auto]"
+    parser.add_argument("--device", metavar="NAME", default="auto", help=note)
+
+
+def add_precision(parser: argparse.ArgumentParser) -> None:
+    """Add the flag --precision.
+
+    Args:
+        parser: The verb's parser.
+    """
+    note = "precision of the backbone: auto, bfloat16 or float32 [auto]"
+    parser.add_argument("--precision", metavar="NAME", default="auto", help=note)
+
+
+def add_embeddings(parser: argparse.ArgumentParser) -> None:
+    """Add the positional argument FILE.parquet: the embeddings that a verb works on.
+
+    Args:
+        parser: The verb's parser.
+    """
+    note = "a file or folder that `simsiam embed` wrote"
+    parser.add_argument("file", metavar="FILE.parquet", help=note)
+
+
+def add_csv(parser: argparse.ArgumentParser, columns: str, *, required: bool = False) -> None:
+    """Add the flag --out for a table.
+
+    Args:
+        parser: The verb's parser.
+        columns: Names of the table's columns, for the help text.
+        required: Whether the verb needs the flag.
+    """
+    note = f"write a table with the columns {columns}"
+    parser.add_argument("--out", metavar="FILE.csv", required=required, help=note)
+
+
+def add_html(parser: argparse.ArgumentParser, content: str) -> None:
+    """Add the flag --html for a page of pictures.
+
+    Args:
+        parser: The verb's parser.
+        content: What the page shows, for the help text.
+    """
+    parser.add_argument("--html", metavar="FILE.html", help=f"write a web page that shows {content}")
+
+
+def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
+    """Add --recipe, a flag for every setting of a recipe, and --equal-terms.
+
+    Args:
+        parser: The verb's parser.
+    """
+    note = f"a named recipe ({', '.join(RECIPES)}) or a recipe.yaml file [chosen by the source]"
+    parser.add_argument("--recipe", metavar="NAME or FILE", help=note)
+    add_setting_flags(parser, Recipe, "run settings", SETTING_TYPES)
+    add_setting_flags(parser, Method, "method settings", SETTING_TYPES)
+    add_setting_flags(parser, Views, "augmentation settings", SETTING_TYPES)
+    note = f"give the method the settings of simsiam for {', '.join(EQUAL_TERMS)}"
+    parser.add_argument("--equal-terms", action="store_true", default=argparse.SUPPRESS, help=note)
+
+
+def add_setting_flags(
+    parser: argparse.ArgumentParser, owner: type, title: str, types: Mapping[str, object]
+) -> None:
+    """Add a flag for every field of a dataclass of settings; its help text is the field's metadata.
+
+    A flag that is not given leaves no attribute, so that defaults are applied in one place: where settings are read.
+
+    Args:
+        parser: The verb's parser.
+        owner: The dataclass.
+        title: Heading of these flags in the help.
+        types: Type of each setting, by its name. A field that is not among them gets no flag.
+    """
+    group = parser.add_argument_group(title)
+    for f in fields(owner):
+        if f.name in NOT_FLAGS or f.name not in types:
+            continue
+        options: dict[str, typing.Any] = {"help": _help(f), "default": argparse.SUPPRESS}
+        setting_type = types[f.name]
+        if setting_type is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options["metavar"] = _metavar(setting_type)
+        if tuple in map(typing.get_origin, (setting_type, *typing.get_args(setting_type))):
+            options["nargs"] = "*"
+        group.add_argument("--" + f.name.replace("_", "-"), **options)
+
+
+def _help(f: Field[typing.Any]) -> str:
+    """Make the help text of a setting, with the default in brackets where there is one."""
+    text, default = f.metadata["help"], f.default
+    if isinstance(default, Method):
+        default = default.name
+    if default is MISSING or default is None:
+        shown = ""
+    elif isinstance(default, bool):
+        shown = " [on]" if default else " [off]"
+    elif isinstance(default, tuple):
+        shown = f" [{' '.join(map(str, default))}]"
+    else:
+        shown = f" [{default}]"
+    return (text + shown).replace("%", "%%")
+
+
+def _metavar(setting_type: object) -> str:
+    options = typing.get_args(setting_type)
+    if typing.get_origin(setting_type) is typing.Literal:
+        return "{" + ",".join(map(str, options)) + "}"
+    if options:
+        return _metavar(options[0])
+    return {int: "N", float: "X", str: "NAME"}[typing.cast(type, setting_type)]

@@ -1,0 +1,38 @@
+"""What verbs print."""
+
+import json
+import os
+from pathlib import Path
+
+from simsiam.errors import printable
+
+
+def print_lines(text: object) -> None:
+    """Print text with control characters made visible, so that no file name can control the terminal.
+
+    Args:
+        text: Anything; it is converted to a string.
+    """
+    print("\n".join(map(printable, str(text).splitlines())))
+
+
+def print_run_summary(run: Path) -> None:
+    """Print how a training run ended. Under torchrun only the first process prints.
+
+    Args:
+        run: The run folder.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return
+    summary = json.loads((run / "summary.json").read_text())
+    speed = f"{summary['images_per_second']:.0f} images/s"
+    print_lines(f"{summary['verdict']} after {summary['steps']} steps at {speed}")
+    if knn := summary.get("knn_top1"):
+        best = f"{knn['best']:.1f} % at best (step {knn['best_step']})"
+        print_lines(f"kNN on held-out images: {knn['last']:.1f} % at the end, {best}")
+    if summary["unreadable"]:
+        print_lines(f"{summary['unreadable']} unreadable files were left out: {run}/quarantine.txt")
+    print_lines(summary["remedy"])
+    if summary["verdict"] == "healthy":
+        print_lines(summary["advice"])
+    print_lines(f"run folder: {run}")
