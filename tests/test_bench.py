@@ -118,8 +118,8 @@ def test_photographs_are_the_same_everywhere_and_weigh_as_much_as_photographs():
 
 
 def test_the_page_on_performance_tells_what_was_measured():
-    results = Path(__file__).parents[1] / "results"
-    page = runpy.run_path(str(results / "performance.py"))
+    root = Path(__file__).parents[1]
+    page = runpy.run_path(str(root / "benchmarks" / "performance.py"))
     parts = page["tables"](*page["measured"](), page["read"]("profile"))
     text = page["PAGE"].read_text()
     assert page["page"](text, parts) == text

@@ -39,7 +39,7 @@ from simsiam.runs.weight_files import (
 from simsiam.sources.open_source import open_source
 from simsiam.utils.files import atomic_folder, atomic_write, exclusive_lock, file_lock
 
-CAMPAIGNS = Path(__file__).parents[1] / "results" / "faults"
+CAMPAIGNS = Path(__file__).parent / "stress"
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """Damaged and hostile files, thousands of them: nothing may crash, hang, run what a file holds, or write elsewhere.
 
-    python results/faults/fuzz.py --images 20000 --containers 2000 --out results/faults/fuzz
+    python tests/stress/fuzz.py --images 20000 --containers 2000 --out results/faults/fuzz
 
 Valid files of every format are mutated (bits, bytes, sizes, cuts, splices) and read as the verbs read them: images by
 `decode`, containers and run folders by the command line. Besides there are files made by hand to hurt. Processes forked
@@ -931,7 +931,7 @@ def main() -> int:
         sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     )
     here = collect_environment(torch.device("cpu"), "float32")
-    command = "python results/faults/fuzz.py " + " ".join(sys.argv[1:])
+    command = "python tests/stress/fuzz.py " + " ".join(sys.argv[1:])
     rows = "\n".join(f"| {kind} | {end} | {n:,} |" for (kind, end), n in sorted(ends.items()))
     summary = (
         f"`{command}`\n\ncommit {here['commit']}, {here['device']}, torch {here['versions']['torch']}, pillow "

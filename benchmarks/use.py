@@ -1,6 +1,6 @@
 """From a folder of photographs to answers: every verb a user needs, timed, and what it found held against the truth.
 
-    python results/use.py IMAGENETTE/train --work runs/use --out results/use.json
+    python benchmarks/use.py IMAGENETTE/train --work runs/use --out results/use.json
 
 IMAGENETTE/train has a folder a class. 200 images of each of its ten classes and 20 copies of some, resized and
 compressed again, go into one folder without labels; then the commands below run as a user would type them. The truth is

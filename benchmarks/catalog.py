@@ -1,4 +1,4 @@
-"""What many images cost before one is read: python results/catalog.py N
+"""What many images cost before one is read: python benchmarks/catalog.py N
 
 Writes the catalog of N images that are not there, in tars of 10,000, and opens it as any other. Prints what it takes on
 the disk, to open it, to find the images of a batch, and in memory.

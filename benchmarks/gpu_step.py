@@ -1,4 +1,4 @@
-"""A step on a GPU, one change after the other: python results/gpu_step.py writes gpu_step.json beside this file.
+"""A step on a GPU, one change after the other: python benchmarks/gpu_step.py writes results/gpu_step.json.
 
 Also the share of a compiled step's time on the device that convolutions take, by torch's profiler.
 """
@@ -23,6 +23,7 @@ from simsiam.training.prepare import build_training_setup
 from simsiam.training.step import GradientStep, build_gradient_step
 from simsiam.utils.files import atomic_write
 
+RESULT = Path(__file__).resolve().parents[1] / "results" / "gpu_step.json"
 STEPS = 40
 VARIANTS: dict[str, dict[str, bool]] = {
     "eager": {"graph": False},
@@ -97,7 +98,7 @@ def main() -> None:
         "variants": variants,
         "convolutions": round(share, 2),
     }
-    with atomic_write(Path(__file__).with_suffix(".json")) as part:
+    with atomic_write(RESULT) as part:
         part.write_text(json.dumps(report, indent=1) + "\n")
 
 

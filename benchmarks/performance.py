@@ -1,8 +1,8 @@
 """The numbers of docs/performance.md: measure the profile of a step, and write the page's tables and figure.
 
 simsiam bench --out results/bench.json          # a second run: bench_again.json; later ones of a CASE: bench_CASE.json
-python results/performance.py profile           # results/profile.json
-python results/performance.py page              # the tables in docs/performance.md, docs/performance.svg
+python benchmarks/performance.py profile           # results/profile.json
+python benchmarks/performance.py page              # the tables in docs/performance.md, docs/performance.svg
 """
 
 import json

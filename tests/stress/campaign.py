@@ -1,6 +1,6 @@
 """Kill, fill up, corrupt: every verb that writes must end with the right result or one clear line.
 
-    python results/faults/campaign.py --kills 220 --full 60 --corruptions 60 --real 4 --out results/faults/campaign
+    python tests/stress/campaign.py --kills 220 --full 60 --corruptions 60 --real 4 --out results/faults/campaign
 
 A trial runs a verb in a process forked from this one (which has only imported the code: starting Python anew would take
 most of the time; --real trials do it all the same), harms it once or twice, repeats or resumes it, and compares what
@@ -665,7 +665,7 @@ def main() -> int:
             for (kind, case), n in sorted(count.items())
         ]
         commits = ", ".join(dict.fromkeys(t["commit"] for t in trials)) or here["commit"]
-        command = "python results/faults/campaign.py " + " ".join(sys.argv[1:])
+        command = "python tests/stress/campaign.py " + " ".join(sys.argv[1:])
         started = before.get("started", begun)
         summary = (
             f"`{command}`\n\ncommit {commits}, {here['device']}, torch {here['versions']['torch']}, {started}, "
