@@ -41,7 +41,7 @@ class Column(Sequence):
 class Names(Column):
     """File names by position: bytes, as the system has them, that come as the str of `os.fsdecode`."""
 
-    def _value(self, scalar: pa.Scalar) -> str:
+    def _to_python(self, scalar: pa.Scalar) -> str:
         return os.fsdecode(scalar.as_py())
 
 
