@@ -880,14 +880,14 @@ MUTATIONS = [
         "detection/annotations",
         "good = (sides > 1).all(1)",
         "good = (sides > -9).all(1)",
-        "annotations.py::test_what_is_wrong_in_voc_is_named_and_costs_nothing_else",
+        "annotations.py::test_faults_in_voc_are_reported_and_cost_nothing_else",
     ),
     m(
         "learn from crowds",
         "detection/annotations",
         "o.take(~o.crowd)",
         "o",
-        "annotations.py::test_coco_becomes_the_same",
+        "annotations.py::test_coco_is_read_alike",
     ),
     m(
         "difficult objects count",

@@ -1,4 +1,4 @@
-"""Annotated images: every good object arrives, every bad one is named, and nothing else is lost by it."""
+"""Annotated images: every good object is read, every bad one is reported, and nothing else is lost."""
 
 import json
 import os
@@ -17,13 +17,13 @@ CAR = ("car", (11, 21, 30, 40), 0)
 
 
 def xml(objects, size=(60, 80), extra="") -> str:
-    """A VOC annotation; a box is xmin, ymin, xmax, ymax as VOC counts."""
+    """Return a VOC annotation; a box is xmin, ymin, xmax, ymax, counted from 1."""
     ends = ("xmin", "ymin", "xmax", "ymax")
     rows = "".join(
-        f"<object><name>{name}</name><difficult>{hard}</difficult><bndbox>"
+        f"<object><name>{name}</name><difficult>{difficult}</difficult><bndbox>"
         + "".join(f"<{end}>{value}</{end}>" for end, value in zip(ends, box))
         + "</bndbox></object>"
-        for name, box, hard in objects
+        for name, box, difficult in objects
     )
     sides = (
         f"<size><width>{size[1]}</width><height>{size[0]}</height><depth>3</depth></size>"
@@ -41,7 +41,7 @@ def voc(folder: Path, files: dict[str, str], sets: dict[str, list[str]], size=(6
         Image.new("RGB", size[::-1], "gray").save(folder / "JPEGImages" / f"{name}.jpg")
     for name, listed in sets.items():
         (folder / "ImageSets" / "Main" / f"{name}.txt").write_text(
-            "".join(f"{one}\n" for one in listed)
+            "".join(f"{stem}\n" for stem in listed)
         )
     return folder
 
@@ -78,7 +78,7 @@ def test_voc_counts_from_one_and_includes_its_last_pixel(tmp_path):
     assert objects.labels.tolist() == [1, 0] and objects.difficult.tolist() == [False, True]
 
 
-def test_years_are_one_set_and_a_set_can_be_named(tmp_path):
+def test_years_are_joined_and_an_image_set_can_be_named(tmp_path):
     for year, names in {"VOC2007": "abc", "VOC2012": "de"}.items():
         sets = {"train": [names[0]], "val": [names[1]]} | (
             {"test": [names[2]]} if len(names) > 2 else {}
@@ -92,16 +92,13 @@ def test_years_are_one_set_and_a_set_can_be_named(tmp_path):
     }
     paper = open_annotated([tmp_path / "VOC2007", f"{tmp_path / 'VOC2012'}:train"])
     assert [len(paper.splits[split]) for split in ("train", "val", "test")] == [2, 1, 1]
-    assert paper.name == "VOC2007+VOC2012" and paper.splits["val"].images.read(0).shape == (
-        60,
-        80,
-        3,
-    )
+    assert paper.name == "VOC2007+VOC2012"
+    assert paper.splits["val"].images.read(0).shape == (60, 80, 3)
     with pytest.raises(UsageError, match="did you mean 'train'"):
         open_annotated(f"{tmp_path / 'VOC2012'}:trian")
 
 
-def test_what_is_wrong_in_voc_is_named_and_costs_nothing_else(tmp_path):
+def test_faults_in_voc_are_reported_and_cost_nothing_else(tmp_path):
     files = {
         "good": xml(
             [CAR, ("car", (5, 5, 4, 9), 0), ("car", (70, 50, 200, 90), 0)]
@@ -120,7 +117,7 @@ def test_what_is_wrong_in_voc_is_named_and_costs_nothing_else(tmp_path):
     names = [Path(key).stem for key in part.images.keys]
     assert names == ["good", "no_size", "no_numbers", "empty", "more0", "more1", "more2"]
     assert [len(o) for o in part.objects] == [2, 1, 1, 0, 1, 1, 1]
-    assert part.objects[0].boxes.tolist()[1] == [69, 49, 80, 60]  # cut at the edge
+    assert part.objects[0].boxes.tolist()[1] == [69, 49, 80, 60]  # clipped at the edge
     assert part.objects[1].size == (60, 80)
     assert opened.faults.counts == {
         "image left out": 4, "object left out": 2, "degenerate box dropped": 1, "box cut at the edge": 1,
@@ -133,10 +130,10 @@ def test_what_is_wrong_in_voc_is_named_and_costs_nothing_else(tmp_path):
     learned = part.trainable_subset()
     assert len(learned) == 6 and all(
         len(o) for o in learned.objects
-    )  # the empty one teaches nothing, and is tested on
+    )  # the image without objects is only tested on
 
 
-def test_coco_becomes_the_same(tmp_path):
+def test_coco_is_read_alike(tmp_path):
     square = [10.0, 10.0, 30.0, 10.0, 30.0, 30.0, 10.0, 30.0]
     rows = [
         {"id": 1, "image_id": 7, "category_id": 5, "bbox": [10, 10, 20, 20], "segmentation": [square]},
@@ -152,32 +149,24 @@ def test_coco_becomes_the_same(tmp_path):
     opened = open_annotated(coco(coco(tmp_path, rows), rows[:1], "val"))
     train, val = opened.splits["train"], opened.splits["val"]
     assert train.classes == val.classes == ("cat", "dog") and opened.metric == "coco"
-    assert [len(o) for o in train.objects] == [2, 1, 0] and train.objects[0].labels.tolist() == [
-        1,
-        0,
-    ]
+    assert [len(o) for o in train.objects] == [2, 1, 0]
+    assert train.objects[0].labels.tolist() == [1, 0]
     assert train.objects[0].boxes.tolist() == [[10, 10, 30, 30], [0, 0, 80, 60]]
     assert [len(o) for o in train.trainable_subset().objects] == [1, 1]
-    assert (
-        opened.faults.counts["object left out"] == 4
-        and opened.faults.counts["degenerate box dropped"] == 1
-    )
+    counts = opened.faults.counts
+    assert counts["object left out"] == 4 and counts["degenerate box dropped"] == 1
     masked = keep_masked_objects(opened)
     assert [len(o) for o in masked.splits["train"].objects] == [2, 0, 0]
     assert [mask.sum() for mask in decode_masks(masked.splits["train"].objects[0])] == [400, 4800]
     assert masked.faults.lines[-1] == "train2017/1.png\ta dog has no mask"
-    assert [line.split("\t")[1] for line in opened.faults.lines if "annotations[4]" in line] == [
-        "annotations[4] is of image 99, which is not there"
-    ]
+    (line,) = [line for line in opened.faults.lines if "annotations[4]" in line]
+    assert line.split("\t")[1] == "annotations[4] belongs to image 99, which is not in the file"
     joined = train.concat(val)
-    assert (
-        len(joined) == 6
-        and joined.images.read(5).shape == (60, 80, 3)
-        and joined.objects[3].labels.tolist() == [1]
-    )
+    assert len(joined) == 6 and joined.images.read(5).shape == (60, 80, 3)
+    assert joined.objects[3].labels.tolist() == [1]
 
 
-def test_a_split_beside_its_images_is_coco_too(tmp_path):
+def test_a_json_file_next_to_its_images_is_coco_too(tmp_path):
     coco(tmp_path / "made", [{"id": 1, "image_id": 7, "category_id": 3, "bbox": [1, 1, 9, 9]}])
     os.rename(tmp_path / "made" / "train2017", tmp_path / "train")
     os.rename(
@@ -185,24 +174,18 @@ def test_a_split_beside_its_images_is_coco_too(tmp_path):
         tmp_path / "train/_annotations.coco.json",
     )
     opened = open_annotated(tmp_path)
-    assert opened.splits["train"].classes == ("cat",) and opened.splits["train"].images.read(
-        0
-    ).shape == (60, 80, 3)
+    train = opened.splits["train"]
+    assert train.classes == ("cat",) and train.images.read(0).shape == (60, 80, 3)
+
+
+TRAIN_JSON = "annotations/instances_train2017.json"
 
 
 @pytest.mark.parametrize(
-    "damage, error, words",
+    "damage, error, message",
     [
-        (
-            lambda f: (f / "annotations" / "instances_train2017.json").write_text("{"),
-            WorkFailed,
-            "cannot read",
-        ),
-        (
-            lambda f: (f / "annotations" / "instances_train2017.json").write_text("{}"),
-            WorkFailed,
-            "not COCO's",
-        ),
+        (lambda f: (f / TRAIN_JSON).write_text("{"), WorkFailed, "cannot read"),
+        (lambda f: (f / TRAIN_JSON).write_text("{}"), WorkFailed, "is not in COCO format"),
         (
             lambda f: [path.unlink() for path in (f / "train2017").iterdir()],
             WorkFailed,
@@ -211,23 +194,22 @@ def test_a_split_beside_its_images_is_coco_too(tmp_path):
         (
             lambda f: os.rename(f / "annotations", f / "labels"),
             UsageError,
-            "is no source of annotated images",
+            "is not a source of annotated images",
         ),
     ],
 )
-def test_a_source_of_nothing_is_one_line(tmp_path, damage, error, words):
+def test_an_unusable_source_is_one_line(tmp_path, damage, error, message):
     damage(coco(tmp_path, [{"id": 1, "image_id": 7, "category_id": 5, "bbox": [1, 1, 9, 9]}]))
-    with pytest.raises(error, match=words):
+    with pytest.raises(error, match=message):
         open_annotated(tmp_path)
 
 
 def test_boxes_stay_with_their_images(tmp_path):
     files = {name: xml([("car", (i + 1, 1, 70, 50), 0)]) for i, name in enumerate("abcdef")}
     part = open_annotated(voc(tmp_path, files, {})).splits["train"]
-    rest, held = part.hold_out(2)
-    assert len(rest) == 4 and sorted([*rest.images.keys, *held.images.keys]) == list(
-        part.images.keys
-    )
-    for some in (rest, held, rest.concat(held)):
-        for key, objects in zip(some.images.keys, some.objects):
+    rest, held_out = part.hold_out(2)
+    keys = sorted([*rest.images.keys, *held_out.images.keys])
+    assert len(rest) == 4 and keys == list(part.images.keys)
+    for subset in (rest, held_out, rest.concat(held_out)):
+        for key, objects in zip(subset.images.keys, subset.objects):
             assert np.isclose(objects.boxes[0, 0], "abcdef".index(Path(key).stem))

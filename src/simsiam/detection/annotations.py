@@ -1,8 +1,9 @@
-"""Objects in images: Pascal VOC folders and COCO's JSON become boxes, classes and masks by image. Loads no torch.
+"""Annotated images: Pascal VOC folders and COCO JSON as boxes, classes and masks. Loads no torch.
 
-What is wrong in a file costs that file or that object and nothing else: it is counted, and said with the file's name.
-Boxes are x0, y0, x1, y1 in pixels from the image's corner, ends exclusive. VOC counts pixels from 1 and includes the
-last, so 1 is taken from its first two numbers, as detectron2 does.
+A fault in a file costs only that file or that object: it is counted and reported with the file's
+name. Boxes are x0, y0, x1, y1 in pixels from the top left corner of the image, ends exclusive. VOC
+counts pixels from 1 and includes the last one, so 1 is subtracted from its first two numbers, as
+detectron2 does.
 """
 
 import json
@@ -15,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import pyarrow as pa
@@ -27,51 +28,60 @@ from simsiam.errors import UsageError, WorkFailed, printable, unknown_name
 from simsiam.utils.workers import CPU_CORES
 
 SOURCE_KINDS = (
-    "a Pascal VOC folder (Annotations, JPEGImages, ImageSets/Main) or several, perhaps with a set, VOC2012:train; or "
-    "a folder of COCO's (annotations/*.json, or _annotations.coco.json beside the images of each split)"
+    "one or more Pascal VOC folders (Annotations, JPEGImages, ImageSets/Main), each optionally "
+    "with an image set, as in VOC2012:train; or one folder in COCO format "
+    "(annotations/*.json, or _annotations.coco.json next to the images of each split)"
 )
 SPLITS = ("train", "val", "test")
+# Names of splits in files, and the split that each one means.
 SPLIT_ALIASES = {
     "train": "train",
     "val": "val",
     "valid": "val",
     "validation": "val",
     "test": "test",
-}  # their spelling: ours
-MAX_LOST_FRACTION = 0.5  # of the annotated images; more is no accident
-Segments = list[Any] | dict[str, Any] | None  # COCO's polygons or run lengths of one object
+}
+MAX_LOST_FRACTION = 0.5  # of the annotated images; losing more is treated as an error
+
+CategoryId = int | str
+Segments = list[object] | dict[str, Any] | None  # one object's COCO polygons or run lengths
+RawObject = tuple[Sequence[float], int, bool, bool, Segments]  # box, label, difficult, crowd, mask
 
 
 @dataclass(frozen=True, eq=False)
 class Objects:
     """The K objects in one image."""
 
-    size: tuple[int, int]  # height and width of the image
-    boxes: np.ndarray  # float32 (K, 4)
-    labels: np.ndarray  # int64 (K,), positions in the classes
-    difficult: (
-        np.ndarray
-    )  # bool (K,): learned from, but to find them is neither right nor wrong (VOC)
-    crowd: np.ndarray  # bool (K,): many objects in one; not learned from either (COCO)
-    segments: tuple[Segments, ...] = ()  # one an object, or none where the source has no masks
+    size: tuple[int, int]  # height and width of the image in pixels
+    boxes: np.ndarray  # (K, 4) float32, pixels
+    labels: np.ndarray  # (K,) int64, indices into the classes
+    difficult: np.ndarray  # (K,) bool; VOC: used in training, ignored in evaluation
+    crowd: np.ndarray  # (K,) bool; COCO: a group of objects, ignored in training too
+    segments: tuple[Segments, ...] = ()  # one for each object; empty if the source has no masks
 
     def __len__(self) -> int:
         return len(self.boxes)
 
     def take(self, rows_or_mask: np.ndarray) -> "Objects":
-        """The objects at `kept`, a mask or positions."""
+        """Select objects.
+
+        Args:
+            rows_or_mask: Indices of objects, or a (K,) bool mask.
+
+        Returns:
+            The selected objects, in the given order.
+        """
         rows = np.arange(len(self))[rows_or_mask]
         columns = {
             name: getattr(self, name)[rows] for name in ("boxes", "labels", "difficult", "crowd")
         }
-        return replace(
-            self, **columns, segments=tuple(self.segments[i] for i in rows) if self.segments else ()
-        )
+        segments = tuple(self.segments[i] for i in rows) if self.segments else ()
+        return replace(self, **columns, segments=segments)
 
 
 @dataclass(frozen=True, eq=False)
 class DetectionDataset:
-    """N images and the objects in them, by position."""
+    """N images, and the objects in each of them by the same index."""
 
     images: Images
     objects: tuple[Objects, ...]
@@ -81,66 +91,105 @@ class DetectionDataset:
         return len(self.objects)
 
     def take(self, rows: np.ndarray) -> "DetectionDataset":
-        return replace(
-            self, images=self.images.take(rows), objects=tuple(self.objects[i] for i in rows)
-        )
+        """Select images.
+
+        Args:
+            rows: Indices of images, int64.
+
+        Returns:
+            The dataset of these images, in the given order.
+        """
+        objects = tuple(self.objects[i] for i in rows)
+        return replace(self, images=self.images.take(rows), objects=objects)
 
     def concat(self, other: "DetectionDataset") -> "DetectionDataset":
-        """This part and another one of the same source."""
+        """Append another split of the same source.
+
+        Args:
+            other: A dataset whose images lie in the same root folder.
+
+        Returns:
+            The images of this dataset, then those of the other.
+        """
         assert isinstance(self.images.encoded, Path) and self.images.encoded == other.images.encoded
         images = images_from_names([*self.images.keys, *other.images.keys], self.images.encoded)
-        return replace(
-            self,
-            images=replace(images, channels=self.images.channels),
-            objects=self.objects + other.objects,
-        )
+        images = replace(images, channels=self.images.channels)
+        return replace(self, images=images, objects=self.objects + other.objects)
 
     def hold_out(self, count: int) -> tuple["DetectionDataset", "DetectionDataset"]:
-        """(the rest, `count` images held out), always the same ones."""
+        """Split off images at random; the same call always selects the same images.
+
+        Args:
+            count: The number of images to hold out.
+
+        Returns:
+            The remaining images and the held-out images.
+        """
         order = np.random.default_rng(0).permutation(len(self))
         return self.take(np.sort(order[count:])), self.take(np.sort(order[:count]))
 
     def trainable_subset(self) -> "DetectionDataset":
-        """Without crowds, and without the images that then hold no object: detectron2's choice as well."""
-        kept = replace(self, objects=tuple(o.take(~o.crowd) for o in self.objects))
-        return kept.take(np.flatnonzero([len(o) > 0 for o in kept.objects]))
+        """Drop crowds, and then the images without an object, as detectron2 does."""
+        without_crowds = replace(self, objects=tuple(o.take(~o.crowd) for o in self.objects))
+        return without_crowds.take(np.flatnonzero([len(o) > 0 for o in without_crowds.objects]))
 
 
 @dataclass
 class Faults:
-    """What was wrong: lines "file<tab>reason", and how often each kind of thing was found."""
+    """The faults of a source: one line "file<tab>reason" for each, and counts by kind."""
 
     lines: list[str] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
 
     def add(self, kind: str, file: object, reason: str) -> None:
+        """Record one fault.
+
+        Args:
+            kind: The key under which it is counted.
+            file: The file or image that has the fault.
+            reason: What is wrong with it.
+        """
         self.counts[kind] += 1
         self.lines.append(f"{printable(str(file))}\t{printable(reason)}")
 
 
 @dataclass(frozen=True, eq=False)
 class AnnotatedSource:
+    """The splits of a source of annotated images."""
+
     name: str
-    splits: Mapping[str, DetectionDataset]  # of SPLITS, those there are
-    metric: str  # "voc" or "coco": which the field reports on such a source
+    splits: Mapping[str, DetectionDataset]  # by name, a subset of SPLITS
+    metric: str  # "voc" or "coco": the metric commonly reported for this kind of source
     faults: Faults
 
 
 def open_annotated(
     sources: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], channels: int = 3
 ) -> AnnotatedSource:
-    """The annotated images in KINDS. Raises UsageError for what is none of these, WorkFailed for what is all broken.
+    """Read annotated images, one of SOURCE_KINDS.
 
-    VOC's image sets train and val are the splits of those names, trainval both, test the test; several years are one
-    set. Without image sets all is train. Every image's header is read: an image that is missing or of another size
-    than its annotation says is left out.
+    VOC's image sets train, val and test become the splits of these names (trainval is train and
+    val), and several years are joined. A VOC folder without image sets is all train. The header of
+    every image is read: an image that is missing, or whose size differs from its annotation, is
+    left out.
+
+    Args:
+        sources: A folder, or several VOC folders.
+        channels: The number of channels that images are read with.
+
+    Returns:
+        The splits that contain images, and the faults of the source.
+
+    Raises:
+        UsageError: If the source is none of SOURCE_KINDS.
+        WorkFailed: If more than MAX_LOST_FRACTION of the images, or the whole of train, are lost.
     """
     texts = [
-        os.path.expanduser(os.fspath(one))
-        for one in ([sources] if isinstance(sources, str | os.PathLike) else sources)
+        os.path.expanduser(os.fspath(source))
+        for source in ([sources] if isinstance(sources, str | os.PathLike) else sources)
     ]
     if not texts:
-        raise UsageError(f"no source is given: it takes {SOURCE_KINDS}")
+        raise UsageError(f"no source was given; transfer takes {SOURCE_KINDS}")
     faults = Faults()
     folders = [folder for text in texts for folder in find_voc_folders(text)]
     if folders:
@@ -148,8 +197,9 @@ def open_annotated(
     elif len(texts) == 1:
         raw, metric = read_coco(Path(texts[0]), faults), "coco"
     else:
+        names = ", ".join(map(printable, texts))
         raise UsageError(
-            f"{', '.join(map(printable, texts))} are not all Pascal VOC folders; only these can be several"
+            f"{names} are not all Pascal VOC folders; several sources must all be VOC folders"
         )
     name = "+".join(dict.fromkeys(Path(text.partition(":")[0]).resolve().name for text in texts))
     splits = {
@@ -168,204 +218,267 @@ def open_annotated(
     return AnnotatedSource(name, splits, metric, faults)
 
 
-# --- Pascal VOC -------------------------------------------------------------------------------------------------------
+# --- Pascal VOC -----------------------------------------------------------------------------------
 
 
 def find_voc_folders(source: str) -> list[tuple[Path, str]]:
-    """The VOC folders that a source names, each with the image set asked for or ""; [] where it is no VOC."""
-    path, wanted = Path(source), ""
+    """Find the VOC folders of a source.
+
+    Args:
+        source: A VOC folder, a folder of VOC folders, or either with ":" and an image set.
+
+    Returns:
+        Each folder with the requested image set, or "" for all sets; empty if the source is not
+        in VOC format.
+
+    Raises:
+        UsageError: If there is no such folder.
+    """
+    path, image_set = Path(source), ""
     if not path.exists() and ":" in source:
-        head, _, wanted = source.rpartition(":")
+        head, _, image_set = source.rpartition(":")
         path = Path(head)
     if not path.is_dir():
-        raise UsageError(f"there is no folder {printable(source)}: transfer takes {SOURCE_KINDS}")
+        raise UsageError(f"there is no folder {printable(source)}; transfer takes {SOURCE_KINDS}")
     path = path.absolute()
     if (path / "Annotations").is_dir():
-        return [(path, wanted)]
-    return [(one, wanted) for one in sorted(path.iterdir()) if (one / "Annotations").is_dir()]
+        return [(path, image_set)]
+    years = sorted(year for year in path.iterdir() if (year / "Annotations").is_dir())
+    return [(year, image_set) for year in years]
 
 
 def read_voc(folders: Sequence[tuple[Path, str]], faults: Faults) -> dict[str, DetectionDataset]:
-    """The image sets of several VOC folders, by split; the classes are those of all objects, in order of names."""
-    wanted: dict[str, list[tuple[Path, str]]] = {split: [] for split in SPLITS}
-    for folder, chosen in folders:
-        for split, names in read_image_sets(folder, chosen).items():
-            wanted[split] += [(folder, name) for name in names]
+    """Read the image sets of VOC folders.
+
+    Args:
+        folders: VOC folders, each with an image set or "".
+        faults: Collects what is wrong in the files.
+
+    Returns:
+        The datasets by split. Their classes are the names that occur in any split, sorted.
+    """
+    files: dict[str, list[tuple[Path, str]]] = {split: [] for split in SPLITS}
+    for folder, image_set in folders:
+        for split, names in read_image_sets(folder, image_set).items():
+            files[split] += [(folder, name) for name in names]
     with ThreadPoolExecutor(CPU_CORES) as pool:
-        parsed = {split: list(pool.map(parse_voc, rows)) for split, rows in wanted.items()}
-    classes = sorted(
-        {label for found in parsed.values() for one in found for label, *_ in one.objects}
-    )
+        parsed = {split: list(pool.map(parse_voc, rows)) for split, rows in files.items()}
+    classes = sorted({label for rows in parsed.values() for a in rows for label, *_ in a.objects})
     root = Path(os.path.commonpath([folder for folder, _ in folders]))
-    places = {name: i for i, name in enumerate(classes)}
+    labels = {name: i for i, name in enumerate(classes)}
     splits = {}
-    for split, found in parsed.items():
-        for one in found:
-            for kind, reason in one.faults:
-                faults.add(kind, one.file, reason)
-        good = [one for one in found if one.size is not None]
-        objects = tuple(
-            build_objects(
-                one.size,
-                [(box, places[label], hard, False, None) for label, box, hard in one.objects],
-            )
-            for one in good
-            if one.size is not None
+    for split, annotations in parsed.items():
+        objects, keys = [], []
+        for annotation in annotations:
+            for kind, reason in annotation.faults:
+                faults.add(kind, annotation.file, reason)
+            if annotation.size is None:
+                continue
+            rows = [
+                (box, labels[name], difficult, False, None)
+                for name, box, difficult in annotation.objects
+            ]
+            objects.append(build_objects(annotation.size, rows))
+            keys.append(os.path.normpath(os.path.relpath(annotation.image, root)))
+        splits[split] = DetectionDataset(
+            images_from_names(keys, root), tuple(objects), tuple(classes)
         )
-        keys = [os.path.normpath(os.path.relpath(one.image, root)) for one in good]
-        splits[split] = DetectionDataset(images_from_names(keys, root), objects, tuple(classes))
     return splits
 
 
 def read_image_sets(folder: Path, image_set: str) -> dict[str, list[str]]:
-    """Names of annotation files by split. Of a chosen set, all is train but for a chosen "test"."""
+    """Read the names of a VOC folder's annotation files.
+
+    Args:
+        folder: The VOC folder.
+        image_set: The only image set to read, or "" for all of them.
+
+    Returns:
+        Names by split. A single image set is train, except for "test".
+
+    Raises:
+        UsageError: If the folder has no such image set.
+    """
     lists = {path.stem: path for path in (folder / "ImageSets" / "Main").glob("*.txt")}
     if image_set and image_set not in lists:
         raise unknown_name(f"image set of {folder}", image_set, lists)
     if image_set:
         return {"test" if image_set == "test" else "train": read_image_list(lists[image_set])}
-    found = {split: read_image_list(lists[split]) for split in SPLITS if split in lists}
-    if "train" not in found and "trainval" in lists:
-        found["train"] = [
-            name
-            for name in read_image_list(lists["trainval"])
-            if name not in set(found.get("val", ()))
-        ]
-    if not found.get("train"):
-        rest = {name for names in found.values() for name in names}
-        found["train"] = sorted(
-            path.stem for path in (folder / "Annotations").glob("*.xml") if path.stem not in rest
-        )
-    return found
+    names = {split: read_image_list(lists[split]) for split in SPLITS if split in lists}
+    if "train" not in names and "trainval" in lists:
+        val = set(names.get("val", ()))
+        names["train"] = [n for n in read_image_list(lists["trainval"]) if n not in val]
+    if not names.get("train"):
+        rest = {name for listed in names.values() for name in listed}
+        stems = sorted(path.stem for path in (folder / "Annotations").glob("*.xml"))
+        names["train"] = [stem for stem in stems if stem not in rest]
+    return names
 
 
 def read_image_list(path: Path) -> list[str]:
-    """First words of a list's lines, each once: VOC's lists of a class have a second word."""
-    return list(
-        dict.fromkeys(
-            line.split()[0]
-            for line in path.read_text("utf-8", "replace").splitlines()
-            if line.split()
-        )
-    )
+    """Read the first word of every line without repetitions.
+
+    Args:
+        path: A VOC image set. Lists of a single class have a second word in each line.
+
+    Returns:
+        The names, in the order of the file.
+    """
+    lines = path.read_text("utf-8", "replace").splitlines()
+    return list(dict.fromkeys(line.split()[0] for line in lines if line.split()))
 
 
 @dataclass
 class VocAnnotation:
-    """One of VOC's XML files."""
+    """The content of one VOC XML file."""
 
     file: Path
     image: Path
-    size: tuple[int, int] | None = None  # None: the image is left out
-    objects: list[tuple[str, list[float], bool]] = field(
-        default_factory=list
-    )  # class, box, difficult
-    faults: list[tuple[str, str]] = field(default_factory=list)
+    size: tuple[int, int] | None = None  # height and width; None: the image is left out
+    # Class, box and whether it is difficult.
+    objects: list[tuple[str, list[float], bool]] = field(default_factory=list)
+    faults: list[tuple[str, str]] = field(default_factory=list)  # kind and reason
 
 
-def parse_voc(row: tuple[Path, str]) -> VocAnnotation:
-    folder, name = row
-    made = VocAnnotation(
+def parse_voc(folder_and_name: tuple[Path, str]) -> VocAnnotation:
+    """Read one VOC XML file.
+
+    Args:
+        folder_and_name: The VOC folder, and the file's name without its extension.
+
+    Returns:
+        The objects and the faults of the file.
+    """
+    folder, name = folder_and_name
+    annotation = VocAnnotation(
         folder / "Annotations" / f"{name}.xml", folder / "JPEGImages" / f"{name}.jpg"
     )
     try:
-        root = ET.parse(made.file).getroot()
+        root = ET.parse(annotation.file).getroot()
     except (OSError, ET.ParseError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else f"not XML: {error}"
-        made.faults.append(("image left out", str(reason)))
-        return made
-    stated = (root.findtext("filename") or "").strip()
-    if not made.image.exists() and stated and os.path.basename(stated) == stated:
-        made.image = folder / "JPEGImages" / stated
+        annotation.faults.append(("image left out", str(reason)))
+        return annotation
+    file_name = (root.findtext("filename") or "").strip()
+    if not annotation.image.exists() and file_name and os.path.basename(file_name) == file_name:
+        annotation.image = folder / "JPEGImages" / file_name
     height, width = (to_finite_float(root.findtext(f"size/{side}")) for side in ("height", "width"))
-    made.size = (
-        (int(height), int(width)) if height and width and min(height, width) >= 1 else (0, 0)
-    )
-    for place, found in enumerate(root.iter("object"), 1):
-        label = (found.findtext("name") or "").strip()
-        box = [
-            to_finite_float(found.findtext(f"bndbox/{end}"))
-            for end in ("xmin", "ymin", "xmax", "ymax")
-        ]
+    known = height and width and min(height, width) >= 1
+    annotation.size = (int(height or 0), int(width or 0)) if known else (0, 0)
+    for number, element in enumerate(root.iter("object"), 1):
+        label = (element.findtext("name") or "").strip()
+        ends = ("xmin", "ymin", "xmax", "ymax")
+        box = [to_finite_float(element.findtext(f"bndbox/{end}")) for end in ends]
         if not label or None in box:
-            made.faults.append(
-                (
-                    "object left out",
-                    f"object {place} has no {'box of four numbers' if label else 'name'}",
-                )
-            )
+            part = "box of four numbers" if label else "name"
+            annotation.faults.append(("object left out", f"object {number} has no {part}"))
             continue
         x0, y0, x1, y1 = (value for value in box if value is not None)
-        hard = (found.findtext("difficult") or "0").strip() not in ("0", "")
-        made.objects.append((label, [x0 - 1, y0 - 1, x1, y1], hard))
-    return made
+        difficult = (element.findtext("difficult") or "0").strip() not in ("0", "")
+        annotation.objects.append((label, [x0 - 1, y0 - 1, x1, y1], difficult))
+    return annotation
 
 
-def to_finite_float(text: Any) -> float | None:
+def to_finite_float(value: object) -> float | None:
+    """Convert text or a number to a float.
+
+    Args:
+        value: A value from XML or JSON.
+
+    Returns:
+        The number, or None if the value is not a finite number.
+    """
     try:
-        value = float(text)
+        number = float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
         return None
-    return value if isfinite(value) else None
+    return number if isfinite(number) else None
 
 
-# --- COCO -------------------------------------------------------------------------------------------------------------
+# --- COCO -----------------------------------------------------------------------------------------
 
 
 def read_coco(root: Path, faults: Faults) -> dict[str, DetectionDataset]:
-    """Splits of a folder of COCO's; a class has one place in all of them."""
+    """Read the splits of a folder in COCO format.
+
+    Args:
+        root: The folder.
+        faults: Collects what is wrong in the files.
+
+    Returns:
+        The datasets by split; a class has the same index in all of them. Classes that no
+        annotation uses are left out, such as the extra top-level category of Roboflow's files.
+
+    Raises:
+        UsageError: If the folder has no COCO JSON file.
+        WorkFailed: If a file cannot be read, or its categories contradict those of another one.
+    """
     files = dict(find_coco_files(root))
     if not files:
         raise UsageError(
-            f"{printable(str(root))} is no source of annotated images: transfer takes {SOURCE_KINDS}"
+            f"{printable(str(root))} is not a source of annotated images; "
+            f"transfer takes {SOURCE_KINDS}"
         )
     contents = {split: load_coco_json(file) for split, (file, _) in files.items()}
-    categories: dict[Any, str] = {}
+    categories: dict[CategoryId, str] = {}
     for split, content in contents.items():
         for category in only_dicts(content.get("categories")):
-            kind, name = category.get("id"), str(category.get("name", ""))
-            if not is_valid_id(kind) or categories.get(kind, name) != name:
+            category_id, name = category.get("id"), str(category.get("name", ""))
+            if not is_valid_id(category_id) or categories.get(category_id, name) != name:
                 raise WorkFailed(
-                    f"{printable(str(files[split][0]))}: category {kind!r} {printable(name)!r} is not one of a set"
+                    f"{printable(str(files[split][0]))}: category {category_id!r} "
+                    f"{printable(name)!r} has no valid id, or its id has another name elsewhere"
                 )
-            categories[kind] = name
+            categories[category_id] = name
     used = {
-        a.get("category_id")
+        annotation.get("category_id")
         for content in contents.values()
-        for a in only_dicts(content.get("annotations"))
+        for annotation in only_dicts(content.get("annotations"))
     }
-    ids = sorted(
-        kind for kind in categories if kind in used
-    )  # Roboflow's have a category above all others, never used
-    places = {kind: place for place, kind in enumerate(ids)}
-    classes = tuple(categories[kind] for kind in ids)
+    ids = sorted(key for key in categories if key in used)  # type: ignore[type-var]
+    labels = {category_id: label for label, category_id in enumerate(ids)}
+    classes = tuple(categories[category_id] for category_id in ids)
     return {
-        split: parse_coco_split(contents[split], file, root, folder, places, classes, faults)
+        split: parse_coco_split(
+            contents[split], file, root=root, folder=folder, labels=labels, classes=classes,
+            faults=faults,
+        )
         for split, (file, folder) in files.items()
-    }
+    }  # fmt: skip
 
 
 def find_coco_files(root: Path) -> Iterator[tuple[str, tuple[Path, Path]]]:
-    """(split, (JSON, folder of its images))."""
-    for split_name, split in SPLIT_ALIASES.items():
-        if (file := root / split_name / "_annotations.coco.json").is_file():
+    """Find the JSON file of each split.
+
+    Args:
+        root: A folder in COCO format.
+
+    Yields:
+        The split, and the pair of its JSON file and the folder of its images.
+    """
+    for alias, split in SPLIT_ALIASES.items():
+        if (file := root / alias / "_annotations.coco.json").is_file():
             yield split, (file, file.parent)
     for file in sorted((root / "annotations").glob("*.json")):
-        word = re.fullmatch(r"(?:instances_)?(train|val|valid|validation|test)(\d*)", file.stem)
-        if word:
-            folders = [
-                root / (word[1] + word[2]),
-                root / "images" / (word[1] + word[2]),
-                root / "images",
-                root,
-            ]
-            yield (
-                SPLIT_ALIASES[word[1]],
-                (file, next(folder for folder in folders if folder.is_dir())),
-            )
+        match = re.fullmatch(r"(?:instances_)?(train|val|valid|validation|test)(\d*)", file.stem)
+        if match:
+            name = match[1] + match[2]
+            folders = [root / name, root / "images" / name, root / "images", root]
+            yield SPLIT_ALIASES[match[1]], (file, next(f for f in folders if f.is_dir()))
 
 
-def load_coco_json(file: Path) -> dict[str, Any]:
+def load_coco_json(file: Path) -> dict[str, object]:
+    """Read a COCO JSON file.
+
+    Args:
+        file: The file.
+
+    Returns:
+        Its content, in which "images" and "categories" are lists.
+
+    Raises:
+        WorkFailed: If it cannot be read or is not in COCO format.
+    """
     try:
         content = json.loads(file.read_text("utf-8"))
     except (OSError, ValueError) as error:
@@ -376,98 +489,144 @@ def load_coco_json(file: Path) -> dict[str, Any]:
         isinstance(content.get(key), list) for key in ("images", "categories")
     ):
         raise WorkFailed(
-            f"{printable(str(file))} is not COCO's: it has no lists of images and categories"
+            f"{printable(str(file))} is not in COCO format: "
+            "it must contain the lists images and categories"
         )
     return content
 
 
-def only_dicts(value: Any) -> list[dict[str, Any]]:
-    return [one for one in value if isinstance(one, dict)] if isinstance(value, list) else []
+def only_dicts(value: object) -> list[dict[str, object]]:
+    """Select the dictionaries of a list.
+
+    Args:
+        value: A value from JSON.
+
+    Returns:
+        The dictionaries in it; empty if the value is not a list.
+    """
+    return [row for row in value if isinstance(row, dict)] if isinstance(value, list) else []
 
 
-def is_valid_segmentation(value: Any) -> bool:
-    """Polygons of at least three corners each, or run lengths."""
+def is_valid_segmentation(value: object) -> TypeGuard[list[object] | dict[str, Any]]:
+    """Check for polygons of at least three corners each, or run lengths.
+
+    Args:
+        value: A value from JSON.
+
+    Returns:
+        Whether it is a COCO segmentation.
+    """
     if isinstance(value, dict):
         return isinstance(value.get("counts"), list | str) and isinstance(value.get("size"), list)
-    lists = value if isinstance(value, list) and value else [None]
+    polygons = value if isinstance(value, list) and value else [None]
     return all(
-        isinstance(one, list)
-        and len(one) >= 6
-        and not len(one) % 2
-        and None not in map(to_finite_float, one)
-        for one in lists
+        isinstance(polygon, list)
+        and len(polygon) >= 6
+        and not len(polygon) % 2
+        and None not in map(to_finite_float, polygon)
+        for polygon in polygons
     )
 
 
-def is_valid_id(value: Any) -> bool:
+def is_valid_id(value: object) -> TypeGuard[CategoryId]:
+    """Check for an id of an image or of a category.
+
+    Args:
+        value: A value from JSON.
+
+    Returns:
+        Whether it is a whole number or text.
+    """
     return isinstance(value, int | str) and not isinstance(value, bool)
 
 
 def parse_coco_split(
-    content: Mapping[str, Any],
+    content: Mapping[str, object],
     file: Path,
+    *,
     root: Path,
     folder: Path,
-    category_to_label: Mapping[Any, int],
+    labels: Mapping[CategoryId, int],
     classes: tuple[str, ...],
     faults: Faults,
 ) -> DetectionDataset:
-    found: dict[Any, list[tuple[list[float], int, bool, bool, Segments]]] = {}
-    rows: dict[Any, tuple[str, tuple[int, int]]] = {}
-    for place, image in enumerate(content["images"]):
-        about = image if isinstance(image, dict) else {}
-        key, name = about.get("id"), about.get("file_name")
+    """Convert the content of one COCO JSON file.
+
+    Args:
+        content: The content of the file.
+        file: The file, for the names of faults.
+        root: The folder of the source; keys of images are relative to it.
+        folder: The folder that the images of this split lie in.
+        labels: The index in `classes` of each category id.
+        classes: The names of the classes.
+        faults: Collects what is wrong in the file.
+
+    Returns:
+        The images, and the objects in each of them.
+    """
+    rows: dict[CategoryId, tuple[str, tuple[int, int]]] = {}
+    objects_of: dict[CategoryId, list[RawObject]] = {}
+    images, annotations = content.get("images"), content.get("annotations")
+    for position, image in enumerate(images if isinstance(images, list) else ()):
+        fields = image if isinstance(image, dict) else {}
+        key, name = fields.get("id"), fields.get("file_name")
         if not is_valid_id(key) or not isinstance(name, str) or key in rows:
-            faults.add(
-                "image left out", file, f"images[{place}] has no id of its own or no file_name"
-            )
+            reason = f"images[{position}] has no unique id or no file_name"
+            faults.add("image left out", file, reason)
             continue
-        sides = [to_finite_float(about.get(side)) for side in ("height", "width")]
-        rows[key] = name, (int(sides[0] or 0), int(sides[1] or 0))
-        found[key] = []
-    for place, one in enumerate(content.get("annotations") or ()):
-        about = one if isinstance(one, dict) else {}
-        key, kind, box = about.get("image_id"), about.get("category_id"), about.get("bbox")
+        height, width = (to_finite_float(fields.get(side)) for side in ("height", "width"))
+        rows[key] = name, (int(height or 0), int(width or 0))
+        objects_of[key] = []
+    for position, annotation in enumerate(annotations if isinstance(annotations, list) else ()):
+        fields = annotation if isinstance(annotation, dict) else {}
+        key, category, box = (fields.get(k) for k in ("image_id", "category_id", "bbox"))
         sides = [to_finite_float(value) for value in box] if isinstance(box, list) else []
-        if not is_valid_id(key) or key not in found:
-            reason = f"is of image {key!r}, which is not there"
-        elif not is_valid_id(kind) or kind not in category_to_label:
-            reason = f"is of category {kind!r}, which is not there"
+        if not is_valid_id(key) or key not in rows:
+            reason = f"belongs to image {key!r}, which is not in the file"
+        elif not is_valid_id(category) or category not in labels:
+            reason = f"has category {category!r}, which is not in the file"
         elif len(sides) != 4 or None in sides:
-            reason = f"has the box {box!r}, not x, y, width, height"
+            reason = f"has the box {box!r} instead of x, y, width, height"
         else:
             x, y, w, h = (value for value in sides if value is not None)
-            segments = about.get("segmentation")
-            good = segments if is_valid_segmentation(segments) else None
-            found[key].append(
-                (
-                    [x, y, x + w, y + h],
-                    category_to_label[kind],
-                    False,
-                    bool(about.get("iscrowd")),
-                    good,
-                )
-            )
+            segments = fields.get("segmentation")
+            mask = segments if is_valid_segmentation(segments) else None
+            crowd = bool(fields.get("iscrowd"))
+            objects_of[key].append(([x, y, x + w, y + h], labels[category], False, crowd, mask))
             continue
-        faults.add("object left out", file, f"annotations[{place}] {reason}")
-    objects = tuple(build_objects(size, found[key]) for key, (_, size) in rows.items())
-    keys = [
-        os.path.normpath(os.path.join(os.path.relpath(folder, root), name))
-        for name, _ in rows.values()
-    ]
+        faults.add("object left out", file, f"annotations[{position}] {reason}")
+    prefix = os.path.relpath(folder, root)
+    keys = [os.path.normpath(os.path.join(prefix, name)) for name, _ in rows.values()]
+    objects = tuple(build_objects(size, objects_of[key]) for key, (_, size) in rows.items())
     return DetectionDataset(images_from_names(keys, root), objects, classes)
 
 
-# --- both -------------------------------------------------------------------------------------------------------------
+# --- both -----------------------------------------------------------------------------------------
 
 
-def images_from_names(keys: Iterable[str], folder: Path) -> Images:
-    return Images(Names(pa.array([os.fsencode(key) for key in keys], pa.large_binary())), folder)
+def images_from_names(names: Iterable[str], folder: Path) -> Images:
+    """Build a source of image files.
+
+    Args:
+        names: Paths relative to the folder.
+        folder: The root folder.
+
+    Returns:
+        The images, whose keys are the names.
+    """
+    return Images(Names(pa.array([os.fsencode(name) for name in names], pa.large_binary())), folder)
 
 
-def build_objects(
-    size: tuple[int, int], rows: Sequence[tuple[list[float], int, bool, bool, Segments]]
-) -> Objects:
+def build_objects(size: tuple[int, int], rows: Sequence[RawObject]) -> Objects:
+    """Convert the objects of one image to arrays.
+
+    Args:
+        size: Height and width of the image in pixels.
+        rows: The objects.
+
+    Returns:
+        The same objects, column by column.
+    """
     boxes, labels, difficult, crowd, segments = (
         zip(*rows, strict=True) if rows else ((), (), (), (), ())
     )
@@ -482,9 +641,15 @@ def build_objects(
 
 
 def validate_images(dataset: DetectionDataset, faults: Faults, channels: int) -> DetectionDataset:
-    """Only images that are there and have the size that is stated, and boxes cut at their edges that then have an area.
+    """Drop images that are missing or have another size, and clip boxes to the images.
 
-    A box of no more than a pixel across is an accident of whoever drew it.
+    Args:
+        dataset: A split as it is annotated.
+        faults: Collects what is dropped.
+        channels: The number of channels that images are read with.
+
+    Returns:
+        The split with the images and boxes that can be used.
     """
     images = replace(dataset.images, channels=channels)
 
@@ -496,57 +661,72 @@ def validate_images(dataset: DetectionDataset, faults: Faults, channels: int) ->
 
     with ThreadPoolExecutor(CPU_CORES) as pool:
         sizes = list(pool.map(size_of, range(len(dataset))))
-    kept, objects = [], []
-    for i, (size, stated) in enumerate(zip(sizes, dataset.objects, strict=True)):
+    rows, clipped = [], []
+    for i, (size, objects) in enumerate(zip(sizes, dataset.objects, strict=True)):
         key = images.keys[i]
         if isinstance(size, str):
             faults.add("image left out", key, size)
-        elif stated.size not in ((0, 0), size, size[::-1]):  # turned by EXIF, sides change places
-            h, w = stated.size
-            faults.add(
-                "image left out", key, f"{size[1]} x {size[0]} pixels, annotated as {w} x {h}"
-            )
+        elif objects.size not in ((0, 0), size, size[::-1]):  # EXIF rotation exchanges the sides
+            h, w = objects.size
+            reason = f"{size[1]} x {size[0]} pixels, annotated as {w} x {h}"
+            faults.add("image left out", key, reason)
         else:
-            real = size if stated.size == (0, 0) else stated.size
-            kept.append(i)
-            objects.append(clip_boxes(replace(stated, size=real), key, dataset.classes, faults))
-    return replace(dataset, images=images.take(np.array(kept, np.int64)), objects=tuple(objects))
+            sized = replace(objects, size=size if objects.size == (0, 0) else objects.size)
+            rows.append(i)
+            clipped.append(clip_boxes(sized, key, dataset.classes, faults))
+    return replace(dataset, images=images.take(np.array(rows, np.int64)), objects=tuple(clipped))
 
 
 def clip_boxes(objects: Objects, file: str, classes: Sequence[str], faults: Faults) -> Objects:
+    """Clip boxes to the image and drop those of at most one pixel on a side, which are mistakes.
+
+    Args:
+        objects: The objects of one image.
+        file: The image, for the names of faults.
+        classes: The names of the classes.
+        faults: Collects what is clipped and dropped.
+
+    Returns:
+        The objects whose boxes have an area inside the image.
+    """
     h, w = objects.size
     inside = np.clip(objects.boxes, 0, np.array([w, h, w, h], np.float32))
     sides = inside[:, 2:] - inside[:, :2]
     good = (sides > 1).all(1)
     for box, label in zip(objects.boxes[~good], objects.labels[~good], strict=True):
         corners = ", ".join(f"{value:g}" for value in box)
-        faults.add(
-            "degenerate box dropped",
-            file,
-            f"the box {corners} of a {classes[label]} has no area in the image",
-        )
-    if cut := int((good & (inside != objects.boxes).any(1)).sum()):
-        faults.counts["box cut at the edge"] += cut
+        reason = f"the box {corners} of a {classes[label]} has no area in the image"
+        faults.add("degenerate box dropped", file, reason)
+    if clipped := int((good & (inside != objects.boxes).any(1)).sum()):
+        faults.counts["box cut at the edge"] += clipped
     return replace(objects, boxes=inside).take(good)
 
 
 def keep_masked_objects(source: AnnotatedSource) -> AnnotatedSource:
-    """The source without the objects that have no mask. Raises UsageError where none has."""
+    """Drop the objects that have no mask.
+
+    Args:
+        source: An annotated source; what is dropped is added to its faults.
+
+    Returns:
+        The source with the other objects.
+
+    Raises:
+        UsageError: If no object of a split has a mask.
+    """
     splits = {}
     for split, part in source.splits.items():
         if not any(o.segments for o in part.objects):
             raise UsageError(
                 f"{source.name} has no masks in {split}: --task detection needs only boxes"
             )
-        objects = []
-        for i, found in enumerate(part.objects):
-            there = np.array(
-                [segments is not None for segments in found.segments or [None] * len(found)], bool
-            )
-            for label in found.labels[~there]:
-                source.faults.add(
-                    "object left out", part.images.keys[i], f"a {part.classes[label]} has no mask"
-                )
-            objects.append(found.take(there))
-        splits[split] = replace(part, objects=tuple(objects))
+        kept = []
+        for i, objects in enumerate(part.objects):
+            segments = objects.segments or [None] * len(objects)
+            has_mask = np.array([segment is not None for segment in segments], bool)
+            for label in objects.labels[~has_mask]:
+                reason = f"a {part.classes[label]} has no mask"
+                source.faults.add("object left out", part.images.keys[i], reason)
+            kept.append(objects.take(has_mask))
+        splits[split] = replace(part, objects=tuple(kept))
     return replace(source, splits=splits)
