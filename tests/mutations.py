@@ -86,7 +86,7 @@ MUTATIONS = [
         "let codes' gradient reach the prototypes",
         "model/siamese",
         "t = {j: t[j].detach() for j in t}",
-        "t = {j: self.criterion.code(eta[j].detach()) for j in t}",
+        "t = {j: self.criterion.encode_target(eta[j].detach()) for j in t}",
         f"{GRADIENT_TEST}[swav]",
     ),
     m(
@@ -106,8 +106,8 @@ MUTATIONS = [
     m(
         "encode what is not predicted",
         "model/siamese",
-        "seen = sorted({*self.predicted_views, *self.target.required_views})",
-        "seen = range(len(x))",
+        "views = sorted({*self.predicted_views, *self.target.required_views})",
+        "views = range(len(x))",
         "rows.py::test_no_row_wastes_encoder_passes[moco_v2-2]",
     ),
     m(
@@ -290,8 +290,8 @@ MUTATIONS = [
     m(
         "gather without gradient",
         "distributed/collectives",
-        "return total[ctx.mine], None",
-        "return total[ctx.mine] * 0, None",
+        "return total[ctx.rows], None",
+        "return total[ctx.rows] * 0, None",
         "processes.py::test_several_processes_compute_what_one_does[barlow_twins]",
     ),
     m(
@@ -318,15 +318,15 @@ MUTATIONS = [
     m(
         "eta of the own images alone",
         "distributed/collectives",
-        "every, values = all_gather(index), all_gather(values)",
-        "every = index",
+        "indices, values = all_gather(index), all_gather(values)",
+        "indices = index",
         "processes.py::test_several_processes_compute_what_one_does[moving_average]",
     ),
     m(
         "eta of another's images",
         "distributed/collectives",
-        "found = local_table.new_zeros(len(every), *local_table.shape[1:])\n",
-        "found = local_table.new_ones(len(every), *local_table.shape[1:])\n",
+        "rows = local_table.new_zeros(len(indices), *local_table.shape[1:])\n",
+        "rows = local_table.new_ones(len(indices), *local_table.shape[1:])\n",
         "processes.py::test_several_processes_compute_what_one_does[moving_average]",
     ),
     m(
@@ -360,15 +360,15 @@ MUTATIONS = [
     m(
         "batch norm's gradient from the own images",
         "distributed/sync_batch_norm",
-        "all_gather_stats(torch.cat([of_weight, of_bias], dim=1)).sum(0)",
-        "count() * torch.cat([of_weight, of_bias], dim=1)",
+        "all_gather_stats(torch.cat([sum_gx, sum_g], dim=1)).sum(0)",
+        "world_size() * torch.cat([sum_gx, sum_g], dim=1)",
         "processes.py::test_several_processes_compute_what_one_does[simsiam]",
     ),
     m(
         "one batch of all views",
         "model/heads",
-        "per_view_statistics(len(views))",
-        "per_view_statistics(1)",
+        "separate_views(network, len(views))",
+        "separate_views(network, 1)",
         "processes.py::test_several_processes_compute_what_one_does[simsiam]",
     ),
     m(
@@ -776,35 +776,35 @@ MUTATIONS = [
     ),
     # what it is used for
     m(
-        "do all parts again",
+        "compute all parts again",
         "embeddings/embed",
         "if not is_intact(part):",
         "if True:",
-        "embeddings.py::test_killed_and_started_anew_it_is_the_same_file",
+        "embeddings.py::test_killed_and_started_again_it_is_the_same_file",
     ),
     m(
-        "be one's own neighbor",
+        "count a row as its own neighbor",
         "embeddings/search",
         "index == torch.arange(len(x))[:, None]",
         "index < 0",
-        "embeddings.py::test_others_are_the_nearest_and_never_oneself",
+        "embeddings.py::test_neighbors_are_the_nearest_rows_and_never_the_row_itself",
     ),
     m(
-        "forget that colors differ",
+        "ignore differences in color",
         "embeddings/duplicates",
         "(a - b).square()",
         "(a - b - (a - b).mean()).square()",
-        "embeddings.py::test_copies_are_found_and_nothing_else",
+        "embeddings.py::test_only_copies_are_found",
     ),
     m(
-        "confidence of any penalty",
+        "choose the penalty with the largest log loss",
         "embeddings/probe",
         "lambda i: -np.log",
         "lambda i: np.log",
-        "embeddings.py::test_a_few_labels_label_everything_and_say_how_well",
+        "embeddings.py::test_a_few_labels_give_labels_for_all_images_and_an_accuracy",
     ),
     m(
-        "write over the labels given",
+        "overwrite the given labels",
         "embeddings/probe",
         "if os.path.realpath(out) == os.path.realpath(labels):",
         "if False:",
@@ -915,14 +915,14 @@ MUTATIONS = [
         "detection/detector",
         "= tensor[rows]",
         "= tensor",
-        "detector.py::test_rows_go_where_detectron2_looks_for_them",
+        "detector.py::test_rows_are_in_detectron2s_order",
     ),
     m(
         "the background first",
         "detection/detector",
         "tensor.roll(-1, 0)",
         "tensor",
-        "detector.py::test_rows_go_where_detectron2_looks_for_them",
+        "detector.py::test_rows_are_in_detectron2s_order",
     ),
     m(
         "no norm behind conv5",
@@ -936,14 +936,14 @@ MUTATIONS = [
         "detection/detector",
         "conv.dilation = conv.padding = (2, 2)",
         "pass",
-        "detector.py::test_stride_8_sees_twice_as_finely_and_as_far",
+        "detector.py::test_stride_8_doubles_the_resolution_and_keeps_the_receptive_field",
     ),
     m(
         "flip pixels and not boxes",
         "detection/detector",
         "[size[1] - right, top, size[1] - left, bottom]",
         "[left, top, right, bottom]",
-        "detector.py::test_views_move_boxes_and_masks_with_the_pixels",
+        "detector.py::test_boxes_and_masks_move_with_the_pixels",
     ),
     m(
         "draw from whatever was drawn before",
@@ -969,8 +969,8 @@ MUTATIONS = [
     m(
         "decay by half",
         "detection/schedules",
-        "rise * 0.1**passed",
-        "rise * 0.5**passed",
+        "rise * 0.1**decays",
+        "rise * 0.5**decays",
         "transfer.py::test_schedules_are_the_papers",
     ),
 ]

@@ -1,4 +1,4 @@
-"""Average precision: VOC's equals a reference written here; COCO's equals pycocotools and its definition."""
+"""Average precision: VOC's equals a reference below, COCO's equals pycocotools and a reference."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ CLASSES = ("a", "b", "c")
 
 
 def scene(seed: int, images: int = 30):
-    """Draw objects, and detections: objects moved a little, missed, doubled or invented; scores tie."""
+    """Draw objects and detections: objects moved, missed, doubled or invented; scores tie."""
     rng = np.random.default_rng(seed)
     truth, predictions = [], []
     for _ in range(images):
@@ -32,7 +32,7 @@ def scene(seed: int, images: int = 30):
 
 
 def voc_reference(predictions, truth, label: int, threshold: float) -> float:
-    """AP of a class at one IoU, as the VOC 2007 development kit computes it; pixels count from 1."""
+    """AP of a class at one IoU, as VOC 2007's development kit computes it; pixels count from 1."""
     rows = []
     for image, f in enumerate(predictions):
         for box, score, kind in zip(f.boxes, f.scores, f.labels):

@@ -23,7 +23,7 @@ import pyarrow as pa
 
 from simsiam.data.decode import Unreadable
 from simsiam.data.images import Images
-from simsiam.data.storage import Names
+from simsiam.data.storage import FolderFiles, Names
 from simsiam.errors import UsageError, WorkFailed, printable, unknown_name
 from simsiam.utils.workers import CPU_CORES
 
@@ -111,8 +111,10 @@ class DetectionDataset:
         Returns:
             The images of this dataset, then those of the other.
         """
-        assert isinstance(self.images.encoded, Path) and self.images.encoded == other.images.encoded
-        images = images_from_names([*self.images.keys, *other.images.keys], self.images.encoded)
+        first, second = self.images.storage, other.images.storage
+        assert isinstance(first, FolderFiles) and isinstance(second, FolderFiles)
+        assert first.folder == second.folder
+        images = images_from_names([*self.images.keys, *other.images.keys], first.folder)
         images = replace(images, channels=self.images.channels)
         return replace(self, images=images, objects=self.objects + other.objects)
 
@@ -614,7 +616,8 @@ def images_from_names(names: Iterable[str], folder: Path) -> Images:
     Returns:
         The images, whose keys are the names.
     """
-    return Images(Names(pa.array([os.fsencode(name) for name in names], pa.large_binary())), folder)
+    keys = Names(pa.array([os.fsencode(name) for name in names], pa.large_binary()))
+    return Images(keys, FolderFiles(folder, keys))
 
 
 def build_objects(size: tuple[int, int], rows: Sequence[RawObject]) -> Objects:

@@ -1,57 +1,63 @@
-"""How a detector is fine-tuned: the paper's settings and short ones for small sets, as data. Loads no torch.
+"""Settings for fine-tuning a detector: the paper's, and short ones for small sets. Loads no torch.
 
-A field of `Schedule` is a flag of `simsiam transfer` and an argument of `simsiam.transfer`. The values are those of
-MoCo's code (configs of its detection folder), which the paper uses for all entries of Table 5.
+Each field of `Schedule` is a flag of `simsiam transfer` and an argument of `simsiam.transfer`. The
+values are those of MoCo's code (the configs of its detection folder), which the paper uses for all
+entries of Table 5.
 """
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from math import ceil, floor, inf, log2
-from typing import Any, Literal
+from typing import Literal
 
-from simsiam.config.settings import replace_settings
+from simsiam.config.settings import replace_settings, setting
 from simsiam.errors import UsageError, check_ranges
 
-PYRAMID_LEVELS = 5  # of a feature pyramid, the last one by pooling
+PYRAMID_LEVELS = 5  # levels of a feature pyramid; the last one is pooled
 
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
-    """One fine-tuning; the defaults are VOC07+12's."""
+    """The settings of one fine-tuning; the defaults are those for VOC07+12."""
 
-    architecture: Literal["c4", "fpn"] = (
-        "c4"  # c4 (the paper's): RPN on conv4, conv5 and a batch norm as RoI head
+    architecture: Literal["c4", "fpn"] = setting(
+        "c4",
+        "c4 (the paper's: RPN on conv4; conv5 and a batch norm are the RoI head) or fpn",
     )
-    steps: int = 24_000  # of SGD with momentum 0.9
-    batch_size: int = 16  # images
-    lr: tuple[float, ...] = (
-        0.02,
-    )  # the peak; of several the best on val is taken, as the paper does for each method
-    warmup_steps: int = 100  # in which the lr rises from a thousandth
-    decay_at: tuple[float, ...] = (
-        18 / 24,
-        22 / 24,
-    )  # shares of the steps after which the lr is a tenth
-    weight_decay: float = 1e-4  # of all parameters but those of batch norms
-    train_sides: tuple[int, ...] = tuple(
-        range(480, 801, 32)
-    )  # the shorter side of a training image is one of these
-    test_side: int = 800  # and that of a test image
-    longest_side: int = 1333  # of any, at most
-    anchors: tuple[int, ...] = (
-        32,
-        64,
-        128,
-        256,
-        512,
-    )  # sides, each in three shapes; fpn: one a level
-    stride: int = 16  # of conv4: 16, or 8 by dilation, for small objects (c4, and a large stem)
-    proposals: int = 2000  # of an image, kept while training ...
-    test_proposals: int = 1000  # ... and while testing
-    regions: int = 512  # of an image that the RoI head learns from
-    region_size: int = 14  # pixels a side of a region's features, before conv5 halves them (c4)
-    precise_bn: int = (
-        200  # batches that batch norms' averages are taken over at the end; 0 keeps the moving ones
+    steps: int = setting(24_000, "steps of SGD with momentum 0.9")
+    batch_size: int = setting(16, "images in a batch")
+    lr: tuple[float, ...] = setting(
+        (0.02,),
+        "peak lr; of several, the best on val is used, as the paper does for each method",
+    )
+    warmup_steps: int = setting(100, "steps of linear warmup, from a thousandth of the peak lr")
+    decay_at: tuple[float, ...] = setting(
+        (18 / 24, 22 / 24), "when the lr is divided by 10, as shares of the steps"
+    )
+    weight_decay: float = setting(1e-4, "weight decay of all parameters except batch norm's")
+    train_sides: tuple[int, ...] = setting(
+        tuple(range(480, 801, 32)),
+        "shorter side of a training image in pixels; chosen at random from these",
+    )
+    test_side: int = setting(800, "shorter side of a test image in pixels")
+    longest_side: int = setting(1333, "largest longer side of an image in pixels")
+    anchors: tuple[int, ...] = setting(
+        (32, 64, 128, 256, 512),
+        "sides of the anchors in pixels, each in three shapes; with fpn one for each level",
+    )
+    stride: int = setting(
+        16,
+        "stride of conv4: 16, or 8 by dilation for small objects (c4 with a large stem only)",
+    )
+    proposals: int = setting(2000, "proposals kept for each image in training")
+    test_proposals: int = setting(1000, "proposals kept for each image in testing")
+    regions: int = setting(512, "regions of each image that the RoI head is trained on")
+    region_size: int = setting(
+        14, "side of a region's features in cells, before conv5 halves it (c4)"
+    )
+    precise_bn: int = setting(
+        200,
+        "batches at the end for averages of batch norm's statistics; 0 keeps the moving averages",
     )
 
     def __post_init__(self) -> None:
@@ -83,47 +89,74 @@ class Schedule:
             len(self.anchors) != PYRAMID_LEVELS or self.stride != 16
         ):
             raise UsageError(
-                f"fpn takes {PYRAMID_LEVELS} anchors, one a level, and no stride of its own"
+                f"fpn takes {PYRAMID_LEVELS} anchors, one for each level, and no --stride"
             )
 
     @classmethod
-    def from_settings(cls, settings: Mapping[str, Any]) -> "Schedule":
-        """The schedule with some words changed. Raises UsageError for a wrong name or value."""
+    def from_settings(cls, settings: Mapping[str, object]) -> "Schedule":
+        """Build a schedule from the settings that differ from the defaults.
+
+        Args:
+            settings: Values by field name, as in Python, in YAML or as text.
+
+        Returns:
+            The schedule.
+
+        Raises:
+            UsageError: If a name is unknown or a value is wrong.
+        """
         return replace_settings(cls, settings)
 
     def lr_factor(self, step: int) -> float:
-        """Of the peak lr at a step: a linear rise from a thousandth, then a tenth from each of `decay_at` on."""
-        passed = sum(step >= round(at * self.steps) for at in self.decay_at)
-        rise = min(1.0, 0.001 + 0.999 * step / self.warmup_steps) if self.warmup_steps else 1.0
-        return rise * 0.1**passed
+        """Compute the learning rate of a step relative to the peak.
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data; a tuple is a list."""
+        It rises linearly from a thousandth, and is divided by 10 at each of `decay_at`.
+
+        Args:
+            step: The step, from 0.
+
+        Returns:
+            The factor, between 0 and 1.
+        """
+        decays = sum(step >= round(at * self.steps) for at in self.decay_at)
+        rise = min(1.0, 0.001 + 0.999 * step / self.warmup_steps) if self.warmup_steps else 1.0
+        return rise * 0.1**decays
+
+    def to_dict(self) -> dict[str, object]:
+        """Return the settings as plain data; tuples become lists."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
 
-def voc0712_schedule() -> dict[str, Any]:
-    """VOC 2007 trainval + 2012 train (the paper's text; MoCo's code has 2012 trainval), tested on 2007 test."""
+def voc0712_schedule() -> dict[str, object]:
+    """Return the settings for VOC 2007 trainval + 2012 train, tested on 2007 test.
+
+    This is the paper's text; MoCo's code trains on 2012 trainval.
+    """
     return {}
 
 
-def voc07_schedule() -> dict[str, Any]:
-    """VOC 2007 trainval, tested on 2007 test. The paper does not say how long: as many epochs as VOC07+12, 23."""
+def voc07_schedule() -> dict[str, object]:
+    """Return the settings for VOC 2007 trainval, tested on 2007 test.
+
+    The paper does not give the length; this is 23 epochs, as on VOC07+12.
+    """
     return {"steps": 7300}
 
 
-def coco_schedule() -> dict[str, Any]:
-    """COCO 2017, the 1x schedule: 90k steps, 12 epochs."""
+def coco_schedule() -> dict[str, object]:
+    """Return the settings for COCO 2017: the 1x schedule of 90,000 steps, 12 epochs."""
     return {
-        "steps": 90_000, "warmup_steps": 1000, "decay_at": (60 / 90, 80 / 90),
+        "steps": 90_000,
+        "warmup_steps": 1000,
+        "decay_at": (60 / 90, 80 / 90),
         "train_sides": tuple(range(640, 801, 32)),
-    }  # fmt: skip
+    }
 
 
 SCHEDULES = {"voc0712": voc0712_schedule, "voc07": voc07_schedule, "coco": coco_schedule}
-LARGE_SET_IMAGES = 4000  # images from which on a set takes voc07's recipe
+LARGE_SET_IMAGES = 4000  # sets of at least this many images take voc07's settings
 SMALL_SET_MAX_SIDE = (
-    240  # the shorter side of a small set's images, at most: two CPU cores have to suffice
+    240  # pixels, shorter side of small sets' images, so that two CPU cores suffice
 )
 
 
@@ -133,35 +166,51 @@ def auto_schedule(
     box_sides: tuple[float, float],
     stem: str,
     masks: bool = False,
-) -> tuple[dict[str, Any], str]:
-    """The words for a set of `count` training images with this median shorter side, and why, in words.
+) -> tuple[dict[str, object], str]:
+    """Choose settings by the size of the set.
 
-    A small set takes small batches of small images, anchors from the smallest to the largest of its `boxes` (the sides
-    that a twentieth of them falls below and above), and stride 8 where the smallest cover less than two cells of 16.
-    Boxes take many regions of an image, and small ones: with few the head hardly ever learns from rare objects
-    (results/README.md: blood cells). Masks are drawn at a region's own size, and take fewer and larger ones.
+    A small set takes small batches of small images, anchors between the smallest and the largest
+    boxes, and stride 8 if the smallest boxes cover less than two cells of 16 pixels. Detection
+    takes many small regions: with few, the head hardly ever learns from rare objects
+    (results/README.md, blood cells). Masks have the resolution of their region, so segmentation
+    takes fewer and larger regions.
+
+    Args:
+        num_images: The number of training images.
+        median_side: The median of their shorter sides in pixels.
+        box_sides: The 5 % and 95 % quantiles of the boxes' sides in pixels.
+        stem: "large" or "small", the stem of the ResNet.
+        masks: Whether masks are learned.
+
+    Returns:
+        The settings, and the reason for them.
     """
     if num_images >= LARGE_SET_IMAGES:
-        return voc07_schedule() | {
-            "steps": max(7300, round(23 * num_images / 16))
-        }, f"{num_images:,} images: 23 epochs, as on VOC07+12"
+        steps = max(7300, round(23 * num_images / 16))
+        reason = f"{num_images:,} images: 23 epochs, as on VOC07+12"
+        return voc07_schedule() | {"steps": steps}, reason
     test_side = min(median_side, SMALL_SET_MAX_SIDE)
     low, high = (max(8, end * test_side / median_side) for end in box_sides)
-    anchors = tuple(2**k for k in range(floor(log2(low) + 0.25), ceil(log2(high) - 0.25) + 1))[
-        :PYRAMID_LEVELS
-    ]
-    words = {
-        "steps": min(max(300, 2 * num_images), 7300), "batch_size": 4, "warmup_steps": 50,
-        "train_sides": (test_side,), "test_side": test_side, "longest_side": 4 * test_side, "anchors": anchors,
-        "proposals": 250, "test_proposals": 100, "precise_bn": 30,
-    }  # fmt: skip
-    large, small = (
-        {"lr": (0.01,), "regions": 48, "region_size": 8},
-        {"lr": (0.03,), "regions": 96, "region_size": 4},
-    )
-    words |= large if masks else small
-    words |= {"stride": 8} if stem == "large" and low < 32 else {}
-    return (
-        words,
-        f"{num_images:,} images: a short schedule for two CPU cores; more --steps and a larger side are better",
+    powers = range(floor(log2(low) + 0.25), ceil(log2(high) - 0.25) + 1)
+    settings: dict[str, object] = {
+        "steps": min(max(300, 2 * num_images), 7300),
+        "batch_size": 4,
+        "warmup_steps": 50,
+        "train_sides": (test_side,),
+        "test_side": test_side,
+        "longest_side": 4 * test_side,
+        "anchors": tuple(2**k for k in powers)[:PYRAMID_LEVELS],
+        "proposals": 250,
+        "test_proposals": 100,
+        "precise_bn": 30,
+    }
+    if masks:
+        settings |= {"lr": (0.01,), "regions": 48, "region_size": 8}
+    else:
+        settings |= {"lr": (0.03,), "regions": 96, "region_size": 4}
+    if stem == "large" and low < 32:
+        settings["stride"] = 8
+    return settings, (
+        f"{num_images:,} images: a short schedule for two CPU cores; "
+        "more --steps and a larger --test-side give better results"
     )
