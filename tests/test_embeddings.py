@@ -1,4 +1,4 @@
-"""Embeddings and the questions to them: the same file after any crash, and answers that NumPy confirms."""
+"""Embedding files: the same file after any crash, and results that equal those of NumPy."""
 
 import csv
 import io
@@ -35,11 +35,11 @@ EVIL = "<img src=x onerror=alert(1)>.png"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Three classes, 40 images; one is broken, one has a wicked name."""
+    """Three classes, 40 images; one is broken, the name of one contains HTML."""
     root = tmp_path_factory.mktemp("data") / "few"
     pixels, labels = shapes.draw_split("test")
-    chosen = np.concatenate([np.flatnonzero(labels == c)[:13] for c in range(3)])
-    for i in chosen:
+    indices = np.concatenate([np.flatnonzero(labels == c)[:13] for c in range(3)])
+    for i in indices:
         path = root / shapes.CLASSES[labels[i]] / f"{i:04}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels[i].transpose(1, 2, 0)).save(path)
@@ -60,76 +60,76 @@ def file(run, folder, tmp_path_factory):
 
 
 def rows_of(path) -> list[dict[str, str]]:
-    with open(path, newline="") as opened:
-        return list(csv.DictReader(opened))
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
 
 
-def test_a_row_is_what_the_loaded_backbone_says_of_the_image(run, folder, file):
-    encoder, found = simsiam.load(run), read_embeddings(file)
-    assert len(found) == 39 and found.vectors.shape == (39, encoder.dim)
+def test_a_row_holds_the_feature_that_the_loaded_backbone_computes(run, folder, file):
+    encoder, images = simsiam.load(run), read_embeddings(file)
+    assert len(images) == 39 and images.vectors.shape == (39, encoder.dim)
     for i in (0, 20, 38):
         with torch.no_grad():
-            h = encoder(encoder.transform(Image.open(folder / found.paths[i])))[0]
-        assert torch.allclose(found.vectors[i], h, atol=1e-5)
-        assert found.labels[i] == found.paths[i].split("/")[0]
-        assert Image.open(io.BytesIO(found.thumbnails[i])).size == (32, 32)
-    assert [path.rpartition("/")[2] for path, _ in found.metadata["unreadable"]] == ["broken.png"]
-    assert found.paths == sorted(found.paths) and found.find(EVIL) == found.find(
-        f"{shapes.CLASSES[2]}/{EVIL}"
-    )
+            h = encoder(encoder.transform(Image.open(folder / images.paths[i])))[0]
+        assert torch.allclose(images.vectors[i], h, atol=1e-5)
+        assert images.labels[i] == images.paths[i].split("/")[0]
+        assert Image.open(io.BytesIO(images.thumbnails[i])).size == (32, 32)
+    assert [path.rpartition("/")[2] for path, _ in images.metadata["unreadable"]] == ["broken.png"]
+    assert images.paths == sorted(images.paths)
+    assert images.find(EVIL) == images.find(f"{shapes.CLASSES[2]}/{EVIL}")
 
 
-def test_killed_and_started_anew_it_is_the_same_file(run, folder, file, tmp_path, monkeypatch):
-    """SIGKILL in the middle, and parts of 8 images: what was done stays as it is, and nothing else is left."""
+def test_killed_and_started_again_it_is_the_same_file(run, folder, file, tmp_path, monkeypatch):
+    """SIGKILL in the middle, parts of 8 images: finished parts stay, and nothing else is left."""
     out = tmp_path / "again.parquet"
-    code = (
-        "import sys, time; from simsiam.embeddings import embed as m; m.PART = 8; rows = m.rows\n"
-        "def slow(*a):\n    time.sleep(0.5 * (len(list(m.Path(sys.argv[3]).parent.glob('*/0*.parquet'))) > 1))\n"
-        "    return rows(*a)\n"
-        "m.rows = slow; m.embed(sys.argv[1], sys.argv[2], out=sys.argv[3], device='cpu', precision='float32')"
-    )
+    code = """if True:
+        import sys, time
+        from simsiam.embeddings import embed as module
+        module.PART_SIZE, embed_part = 8, module.embed_part
+        def slow(*arguments):
+            parts = list(module.Path(sys.argv[3]).parent.glob("*/0*.parquet"))
+            time.sleep(0.5 * (len(parts) > 1))
+            return embed_part(*arguments)
+        module.embed_part = slow
+        run, folder, out = sys.argv[1:]
+        module.embed(run, folder, out=out, device="cpu", precision="float32")
+    """
     process = subprocess.Popen([sys.executable, "-c", code, str(run), str(folder), str(out)])
     parts = tmp_path / "again.parquet.parts"
     while len(list(parts.glob("0*.parquet"))) < 2 and process.poll() is None:
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    done = sorted(parts.glob("0*.parquet"))
-    assert not out.exists() and 2 <= len(done) < 5
-    before = {part: part.stat().st_mtime_ns for part in done}
+    finished = sorted(parts.glob("0*.parquet"))
+    assert not out.exists() and 2 <= len(finished) < 5
     monkeypatch.setattr(module, "PART_SIZE", 8)
-    seen = []
-    monkeypatch.setattr(
-        module, "embed_part", lambda *a, rows=module.embed_part: seen.append(len(a[1])) or rows(*a)
-    )
+    sizes, embed_part = [], module.embed_part
+
+    def recording(network, images, *arguments):
+        sizes.append(len(images))
+        return embed_part(network, images, *arguments)
+
+    monkeypatch.setattr(module, "embed_part", recording)
     assert embed(run, folder, out=out, device="cpu", precision="float32") == out
-    assert len(seen) == 5 - len(before) and not parts.exists()
-    whole = embed(run, folder, out=tmp_path / "whole.parquet", device="cpu", precision="float32")
-    assert out.read_bytes() == whole.read_bytes()
+    assert len(sizes) == 5 - len(finished) and not parts.exists()
+    fresh = embed(run, folder, out=tmp_path / "fresh.parquet", device="cpu", precision="float32")
+    assert out.read_bytes() == fresh.read_bytes()
     assert torch.allclose(read_embeddings(out).vectors, read_embeddings(file).vectors, atol=1e-5)
 
 
-def test_all_forms_hold_the_same_rows(run, folder, file, tmp_path, monkeypatch):
+def test_all_formats_hold_the_same_rows(run, folder, file, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "PART_SIZE", 8)
     monkeypatch.setattr(module, "PARTS_PER_FILE", 2)
     shards = embed(run, folder, out=tmp_path / "shards", device="cpu", precision="float32")
     assert len(list(shards.iterdir())) == 3
-    whole, parts = read_embeddings(file), read_embeddings(shards)
-    assert (
-        whole.paths == parts.paths
-        and whole.labels == parts.labels
-        and whole.metadata == parts.metadata
-    )
+    one, many = read_embeddings(file), read_embeddings(shards)
+    assert (one.paths, one.labels, one.metadata) == (many.paths, many.labels, many.metadata)
     array = np.load(embed(run, folder, out=tmp_path / "h.npy", device="cpu", precision="float32"))
-    assert array.tobytes() == parts.vectors.numpy().tobytes()
-    assert [(r["path"], r["label"]) for r in rows_of(tmp_path / "h.csv")] == list(
-        zip(whole.paths, whole.labels)
-    )
+    assert array.tobytes() == many.vectors.numpy().tobytes()
+    rows = [(row["path"], row["label"]) for row in rows_of(tmp_path / "h.csv")]
+    assert rows == list(zip(one.paths, one.labels))
 
 
-def test_the_parts_of_another_job_are_not_taken_for_ones_own(
-    run, folder, tmp_path, capsys, monkeypatch
-):
+def test_the_parts_of_another_job_are_not_used(run, folder, tmp_path, capsys, monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt
 
@@ -142,28 +142,26 @@ def test_the_parts_of_another_job_are_not_taken_for_ones_own(
 
 
 def test_neighbors_are_those_of_plain_cosines(file, folder, run, tmp_path):
-    found = read_embeddings(file)
-    h = found.vectors.numpy().astype(np.float64)
+    images = read_embeddings(file)
+    h = images.vectors.numpy().astype(np.float64)
     unit = h / np.linalg.norm(h, axis=1, keepdims=True)
     cosine = unit @ unit[5]
     order = [i for i in np.argsort(-cosine, kind="stable") if i != 5][:4]
-    near = neighbors(file, found.paths[5], k=4, html=tmp_path / "near.html")
-    assert [x.cosine for x in near] == pytest.approx(cosine[order], abs=1e-5)
-    assert near[0].path != found.paths[5] and len(neighbors(file, found.paths[5], k=1000)) == 38
-    copy = shutil.copy(folder / found.paths[5], tmp_path / "another name.png")
+    nearest = neighbors(file, images.paths[5], k=4, html=tmp_path / "near.html")
+    assert [x.cosine for x in nearest] == pytest.approx(cosine[order], abs=1e-5)
+    assert nearest[0].path != images.paths[5]
+    assert len(neighbors(file, images.paths[5], k=1000)) == 38
+    copy = shutil.copy(folder / images.paths[5], tmp_path / "another name.png")
     first = neighbors(file, str(copy), k=1)[0]
-    assert first.path == found.paths[5] and first.cosine == pytest.approx(1, abs=1e-5)
-    everything = neighbors(file, found.paths[5], k=1000, html=tmp_path / "near.html")
+    assert first.path == images.paths[5] and first.cosine == pytest.approx(1, abs=1e-5)
+    everything = neighbors(file, images.paths[5], k=1000, html=tmp_path / "near.html")
     page = (tmp_path / "near.html").read_text()
-    assert (
-        page.count("<img ") == len(everything) + 1
-        and "<img src=x" not in page
-        and "&lt;img src=x" in page
-    )
+    assert page.count("<img ") == len(everything) + 1
+    assert "<img src=x" not in page and "&lt;img src=x" in page
     assert "http" not in page
 
 
-def test_others_are_the_nearest_and_never_oneself():
+def test_neighbors_are_the_nearest_rows_and_never_the_row_itself():
     x = torch.randn(30, 5, generator=torch.Generator().manual_seed(0))
     x[10:13] = x[0]  # equal rows
     unit = (x / x.norm(dim=1, keepdim=True)).double()
@@ -176,7 +174,7 @@ def test_others_are_the_nearest_and_never_oneself():
     assert not (index == torch.arange(30)[:, None]).any() and {10, 11, 12} <= set(index[0].tolist())
 
 
-def test_faiss_finds_the_same_others(monkeypatch):
+def test_faiss_finds_the_same_neighbors(monkeypatch):
     pytest.importorskip("faiss")
     x = torch.randn(500, 16, generator=torch.Generator().manual_seed(0))
     exact = search_neighbors(x, 5)
@@ -186,14 +184,14 @@ def test_faiss_finds_the_same_others(monkeypatch):
 
 
 def photographs(count: int, seed: int = 0) -> list[Image.Image]:
-    """Pictures of clouds of color, as different as photographs are."""
+    """Pictures of colored clouds, which differ as much as photographs do."""
     rng = np.random.default_rng(seed)
     small = rng.integers(0, 256, (count, 6, 8, 3), np.uint8)
     return [Image.fromarray(x).resize((160, 120), Image.Resampling.BICUBIC) for x in small]
 
 
-def test_copies_are_found_and_nothing_else(run, tmp_path):
-    """Resized and compressed copies, plain pictures of two colors, and 60 pictures that have no copy."""
+def test_only_copies_are_found(run, tmp_path):
+    """Resized and recompressed copies, pictures of one color, and 60 pictures without a copy."""
     source = tmp_path / "photos"
     source.mkdir()
     pictures = photographs(70)
@@ -230,7 +228,7 @@ def test_copies_are_found_and_nothing_else(run, tmp_path):
 
 
 def blobs(tmp_path, labels: bool = True):
-    """A file as another program may write it: three well separated classes and one image far from all."""
+    """A file that another program wrote: three separated classes, and one image far from all."""
     import pyarrow as pa
 
     rng = np.random.default_rng(0)
@@ -249,44 +247,34 @@ def blobs(tmp_path, labels: bool = True):
     return path
 
 
-def test_clusters_and_outliers_of_what_is_well_separated(tmp_path):
+def test_clusters_and_outliers_of_well_separated_classes(tmp_path):
     file = blobs(tmp_path)
-    found = cluster(file, clusters=4, out=tmp_path / "c.csv")
-    assert found.nmi == pytest.approx(1) and np.bincount(found.assignments).tolist() == [
-        20,
-        20,
-        20,
-        1,
-    ]
-    assert [
-        int(line["cluster"]) for line in rows_of(tmp_path / "c.csv")
-    ] == found.assignments.tolist()
+    result = cluster(file, clusters=4, out=tmp_path / "c.csv")
+    assert result.nmi == pytest.approx(1)
+    assert np.bincount(result.assignments).tolist() == [20, 20, 20, 1]
+    rows = rows_of(tmp_path / "c.csv")
+    assert [int(row["cluster"]) for row in rows] == result.assignments.tolist()
     first = outliers(file, out=tmp_path / "o.csv")
     assert first[0].path == "d/60.jpg" and first[0].distance > 2 * first[1].distance
-    assert [line["path"] for line in rows_of(tmp_path / "o.csv")] == [x.path for x in first]
+    assert [row["path"] for row in rows_of(tmp_path / "o.csv")] == [x.path for x in first]
 
 
-def test_a_few_labels_label_everything_and_say_how_well(tmp_path, capsys):
-    file, given = blobs(tmp_path), tmp_path / "labels.csv"
-    given.write_text("path,label\n" + "".join(f"d/{i}.jpg,{'abc'[i % 3]}\n" for i in range(15)))
-    assert main(["probe", str(file), str(given), "--out", str(tmp_path / "all.csv")]) == 0
-    lines = rows_of(tmp_path / "all.csv")
-    assert [line["predicted"] for line in lines[:60]] == ["abc"[i % 3] for i in range(60)]
-    assert [line["label"] for line in lines] == ["abc"[i % 3] for i in range(15)] + [""] * 46
-    assert all(1 / 3 < float(line["confidence"]) <= 1 for line in lines)
+def test_a_few_labels_give_labels_for_all_images_and_an_accuracy(tmp_path, capsys):
+    file, labels = blobs(tmp_path), tmp_path / "labels.csv"
+    labels.write_text("path,label\n" + "".join(f"d/{i}.jpg,{'abc'[i % 3]}\n" for i in range(15)))
+    assert main(["probe", str(file), str(labels), "--out", str(tmp_path / "all.csv")]) == 0
+    rows = rows_of(tmp_path / "all.csv")
+    assert [row["predicted"] for row in rows[:60]] == ["abc"[i % 3] for i in range(60)]
+    assert [row["label"] for row in rows] == ["abc"[i % 3] for i in range(15)] + [""] * 46
+    assert all(1 / 3 < float(row["confidence"]) <= 1 for row in rows)
     assert "cross-validated accuracy 100.0 %, 80 to 100" in capsys.readouterr().out
-    wrong = [
-        ("abc"[i % 3] if i > 5 else "abc"[(i + 1) % 3]) for i in range(15)
-    ]  # 6 of 15 labels are mistaken
-    given.write_text("path,label\n" + "".join(f"{i}.jpg,{wrong[i]}\n" for i in range(15)))
-    assert (
-        probe(file, given, out=tmp_path / "all.csv").correct < 13
-    )  # an honest number: not that of the fit itself
-    assert (
-        probe(file, given, out=tmp_path / "all.csv").confidence.mean() < 0.8
-    )  # and no false confidence
-    given.write_text("path,label\nd/0.jpg,a\nd/1.jpg,b\n")
-    assert probe(file, given, out=tmp_path / "all.csv").correct is None
+    wrong = [("abc"[i % 3] if i > 5 else "abc"[(i + 1) % 3]) for i in range(15)]  # 6 of 15
+    labels.write_text("path,label\n" + "".join(f"{i}.jpg,{wrong[i]}\n" for i in range(15)))
+    result = probe(file, labels, out=tmp_path / "all.csv")
+    assert result.correct < 13  # the accuracy on images left out, not that of the fit itself
+    assert result.confidence.mean() < 0.8
+    labels.write_text("path,label\nd/0.jpg,a\nd/1.jpg,b\n")
+    assert probe(file, labels, out=tmp_path / "all.csv").correct is None
 
 
 @pytest.mark.parametrize(
@@ -295,8 +283,8 @@ def test_a_few_labels_label_everything_and_say_how_well(tmp_path, capsys):
         ("neighbors {file} nothing.png", "no image nothing.png among the 39 embedded"),
         ("neighbors {file} {broken}", "cannot be read"),
         ("neighbors {file} 0.png --k 0", "k is 0; it is at least 1"),
-        ("neighbors nowhere.parquet x", "nowhere.parquet is not there"),
-        ("neighbors {csv} x", "is no Parquet of `simsiam embed`"),
+        ("neighbors nowhere.parquet x", "nowhere.parquet does not exist"),
+        ("neighbors {csv} x", "is not a Parquet file of `simsiam embed`"),
         ("duplicates {blobs}", "no thumbnails"),
         ("duplicates {file} --threshold nan", "threshold is nan"),
         ("cluster {blobs} --out o.csv --html o.html", "no thumbnails"),
@@ -304,15 +292,15 @@ def test_a_few_labels_label_everything_and_say_how_well(tmp_path, capsys):
         ("cluster {file} --clusters 1 --out o.csv", "clusters is 1"),
         ("cluster {file} --clusters 99 --out o.csv", "clusters is 99, and there are 39 images"),
         ("outliers {file} --k 0 --out o.csv", "k is 0"),
-        ("probe {file} {csv} --out o.csv", "line 2: each line has a path and a label"),
+        ("probe {file} {csv} --out o.csv", "line 2: each line needs a path and a label"),
         ("probe {file} {one} --out o.csv", "has one label, 'y'"),
         ("probe {file} nowhere.csv --out o.csv", "cannot be read"),
         ("embed {run} shapes --out x.txt", "ends in .txt: give a .parquet"),
         ("embed nowhere shapes --out x.parquet", "nowhere is not a run folder"),
         ("embed {run} nothing --out x.parquet", "unknown source"),
-        ("embed {run} shapes --out {file}", "not written over"),
-        ("embed {run} shapes --out {one_npy}", "one.csv exists and is not written over"),
-        ("probe {file} {one} --out {one}", "would write over the labels given"),
+        ("embed {run} shapes --out {file}", "not overwritten"),
+        ("embed {run} shapes --out {one_npy}", "one.csv exists and is not overwritten"),
+        ("probe {file} {one} --out {one}", "would overwrite the given labels"),
         (
             "probe {file} {one} --out nowhere/o.csv",
             "there is no folder nowhere to write o.csv into",
@@ -329,10 +317,15 @@ def test_bad_input_is_one_line_and_leaves_nothing(verb, text, run, folder, file,
     path = read_embeddings(file).paths[0]
     (tmp_path / "in" / "one.csv").write_text(f"path,label\n{path},y\n")
     names = {
-        "file": file, "run": run, "blobs": blobs(tmp_path / "in"), "csv": tmp_path / "in" / "bad.csv",
-        "one": tmp_path / "in" / "one.csv", "one_npy": tmp_path / "in" / "one.npy", "folder": folder,
+        "file": file,
+        "run": run,
+        "folder": folder,
+        "blobs": blobs(tmp_path / "in"),
+        "csv": tmp_path / "in" / "bad.csv",
+        "one": tmp_path / "in" / "one.csv",
+        "one_npy": tmp_path / "in" / "one.npy",
         "broken": folder / shapes.CLASSES[0] / "broken.png",
-    }  # fmt: skip
+    }
     code = main([word.format(**names) for word in verb.split()])
     error = capsys.readouterr().err.strip()
     assert code in (1, 2) and text in error and "\n" not in error, error
@@ -340,10 +333,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(verb, text, run, folder, file,
     assert (tmp_path / "in" / "one.csv").read_text() == f"path,label\n{path},y\n"
 
 
-def test_metadata_says_where_vectors_come_from(run, file):
-    about = json.loads(pq.read_schema(file).metadata[b"simsiam"])
-    assert (
-        about["run"] == str(run.absolute())
-        and about["transform"]["size"] == 32
-        and about["source"] == "few"
-    )
+def test_metadata_names_the_run_the_source_and_the_preprocessing(run, file):
+    metadata = json.loads(pq.read_schema(file).metadata[b"simsiam"])
+    assert metadata["run"] == str(run.absolute()) and metadata["source"] == "few"
+    assert metadata["transform"]["size"] == 32

@@ -1,5 +1,6 @@
-"""One row per image: path, label, feature vector and thumbnail; and the questions asked of such a file.
+"""Embedding files: one row per image with its path, label, feature vector and thumbnail.
 
-This package owns the embedding file and search, duplicates, clusters, outliers and label probes on it. It imports
-`runs` and what stands below it. Start with `table` and `embed`.
+This package writes embedding files and answers questions about them: nearest neighbors,
+near-duplicates, clusters, outliers, and labels predicted from a few labels. It imports `runs` and
+the packages below it. Start reading with `table` (the file) and `embed` (how it is written).
 """

@@ -1,4 +1,4 @@
-"""simsiam cluster: images in groups of similar ones, without labels."""
+"""The verb `cluster`: group similar images without labels."""
 
 import os
 from math import inf
@@ -16,13 +16,21 @@ from simsiam.errors import UsageError, check_ranges
 from simsiam.utils.files import check_writable, write_csv
 
 PAGE_IMAGES_PER_CLUSTER = 12  # images of a cluster on the page
-NUM_INITS = 4  # of k-means; the best is kept
+NUM_INITS = 4  # initializations of k-means; the result with the smallest inertia is kept
 
 
 class Clusters(NamedTuple):
-    assignments: np.ndarray  # int (N,): 0 is the largest cluster
-    distances: np.ndarray  # (N,), to the cluster's center
-    nmi: float | None  # with the labels: normalized mutual information, 0 to 1; None without labels
+    """A partition of N images into clusters.
+
+    Attributes:
+        assignments: (N,) int, the cluster of each image; cluster 0 is the largest.
+        distances: (N,) float, the distance of each image to the center of its cluster.
+        nmi: Normalized mutual information with the labels, 0 to 1; None without labels.
+    """
+
+    assignments: np.ndarray
+    distances: np.ndarray
+    nmi: float | None
 
 
 def cluster(
@@ -33,9 +41,21 @@ def cluster(
     html: str | os.PathLike[str] | None = None,
     seed: int = 0,
 ) -> Clusters:
-    """k-means of `spread_out(h)`; `out` is a .csv with a line an image, `html` a page of what lies next to each center.
+    """Group embedded images by k-means on centered, normalized features.
 
-    Raises UsageError.
+    Args:
+        file: A file or folder that `embed` wrote.
+        clusters: The number of clusters, at least 2.
+        out: A .csv file to write, with one row per image: path, cluster, distance.
+        html: A web page to write, which shows the images nearest to each center.
+        seed: Seed of the initial centers.
+
+    Returns:
+        The cluster and the distance of each image, in the order of the file.
+
+    Raises:
+        UsageError: If an argument is out of range, the file is not an embedding file, there are
+            fewer images than clusters, or `out` or `html` cannot be written.
     """
     check_ranges(
         SimpleNamespace(clusters=clusters, seed=seed), clusters=(2, inf), seed=(0, 2**32 - 1)
@@ -44,34 +64,44 @@ def cluster(
     images = read_embeddings(file)
     if clusters > len(images):
         raise UsageError(f"clusters is {clusters}, and there are {len(images)} images")
-    found = kmeans(center_and_normalize(images.vectors).numpy(), clusters, seed)
-    found = found._replace(nmi=normalized_mutual_info(images, found.assignments))
+    result = kmeans(center_and_normalize(images.vectors).numpy(), clusters, seed)
+    result = result._replace(nmi=_normalized_mutual_info(images, result.assignments))
     if html:
-        sections = []
-        for name in range(clusters):
-            members = np.flatnonzero(found.assignments == name)
-            central = members[np.argsort(found.distances[members], kind="stable")][
-                :PAGE_IMAGES_PER_CLUSTER
-            ].tolist()
-            heading = f"Cluster {name}: {len(members)} images"
-            sections.append((heading, [(i, images.caption(i)) for i in central]))
-        note = f"{len(images)} images in {clusters} clusters; of each, those nearest to its center."
-        write_page(Path(html), "Clusters", note, sections, images)
+        _write_cluster_page(Path(html), result, clusters, images)
     if out:
-        lines = (
-            (images.paths[i], found.assignments[i], f"{found.distances[i]:.4f}")
+        rows = (
+            (images.paths[i], result.assignments[i], f"{result.distances[i]:.4f}")
             for i in range(len(images))
         )
-        write_csv(Path(out), ("path", "cluster", "distance"), lines)
-    return found
+        write_csv(Path(out), ("path", "cluster", "distance"), rows)
+    return result
 
 
 def center_and_normalize(h: Tensor) -> Tensor:
-    """h less its mean, at length 1: what all images share says nothing about which belong together."""
+    """Subtract the mean feature and scale each row to length 1.
+
+    The component that all images share says nothing about which of them are similar.
+
+    Args:
+        h: Features, (N, d) float32.
+
+    Returns:
+        (N, d) float32, rows of length 1.
+    """
     return F.normalize(h - h.mean(0), dim=1)
 
 
 def kmeans(x: np.ndarray, clusters: int, seed: int) -> Clusters:
+    """Run scikit-learn's k-means and number the clusters by size, the largest first.
+
+    Args:
+        x: Features, (N, d) float32.
+        clusters: The number of clusters, at most N.
+        seed: Seed of the initial centers.
+
+    Returns:
+        The clusters, with `nmi` None.
+    """
     from sklearn.cluster import KMeans
 
     model = KMeans(clusters, n_init=NUM_INITS, random_state=seed).fit(x)
@@ -80,18 +110,39 @@ def kmeans(x: np.ndarray, clusters: int, seed: int) -> Clusters:
     return Clusters(rank[model.labels_], distances, None)
 
 
-def normalized_mutual_info(images: Embeddings, assignments: np.ndarray) -> float | None:
+def _normalized_mutual_info(images: Embeddings, assignments: np.ndarray) -> float | None:
     from sklearn.metrics import normalized_mutual_info_score
 
     if images.labels is None:
         return None
-    known = [i for i, label in enumerate(images.labels) if label is not None]
-    return float(
-        normalized_mutual_info_score([images.labels[i] for i in known], assignments[known])
+    labeled = [i for i, label in enumerate(images.labels) if label is not None]
+    labels = [images.labels[i] for i in labeled]
+    return float(normalized_mutual_info_score(labels, assignments[labeled]))
+
+
+def _write_cluster_page(path: Path, result: Clusters, clusters: int, images: Embeddings) -> None:
+    sections = []
+    for number in range(clusters):
+        members = np.flatnonzero(result.assignments == number)
+        nearest_first = members[np.argsort(result.distances[members], kind="stable")].tolist()
+        figures = [(i, images.caption(i)) for i in nearest_first[:PAGE_IMAGES_PER_CLUSTER]]
+        sections.append((f"Cluster {number}: {len(members)} images", figures))
+    note = (
+        f"{len(images)} images in {clusters} clusters. "
+        "Each section shows the images nearest to the center of the cluster."
     )
+    write_page(path, "Clusters", note, sections, images)
 
 
 def format_cluster(result: Clusters) -> str:
+    """Describe clusters as text: their sizes, and the agreement with the labels.
+
+    Args:
+        result: The clusters.
+
+    Returns:
+        One or two lines.
+    """
     sizes = np.bincount(result.assignments)
     lines = [f"{len(sizes)} clusters of {', '.join(map(str, sizes))} images"]
     if result.nmi is not None:

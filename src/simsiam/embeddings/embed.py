@@ -1,7 +1,8 @@
-"""simsiam embed: a backbone's features of every image of a source, as a file.
+"""The verb `embed`: write a backbone's feature of every image of a source to a file.
 
-The work goes part by part, in a folder beside the file that is to be. A part that is on the disk is not done again, and
-a part is a function of its images alone: killed and started anew, it becomes the same file to the bit.
+The work is done in parts, in a folder next to the output file. A part that is on disk is not
+computed again, and it depends only on its images. So if the process is killed and started again,
+the file is the same, bit for bit.
 """
 
 import io
@@ -9,9 +10,8 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -32,18 +32,21 @@ from simsiam.distributed.process_group import (
     world_size,
 )
 from simsiam.errors import UsageError, WorkFailed, printable
+from simsiam.model.backbones import feature_dim
 from simsiam.model.precision import Compute
 from simsiam.monitoring.features import compute_outputs
-from simsiam.runs.encoder import load
+from simsiam.runs.encoder import eval_transform, load
 from simsiam.runs.run_folder import Run
 from simsiam.runs.weight_files import file_sha256
 from simsiam.sources.open_source import open_source
 from simsiam.utils.files import atomic_write, exclusive_lock, start_or_continue_job, write_csv
 from simsiam.utils.progress_bar import progress_bar
 
-PART_SIZE = 2048  # images that a kill costs at most; a row group of the file
-PARTS_PER_FILE = 50  # parts in each file of a folder
-THUMBNAIL_SIZE = 96  # pixels a side, at most
+PART_SIZE = 2048  # images per part: the most that is lost if the process is killed; a row group
+PARTS_PER_FILE = 50  # parts in each file of an output folder
+THUMBNAIL_SIZE = 96  # the largest side of a thumbnail, in pixels
+
+Writer = Callable[[Sequence[Path], Path, str], None]  # (parts, output path, JSON of the metadata)
 
 
 @distributed_entry_point
@@ -55,31 +58,31 @@ def embed(
     device: str = "auto",
     precision: str = "auto",
 ) -> Path:
-    """Write the features of all images that can be read, by default of the run's own source; returns the path.
+    """Write the features of all readable images of a source to a file.
 
-    `out` is a .parquet, a folder for many files of 100,000 images each, or a .npy, the vectors alone, with a .csv of
-    their paths beside it. Raises UsageError for a wrong request, WorkFailed where no image can be read.
+    Args:
+        run: A finished run folder.
+        source: The images; by default the run's own source.
+        out: A new .parquet file; a new folder, for many files of 100,000 images each; or a new .npy
+            file of the vectors alone, with their paths in a .csv file next to it.
+        device: "auto", "cpu", "cuda", "cuda:1", ...
+        precision: "auto", "bfloat16" or "float32", of the backbone.
+
+    Returns:
+        The path of the written file or folder.
+
+    Raises:
+        UsageError: If an argument is wrong, the output exists, another process is writing it, or
+            an unfinished job with other arguments is in the way.
+        WorkFailed: If no image can be read, or the output cannot be written.
     """
     path = Path(out)
-    write = WRITERS.get(path.suffix)
-    if write is None:
-        raise UsageError(
-            f"--out {path} ends in {path.suffix}: give a .parquet, a .npy, or a folder"
-        )
-    work, beside = path.with_name(path.name + ".parts"), path.with_suffix(".csv")
-    foreign = (
-        path.suffix == ".npy" and beside.exists() and not work.exists()
-    )  # else a kill may have left it
-    if path.exists() or foreign:
-        raise UsageError(
-            f"{beside if foreign else path} exists and is not written over: choose another --out"
-        )
+    writer = _choose_writer(path)
     network, recipe = load(run), Run(run).recipe
-    transform: Any = network.transform
-    compute = Compute.pick(device, precision)
+    transform, compute = eval_transform(recipe), Compute.pick(device, precision)
     opened = open_source(source or recipe.source, recipe.channels)
     splits = list(opened.splits.values())
-    about = {
+    metadata = {
         "run": str(Path(run).absolute()),
         "backbone_sha256": file_sha256(Path(run) / "backbone.safetensors"),
         "source": opened.name,
@@ -88,172 +91,239 @@ def embed(
         },
     }
     labeled = any(images.labels is not None for images in splits)
-    job = about | {
+    job = metadata | {
         "device": compute.device.type,
         "precision": compute.precision,
         "labeled": labeled,
         "images": fingerprint(splits),
     }
-
     compute.place(network)
+    work = _work_folder(path)
     with rank_zero_context(exclusive_lock(work / ".lock", str(path))):
         rank_zero_only(start_or_continue_job)(work, job)
-        jobs = [
-            part.take(slice(start, start + PART_SIZE))
-            for part in splits
-            for start in range(0, len(part), PART_SIZE)
-        ]
-        parts = [work / f"{n:06}.parquet" for n in range(len(jobs))]
-        mine = slice(
-            rank(), None, world_size()
-        )  # of several processes each takes every so-manieth part
-        with progress_bar("embedding" if rank() == 0 else "", sum(map(len, jobs[mine]))) as advance:
-            for part, images in zip(parts[mine], jobs[mine]):
-                if not is_intact(part):
-                    table = embed_part(network, images, transform, compute, labeled)
-                    with atomic_write(part) as file:
-                        pq.write_table(table, file, write_page_checksum=True)
-                advance(len(images))
-
-        all_reduce_max(0)  # every process has made its parts
-        merge_parts(write, parts, path, about, sum(map(len, jobs)))
+        parts = {
+            work / f"{number:06}.parquet": images
+            for number, images in enumerate(_split_into_parts(splits))
+        }
+        _write_parts(parts, network, transform, compute, labeled)
+        all_reduce_max(0)  # wait until every process has written its parts
+        merge_parts(writer, list(parts), path, metadata, sum(map(len, splits)))
     return path
+
+
+def _work_folder(path: Path) -> Path:
+    return path.with_name(path.name + ".parts")
+
+
+def _choose_writer(path: Path) -> Writer:
+    """The writer for a suffix. Raises UsageError if there is none, or the output exists."""
+    writer = WRITERS.get(path.suffix)
+    if writer is None:
+        raise UsageError(
+            f"--out {path} ends in {path.suffix}: give a .parquet file, a .npy file, or a folder"
+        )
+    table = path.with_suffix(".csv")
+    # A table next to unfinished parts is not in the way: this job wrote it before it was killed.
+    blocked = path.suffix == ".npy" and table.exists() and not _work_folder(path).exists()
+    if blocked or path.exists():
+        existing = table if blocked else path
+        raise UsageError(f"{existing} exists and is not overwritten: choose another --out")
+    return writer
+
+
+def _split_into_parts(splits: Sequence[Images]) -> list[Images]:
+    """The images of each part, at most PART_SIZE of one split."""
+    return [
+        images.take(slice(start, start + PART_SIZE))
+        for images in splits
+        for start in range(0, len(images), PART_SIZE)
+    ]
+
+
+def _write_parts(
+    parts: Mapping[Path, Images],
+    network: nn.Module,
+    transform: Transform,
+    compute: Compute,
+    labeled: bool,
+) -> None:
+    """Write this process's share of the parts: every world_size-th one."""
+    share = list(parts.items())[rank() :: world_size()]
+    num_images = sum(len(images) for _, images in share)
+    with progress_bar("embedding" if rank() == 0 else "", num_images) as advance:
+        for part, images in share:
+            if not is_intact(part):
+                table = embed_part(network, images, transform, compute, labeled)
+                with atomic_write(part) as file:
+                    pq.write_table(table, file, write_page_checksum=True)
+            advance(len(images))
 
 
 @rank_zero_only
 def merge_parts(
-    write: Callable[[Sequence[Path], Path, str], None],
+    writer: Writer,
     parts: Sequence[Path],
     path: Path,
-    metadata: Any,
+    metadata: Mapping[str, object],
     num_images: int,
 ) -> None:
-    """The parts of n images become the file that was asked for, and are gone."""
+    """Merge the parts into the output, and delete them.
+
+    Args:
+        writer: The writer of the output's format.
+        parts: The files of the parts, in order; all in one folder.
+        path: The output.
+        metadata: What to store in it; the list of unreadable images is added.
+        num_images: The number of images, readable or not.
+
+    Raises:
+        WorkFailed: If none of the images could be read, or the output cannot be written.
+    """
     work = parts[0].parent
-    lost = [
-        line for part in parts for line in json.loads(pq.read_schema(part).metadata[b"unreadable"])
+    unreadable = [
+        entry
+        for part in parts
+        for entry in json.loads(pq.read_schema(part).metadata[b"unreadable"])
     ]
-    if len(lost) == num_images:
-        shutil.rmtree(work)
-        raise WorkFailed(
-            f"none of the {num_images} images can be read; the first, {lost[0][0]}: {lost[0][1]}"
-        )
-    if lost:
-        print(
-            f"{len(lost)} of {num_images} images cannot be read; the first, {lost[0][0]}: {lost[0][1]}",
-            file=sys.stderr,
-        )
-    write(parts, path, json.dumps(metadata | {"unreadable": lost}))
+    if unreadable:
+        first = f"the first, {unreadable[0][0]}: {unreadable[0][1]}"
+        if len(unreadable) == num_images:
+            shutil.rmtree(work)
+            raise WorkFailed(f"none of the {num_images} images can be read; {first}")
+        print(f"{len(unreadable)} of {num_images} images cannot be read; {first}", file=sys.stderr)
+    writer(parts, path, json.dumps({**metadata, "unreadable": unreadable}))
     shutil.rmtree(work)
 
 
 def is_intact(part: Path) -> bool:
-    """Whether a part is there, and its pages match the checksums in it."""
+    """Check that a part exists and that its pages match the checksums in it.
+
+    Args:
+        part: The file of a part.
+
+    Returns:
+        Whether the part can be used.
+    """
     try:
-        return (
-            part.exists()
-            and pq.ParquetFile(part, page_checksum_verification=True).read() is not None
-        )
+        if not part.exists():
+            return False
+        pq.ParquetFile(part, page_checksum_verification=True).read()
+        return True
     except (pa.ArrowException, OSError):
         return False
 
 
 def embed_part(
-    network: nn.Module,
-    images: Images,
-    transform: Transform,
-    compute: Compute,
-    labeled: bool,
+    network: nn.Module, images: Images, transform: Transform, compute: Compute, labeled: bool
 ) -> pa.Table:
-    """One part: a row of each of these images that can be read, and in the metadata those that cannot."""
+    """Compute the rows of one part.
+
+    Args:
+        network: The backbone: normalized images (N, C, size, size) to features (N, d).
+        images: The images of the part.
+        transform: The preprocessing of the backbone.
+        compute: Where to compute, and in which precision.
+        labeled: Whether the table has a column of labels.
+
+    Returns:
+        A row for each image that can be read; the path and the reason of each other image are in
+        the metadata, as JSON under "unreadable".
+    """
     unreadable: list[tuple[str, str]] = []
-    vectors, thumbnails, kept = [torch.zeros(0, int(network.dim))], list[bytes](), list[int]()  # type: ignore[arg-type]
+    vectors, thumbnails, rows = [torch.zeros(0, feature_dim(network))], list[bytes](), list[int]()
     for index, pixels in iter_crops(images, transform, unreadable):
         vectors += compute_outputs(lambda x: (network(x),), pixels, transform, compute)
         thumbnails += map(encode_jpeg, make_thumbnails(pixels))
-        kept += index.tolist()
-    flat = torch.cat(vectors)
+        rows += index.tolist()
+    h = torch.cat(vectors)
     columns = {
-        "path": pa.array([printable(images.keys[i]) for i in kept], pa.string()),
-        "vector": pa.FixedSizeListArray.from_arrays(
-            pa.array(flat.flatten().numpy()), flat.shape[1]
-        ),
+        "path": pa.array([printable(images.keys[i]) for i in rows], pa.string()),
+        "vector": pa.FixedSizeListArray.from_arrays(pa.array(h.flatten().numpy()), h.shape[1]),
         "thumbnail": pa.array(thumbnails, pa.binary()),
     }
     if labeled:
-        names = [
+        labels = [
             None if images.labels is None else printable(images.classes[images.labels[i]])
-            for i in kept
+            for i in rows
         ]
-        columns["label"] = pa.array(names, pa.string())
-    said = json.dumps([(printable(key), reason) for key, reason in unreadable])
-    return pa.table(columns).replace_schema_metadata({"unreadable": said})
+        columns["label"] = pa.array(labels, pa.string())
+    reasons = json.dumps([(printable(key), reason) for key, reason in unreadable])
+    return pa.table(columns).replace_schema_metadata({"unreadable": reasons})
 
 
 def make_thumbnails(pixels: Tensor) -> np.ndarray:
-    """uint8 (N, C, S, S) to (N, s, s, 3), s at most THUMBNAIL: RGB, gray of one channel, the first three of many."""
+    """Reduce crops to at most THUMBNAIL_SIZE pixels a side, as RGB.
+
+    Args:
+        pixels: Crops, (N, C, S, S) uint8. One channel is shown as gray; of more than three, the
+            first three are shown.
+
+    Returns:
+        (N, s, s, 3) uint8.
+    """
     side = min(pixels.shape[-1], THUMBNAIL_SIZE)
     color = pixels[:, :3] if pixels.shape[1] >= 3 else pixels[:, :1].expand(-1, 3, -1, -1)
     return TF.resize(color, [side, side], antialias=True).permute(0, 2, 3, 1).numpy()
 
 
 def encode_jpeg(pixels: np.ndarray) -> bytes:
-    """uint8 (H, W, 3) to a file's bytes."""
+    """Encode an image as a JPEG file.
+
+    Args:
+        pixels: (H, W, 3) uint8.
+
+    Returns:
+        The bytes of the file.
+    """
     file = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(pixels)).save(file, "JPEG", quality=85)
     return file.getvalue()
 
 
-# --- the parts become one -------------------------------------------------------------------------------------------
+# --- writers: from the parts to the output ---
 
 
-def read_parts(parts: Sequence[Path]) -> Iterator[pa.Table]:
+def _read_parts(parts: Sequence[Path]) -> Iterator[pa.Table]:
     return (pq.ParquetFile(part).read() for part in parts)
 
 
-def write_parquet(parts: Sequence[Path], path: Path, metadata: str) -> None:
+def _write_parquet(parts: Sequence[Path], path: Path, metadata: str) -> None:
     schema = pq.read_schema(parts[0]).with_metadata({"simsiam": metadata})
-    with atomic_write(path) as file, pq.ParquetWriter(file, schema, write_page_checksum=True) as to:
-        for table in read_parts(parts):
-            to.write_table(table.replace_schema_metadata(schema.metadata))
+    with (
+        atomic_write(path) as file,
+        pq.ParquetWriter(file, schema, write_page_checksum=True) as writer,
+    ):
+        for table in _read_parts(parts):
+            writer.write_table(table.replace_schema_metadata(schema.metadata))
 
 
-def write_folder(parts: Sequence[Path], path: Path, metadata: str) -> None:
-    shards = [
+def _write_folder(parts: Sequence[Path], path: Path, metadata: str) -> None:
+    files = [
         parts[start : start + PARTS_PER_FILE] for start in range(0, len(parts), PARTS_PER_FILE)
     ]
     folder = parts[0].parent / "whole"
-    shutil.rmtree(folder, ignore_errors=True)  # one that was not finished
+    shutil.rmtree(folder, ignore_errors=True)  # left unfinished by a killed process
     folder.mkdir()
-    for n, shard in enumerate(shards):
-        write_parquet(shard, folder / f"embeddings-{n:05}-of-{len(shards):05}.parquet", metadata)
+    for number, file_parts in enumerate(files):
+        name = f"embeddings-{number:05}-of-{len(files):05}.parquet"
+        _write_parquet(file_parts, folder / name, metadata)
     os.replace(folder, path)
 
 
-def write_npy(parts: Sequence[Path], path: Path, metadata: str) -> None:
-    """Vectors (N, d) float32 in one file, and a line an image in the .csv beside it."""
-    count = sum(pq.read_metadata(part).num_rows for part in parts)
-    lines: list[Sequence[str]] = []
-    dim = pq.read_schema(parts[0]).field("vector").type.list_size
+def _write_npy(parts: Sequence[Path], path: Path, metadata: str) -> None:
+    """Write the vectors, (N, d) float32, and next to them a .csv file with one row per image."""
+    num_rows = sum(pq.read_metadata(part).num_rows for part in parts)
+    schema = pq.read_schema(parts[0])
+    dim = schema.field("vector").type.list_size
+    names = [name for name in ("path", "label") if name in schema.names]
+    rows: list[Sequence[str]] = []
+    header = {"descr": "<f4", "fortran_order": False, "shape": (num_rows, dim)}
     with atomic_write(path) as part, open(part, "wb") as file:
-        np.lib.format.write_array_header_1_0(
-            file, {"descr": "<f4", "fortran_order": False, "shape": (count, dim)}
-        )
-        for table in read_parts(parts):
+        np.lib.format.write_array_header_1_0(file, header)
+        for table in _read_parts(parts):
             file.write(table["vector"].combine_chunks().flatten().to_numpy().astype("<f4"))
-            lines += zip(
-                *(
-                    table[name].to_pylist()
-                    for name in table.column_names
-                    if name in ("path", "label")
-                )
-            )
-        names = ["path", "label"] if "label" in table.column_names else ["path"]
-        write_csv(path.with_suffix(".csv"), names, lines)
+            rows += zip(*(table[name].to_pylist() for name in names))
+        write_csv(path.with_suffix(".csv"), names, rows)
 
 
-WRITERS: dict[str, Callable[[Sequence[Path], Path, str], None]] = {
-    ".parquet": write_parquet,
-    "": write_folder,
-    ".npy": write_npy,
-}
+WRITERS: dict[str, Writer] = {".parquet": _write_parquet, "": _write_folder, ".npy": _write_npy}

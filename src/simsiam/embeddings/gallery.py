@@ -1,4 +1,4 @@
-"""A sheet of pictures: one HTML page that opens from disk and asks the network for nothing."""
+"""A web page of pictures: one HTML file that opens from disk and loads nothing from the network."""
 
 import base64
 from collections.abc import Sequence
@@ -16,7 +16,8 @@ HTML_HEAD = """<!doctype html>
 <title>{title}</title>
 <style>
 :root {{ color-scheme: light dark; }}
-body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 1200px; margin: 2rem auto; padding: 0 1rem; }}
+body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 1200px; margin: 2rem auto; }}
+body {{ padding: 0 1rem; }}
 h1 {{ font-size: 1.5rem; }}
 h2 {{ font-size: 1rem; margin: 2rem 0 .5rem; }}
 .row {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(112px, 1fr)); gap: 12px; }}
@@ -28,25 +29,37 @@ figcaption {{ font-size: 12px; overflow-wrap: anywhere; opacity: .75; }}
 <p>{note}</p>
 """
 
-Figure = tuple[int, str]  # the position of an image, and what stands below it
-Section = tuple[str, Sequence[Figure]]  # a heading, and images
+Figure = tuple[int, str]  # the position of an image in the embeddings, and its caption
+Section = tuple[str, Sequence[Figure]]  # a heading, and the figures below it
 
 
 def write_page(
     path: Path, title: str, note: str, sections: Sequence[Section], images: Embeddings
 ) -> None:
-    """Raises UsageError where the embeddings have no thumbnails."""
+    """Write a web page of thumbnails. All text is escaped.
+
+    Args:
+        path: The .html file to write.
+        title: The heading of the page.
+        note: A sentence below the heading.
+        sections: The sections of the page, each a heading and its figures.
+        images: The embeddings that the figures refer to.
+
+    Raises:
+        UsageError: If the embeddings have no thumbnails.
+        WorkFailed: If the file cannot be written.
+    """
     if images.thumbnails is None:
         raise UsageError(
-            "the file has no thumbnails, so there is nothing to show: `simsiam embed` writes them"
+            "the file has no thumbnails to show: use a file that `simsiam embed` wrote"
         )
-    text = [HTML_HEAD.format(title=escape(title), note=escape(note))]
+    lines = [HTML_HEAD.format(title=escape(title), note=escape(note))]
     for heading, figures in sections:
-        text.append(f'<h2>{escape(heading)}</h2>\n<div class="row">\n')
+        lines.append(f'<h2>{escape(heading)}</h2>\n<div class="row">\n')
         for i, caption in figures:
             data = base64.b64encode(images.thumbnails[i]).decode()
             picture = f'<img loading="lazy" alt="" src="data:image/jpeg;base64,{data}">'
-            text.append(f"<figure>{picture}<figcaption>{escape(caption)}</figcaption></figure>\n")
-        text.append("</div>\n")
+            lines.append(f"<figure>{picture}<figcaption>{escape(caption)}</figcaption></figure>\n")
+        lines.append("</div>\n")
     with atomic_write(path) as part:
-        part.write_text("".join(text), encoding="utf-8")
+        part.write_text("".join(lines), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""simsiam neighbors: the images most similar to one."""
+"""The verb `neighbors`: find the images most similar to a given image."""
 
 import os
 from collections.abc import Sequence
@@ -25,8 +25,16 @@ from simsiam.utils.files import check_writable
 
 
 class Neighbor(NamedTuple):
+    """An image and its similarity to the query.
+
+    Attributes:
+        path: The path of the image in its source.
+        label: Its class name; "" if it has none.
+        cosine: The cosine of its feature with that of the query, -1 to 1.
+    """
+
     path: str
-    label: str  # "" without one
+    label: str
     cosine: float
 
 
@@ -37,59 +45,92 @@ def neighbors(
     k: int = 10,
     html: str | os.PathLike[str] | None = None,
 ) -> list[Neighbor]:
-    """The k images nearest to `query` by the cosine of h, nearest first; `html` is a page to write.
+    """Find the k embedded images nearest to a query by the cosine of features; exact.
 
-    `query` is an embedded image, by its path or its file's name, which is not its own neighbor; or another image file,
-    which then goes through the run's backbone. The search is exact. Raises UsageError.
+    Args:
+        file: A file or folder that `embed` wrote.
+        query: The path or the file name of an embedded image, which is not among its own
+            neighbors; or another image file, whose feature the run's backbone then computes.
+        k: The number of neighbors, at least 1; at most all images are returned.
+        html: A web page to write, which shows the query and its neighbors.
+
+    Returns:
+        The neighbors, the nearest first.
+
+    Raises:
+        UsageError: If `k` is less than 1, the file is not an embedding file, there is no such
+            image, the run that made the file is gone or has changed, or `html` cannot be written.
+        WorkFailed: If the query's image file cannot be read.
     """
     check_ranges(SimpleNamespace(k=k), k=(1, inf))
     check_writable(html)
     images = read_embeddings(file)
-    h, own = query_vector(query, images)
+    h, position = query_vector(query, images)
     cosine = F.normalize(images.vectors, dim=1) @ F.normalize(h, dim=0)
-    if own is not None:
-        cosine[own] = -2
-    count = min(k, len(images) - (own is not None))
+    if position is not None:
+        cosine[position] = -2
+    count = min(k, len(images) - (position is not None))
     order = cosine.sort(descending=True, stable=True).indices[:count].tolist()
     if html:
         figures = [(i, f"{cosine[i]:.3f} {images.caption(i)}") for i in order]
         sections = [("Neighbors, nearest first", figures)]
-        if own is not None:
-            sections.insert(0, ("Query", [(own, images.caption(own))]))
-        write_page(
-            Path(html), f"Neighbors of {query}", f"The {count} nearest by cosine.", sections, images
-        )
+        if position is not None:
+            sections.insert(0, ("Query", [(position, images.caption(position))]))
+        note = f"The {count} nearest images by cosine."
+        write_page(Path(html), f"Neighbors of {query}", note, sections, images)
     return [Neighbor(images.paths[i], images.label(i), cosine[i].item()) for i in order]
 
 
 def query_vector(query: str, images: Embeddings) -> tuple[Tensor, int | None]:
-    """h of the query, (d,), and its position if it is an embedded image."""
+    """Get the feature of a query image.
+
+    Args:
+        query: The path or the file name of an embedded image, or an image file.
+        images: The embedded images.
+
+    Returns:
+        The feature h, (d,) float32, and the position of the query among the embedded images; None
+        if it is not one of them.
+
+    Raises:
+        UsageError: If there is no such image, or the run that made the embeddings is gone or has
+            changed.
+        WorkFailed: If the image file cannot be read.
+    """
     if query in images.positions_by_name or not os.path.isfile(query):
-        own = images.find(query)
-        return images.vectors[own], own
-    run = images.metadata.get("run", "")
+        position = images.find(query)
+        return images.vectors[position], position
+    run = str(images.metadata.get("run", ""))
     if not run or not Path(run).is_dir():
         raise UsageError(
-            f"{query} is not embedded, and the run that could do it is gone: {run or 'unknown'}"
+            f"{query} is not embedded, and the run with the backbone does not exist: "
+            f"{run or 'unknown'}"
         )
     if file_sha256(Path(run) / "backbone.safetensors") != images.metadata["backbone_sha256"]:
         raise UsageError(
-            f"{query} is not embedded, and {run} has changed since the others were: embed them anew"
+            f"{query} is not embedded, and the backbone of {run} has changed since the other "
+            "images were: run `simsiam embed` again"
         )
-    network = load(run)
+    network, recipe = load(run), Run(run).recipe
     try:
-        pixels = image_to_tensor(decode_image(query, Run(run).recipe.channels))
+        pixels = image_to_tensor(decode_image(query, recipe.channels))
     except Unreadable as error:
         raise WorkFailed(f"{query} cannot be read: {error}") from None
-    transform = eval_transform(Run(run).recipe)
-    size = transform.crop(pixels)
-    (h,) = compute_outputs(
-        lambda x: (network(x),), size, transform, Compute(torch.device("cpu"), "float32")
-    )
+    transform, compute = eval_transform(recipe), Compute(torch.device("cpu"), "float32")
+    crop = transform.crop(pixels)
+    (h,) = compute_outputs(lambda x: (network(x),), crop, transform, compute)
     return h[0], None
 
 
 def format_neighbors(results: Sequence[Neighbor]) -> str:
+    """List neighbors as text.
+
+    Args:
+        results: What `neighbors` returned.
+
+    Returns:
+        One line per image: cosine, path and label.
+    """
     return "\n".join(
         f"{x.cosine:6.3f}  {x.path}" + f"  ({x.label})" * bool(x.label) for x in results
     )

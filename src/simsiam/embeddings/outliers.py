@@ -1,4 +1,4 @@
-"""simsiam outliers: the images that are least like any other."""
+"""The verb `outliers`: find the images that are least similar to all others."""
 
 import os
 from collections.abc import Sequence
@@ -18,9 +18,17 @@ PAGE_IMAGES = 60  # images on the page
 
 
 class Outlier(NamedTuple):
+    """An image and its distance to its neighbors.
+
+    Attributes:
+        path: The path of the image in its source.
+        label: Its class name; "" if it has none.
+        distance: 1 - the mean cosine with its k nearest neighbors.
+    """
+
     path: str
-    label: str  # "" without one
-    distance: float  # 1 - mean cosine with the k nearest others
+    label: str
+    distance: float
 
 
 def outliers(
@@ -30,9 +38,22 @@ def outliers(
     out: str | os.PathLike[str] | None = None,
     html: str | os.PathLike[str] | None = None,
 ) -> list[Outlier]:
-    """All images, the loneliest first; `out` is a .csv of them, `html` a page of the first.
+    """Sort all embedded images by their distance to their nearest neighbors, the farthest first.
 
-    Distances are between features less their mean. Raises UsageError.
+    Distances are between features from which the mean feature was subtracted.
+
+    Args:
+        file: A file or folder that `embed` wrote.
+        k: The number of nearest neighbors that the distance is averaged over, at least 1.
+        out: A .csv file to write, with one row per image: path, label, distance.
+        html: A web page to write, which shows the first images.
+
+    Returns:
+        All images, the one with the largest distance first.
+
+    Raises:
+        UsageError: If `k` is less than 1, the file is not an embedding file or has a single image,
+            or `out` or `html` cannot be written.
     """
     check_ranges(SimpleNamespace(k=k), k=(1, inf))
     check_writable(out, html)
@@ -40,18 +61,27 @@ def outliers(
     cosine, _ = search_neighbors(center_and_normalize(images.vectors), k)
     distance = 1 - cosine.mean(1)
     order = distance.sort(descending=True, stable=True).indices.tolist()
-    found = [Outlier(images.paths[i], images.label(i), distance[i].item()) for i in order]
+    results = [Outlier(images.paths[i], images.label(i), distance[i].item()) for i in order]
     if html:
         figures = [(i, f"{distance[i]:.3f} {images.caption(i)}") for i in order[:PAGE_IMAGES]]
-        note = f"Of {len(images)} images, those farthest from their {k} nearest."
-        write_page(Path(html), "Outliers", note, [("Loneliest first", figures)], images)
+        note = f"The images, of {len(images)}, that are farthest from their {k} nearest neighbors."
+        write_page(Path(html), "Outliers", note, [("Farthest first", figures)], images)
     if out:
-        lines = ((x.path, x.label, f"{x.distance:.4f}") for x in found)
-        write_csv(Path(out), ("path", "label", "distance"), lines)
-    return found
+        rows = ((x.path, x.label, f"{x.distance:.4f}") for x in results)
+        write_csv(Path(out), ("path", "label", "distance"), rows)
+    return results
 
 
 def format_outliers(results: Sequence[Outlier], limit: int = 20) -> str:
+    """List the first outliers as text.
+
+    Args:
+        results: What `outliers` returned.
+        limit: The largest number of lines.
+
+    Returns:
+        One line per image: distance, path and label.
+    """
     return "\n".join(
         f"{x.distance:6.3f}  {x.path}" + f"  ({x.label})" * bool(x.label) for x in results[:limit]
     )

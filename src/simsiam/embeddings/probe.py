@@ -1,10 +1,10 @@
-"""simsiam probe: a few labels in, a prediction for every image out, and how far to trust it."""
+"""The verb `probe`: predict the label of every image from a few labels, with a confidence."""
 
 import csv
 import os
 from collections import Counter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -14,125 +14,175 @@ from simsiam.monitoring.features import standardization_stats
 from simsiam.utils.files import check_writable, write_csv
 from simsiam.utils.intervals import wilson_interval
 
-MAX_FOLDS = 5  # of cross-validation, or as many as the smallest class has images
-# Inverse strengths of the l2 penalty. That with the least cross-validated log loss is taken, for then confidence is as
-# high as it may be; without cross-validation the middle one.
+if TYPE_CHECKING:
+    from sklearn.linear_model import LogisticRegression
+
+MAX_FOLDS = 5  # folds of cross-validation; fewer if the smallest class has fewer images
+# Inverse strengths of the l2 penalty. The one with the smallest cross-validated log loss is chosen,
+# so that confidences are not too high; without cross-validation it is the middle one.
 INVERSE_PENALTIES = (0.01, 0.1, 1.0, 10.0, 100.0)
 
 
 class ProbeResult(NamedTuple):
+    """Predicted labels of N images.
+
+    Attributes:
+        classes: The class names, sorted.
+        predicted: (N,) int, positions in `classes`.
+        confidence: (N,) float, 0 to 1, the probability of the predicted class.
+        labels: The label of each labeled image, by its position.
+        correct: How many labeled images cross-validation predicts correctly; None if a class has
+            a single image, which cannot be left out.
+    """
+
     classes: list[str]
-    predicted: np.ndarray  # int (N,), positions in classes
-    confidence: np.ndarray  # (N,), 0 to 1: the probability of the predicted class
-    labels: dict[int, str]  # positions of the labeled images, and their labels
-    correct: (
-        int | None
-    )  # of the labeled images, predicted without their own label; None where none can be left out
+    predicted: np.ndarray
+    confidence: np.ndarray
+    labels: dict[int, str]
+    correct: int | None
 
 
 def probe(
     file: str | os.PathLike[str], labels: str | os.PathLike[str], *, out: str | os.PathLike[str]
 ) -> ProbeResult:
-    """Logistic regression on the images that the .csv `labels` names (columns path and label), asked about all.
+    """Fit logistic regression on the labeled images, and predict the labels of all.
 
-    `out` is a .csv: path, label as given, predicted, confidence. A name is a path or a file's name. Raises UsageError.
+    Args:
+        file: A file or folder that `embed` wrote.
+        labels: A .csv file with the columns path and label, one row per labeled image. An image is
+            named by its path or by its file name.
+        out: The .csv file to write, with one row per image: path, label (if it was labeled),
+            predicted, confidence.
+
+    Returns:
+        The predictions, in the order of the file.
+
+    Raises:
+        UsageError: If the labels cannot be read, name an image that is not embedded, or are of
+            fewer than two classes; if the file is not an embedding file; or if `out` cannot be
+            written.
     """
     check_writable(out)
     if os.path.realpath(out) == os.path.realpath(labels):
         raise UsageError(
-            f"--out {printable(str(out))} would write over the labels given: choose another"
+            f"--out {printable(str(out))} would overwrite the given labels: choose another file"
         )
     images = read_embeddings(file)
-    given = read_labels(Path(labels), images)
-    classes = sorted(set(given.values()))
+    label_of = read_labels(Path(labels), images)
+    classes = sorted(set(label_of.values()))
     if len(classes) < 2:
-        raise UsageError(
-            f"{labels} has one label, {classes[0]!r}: it takes two to tell images apart"
-        )
-    rows, y = np.array(list(given)), np.array([classes.index(label) for label in given.values()])
+        raise UsageError(f"{labels} has one label, {classes[0]!r}: it needs at least two")
+    indices = np.array(list(label_of))
+    y = np.array([classes.index(label) for label in label_of.values()])
     mean, scale = standardization_stats(images.vectors)  # as in protocol few_label
     x = ((images.vectors - mean) / scale).numpy()
-    strength, right = cross_validate(x[rows], y)
-    chances = logistic_classifier(strength).fit(x[rows], y).predict_proba(x)
-    predicted = chances.argmax(1)
-    found = ProbeResult(classes, predicted, chances.max(1), given, right)
-    lines = (
-        (images.paths[i], given.get(i, ""), classes[predicted[i]], f"{found.confidence[i]:.4f}")
-        for i in range(len(images))
+    inverse_penalty, correct = cross_validate(x[indices], y)
+    model = _logistic_classifier(inverse_penalty).fit(x[indices], y)
+    probabilities = model.predict_proba(x)
+    predicted = probabilities.argmax(1)
+    result = ProbeResult(classes, predicted, probabilities.max(1), label_of, correct)
+    rows = (
+        (path, label_of.get(i, ""), classes[predicted[i]], f"{result.confidence[i]:.4f}")
+        for i, path in enumerate(images.paths)
     )
-    write_csv(Path(out), ("path", "label", "predicted", "confidence"), lines)
-    return found
+    write_csv(Path(out), ("path", "label", "predicted", "confidence"), rows)
+    return result
 
 
 def read_labels(path: Path, images: Embeddings) -> dict[int, str]:
-    """Positions of the labeled images, and their labels. Raises UsageError."""
+    """Read a .csv file of labels.
+
+    Args:
+        path: A .csv file with the columns path and label.
+        images: The embedded images that it names.
+
+    Returns:
+        The label of each labeled image, by its position.
+
+    Raises:
+        UsageError: If the file cannot be read, has no such columns, names an image that is not
+            embedded, or gives an image two labels.
+    """
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            lines = list(csv.DictReader(file))
+            rows = list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UsageError(f"{path} cannot be read: {error}") from None
-    given: dict[int, str] = {}
-    for number, line in enumerate(lines, 2):
-        if not line.get("path") or not line.get("label"):
+    label_of: dict[int, str] = {}
+    for number, row in enumerate(rows, 2):
+        if not row.get("path") or not row.get("label"):
             raise UsageError(
-                f"{path}, line {number}: each line has a path and a label, under a heading path,label"
+                f"{path}, line {number}: each line needs a path and a label, "
+                "below the header path,label"
             )
-        i = images.find(line["path"])
-        if given.setdefault(i, line["label"]) != line["label"]:
+        i = images.find(row["path"])
+        if label_of.setdefault(i, row["label"]) != row["label"]:
             raise UsageError(
-                f"{path}, line {number}: {printable(line['path'])} has another label already: {given[i]!r}"
+                f"{path}, line {number}: {printable(row['path'])} already has another label, "
+                f"{label_of[i]!r}"
             )
-    if not given:
+    if not label_of:
         raise UsageError(
-            f"{path} labels no image: it takes a heading, path,label, and a line an image"
+            f"{path} labels no image: it needs the header path,label and one line per image"
         )
-    return given
+    return label_of
 
 
-def logistic_classifier(inverse_penalty: float) -> Any:
+def _logistic_classifier(inverse_penalty: float) -> "LogisticRegression":
     from sklearn.linear_model import LogisticRegression
 
     return LogisticRegression(C=inverse_penalty, max_iter=1000)
 
 
 def cross_validate(x: np.ndarray, y: np.ndarray) -> tuple[float, int | None]:
-    """The best of STRENGTHS, and how many of y (N,) it tells from what the others teach, in FOLDS rounds.
+    """Choose one of INVERSE_PENALTIES by stratified cross-validation.
 
-    None where a class has one image, which then nothing else teaches.
+    Args:
+        x: Standardized features of the labeled images, (N, d) float32.
+        y: Their classes, (N,) int.
+
+    Returns:
+        The inverse penalty with the smallest log loss, and how many images it classifies correctly
+        when they are left out; the middle one and None if a class has a single image.
     """
     from sklearn.model_selection import StratifiedKFold, cross_val_predict
 
-    folds = min(MAX_FOLDS, min(Counter(y.tolist()).values()))
-    if folds < 2:
+    num_folds = min(MAX_FOLDS, min(Counter(y.tolist()).values()))
+    if num_folds < 2:
         return INVERSE_PENALTIES[len(INVERSE_PENALTIES) // 2], None
-    rounds = StratifiedKFold(folds, shuffle=True, random_state=0)
-    tried = [
-        cross_val_predict(logistic_classifier(c), x, y, cv=rounds, method="predict_proba")
+    folds = StratifiedKFold(num_folds, shuffle=True, random_state=0)
+    probabilities = [
+        cross_val_predict(_logistic_classifier(c), x, y, cv=folds, method="predict_proba")
         for c in INVERSE_PENALTIES
     ]
     best = min(
-        range(len(tried)), key=lambda i: -np.log(tried[i][np.arange(len(y)), y] + 1e-12).mean()
+        range(len(INVERSE_PENALTIES)),
+        key=lambda i: -np.log(probabilities[i][np.arange(len(y)), y] + 1e-12).mean(),
     )
-    return INVERSE_PENALTIES[best], int((tried[best].argmax(1) == y).sum())
+    return INVERSE_PENALTIES[best], int((probabilities[best].argmax(1) == y).sum())
 
 
 def format_probe(result: ProbeResult) -> str:
+    """Describe predictions as text: the labels, the accuracy, and how many images each class has.
+
+    Args:
+        result: What `probe` returned.
+
+    Returns:
+        Three lines.
+    """
     n = len(result.labels)
-    counts = Counter(result.classes[c] for c in result.predicted.tolist())
-    lines = [
-        f"{n} labels of {len(result.classes)} classes: "
-        + ", ".join(printable(name) for name in result.classes)
-    ]
+    names = ", ".join(map(printable, result.classes))
+    lines = [f"{n} labels of {len(result.classes)} classes: {names}"]
     if result.correct is None:
-        lines.append("accuracy unknown: cross-validation takes two images of each class")
+        lines.append("accuracy unknown: cross-validation needs two images of each class")
     else:
         low, high = (100 * end for end in wilson_interval(result.correct, n))
-        share = 100 * result.correct / n
         lines.append(
-            f"cross-validated accuracy {share:.1f} %, {low:.0f} to {high:.0f} with 95 % confidence (n = {n})"
+            f"cross-validated accuracy {100 * result.correct / n:.1f} %, "
+            f"{low:.0f} to {high:.0f} with 95 % confidence (n = {n})"
         )
-    lines.append(
-        "predicted: "
-        + ", ".join(f"{printable(name)} {count}" for name, count in counts.most_common())
-    )
+    counts = Counter(result.classes[c] for c in result.predicted.tolist())
+    predicted = [f"{printable(name)} {count}" for name, count in counts.most_common()]
+    lines.append(f"predicted: {', '.join(predicted)}")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""The nearest others of every image: exact, and by faiss where that is installed and the images are many."""
+"""The nearest neighbors of every image: exact, or by faiss if it is installed and N is large."""
 
 from importlib.util import find_spec
 
@@ -9,35 +9,41 @@ from torch import Tensor
 from simsiam.errors import UsageError
 from simsiam.monitoring.nearest_neighbors import iter_nearest
 
-FAISS_THRESHOLD = 100_000  # images; for fewer, comparing each with each takes minutes at most
-HNSW_LINKS, HNSW_EF_SEARCH = (
-    32,
-    128,
-)  # of faiss's HNSW graph: edges of a node, candidates a search keeps
+FAISS_THRESHOLD = 100_000  # images; up to here, comparing all pairs takes minutes at most
+HNSW_LINKS = 32  # edges per node of faiss's HNSW graph
+HNSW_EF_SEARCH = 128  # candidates that a search in the graph keeps
 
 
 def search_neighbors(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Cosines and positions, both (N, k), of the k other rows most similar to each row of x (N, d), nearest first.
+    """Find, for each row, the k other rows with the largest cosine.
 
-    k is capped at N - 1. Exact, and of equally similar rows the first; approximate where faiss does it.
+    The search is exact, and of rows with equal cosine the first is taken. With more than
+    FAISS_THRESHOLD rows and faiss installed, the search is approximate.
+
+    Args:
+        x: Features, (N, d) float32, N at least 2.
+        k: The number of neighbors; at most N - 1 are returned.
+
+    Returns:
+        Cosines, (N, k) float32, and row numbers, (N, k) int64; the nearest first.
+
+    Raises:
+        UsageError: If there is only one row.
     """
     if len(x) < 2:
         raise UsageError("there is only one image: it has no neighbors")
     k = min(k, len(x) - 1)
-    large = len(x) > FAISS_THRESHOLD and find_spec("faiss") is not None
-    cosine, index = (
-        _search_neighbors_faiss(x, k + 1)
-        if large
-        else map(torch.cat, zip(*iter_nearest(x, x, k + 1)))
-    )
-    cosine = cosine.masked_fill(
-        index == torch.arange(len(x))[:, None], -2
-    )  # itself comes last, and is left out
+    if len(x) > FAISS_THRESHOLD and find_spec("faiss") is not None:
+        cosine, index = _search_with_faiss(x, k + 1)
+    else:
+        cosine, index = map(torch.cat, zip(*iter_nearest(x, x, k + 1)))
+    is_self = index == torch.arange(len(x))[:, None]
+    cosine = cosine.masked_fill(is_self, -2)  # the row itself is sorted last and cut off
     cosine, order = cosine.sort(dim=1, descending=True, stable=True)
     return cosine[:, :k], index.gather(1, order)[:, :k]
 
 
-def _search_neighbors_faiss(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def _search_with_faiss(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     import faiss
 
     unit = F.normalize(x, dim=1).numpy()

@@ -1,16 +1,16 @@
-"""What a backbone says of every image of a source, in a file that everything else here works on.
+"""The embedding file: one row per image, which the other modules of this package read.
 
-One Parquet file, or a folder of them, with a row an image: `path`; `label`, where any image has one; `vector`, its
-feature h as float32; `thumbnail`, a small JPEG of what the network saw. So no verb needs the images again.
+An embedding file is a Parquet file or a folder of Parquet files. Its columns are `path`; `label`,
+if any image has one; `vector`, the feature h as float32; and `thumbnail`, a small JPEG of the crop
+that the network was given. So no verb needs the images again.
 """
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -25,89 +25,143 @@ from simsiam.sources.open_source import find_shards
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Embeddings:
-    """N images, in the order of their source."""
+    """N embedded images, in the order of their source.
 
-    paths: Sequence[str]  # in the source: "dog/7.jpg", or split and row, "train#17"
-    vectors: Tensor  # (N, d), float32
-    labels: Sequence[str | None] | None  # class names; None where no image has one
-    thumbnails: Column | None  # JPEG files; None where another program wrote the file
-    metadata: dict[str, Any]  # run, backbone_sha256, source, transform, unreadable; {} likewise
+    Attributes:
+        paths: The path of each image in its source, "dog/7.jpg"; or split and row, "train#17".
+        vectors: The features, (N, d) float32.
+        labels: The class name of each image, None for an image without one; None if no image has
+            a label.
+        thumbnails: A JPEG file of each image; None if another program wrote the file.
+        metadata: run, backbone_sha256, source, transform, unreadable; {} if another program wrote
+            the file.
+    """
+
+    paths: Sequence[str]
+    vectors: Tensor
+    labels: Sequence[str | None] | None
+    thumbnails: Column | None
+    metadata: Mapping[str, object]
 
     def __len__(self) -> int:
+        """Return the number of images."""
         return len(self.paths)
 
     @cached_property
     def positions_by_name(self) -> dict[str, list[int]]:
-        """Positions by file name and by path, which wins."""
-        names: dict[str, list[int]] = {}
+        """Positions by path and by file name; a path takes precedence over an equal file name."""
+        positions: dict[str, list[int]] = {}
         for i, path in enumerate(self.paths):
-            names.setdefault(path.rpartition("/")[2], []).append(i)
-        return names | {path: [i] for i, path in enumerate(self.paths)}
+            positions.setdefault(path.rpartition("/")[2], []).append(i)
+        return positions | {path: [i] for i, path in enumerate(self.paths)}
 
     def find(self, name: str) -> int:
-        """The position of an image, by its path or by its file's name alone. Raises UsageError."""
-        found = self.positions_by_name.get(name, [])
-        if len(found) == 1:
-            return found[0]
-        if found:
-            first, second = (self.paths[i] for i in found[:2])
+        """Look up an image by name.
+
+        Args:
+            name: The path of the image in its source, or its file name alone.
+
+        Returns:
+            The position of the image.
+
+        Raises:
+            UsageError: If no image or more than one has this name.
+        """
+        positions = self.positions_by_name.get(name, [])
+        if len(positions) == 1:
+            return positions[0]
+        if positions:
+            first, second = (self.paths[i] for i in positions[:2])
             raise UsageError(
-                f"{printable(name)} is the name of {len(found)} images: say {first}, or {second}, ..."
+                f"{len(positions)} images are named {printable(name)}: "
+                f"give the whole path, such as {first} or {second}"
             )
         raise UsageError(
-            f"no image {printable(name)} among the {len(self)} embedded, of which {self.paths[0]} is the first"
+            f"no image {printable(name)} among the {len(self)} embedded ones; "
+            f"the first is {self.paths[0]}"
         )
 
     def label(self, i: int) -> str:
-        """The label of image i, "" without one."""
+        """Get the label of an image.
+
+        Args:
+            i: The position of the image.
+
+        Returns:
+            Its class name; "" if it has none.
+        """
         return (self.labels[i] or "") if self.labels else ""
 
     def caption(self, i: int) -> str:
+        """Get the path of an image, with its label in parentheses if it has one.
+
+        Args:
+            i: The position of the image.
+
+        Returns:
+            The caption.
+        """
         return f"{self.paths[i]} ({self.label(i)})" if self.label(i) else self.paths[i]
 
 
 def read_embeddings(path: str | os.PathLike[str]) -> Embeddings:
-    """What `simsiam embed` wrote, a file or a folder. Raises UsageError where it is something else."""
+    """Read an embedding file.
+
+    Args:
+        path: A file or folder that `embed` wrote, or another Parquet file with the columns path
+            and vector.
+
+    Returns:
+        The embeddings, in memory.
+
+    Raises:
+        UsageError: If there is no such file, or it is not an embedding file.
+        WorkFailed: If a vector is not finite.
+    """
     path = Path(path)
     if not path.exists():
-        raise UsageError(f"{path} is not there: `simsiam embed RUN SOURCE --out {path}` makes it")
+        raise UsageError(
+            f"{path} does not exist: create it with `simsiam embed RUN SOURCE --out {path}`"
+        )
+    table, text = _read_table(path)
+    flat = np.concatenate([chunk.flatten().to_numpy() for chunk in table["vector"].chunks])
+    vectors = torch.from_numpy(flat.astype(np.float32, copy=False).reshape(len(table), -1))
+    if not vectors.isfinite().all():
+        raise WorkFailed(f"{path} has vectors that are not finite: its run has diverged")
+    metadata = table.schema.metadata or {}
+    return Embeddings(
+        paths=text["path"],
+        vectors=vectors,
+        labels=text.get("label"),
+        thumbnails=Column(table["thumbnail"]) if "thumbnail" in table.column_names else None,
+        metadata=json.loads(metadata.get(b"simsiam", b"{}")),
+    )
+
+
+def _read_table(path: Path) -> tuple[pa.Table, dict[str, list[str]]]:
+    """The table of a file or folder, its columns checked, and the columns of text as lists."""
     files = [Path(file) for file in find_shards(str(path))] if path.is_dir() else [path]
     try:
         table = pa.concat_tables(
             [pq.ParquetFile(file, page_checksum_verification=True).read() for file in files]
         )
-        columns = {
-            n: table[n].cast(pa.string()).to_pylist()
-            for n in ("path", "label")
-            if n in table.column_names
+        text = {
+            name: table[name].cast(pa.string()).to_pylist()
+            for name in ("path", "label")
+            if name in table.column_names
         }
     except (pa.ArrowException, OSError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise UsageError(
-            f"{path} is no Parquet of `simsiam embed`: {reason or 'no file in it'}"
-        ) from None
+        reason = " ".join(str(error).split())[:160] or "the folder has no such file"
+        raise UsageError(f"{path} is not a Parquet file of `simsiam embed`: {reason}") from None
     for name in ("path", "vector"):
         if name not in table.column_names:
-            raise UsageError(
-                f"{path} has no column {name!r}, only {', '.join(table.column_names)[:160]}"
-            )
+            columns = ", ".join(table.column_names)[:160]
+            raise UsageError(f"{path} has no column {name!r}, only {columns}")
     vector = table["vector"]
     complete = not (vector.null_count or table["path"].null_count) and len(table)
     if not pa.types.is_fixed_size_list(vector.type) or not complete:
         raise UsageError(
-            f"{path} has no path and vector of one length in each row: `simsiam embed` writes such files"
+            f"{path} needs a path and a vector in each row, all vectors of one length: "
+            "use a file that `simsiam embed` wrote"
         )
-    flat = np.concatenate([chunk.flatten().to_numpy() for chunk in vector.chunks]).astype(
-        np.float32, copy=False
-    )
-    vectors = torch.from_numpy(flat.reshape(len(table), -1))
-    if not vectors.isfinite().all():
-        raise WorkFailed(f"{path} has vectors that are not finite: the run behind it has diverged")
-    metadata = table.schema.metadata or {}
-    return Embeddings(
-        paths=columns["path"],
-        vectors=vectors,
-        labels=columns.get("label"),
-        thumbnails=Column(table["thumbnail"]) if "thumbnail" in table.column_names else None,
-        metadata=json.loads(metadata.get(b"simsiam", b"{}")),
-    )
+    return table, text
