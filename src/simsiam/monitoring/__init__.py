@@ -1,5 +1,6 @@
-"""Measurements during and after training: gauges of one step, the verdict, kNN and label-free signals.
+"""Measurements during and after training.
 
-This package owns functions from outputs or features to named numbers; none of them changes a run. It imports `data` and
-`model`. Start with `gauges` and `verdict`.
+This package owns functions that turn outputs or features into named numbers: the gauges of one
+step, the verdict on a run, kNN accuracy, and signals that need no labels. None of them changes a
+run. It imports `model`, `data` and the packages below them. Start with `gauges` and `verdict`.
 """

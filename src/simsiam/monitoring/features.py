@@ -1,4 +1,4 @@
-"""From images to features of a frozen backbone, with the preprocessing of evaluation: no randomness at all."""
+"""Features of a frozen network for a set of images, with the preprocessing of evaluation."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -17,11 +17,17 @@ from simsiam.utils.progress_bar import progress_bar
 
 
 class Features(NamedTuple):
-    """What came out for M of N images."""
+    """Features of the M images out of N that could be read.
 
-    matrices: list[Tensor]  # each (M, dim), float32, on the CPU
-    kept_indices: np.ndarray  # int64 (M,), the positions of the images that could be read
-    skipped: list[tuple[str, str]]  # key and reason of the others
+    Attributes:
+        matrices: One matrix (M, d) for each output, float32, on the CPU.
+        kept_indices: (M,) int64, the positions of these images in the set.
+        skipped: Key and reason of each image that could not be read.
+    """
+
+    matrices: list[Tensor]
+    kept_indices: np.ndarray
+    skipped: list[tuple[str, str]]
 
 
 def extract_features(
@@ -33,41 +39,52 @@ def extract_features(
     forward: Callable[[Tensor], tuple[Tensor, ...]] | None = None,
     progress_label: str = "",
 ) -> Features:
-    """Features of each readable image from `model` in eval mode (its mode is restored).
+    """Compute the features of every readable image, with the model in eval mode.
 
-    One matrix for each tensor that `forward` returns; by default the model's own output. Of several processes each goes
-    through its share of the images, and all get the features of all. `words` stand before the bar that shows how far
-    the first one is; without them there is none.
+    Each process computes the features of its share of the images; all processes get all features.
+
+    Args:
+        model: The network; its training mode is restored afterwards.
+        images: The images.
+        transform: The preprocessing.
+        compute: Where to compute, and in which precision.
+        forward: Returns a tuple of tensors (n, d) for normalized images (n, C, H, W). The default
+            is the output of `model` alone.
+        progress_label: The text before a progress bar; "" shows no bar.
+
+    Returns:
+        One matrix for each tensor that `forward` returns, and which images they belong to.
+
+    Raises:
+        WorkFailed: No image can be read.
     """
+    rows: list[list[Tensor]] = []
+    kept_indices: list[np.ndarray] = []
+    skipped: list[tuple[str, str]] = []
+    share = local_slice(len(images))
+    local_images = images if world_size() == 1 else images.take(share)
     training = model.training
     model.eval()
-    rows: list[list[Tensor]] = []
-    kept: list[np.ndarray] = []
-    skipped: list[tuple[str, str]] = []
-    mine = local_slice(len(images))
     try:
-        looked_at = images if world_size() == 1 else images.take(mine)
-        with progress_bar(progress_label if rank() == 0 else "", len(looked_at)) as advance:
-            for index, pixels in iter_crops(looked_at, transform, skipped):
+        with progress_bar(progress_label if rank() == 0 else "", len(local_images)) as advance:
+            for index, pixels in iter_crops(local_images, transform, skipped):
                 rows.append(
                     compute_outputs(forward or (lambda x: (model(x),)), pixels, transform, compute)
                 )
-                kept.append(index + mine.start)
+                kept_indices.append(index + share.start)
                 advance(len(index))
     finally:
         model.train(training)
-    skipped, widths = (
-        all_gather_objects(skipped),
-        all_gather_objects([[m.shape[1] for m in matrices] for matrices in rows[:1]]),
-    )
+    skipped = all_gather_objects(skipped)
+    widths = all_gather_objects([[matrix.shape[1] for matrix in row] for row in rows[:1]])
     if not widths:
+        key, reason = skipped[0]
         raise WorkFailed(
-            f"none of the {len(images)} images can be read; the first, {skipped[0][0]}: {skipped[0][1]}"
+            f"none of the {len(images)} images can be read; the first, {key}: {reason}"
         )
-    columns = zip(
-        [torch.empty(0, d) for d in widths[0]], *rows, strict=True
-    )  # a share may have no readable image
-    positions = torch.from_numpy(np.concatenate([np.arange(0), *kept]))
+    empty = [torch.empty(0, width) for width in widths[0]]  # a share may have no readable image
+    columns = zip(empty, *rows, strict=True)
+    positions = torch.from_numpy(np.concatenate([np.arange(0), *kept_indices]))
     return Features(
         [all_gather(torch.cat(column)) for column in columns],
         all_gather(positions).numpy(),
@@ -81,14 +98,32 @@ def compute_outputs(
     transform: Transform,
     compute: Compute,
 ) -> list[Tensor]:
-    """What `forward` returns for cropped pixels, uint8 (N, C, size, size): float32, on the CPU, without gradients."""
+    """Compute the outputs of a network for cropped images, without gradients.
+
+    Args:
+        forward: Returns a tuple of tensors for normalized images (N, C, size, size).
+        pixels: (N, C, size, size) uint8.
+        transform: The preprocessing; it normalizes the pixels.
+        compute: Where to compute, and in which precision.
+
+    Returns:
+        The tensors as float32 on the CPU.
+    """
     x = transform.normalize(pixels.to(compute.device)).contiguous(memory_format=torch.channels_last)
     with torch.no_grad(), compute.autocast():
         return [h.float().cpu() for h in forward(x)]
 
 
 def standardization_stats(x: Tensor) -> tuple[Tensor, Tensor]:
-    """What to subtract from features x (N, d) and what to divide by, so that they are STANDARDIZED."""
+    """Compute what standardizes features: (x - mean) / scale.
+
+    Args:
+        x: (N, d).
+
+    Returns:
+        The mean (d,) and the scale (d,). The scale is the standard deviation times √d, so that rows
+        have a norm of about 1; a feature that is constant over the rows is not scaled up.
+    """
     mean, std = x.mean(0), x.std(0)
-    std = torch.where(std > 1e-6 * x.abs().max(), std, 1)  # a constant feature stays one
+    std = torch.where(std > 1e-6 * x.abs().max(), std, 1)
     return mean, std * x.shape[1] ** 0.5

@@ -1,7 +1,7 @@
-"""The label-free monitor: signals of a frozen backbone that ask for no label, and what they say about when to stop."""
+"""The label-free monitor: signals of a frozen backbone, and advice on how long to train."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,20 +24,28 @@ from simsiam.monitoring.signals import (
     view_retrieval,
 )
 
-MONITOR_SAMPLE_SIZE = 2000  # images, spread evenly over the training set: the same ones every time
-MONITOR_STEP = 2**63  # whose views they take, the same every time; no run gets there
-NEIGHBOR_COUNT = 10  # neighbors
-# What the advice goes by, with a unit: signals that rose and fell with kNN accuracy in docs/label_free.md.
+MONITOR_SAMPLE_SIZE = 2000  # images, spread evenly over the training set: always the same ones
+MONITOR_STEP = 2**63  # the views are those of this step, which no run reaches: always the same ones
+NEIGHBOR_COUNT = 10  # nearest neighbors of each image whose stability is measured
+# The signals that the advice is based on, with their units. They rose and fell with kNN accuracy in
+# docs/label_free.md.
 ADVICE_SIGNALS = {"knn_top1": "kNN (%)", "view_retrieval": "views that find each other (%)"}
-MIN_MEASUREMENTS = 6  # measurements
-RISING_FRACTION = 0.1  # a share of the whole gain, in the last third of the measurements, that counts as still rising
+MIN_MEASUREMENTS = 6  # fewer give no advice
+RISING_FRACTION = 0.1  # "still rising": this share of the range, in the last third of measurements
 
 
 class LabelFreeSignals(NamedTuple):
-    values: dict[
-        str, float
-    ]  # view_retrieval (%), h_rankme, h_spectrum_auc, and neighbor_stability (%) since `before`
-    neighbors: Tensor  # (N, K) int32, to be given as `before` the next time
+    """What the monitor measured.
+
+    Attributes:
+        values: `view_retrieval` (percent), `h_rankme`, `h_spectrum_auc`, and `neighbor_stability`
+            (percent) if there were previous neighbors.
+        neighbors: (N, NEIGHBOR_COUNT) int32, the previous neighbors of the next measurement.
+        skipped: Key and reason of each image that could not be read.
+    """
+
+    values: dict[str, float]
+    neighbors: Tensor
     skipped: list[tuple[str, str]]
 
 
@@ -50,47 +58,82 @@ def label_free_monitor(
     *,
     compute: Compute,
 ) -> LabelFreeSignals:
-    """Signals on h of the same images and views whenever it is asked; a function of the weights and `before`."""
-    looked_at = quick_sample(images, MONITOR_SAMPLE_SIZE)
-    found = extract_features(model.backbone, looked_at, transform, compute=compute)
-    h = found.matrices[0].to(compute.device)
+    """Measure the signals on h, always of the same images and the same views.
+
+    The result is a function of the weights and `previous_neighbors` alone.
+
+    Args:
+        model: The model; its training mode is restored afterwards.
+        images: The training images, of which a sample is taken.
+        recipe: The recipe; its augmentations make the views.
+        transform: The preprocessing of evaluation.
+        previous_neighbors: `neighbors` of the previous measurement, or None.
+        compute: Where to compute, and in which precision.
+
+    Returns:
+        The signals.
+    """
+    sampled = quick_sample(images, MONITOR_SAMPLE_SIZE)
+    features = extract_features(model.backbone, sampled, transform, compute=compute)
+    h = features.matrices[0].to(compute.device)
+    readable = sampled.take(features.kept_indices)
     training = model.training
     model.eval()
     try:
-        shown = looked_at.take(found.kept_indices)
-        a, b = two_view_features(model.backbone, shown, recipe, compute=compute)
+        a, b = two_view_features(model.backbone, readable, recipe, compute=compute)
     finally:
         model.train(training)
-    values, now = compute_signals(h, a, b, previous_neighbors)
-    return LabelFreeSignals({k: round(v, 4) for k, v in values.items()}, now, found.skipped)
+    values, neighbors = compute_signals(h, a, b, previous_neighbors)
+    rounded = {name: round(value, 4) for name, value in values.items()}
+    return LabelFreeSignals(rounded, neighbors, features.skipped)
 
 
 @rank_zero_only
 def compute_signals(
     h: Tensor, a: Tensor, b: Tensor, previous_neighbors: Tensor | None
 ) -> tuple[dict[str, float], Tensor]:
-    """The signals, and the neighbors of each row of h now, on the CPU."""
-    now = nearest_neighbors(h, NEIGHBOR_COUNT)
+    """Compute the signals from features.
+
+    Args:
+        h: (N, d) features of the images.
+        a: (N, d) features of the first views.
+        b: (N, d) features of the second views.
+        previous_neighbors: (N, NEIGHBOR_COUNT) positions, or None. They are ignored if the number
+            of images has changed.
+
+    Returns:
+        The values, and the neighbors of each row of h, int32, on the CPU.
+    """
+    neighbors = nearest_neighbors(h, NEIGHBOR_COUNT)
     values = {
         "view_retrieval": view_retrieval(a, b),
         "h_rankme": rankme(h),
         "h_spectrum_auc": spectrum_auc(h),
     }
-    if previous_neighbors is not None and previous_neighbors.shape == now.shape:
-        values["neighbor_stability"] = neighbor_stability(previous_neighbors.to(now.device), now)
-    return values, now.int().cpu()
+    if previous_neighbors is not None and previous_neighbors.shape == neighbors.shape:
+        previous = previous_neighbors.to(neighbors.device)
+        values["neighbor_stability"] = neighbor_stability(previous, neighbors)
+    return values, neighbors.int().cpu()
 
 
 def two_view_features(
     network: nn.Module, images: Images, recipe: ResolvedRecipe, *, compute: Compute
 ) -> tuple[Tensor, Tensor]:
-    """Features (N, d), float32, of two views of each image, the same two every time; `network` is in eval mode.
+    """Compute the features of two views of each image, always the same two.
 
-    Of several processes each makes its share of them, and all get all.
+    Each process computes its share; all processes get all features.
+
+    Args:
+        network: The backbone, in eval mode.
+        images: N images that can be read.
+        recipe: The recipe; its augmentations make the views.
+        compute: Where to compute, and in which precision.
+
+    Returns:
+        Two matrices (N, d), float32.
     """
-    parts = np.array_split(
-        np.arange(len(images)), max(len(images) // 250 + 1, min(world_size(), len(images)))
-    )
+    num_parts = max(len(images) // 250 + 1, min(world_size(), len(images)))
+    parts = np.array_split(np.arange(len(images)), num_parts)
     pairs = []
     for index in parts[local_slice(len(parts))]:
         views = make_training_views(images, index, recipe, MONITOR_STEP, compute.device)[:2]
@@ -100,34 +143,40 @@ def two_view_features(
     return a, b
 
 
-def advise_training_length(lines: Sequence[Mapping[str, Any]]) -> str:
-    """Whether more epochs would help, with the reasons, from the lines of metrics.jsonl that have measurements.
+def advise_training_length(lines: Sequence[Mapping[str, float]]) -> str:
+    """Say whether more epochs would help, and why.
 
-    A schedule that ends levels everything off, so a level says that this run is over, not that a longer one is no use.
+    A learning rate schedule that ends makes every curve level off. So a level curve says that this
+    run is complete, not that a longer run is useless.
+
+    Args:
+        lines: The records of metrics.jsonl. Those with measurements are read.
+
+    Returns:
+        One line of advice.
     """
     reasons, rising, falling = [], False, False
-    for name, words in ADVICE_SIGNALS.items():
-        values = [line[name] for line in lines if line.get(name) is not None]
+    for name, label in ADVICE_SIGNALS.items():
+        values = [record[name] for record in lines if record.get(name) is not None]
         if len(values) < MIN_MEASUREMENTS:
             continue
-        first, before, last, best, least = (
-            values[0],
-            values[-1 - len(values) // 3],
-            values[-1],
-            max(values),
-            min(values),
-        )
+        first, at_two_thirds, last = values[0], values[-1 - len(values) // 3], values[-1]
+        best, value_range = max(values), max(values) - min(values)
         reasons.append(
-            f"{words}: {first:.1f} first, {before:.1f} at two thirds, {last:.1f} at the end"
+            f"{label}: {first:.1f} at first, {at_two_thirds:.1f} at two thirds, "
+            f"{last:.1f} at the end"
         )
-        rising |= last > first and last - before > RISING_FRACTION * (best - least)
-        falling |= best - last > 0.5 * (best - least)
+        rising |= last > first and last - at_two_thirds > RISING_FRACTION * value_range
+        falling |= best - last > 0.5 * value_range
     if not reasons:
-        return f"Fewer than {MIN_MEASUREMENTS} measurements say nothing about when to stop: a smaller --knn-every takes more."
+        return (
+            f"No advice on when to stop: it takes at least {MIN_MEASUREMENTS} measurements, and a "
+            "smaller --knn-every makes more."
+        )
     if rising:
         advice = "Still rising at the end: more epochs are likely to help."
     elif falling:
-        advice = "Past its best: fewer epochs, a lower --base-lr, or an earlier checkpoint."
+        advice = "Past its best: use fewer epochs, a lower --base-lr, or an earlier checkpoint."
     else:
         advice = "Leveled off: stop here, or plan a new run several times as long."
     return f"{advice} {'; '.join(reasons)}."

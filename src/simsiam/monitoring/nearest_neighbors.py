@@ -1,4 +1,7 @@
-"""The weighted k-nearest-neighbor classifier of Wu et al. (2018), the paper's monitor of progress (Figure 2)."""
+"""The weighted k-nearest-neighbor classifier of Wu et al. (2018), and the kNN monitor.
+
+The paper monitors the progress of training with it (Figure 2).
+"""
 
 import math
 from collections.abc import Iterator
@@ -15,10 +18,8 @@ from simsiam.model.precision import Compute
 from simsiam.model.siamese import Siamese
 from simsiam.monitoring.features import extract_features
 
-IMAGENET_K = 200  # neighbors, on ImageNet
-MAX_SIMILARITY_BYTES = (
-    2**28
-)  # bytes of similarities held at a time; breaking ties takes as much again
+IMAGENET_K = 200  # neighbors that vote on ImageNet
+MAX_SIMILARITY_BYTES = 2**28  # of similarities at a time; resolving ties takes as much again
 
 
 def knn_scores(
@@ -31,11 +32,24 @@ def knn_scores(
     tau: float = 0.1,
     chunk: int | None = None,
 ) -> Tensor:
-    """Votes (M, classes) of the k nearest of `bank` (N, d) for each of `queries` (M, d), weighted exp(cosine / tau).
+    """Compute the votes of the k nearest rows of the bank for each query.
 
-    `labels` (N,) are int64. The search is exhaustive, and of equally similar rows of the bank the first are taken.
-    Weights are relative to that of a query's nearest row, so no tau overflows. Queries are taken `chunk` at a time, by
-    default so many that their similarities fill AT_ONCE bytes, and no copy is made of the bank.
+    A vote has the weight exp(cosine / tau), relative to that of the nearest row of the query, so
+    that no tau overflows. The search is exhaustive; of equally similar rows of the bank the first
+    ones vote. The bank is not copied.
+
+    Args:
+        bank: (N, d) features that vote.
+        labels: (N,) int64, their classes.
+        queries: (M, d) features to classify.
+        classes: Number of classes.
+        k: Number of neighbors that vote.
+        tau: Temperature of the weights.
+        chunk: Queries that are compared with the bank at a time. By default their similarities fill
+            MAX_SIMILARITY_BYTES.
+
+    Returns:
+        (M, classes) sums of votes.
     """
     votes = []
     for cosine, index in iter_nearest(bank, queries, k, chunk):
@@ -47,51 +61,71 @@ def knn_scores(
 def iter_nearest(
     bank: Tensor, queries: Tensor, k: int, chunk: int | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Cosines and positions, both (m, k), of the k rows of `bank` that are most similar to each of m queries.
+    """Find the k rows of the bank that are most similar (cosine) to each query, chunk by chunk.
 
-    All queries come in turn, `chunk` at a time. The k are in no order; of equally similar rows the first are taken.
+    Args:
+        bank: (N, d) features to search in.
+        queries: (M, d) features to search for.
+        k: Number of rows to find, capped at N.
+        chunk: Queries to take at a time; see `knn_scores`.
+
+    Yields:
+        Cosines and positions, both (chunk, k), for all queries in order. The k are in no particular
+        order; of equally similar rows the first ones are taken.
     """
     k, norms = min(k, len(bank)), bank.norm(dim=1).clamp_min(1e-12)
-    for part in F.normalize(queries, dim=1).split(
-        chunk or max(1, MAX_SIMILARITY_BYTES // (len(bank) * bank.element_size()))
-    ):
-        # A row more, for one row alone is multiplied in another way, in which equal rows of the bank may round apart.
+    chunk = chunk or max(1, MAX_SIMILARITY_BYTES // (len(bank) * bank.element_size()))
+    for part in F.normalize(queries, dim=1).split(chunk):
+        # One extra row: a product with a single row takes another code path, in which equal rows of
+        # the bank can be rounded differently.
         yield stable_topk((torch.cat([part, part[:1]]) @ bank.T)[:-1].div_(norms), k)
 
 
 def stable_topk(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row of `values` (M, N), of equal ones the first; they and their positions, both (M, k)."""
+    """Find the k largest values of each row; of equal values the first ones are taken.
+
+    Args:
+        values: (M, N).
+        k: How many, at most N.
+
+    Returns:
+        The values and their positions, both (M, k).
+    """
     largest, index = grouped_topk(values, min(k + 1, values.shape[1]))
-    if k < values.shape[1]:  # ties matter where the last one taken equals the first one left out
+    if k < values.shape[1]:  # ties matter only if the last value taken equals the first one left
         tied = (largest[:, k - 1] == largest[:, k]).nonzero().flatten()
-        for rows in tied.split(len(values) // 8 + 1):  # an eighth at a time, for the memory's sake
-            some, least = values[rows], largest[rows, k - 1 : k]
-            above, equal = some > least, some == least
+        for rows in tied.split(len(values) // 8 + 1):  # an eighth at a time, to limit memory
+            tied_values, smallest = values[rows], largest[rows, k - 1 : k]
+            above, equal = tied_values > smallest, tied_values == smallest
             taken = above | (equal & (equal.cumsum(1) <= k - above.sum(1, keepdim=True)))
             index[rows, :k] = taken.nonzero()[:, 1].view(-1, k)
-            largest[rows, :k] = some[taken].view(-1, k)
+            largest[rows, :k] = tied_values[taken].view(-1, k)
     return largest[:, :k], index[:, :k]
 
 
 def grouped_topk(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """`values.topk(k)` of each row, faster for long rows: those of equal values it takes may be others.
+    """Find the k largest values of each row like `values.topk(k)`, but faster for long rows.
 
-    Columns are dealt into groups. The k groups of the largest maxima hold k values that are the row's k largest, for a
-    group left out could give none that is larger than the least of those maxima. sqrt(N / k) in a group makes the two
-    small searches, among the maxima and in these groups, equally long.
+    Columns are divided into groups. The k groups with the largest maxima contain the k largest
+    values of a row: no other group has a value above the smallest of these maxima. With sqrt(N / k)
+    columns in a group the two small searches, among the maxima and within these groups, take
+    equally long.
+
+    Args:
+        values: (M, N).
+        k: How many, at most N.
+
+    Returns:
+        The values and their positions, both (M, k). Of equal values, others than those of `topk`
+        may be taken.
     """
     n = values.shape[1]
     size = math.isqrt(n // k)
     if size < 4:
         return values.topk(k, dim=1)
     count = n // size
-    groups = (
-        values[:, : size * count]
-        .unflatten(1, (size, count))
-        .amax(1)
-        .topk(k, dim=1, sorted=False)
-        .indices
-    )
+    maxima = values[:, : size * count].unflatten(1, (size, count)).amax(1)
+    groups = maxima.topk(k, dim=1, sorted=False).indices
     members = torch.arange(0, size * count, count, device=values.device)
     left_over = torch.arange(size * count, n, device=values.device).expand(len(values), -1)
     columns = torch.cat([(groups[:, None] + members[:, None]).flatten(1), left_over], dim=1)
@@ -100,9 +134,18 @@ def grouped_topk(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def cap_k(bank_size: int, class_count: int, k: int = IMAGENET_K) -> int:
-    """k, but at most a sixth of an average class of the bank.
+    """Limit k to a sixth of the average class of the bank.
 
-    That is the share k = 200 has on ImageNet; on a small set 200 neighbors would reach far beyond an image's own kind.
+    This is the share that k = 200 has on ImageNet. In a small set, 200 neighbors would reach far
+    beyond the class of an image.
+
+    Args:
+        bank_size: Number of images in the bank.
+        class_count: Number of classes.
+        k: The number of neighbors to limit.
+
+    Returns:
+        The limited number, at least 1.
     """
     return max(1, min(k, bank_size // (6 * class_count)))
 
@@ -116,10 +159,24 @@ def knn_top1(
     classes: int,
     k: int = IMAGENET_K,
 ) -> float:
-    """Top-1 accuracy in percent, with the usual k; of several processes each classifies its share of the queries."""
-    k, mine = cap_k(len(bank), classes, k), local_slice(len(queries))
-    predicted = knn_scores(bank, labels, queries[mine], classes=classes, k=k).argmax(1)
-    return 100 * all_gather((predicted == query_labels[mine]).float()).mean().item()
+    """Compute the top-1 accuracy of the kNN classifier with k limited by `cap_k`.
+
+    Each process classifies its share of the queries.
+
+    Args:
+        bank: (N, d) features that vote.
+        labels: (N,) int64, their classes.
+        queries: (M, d) features to classify.
+        query_labels: (M,) int64, their true classes.
+        classes: Number of classes.
+        k: Number of neighbors before the limit.
+
+    Returns:
+        Percent of all queries.
+    """
+    k, share = cap_k(len(bank), classes, k), local_slice(len(queries))
+    predicted = knn_scores(bank, labels, queries[share], classes=classes, k=k).argmax(1)
+    return 100 * all_gather((predicted == query_labels[share]).float()).mean().item()
 
 
 def knn_monitor(
@@ -130,9 +187,18 @@ def knn_monitor(
     *,
     compute: Compute,
 ) -> tuple[dict[str, float], list[tuple[str, str]]]:
-    """Accuracy on h (`knn_top1`) and on z (`knn_top1_z`), in percent, and the files that could not be read.
+    """Measure the kNN accuracy of a model on h and on z.
 
-    `bank` votes on `queries`, both labeled.
+    Args:
+        model: The model; its training mode is restored afterwards.
+        bank: Labeled images that vote.
+        queries: Labeled images to classify.
+        transform: The preprocessing.
+        compute: Where to compute, and in which precision.
+
+    Returns:
+        `knn_top1` (on h) and `knn_top1_z` (on z) in percent, and key and reason of each image that
+        could not be read.
     """
 
     def h_and_z(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -140,22 +206,18 @@ def knn_monitor(
         return h, model.projector(h)
 
     def features(images: Images) -> tuple[list[Tensor], Tensor, list[tuple[str, str]]]:
-        found = extract_features(model, images, transform, compute=compute, forward=h_and_z)
         assert images.labels is not None
-        return (
-            [m.to(compute.device) for m in found.matrices],
-            torch.from_numpy(images.labels[found.kept_indices]),
-            found.skipped,
-        )
+        result = extract_features(model, images, transform, compute=compute, forward=h_and_z)
+        labels = torch.from_numpy(images.labels[result.kept_indices]).to(compute.device)
+        return [m.to(compute.device) for m in result.matrices], labels, result.skipped
 
-    known, labels, skipped = features(bank)
-    asked, truth, more = features(queries)
-    top1 = [
-        knn_top1(
-            b, labels.to(compute.device), q, truth.to(compute.device), classes=len(bank.classes)
+    bank_features, bank_labels, bank_skipped = features(bank)
+    query_features, query_labels, query_skipped = features(queries)
+    classes = len(bank.classes)
+    values = {
+        name: round(knn_top1(votes, bank_labels, rows, query_labels, classes=classes), 3)
+        for name, votes, rows in zip(
+            ("knn_top1", "knn_top1_z"), bank_features, query_features, strict=True
         )
-        for b, q in zip(known, asked, strict=True)
-    ]
-    return dict(
-        zip(("knn_top1", "knn_top1_z"), (round(v, 3) for v in top1), strict=True)
-    ), skipped + more
+    }
+    return values, bank_skipped + query_skipped

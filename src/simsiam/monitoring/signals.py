@@ -1,7 +1,8 @@
-"""What can be read from features without labels: how far they spread, whether views find each other, what changed.
+"""Signals of features that need no labels: their spread, how well views match, what changed.
 
-h, a and b are features (N, d), row by row of N images, N at least 2; a and b are those of two views of the same images.
-All is computed in at least float32, where the features are, and `chunk` bounds the memory to chunk * N similarities.
+h, a and b are features (N, d) of N images, N at least 2; a and b are those of two views of the same
+images. Everything is computed in at least float32, on the device of the features. `chunk` bounds
+the memory: at most chunk * N similarities are held at a time.
 """
 
 import math
@@ -15,33 +16,49 @@ from simsiam.model.precision import at_least_float32
 
 
 def rankme(h: Tensor) -> float:
-    """RankMe: exp of the entropy of h's singular values over their sum; 1 for a line or a point, min(N, d) at most.
+    """Compute RankMe: exp of the entropy of the singular values of h over their sum.
 
-    Garrido et al. (2023), equation 1, h not centered; a zero singular value adds nothing, so there is no epsilon.
+    Source: Garrido et al. (2023), equation 1; h is not centered. A zero singular value contributes
+    nothing, so no epsilon is needed.
+
+    Args:
+        h: (N, d) features.
+
+    Returns:
+        1 for a line or a point, at most min(N, d).
     """
     sigma = torch.linalg.svdvals(at_least_float32(h))
     return torch.special.entr(sigma / sigma.sum().clamp_min(1e-30)).sum().exp().item()
 
 
 def spectrum_auc(h: Tensor) -> float:
-    """Area under the cumulative spectrum of h: 1 is collapse, to a point or a line; (d + 1) / 2d is isotropic.
+    """Compute the area under the cumulative spectrum of h.
 
-    Li et al. (2022), equation 2: singular values, not their squares, largest first; the share of their sum that the
-    first j hold, averaged over j = 1..d. Rows have norm 1 and columns mean 0. Scale is lost, so how wide h spreads
-    along its directions does not show; what is no wider than rounding counts as a point.
+    Source: Li et al. (2022), equation 2: of the singular values (not their squares), largest first,
+    the share of their sum that the first j hold, averaged over j = 1..d. Rows are normalized, then
+    columns are centered. The scale of h along its directions is therefore lost; a spread that is no
+    wider than rounding counts as a point.
+
+    Args:
+        h: (N, d) features.
+
+    Returns:
+        1 for a collapse to a point or a line, (d + 1) / 2d for an isotropic spread.
     """
     unit = F.normalize(at_least_float32(h), dim=1)
     sigma = torch.linalg.svdvals(unit - unit.mean(0))
     sigma = F.threshold(sigma, 4 * torch.finfo(unit.dtype).eps * math.sqrt(len(h)), 0)
     share = sigma / sigma.sum().clamp_min(1e-30)
-    # The k-th share, from 0, is in all sums but the first k: right as well where N < d, or where all shares are 0.
+    # Share k, counted from 0, is in all cumulative sums except the first k. In this form the result
+    # is also right if N < d or if all shares are 0.
     return 1 - (share * torch.arange(len(share), device=share.device)).sum().item() / h.shape[1]
 
 
 def _cosine_chunks(a: Tensor, b: Tensor, chunk: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Cosines of `chunk` rows of a at a time with all rows of b, and a view of those of row i with row i.
+    """Yield the cosines of `chunk` rows of a with all rows of b, and the diagonal (row i, row i).
 
-    They are int64 millionths, ten times the rounding of float32: rows equal but for rounding tie.
+    The diagonal is a view into the cosines. Cosines are int64 multiples of 1e-6, about ten times
+    the rounding of float32, so that rows that differ only by rounding tie.
     """
     a, b = F.normalize(at_least_float32(a), dim=1), F.normalize(at_least_float32(b), dim=1)
     for start, part in zip(range(0, len(a), chunk), a.split(chunk)):
@@ -50,48 +67,85 @@ def _cosine_chunks(a: Tensor, b: Tensor, chunk: int) -> Iterator[tuple[Tensor, T
 
 
 def view_retrieval(a: Tensor, b: Tensor, *, chunk: int = 512) -> float:
-    """Percent of rows i of a that are more similar (cosine) to row i of b than to any other row of b.
+    """Compute how often the nearest row of b (cosine) is the other view of the same image.
 
-    A tie (to a millionth) is a miss, so a constant representation scores 0; chance is 100 / N.
+    Args:
+        a: (N, d) features of the first views.
+        b: (N, d) features of the second views.
+        chunk: Rows of a that are compared at a time.
+
+    Returns:
+        Percent of rows i of a that are more similar to row i of b than to any other row of b. A tie
+        (within 1e-6) is a miss, so a constant representation scores 0. Chance is 100 / N.
     """
     hits = [(cosine >= own[:, None]).sum(1) == 1 for cosine, own in _cosine_chunks(a, b, chunk)]
     return 100 * torch.cat(hits).float().mean().item()
 
 
 def nearest_neighbors(h: Tensor, k: int = 10, *, chunk: int = 512) -> Tensor:
-    """Positions (N, k), int64, of the k other rows most similar (cosine) to each row, nearest first.
+    """Find the k other rows that are most similar (cosine) to each row.
 
-    Of equally similar rows (to a millionth) the first comes first. k is capped at N - 1.
+    Args:
+        h: (N, d) features.
+        k: Number of neighbors, capped at N - 1.
+        chunk: Rows that are compared with all others at a time.
+
+    Returns:
+        (N, k) int64 positions, nearest first. Of equally similar rows (within 1e-6) the one with
+        the smaller position comes first.
     """
-    n, found = len(h), []
+    n, neighbors = len(h), []
     for cosine, own in _cosine_chunks(h, h, chunk):
         own.fill_(-2_000_000)  # below any cosine
-        keys = cosine.mul_(n).sub_(
-            torch.arange(n, device=h.device)
-        )  # no two alike in a row, so topk has one answer
-        found.append(keys.topk(min(k, n - 1), dim=1).indices)
-    return torch.cat(found)
+        # The keys of a row are all different, so the result of topk is unique.
+        keys = cosine.mul_(n).sub_(torch.arange(n, device=h.device))
+        neighbors.append(keys.topk(min(k, n - 1), dim=1).indices)
+    return torch.cat(neighbors)
 
 
 def neighbor_stability(previous: Tensor, current: Tensor) -> float:
-    """Percent of the neighbors `before` (N, k) that are still neighbors `now` (N, k), in whatever order."""
+    """Compute how many of the previous neighbors are still neighbors, in any order.
+
+    Args:
+        previous: (N, k) positions of the neighbors of each row, at an earlier time.
+        current: (N, k) positions now.
+
+    Returns:
+        Percent of `previous`.
+    """
     both = torch.cat([previous, current], dim=1).sort(dim=1).values
     return 100 * (both[:, 1:] == both[:, :-1]).sum().item() / previous.numel()
 
 
 def alignment(a: Tensor, b: Tensor, alpha: float = 2) -> float:
-    """Mean distance, to the power alpha, of the two views of an image on the unit sphere; 0 where all views agree.
+    """Compute the mean distance of the two views of an image on the unit sphere.
 
-    Wang & Isola (2020). With alpha = 2 it is 2 minus twice the mean cosine.
+    Source: Wang & Isola (2020). With alpha = 2 it is 2 minus twice the mean cosine.
+
+    Args:
+        a: (N, d) features of the first views.
+        b: (N, d) features of the second views.
+        alpha: The power of the distance.
+
+    Returns:
+        The mean of distance^alpha; 0 if all views agree.
     """
     a, b = F.normalize(at_least_float32(a), dim=1), F.normalize(at_least_float32(b), dim=1)
     return (a - b).norm(dim=1).pow(alpha).mean().item()
 
 
 def uniformity(h: Tensor, t: float = 2, *, chunk: int = 512) -> float:
-    """log of the mean of exp(-t * squared distance) over all pairs of different rows on the unit sphere.
+    """Compute the log of the mean of exp(-t * squared distance) over all pairs of different rows.
 
-    Wang & Isola (2020). 0 where all rows are one point, about -2t in many dimensions when isotropic.
+    Source: Wang & Isola (2020); distances are on the unit sphere.
+
+    Args:
+        h: (N, d) features.
+        t: The scale of the squared distance.
+        chunk: Rows that are compared with all others at a time.
+
+    Returns:
+        0 if all rows are one point, about -2t for an isotropic spread in many dimensions.
     """
     unit, n, sums = F.normalize(at_least_float32(h), dim=1), len(h), []
     for start, part in zip(range(0, n, chunk), unit.split(chunk)):

@@ -1,62 +1,105 @@
-"""The verdict on a run, read from its gauges."""
+"""The verdict on a run: one word and one remedy, read from the logged gauges.
+
+Where the thresholds come from. They were written down before the runs that test them
+(results/README.md), but after a first look at the ranks of healthy runs on `shapes`: 3 to 4 with
+d = 512, 5 to 6 with d = 2048, the demo's.
+
+- `collapsed`: `z_std_sqrt_d` is below 0.1, that is ‖mean ẑ‖² above 0.99 if all channels have the
+  same variance: every image is within a few degrees of one vector. Or the effective rank of z is at
+  most 2: what is left is a line or a plane. r directions have 2^r orthants, so no more than four
+  groups of images can be told apart. Isotropic z have a rank near min(N, d).
+- `partial collapse`: `z_std_sqrt_d` is below 0.5, so three quarters of the energy of each vector
+  are common to all images. Or the rank is at most 3, which is eight orthants: fewer than the number
+  of kinds of images in most data sets.
+- `not converging`: the loss has covered less than a quarter of the way from unrelated vectors to
+  its minimum. (Table 1b: a fixed predictor leaves the loss high. That is no collapse, although the
+  accuracy is near chance too.) For SwAV: the loss is within 2 % of log K, where it stays if the
+  codes are uniform. This bound was chosen after the runs: a stuck one had 1.00, one that learned
+  0.92 times log K.
+- `too early`: fewer than 200 steps. SGD's momentum forgets in 10 steps, the running averages of
+  batch norm in about as many, and a network with its predictor needs some dozens of these periods
+  to leave its initialization. Nothing is decided before that.
+- `diverged`: the loss was not a finite number.
+
+The gauges are medians over the last tenth of the logged records (at least three), so that one noisy
+batch decides nothing.
+"""
 
 from collections.abc import Mapping, Sequence
 from statistics import median
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 MIN_VERDICT_STEPS = 200
 
 
 class Verdict(NamedTuple):
+    """The verdict on a run and what to do about it.
+
+    Attributes:
+        verdict: One of the keys of REMEDIES.
+        remedy: One line of advice.
+    """
+
     verdict: str
     remedy: str
 
 
 REMEDIES = {
-    "healthy": "Nothing to mend. More epochs usually help: compare kNN, or simply use the backbone.",
-    "too early": f"Fewer than {MIN_VERDICT_STEPS} steps say nothing yet: train longer, or take a smaller batch to get more "
-    "steps from the same images.",
-    "collapsed": "All images get nearly the same output, so the backbone has learned nothing. Check that the "
-    "cells are the row's in `simsiam methods` (simsiam: a predictor, the gradient stopped); then lower --base-lr by 4 "
-    "and start again.",
-    "partial collapse": "The outputs use only a few directions. Lower --base-lr by 2 to 4, try a larger backbone or "
-    "more varied views (a smaller --crop-min), and start again.",
-    "not converging": "The loss stays high. Check that a predictor is trained (not fixed) and that its output has no "
-    "batch norm; then lower --base-lr by 4, or add --warmup-epochs 10. For swav on few images, first add --equal-terms "
-    "--prototypes 128 --sinkhorn-epsilon 0.02.",
-    "diverged": "The loss is no longer a number. Lower --base-lr by 4, or add --warmup-epochs 10, and start again; "
-    "--precision float32 rules out rounding.",
+    "healthy": "Nothing to fix. More epochs usually help: compare kNN, or simply use the backbone.",
+    "too early": f"Fewer than {MIN_VERDICT_STEPS} steps are too few for a verdict: train longer, or "
+    "use a smaller batch to get more steps from the same images.",
+    "collapsed": "All images get nearly the same output, so the backbone has learned nothing. "
+    "Compare the settings of the method with its row in `simsiam methods` (simsiam: with a "
+    "predictor and with the stop-gradient); then divide --base-lr by 4 and start again.",
+    "partial collapse": "The outputs use only a few directions. Divide --base-lr by 2 to 4, try a "
+    "larger backbone or more varied views (a smaller --crop-min), and start again.",
+    "not converging": "The loss stays high. Check that the predictor is trained (not fixed) and "
+    "that its output has no batch norm; then divide --base-lr by 4, or add --warmup-epochs 10. For "
+    "swav on few images, first add --equal-terms --prototypes 128 --sinkhorn-epsilon 0.02.",
+    "diverged": "The loss is no longer a finite number. Divide --base-lr by 4, or add "
+    "--warmup-epochs 10, and start again; --precision float32 rules out rounding as the cause.",
 }
 
 
 def judge_run(
-    lines: Sequence[Mapping[str, Any]],
+    lines: Sequence[Mapping[str, float]],
     steps: int,
     *,
     diverged: bool = False,
     high_loss_threshold: float | None = -0.25,
     supervised: bool = False,
 ) -> Verdict:
-    """The verdict on a run from its logged lines (those of metrics.jsonl that have a loss) after so many steps.
+    """Judge a run by its logged gauges.
 
-    A loss above `high` is not converging; a criterion that cannot say its range has None. With `labels` z are logits,
-    whose rank is that of the classes: the loss alone speaks.
+    Args:
+        lines: The records of metrics.jsonl. Those without a `loss` are ignored.
+        steps: Number of steps done.
+        diverged: Whether the loss stopped being finite.
+        high_loss_threshold: A loss above this is `not converging`; None if the criterion does not
+            know the range of its loss.
+        supervised: Whether the targets are labels. Then z are logits, whose rank is that of the
+            classes, and the verdict depends on the loss alone.
+
+    Returns:
+        The verdict and its remedy.
     """
-    lines = [line for line in lines if "loss" in line]
+    records = [record for record in lines if "loss" in record]
     if diverged:
-        return Verdict("diverged", REMEDIES["diverged"])
-    if steps < MIN_VERDICT_STEPS or not lines:
-        return Verdict("too early", REMEDIES["too early"])
-    recent = lines[-max(3, len(lines) // 10) :]
+        return _verdict("diverged")
+    if steps < MIN_VERDICT_STEPS or not records:
+        return _verdict("too early")
+    recent = records[-max(3, len(records) // 10) :]
     loss, std, rank = (
-        median(line[key] for line in recent) for key in ("loss", "z_std_sqrt_d", "z_rank")
+        median(record[key] for record in recent) for key in ("loss", "z_std_sqrt_d", "z_rank")
     )
     if not supervised and (std < 0.1 or rank <= 2):
-        word = "collapsed"
-    elif high_loss_threshold is not None and loss > high_loss_threshold:
-        word = "not converging"
-    elif not supervised and (std < 0.5 or rank <= 3):
-        word = "partial collapse"
-    else:
-        word = "healthy"
-    return Verdict(word, REMEDIES[word])
+        return _verdict("collapsed")
+    if high_loss_threshold is not None and loss > high_loss_threshold:
+        return _verdict("not converging")
+    if not supervised and (std < 0.5 or rank <= 3):
+        return _verdict("partial collapse")
+    return _verdict("healthy")
+
+
+def _verdict(name: str) -> Verdict:
+    return Verdict(name, REMEDIES[name])
