@@ -9,11 +9,12 @@ import pytest
 from conftest import QUICK, TINY, flags
 from PIL import Image
 
-from simsiam.commands.main import build_parser, main
+from simsiam.commands.main import build_verb_parser, main
 from simsiam.config.recipes import SETTING_TYPES
 
 
-def said(capsys, *arguments: str) -> tuple[int, str]:
+def run_main(capsys, *arguments: object) -> tuple[int, str]:
+    """The exit code of a command, and what it prints on stderr."""
     code = main([str(a) for a in arguments])
     return code, capsys.readouterr().err.strip()
 
@@ -21,7 +22,11 @@ def said(capsys, *arguments: str) -> tuple[int, str]:
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["pretrian"], "invalid choice: 'pretrian'"),
+        (["pretrian"], "simsiam: unknown verb 'pretrian': did you mean 'pretrain'?"),
+        (["xyzzy"], "unknown verb 'xyzzy': choose from bench, cluster, "),
+        ([""], "unknown verb ''"),
+        (["--epochs", "3"], "unknown argument '--epochs'"),
+        (["compare", "a", "b", "--colour"], "unknown argument '--colour'"),
         (["pretrain", "shaeps"], "unknown source 'shaeps': did you mean 'shapes'?"),
         (["pretrain", "--method", "simsian"], "unknown method 'simsian': did you mean 'simsiam'?"),
         (["pretrain", "--epoch", "3"], "unknown argument '--epoch': did you mean '--epochs'?"),
@@ -46,8 +51,13 @@ def said(capsys, *arguments: str) -> tuple[int, str]:
         ),
         (
             ["pretrain", "--queue", "64"],
-            "queue says nothing here: it belongs to criterion info_nce",
+            "queue has no effect here: it belongs to criterion info_nce",
         ),
+        (
+            ["pretrain", "--target", "momentun"],
+            "unknown target 'momentun': did you mean 'momentum'",
+        ),
+        (["pretrain", "--criterion", "cosin"], "unknown criterion 'cosin': did you mean 'cosine'"),
         (["demo", "--seeds", "0"], "seeds is 0; it is at least 1"),
         (["resume", "nowhere"], "nowhere is not a run folder"),
         (["resume"], "the following arguments are required: RUN"),
@@ -55,54 +65,52 @@ def said(capsys, *arguments: str) -> tuple[int, str]:
 )
 def test_wrong_usage_is_one_line_and_exit_code_2(arguments, text, capsys, tmp_path):
     os.chdir(tmp_path)
-    code, error = said(capsys, *arguments)
+    code, error = run_main(capsys, *arguments)
     assert code == 2 and text in error and "\n" not in error, error
     assert not any(tmp_path.rglob("*")), "nothing may be left behind"
 
 
 def test_folders_that_cannot_be_used(capsys, tmp_path):
     (tmp_path / "empty").mkdir()
-    code, error = said(capsys, "pretrain", tmp_path / "empty")
+    code, error = run_main(capsys, "pretrain", tmp_path / "empty")
     assert code == 2 and "no image in" in error and "\n" not in error
     (tmp_path / "notes.txt").write_text("hello")
-    code, error = said(capsys, "pretrain", tmp_path / "notes.txt")
+    code, error = run_main(capsys, "pretrain", tmp_path / "notes.txt")
     assert code == 2 and "\n" not in error
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").write_text("mine")
-    code, error = said(capsys, "pretrain", "--out", tmp_path / "full", *flags(**TINY))
+    code, error = run_main(capsys, "pretrain", "--out", tmp_path / "full", *flags(**TINY))
     assert (
         code == 2
         and "not written over" in error
         and (tmp_path / "full" / "x").read_text() == "mine"
     )
     (tmp_path / "file").write_text("")
-    code, error = said(capsys, "pretrain", "--out", tmp_path / "file" / "run", *flags(**TINY))
+    code, error = run_main(capsys, "pretrain", "--out", tmp_path / "file" / "run", *flags(**TINY))
     assert code == 2 and "cannot write to" in error
 
 
 def test_a_folder_of_nothing_but_broken_files_fails(capsys, tmp_path):
     for i in range(20):
         (tmp_path / f"{i}.jpg").write_bytes(b"not an image")
-    code, error = said(capsys, "pretrain", tmp_path, "--out", tmp_path / "run")
+    code, error = run_main(capsys, "pretrain", tmp_path, "--out", tmp_path / "run")
     assert code in (1, 2) and "read" in error and "\n" not in error
 
 
 def test_a_broken_recipe_file(capsys, tmp_path):
     path = tmp_path / "recipe.yaml"
     near = ("method: {name: x, dimm: 3}", "did you mean 'dim'")
-    for text, words in [("a: [", "is not YAML"), ("- 1", "takes a mapping"), near]:
+    for text, message in [("a: [", "is not YAML"), ("- 1", "takes a mapping"), near]:
         path.write_text(text)
-        code, error = said(capsys, "pretrain", "--recipe", path)
-        assert code == 2 and words in error and "\n" not in error
+        code, error = run_main(capsys, "pretrain", "--recipe", path)
+        assert code == 2 and message in error and "\n" not in error
 
 
-def test_every_word_of_a_recipe_is_a_documented_flag():
-    verbs = build_parser()._subparsers._group_actions[0].choices
-    documented = {
-        flag: action.help for action in verbs["pretrain"]._actions for flag in action.option_strings
-    }
-    for word in SETTING_TYPES.keys() - {"source"}:
-        assert documented["--" + word.replace("_", "-")], word
+def test_every_setting_of_a_recipe_is_a_documented_flag():
+    actions = build_verb_parser("pretrain")._actions
+    documented = {flag: action.help for action in actions for flag in action.option_strings}
+    for name in SETTING_TYPES.keys() - {"source"}:
+        assert documented["--" + name.replace("_", "-")], name
     for flag in (
         "--no-stop-gradient",
         "--predictor-lr-scale",
@@ -113,7 +121,7 @@ def test_every_word_of_a_recipe_is_a_documented_flag():
         assert flag in documented
 
 
-def test_one_command_trains_and_tells(tmp_path):
+def test_one_command_trains_and_prints_a_summary(tmp_path):
     command = [
         sys.executable,
         "-m",
@@ -123,19 +131,16 @@ def test_one_command_trains_and_tells(tmp_path):
         str(tmp_path / "run"),
         *flags(**TINY),
     ]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert (
-        "too early after 32 steps" in done.stdout
-        and f"run folder: {tmp_path / 'run'}" in done.stdout
-    )
-    assert max(map(len, done.stderr.splitlines())) <= 80
-    assert (
-        json.loads((tmp_path / "run" / "environment.json").read_text())["command"][1] == "pretrain"
-    )
+    process = subprocess.run(command, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    assert "too early after 32 steps" in process.stdout
+    assert f"run folder: {tmp_path / 'run'}" in process.stdout
+    assert max(map(len, process.stderr.splitlines())) <= 80
+    environment = json.loads((tmp_path / "run" / "environment.json").read_text())
+    assert environment["command"][1] == "pretrain"
 
 
-def test_cells_reach_the_model_from_the_command_line(tmp_path):
+def test_method_settings_reach_the_model_from_the_command_line(tmp_path):
     from simsiam.runs.run_folder import Run
 
     cells = {"stop_gradient": False, "predictor": "fixed", "predictor_lr": "cosine", "dim": 8}
@@ -167,12 +172,12 @@ def test_a_row_on_equal_terms_and_the_table_of_rows(tmp_path, capsys):
         True,
     )
     capsys.readouterr()
-    for how, start in (("text", "method "), ("markdown", "| method |"), ("svg", "<svg ")):
-        assert main(["methods", "--format", how]) == 0
+    for name, start in (("text", "method "), ("markdown", "| method |"), ("svg", "<svg ")):
+        assert main(["methods", "--format", name]) == 0
         assert capsys.readouterr().out.startswith(start)
 
 
 def test_a_single_image_is_too_few(capsys, tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "one.png")
-    code, error = said(capsys, "pretrain", tmp_path / "one.png")
+    code, error = run_main(capsys, "pretrain", tmp_path / "one.png")
     assert code == 2 and "there are only 1 images" in error

@@ -37,7 +37,7 @@ def test_appendix_d():
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("settings", "message"),
     [
         ({"bas_lr": 1}, "unknown setting 'bas_lr': did you mean 'base_lr'"),
         ({"method": "simsian"}, "unknown method 'simsian': did you mean 'simsiam'"),
@@ -58,9 +58,9 @@ def test_appendix_d():
         ({"epochs": 5, "warmup_epochs": 10}, "warmup_epochs is 10 and epochs 5"),
     ],
 )
-def test_wrong_words_are_refused_in_one_line(words, said):
-    with pytest.raises(UsageError, match=said) as error:
-        Recipe().replace(**words)
+def test_wrong_settings_are_refused_in_one_line(settings, message):
+    with pytest.raises(UsageError, match=message) as error:
+        Recipe().replace(**settings)
     assert "\n" not in str(error.value)
 
 
@@ -77,12 +77,12 @@ def test_text_and_numbers_mean_the_same():
     ) == Recipe().replace(epochs=7, base_lr=0.3, jitter=(0.1,) * 4, limit=None, head_bn=())
 
 
-def test_naming_the_row_it_already_has_keeps_the_cells_that_were_moved():
+def test_naming_the_method_it_already_has_keeps_changed_settings():
     recipe = Recipe().replace(**recipes.cifar_recipe())
     assert recipe.replace(method="simsiam") == recipe
 
 
-def test_a_word_of_the_views_changes_every_view():
+def test_a_setting_of_the_views_changes_every_view():
     assert all(v.blur == 0.0 for v in Recipe().replace(blur=0).method.views)
 
 
@@ -91,5 +91,5 @@ def test_a_word_of_the_views_changes_every_view():
     [(9469, 224, 128, 256), (300, 1000, 224, 16), (50_000, 64, 64, 256), (2000, 375, 224, 64)],
 )
 def test_a_folders_recipe_follows_its_images(count, side, size, batch):
-    words = recipes.folder_recipe(count, side)
-    assert (words["image_size"], words["batch_size"]) == (size, batch)
+    settings = recipes.folder_recipe(count, side)
+    assert (settings["image_size"], settings["batch_size"]) == (size, batch)

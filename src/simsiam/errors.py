@@ -1,46 +1,96 @@
-"""What a user can get wrong, said in one line: what was given, what is allowed, what to do."""
+"""Errors of users and of work, as one line: what was given, what is allowed, what to do."""
 
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from math import inf
 
-MAX_VALUE_CHARS = 200  # characters of what was given that an error repeats
+MAX_VALUE_CHARS = 200  # characters of a wrong value that an error repeats
 
 
 class UsageError(ValueError):
-    """The request itself is wrong: an unknown name, a contradiction, a folder that exists. Exit code 2."""
+    """The request is wrong: an unknown name, a contradiction, a folder that exists. Exit code 2."""
 
 
 class WorkFailed(RuntimeError):
-    """The request was fine and the work failed: no readable image, a diverged loss, a full disk. Exit code 1."""
+    """The request was correct, and the work failed: a diverged loss, a full disk. Exit code 1."""
+
+
+class Stopped(RuntimeError):
+    """A signal stopped the work, and everything is saved. Exit code 128 + `signum`.
+
+    Attributes:
+        signum: Number of the signal.
+    """
+
+    def __init__(self, message: str, signum: int):
+        """Make the error.
+
+        Args:
+            message: One line that says how to go on.
+            signum: Number of the signal.
+        """
+        super().__init__(message)
+        self.signum = signum
 
 
 def unknown_name(kind: str, value: object, allowed: Iterable[str]) -> UsageError:
-    """The error for a name that is not in a list, with the nearest one that is."""
+    """Make the error for a name that is not in a list; it suggests the nearest name.
+
+    Args:
+        kind: What the name names, such as "method".
+        value: The wrong name.
+        allowed: The list.
+
+    Returns:
+        The error, for the caller to raise.
+    """
     names, text = sorted(allowed), truncate(value)
-    near = get_close_matches(text, names, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(names)}"
+    nearest = get_close_matches(text, names, n=1)
+    hint = f"did you mean {nearest[0]!r}?" if nearest else f"choose from {', '.join(names)}"
     return UsageError(f"unknown {kind} {text!r}: {hint}")
 
 
 def truncate(value: object, formatter: Callable[[object], str] = str) -> str:
-    """What was given, at most a line of it."""
+    """Format a wrong value for an error, and cut it to MAX_VALUE_CHARS characters.
+
+    Args:
+        value: The value.
+        formatter: `str` or `repr`.
+
+    Returns:
+        The text.
+    """
     try:
         text = formatter(value)
-    except ValueError:  # Python's limit for the digits of a number
+    except ValueError:  # Python limits the digits of a number
         text = "a number of thousands of digits"
     return text if len(text) <= MAX_VALUE_CHARS else f"{text[:MAX_VALUE_CHARS]}..."
 
 
 def printable(name: str) -> str:
-    """A file's name as one printable line: line breaks, terminal escapes and what is not UTF-8 as backslashes."""
+    """Escape what is not printable in a file name: line breaks, terminal escapes, wrong UTF-8.
+
+    Args:
+        name: The name.
+
+    Returns:
+        One printable line.
+    """
     if name.isprintable():
         return name
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
 
 
 def check_ranges(instance: object, **ranges: tuple[float, float]) -> None:
-    """Raises UsageError for a field of `owner` (or a value of a tuple there) that is set and outside its range."""
+    """Check that attributes are in their ranges. None is allowed; tuples are checked by value.
+
+    Args:
+        instance: The object whose attributes are checked.
+        **ranges: Lowest and highest allowed value of each attribute, by its name.
+
+    Raises:
+        UsageError: A value is outside its range.
+    """
     for name, (low, high) in ranges.items():
         value = getattr(instance, name)
         for number in value if isinstance(value, tuple) else (value,):
@@ -51,11 +101,3 @@ def check_ranges(instance: object, **ranges: tuple[float, float]) -> None:
                     else f"it lies between {low:g} and {high:g}"
                 )
                 raise UsageError(f"{name} is {number}; {bounds}")
-
-
-class Stopped(RuntimeError):
-    """A signal asked the work to stop, and it stopped in good order. Exit code 128 + `signum`."""
-
-    def __init__(self, message: str, signum: int):
-        super().__init__(message)
-        self.signum = signum

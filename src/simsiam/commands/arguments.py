@@ -13,9 +13,15 @@ NOT_FLAGS = ("source", "name", "views")  # fields that no flag sets
 
 
 class Parser(argparse.ArgumentParser):
-    """An argparse parser that accepts no abbreviated flags and raises UsageError for wrong arguments."""
+    """An argparse parser that accepts no abbreviated flags and raises UsageError."""
 
     def __init__(self, prog: str, **options: typing.Any):
+        """Make a parser.
+
+        Args:
+            prog: What the usage line starts with.
+            **options: Those of argparse.ArgumentParser.
+        """
         super().__init__(prog, allow_abbrev=False, **options)
 
     def error(self, message: str) -> typing.NoReturn:
@@ -119,7 +125,9 @@ def add_html(parser: argparse.ArgumentParser, content: str) -> None:
         parser: The verb's parser.
         content: What the page shows, for the help text.
     """
-    parser.add_argument("--html", metavar="FILE.html", help=f"write a web page that shows {content}")
+    parser.add_argument(
+        "--html", metavar="FILE.html", help=f"write a web page that shows {content}"
+    )
 
 
 def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
@@ -142,7 +150,8 @@ def add_setting_flags(
 ) -> None:
     """Add a flag for every field of a dataclass of settings; its help text is the field's metadata.
 
-    A flag that is not given leaves no attribute, so that defaults are applied in one place: where settings are read.
+    A flag that is not given leaves no attribute, so defaults are applied in one place: where the
+    settings are read.
 
     Args:
         parser: The verb's parser.
@@ -160,7 +169,9 @@ def add_setting_flags(
             options["action"] = argparse.BooleanOptionalAction
         else:
             options["metavar"] = _metavar(setting_type)
-        if tuple in map(typing.get_origin, (setting_type, *typing.get_args(setting_type))):
+        if any(
+            typing.get_origin(t) is tuple for t in (setting_type, *typing.get_args(setting_type))
+        ):
             options["nargs"] = "*"
         group.add_argument("--" + f.name.replace("_", "-"), **options)
 

@@ -1,7 +1,7 @@
 """The entry point: find the verb, run it, and turn errors and signals into exit codes.
 
-A verb is a module of this package (see its docstring). `simsiam --help` imports these modules, but nothing that loads
-torch: a verb imports what it needs when it runs.
+A verb is a module of this package (see its docstring). `simsiam --help` imports these modules, but
+nothing that loads torch: a verb imports what it needs when it runs.
 """
 
 import argparse
@@ -55,7 +55,7 @@ def build_parser() -> Parser:
         "simsiam",
         usage="simsiam VERB [ARGUMENT ...]",
         description=_format_verbs(),
-        epilog="`simsiam VERB --help` lists the arguments of a verb. README.md is the documentation.",
+        epilog="`simsiam VERB --help` lists the arguments of a verb. Documentation: README.md.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"simsiam {__version__}")
@@ -93,8 +93,26 @@ def _format_verbs() -> str:
             if group == verb.GROUP:
                 first = f"  {name}".ljust(VERB_COLUMN)
                 rest = " " * VERB_COLUMN
-                lines += textwrap.wrap(verb.HELP, width, initial_indent=first, subsequent_indent=rest)
+                lines += textwrap.wrap(
+                    verb.HELP, width, initial_indent=first, subsequent_indent=rest
+                )
     return "\n".join(lines)
+
+
+def parse(parser: Parser, arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse arguments.
+
+    Args:
+        parser: The parser.
+        arguments: The arguments, as texts.
+
+    Raises:
+        UsageError: An argument is wrong, missing or unknown.
+    """
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        raise unknown_name("argument", unknown[0].split("=")[0], parser.flags())
+    return options
 
 
 def run_command(arguments: Sequence[str]) -> None:
@@ -108,14 +126,14 @@ def run_command(arguments: Sequence[str]) -> None:
         WorkFailed: The work failed.
         Stopped: A signal stopped the work.
     """
-    name = arguments[0] if arguments else ""
-    if not name:
+    if not arguments:
         build_parser().print_help()
         return
-    parser = build_parser() if name.startswith("-") else build_verb_parser(name)
-    options, unknown = parser.parse_known_args(arguments[not name.startswith("-") :])
-    if unknown:
-        raise unknown_name("argument", unknown[0].split("=")[0], parser.flags())
+    if arguments[0].startswith("-"):
+        parse(build_parser(), arguments)
+        raise UsageError("a verb comes first: `simsiam --help` lists them")
+    name, *rest = arguments
+    options = parse(build_verb_parser(name), rest)
     verb = find_verb(name)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not hasattr(verb, "MULTI_PROCESS"):
         allowed = [other for other in verb_names() if hasattr(find_verb(other), "MULTI_PROCESS")]
@@ -170,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def raise_interrupt(number: int, frame: object) -> None:
     """Handle SIGTERM like Ctrl-C, so that half-written files are removed.
 
-    It raises no subclass of Exception, which code that reads an image could take for a fault of the image.
+    KeyboardInterrupt is no Exception, so code that skips unreadable images does not catch it.
 
     Args:
         number: The signal.

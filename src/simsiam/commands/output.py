@@ -8,7 +8,7 @@ from simsiam.errors import printable
 
 
 def print_lines(text: object) -> None:
-    """Print text with control characters made visible, so that no file name can control the terminal.
+    """Print text with control characters made visible, so no file name can control the terminal.
 
     Args:
         text: Anything; it is converted to a string.

@@ -1,4 +1,4 @@
-"""METHODS to look at: the table of `simsiam methods`, the README's copy of it, the paper's Figure 3 as a drawing."""
+"""The table of methods as text, as Markdown and as a drawing (the paper's Figure 3)."""
 
 from simsiam.config.method import SECOND_ENCODER_TARGETS, Method
 from simsiam.config.methods import METHODS, SIMSIAM
@@ -14,26 +14,28 @@ COLUMNS = (
     "batch norm",
     "optimizer",
 )
-PANEL_WIDTH, PANEL_HEIGHT, PANELS_PER_ROW = (
-    168,
-    250,
-    5,
-)  # pixels of a panel, and panels side by side
-DEFAULT_COLOR, HIGHLIGHT_COLOR = (
-    "#24292f",
-    "#cf222e",
-)  # the components that SimSiam lacks are red, as in the paper
+PANEL_WIDTH, PANEL_HEIGHT = 168, 250  # pixels
+PANELS_PER_ROW = 5
+DEFAULT_COLOR = "#24292f"
+HIGHLIGHT_COLOR = "#cf222e"  # red, as in the paper, for components that SimSiam does not have
 
 
 def table_cells(row: Method) -> tuple[str, ...]:
-    """A row in the words of COLUMNS."""
-    kept = {"momentum": f" {row.decay:g}", "moving_average": f" {row.decay:g}"}.get(row.target, "")
+    """Describe a method by one text for each of COLUMNS.
+
+    Args:
+        row: The method.
+
+    Returns:
+        The texts.
+    """
+    decay = {"momentum": f" {row.decay:g}", "moving_average": f" {row.decay:g}"}.get(row.target, "")
     hidden = f"{row.proj_hidden}, " * (row.proj_layers - 1)
     return (
         row.name,
         f"{hidden}{row.dim}",
         row.predictor if row.predictor == "none" else f"{row.pred_dim}, {row.dim}",
-        row.target + kept,
+        row.target + decay,
         "stopped" if row.stop_gradient else "flows",
         row.criterion,
         row.pairs,
@@ -43,7 +45,7 @@ def table_cells(row: Method) -> tuple[str, ...]:
 
 
 def format_methods_table() -> str:
-    """METHODS as text, a line for each row."""
+    """Make the table of all methods as plain text."""
     rows = [COLUMNS, *map(table_cells, METHODS.values())]
     widths = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join(
@@ -52,20 +54,23 @@ def format_methods_table() -> str:
 
 
 def format_methods_markdown() -> str:
-    """The same for a page."""
+    """Make the table of all methods as Markdown."""
     rows = [COLUMNS, ("---",) * len(COLUMNS), *map(table_cells, METHODS.values())]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def draw_methods_svg() -> str:
-    """Figure 3: a panel for each row. A dashed line is the way of a gradient; a bar across it is the stop-gradient."""
+    """Draw Figure 3 as an SVG, with a panel for each method.
+
+    A dashed line is the path of a gradient; a bar in its place is the stop-gradient.
+    """
     rows = list(METHODS.values())
     lines = -(-len(rows) // PANELS_PER_ROW)
     size = f'width="{PANEL_WIDTH * PANELS_PER_ROW}" height="{PANEL_HEIGHT * lines}"'
-    panels = [
-        f'<g transform="translate({i % PANELS_PER_ROW * PANEL_WIDTH} {i // PANELS_PER_ROW * PANEL_HEIGHT})">{draw_panel(row)}</g>'
-        for i, row in enumerate(rows)
-    ]
+    panels = []
+    for i, row in enumerate(rows):
+        x, y = i % PANELS_PER_ROW * PANEL_WIDTH, i // PANELS_PER_ROW * PANEL_HEIGHT
+        panels.append(f'<g transform="translate({x} {y})">{draw_panel(row)}</g>')
     style = 'font-family="sans-serif" font-size="11" text-anchor="middle" stroke-width="1.2"'
     ground = '<rect width="100%" height="100%" fill="white"/>'
     return "\n".join(
@@ -74,18 +79,24 @@ def draw_methods_svg() -> str:
 
 
 def draw_panel(row: Method) -> str:
-    """One method: the branch of p on the left, that of t on the right, D above them."""
+    """Draw the panel of one method: p on the left, t on the right, the loss D above them.
+
+    Args:
+        row: The method.
+
+    Returns:
+        SVG elements.
+    """
     left, right, labels = 44, 124, row.target == "labels"
-    between = {"swapped": "Sinkhorn", "info_nce": "queue"}.get(
-        row.criterion, ""
-    )  # encoder and D, on the right
-    second = (
-        row.target
-        if labels
-        else f"{row.target} encoder"
-        if row.target in SECOND_ENCODER_TARGETS
-        else "encoder"
-    )
+    # What stands between the right encoder and D.
+    between = {"swapped": "Sinkhorn", "info_nce": "queue"}.get(row.criterion, "")
+    second = "encoder"
+    if labels:
+        second = row.target
+    elif row.target in SECOND_ENCODER_TARGETS:
+        second = f"{row.target} encoder"
+    second_color = DEFAULT_COLOR if second == "encoder" else HIGHLIGHT_COLOR
+    loss_color = DEFAULT_COLOR if row.criterion == SIMSIAM.criterion else HIGHLIGHT_COLOR
     parts = [
         _text(84, 18, row.name, DEFAULT_COLOR, "bold"),
         _text(84, 224, "image", DEFAULT_COLOR),
@@ -96,19 +107,11 @@ def draw_panel(row: Method) -> str:
     parts += [_arrow(left, 154, 62), _arrow(right, 154, 62)]
     parts += [
         _box(left, 168, "encoder", DEFAULT_COLOR),
-        _box(right, 168, second, DEFAULT_COLOR if second == "encoder" else HIGHLIGHT_COLOR),
+        _box(right, 168, second, second_color),
     ]
     parts += [_box(left, 108, "predictor", DEFAULT_COLOR)] * (row.predictor != "none")
     parts += [_box(right, 108, between, HIGHLIGHT_COLOR)] * bool(between)
-    parts += [
-        _box(
-            84,
-            48,
-            row.criterion,
-            DEFAULT_COLOR if row.criterion == SIMSIAM.criterion else HIGHLIGHT_COLOR,
-            150,
-        )
-    ]
+    parts += [_box(84, 48, row.criterion, loss_color, 150)]
     return "".join(parts)
 
 
@@ -117,7 +120,10 @@ def _text(x: int, y: int, text: str, color: str, weight: str = "normal") -> str:
 
 
 def _box(x: int, y: int, label: str, color: str, width: int = 76) -> str:
-    outline = f'<rect x="{x - width // 2}" y="{y - 14}" width="{width}" height="28" rx="4" fill="white" stroke="{color}"/>'
+    outline = (
+        f'<rect x="{x - width // 2}" y="{y - 14}" width="{width}" height="28" rx="4" '
+        f'fill="white" stroke="{color}"/>'
+    )
     if len(label) > 12 and " " in label and width < 100:
         first, second = label.split(" ", 1)
         return outline + _text(x, y - 2, first, color) + _text(x, y + 10, second, color)

@@ -1,8 +1,8 @@
-"""Siamese methods are rows of one table (the paper's Figure 3), and an ablation is a row with one cell replaced.
+"""The methods, as rows of one table (Figure 3); an ablation is a row with one value replaced.
 
-`columns.Method` says what each cell means and holds SimSiam's values; a row holds what is its own, with the source
-beside it: a section of the method's paper, or "code" for what its authors released. "+" marks SimSiam's improved
-reproduction (appendix C). Plain data; loads no torch.
+`config.method.Method` explains each field and has SimSiam's values as defaults. A row gives what
+differs, each with its source: a section of the method's paper, or "code" for its authors' code.
+"+" marks SimSiam's improved reproduction (appendix C). Plain data; loads no torch.
 """
 
 from dataclasses import replace
@@ -23,8 +23,10 @@ BYOL = Method(
     dim=256, proj_layers=2, proj_hidden=4096, pred_dim=4096,  # 3.3
     head_bn=("proj_hidden", "pred_hidden"), output_bias=False,  # 3.3; code
     predictor_lr="cosine",  # one schedule for all (3.3)
-    target="momentum", target_decay=0.99, target_schedule="cosine",  # for 100 epochs (footnote 6); to 1 (3.3)
-    loss_scale=4.0,  # the sum over both pairs of 2 - 2 cos (equation 2) is 4 times the mean of D, plus a constant
+    target="momentum", target_decay=0.99,  # for 100 epochs (footnote 6)
+    target_schedule="cosine",  # up to 1 (3.3)
+    # The sum over both pairs of 2 - 2 cos (equation 2) is 4 times the mean of D, plus a constant.
+    loss_scale=4.0,
     views=BYOL_VIEWS,
     optimizer="lars", base_lr=0.45, weight_decay=1e-6,  # for 100 epochs and batch 4096 (footnote 6)
     exclude="bias_and_norm", warmup_epochs=10,  # 3.3
@@ -33,18 +35,19 @@ BYOL = Method(
 SIMCLR = Method(
     name="simclr",  # Chen et al., 2020
     dim=128, proj_layers=3,  # + (originally 2 layers)
-    head_bn=("proj_hidden", "proj_out", "pred_hidden"),  # code; its output BN has a scale, ours has none
+    head_bn=("proj_hidden", "proj_out", "pred_hidden"),  # code; there the output BN has a scale
     bn="joint",  # code: both views are one batch
     predictor="none", predictor_lr="cosine", stop_gradient=False,
-    criterion="nt_xent", tau=0.1,  # code, on ImageNet; on CIFAR it takes 0.5
+    criterion="nt_xent", tau=0.1,  # code, for ImageNet; 0.5 for CIFAR-10
     views=(Views(crop_min=0.08, jitter=STRONG_JITTER),),  # appendix A
-    optimizer="lars", base_lr=0.3, weight_decay=1e-6, exclude="bias_and_norm", warmup_epochs=10,  # 2.2, batch 4096
+    # 2.2, for batch 4096
+    optimizer="lars", base_lr=0.3, weight_decay=1e-6, exclude="bias_and_norm", warmup_epochs=10,
 )
 
 MOCO_V2 = Method(
     name="moco_v2",  # Chen et al., 2020, on He et al., 2020; its views are SimSiam's
     dim=128, proj_layers=2, head_bn=(),  # 3 and code: no batch norm in the head
-    bn="split",  # its 8 GPUs do not synchronize BN (MoCo 3.3), or keys would give themselves away
+    bn="split",  # 8 GPUs do not synchronize BN (MoCo 3.3); shared statistics would reveal the keys
     predictor="none", predictor_lr="cosine",
     target="momentum", target_decay=0.999,  # code: constant
     criterion="info_nce", tau=0.2, queue=65536,  # 3; code
@@ -54,8 +57,8 @@ MOCO_V2 = Method(
 
 MOCO_V2_PLUS = replace(
     MOCO_V2,
-    name="moco_v2_plus",  # + symmetrized; as MoCo's CIFAR notebook does it:
-    pairs="symmetric", loss_scale=2.0,  # the sum of both directions, and one queue for the keys of both views
+    name="moco_v2_plus",  # + symmetric, as in MoCo's CIFAR notebook:
+    pairs="symmetric", loss_scale=2.0,  # the sum of both directions, one queue for both views' keys
 )
 
 SWAV = Method(
@@ -63,24 +66,26 @@ SWAV = Method(
     dim=128, proj_layers=3,  # + (originally 2 layers)
     head_bn=("proj_hidden", "pred_hidden"), bn="joint",  # code: crops of one size are one batch
     predictor="none", predictor_lr="cosine",
-    criterion="swapped", tau=0.1, prototypes=3000, sinkhorn_epsilon=0.05, sinkhorn_iterations=3,  # 4.1 and code
+    criterion="swapped", tau=0.1, prototypes=3000,  # 4.1 and code
+    sinkhorn_epsilon=0.05, sinkhorn_iterations=3,  # 4.1 and code
     prototype_norm="inside",  # as in SimSiam's reproduction (footnote 8); originally outside
     freeze_prototypes=313,  # an epoch of batch 4096 (code)
-    views=(Views(crop_min=0.14, jitter=STRONG_JITTER),),  # code; its script without multi-crop has 0.08
-    optimizer="lars", base_lr=0.3, weight_decay=1e-6,  # code: LARC on every parameter, lr 4.8 for batch 4096
-    warmup_epochs=10,
+    views=(Views(crop_min=0.14, jitter=STRONG_JITTER),),  # code; 0.08 in that without multi-crop
+    # code: LARC on every parameter, lr 4.8 for batch 4096
+    optimizer="lars", base_lr=0.3, weight_decay=1e-6, warmup_epochs=10,
 )
 
 BARLOW_TWINS = Method(
     name="barlow_twins",  # Zbontar et al., 2021
     dim=8192, proj_layers=3, proj_hidden=8192,  # 2.2
-    head_bn=("proj_hidden", "pred_hidden"), output_bias=False,  # code: its output BN is the loss's own
+    head_bn=("proj_hidden", "pred_hidden"), output_bias=False,  # code: output BN is in the loss
     predictor="none", predictor_lr="cosine", stop_gradient=False,
     criterion="barlow_twins", barlow_lambda=5e-3,  # 2.2; 5.1e-3 in the code
-    loss_scale=0.024,  # code; only biases and norms feel it, as lr 0.0048 instead of 0.2
-    pairs="asymmetric",  # its D has no direction
+    loss_scale=0.024,  # code; it affects biases and norms only: lr 0.0048 instead of 0.2
+    pairs="asymmetric",  # its D is symmetric
     views=BYOL_VIEWS,  # 2.2
-    optimizer="lars", base_lr=0.2, weight_decay=1e-6, exclude="bias_and_norm", warmup_epochs=10,  # code, batch 2048
+    # code, for batch 2048
+    optimizer="lars", base_lr=0.2, weight_decay=1e-6, exclude="bias_and_norm", warmup_epochs=10,
 )
 
 VICREG = Method(
@@ -89,14 +94,15 @@ VICREG = Method(
     head_bn=("proj_hidden", "pred_hidden"), output_bias=False,  # 4.2; code
     predictor="none", predictor_lr="cosine", stop_gradient=False,
     criterion="vicreg", vicreg_weights=(25.0, 25.0, 1.0),  # 4.2; the code halves the second
-    pairs="asymmetric",  # its D has no direction
+    pairs="asymmetric",  # its D is symmetric
     views=BYOL_VIEWS,  # code
-    optimizer="lars", base_lr=0.2, weight_decay=1e-6, exclude="bias_and_norm", warmup_epochs=10,  # code, batch 2048
+    # code, for batch 2048
+    optimizer="lars", base_lr=0.2, weight_decay=1e-6, exclude="bias_and_norm", warmup_epochs=10,
 )
 
 SUPERVISED = Method(
-    name="supervised",  # the yardstick, as in He et al., 2016, and Goyal et al., 2017
-    dim=1000, proj_layers=1, head_bn=(),  # logits: one for each class of ImageNet, the rest idle where there are fewer
+    name="supervised",  # for comparison, as in He et al., 2016, and Goyal et al., 2017
+    dim=1000, proj_layers=1, head_bn=(),  # one logit for each class of ImageNet; some may be unused
     predictor="none", predictor_lr="cosine",
     target="labels", criterion="classification", pairs="single",
     views=(Views(crop_min=0.08, jitter_p=0.0, gray=0.0, blur=0.0),),  # a random crop and a flip

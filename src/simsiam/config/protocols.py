@@ -1,18 +1,18 @@
-"""How a backbone is evaluated: the protocols and their settings, as data. Loads no torch.
+"""The evaluation protocols and their settings, as data. Loads no torch.
 
-A field of `Settings` is a flag of `simsiam evaluate` and an argument of `simsiam.evaluate`.
+A field of `Settings` is a flag of `simsiam evaluate` and a keyword argument of `simsiam.evaluate`.
 """
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import inf
-from typing import Any, Literal
+from typing import Literal
 
-from simsiam.config.settings import replace_settings
+from simsiam.config.settings import replace_settings, setting
 from simsiam.errors import UsageError, check_ranges
 
-FROZEN_PROTOCOLS = ("knn", "linear", "few_label", "label_free")
+FROZEN_PROTOCOLS = ("knn", "linear", "few_label", "label_free")  # they leave the backbone as it is
 PROTOCOLS = (*FROZEN_PROTOCOLS, "finetune")
 
 
@@ -20,48 +20,75 @@ PROTOCOLS = (*FROZEN_PROTOCOLS, "finetune")
 class Settings:
     """The settings of all protocols."""
 
-    features: Literal["h", "z"] = "h"  # what is classified: the backbone's h, or the projector's z
-    baselines: bool = (
-        True  # the same for raw pixels and for the network before training (knn, cached, few_label)
+    features: Literal["h", "z"] = setting(
+        "h", "features to classify: the backbone's h or the projector's z"
     )
-    k: int | None = (
-        None  # knn: neighbors; 200 (Wu et al., 2018), but at most a sixth of an average class
+    baselines: bool = setting(
+        True,
+        "knn, linear cached, few_label: also evaluate raw pixels and the network before training",
     )
-    tau: float = (
-        0.1  # knn: a neighbor's vote is exp(cosine / tau); the usual monitor's, Wu et al. have 0.07
+    k: int | None = setting(
+        None,
+        "knn: number of neighbors [200 (Wu et al., 2018), at most a sixth of an average class]",
     )
-    linear: Literal["cached", "paper", "sgd"] = (
-        "cached"  # cached: many lr on stored features; paper: LARS on crops (A)
+    tau: float = setting(
+        0.1,
+        "knn: a neighbor's vote is exp(cosine / tau); 0.1 is the usual monitor, Wu et al. use 0.07",
     )
-    base_lr: float | None = (
-        None  # linear: paper 0.1, times batch/256 (the authors' code; 0.02 in A); sgd 30 and 100
+    linear: Literal["cached", "paper", "sgd"] = setting(
+        "cached",
+        "linear: cached trains on stored features with several lr; paper trains on crops with "
+        "LARS (appendix A); sgd trains on crops with SGD",
     )
-    linear_epochs: int = 90  # linear: passes over the training images (A)
-    labels: tuple[str, ...] | None = (
-        None  # few_label: 1 5 10 20 a class, 1% and 10% of each; finetune: all of them
+    base_lr: float | None = setting(
+        None,
+        "linear: peak lr for a batch of 256 [paper: 0.1 (the authors' code; 0.02 in appendix A); "
+        "sgd: 30 and 100]",
     )
-    few_label_list: str | None = (
-        None  # the same: a file that names the labeled training images, in place of drawing
+    linear_epochs: int = setting(90, "linear: passes over the training images (appendix A)")
+    labels: tuple[str, ...] | None = setting(
+        None,
+        "few_label, finetune: numbers of labels, each per class (10) or as a share of all (10%) "
+        "[few_label: 1 5 10 20 1% 10%; finetune: all labels]",
     )
-    draws: int = 5  # the same: how often labels are drawn; mean ± std of them
-    finetune_epochs: int = (
-        200  # finetune: passes over the labeled images: all of them, or those of labels and draws
+    few_label_list: str | None = setting(
+        None,
+        "few_label, finetune: a file that lists the labeled training images, instead of a random "
+        "draw",
     )
-    from_scratch: bool = (
-        False  # finetune: forget what was learned, and see what the labels alone give
+    draws: int = setting(
+        5, "few_label, finetune: number of random draws of labels; the result is mean ± std"
     )
-    seed: int = 0  # of what is held out or drawn, of initial weights and of the order of images
+    finetune_epochs: int = setting(200, "finetune: passes over the labeled images")
+    from_scratch: bool = setting(
+        False, "finetune: start from random weights, to measure what the labels alone achieve"
+    )
+    seed: int = setting(
+        0, "random seed of held-out images, draws, initial weights and the order of images"
+    )
 
     def __post_init__(self) -> None:
+        """Check the ranges of all fields."""
         check_ranges(self, k=(1, inf), tau=(1e-6, inf), base_lr=(0, 1e30), linear_epochs=(1, inf))
         check_ranges(self, finetune_epochs=(1, inf), draws=(1, 10_000), seed=(0, 2**32 - 1))
         for label in self.labels or ():
             if not re.fullmatch(r"[1-9]\d*|\d*\.?\d+%", label):
                 raise UsageError(
-                    f"labels has {label!r}; it takes whole numbers, so many a class, and shares like 10%"
+                    f"labels has {label!r}; it takes whole numbers (labels of each class) and "
+                    "shares like 10%"
                 )
 
     @classmethod
-    def from_dict(cls, overrides: Mapping[str, Any]) -> "Settings":
-        """The settings with some words changed. Raises UsageError for a wrong name or value."""
+    def from_dict(cls, overrides: Mapping[str, object]) -> "Settings":
+        """Make settings from the defaults and changes.
+
+        Args:
+            overrides: New values, by the names of fields.
+
+        Returns:
+            The settings.
+
+        Raises:
+            UsageError: An unknown name or a wrong value.
+        """
         return replace_settings(cls, overrides)

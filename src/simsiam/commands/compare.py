@@ -1,0 +1,26 @@
+"""The verb `compare`."""
+
+import argparse
+
+HELP = "show how runs differ, in settings and in results"
+GROUP = "run folders"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the verb.
+
+    Args:
+        parser: The verb's parser.
+    """
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="two or more run folders")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Run the verb.
+
+    Args:
+        options: The parsed arguments.
+    """
+    from simsiam.pages.compare import compare
+
+    compare(options.runs)

@@ -1,0 +1,45 @@
+"""The verb `convert`."""
+
+import argparse
+
+from simsiam.commands.output import print_lines
+
+HELP = "make a run folder of a checkpoint from another program"
+GROUP = "checkpoints"
+EPILOG = (
+    "Known layouts: the SimSiam authors' code, MoCo, lightly, mmselfsup, PatrickHua's SimSiam, "
+    "solo-learn, torchvision, timm. Known names: simsiam_resnet50_100ep, "
+    "simsiam_resnet50_100ep_256bs, simsiam_resnet50_200ep_256bs, and those of torchvision, such as "
+    "ResNet50_Weights.IMAGENET1K_V2."
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the verb.
+
+    Args:
+        parser: The verb's parser.
+    """
+    note = "a file, or the name of published weights"
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help=note)
+    note = "the run folder, which must not exist yet"
+    parser.add_argument("--out", metavar="RUN", required=True, help=note)
+    note = "the torchvision model of the checkpoint; needed if it is no ResNet"
+    parser.add_argument("--backbone", metavar="NAME", help=note)
+    note = "side of its input images in pixels [224; 32 for a small stem]"
+    parser.add_argument("--image-size", metavar="N", type=int, help=note)
+    note = "mean of each channel of its input, from 0 to 1 [ImageNet's]"
+    parser.add_argument("--mean", metavar="X", type=float, nargs=3, help=note)
+    note = "standard deviation of each channel of its input, from 0 to 1 [ImageNet's]"
+    parser.add_argument("--std", metavar="X", type=float, nargs=3, help=note)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Run the verb.
+
+    Args:
+        options: The parsed arguments.
+    """
+    from simsiam.runs.convert import convert, format_conversion
+
+    print_lines(format_conversion(convert(**vars(options))))

@@ -1,0 +1,42 @@
+"""The verb `embed`."""
+
+import argparse
+
+from simsiam.commands.arguments import add_device, add_precision, add_run, add_source
+from simsiam.commands.output import print_lines
+
+HELP = (
+    "write a backbone's features of every image to a Parquet file; "
+    "if interrupted, run it again to go on"
+)
+GROUP = "embeddings"
+USAGE = "simsiam embed RUN [SOURCE ...] --out FILE.parquet [--device NAME] [--precision NAME]"
+MULTI_PROCESS = True
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the verb.
+
+    Args:
+        parser: The verb's parser.
+    """
+    add_run(parser)
+    add_source(parser, "*", "the source of the run")
+    note = (
+        "a new .parquet file, a folder for many files of 100,000 images each, "
+        "or a .npy file (the paths go into a .csv of the same name)"
+    )
+    parser.add_argument("--out", metavar="FILE.parquet", required=True, help=note)
+    add_device(parser)
+    add_precision(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Run the verb.
+
+    Args:
+        options: The parsed arguments.
+    """
+    from simsiam.embeddings.embed import embed
+
+    print_lines(embed(**vars(options)))

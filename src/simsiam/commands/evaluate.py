@@ -1,0 +1,58 @@
+"""The verb `evaluate`."""
+
+import argparse
+from typing import get_type_hints
+
+from simsiam.commands.arguments import (
+    add_device,
+    add_precision,
+    add_run,
+    add_setting_flags,
+    add_source,
+)
+from simsiam.config.protocols import FROZEN_PROTOCOLS, PROTOCOLS, Settings
+
+HELP = (
+    "measure the quality of a backbone by one or more protocols; "
+    "writes RUN/evaluations/PROTOCOL.json"
+)
+GROUP = "evaluation"
+USAGE = "simsiam evaluate RUN [SOURCE ...] [--protocol NAME ...] [--FLAG VALUE ...]"
+EPILOG = "Brackets show the defaults. Sources need labels, except for the protocol label_free."
+MULTI_PROCESS = True
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the verb.
+
+    Args:
+        parser: The verb's parser.
+    """
+    add_run(parser)
+    add_source(parser, "*", "the source of the run")
+    parser.add_argument(
+        "--protocol",
+        dest="protocols",
+        metavar="NAME",
+        nargs="+",
+        default=FROZEN_PROTOCOLS,
+        help=f"protocols: {', '.join(PROTOCOLS)} [{' '.join(FROZEN_PROTOCOLS)}]",
+    )
+    note = "last, best or epoch-NNNN [last]"
+    parser.add_argument("--checkpoint", metavar="NAME", default="last", help=note)
+    add_device(parser)
+    add_precision(parser)
+    note = "use only N training and N test images, evenly spaced in the source [all]"
+    parser.add_argument("--limit", metavar="N", type=int, help=note)
+    add_setting_flags(parser, Settings, "protocol settings", get_type_hints(Settings))
+
+
+def run(options: argparse.Namespace) -> None:
+    """Run the verb.
+
+    Args:
+        options: The parsed arguments.
+    """
+    from simsiam.evaluation.evaluate import evaluate
+
+    evaluate(**vars(options))

@@ -1,0 +1,40 @@
+"""The verb `export`."""
+
+import argparse
+
+from simsiam.commands.arguments import add_run
+from simsiam.commands.output import print_lines
+
+HELP = "write the backbone in another program's format, and check that it gives the same output"
+GROUP = "checkpoints"
+USAGE = "simsiam export RUN --format NAME [--out FOLDER] [--license NAME] [--push OWNER/NAME]"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the verb.
+
+    Args:
+        parser: The verb's parser.
+    """
+    add_run(parser)
+    note = "torchvision, timm, detectron2, safetensors, onnx, torch_export or huggingface"
+    parser.add_argument("--format", metavar="NAME", required=True, help=note)
+    parser.add_argument("--out", metavar="FOLDER", help="a new folder [RUN/exports/FORMAT]")
+    note = "huggingface: license of the weights, for the model card"
+    parser.add_argument("--license", metavar="NAME", help=note)
+    note = (
+        "huggingface: also upload to this repository, which is created as private if it does not "
+        "exist; without this flag nothing is uploaded"
+    )
+    parser.add_argument("--push", metavar="OWNER/NAME", help=note)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Run the verb.
+
+    Args:
+        options: The parsed arguments.
+    """
+    from simsiam.exports.export import export, format_export
+
+    print_lines(format_export(export(**vars(options))))

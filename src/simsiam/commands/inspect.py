@@ -1,0 +1,34 @@
+"""The verb `inspect`."""
+
+import argparse
+
+from simsiam.commands.arguments import add_channels, add_source
+
+HELP = (
+    "show what a source contains: image sizes, formats, labels, duplicates, broken files, "
+    "the recipe it gets, and how long training takes"
+)
+GROUP = "data"
+USAGE = "simsiam inspect SOURCE [SOURCE ...] [--channels N] [--out FILE.json]"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the verb.
+
+    Args:
+        parser: The verb's parser.
+    """
+    add_source(parser, "+")
+    add_channels(parser)
+    parser.add_argument("--out", metavar="FILE.json", help="also write the facts to this file")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Run the verb.
+
+    Args:
+        options: The parsed arguments.
+    """
+    from simsiam.training.inspect import inspect
+
+    inspect(options.source, channels=options.channels, out=options.out)

@@ -1,0 +1,38 @@
+"""The verb `pretrain`."""
+
+import argparse
+
+from simsiam.commands.arguments import add_recipe_flags, add_source
+from simsiam.commands.output import print_run_summary
+
+HELP = "train a backbone on images without labels; writes a run folder"
+GROUP = "training"
+USAGE = "simsiam pretrain [SOURCE ...] [--out RUN] [--FLAG VALUE ...]"
+EPILOG = (
+    "Brackets show the paper's baseline. The source or --recipe replaces some of these values; "
+    "a flag overrides both."
+)
+MULTI_PROCESS = True
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the verb.
+
+    Args:
+        parser: The verb's parser.
+    """
+    add_source(parser, "*", "shapes")
+    note = "the run folder, which must not exist yet [runs/SOURCE-METHOD-N]"
+    parser.add_argument("--out", metavar="RUN", help=note)
+    add_recipe_flags(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Run the verb.
+
+    Args:
+        options: The parsed arguments.
+    """
+    from simsiam.training.launch import pretrain
+
+    print_run_summary(pretrain(**vars(options)))

@@ -1,0 +1,36 @@
+"""The verb `report`."""
+
+import argparse
+
+from simsiam.commands.output import print_lines
+
+HELP = "write one web page about one or several runs: verdict, results, curves, a map of the images"
+GROUP = "run folders"
+USAGE = "simsiam report RUN [RUN ...] [--out FILE.html] [--limit N] [--no-map]"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the verb.
+
+    Args:
+        parser: The verb's parser.
+    """
+    parser.add_argument("runs", metavar="RUN", nargs="+", help="one or more run folders")
+    note = "the page; an existing file of this name is replaced [report.html in the first RUN]"
+    parser.add_argument("--out", metavar="FILE.html", help=note)
+    note = "number of images on the map, evenly spaced in the source [3000]"
+    parser.add_argument("--limit", metavar="N", type=int, default=3000, help=note)
+    note = "read no images: the page has no views and no map"
+    parser.add_argument("--no-map", dest="images", action="store_false", help=note)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Run the verb.
+
+    Args:
+        options: The parsed arguments.
+    """
+    from simsiam.pages.report import report
+
+    page = report(**vars(options))
+    print_lines(f"{page}: {page.stat().st_size / 1e6:.1f} MB")

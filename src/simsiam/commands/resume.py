@@ -1,0 +1,32 @@
+"""The verb `resume`."""
+
+import argparse
+
+from simsiam.commands.arguments import add_run
+from simsiam.commands.output import print_run_summary
+
+HELP = "continue a run from its last checkpoint, bit for bit"
+GROUP = "training"
+MULTI_PROCESS = True
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the verb.
+
+    Args:
+        parser: The verb's parser.
+    """
+    add_run(parser)
+    note = "extend the run to N epochs; prints how this changes the schedule"
+    parser.add_argument("--epochs", metavar="N", type=int, help=note)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Run the verb.
+
+    Args:
+        options: The parsed arguments.
+    """
+    from simsiam.training.launch import resume
+
+    print_run_summary(resume(options.run, epochs=options.epochs))

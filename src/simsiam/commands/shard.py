@@ -1,0 +1,38 @@
+"""The verb `shard`."""
+
+import argparse
+
+from simsiam.commands.arguments import add_channels, add_source
+
+HELP = "pack a source into a few large files, tar or Parquet; if interrupted, run it again to go on"
+GROUP = "data"
+USAGE = (
+    "simsiam shard SOURCE [SOURCE ...] --out FOLDER [--format NAME] [--per-shard N] [--channels N]"
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the verb.
+
+    Args:
+        parser: The verb's parser.
+    """
+    add_source(parser, "+")
+    note = "a new folder; it appears under this name when it is complete"
+    parser.add_argument("--out", metavar="FOLDER", required=True, help=note)
+    note = "tar (as in WebDataset) or parquet (as in Hugging Face datasets) [tar]"
+    parser.add_argument("--format", metavar="NAME", default="tar", help=note)
+    note = "images in a shard [10000]"
+    parser.add_argument("--per-shard", metavar="N", type=int, default=10_000, help=note)
+    add_channels(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Run the verb.
+
+    Args:
+        options: The parsed arguments.
+    """
+    from simsiam.sources.write_shards import format_shard_summary, write_shards
+
+    print(format_shard_summary(write_shards(**vars(options))))
