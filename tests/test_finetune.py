@@ -190,7 +190,7 @@ def test_test_images_are_looked_at_once_at_the_end_and_change_nothing_else(
     asked, real = [], module.extract_features
     monkeypatch.setattr(
         module,
-        "extract",
+        "extract_features",
         lambda model, images, *a, **k: asked.append(images) or real(model, images, *a, **k),
     )
     wrong = replace(test, labels=(test.labels + 1) % 10)
@@ -255,7 +255,7 @@ def test_files_of_many_sizes_are_streamed_and_an_unreadable_one_is_counted(run, 
 def test_what_cannot_be_is_refused_in_one_line(run, data, finished, tmp_path):
     train, test = data
     wrong = [
-        ({"base_lr": 0.2}, "holds a fine-tuning with base_lr 0.1, not 0.2"),
+        ({"base_lr": 0.2}, "holds a training with base_lr 0.1, not 0.2"),
         (
             {"from_scratch": True},
             "with start backbone.safetensors [0-9a-f]{16}, not random, seed 0",

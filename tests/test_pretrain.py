@@ -228,7 +228,7 @@ def test_an_extension_that_fails_leaves_the_run_as_it_was(photographs, tmp_path)
 def test_a_loss_that_is_no_number_stops_the_run_and_says_where(tmp_path):
     with pytest.raises(
         WorkFailed,
-        match=r"diverged: loss and weights were finite at step \d+ and no longer are at step \d+",
+        match=r"diverged: loss and weights were finite at step \d+ and are no longer at step \d+",
     ):
         simsiam.pretrain(
             "shapes", out=tmp_path / "run", **TINY | {"base_lr": 1e30, "precision": "float32"}

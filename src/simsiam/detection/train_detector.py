@@ -6,7 +6,7 @@ its own images, so their number is among what a run depends on.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,21 +25,17 @@ from simsiam.detection.metrics import Detections, decode_masks, encode_mask
 from simsiam.detection.schedules import Schedule
 from simsiam.distributed.collectives import (
     all_gather_objects,
-    all_reduce_max,
     all_reduce_mean,
     wrap_ddp,
 )
-from simsiam.distributed.process_group import local_slice, rank, rank_zero_only, world_size
+from simsiam.distributed.process_group import local_slice, rank, world_size
 from simsiam.distributed.sync_batch_norm import convert_sync_batchnorm, synchronize_replicas
-from simsiam.errors import Stopped, UsageError, WorkFailed
-from simsiam.evaluation.finetune import restore
+from simsiam.errors import UsageError, WorkFailed
 from simsiam.model.precision import Compute
-from simsiam.monitoring.gauges import all_finite, grad_norm
+from simsiam.monitoring.gauges import grad_norm
 from simsiam.runs.journal import MetricsLogger
 from simsiam.runs.run_folder import TrainingFolder
-from simsiam.training.interrupt import InterruptHandler
-from simsiam.training.progress import ProgressLine, Stopwatch
-from simsiam.utils.files import atomic_write
+from simsiam.training.loop import SkippedFiles, Training, load_state, run_training, save_state
 from simsiam.utils.workers import CPU_CORES
 
 RNG_STREAM = 3  # the seed's stream for what a step draws; batches.ORDER and views have others
@@ -50,7 +46,7 @@ class DetectionBatch(NamedTuple):
     images: list[Tensor]  # each (C, H, W), of its own size
     targets: list[dict[str, Tensor]]  # boxes (K, 4), labels (K,) from 1, perhaps masks (K, H, W)
     skipped: list[tuple[str, str]]  # unreadable files met on the way: key and reason
-    wait_seconds: float = 0.0  # seconds that the loop waited for them
+    wait: float = 0.0  # seconds that the loop waited for them
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,109 +161,149 @@ def build_optimizer(model: nn.Module, schedule: Schedule) -> Optimizer:
 
 
 def train_detector(
-    model: nn.Module, dataset: DetectionDataset, schedule: Schedule, *, out: Path, lr: float, seed: int, masks: bool, compute: Compute,
-    settings: dict[str, Any],
-) -> dict[str, Any]:  # fmt: skip
-    """Train the detector on the learnable images, and set its batch norms' averages; unreadable images and seconds.
+    model: nn.Module,
+    dataset: DetectionDataset,
+    schedule: Schedule,
+    *,
+    out: Path,
+    lr: float,
+    seed: int,
+    masks: bool,
+    compute: Compute,
+    settings: Mapping[str, object],
+) -> dict[str, Any]:
+    """Train a detector, and set the running averages of its batch norms at the end.
 
-    The folder gets last.pt, metrics.jsonl and TensorBoard's events. Called again with the same settings it goes on from
-    last.pt. Raises UsageError for other settings there, WorkFailed for a diverged loss, and Stopped after a signal.
+    The folder `out` gets last.pt, metrics.jsonl and TensorBoard's events. Called again with the same settings, it
+    continues from last.pt bit for bit.
+
+    Args:
+        model: The detector; it is trained in place.
+        dataset: The annotated images to train on.
+        schedule: Steps, batch size and learning rate schedule.
+        out: The folder of this training.
+        lr: The peak learning rate.
+        seed: Of the order of images and of what each step draws.
+        masks: Whether masks are trained too.
+        compute: Device and precision.
+        settings: What determines the training; a saved state must have the same.
+
+    Returns:
+        The `unreadable` images with the reason, the training `seconds`, and the `epochs`.
+
+    Raises:
+        UsageError: If the folder holds a training with other settings.
+        WorkFailed: If the loss diverged.
+        Stopped: After SIGINT or SIGTERM; the state is saved.
     """
-    device, precision = compute
-    batch_size = min(schedule.batch_size, len(dataset))
-    if batch_size < world_size():
-        raise UsageError(
-            f"batch_size is {batch_size} and there are {world_size()} processes: each needs an image"
-        )
-    state = rank_zero_only(restore)(out, settings)
-    mine, per_epoch = local_slice(batch_size), steps_per_epoch(len(dataset), batch_size)
-    steps = StepDataset(dataset, batch_size, seed, masks, mine)
     compute.place(model).train()
     if world_size() > 1:
-        convert_sync_batchnorm(model)
-    network, optimizer = wrap_ddp(model), build_optimizer(model, schedule)
-    weight = (
-        (mine.stop - mine.start) * world_size() / batch_size
-    )  # processes are averaged, and images should be
-    if "model" in state:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-    start = step = state["step"]
-    unreadable = set(map(tuple, state["unreadable"]))
-
-    def save() -> None:
-        moved = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
-        moved |= {"unreadable": sorted(unreadable), "seconds": watch.seconds}
-        with atomic_write(out / "last.pt") as part, open(part, "wb") as file:
-            torch.save({"settings": settings} | moved, file)
-
+        convert_sync_batchnorm(model, compute.device)
+    training = DetectorTraining(model, dataset, schedule, out, lr, seed, masks, compute, settings)
     with (
         torch.random.fork_rng(),
-        MetricsLogger(TrainingFolder(out), start) as journal,
-        ProgressLine(start, schedule.steps, per_epoch) as line,
-        InterruptHandler() as interrupt,
+        MetricsLogger(TrainingFolder(out), training.step) as training.logger,
     ):
-        watch = Stopwatch(state["seconds"])
-        for batch in load_batches(steps, start, schedule.steps, device):
-            seed_step(seed, step)
-            for group in optimizer.param_groups:
-                group["lr"] = lr * schedule.lr_factor(step)
-            with compute.autocast():
-                losses = network(batch.images, batch.targets)
-            loss = torch.stack(list(losses.values())).sum()
-            optimizer.zero_grad()
-            (weight * loss).backward()
-            optimizer.step()
-
-            step += 1
-            watch.record_step(batch_size, batch.wait_seconds)
-            # What one process is told or meets, all act on at this same step.
-            signum, stale, broken = all_reduce_max(
-                interrupt.signum, watch.save_due(SAVE_SECONDS), len(batch.skipped)
+        outcome = run_training(training)
+        if outcome.diverged:
+            raise WorkFailed(
+                f"diverged at step {outcome.step} of {outcome.steps}: take an lr smaller than {lr:g}"
             )
-            if broken:
-                unreadable |= set(all_gather_objects(batch.skipped))
-            last, stopping = step == schedule.steps, bool(signum)
-            logged = last or step == 1 or step % LOG_EVERY == 0
-            saved = last or stopping or bool(stale)
-            with watch.paused():
-                ill = (logged or saved) and not all_finite(loss, model if saved else None)
-                if any(all_reduce_max(ill)):
-                    raise WorkFailed(
-                        f"diverged at step {step} of {schedule.steps}: take an lr smaller than {lr:g}"
-                    )
-                if logged:
-                    each = {
-                        name: all_reduce_mean(value, mine.stop - mine.start).item()
-                        for name, value in losses.items()
-                    }
-                    found = {"loss": sum(each.values())} | each
-                    found |= {
-                        "lr": lr * schedule.lr_factor(step - 1),
-                        "grad_norm": grad_norm(model),
-                        **watch.rates(),
-                    }
-                    journal.log({"step": step, "epoch": round(step / per_epoch, 4)} | found)
-                    line.update(step, found)
-                if saved:
-                    synchronize_replicas(model)
-                    save()
-            if stopping:
-                break
-        if step < schedule.steps:
-            raise Stopped(
-                f"stopped at step {step} of {schedule.steps}, saved; the same command goes on",
-                signum,
-            )
-        if schedule.precise_bn:
-            update_bn_stats(model, steps, schedule, compute)
+        if outcome.step == outcome.steps and schedule.precise_bn:
+            update_bn_stats(model, training.step_dataset, schedule, compute)
             synchronize_replicas(model)
-    interrupt.raise_pending()
+    outcome.raise_if_stopped("saved; the same command continues")
     return {
-        "unreadable": sorted(unreadable),
-        "seconds": round(watch.seconds, 1),
-        "epochs": schedule.steps / per_epoch,
+        "unreadable": sorted(training.unreadable),
+        "seconds": round(training.seconds, 1),
+        "epochs": schedule.steps / training.steps_per_epoch,
     }
+
+
+class DetectorTraining(Training):
+    """A detector's losses, as the training loop sees them. Every step seeds torch's random numbers by (seed, step)."""
+
+    log_every = LOG_EVERY
+    save_seconds = SAVE_SECONDS
+    logger: MetricsLogger
+
+    def __init__(
+        self,
+        model: nn.Module,
+        dataset: DetectionDataset,
+        schedule: Schedule,
+        out: Path,
+        lr: float,
+        seed: int,
+        masks: bool,
+        compute: Compute,
+        settings: Mapping[str, object],
+    ):
+        self.batch_size = min(schedule.batch_size, len(dataset))
+        if self.batch_size < world_size():
+            raise UsageError(
+                f"batch_size is {self.batch_size} and there are {world_size()} processes: "
+                "each needs an image"
+            )
+        self.steps, self.steps_per_epoch = (
+            schedule.steps,
+            steps_per_epoch(len(dataset), self.batch_size),
+        )
+        images = local_slice(self.batch_size)
+        self.step_dataset = StepDataset(dataset, self.batch_size, seed, masks, images)
+        self.local_batch_size = images.stop - images.start
+        # Gradients are averaged over processes; this makes it the average over images.
+        self.weight = self.local_batch_size * world_size() / self.batch_size
+        self.model, self.network = model, wrap_ddp(model)
+        self.optimizer = build_optimizer(model, schedule)
+        self.schedule, self.lr, self.seed, self.compute = schedule, lr, seed, compute
+        self.out, self.settings = out, settings
+        state = load_state(out, settings, {"step": 0, "unreadable": [], "seconds": 0.0})
+        if "model" in state:
+            model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.seconds = state["step"], state["seconds"]
+        self.unreadable = set(map(tuple, state["unreadable"]))
+
+    def batches(self) -> Iterator[DetectionBatch]:
+        return load_batches(self.step_dataset, self.step, self.steps, self.compute.device)
+
+    def train_step(self, batch: DetectionBatch) -> Tensor:
+        seed_step(self.seed, self.step)
+        self.step_lr = self.lr * self.schedule.lr_factor(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.step_lr
+        with self.compute.autocast():
+            self.losses = self.network(batch.images, batch.targets)
+        loss = torch.stack(list(self.losses.values())).sum()
+        self.optimizer.zero_grad()
+        (self.weight * loss).backward()
+        self.optimizer.step()
+        return loss
+
+    def metrics(self) -> dict[str, Any]:
+        losses = {
+            name: all_reduce_mean(loss, self.local_batch_size).item()
+            for name, loss in self.losses.items()
+        }
+        total = {"loss": sum(losses.values())}
+        return total | losses | {"lr": self.step_lr, "grad_norm": grad_norm(self.model)}
+
+    def log(self, record: dict[str, Any]) -> None:
+        self.logger.log(record)
+
+    def save(self, name: str) -> None:
+        state = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "unreadable": sorted(self.unreadable),
+            "seconds": self.seconds,
+        }
+        save_state(self.out, self.settings, state)
+
+    def record_unreadable(self, files: SkippedFiles) -> None:
+        self.unreadable |= set(files)
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ on test images that are looked at once, at the end.
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import cycle
 from math import isfinite
@@ -20,33 +20,35 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from simsiam.config.method import Method
 from simsiam.config.methods import SUPERVISED
 from simsiam.config.recipes import ResolvedRecipe
-from simsiam.data.batches import iter_batches, steps_per_epoch
+from simsiam.data.batches import ViewBatch, iter_batches, steps_per_epoch
 from simsiam.data.images import Images, hold_out, load_into_memory
 from simsiam.distributed.collectives import (
-    all_gather_objects,
-    all_reduce_max,
     all_reduce_mean,
     wrap_ddp,
 )
 from simsiam.distributed.process_group import rank_zero_context, rank_zero_only, world_size
-from simsiam.distributed.sync_batch_norm import convert_sync_batchnorm, synchronize_replicas
-from simsiam.errors import Stopped, UsageError, WorkFailed
+from simsiam.distributed.sync_batch_norm import convert_sync_batchnorm
+from simsiam.errors import UsageError, WorkFailed
 from simsiam.model.backbones import feature_dim
 from simsiam.model.optimizers import set_lr
-from simsiam.model.precision import Compute, pick_device, pick_precision
+from simsiam.model.precision import Compute
 from simsiam.monitoring.features import extract_features
-from simsiam.monitoring.gauges import all_finite
 from simsiam.runs.encoder import build_backbone, eval_transform, load
-from simsiam.runs.run_folder import Run, read_checkpoint
+from simsiam.runs.run_folder import Run
 from simsiam.runs.weight_files import file_sha256
-from simsiam.training.interrupt import InterruptHandler
-from simsiam.training.progress import ProgressLine, Stopwatch
+from simsiam.training.loop import (
+    SkippedFiles,
+    Training,
+    load_state,
+    run_training,
+    save_state,
+)
 from simsiam.utils.files import atomic_write, exclusive_lock
 
 COLORS = (
@@ -76,22 +78,43 @@ def finetune(
     device: str = "auto",
     precision: str = "auto",
 ) -> dict[str, Any]:
-    """Fine-tune the run's backbone (or, `from_scratch`, a new one like it) on `train`; its accuracy on `test`, and how.
+    """Fine-tune a run's backbone and a linear classifier on it, end to end.
 
-    Of the labeled images `labels` are used, each class in proportion; all by default. The curve is measured on `val`,
-    or else on a tenth of them, kept out. `base_lr` and `head_lr` are the peaks for a batch of 256; a batch is never
-    larger than the training set. Views are the run's own crops and flips, without color.
+    Views are the run's own crops and flips, without color. The folder `out` gets last.pt, curve.jsonl (one line an
+    epoch) and curve.png. Called again with the same arguments, it continues from last.pt bit for bit.
 
-    The folder `out` gets last.pt, curve.jsonl (a line an epoch) and curve.png. Called again with the same arguments, it
-    goes on from last.pt bit for bit. Raises UsageError for a wrong request, WorkFailed for a diverged loss, and Stopped
-    after SIGINT or SIGTERM, with the state saved.
+    Args:
+        run: The run folder.
+        train: Labeled images to train on.
+        test: Labeled images to test on, once, at the end.
+        out: The folder of this fine-tuning.
+        val: Labeled images for the curve; by default a tenth of the training images, kept out of training.
+        epochs: Passes over the training images.
+        labels: How many of the labeled images to use, each class in proportion; all by default.
+        from_scratch: Start from a new backbone like the run's instead of its weights.
+        base_lr: Peak learning rate of the backbone, for a batch of 256.
+        head_lr: Peak learning rate of the classifier, for a batch of 256.
+        batch_size: Images in a batch; never more than there are training images.
+        weight_decay: On every parameter.
+        seed: Of the classifier, of a new backbone, of the order of images and of the views.
+        device: "cpu", "cuda", ...; "auto" takes a GPU where there is one.
+        precision: "auto", "bfloat16" or "float32".
+
+    Returns:
+        The settings as `parameters`, `top1` and `top5` in percent over `n` test images, the curve as `val_top1`, the
+        number of `unreadable` images, and the training `seconds`.
+
+    Raises:
+        UsageError: If the request is wrong.
+        WorkFailed: If the loss diverged.
+        Stopped: After SIGINT or SIGTERM; the state is saved.
     """
     pretrained, out = Run(run), Path(out)
     if not (isfinite(head_lr) and head_lr >= 0):
         raise UsageError(f"head_lr is {head_lr}; it is at least 0")
     views = replace(pretrained.recipe.method.views[0], jitter_p=0, gray=0, blur=0, solarize=0)
     method = replace(SUPERVISED, views=(views,), base_lr=base_lr, weight_decay=weight_decay)
-    plan = replace(
+    recipe = replace(
         pretrained.recipe,
         method=method,
         epochs=epochs,
@@ -99,31 +122,27 @@ def finetune(
         batch_size=batch_size,
         seed=seed,
     )
-
-    asked = val
+    val_origin = "held out of the labeled images" if val is None else "given"
     train, val = split_train_val(train, test, val, labels, seed)
-    limit = int(plan.cache_gib * 2**30)
-    (train, broken), (val, more) = load_into_memory(train, limit), load_into_memory(val, limit)
-    plan = replace(plan, batch_size=min(batch_size, len(train)))
-    per_epoch = steps_per_epoch(len(train), plan.batch_size)
-    steps = epochs * per_epoch
-
-    on = pick_device(device)
-    compute = Compute(on, pick_precision(precision, on))
+    limit = int(recipe.cache_gib * 2**30)
+    train, unreadable_train = load_into_memory(train, limit)
+    val, unreadable_val = load_into_memory(val, limit)
+    recipe = replace(recipe, batch_size=min(batch_size, len(train)))
+    compute = Compute.pick(device, precision)
     weights = pretrained.path / "backbone.safetensors"
     settings = {
         "start": f"random, seed {seed}"
         if from_scratch
         else f"{weights.name} {short_sha256(weights)}",
-        "backbone": f"{plan.backbone}, width {plan.width}, {plan.image_size} px",
+        "backbone": f"{recipe.backbone}, width {recipe.width}, {recipe.image_size} px",
         "epochs": epochs,
         "epoch": "last",
         "train_images": len(train),
         "val_images": len(val),
-        "val": "held out of the labeled images" if asked is None else "given",
+        "val": val_origin,
         "base_lr": base_lr,
         "head_lr": head_lr,
-        "batch_size": plan.batch_size,
+        "batch_size": recipe.batch_size,
         "momentum": method.momentum,
         "weight_decay": weight_decay,
         "crop_min": views.crop_min,
@@ -133,86 +152,111 @@ def finetune(
     }
     model = build_classifier(pretrained, len(train.classes), seed=seed, from_scratch=from_scratch)
     if world_size() > 1:
-        convert_sync_batchnorm(model)
+        convert_sync_batchnorm(model, compute.device)
     compute.place(model)
     optimizer = build_optimizer(model, method, head_lr)
-    state = restore(out, settings)
-    if "model" in state:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-    step, rows, loss_sum = state["step"], state["rows"], state["loss_sum"].to(on)
-    unreadable = {key for key, _ in broken + more} | set(state["unreadable"])
-    truth = torch.from_numpy(train.labels).to(on)
+    training = FineTuning(model, optimizer, train, val, recipe, compute, out, settings)
+    training.unreadable |= {key for key, _ in unreadable_train + unreadable_val}
+    with rank_zero_context(exclusive_lock(out / ".lock", str(out))):
+        outcome = run_training(training)
+    if outcome.diverged:
+        epoch = -(-outcome.step // training.steps_per_epoch)
+        raise WorkFailed(f"diverged in epoch {epoch}: take a base_lr smaller than {base_lr:g}")
+    outcome.raise_if_stopped("saved; the same command continues")
+    curve = [row["val_top1"] for row in training.rows]
+    name = "from scratch" if from_scratch else "pretrained"
+    plot_accuracy_curves({name: [curve]}, out / "curve.png")
+    return {
+        "parameters": settings,
+        **accuracy(model, test, recipe, compute),
+        "val_top1": curve,
+        "unreadable": len(training.unreadable),
+        "seconds": round(training.seconds, 1),
+    }
 
-    network = wrap_ddp(model)
 
-    @rank_zero_only
-    def save() -> None:
-        moved = {
-            "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "step": step,
-            "rows": rows,
-        }
-        moved |= {"loss_sum": loss_sum, "unreadable": sorted(unreadable), "seconds": watch.seconds}
-        with atomic_write(out / "last.pt") as part, open(part, "wb") as file:
-            torch.save({"settings": settings} | moved, file)
+class FineTuning(Training):
+    """Cross-entropy of a classifier, as the training loop sees it; one validation accuracy an epoch."""
 
-    with (
-        rank_zero_context(exclusive_lock(out / ".lock", str(out))),
-        ProgressLine(step, steps, per_epoch) as line,
-        InterruptHandler() as interrupt,
+    def __init__(
+        self,
+        model: nn.Sequential,
+        optimizer: Optimizer,
+        train: Images,
+        val: Images,
+        recipe: ResolvedRecipe,
+        compute: Compute,
+        out: Path,
+        settings: Mapping[str, object],
     ):
-        watch = Stopwatch(state["seconds"])
-        for batch in iter_batches(train, plan, step, steps, on):
-            lr = set_lr(
-                optimizer, batch.step, peak_lr=plan.batch_size / 256, steps=steps, warmup_steps=0
-            )
-            with compute.autocast():
-                logits = network(batch.views[0])
-            loss = F.cross_entropy(logits.float(), truth[batch.index.to(on)])
-            optimizer.zero_grad()
-            (batch.weight * loss).backward()
-            optimizer.step()
+        self.model, self.optimizer, self.network = model, optimizer, wrap_ddp(model)
+        self.train, self.val, self.recipe, self.compute = train, val, recipe, compute
+        self.out, self.settings = out, settings
+        self.batch_size, self.save_seconds = recipe.batch_size, recipe.save_seconds
+        self.steps_per_epoch = steps_per_epoch(len(train), recipe.batch_size)
+        self.steps = recipe.epochs * self.steps_per_epoch
+        self.log_every = self.measure_every = self.steps_per_epoch
+        self.labels = torch.from_numpy(train.labels).to(compute.device)
+        initial = {"step": 0, "rows": [], "loss_sum": torch.zeros(()), "unreadable": []}
+        state = load_state(out, settings, initial | {"seconds": 0.0})
+        if "model" in state:
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+        self.step, self.seconds, self.rows = state["step"], state["seconds"], state["rows"]
+        self.loss_sum = state["loss_sum"].to(compute.device)  # of the epoch so far
+        self.unreadable = set(state["unreadable"])
 
-            step, loss_sum = batch.step + 1, loss_sum + all_reduce_mean(loss, len(batch.index))
-            watch.record_step(plan.batch_size, batch.wait)
-            signum, stale, skipped = all_reduce_max(
-                interrupt.signum, watch.save_due(plan.save_seconds), len(batch.skipped)
-            )
-            if skipped:
-                unreadable |= {key for key, _ in all_gather_objects(batch.skipped)}
-            stopping = bool(signum)
-            with watch.paused():
-                if step % per_epoch == 0:
-                    if not all_finite(loss_sum, model):
-                        raise WorkFailed(
-                            f"diverged in epoch {len(rows) + 1}: take a base_lr smaller than {base_lr:g}"
-                        )
-                    found = {
-                        "epoch": step // per_epoch,
-                        "step": step,
-                        "loss": loss_sum.item() / per_epoch,
-                    }
-                    found |= {"lr": lr["backbone"], "lr_head": lr["head"]}
-                    rows.append(found | {"val_top1": accuracy(model, val, plan, compute)["top1"]})
-                    line.update(step, rows[-1] | watch.rates())
-                    loss_sum = torch.zeros_like(loss_sum)
-                    write_curve(out / "curve.jsonl", rows)
-                if step == steps or stopping or stale:
-                    synchronize_replicas(model)
-                    save()
-            if stopping:
-                break
-    if step < steps:
-        raise Stopped(f"stopped at step {step} of {steps}, saved; the same command goes on", signum)
-    interrupt.raise_pending()
-    curve = [row["val_top1"] for row in rows]
-    plot_accuracy_curves(
-        {"from scratch" if from_scratch else "pretrained": [curve]}, out / "curve.png"
-    )
-    about = {"val_top1": curve, "unreadable": len(unreadable), "seconds": round(watch.seconds, 1)}
-    return {"parameters": settings, **accuracy(model, test, plan, compute), **about}
+    def batches(self) -> Iterator[ViewBatch]:
+        return iter_batches(self.train, self.recipe, self.step, self.steps, self.compute.device)
+
+    def train_step(self, batch: ViewBatch) -> Tensor:
+        self.lr = set_lr(
+            self.optimizer,
+            batch.step,
+            peak_lr=self.batch_size / 256,
+            steps=self.steps,
+            warmup_steps=0,
+        )
+        with self.compute.autocast():
+            logits = self.network(batch.views[0])
+        labels = self.labels[batch.index.to(self.compute.device)]
+        loss = F.cross_entropy(logits.float(), labels)
+        self.optimizer.zero_grad()
+        (batch.weight * loss).backward()
+        self.optimizer.step()
+        self.loss_sum = self.loss_sum + all_reduce_mean(loss, len(batch.index))
+        return self.loss_sum
+
+    def metrics(self) -> dict[str, Any]:
+        steps = (self.step - 1) % self.steps_per_epoch + 1
+        loss = self.loss_sum.item() / steps
+        return {"loss": loss, "lr": self.lr["backbone"], "lr_head": self.lr["head"]}
+
+    def measure(self) -> dict[str, Any]:
+        self.loss_sum = torch.zeros_like(self.loss_sum)
+        return {"val_top1": accuracy(self.model, self.val, self.recipe, self.compute)["top1"]}
+
+    def log(self, record: dict[str, Any]) -> None:
+        if "val_top1" in record:  # once an epoch
+            names = ("loss", "lr", "lr_head", "val_top1")
+            epoch = {"epoch": self.step // self.steps_per_epoch, "step": self.step}
+            self.rows.append(epoch | {name: record[name] for name in names})
+            write_curve(self.out / "curve.jsonl", self.rows)
+
+    def save(self, name: str) -> None:
+        state = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "rows": self.rows,
+            "loss_sum": self.loss_sum,
+            "unreadable": sorted(self.unreadable),
+            "seconds": self.seconds,
+        }
+        save_state(self.out, self.settings, state)
+
+    def record_unreadable(self, files: SkippedFiles) -> None:
+        self.unreadable |= {key for key, _ in files}
 
 
 def split_train_val(
@@ -280,9 +324,7 @@ def accuracy(
     model: nn.Module, images: Images, recipe: ResolvedRecipe, compute: Compute
 ) -> dict[str, float]:
     """`top1` and `top5` in percent (top5 of as many classes as there are) over the `n` images that could be read."""
-    found = extract_features(
-        model, images, eval_transform(recipe), compute=compute
-    )
+    found = extract_features(model, images, eval_transform(recipe), compute=compute)
     assert images.labels is not None
     best = found.matrices[0].topk(min(5, len(images.classes))).indices
     hits = best == torch.from_numpy(images.labels[found.kept_indices])[:, None]
@@ -302,31 +344,6 @@ def write_curve(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 def short_sha256(path: Path) -> str:
     """What tells one file of weights from another; "" where there is none."""
     return file_sha256(path)[:16] if path.exists() else ""
-
-
-@rank_zero_only
-def restore(out: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The state that `out` holds, or a new one. Raises UsageError for a fine-tuning with other settings."""
-    path = out / "last.pt"
-    out.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-        return {
-            "step": 0,
-            "rows": [],
-            "loss_sum": torch.zeros(()),
-            "unreadable": [],
-            "seconds": 0.0,
-        }
-    try:
-        state = read_checkpoint(path)
-    except UsageError as error:
-        raise UsageError(f"{error}: delete it, and the fine-tuning starts anew") from None
-    for name, value in settings.items():
-        if (was := state["settings"].get(name)) != value:
-            raise UsageError(
-                f"{out} holds a fine-tuning with {name} {was}, not {value}: choose another folder"
-            )
-    return state
 
 
 @rank_zero_only

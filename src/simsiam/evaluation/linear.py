@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import product
+from math import inf
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from torch.optim import SGD, Optimizer
 
 from simsiam.config.methods import SUPERVISED  # its views: crops and flips
 from simsiam.config.protocols import Settings
-from simsiam.data.batches import iter_batches, steps_per_epoch
+from simsiam.data.batches import ViewBatch, iter_batches, steps_per_epoch
 from simsiam.distributed.collectives import all_gather
 from simsiam.errors import UsageError
 from simsiam.evaluation.frozen import (
@@ -31,7 +32,7 @@ from simsiam.evaluation.frozen import (
     top5_classes,
 )
 from simsiam.model.optimizers import LARS, cosine_schedule
-from simsiam.training.progress import ProgressLine, Stopwatch
+from simsiam.training.loop import Training, run_training
 
 MOMENTUM = 0.9
 # cached. Most regularized first: of equally good heads the first is taken. Features have a norm of about 1, hence large
@@ -138,52 +139,97 @@ def linear_logits(w: Tensor, x: Tensor) -> Tensor:
 
 
 def train_on_crops(frozen: FrozenNetwork, settings: Settings) -> Iterator[ProtocolResult]:
-    """A layer on features of fresh crops, its weights from N(0, 0.01), its biases from 0; one layer a learning rate."""
-    n, device = len(frozen.train), frozen.compute.device
-    paper = settings.linear == "paper"
-    size = min(PAPER_BATCH_SIZE if paper else 256, n)
-    base_lrs = BASE_LRS[settings.linear] if settings.base_lr is None else (settings.base_lr,)
-    recipe = replace(frozen.recipe, method=SUPERVISED, batch_size=size, seed=settings.seed)
-    per_epoch = steps_per_epoch(n, size)
-    steps = settings.linear_epochs * per_epoch
-    known, network = frozen.features(settings.features), frozen.network(settings.features)
-    labels = torch.from_numpy(frozen.train.labels).to(device)
-    layers = [
-        init_linear(known.train_features.shape[1], known.classes, settings.seed).to(device)
-        for _ in base_lrs
-    ]
-    optimizers = [build_linear_optimizer(layer, paper) for layer in layers]
-    watch = Stopwatch()
-    with ProgressLine(0, steps, per_epoch) as line:
-        for batch in iter_batches(frozen.train, recipe, 0, steps, device):
-            with torch.no_grad(), frozen.compute.autocast():
-                h, index = (
-                    all_gather(network(batch.views[0]).float()),
-                    all_gather(batch.index.to(device)),
-                )  # of all processes
-            for layer, moves, base_lr in zip(layers, optimizers, base_lrs):
-                moves.param_groups[0]["lr"] = (
-                    base_lr * size / 256 * cosine_schedule(batch.step, steps)
-                )
-                loss = F.cross_entropy(layer(h), labels[index])
-                moves.zero_grad()
-                loss.backward()
-                moves.step()
-            watch.record_step(size, batch.wait)
-            if (batch.step + 1) % recipe.log_every == 0 or batch.step + 1 == steps:
-                line.update(batch.step + 1, {"loss": loss.item()} | watch.rates())
-    for layer, base_lr in zip(layers, base_lrs):
+    """Train a linear layer on features of fresh crops, one layer for each learning rate.
+
+    Args:
+        frozen: The network and the images.
+        settings: `linear` is "paper" (LARS, appendix A) or "sgd"; `base_lr` replaces the default learning rates.
+
+    Yields:
+        One result for each learning rate.
+
+    Raises:
+        Stopped: After SIGINT or SIGTERM.
+    """
+    features = frozen.features(settings.features)
+    training = LinearOnCrops(frozen, settings, features)
+    run_training(training).raise_if_stopped("nothing was saved; the same command starts again")
+    for layer, base_lr in zip(training.layers, training.base_lrs, strict=True):
         parameters: dict[str, Any] = {
-            "linear": settings.linear, "optimizer": "lars" if paper else "sgd", "base_lr": base_lr, "batch_size": size,
-            "peak_lr": base_lr * size / 256, "momentum": MOMENTUM, "weight_decay": 0.0, "schedule": "cosine",
-            "epochs": settings.linear_epochs, "views": "crops of 8 to 100 % of the area, flips", "seed": settings.seed,
-        }  # fmt: skip
+            "linear": settings.linear,
+            "optimizer": "lars" if settings.linear == "paper" else "sgd",
+            "base_lr": base_lr,
+            "batch_size": training.batch_size,
+            "peak_lr": base_lr * training.batch_size / 256,
+            "momentum": MOMENTUM,
+            "weight_decay": 0.0,
+            "schedule": "cosine",
+            "epochs": settings.linear_epochs,
+            "views": "crops of 8 to 100 % of the area, flips",
+            "seed": settings.seed,
+        }
         with torch.no_grad():
-            ranked = top5_classes(layer(known.test_features.to(device)))
+            predictions = top5_classes(layer(features.test_features.to(frozen.compute.device)))
         name = f"{settings.linear}, base lr {base_lr:g}"
         yield ProtocolResult(
-            name=name, features=settings.features, parameters=parameters, predictions=[ranked]
+            name=name, features=settings.features, parameters=parameters, predictions=[predictions]
         )
+
+
+class LinearOnCrops(Training):
+    """Linear layers on the features of a frozen network, as the training loop sees them.
+
+    Weights start from N(0, 0.01), biases from 0. All layers see the same crops; each has its own learning rate.
+    """
+
+    save_seconds = inf  # it takes minutes and is not resumed
+
+    def __init__(self, frozen: FrozenNetwork, settings: Settings, features: FeatureSet):
+        num_images, device = len(frozen.train), frozen.compute.device
+        use_lars = settings.linear == "paper"
+        self.frozen, self.network = frozen, frozen.network(settings.features)
+        self.batch_size = min(PAPER_BATCH_SIZE if use_lars else 256, num_images)
+        self.base_lrs = (
+            BASE_LRS[settings.linear] if settings.base_lr is None else (settings.base_lr,)
+        )
+        self.recipe = replace(
+            frozen.recipe, method=SUPERVISED, batch_size=self.batch_size, seed=settings.seed
+        )
+        self.log_every = self.recipe.log_every
+        self.steps_per_epoch = steps_per_epoch(num_images, self.batch_size)
+        self.steps = settings.linear_epochs * self.steps_per_epoch
+        self.labels = torch.from_numpy(frozen.train.labels).to(device)
+        dim = features.train_features.shape[1]
+        self.layers = [
+            init_linear(dim, features.classes, settings.seed).to(device) for _ in self.base_lrs
+        ]
+        self.model = nn.ModuleList(self.layers)
+        self.optimizers = [build_linear_optimizer(layer, use_lars) for layer in self.layers]
+
+    def batches(self) -> Iterator[ViewBatch]:
+        device = self.frozen.compute.device
+        return iter_batches(self.frozen.train, self.recipe, 0, self.steps, device)
+
+    def train_step(self, batch: ViewBatch) -> Tensor:
+        with torch.no_grad(), self.frozen.compute.autocast():
+            h = all_gather(self.network(batch.views[0]).float())
+        labels = self.labels[all_gather(batch.index.to(self.frozen.compute.device))]
+        losses = []
+        for layer, optimizer, base_lr in zip(self.layers, self.optimizers, self.base_lrs):
+            optimizer.param_groups[0]["lr"] = (
+                base_lr * self.batch_size / 256 * cosine_schedule(batch.step, self.steps)
+            )
+            loss = F.cross_entropy(layer(h), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+        self.loss = losses[-1]
+        # One learning rate may diverge while another learns.
+        return torch.stack(losses).nan_to_num(nan=inf).amin()
+
+    def metrics(self) -> dict[str, Any]:
+        return {"loss": self.loss.item()}
 
 
 def init_linear(dim: int, classes: int, seed: int) -> nn.Linear:

@@ -19,7 +19,7 @@ from simsiam.runs.encoder import eval_transform, load
 from simsiam.runs.run_folder import Run, check_vacant, next_run_path
 from simsiam.sources.open_source import Source, open_source
 from simsiam.training.prepare import build_training_setup
-from simsiam.training.pretrain import pretrain
+from simsiam.training.launch import pretrain
 from simsiam.utils.files import atomic_write
 
 SUPERVISED_SETTINGS: dict[str, Any] = {

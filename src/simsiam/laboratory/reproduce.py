@@ -33,7 +33,7 @@ from simsiam.laboratory.jobs import (
 from simsiam.laboratory.scales import SCALES, Scale
 from simsiam.runs.run_folder import Run
 from simsiam.sources.open_source import absolute_source, open_source
-from simsiam.training.pretrain import pretrain, resume
+from simsiam.training.launch import pretrain, resume
 from simsiam.utils.files import atomic_write, file_lock
 
 

@@ -19,7 +19,6 @@ from simsiam.config.recipes import Recipe, ResolvedRecipe
 from simsiam.data.batches import steps_per_epoch
 from simsiam.data.decode import Unreadable
 from simsiam.data.images import Images, measure_sizes, quick_sample
-from simsiam.data.shards import BLOCK_BYTES, Shards
 from simsiam.errors import UsageError, WorkFailed, printable
 from simsiam.model.memory import activation_bytes, build_on_meta
 from simsiam.model.precision import Compute
@@ -298,9 +297,9 @@ def estimate_memory(
         "activations": found["activations_per_image"] * mine,
     }
     held = 0
-    if isinstance(images.encoded, Shards) and images.blocks and recipe.order == "auto":
+    if images.blocks and recipe.order == "auto":
         scale = max(1.0, num_images / len(images))
-        held = min(mine, round(len(images.blocks) * scale)) * block_bytes(images)
+        held = min(mine, round(len(images.blocks) * scale)) * images.storage.block_bytes
     return {
         "device_bytes": sum(parts.values()),
         **{f"{name}_bytes": size for name, size in parts.items()},
@@ -309,14 +308,6 @@ def estimate_memory(
         "flops_per_image": flops,
         "precision": precision,
     }
-
-
-def block_bytes(images: Images) -> int:
-    """About how many bytes a block of shards has."""
-    assert isinstance(images.encoded, Shards) and images.blocks
-    places = images.encoded.locations
-    total = sum(int(sizes.sum()) for sizes in places.sizes)
-    return max(0 if places.column else BLOCK_BYTES, total // len(places.blocks))
 
 
 def estimate_storage(
@@ -328,7 +319,7 @@ def estimate_storage(
     return {
         "images_bytes": round(num_images * facts["images"]["bytes_each"]),
         "catalog_bytes": num_images * CATALOG_BYTES_PER_IMAGE
-        if isinstance(images.encoded, Shards)
+        if images.blocks is not None
         else 0,
         "checkpoint_bytes": one,
         "checkpoints": kept,

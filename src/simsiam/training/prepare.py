@@ -134,7 +134,7 @@ def build_training_setup(recipe: ResolvedRecipe) -> TrainingSetup:
     if recipe.init is not None:
         load_init_weights(model.backbone, recipe)
     if recipe.sync_bn and recipe.method.bn != "split" and world_size() > 1:
-        convert_sync_batchnorm(model)
+        convert_sync_batchnorm(model, compute.device)
     check_memory(recipe.replace(precision=compute.precision), compute.device)
     compute.place(model)
     return TrainingSetup(model, build_optimizer(model, recipe.method), compute)

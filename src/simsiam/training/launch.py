@@ -1,0 +1,184 @@
+"""Starting, continuing and finishing a pretraining run: the public functions `pretrain` and `resume`."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from simsiam.config.recipes import Recipe
+from simsiam.distributed.process_group import distributed_entry_point, rank_zero_only, world_size
+from simsiam.errors import UsageError, WorkFailed
+from simsiam.model.memory import catch_out_of_memory
+from simsiam.model.targets import eta_bytes
+from simsiam.monitoring.label_free_monitor import advise_training_length
+from simsiam.monitoring.verdict import Verdict, judge_run
+from simsiam.runs.compose import compose_recipe
+from simsiam.runs.environment import collect_environment
+from simsiam.runs.journal import MetricsLogger
+from simsiam.runs.recipe_file import write_recipe
+from simsiam.runs.run_folder import Run, choose_run_path
+from simsiam.sources.open_source import open_source
+from simsiam.training.loop import Outcome, run_training
+from simsiam.training.prepare import RunData, TrainingSetup, build_training_setup, prepare_data
+from simsiam.training.pretrain import Pretraining
+from simsiam.training.progress import format_labeled_lines
+
+
+@distributed_entry_point
+def pretrain(
+    source: str | os.PathLike[str] | Sequence[str] | None = None,
+    *,
+    recipe: str | Recipe | None = None,
+    out: str | os.PathLike[str] | None = None,
+    **overrides: Any,
+) -> Path:
+    """Pretrain a backbone on images without labels.
+
+    Under torchrun all processes make one run, and continue it when they are started again.
+
+    Args:
+        source: A name, a folder, a list, an archive or shards; several folders are one set. The default is the
+            recipe's own source, else the embedded set "shapes".
+        recipe: The name of a recipe, a YAML file, or a `Recipe`. By default the source decides.
+        out: The run folder; it must not exist. The default is runs/SOURCE-METHOD-N.
+        **overrides: Any setting of the recipe, under the name of its flag with underscores.
+
+    Returns:
+        The path of the run folder.
+
+    Raises:
+        UsageError: If the request is wrong. Nothing has been written then.
+        WorkFailed: If the loss diverged or no image can be read.
+        Stopped: After SIGINT or SIGTERM; the run is saved.
+    """
+    complete, opened, reasons = compose_recipe(source, recipe, overrides)
+    path = choose_run_path(out, f"{opened.name}-{complete.method.name}", complete)
+    data, setup = prepare_data(complete, opened), build_training_setup(complete)
+    messages = [*format_labeled_lines("recipe", reasons), *format_labeled_lines("run", [str(path)])]
+    with Run.create(path, complete).lock() as run:
+        train_run(run, data, setup, messages)
+    return path
+
+
+@distributed_entry_point
+def resume(path: str | os.PathLike[str], *, epochs: int | None = None) -> Path:
+    """Continue a run bit for bit from its last checkpoint.
+
+    Args:
+        path: The run folder.
+        epochs: A larger number of epochs extends the run; its learning rate schedule is stretched, which is printed.
+
+    Returns:
+        The path of the run folder.
+
+    Raises:
+        UsageError: If there is no run, or it cannot be extended.
+        WorkFailed: If the loss diverged or no image can be read.
+        Stopped: After SIGINT or SIGTERM; the run is saved.
+    """
+    with rank_zero_only(Run)(path).lock() as run:
+        if epochs is not None:
+            if epochs < run.recipe.epochs or run.recipe.steps is not None:
+                raise UsageError(
+                    f"a run can only be extended: its epochs are {run.recipe.epochs}, "
+                    "its steps not set"
+                )
+            run.recipe = run.recipe.replace(epochs=epochs)
+        # The checkpoint holds all weights, so `init` is needed only before the first one.
+        recipe = run.recipe.replace(init=None) if run.has_checkpoint else run.recipe
+        data = prepare_data(run.recipe, open_source(run.recipe.source, run.recipe.channels))
+        setup = build_training_setup(recipe)
+        write_recipe(run.path, run.recipe)
+        train_run(run, data, setup, messages=[])
+    return run.path
+
+
+def train_run(run: Run, data: RunData, setup: TrainingSetup, messages: list[str]) -> None:
+    """Train a run from its last checkpoint, or from the start, to its last step, and finish its folder.
+
+    Args:
+        run: The run folder, held by this process.
+        data: The images to train on and those kept out.
+        setup: Model, optimizer, device and precision.
+        messages: Lines to print first.
+
+    Raises:
+        WorkFailed: If the loss diverged.
+        Stopped: After a signal.
+    """
+    recipe, method, num_images = run.recipe, run.recipe.method, len(data.train)
+    model, optimizer, compute = setup
+    state, changes = run.load_or_create_state(collect_environment(compute), num_images=num_images)
+    with MetricsLogger(run, state["step"]) as logger:
+        training = Pretraining(run, data, setup, state, logger)
+        if training.step:
+            messages = [*messages, f"from     step {training.step} of {training.steps}"]
+        if eta := eta_bytes(method, num_images):
+            shards = f", sharded over {world_size()} processes" if world_size() > 1 else ""
+            place = f"{compute.device.type}{shards}"
+            messages = [
+                *messages, f"eta      {eta / 2**20:,.2f} MiB on {place}; and in every checkpoint"
+            ]  # fmt: skip
+        labels = None if data.train.labels is None else torch.from_numpy(data.train.labels)
+        model.begin(
+            images=num_images,
+            labels=labels,
+            steps=training.steps,
+            per_epoch=training.steps_per_epoch,
+        )
+        if "model" in state:
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+        run.quarantine(data.unreadable, images_seen=data.total_images)
+        with catch_out_of_memory(recipe.replace(precision=compute.precision), compute.device):
+            outcome = run_training(training, messages + changes)
+
+    threshold = model.high_loss_threshold(recipe.batch_size)
+    verdict = judge_run(
+        logger.lines,
+        outcome.step,
+        diverged=outcome.diverged,
+        high_loss_threshold=threshold,
+        supervised=method.target == "labels",
+    )
+    finish(run, training, outcome, verdict, advise_training_length(logger.lines))
+    if outcome.diverged:
+        raise WorkFailed(
+            f"diverged: loss and weights were finite at step {outcome.last_finite_step} and are no "
+            f"longer at step {outcome.step}. {verdict.remedy}"
+        )
+    outcome.raise_if_stopped(f"saved; `simsiam resume {run.path}` continues the run")
+
+
+def finish(
+    run: Run, training: Pretraining, outcome: Outcome, verdict: Verdict, advice: str
+) -> None:
+    """Write the backbone and the summary of a run that ended, however it ended.
+
+    Args:
+        run: The run folder.
+        training: The training that ended. If it diverged, its model gets the last good weights.
+        outcome: How it ended.
+        verdict: The verdict on it.
+        advice: Whether to train longer.
+    """
+    if outcome.diverged and (checkpoint := run.checkpoint()):
+        training.model.load_state_dict(checkpoint["model"])
+    knn = {"knn_top1": training.state["knn"]} if training.state["knn"] else {}
+    images = outcome.step * training.batch_size
+    run.finish(
+        training.model.backbone.state_dict(),
+        {
+            "verdict": verdict.verdict,
+            "remedy": verdict.remedy,
+            "advice": advice,
+            "steps": outcome.step,
+            "epochs": round(outcome.step / training.steps_per_epoch, 4),
+            **knn,
+            "images_per_second": round(images / max(training.seconds, 1e-9), 1),
+            "training_seconds": round(training.seconds, 1),
+            "unreadable": len(run.read_quarantine()),
+        },
+    )
