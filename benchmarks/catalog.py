@@ -1,7 +1,10 @@
-"""What many images cost before one is read: python benchmarks/catalog.py N
+"""Measure what a catalog of many images costs before an image is read.
 
-Writes the catalog of N images that are not there, in tars of 10,000, and opens it as any other. Prints what it takes on
-the disk, to open it, to find the images of a batch, and in memory.
+    python benchmarks/catalog.py N [N ...]
+
+Writes the catalog of N images that do not exist, in tar files of 10,000 images, and opens it like
+any other. Prints its size on disk, the time to open it and to find the images of a batch, and its
+memory.
 """
 
 import json
@@ -23,7 +26,7 @@ EACH, SHARD = 110_000, 10_000  # bytes of an image, images of a tar
 
 
 def memory() -> float:
-    """MB of this process that no file could give back."""
+    """Return the MB of this process that are not mapped from a file."""
     status = Path("/proc/self/status").read_text()
     return int(status.partition("RssAnon:")[2].split()[0]) / 1000
 
@@ -37,12 +40,12 @@ def main(count: int) -> dict[str, float]:
         [pa.array(keys, pa.large_binary()), *map(pa.array, places)], CATALOG_SCHEMA
     )
     with tempfile.TemporaryDirectory() as folder:
-        path, about = Path(folder) / "catalog.arrow", [catalog.CATALOG_VERSION, *map(list, files)]
-        catalog._write_catalog(path, Catalog(files, (batch for _ in files), (), (), None), about)
+        path, key = Path(folder) / "catalog.arrow", [catalog.CATALOG_VERSION, *map(list, files)]
+        catalog._write_catalog(path, Catalog(files, (batch for _ in files), (), (), None), key)
         before, start = memory(), time.perf_counter()
-        found = catalog._read_cached(path, files, about)
-        assert found is not None
-        images, _ = found.load_split("train")
+        cached = catalog._read_cached(path, files, key)
+        assert cached is not None
+        images, _ = cached.load_split("train")
         opened = time.perf_counter() - start
         recipe = Recipe().replace(batch_size=512)
         times = []

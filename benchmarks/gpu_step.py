@@ -1,6 +1,9 @@
-"""A step on a GPU, one change after the other: python benchmarks/gpu_step.py writes results/gpu_step.json.
+"""Measure a training step on a GPU, with one change after the other.
 
-Also the share of a compiled step's time on the device that convolutions take, by torch's profiler.
+    python benchmarks/gpu_step.py
+
+Writes results/gpu_step.json, with the share of a compiled step's time on the device that
+convolutions take, measured by torch's profiler.
 """
 
 import json
@@ -17,7 +20,7 @@ from simsiam.config.recipes import Recipe, cifar_recipe
 from simsiam.data.batches import iter_batches
 from simsiam.data.images import from_arrays
 from simsiam.laboratory.bench import MEAN, STD
-from simsiam.model.precision import pick_device
+from simsiam.model.precision import Compute, pick_device
 from simsiam.runs.environment import collect_environment
 from simsiam.training.prepare import build_training_setup
 from simsiam.training.step import GradientStep, build_gradient_step
@@ -53,12 +56,16 @@ def main() -> None:
             benchmark,
             deterministic,
         )
-        recipe = Recipe().replace(
-            **cifar_recipe() | {"mean": MEAN, "std": STD, "device": "cuda", "compile": compile}
+        recipe = (
+            Recipe()
+            .replace(
+                **cifar_recipe() | {"mean": MEAN, "std": STD, "device": "cuda", "compile": compile}
+            )
+            .resolve()
         )
-        model, optimizer, _, _ = parts = build_training_setup(recipe)
-        torch.backends.cudnn.deterministic = deterministic  # which a run always is
-        gradients = build_gradient_step(recipe, parts)
+        model, optimizer, _ = setup = build_training_setup(recipe)
+        torch.backends.cudnn.deterministic = deterministic  # as in every run
+        gradients = build_gradient_step(recipe, setup)
         if not graph:
             gradients.warmup_calls_left = -1
 
@@ -79,22 +86,26 @@ def main() -> None:
 
         seconds(steps(0, 8))
         full = seconds(steps(8, 8 + STEPS)) / STEPS
-        told = {"images_s": round(recipe.batch_size / full), "step_ms": ms(full)}
-        told["step_alone_ms"] = ms(seconds(alone(STEPS)) / STEPS)
-        told["views_alone_ms"] = ms(seconds(iter_batches(images, recipe, 0, STEPS, device)) / STEPS)
-        return told, gradients
+        rates = {"images_s": round(recipe.batch_size / full), "step_ms": ms(full)}
+        rates["step_alone_ms"] = ms(seconds(alone(STEPS)) / STEPS)
+        rates["views_alone_ms"] = ms(
+            seconds(iter_batches(images, recipe, 0, STEPS, device)) / STEPS
+        )
+        return rates, gradients
 
-    for name, words in VARIANTS.items():
-        variants[name], gradients = variant(**words)
+    for name, options in VARIANTS.items():
+        variants[name], gradients = variant(**options)
         print(name, variants[name])
         if name == "compiled":
             share = convolutions(gradients)
-    here = {k: v for k, v in collect_environment(device, "bfloat16").items() if k != "command"}
-    what = "a step of SimSiam: ResNet-18 for 32 px, d = 2048, batch 512, bfloat16"
+    environment = {
+        k: v for k, v in collect_environment(Compute(device, "bfloat16")).items() if k != "command"
+    }
+    description = "a step of SimSiam: ResNet-18 for 32 px, d = 2048, batch 512, bfloat16"
     report = {
-        "what": what,
+        "what": description,
         "steps": STEPS,
-        "environment": here,
+        "environment": environment,
         "variants": variants,
         "convolutions": round(share, 2),
     }
@@ -116,16 +127,16 @@ def ms(duration: float) -> float:
 
 
 def convolutions(gradients: GradientStep) -> float:
-    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as seen:
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:
         gradients.compute_gradients(*gradients.static_inputs, 1.0)
         torch.cuda.synchronize()
-    events = seen.key_averages()
-    mine = sum(
+    events = profiler.key_averages()
+    convolution_time = sum(
         e.self_device_time_total
         for e in events
         if e.key.startswith(("aten::cudnn_conv", "aten::convolution_b"))
     )
-    return mine / sum(
+    return convolution_time / sum(
         e.self_device_time_total for e in events if e.key.startswith(("aten::", "triton"))
     )
 

@@ -1,8 +1,9 @@
-"""The numbers of docs/performance.md: measure the profile of a step, and write the page's tables and figure.
+"""Measure the profile of a step, and write the tables and the figure of docs/performance.md.
 
-simsiam bench --out results/bench.json          # a second run: bench_again.json; later ones of a CASE: bench_CASE.json
-python benchmarks/performance.py profile           # results/profile.json
-python benchmarks/performance.py page              # the tables in docs/performance.md, docs/performance.svg
+simsiam bench --out results/bench.json       # a second run of it: bench_again.json
+simsiam bench --only CASE --out results/bench_CASE.json
+python benchmarks/performance.py profile     # writes results/profile.json
+python benchmarks/performance.py page        # writes the tables and docs/performance.svg
 """
 
 import json
@@ -14,7 +15,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "performance.md"
-GROUPS = {  # of operations, by what their names begin with
+GROUPS = {  # operations, by the beginning of their names
     "convolution, backward": ("aten::convolution_backward", "aten::mkldnn_convolution_backward"),
     "convolution, forward": ("aten::mkldnn_convolution", "aten::_slow_conv", "aten::thnn_conv"),
     "batch norm": ("aten::native_batch_norm", "aten::batch_norm"),
@@ -25,23 +26,22 @@ GROUPS = {  # of operations, by what their names begin with
 
 
 def profile(batch_size: int = 128) -> dict[str, Any]:
-    """Shares of a step's time by operation, plain and ours: SimSiam, ResNet-18 for 32 px, d = 2048."""
+    """Shares of a step's time by operation: SimSiam, ResNet-18 for 32 px, d = 2048."""
     from simsiam.commands.main import keep_memory
-    from simsiam.model.precision import pick_device, pick_precision
+    from simsiam.model.precision import Compute
     from simsiam.runs.environment import collect_environment
 
     keep_memory()
-    device = pick_device("cpu")
-    fast = pick_precision("auto", device)
+    compute = Compute.pick("cpu")
     steps = {
         "plain": shares(batch_size, "float32", fast=False),
-        "simsiam": shares(batch_size, fast, fast=True),
+        "simsiam": shares(batch_size, compute.precision, fast=True),
     }
-    here = collect_environment(device, fast)
+    environment = collect_environment(compute)
     return {
         "batch_size": batch_size,
         "steps": steps,
-        "environment": {k: here[k] for k in here if k != "command"},
+        "environment": {k: environment[k] for k in environment if k != "command"},
     }
 
 
@@ -52,48 +52,53 @@ def shares(batch_size: int, precision: str, *, fast: bool) -> dict[str, Any]:
     from torch.profiler import profile as profiler
 
     from simsiam.config.recipes import CHANNEL_STATISTICS, Recipe, cifar_recipe
-    from simsiam.model.precision import autocast
     from simsiam.training.prepare import build_training_setup
 
     mean, std = CHANNEL_STATISTICS["cifar10"]
-    words = {
+    settings = {
         "batch_size": batch_size,
         "mean": mean,
         "std": std,
         "precision": precision,
         "device": "cpu",
     }
-    model, optimizer, device, _ = build_training_setup(Recipe().replace(**cifar_recipe() | words))
+    recipe = Recipe().replace(**cifar_recipe() | settings).resolve()
+    model, optimizer, compute = build_training_setup(recipe)
     form = torch.channels_last if fast else torch.contiguous_format
     model.to(memory_format=form)  # type: ignore[call-overload]
     x = [torch.randn(batch_size, 3, 32, 32).to(memory_format=form) for _ in range(2)]
 
     def step() -> None:
-        with autocast(device, precision):
+        with compute.autocast():
             loss = model(*x).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
 
     step()
-    with profiler(activities=[ProfilerActivity.CPU]) as seen:
+    with profiler(activities=[ProfilerActivity.CPU]) as result:
         step()
-    times = {event.key: event.self_cpu_time_total for event in seen.key_averages()}
-    total, found = sum(times.values()), {}
+    times = {event.key: event.self_cpu_time_total for event in result.key_averages()}
+    total, result_shares = sum(times.values()), {}
     for group, starts in GROUPS.items():
-        found[group] = (
+        result_shares[group] = (
             sum(times.pop(key) for key in [k for k in times if k.startswith(starts)]) / total
         )
-    found["all else"] = sum(times.values()) / total
-    return {"seconds": round(total / 1e6, 3), "shares": {k: round(v, 3) for k, v in found.items()}}
+    result_shares["all else"] = sum(times.values()) / total
+    return {
+        "seconds": round(total / 1e6, 3),
+        "shares": {k: round(v, 3) for k, v in result_shares.items()},
+    }
 
 
 def measured() -> tuple[dict[str, Any], dict[str, Any]]:
     """All reports by name, and those of second runs."""
-    found = {path.stem: read(path.stem) for path in sorted((ROOT / "results").glob("bench*.json"))}
+    reports = {
+        path.stem: read(path.stem) for path in sorted((ROOT / "results").glob("bench*.json"))
+    }
     return (
-        {name: report for name, report in found.items() if not name.endswith("_again")},
-        {name: report for name, report in found.items() if name.endswith("_again")},
+        {name: report for name, report in reports.items() if not name.endswith("_again")},
+        {name: report for name, report in reports.items() if name.endswith("_again")},
     )
 
 
@@ -109,7 +114,7 @@ def cases(reports: dict[str, Any]) -> dict[str, Any]:
 def tables(
     reports: dict[str, Any], again: dict[str, Any], profile: dict[str, Any]
 ) -> dict[str, str]:
-    """Each generated part of the page, by its name."""
+    """Make each generated part of the page, by its name."""
 
     def rows(heads: list[str], body: list[list[str]]) -> str:
         lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *body]
@@ -155,9 +160,9 @@ def tables(
     )
     body = []
     for precision in ("float32", "bfloat16"):
-        mine = [run for run in read("precision")["runs"] if run["precision"] == precision]
-        knn = [run["knn_top1"]["last"] for run in mine]
-        rate = mean(run["images_per_second"] for run in mine)
+        runs = [run for run in read("precision")["runs"] if run["precision"] == precision]
+        knn = [run["knn_top1"]["last"] for run in runs]
+        rate = mean(run["images_per_second"] for run in runs)
         body.append(
             [precision, f"{mean(knn):.1f} ± {stdev(knn):.1f}", f"{len(knn)}", f"{rate:,.0f}"]
         )
@@ -174,9 +179,9 @@ def tables(
     )
     rounds = {r["rounds"] for r in reports.values()}
     parts["machine"] = (
-        f"{'; '.join(machines)}: {', '.join(commits)}; peers: {', '.join(peers) or 'none'}. A ratio is the median of "
-        f"{' or '.join(map(str, rounds))} rounds; the columns after it are the lowest and highest round, and the ratio "
-        "of a second run."
+        f"{'; '.join(machines)}: {', '.join(commits)}; peers: {', '.join(peers) or 'none'}. "
+        f"A ratio is the median of {' or '.join(map(str, rounds))} rounds; the columns after it "
+        "are the lowest and highest round, and the ratio of a second run."
     )
     return parts
 

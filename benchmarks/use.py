@@ -1,10 +1,11 @@
-"""From a folder of photographs to answers: every verb a user needs, timed, and what it found held against the truth.
+"""Time every verb that a new user needs, and compare the results with the truth.
 
     python benchmarks/use.py IMAGENETTE/train --work runs/use --out results/use.json
 
-IMAGENETTE/train has a folder a class. 200 images of each of its ten classes and 20 copies of some, resized and
-compressed again, go into one folder without labels; then the commands below run as a user would type them. The truth is
-used to write the few labels that `probe` gets, and to judge. Stopped and started again, it goes on.
+IMAGENETTE/train has one folder per class. 200 images of each of its ten classes and 20 copies of
+some of them, resized and compressed again, go into one folder without labels. Then the commands
+below run as a user would type them. The truth is used only to write the few labels for `probe`, and
+to judge the results. If it is stopped, the same command continues.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from PIL import Image
 from simsiam.runs.run_folder import Run
 from simsiam.utils.files import atomic_write, write_csv
 
-EACH, COPIES, LABELS = 200, 20, 5  # images of a class; copies in all; labels of a class
+EACH, COPIES, LABELS = 200, 20, 5  # images per class; copies in all; labels per class
 TRAINING = [
     "--backbone",
     "resnet18",
@@ -41,7 +42,7 @@ TRAINING = [
 
 
 def plant(classes: Path, photos: Path) -> dict[str, str]:
-    """Fill the folder; returns the class of every file in it. Copies are named so that their original can be told."""
+    """Fill the folder; return the class of every file. A copy's name says what its original is."""
     rng, truth = np.random.default_rng(0), {}
     photos.mkdir(parents=True)
     for folder in sorted(path for path in classes.iterdir() if path.is_dir()):
@@ -59,23 +60,23 @@ def plant(classes: Path, photos: Path) -> dict[str, str]:
     return truth
 
 
-def simsiam(*words: object) -> dict[str, object]:
-    """Run a verb; returns its command, seconds on the wall and of processor time, memory at its peak, and last line."""
+def simsiam(*arguments: object) -> dict[str, object]:
+    """Run a verb; return its command, wall-clock and processor seconds, and its last line."""
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-m", "simsiam", *map(str, words)], capture_output=True, text=True
+    process = subprocess.run(
+        [sys.executable, "-m", "simsiam", *map(str, arguments)], capture_output=True, text=True
     )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    if done.returncode:
-        sys.exit(f"simsiam {words[0]} failed: {done.stderr}")
+    if process.returncode:
+        sys.exit(f"simsiam {arguments[0]} failed: {process.stderr}")
     used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    about = {
-        "command": " ".join(["simsiam", *map(str, words)]),
+    record = {
+        "command": " ".join(["simsiam", *map(str, arguments)]),
         "seconds": round(time.monotonic() - start, 1),
     }
-    about |= {"processor_seconds": round(used, 1), "said": done.stdout.strip().splitlines()[-1]}
-    print(json.dumps(about), flush=True)
-    return about
+    record |= {"processor_seconds": round(used, 1), "said": process.stdout.strip().splitlines()[-1]}
+    print(json.dumps(record), flush=True)
+    return record
 
 
 def rows(path: str) -> list[dict[str, str]]:
@@ -91,28 +92,28 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--work", type=Path, default=Path("runs/use"), help="a new folder")
     parser.add_argument("--out", type=Path, required=True)
-    asked = parser.parse_args()
-    out, classes = asked.out.absolute(), asked.classes.absolute()
-    asked.work.mkdir(parents=True, exist_ok=True)
-    os.chdir(asked.work)
+    options = parser.parse_args()
+    out, classes = options.out.absolute(), options.classes.absolute()
+    options.work.mkdir(parents=True, exist_ok=True)
+    os.chdir(options.work)
     if not Path("truth.csv").exists():
         shutil.rmtree("photos", ignore_errors=True)
         write_csv(Path("truth.csv"), ("path", "label"), plant(classes, Path("photos")).items())
     truth = {row["path"]: row["label"] for row in rows("truth.csv")}
     names = sorted(name for name in truth if " copy " not in name)
-    few = [
+    labeled_names = [
         n
         for c in sorted(set(truth.values()))
         for n in [n for n in names if truth[n] == c][:: EACH // LABELS]
     ]
-    write_csv(Path("labels.csv"), ("path", "label"), [(n, truth[n]) for n in few])
+    write_csv(Path("labels.csv"), ("path", "label"), [(n, truth[n]) for n in labeled_names])
 
-    begun = Path("run/recipe.yaml").exists()
+    is_started = Path("run/recipe.yaml").exists()
     Path("photos.parquet").unlink(missing_ok=True)
     verbs = [
         simsiam("resume", "run")
-        if begun
-        else simsiam("pretrain", "photos", "--out", "run", "--epochs", asked.epochs, *TRAINING),
+        if is_started
+        else simsiam("pretrain", "photos", "--out", "run", "--epochs", options.epochs, *TRAINING),
         simsiam("embed", "run", "--out", "photos.parquet"),
         simsiam("duplicates", "photos.parquet", "--out", "copies.csv", "--html", "copies.html"),
         simsiam("neighbors", "photos.parquet", names[0], "--html", "near.html"),
@@ -127,36 +128,36 @@ def main() -> None:
             row["path"].split(" copy ")[0].removesuffix(".JPEG")
         )
     planted = {name.split(" copy ")[0] for name in truth if " copy " in name}
-    found = {next(iter(stems)) for stems in groups.values() if len(stems) == 1} & planted
-    given = set(few)
-    told = [
+    found_copies = {next(iter(stems)) for stems in groups.values() if len(stems) == 1} & planted
+    labeled = set(labeled_names)
+    results = [
         (float(r["confidence"]), r["predicted"] == truth[r["path"]])
         for r in rows("all.csv")
-        if r["path"] not in given
+        if r["path"] not in labeled
     ]
     summary = Run("run").json("summary.json")
-    judged = {
+    judgment = {
         "images": len(truth),
         "verdict": summary["verdict"],
         "steps": summary["steps"],
         "training_seconds": round(summary["training_seconds"], 1),
         "copies_planted": len(planted),
-        "copies_found": len(found),
+        "copies_found": len(found_copies),
         "false_groups": sum(len(stems) > 1 or not stems <= planted for stems in groups.values()),
-        "probe_top1_unlabeled": round(100 * sum(right for _, right in told) / len(told), 1),
-        "probe_mean_confidence": round(100 * sum(sure for sure, _ in told) / len(told), 1),
+        "probe_top1_unlabeled": round(100 * sum(right for _, right in results) / len(results), 1),
+        "probe_mean_confidence": round(100 * sum(sure for sure, _ in results) / len(results), 1),
         "report_megabytes": round(Path("run/report.html").stat().st_size / 1e6, 1),
     }
-    print(json.dumps(judged, indent=1))
-    here = Run("run").json("environment.json")
+    print(json.dumps(judgment, indent=1))
+    environment = Run("run").json("environment.json")
     machine = {
-        "device": here["device"],
-        "commit": here["commit"],
+        "device": environment["device"],
+        "commit": environment["commit"],
         "python": platform.python_version(),
     }
     with atomic_write(out) as part:
         part.write_text(
-            json.dumps({"machine": machine, "judged": judged, "verbs": verbs}, indent=1) + "\n"
+            json.dumps({"machine": machine, "judged": judgment, "verbs": verbs}, indent=1) + "\n"
         )
 
 

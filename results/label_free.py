@@ -1,12 +1,13 @@
-"""Which label-free signals follow kNN accuracy? Spearman's correlation over the kept checkpoints of finished runs.
+"""Measure which label-free signals follow kNN accuracy, over the checkpoints of finished runs.
 
-    simsiam pretrain CIFAR10 --recipe cifar --backbone resnet18 --width 16 --batch-size 256 --base-lr 0.2 --epochs 12 \\
-        --save-every 1 --holdout 0 --log-every 25 --seed S --out runs/S       (S = 0, 1, 2)
+    simsiam pretrain CIFAR10 --recipe cifar --backbone resnet18 --width 16 --batch-size 256 \\
+        --base-lr 0.2 --epochs 12 --save-every 1 --holdout 0 --log-every 25 --seed S --out runs/S
+    (S = 0, 1, 2)
     python results/label_free.py runs/0 runs/1 runs/2 --out results/label_free.json
 
-kNN: 10,000 training images vote on 5,000 test images, k capped at a sixth of a class. Every signal is a function of one
-checkpoint (neighbor stability: of two consecutive ones); the loss and the gauges are the run's own, logged nearest
-before it.
+Prints Spearman's correlations. kNN: 10,000 training images vote on 5,000 test images, with k at
+most a sixth of a class. Every signal is a function of one checkpoint (neighbor stability: of two in
+a row). The loss and the other measurements of a step are the run's own, logged last before it.
 """
 
 import argparse
@@ -31,7 +32,7 @@ GAUGES = ("loss", "z_std_sqrt_d", "z_rank", "z_cosine_squared", "h_rank")
 
 
 def curves(path: str, until: int | None) -> list[dict]:
-    """A row for each kept checkpoint: epoch, kNN, signals, gauges."""
+    """Measure each kept checkpoint: epoch, kNN, signals, gauges."""
     run = Run(path)
     source = open_source(run.recipe.source, run.recipe.channels)
     assert source.test is not None and source.train.labels is not None, (
@@ -41,19 +42,21 @@ def curves(path: str, until: int | None) -> list[dict]:
         load_into_memory(sample(s, n), 2**31)[0]
         for s, n in ((source.train, 10_000), (source.test, 5_000))
     )
-    parts, transform, before, rows = (
+    setup, transform, previous, rows = (
         build_training_setup(run.recipe),
         eval_transform(run.recipe),
         None,
         [],
     )
-    how = {"device": parts.device, "precision": parts.precision}
+    compute = setup.compute
     for file in sorted((run.path / "checkpoints").glob("epoch-*.pt"))[:until]:
         state = torch.load(file, weights_only=True)
-        parts.model.load_state_dict(state["model"])
-        free = label_free_monitor(parts.model, bank, run.recipe, transform, before, **how)
-        before = free.neighbors
-        knn, _ = knn_monitor(parts.model, bank, queries, transform, **how)
+        setup.model.load_state_dict(state["model"])
+        free = label_free_monitor(
+            setup.model, bank, run.recipe, transform, previous, compute=compute
+        )
+        previous = free.neighbors
+        knn, _ = knn_monitor(setup.model, bank, queries, transform, compute=compute)
         logged = [
             line for line in run.metrics() if line["step"] <= state["step"] and "loss" in line
         ][-1]
@@ -74,14 +77,21 @@ def main() -> None:
     parser.add_argument("runs", nargs="+")
     parser.add_argument("--out", required=True)
     parser.add_argument("--until", type=int, help="use the first so many checkpoints")
-    asked = parser.parse_args()
-    of_runs = {Path(path).name: curves(path, asked.until) for path in asked.runs}
-    names = [name for name in next(iter(of_runs.values()))[-1] if name not in ("epoch", "knn_top1")]
+    options = parser.parse_args()
+    curves_by_run = {Path(path).name: curves(path, options.until) for path in options.runs}
+    names = [
+        name for name in next(iter(curves_by_run.values()))[-1] if name not in ("epoch", "knn_top1")
+    ]
     table = {}
-    print("| signal | " + " | ".join(of_runs) + " | mean ± std |\n|" + "---|" * (len(of_runs) + 2))
+    print(
+        "| signal | "
+        + " | ".join(curves_by_run)
+        + " | mean ± std |\n|"
+        + "---|" * (len(curves_by_run) + 2)
+    )
     for name in names:
         rhos = []
-        for rows in of_runs.values():
+        for rows in curves_by_run.values():
             pairs = [(row[name], row["knn_top1"]) for row in rows if name in row]
             rhos.append(spearmanr(*zip(*pairs, strict=True)).statistic)
         table[name] = {"spearman": [round(r, 3) for r in rhos], "mean": round(mean(rhos), 3)}
@@ -92,10 +102,10 @@ def main() -> None:
             + " | ".join(f"{r:.2f}" for r in rhos)
             + f" | {mean(rhos):.2f}{spread} |"
         )
-    with atomic_write(Path(asked.out)) as part:
+    with atomic_write(Path(options.out)) as part:
         part.write_text(
             json.dumps(
-                {"command": sys.argv, "spearman_with_knn": table, "curves": of_runs}, indent=1
+                {"command": sys.argv, "spearman_with_knn": table, "curves": curves_by_run}, indent=1
             )
             + "\n"
         )

@@ -1,9 +1,10 @@
-"""Is the cached linear protocol a good optimizer? Beside scikit-learn's logistic regression, on the same features.
+"""Compare the cached linear protocol with scikit-learn's logistic regression.
 
     python results/linear.py RUN [SOURCE] --out results/linear.json
 
-Both learn from all training images' features and are tested on the test split; C is chosen as the protocol chooses its
-cell, on a fifth of each class kept out, and the best C on the test images (an oracle) is given beside it.
+Both learn from the same features of all training images and are tested on the test split. C is
+chosen as the protocol chooses its cell, on a fifth of each class. The best C on the test images (an
+oracle) is reported too.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from simsiam.evaluation.frozen import (
     split_train_test,
 )
 from simsiam.evaluation.linear import train_on_cached_features
+from simsiam.model.precision import Compute
 from simsiam.runs.run_folder import Run
 from simsiam.sources.open_source import open_source
 from simsiam.utils.files import atomic_write
@@ -40,51 +42,53 @@ def main() -> None:
     parser.add_argument("source", nargs="?")
     parser.add_argument("--features", nargs="+", default=["h", UNTRAINED_NETWORK])
     parser.add_argument("--out", required=True)
-    asked = parser.parse_args()
+    options = parser.parse_args()
     warnings.simplefilter("ignore", ConvergenceWarning)
-    run, how = Run(asked.run), Settings()
+    run, settings = Run(options.run), Settings()
     train, test, _ = split_train_test(
-        open_source([asked.source] if asked.source else run.recipe.source), require_labels=True
+        open_source([options.source] if options.source else run.recipe.source), require_labels=True
     )
     (train, _), (test, _) = load_into_memory(train, 2**31), load_into_memory(test, 2**31)
-    where = {"device": "cpu", "precision": "auto"}
-    frozen = FrozenNetwork(run, "last", train, replace(test, labels=None), **where)
+    compute = Compute.pick("cpu")
+    frozen = FrozenNetwork(run, "last", train, replace(test, labels=None), compute=compute)
     rows = {}
-    for kind in asked.features:
-        known = frozen.features(kind).standardize()
+    for kind in options.features:
+        features = frozen.features(kind).standardize()
         truth = test.labels[frozen.test_indices]
         ours = 100 * float(
             (
-                train_on_cached_features(known, kind, how, frozen.device)
+                train_on_cached_features(features, kind, settings, compute.device)
                 .predictions[0][:, 0]
                 .numpy()
                 == truth
             ).mean()
         )
-        x, y = known.train_features.numpy(), known.train_labels.numpy()
-        held = sample_per_class(y, np.ceil(np.bincount(y) / 5).astype(int), [how.seed])
-        rest = np.setdiff1d(np.arange(len(x)), held)
-        chosen = [
-            LogisticRegression(C=c, max_iter=500).fit(x[rest], y[rest]).score(x[held], y[held])
+        x, y = features.train_features.numpy(), features.train_labels.numpy()
+        held_out = sample_per_class(y, np.ceil(np.bincount(y) / 5).astype(int), [settings.seed])
+        kept = np.setdiff1d(np.arange(len(x)), held_out)
+        val_scores = [
+            LogisticRegression(C=c, max_iter=500)
+            .fit(x[kept], y[kept])
+            .score(x[held_out], y[held_out])
             for c in CS
         ]
-        tested = [
+        test_scores = [
             100
             * LogisticRegression(C=c, max_iter=500)
             .fit(x, y)
-            .score(known.test_features.numpy(), truth)
+            .score(features.test_features.numpy(), truth)
             for c in CS
         ]
-        best = int(np.argmax(chosen))
+        best = int(np.argmax(val_scores))
         row = {
             "cached": ours,
-            "scikit_learn": tested[best],
+            "scikit_learn": test_scores[best],
             "C": CS[best],
-            "best_C_on_test": max(tested),
+            "best_C_on_test": max(test_scores),
         }
         rows[kind] = {k: round(v, 3) for k, v in row.items()}
         print(kind, rows[kind], flush=True)
-    with atomic_write(Path(asked.out)) as part:
+    with atomic_write(Path(options.out)) as part:
         part.write_text(json.dumps({"n": len(truth), "top1": rows}, indent=1) + "\n")
 
 

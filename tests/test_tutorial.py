@@ -1,4 +1,4 @@
-"""The tutorial runs from top to bottom, and what is to be changed stands in one cell."""
+"""The tutorial notebook runs from top to bottom, and all its settings are in one cell."""
 
 import ast
 import csv
@@ -21,7 +21,7 @@ def code(cells) -> list[str]:
 
 
 def test_it_runs_from_top_to_bottom_and_again(cells):
-    """In a new folder, and then in the same: what is there is not made again."""
+    """Once in a new folder, and once more in the same: existing results are not made again."""
     names: dict = {}
     for text in code(cells):
         exec(text, names)
@@ -43,7 +43,7 @@ def test_it_runs_from_top_to_bottom_and_again(cells):
     assert (made / "run" / "metrics.jsonl").stat().st_mtime_ns == before
 
 
-def test_settings_stand_in_the_first_cell_and_no_output_is_kept(cells):
+def test_settings_are_in_the_first_cell_and_no_output_is_kept(cells):
     assert all(not cell.get("outputs") and cell.get("execution_count") is None for cell in cells)
     first, *rest = map(ast.parse, code(cells))
     settings = {
@@ -51,7 +51,10 @@ def test_settings_stand_in_the_first_cell_and_no_output_is_kept(cells):
         for node in ast.walk(first)
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
     }
-    assert settings == {"images", "drawn", "labels", "few", "work", "training", "format"}
+    assert settings == {
+        *("images", "drawn_images", "labels", "labels_per_class"),
+        *("work", "training", "format"),
+    }
     for tree in rest:
         for node in ast.walk(tree):
             assert not (

@@ -1,6 +1,8 @@
-"""What runs on CIFAR-10 came to: python results/appendix_d/collect.py RUN ... adds them to runs.json and README.md.
+"""Add runs on CIFAR-10 to runs.json and README.md.
 
-Without a run it writes the page alone. The commands are in run.sh.
+    python results/appendix_d/collect.py [RUN ...]
+
+Without a run it writes only the page. The commands of the runs are in run.sh.
 """
 
 import json
@@ -12,15 +14,15 @@ from simsiam.laboratory import drawing
 from simsiam.runs.run_folder import Run
 
 HERE = Path(__file__).parent
-EPOCHS = 5  # between two points of a curve that is kept
+EPOCHS = 5  # epochs between two points of a curve
 CURVES = ("loss", "z_std_sqrt_d", "z_rank", "view_retrieval", "images_per_second", "data_wait")
 
 
 def record(run: Run) -> dict[str, Any]:
-    """All that the page needs, and where it comes from, without the paths of a machine."""
+    """Collect what the page needs and its provenance, without the paths of a machine."""
     per_epoch = EPOCHS * run.metrics()[-1]["step"] / run.metrics()[-1]["epoch"]
     lines = [line for line in run.metrics() if line["step"] % per_epoch == 0]
-    kept = (
+    keys = (
         "protocol",
         "features",
         "checkpoint",
@@ -36,7 +38,7 @@ def record(run: Run) -> dict[str, Any]:
         "summary": run.json("summary.json"),
         "environment": {k: v for k, v in run.json("environment.json").items() if k != "command"},
         "curve": [{k: line[k] for k in ("step", "epoch", *CURVES) if k in line} for line in lines],
-        "evaluations": [{k: r[k] for k in kept if k in r} for r in run.evaluations()],
+        "evaluations": [{k: r[k] for k in keys if k in r} for r in run.evaluations()],
     }
 
 
@@ -47,12 +49,19 @@ def row(name: str, run: dict[str, Any]) -> list[str]:
         for r in run["evaluations"]
         if r["features"] == "h"
     }
-    told = [
+    accuracies = [
         f"{value:.1f} ({low:.1f} to {high:.1f})"
         for value, (low, high) in (top1[p] for p in ("knn", "linear"))
     ]
     time = f"{summary['training_seconds'] / 60:.1f} at {summary['images_per_second']:,.0f}/s"
-    return [name, f"{recipe['epochs']}", f"{recipe['batch_size']}", *told, summary["verdict"], time]
+    return [
+        name,
+        f"{recipe['epochs']}",
+        f"{recipe['batch_size']}",
+        *accuracies,
+        summary["verdict"],
+        time,
+    ]
 
 
 def table(runs: dict[str, Any]) -> str:

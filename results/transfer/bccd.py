@@ -1,12 +1,14 @@
-"""Detection of blood cells (BCCD, 364 photographs, a Pascal VOC folder): by what a detector starts from, and how long.
+"""Detect blood cells (BCCD, 364 photographs, a Pascal VOC folder) from several starting weights.
 
-    python results/transfer/bccd.py list BCCD/ --out bccd.txt            # train's and val's photographs
-    simsiam pretrain bccd.txt --out RUN --backbone resnet18 --image-size 128 --epochs 100 --batch-size 32 --base-lr 0.2
-    python results/transfer/bccd.py run BCCD/ RUN --steps 300 1000 --seeds 2  # a row for each start, budget and seed
-    python results/transfer/bccd.py table RUN                            # what there is so far
+    python results/transfer/bccd.py list BCCD/ --out bccd.txt       # photographs of train and val
+    simsiam pretrain bccd.txt --out RUN --backbone resnet18 --image-size 128 --epochs 100 \\
+        --batch-size 32 --base-lr 0.2
+    python results/transfer/bccd.py run BCCD/ RUN --steps 300 1000 --seeds 2
+    python results/transfer/bccd.py table RUN                       # the results so far
 
-`run` fine-tunes from the run's backbone, from random weights, and from whatever else --only names, on train and val,
-and tests on test. It can be stopped anywhere and goes on; `table` writes bccd.json beside this file.
+`run` fine-tunes from the run's backbone, from random weights, and from whatever else --only names,
+on train and val, and tests on test: one row for each start, number of steps and seed. If it is
+stopped, the same command continues. `table` writes bccd.json next to this file.
 """
 
 import argparse
@@ -40,27 +42,27 @@ def main() -> None:
         "--only",
         nargs="+",
         default=["scratch", "run"],
-        help="scratch, run, or weights as of --init",
+        help="scratch, run, or weights as for --init",
     )
     telling = verbs.add_parser("table")
     telling.add_argument("run")
-    asked = parser.parse_args()
-    if asked.verb == "list":
-        splits = open_annotated(asked.source).splits
+    options = parser.parse_args()
+    if options.verb == "list":
+        splits = open_annotated(options.source).splits
         keys = sorted(key for split in ("train", "val") for key in splits[split].images.keys)
-        asked.out.write_text("".join(f"{asked.source.resolve() / key}\n" for key in keys))
-    elif asked.verb == "run":
-        for steps in asked.steps:
-            for seed in range(asked.seeds):
-                for start in asked.only:
+        options.out.write_text("".join(f"{options.source.resolve() / key}\n" for key in keys))
+    elif options.verb == "run":
+        for steps in options.steps:
+            for seed in range(options.seeds):
+                for start in options.only:
                     own = {"scratch": {"from_scratch": True}, "run": {}}.get(start, {"init": start})
-                    transfer(asked.run, asked.source, steps=steps, seed=seed, **own)
-    if asked.verb != "list":
-        table(Run(asked.run))
+                    transfer(options.run, options.source, steps=steps, seed=seed, **own)
+    if options.verb != "list":
+        table(Run(options.run))
 
 
 def table(run: Run) -> None:
-    """Print a row for each start and budget, and write every record but its paths."""
+    """Print a row for each start and number of steps; write every record without its paths."""
     groups = defaultdict(list)
     records = sorted(
         run.transfers(), key=lambda r: (r["parameters"]["steps"], r["init"]["from"], r["seed"])
@@ -72,14 +74,14 @@ def table(run: Run) -> None:
         + " | ".join(f"AP50 of {name}" for name in records[0]["classes"])
         + " | AP | seeds |"
     )
-    for (steps, start), found in groups.items():
+    for (steps, start), runs in groups.items():
         of_class = [
-            [r["metrics"]["coco_box"]["AP50_of_class"][name] for r in found]
+            [r["metrics"]["coco_box"]["AP50_of_class"][name] for r in runs]
             for name in records[0]["classes"]
         ]
-        numbers = [[r["metrics"]["coco_box"]["AP50"] for r in found], *of_class]
-        numbers.append([r["metrics"]["coco_box"]["AP"] for r in found])
-        print(f"| {steps} | {start} | " + " | ".join(map(spread, numbers)) + f" | {len(found)} |")
+        numbers = [[r["metrics"]["coco_box"]["AP50"] for r in runs], *of_class]
+        numbers.append([r["metrics"]["coco_box"]["AP"] for r in runs])
+        print(f"| {steps} | {start} | " + " | ".join(map(spread, numbers)) + f" | {len(runs)} |")
     for record in records:
         record["asked"].pop("source")
     with atomic_write(HERE / "bccd.json") as part:
