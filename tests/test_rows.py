@@ -1,4 +1,4 @@
-"""A row is what it says: it wastes no pass, lets gradients through where asked, and its cells do not contradict."""
+"""The rows of METHODS: gradients flow where they say, no encoder pass is wasted, settings agree."""
 
 import re
 from dataclasses import asdict, replace
@@ -30,15 +30,15 @@ def small(name: str, **cells) -> Method:
     return replace(METHODS[name], **NARROW | cells)
 
 
-def begun(method: Method, dtype: torch.dtype = torch.float64):
-    """A model, one batch of views for it, and the images' positions."""
+def begin(method: Method, dtype: torch.dtype = torch.float64):
+    """A model, one batch of views for it, and the positions of the images."""
     torch.manual_seed(0)
     model = build(method, **SMALL).to(dtype)
     model.begin(images=N, labels=torch.arange(N) % 10, steps=10, per_epoch=5)
     return model, list(torch.randn(method.view_count, N, 3, 16, 16, dtype=dtype)), torch.arange(N)
 
 
-# --- what a row is ----------------------------------------------------------------------------------------------------
+# --- what a row is ---
 
 
 def test_the_plus_of_moco_is_its_symmetry():
@@ -53,7 +53,7 @@ def test_the_constant_lr_of_the_predictor_is_simsiams_alone():
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_gradient_comes_through_the_target_only_when_asked(name):
-    """With stop-gradient the gradient is that of targets held constant; without, it is another one."""
+    """With stop-gradient the gradient is that for constant targets; without, it is another one."""
     row = small(name)
     rows = (
         [row]
@@ -61,20 +61,16 @@ def test_a_gradient_comes_through_the_target_only_when_asked(name):
         else [row, replace(row, stop_gradient=not row.stop_gradient)]
     )
     for method in rows:
-        model, x, index = begun(method)
+        model, x, index = begin(method)
         weights = [p for p in model.parameters() if p.requires_grad]
         out = model(*x, index=index)
         ours = torch.autograd.grad(out.loss, weights, retain_graph=True, allow_unused=True)
-        p, t = (dict(zip(views, tensors)) for views, tensors in (
-            (model.predicted_views, out.predictions), (model.target.views, [t.detach() for t in out.targets]),
-        ))  # fmt: skip
-        held = (
-            method.loss_scale
-            * sum(model.criterion(p[i], t[j]) for i, j in model.pairs)
-            / len(model.pairs)
-        )
-        theirs = torch.autograd.grad(held, weights, retain_graph=True, allow_unused=True)
-        torch.testing.assert_close(out.loss, held)
+        p = dict(zip(model.predicted_views, out.predictions))
+        t = {view: x.detach() for view, x in zip(model.target.views, out.targets)}
+        terms = [model.criterion(p[i], t[j]) for i, j in model.pairs]
+        constant = method.loss_scale * sum(terms) / len(terms)
+        theirs = torch.autograd.grad(constant, weights, retain_graph=True, allow_unused=True)
+        torch.testing.assert_close(out.loss, constant)
         equal = all(
             torch.allclose(a, b, rtol=1e-9, atol=1e-12)
             for a, b in zip(ours, theirs)
@@ -86,10 +82,10 @@ def test_a_gradient_comes_through_the_target_only_when_asked(name):
         assert all(p.grad is None and not p.requires_grad for p in model.target.parameters())
 
 
-# Images that pass through an encoder in a step, in units of the batch: the online encoder's and the copy's.
+# Batches that pass through an encoder in a step: those of the trained encoder and of the copy.
 PASSES = {
-    "simsiam": 2, "byol": 2 + 2, "simclr": 2, "moco_v2": 1 + 1, "moco_v2_plus": 2 + 2, "swav": 2, "barlow_twins": 2,
-    "vicreg": 2, "supervised": 1,
+    "simsiam": 2, "byol": 2 + 2, "simclr": 2, "moco_v2": 1 + 1, "moco_v2_plus": 2 + 2, "swav": 2,
+    "barlow_twins": 2, "vicreg": 2, "supervised": 1,
 }  # fmt: skip
 
 
@@ -108,26 +104,26 @@ PASSES = {
     ids=lambda value: value.name if isinstance(value, Method) else str(value),
 )
 def test_no_row_wastes_encoder_passes(method, passes):
-    model, x, index = begun(method, torch.float32)
-    seen = []
+    model, x, index = begin(method, torch.float32)
+    counts = []
     copy = [model.target.copy[0]] if method.target in ("momentum", "alternation") else []
     for encoder in [model.backbone, *copy]:
-        encoder.register_forward_hook(lambda module, given, h: seen.append(len(h)))
+        encoder.register_forward_hook(lambda module, inputs, h: counts.append(len(h)))
     model(*x, index=index)
-    assert sum(seen) == passes * N
+    assert sum(counts) == passes * N
 
 
 def test_joint_statistics_are_of_all_views_in_one_call():
-    model, x, _ = begun(small("simclr"))
-    together = model.f(torch.cat(x)).chunk(2)
-    for z, expected in zip(model(*x).projections, together):
+    model, x, _ = begin(small("simclr"))
+    joint = model.f(torch.cat(x)).chunk(2)
+    for z, expected in zip(model(*x).projections, joint):
         torch.testing.assert_close(z, expected)
-    assert not torch.allclose(model.f(x[0]), together[0])
+    assert not torch.allclose(model.f(x[0]), joint[0])
 
 
 def test_simclr_is_nt_xent_of_its_projections():
-    """The row's loss is SimCLR's over 2N, through everything in between."""
-    model, x, _ = begun(small("simclr"))
+    """The row's loss, computed by the model, is SimCLR's loss over 2N images."""
+    model, x, _ = begin(small("simclr"))
     z = F.normalize(torch.cat(model(*x).projections), dim=1)
     logits = (z @ z.T / 0.1).fill_diagonal_(-torch.inf)
     full = F.cross_entropy(logits, torch.arange(2 * N).roll(N))
@@ -136,7 +132,7 @@ def test_simclr_is_nt_xent_of_its_projections():
 
 def test_queued_keys_are_the_second_views_and_in_the_plus_both():
     for name in ("moco_v2", "moco_v2_plus"):
-        model, x, index = begun(small(name))
+        model, x, index = begin(small(name))
         out = model(*x, index=index)
         model.after_step(out, 0, index)
         keys = torch.cat(out.targets)
@@ -146,12 +142,12 @@ def test_queued_keys_are_the_second_views_and_in_the_plus_both():
 
 
 def test_too_few_views_are_refused():
-    model, x, _ = begun(small("simsiam", pairs="asymmetric_2x"))
+    model, x, _ = begin(small("simsiam", pairs="asymmetric_2x"))
     with pytest.raises(UsageError, match="simsiam takes 4 views of each image, not 2"):
         model(*x[:2])
 
 
-# --- cells that contradict each other, and terms that are equal -------------------------------------------------------
+# --- settings that contradict each other, and equal terms ---
 
 
 @pytest.mark.parametrize(
@@ -210,7 +206,7 @@ def test_harmless_cells_are_not():
     Recipe().replace(predictor="none", predictor_lr="cosine", pred_dim=9)
     Recipe().replace(
         method="byol", target="shared", predictor_lr_scale=10.0
-    )  # footnote 2; its decay stays, unused
+    )  # footnote 2; its target_decay is not used
 
 
 def test_supervised_needs_labels_that_fit(tmp_path):
@@ -237,11 +233,11 @@ def test_equal_terms_are_those_of_the_recipe_at_hand():
     assert (again.optimizer, again.base_lr, again.views) == ("sgd", 0.7, METHODS["simsiam"].views)
 
 
-# --- pages ------------------------------------------------------------------------------------------------------------
+# --- pages ---
 
 
 def test_the_readmes_table_and_the_drawing_are_current():
-    """`simsiam methods --format markdown` and `--format svg > docs/figure3.svg` make them anew."""
+    """`simsiam methods --format markdown` and `--format svg > docs/figure3.svg` write them."""
     assert figure3.format_methods_markdown() in (HERE / "README.md").read_text()
     assert (HERE / "docs" / "figure3.svg").read_text() == figure3.draw_methods_svg() + "\n"
     assert all(
@@ -259,13 +255,13 @@ def test_the_page_add_a_method_runs(monkeypatch):
     before = set(METHODS), set(CRITERIA)
     real = simsiam.pretrain
     monkeypatch.setattr(
-        simsiam, "pretrain", lambda *a, **words: real(*a, **QUICK | words), raising=False
+        simsiam, "pretrain", lambda *a, **settings: real(*a, **QUICK | settings), raising=False
     )
     try:
-        found = {}
-        exec(code, found)
-        assert Run(found["run"]).recipe.method.name in METHODS.keys() - before[0]
-        assert len(Run(found["run"]).metrics()) == 3
+        names = {}
+        exec(code, names)
+        assert Run(names["run"]).recipe.method.name in METHODS.keys() - before[0]
+        assert len(Run(names["run"]).metrics()) == 3
     finally:
         for name in METHODS.keys() - before[0]:
             del METHODS[name]

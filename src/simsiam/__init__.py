@@ -53,9 +53,9 @@ if TYPE_CHECKING:
     from simsiam.runs.encoder import load as load
     from simsiam.runs.run_folder import Run as Run
     from simsiam.training.inspect import inspect as inspect
+    from simsiam.training.launch import pretrain as pretrain
+    from simsiam.training.launch import resume as resume
     from simsiam.training.plan import plan as plan
-    from simsiam.training.pretrain import pretrain as pretrain
-    from simsiam.training.pretrain import resume as resume
 
 _MODULES = {
     "CRITERIA": "model.losses",
@@ -85,11 +85,11 @@ _MODULES = {
     "neighbors": "embeddings.neighbors",
     "outliers": "embeddings.outliers",
     "plan": "training.plan",
-    "pretrain": "training.pretrain",
+    "pretrain": "training.launch",
     "preview": "pages.preview",
     "probe": "embeddings.probe",
     "report": "pages.report",
-    "resume": "training.pretrain",
+    "resume": "training.launch",
     "transfer": "detection.transfer",
 }
 __all__ = [

@@ -75,7 +75,7 @@ def build_verb_parser(name: str) -> Parser:
     parser = Parser(
         f"simsiam {name}",
         usage=getattr(verb, "USAGE", None),
-        description=verb.HELP,
+        description=f"{verb.HELP[0].upper()}{verb.HELP[1:]}.",
         epilog=getattr(verb, "EPILOG", None),
     )
     verb.add_arguments(parser)

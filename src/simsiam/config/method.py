@@ -96,7 +96,7 @@ class Method:
     # Both heads.
     head_bn: tuple[HeadBN, ...] = setting(
         ("proj_hidden", "proj_out", "pred_hidden"),
-        "layers of the heads with batch norm; also pred_out (Table 3)",
+        "layers of the heads with batch norm (Table 3)",
     )
     output_bn_affine: bool = setting(
         False,
@@ -137,7 +137,7 @@ class Method:
     )
     loss_scale: float = setting(
         1.0,
-        "factor of the loss; it matters next to weight decay and for parameters without LARS",
+        "factor of the loss; matters for weight decay and for parameters that LARS does not adapt",
     )
     pairs: Pairs = setting(
         "symmetric",
@@ -162,7 +162,7 @@ class Method:
     views: tuple[Views, ...] = (Views(),)
     # How the weights are updated (section 3).
     optimizer: Literal["sgd", "lars", "adamw"] = setting(
-        "sgd", "the optimizer; SimSiam needs none for large batches (section 3)"
+        "sgd", "the optimizer; SimSiam does not need lars, even for large batches (section 3)"
     )
     base_lr: float = setting(0.05, "the peak lr is base_lr * batch_size / 256")
     momentum: float = setting(0.9, "momentum of the optimizer; the first beta of AdamW")

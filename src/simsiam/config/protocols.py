@@ -48,7 +48,7 @@ class Settings:
     linear_epochs: int = setting(90, "linear: passes over the training images (appendix A)")
     labels: tuple[str, ...] | None = setting(
         None,
-        "few_label, finetune: numbers of labels, each per class (10) or as a share of all (10%) "
+        "few_label, finetune: labels of each class, as numbers (10) or shares (10%) "
         "[few_label: 1 5 10 20 1% 10%; finetune: all labels]",
     )
     few_label_list: str | None = setting(

@@ -70,7 +70,7 @@ class Recipe:
         "labeled images that are kept out of training for the kNN monitor [a tenth, at most 5000]",
     )
     epochs: int = setting(100, "passes over the training images")
-    steps: int | None = setting(None, "stop after this many steps, whatever --epochs says")
+    steps: int | None = setting(None, "number of training steps, instead of --epochs")
     batch_size: int = setting(
         512, "images (not views) in a batch; the lr is proportional to it (section 3)"
     )
@@ -90,7 +90,9 @@ class Recipe:
         "depends on their number",
     )
     order: Literal["auto", "shuffled"] = setting(
-        "auto", "order of images in shards; auto reads each shard in blocks, once in an epoch"
+        "auto",
+        "order of images in shards: shuffled, or auto, which interleaves blocks of images so that "
+        "each block is read once in an epoch",
     )
     workers: int | None = setting(
         None,
@@ -106,11 +108,11 @@ class Recipe:
         1.0, "keep images of equal size decoded in memory if they fit in this many GiB"
     )
     disk_cache_gib: float = setting(
-        0.0, "keep other images decoded on disk, up to this many GiB; useful if decoding is slow"
+        0.0, "keep other images decoded on disk, up to this many GiB (0 is off); for slow decoding"
     )
     knn_every: int = setting(1, "epochs between two measurements of the kNN monitor")
     save_every: int = setting(100, "epochs between two checkpoints that are kept")
-    save_seconds: float = setting(60.0, "largest age of the checkpoint last.pt in seconds")
+    save_seconds: float = setting(60.0, "largest age of the checkpoint last.pt, in seconds")
     log_every: int = setting(10, "steps between two lines of metrics.jsonl")
 
     def __post_init__(self) -> None:
