@@ -77,7 +77,7 @@ def test_a_commit_is_dirty_where_the_package_differs_and_only_there(tmp_path, mo
     code = tmp_path / "src" / "simsiam" / "runs" / "environment.py"
     code.parent.mkdir(parents=True)
     monkeypatch.setattr(module, "__file__", str(code))
-    assert module.commit() is None
+    assert module.git_commit() is None
 
     def git(*words: str) -> str:
         how = ["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a@b.c", *words]
@@ -88,11 +88,11 @@ def test_a_commit_is_dirty_where_the_package_differs_and_only_there(tmp_path, mo
     git("init")
     git("add", ".")
     git("commit", "-m", "first")
-    assert module.commit() == git("rev-parse", "HEAD")
+    assert module.git_commit() == git("rev-parse", "HEAD")
     (tmp_path / "page.md").write_text("written beside the code")
-    assert module.commit() == git("rev-parse", "HEAD")
+    assert module.git_commit() == git("rev-parse", "HEAD")
     code.write_text("a = 1")
-    assert module.commit() == git("rev-parse", "HEAD") + "-dirty"
+    assert module.git_commit() == git("rev-parse", "HEAD") + "-dirty"
 
 
 def test_the_backbone_is_the_last_checkpoints(finished):
