@@ -1,17 +1,20 @@
-"""Kill, fill up, corrupt: every verb that writes must end with the right result or one clear line.
+"""Kill verbs, fill their disk and damage their files, and check that each ends correctly.
 
-    python tests/stress/campaign.py --kills 220 --full 60 --corruptions 60 --real 4 --out results/faults/campaign
+    python tests/stress/campaign.py --kills 220 --full 60 --corruptions 60 --real 4 \\
+        --out results/faults/campaign
 
-A trial runs a verb in a process forked from this one (which has only imported the code: starting Python anew would take
-most of the time; --real trials do it all the same), harms it once or twice, repeats or resumes it, and compares what
-came of it with an uninterrupted run: weights, optimizer, metrics, records and files bit for bit, without times.
+A trial runs a verb in a process forked from this one. (Starting Python anew would take most of the
+time; --real trials do so.) It harms the verb once or twice, repeats or resumes it, and compares the
+result with an uninterrupted run: weights, optimizer, metrics, records and files, bit for bit,
+without times. A verb must end with the right result or with one line that says what is wrong.
 
 kills        SIGKILL, SIGTERM or SIGINT at a uniformly random moment of the verb
-full         the verb's output on a tmpfs of a random size, too small more often than not; then room is made
-corruptions  a byte flipped, a stretch of zeros, a file cut, in checkpoints, weights and parts
+full         the verb writes to a tmpfs of random size, usually too small; then space is freed
+corruptions  a flipped bit, a stretch of zeros or noise, or a cut in checkpoints, weights and parts
 
-Needs root for --full, which mounts. Everything random comes from --seed, and each trial draws from a stream of its own,
-so what was made need not be made again: the same command goes on with the trials that PATH.json has not, or has wrong.
+--full mounts file systems and needs root. All randomness comes from --seed, and each trial has its
+own random stream. So the same command continues with the trials that PATH.json does not have, and
+repeats those that failed.
 """
 
 import argparse
@@ -36,7 +39,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow.parquet as pq
-import sklearn.linear_model  # noqa: F401  what is imported here is imported once
+import sklearn.linear_model  # noqa: F401  imported here once, for all forks
 import timm  # noqa: F401
 import torch
 import torch.utils.tensorboard
@@ -52,15 +55,17 @@ from simsiam.commands import main as cli
 from simsiam.config.recipes import Recipe
 from simsiam.laboratory import reproduce, scales
 from simsiam.model.memory import min_step_bytes
+from simsiam.model.precision import Compute
 from simsiam.runs.environment import collect_environment, utc_now
 from simsiam.runs.run_folder import Run
 from simsiam.utils.files import atomic_write
 
-WORDS = {
-    "backbone": "resnet10", "width": 4, "dim": 16, "proj-hidden": 16, "pred-dim": 4, "base-lr": 1.0, "batch-size": 16,
-    "log-every": 1, "epochs": 3, "save-seconds": 0.0, "device": "cpu", "precision": "float32",
+FLAGS = {
+    "backbone": "resnet10", "width": 4, "dim": 16, "proj-hidden": 16, "pred-dim": 4,
+    "base-lr": 1.0, "batch-size": 16, "log-every": 1, "epochs": 3, "save-seconds": 0.0,
+    "device": "cpu", "precision": "float32",
 }  # fmt: skip
-TINY = [str(word) for name, value in WORDS.items() for word in (f"--{name}", value)]
+TINY = [str(word) for name, value in FLAGS.items() for word in (f"--{name}", value)]
 TIMES = {
     "images_per_second",
     "data_wait",
@@ -71,21 +76,19 @@ TIMES = {
     "made",
     "start",
 }
-OUTSIDE = 98  # a signal came before or after the verb, in this script's own time
-LIMIT = 120  # seconds until a verb is taken to hang
+OUTSIDE = 98  # exit code: a signal came before or after the verb, while this script ran
+LIMIT = 120  # seconds after which a verb counts as hanging
 
 
 class Case(NamedTuple):
-    """A verb on its own small job."""
+    """A verb with a small job."""
 
-    command: Callable[
-        [Path], list[str]
-    ]  # what to type; called again, what to type after it was stopped
-    result: Callable[[Path], Any]  # what came of it, comparable
-    before: Callable[[Path], None] = lambda work: None  # what has to be there
+    command: Callable[[Path], list[str]]  # the arguments; called again after the verb was stopped
+    result: Callable[[Path], Any]  # the result, in a form that can be compared
+    before: Callable[[Path], None] = lambda work: None  # makes what the verb needs
 
 
-# --- what came of it --------------------------------------------------------------------------------------------------
+# --- results ---
 
 
 def content(path: Path) -> str:
@@ -93,7 +96,7 @@ def content(path: Path) -> str:
 
 
 def timeless(value: Any) -> Any:
-    """Without what no two runs share."""
+    """Remove times and other values that differ between any two runs."""
     if isinstance(value, dict):
         return {k: timeless(v) for k, v in value.items() if k not in TIMES}
     return [timeless(v) for v in value] if isinstance(value, list) else value
@@ -153,24 +156,24 @@ def reported(work: Path) -> Any:
     return page.startswith("<!doctype html>") and page.rstrip().endswith("</html>")
 
 
-# --- the jobs ---------------------------------------------------------------------------------------------------------
+# --- jobs ---
 
 
 def copy(name: str) -> Callable[[Path], None]:
     return lambda work: shutil.copytree(ROOT / name, work / "run") and None
 
 
-def train(source: str, *more: str) -> Callable[[Path], list[str]]:
+def train(source: str, *flags: str) -> Callable[[Path], list[str]]:
     def command(work: Path) -> list[str]:
         if (work / "run" / "recipe.yaml").exists():
             return ["resume", "run"]
-        return ["pretrain", source, "--out", "run", *TINY, *more]
+        return ["pretrain", source, "--out", "run", *TINY, *flags]
 
     return command
 
 
-def evaluate(*how: str) -> Callable[[Path], list[str]]:
-    return lambda work: ["evaluate", "run", "--device", "cpu", "--precision", "float32", *how]
+def evaluate(*flags: str) -> Callable[[Path], list[str]]:
+    return lambda work: ["evaluate", "run", "--device", "cpu", "--precision", "float32", *flags]
 
 
 def once(*command: str) -> Callable[[Path], list[str]]:
@@ -236,7 +239,7 @@ def cases() -> dict[str, Case]:
 
 
 def shrink() -> None:
-    """Small parts and a small laboratory, in the processes that will be harmed."""
+    """Make parts and the laboratory small, in the processes that will be harmed."""
     simsiam.embeddings.embed.PART_SIZE = 16
     tiny = scales.SCALES["tiny"]
     base = tiny.base | {
@@ -258,27 +261,27 @@ def photographs(folder: Path) -> None:
         Image.fromarray(rng.integers(0, 128 + 127 * (i % 2), (32, 32, 3), np.uint8)).save(path)
 
 
-# --- processes --------------------------------------------------------------------------------------------------------
+# --- processes ---
 
 
 class Ended(NamedTuple):
     code: int  # negative: ended by that signal
     seconds: float
-    said: str
+    output: str
 
 
 def launch(arguments: list[str], work: Path, *, real: bool = False) -> int:
-    """Start a verb in the folder `work`; returns the process."""
-    said = os.open(work / "said.txt", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+    """Start a verb in the folder `work`; return the process id."""
+    output = os.open(work / "output.txt", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
     if real:
         command = [sys.executable, "-m", "simsiam", *arguments]
-        pid = subprocess.Popen(command, cwd=work, stdout=said, stderr=said).pid
+        pid = subprocess.Popen(command, cwd=work, stdout=output, stderr=output).pid
     elif (pid := os.fork()) == 0:
         code = 99
         try:
             os.chdir(work)
             for stream in (1, 2):
-                os.dup2(said, stream)
+                os.dup2(output, stream)
             shrink()
             signal.signal(signal.SIGTERM, lambda *_: os._exit(OUTSIDE))
             sys.argv = ["simsiam", *arguments]
@@ -292,24 +295,24 @@ def launch(arguments: list[str], work: Path, *, real: bool = False) -> int:
                 sys.stdout.flush()
                 sys.stderr.flush()
             os._exit(code)
-    os.close(said)
+    os.close(output)
     return pid
 
 
 def finish(pid: int, work: Path, begin: float) -> Ended:
-    """Wait for a process, at most LIMIT seconds in which this process was not stopped itself."""
+    """Wait for a process, at most LIMIT seconds during which this process was not suspended."""
     waited, last = 0.0, time.monotonic()
     while True:
         waited, last = waited + min(time.monotonic() - last, 0.1), time.monotonic()
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:
-            said = (work / "said.txt").read_text(errors="replace")
-            return Ended(os.waitstatus_to_exitcode(status), time.monotonic() - begin, said)
+            output = (work / "output.txt").read_text(errors="replace")
+            return Ended(os.waitstatus_to_exitcode(status), time.monotonic() - begin, output)
         if waited > LIMIT:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
             return Ended(
-                -999, time.monotonic() - begin, (work / "said.txt").read_text(errors="replace")
+                -999, time.monotonic() - begin, (work / "output.txt").read_text(errors="replace")
             )
         time.sleep(0.002)
 
@@ -320,17 +323,19 @@ def perform(case: Case, work: Path, *, real: bool = False) -> Ended:
 
 
 def last_line(ended: Ended) -> str:
-    return (ended.said.strip().splitlines() or [""])[-1]
+    return (ended.output.strip().splitlines() or [""])[-1]
 
 
 def complaint(ended: Ended, allowed: set[int]) -> str:
-    """What is wrong with how a process ended; "" if it is the right result or one clear line."""
+    """Say what is wrong with how a process ended; "" for success or one clear line."""
     if ended.code == -999:
         return f"hung for {LIMIT} s"
-    if "Traceback" in ended.said:
-        return f"a traceback: {ended.said[max(0, ended.said.index('Traceback') - 300) :][:1500]}"
+    if "Traceback" in ended.output:
+        return (
+            f"a traceback: {ended.output[max(0, ended.output.index('Traceback') - 300) :][:1500]}"
+        )
     if ended.code not in allowed:
-        return f"exit code {ended.code}: {ended.said.strip()[-200:]}"
+        return f"exit code {ended.code}: {ended.output.strip()[-200:]}"
     if (
         ended.code not in (0, OUTSIDE)
         and ended.code > 0
@@ -341,30 +346,30 @@ def complaint(ended: Ended, allowed: set[int]) -> str:
 
 
 def compared(case: Case, work: Path, expected: Any) -> str:
-    """What is wrong with the result; "" if it is that of the uninterrupted run."""
+    """Say what is wrong with the result; "" if it equals that of the uninterrupted run."""
     try:
-        found = case.result(work)
+        result = case.result(work)
     except Exception as error:
         return f"no result: {type(error).__name__}: {error}"
     if left := [str(path.relative_to(work)) for path in work.rglob("*.part")]:
         return f"left behind: {left}"
-    if found == expected:
+    if result == expected:
         return ""
     keys = (
-        [key for key in expected if found.get(key) != expected[key]]
+        [key for key in expected if result.get(key) != expected[key]]
         if isinstance(expected, dict)
         else []
     )
     return f"another result {keys}"
 
 
-# --- the trials -------------------------------------------------------------------------------------------------------
+# --- trials ---
 
 
 def kill(
     case: Case, work: Path, expected: Any, seconds: float, rng: random.Random, real: bool
 ) -> tuple[str, str]:
-    """(what was done, what is wrong with how it ended)."""
+    """Kill a verb. Return what was done, and what is wrong with how it ended."""
     done = []
     for _ in range(1 + (rng.random() < 0.3)):
         number = rng.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
@@ -376,20 +381,20 @@ def kill(
         ended = finish(pid, work, begin)
         done.append(f"{number.name} after {wait:.2f} s: {ended.code}")
         early = {-number} if number == signal.SIGKILL or real else set()
-        # an export or an embedding that was complete is not written over
+        # a complete export or embedding is not overwritten
         if wrong := complaint(ended, {0, 2, 128 + number, OUTSIDE} | early):
             return ", ".join(done), wrong
-        if ended.code == 2 and "exists and is not written over" not in ended.said:
-            return ", ".join(done), ended.said.strip()[-300:]
+        if ended.code == 2 and "exists and is not" not in ended.output:
+            return ", ".join(done), ended.output.strip()[-300:]
     ended = perform(case, work)
     wrong = complaint(ended, {0, 2})
-    if ended.code == 2 and "exists and is not written over" not in ended.said:
-        wrong = ended.said.strip()[-300:]
+    if ended.code == 2 and "exists and is not" not in ended.output:
+        wrong = ended.output.strip()[-300:]
     return ", ".join(done), wrong or compared(case, work, expected)
 
 
 def fill(case: Case, work: Path, expected: Any, need: int, rng: random.Random) -> tuple[str, str]:
-    """The same on a file system that is too small, and then is not."""
+    """Do the same on a file system that is too small at first."""
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", work], check=True)
     try:
         case.before(work)
@@ -397,50 +402,50 @@ def fill(case: Case, work: Path, expected: Any, need: int, rng: random.Random) -
         room = rng.randint(0, int(1.1 * (need - used)) if need > 1.1 * used else 60_000)
         done = f"{room:,} bytes of room"
         subprocess.run(["mount", "-o", f"remount,size={used + room}", work], check=True)
-        outside = work.with_name(work.name + ".said")
+        outside = work.with_name(work.name + ".output")
         outside.mkdir()
-        (work / "said.txt").symlink_to(outside / "said.txt")
+        (work / "output.txt").symlink_to(outside / "output.txt")
         ended = perform(case, work)
         done += f": {ended.code}, {last_line(ended)}"
         if wrong := complaint(ended, {0, 1, 2}):
             return done, wrong
-        if ended.code and "No space left" not in ended.said:
-            return done, "it does not say what is wrong"
+        if ended.code and "No space left" not in ended.output:
+            return done, "the error does not name the reason"
         subprocess.run(["mount", "-o", "remount,size=64m", work], check=True)
         if ended.code:
             ended = perform(case, work)
             if wrong := complaint(ended, {0}):
                 return done, wrong
-        (work / "said.txt").unlink()
+        (work / "output.txt").unlink()
         return done, compared(case, work, expected)
     finally:
         subprocess.run(["umount", work], check=True)
 
 
 def damage(path: Path, rng: random.Random) -> str:
-    """Harm a file in one of several ways; says how."""
+    """Damage a file in one of several ways; return a description."""
     data = bytearray(path.read_bytes())
-    how, at = (
+    kind, at = (
         rng.choice(["bit", "bit", "bit", "zeros", "cut", "noise", "empty"]),
         rng.randrange(len(data)),
     )
-    if how == "bit":
+    if kind == "bit":
         data[at] ^= 1 << rng.randrange(8)
-    elif how == "zeros":
+    elif kind == "zeros":
         data[at : at + 512] = bytes(len(data[at : at + 512]))
-    elif how == "noise":
+    elif kind == "noise":
         data[at : at + 64] = rng.randbytes(len(data[at : at + 64]))
     else:
-        del data[at if how == "cut" else 0 :]
+        del data[at if kind == "cut" else 0 :]
     path.write_bytes(data)
-    return f"{path.name}: {how} at {at:,} of {path.stat().st_size:,}"
+    return f"{path.name}: {kind} at {at:,} of {path.stat().st_size:,}"
 
 
 def corrupt(kind: str, work: Path, expected: dict[str, Any], rng: random.Random) -> tuple[str, str]:
-    """A damaged file of one kind; then the verb that reads it."""
-    every = cases()
+    """Damage a file of one kind, then run the verb that reads it."""
+    all_cases = cases()
     if kind in ("last", "last and previous", "gone"):
-        case = every["resume"]
+        case = all_cases["resume"]
         case.before(work)
         folder = work / "run" / "checkpoints"
         if kind == "gone":
@@ -456,16 +461,16 @@ def corrupt(kind: str, work: Path, expected: dict[str, Any], rng: random.Random)
             wrong = compared(case, work, expected["resume"])
         return f"{done}: {ended.code}", wrong
     if kind == "backbone":
-        case = every["embed"]
+        case = all_cases["embed"]
         case.before(work)
         done = damage(work / "run" / "backbone.safetensors", rng)
         ended = perform(case, work)
         wrong = complaint(ended, {0, 2})
-        if not wrong and ended.code == 0:  # what only the format's padding holds harms nobody
+        if not wrong and ended.code == 0:  # damage in the format's padding has no effect
             wrong = vectors(work, expected["embed"])
         return f"{done}: {ended.code}", wrong
     if kind == "part":
-        case = every["embed"]
+        case = all_cases["embed"]
         case.before(work)
         pid, begin = launch(case.command(work), work), time.monotonic()
         while (
@@ -482,7 +487,7 @@ def corrupt(kind: str, work: Path, expected: dict[str, Any], rng: random.Random)
             case, work, expected["embed"]
         )
     assert kind == "finetune"
-    case = every["finetune"]
+    case = all_cases["finetune"]
     case.before(work)
     perform(case, work)
     path = next((work / "run" / "finetuning").rglob("last.pt"))
@@ -493,33 +498,33 @@ def corrupt(kind: str, work: Path, expected: dict[str, Any], rng: random.Random)
 
 
 def vectors(work: Path, expected: str) -> str:
-    """Whether the embedding is that of the undamaged weights, the weights' own digest aside."""
-    found = pq.read_table(work / "out.parquet")
-    return "" if found.equals(pq.read_table(ROOT / "reference.parquet")) else "other vectors"
+    """Say whether the embedding differs from that of undamaged weights, their digest aside."""
+    table = pq.read_table(work / "out.parquet")
+    return "" if table.equals(pq.read_table(ROOT / "reference.parquet")) else "other vectors"
 
 
 def measure_need(work: Path) -> int:
-    """Bytes that a job has on the disk at its end."""
+    """Return the bytes that a job has on disk at its end."""
     return sum(path.stat().st_size for path in work.rglob("*") if path.is_file())
 
 
-def known(path: Path, seed: int) -> dict[str, Any]:
-    """What a campaign of this seed has made already; {} where there is none."""
+def read_earlier(path: Path, seed: int) -> dict[str, Any]:
+    """Read what a campaign with this seed has done already; {} if there is none."""
     with suppress(OSError, ValueError):
-        about = json.loads(path.read_text())
-        if about.get("seed") == seed:
-            return about
+        report = json.loads(path.read_text())
+        if report.get("seed") == seed:
+            return report
     return {}
 
 
 def prepare(work: Path) -> None:
-    """Photographs, shards of them, and the runs that other verbs work on: one at its end, one stopped on its way."""
+    """Make photographs, shards of them, and two runs: one finished, one stopped halfway."""
     photos = str(ROOT / "photos")
     photographs(ROOT / "photos")
-    # What a first step imports and a first pass compiles, once and not in every process.
-    min_step_bytes(
-        Recipe().replace(backbone="resnet10", width=4, image_size=32, precision="float32"), 2
-    )
+    # Do the imports and compilations of a first step once, not in every process.
+    settings = {"backbone": "resnet10", "width": 4, "image_size": 32, "precision": "float32"}
+    statistics = {"mean": (0.5,) * 3, "std": (0.25,) * 3}
+    min_step_bytes(Recipe().replace(**settings, **statistics).resolve(), 2)
     for format in ("tar", "parquet"):
         work.mkdir()
         command = [
@@ -533,7 +538,7 @@ def prepare(work: Path) -> None:
             format,
         ]
         ended = perform(Case(once(*command), sharded), work)
-        assert ended.code == 0, ended.said
+        assert ended.code == 0, ended.output
         shutil.rmtree(work)
     for name in ("run", "half"):
         work.mkdir()
@@ -547,7 +552,7 @@ def prepare(work: Path) -> None:
         if name == "half":
             os.kill(pid, signal.SIGTERM)
         ended = finish(pid, work, begin)
-        assert ended.code == (128 + signal.SIGTERM if name == "half" else 0), ended.said
+        assert ended.code == (128 + signal.SIGTERM if name == "half" else 0), ended.output
         shutil.move(work / "run", ROOT / name)
         shutil.rmtree(work)
 
@@ -560,37 +565,41 @@ def main() -> int:
     parser.add_argument("--full", type=int, default=60)
     parser.add_argument("--corruptions", type=int, default=60)
     parser.add_argument(
-        "--real", type=int, default=0, help="kills of freshly started programs, besides"
+        "--real", type=int, default=0, help="also kill so many newly started programs"
     )
     parser.add_argument("--only", nargs="+", help="cases")
-    parser.add_argument("--minutes", type=float, default=1e9, help="begin no trial after so many")
+    parser.add_argument(
+        "--minutes", type=float, default=1e9, help="start no trial after so many minutes"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", help="write PATH.json and PATH.md")
-    asked = parser.parse_args()
+    options = parser.parse_args()
     torch.set_num_threads(1)
     signal.signal(
         signal.SIGINT, signal.default_int_handler
-    )  # a shell starts what runs in the background without it
+    )  # a shell starts background processes without it
     os.environ["SIMSIAM_CACHE"] = str(ROOT / "cache")
-    spent, begun, here = (
+    start, started_at, environment = (
         time.monotonic(),
         utc_now(),
-        collect_environment(torch.device("cpu"), "float32"),
+        collect_environment(Compute(torch.device("cpu"), "float32")),
     )
-    work = ROOT / "work"  # always the same: some files say where they are
-    before = known(Path(f"{asked.out}.json"), asked.seed) if asked.out else {}
+    work = ROOT / "work"  # always the same: some files contain their path
+    before = read_earlier(Path(f"{options.out}.json"), options.seed) if options.out else {}
     trials: list[dict[str, Any]] = [t for t in before.get("trials", []) if not t["wrong"]]
     made = {t["trial"] for t in trials}
 
     prepare(work)
-    every = {name: case for name, case in cases().items() if not asked.only or name in asked.only}
+    chosen = {
+        name: case for name, case in cases().items() if not options.only or name in options.only
+    }
     expected: dict[str, Any] = {}
     seconds, need = {}, {}
-    for name, case in every.items():
+    for name, case in chosen.items():
         work.mkdir()
         case.before(work)
         ended = perform(case, work)
-        assert ended.code == 0, ended.said
+        assert ended.code == 0, ended.output
         expected[name], seconds[name], need[name] = (
             case.result(work),
             ended.seconds,
@@ -598,7 +607,7 @@ def main() -> int:
         )
         print(f"{name:<20}{ended.seconds:6.2f} s{need[name]:>12,} bytes", flush=True)
         if name == "resume" and "pretrain" in expected:
-            assert expected["resume"] == expected["pretrain"], "a resumed run is another one"
+            assert expected["resume"] == expected["pretrain"], "a resumed run has another result"
         if name == "embed":
             shutil.copy(work / "out.parquet", ROOT / "reference.parquet")
         shutil.rmtree(work)
@@ -606,57 +615,57 @@ def main() -> int:
     Harm = Callable[[str, Path, random.Random], tuple[str, str]]
     todo: list[
         tuple[float, str, str, int, Harm, bool]
-    ] = []  # in turns, so that one cut short has some of each
+    ] = []  # in turns, so that an interrupted campaign has some of each
 
     def plan(kind: str, names: list[str], n: int, harm: Harm, ready: bool) -> None:
         todo.extend((i / n, kind, names[i % len(names)], i, harm, ready) for i in range(n))
 
-    names = list(every)
-    quick = [name for name in every if name in ("pretrain", "resume", "shard", "convert")]
+    names = list(chosen)
+    quick = [name for name in chosen if name in ("pretrain", "resume", "shard", "convert")]
     often = names + [
         name for name in names if name != "reproduce"
-    ]  # it takes longer than all others
-    starting = 4.0  # seconds of Python and torch, which a program newly started takes
+    ]  # which takes longer than all others
+    starting = 4.0  # seconds that a new process needs to load Python and torch
     plan(
         "kill",
         often,
-        asked.kills,
-        lambda k, w, rng: kill(every[k], w, expected[k], seconds[k], rng, False),
+        options.kills,
+        lambda k, w, rng: kill(chosen[k], w, expected[k], seconds[k], rng, False),
         True,
     )
     plan(
         "real kill",
         quick,
-        asked.real,
-        lambda k, w, rng: kill(every[k], w, expected[k], seconds[k] + starting, rng, True),
+        options.real,
+        lambda k, w, rng: kill(chosen[k], w, expected[k], seconds[k] + starting, rng, True),
         True,
     )
     plan(
         "full",
         often,
-        asked.full,
-        lambda k, w, rng: fill(every[k], w, expected[k], need[k], rng),
+        options.full,
+        lambda k, w, rng: fill(chosen[k], w, expected[k], need[k], rng),
         False,
     )
     needs = {"backbone": "embed", "part": "embed", "finetune": "finetune"}
     kinds = ["last", "last", "last and previous", "gone", "backbone", "part", "finetune"]
-    kinds = [kind for kind in kinds if needs.get(kind, "resume") in every]
+    kinds = [kind for kind in kinds if needs.get(kind, "resume") in chosen]
     plan(
         "corruption",
         kinds,
-        asked.corruptions,
+        options.corruptions,
         lambda k, w, rng: corrupt(k, w, expected, rng),
         False,
     )
 
     def write() -> str:
-        """PATH.json and PATH.md as far as things are; returns the latter."""
-        used = sum(
+        """Write PATH.json and PATH.md of the trials so far; return the text of the latter."""
+        cpu_seconds = sum(
             sum(resource.getrusage(who)[:2])
             for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
         )
-        used += before.get("cpu_seconds", 0.0)
-        lasted = time.monotonic() - spent + before.get("seconds", 0.0)
+        cpu_seconds += before.get("cpu_seconds", 0.0)
+        seconds_spent = time.monotonic() - start + before.get("seconds", 0.0)
         failed = [t for t in trials if t["wrong"]]
         count = Counter((t["kind"], t["case"]) for t in trials)
         wrong = Counter((t["kind"], t["case"]) for t in failed)
@@ -664,48 +673,54 @@ def main() -> int:
             f"| {kind} | {case} | {n} | {wrong[kind, case]} |"
             for (kind, case), n in sorted(count.items())
         ]
-        commits = ", ".join(dict.fromkeys(t["commit"] for t in trials)) or here["commit"]
+        commits = ", ".join(dict.fromkeys(t["commit"] for t in trials)) or environment["commit"]
         command = "python tests/stress/campaign.py " + " ".join(sys.argv[1:])
-        started = before.get("started", begun)
+        started = before.get("started", started_at)
         summary = (
-            f"`{command}`\n\ncommit {commits}, {here['device']}, torch {here['versions']['torch']}, {started}, "
-            f"{lasted / 60:.1f} min ({used / 60:.1f} CPU-minutes). {len(trials)} of {len(todo)} trials were made; "
-            f"{len(failed)} ended neither with the result of an uninterrupted run nor with one clear line.\n\n"
+            f"`{command}`\n\ncommit {commits}, {environment['device']}, "
+            f"torch {environment['versions']['torch']}, {started}, {seconds_spent / 60:.1f} min ("
+            f"{cpu_seconds / 60:.1f} CPU-minutes). "
+            f"{len(trials)} of {len(todo)} trials were made; {len(failed)} ended neither with the "
+            "result of an uninterrupted run nor with one clear line.\n\n"
             "| harm | job | trials | wrong |\n| --- | --- | --- | --- |\n" + "\n".join(rows) + "\n"
         )
-        if asked.out:
-            about = {
+        if options.out:
+            report = {
                 "command": command,
-                "seed": asked.seed,
+                "seed": options.seed,
                 "started": started,
-                "environment": here,
+                "environment": environment,
             }
-            about |= {"seconds": round(lasted, 1), "cpu_seconds": round(used, 1), "trials": trials}
-            for kind, text in {"json": json.dumps(about, indent=1) + "\n", "md": summary}.items():
-                with atomic_write(Path(f"{asked.out}.{kind}")) as part:
+            report |= {
+                "seconds": round(seconds_spent, 1),
+                "cpu_seconds": round(cpu_seconds, 1),
+                "trials": trials,
+            }
+            for kind, text in {"json": json.dumps(report, indent=1) + "\n", "md": summary}.items():
+                with atomic_write(Path(f"{options.out}.{kind}")) as part:
                     part.write_text(text)
         return summary
 
     for _, kind, name, i, harm, ready in sorted(todo, key=lambda one: one[0]):
         trial = f"{kind} {i}"
-        if trial in made or time.monotonic() - spent > 60 * asked.minutes:
+        if trial in made or time.monotonic() - start > 60 * options.minutes:
             continue
         shutil.rmtree(ROOT / "cache", ignore_errors=True)
         work.mkdir()
         if ready:
-            every[name].before(work)
-        done, wrong = harm(name, work, random.Random(f"{asked.seed} {trial}"))
+            chosen[name].before(work)
+        done, wrong = harm(name, work, random.Random(f"{options.seed} {trial}"))
         facts = {
             "trial": trial,
             "kind": kind,
             "case": name,
             "done": done,
             "wrong": wrong,
-            "commit": here["commit"],
+            "commit": environment["commit"],
         }
         trials.append(facts)
         print(f"{kind:<12}{name:<20}{done}{'   WRONG: ' + wrong if wrong else ''}", flush=True)
-        for folder in (work, work.with_name(work.name + ".said")):
+        for folder in (work, work.with_name(work.name + ".output")):
             shutil.rmtree(folder, ignore_errors=True)
         write()
     print(write())

@@ -1,12 +1,14 @@
-"""Damaged and hostile files, thousands of them: nothing may crash, hang, run what a file holds, or write elsewhere.
+"""Read thousands of damaged and hostile files, and check that nothing bad happens.
 
     python tests/stress/fuzz.py --images 20000 --containers 2000 --out results/faults/fuzz
 
-Valid files of every format are mutated (bits, bytes, sizes, cuts, splices) and read as the verbs read them: images by
-`decode`, containers and run folders by the command line. Besides there are files made by hand to hurt. Processes forked
-from this one do the reading, so that a crash or a hang is one trial's; an audit hook in each sees every file opened to
-be written, every process started and every connection. Allowed is: pixels; one short reason; exit code 0, or 1 or 2
-and one line. Everything random comes from --seed.
+No file may crash or hang the program, have its code run, or cause a write elsewhere. Valid files of
+every format are mutated (bits, bytes, sizes, cuts, splices) and read as the verbs read them: images
+by `decode_image`, containers and run folders by the command line. Other files are made by hand to
+do harm. Processes forked from this one do the reading, so a crash or a hang affects one trial only.
+An audit hook in each records every file opened for writing, every process started and every
+connection. Allowed outcomes are: pixels; one short reason; exit code 0; exit code 1 or 2 and one
+line. All randomness comes from --seed.
 """
 
 import argparse
@@ -50,26 +52,28 @@ import simsiam.training.inspect
 import simsiam.utils.workers
 from simsiam.commands import main as cli
 from simsiam.data.decode import Unreadable, decode_image, read_header
+from simsiam.model.precision import Compute
 from simsiam.model.siamese import build
 from simsiam.runs.environment import collect_environment, utc_now
 from simsiam.sources.file_index import load_index
 from simsiam.sources.open_source import open_source
 from simsiam.utils.files import atomic_write
 
-HANG, CHUNK, MEMORY = (
-    5.0,
-    200,
-    3 * 2**30,
-)  # seconds; trials a process; bytes that a process may hold
+HANG = 5.0  # seconds after which a trial counts as hanging
+CHUNK = 200  # trials per process
+MEMORY = 3 * 2**30  # bytes of memory that a process may use
 NUMBERS = (0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0x8000, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF)
-TINY = "--backbone resnet10 --width 4 --dim 16 --proj-hidden 16 --pred-dim 4 --batch-size 16 --epochs 1 --workers 0"
+TINY = (
+    "--backbone resnet10 --width 4 --dim 16 --proj-hidden 16 --pred-dim 4 --batch-size 16 "
+    "--epochs 1 --workers 0"
+)
 
 
-# --- valid files ------------------------------------------------------------------------------------------------------
+# --- valid files ---
 
 
 def pictures() -> dict[str, bytes]:
-    """Images of 48 x 40 pixels in every format and many of their kinds."""
+    """Make images of 48 x 40 pixels in every format and many variants."""
     rng = np.random.default_rng(0)
     low = Image.fromarray(rng.integers(0, 255, (6, 5, 3), np.uint8)).resize(
         (48, 40), Image.Resampling.BICUBIC
@@ -101,18 +105,18 @@ def pictures() -> dict[str, bytes]:
         "bmp palette": (low.quantize(16), "BMP", {}),
         "ppm": (low, "PPM", {}),
     }
-    found = {}
-    for name, (image, kind, how) in kinds.items():
+    files = {}
+    for name, (image, kind, options) in kinds.items():
         file = io.BytesIO()
-        image.save(file, kind, **how)
-        found[name] = file.getvalue()
+        image.save(file, kind, **options)
+        files[name] = file.getvalue()
     file = io.BytesIO()
     np.save(file, np.asarray(low))
-    return found | {"npy": file.getvalue()}
+    return files | {"npy": file.getvalue()}
 
 
 def containers(folder: Path, images: dict[str, bytes]) -> dict[str, Path]:
-    """Valid containers, checkpoints and a run folder, by what they are."""
+    """Make valid containers, checkpoints and a run folder, by kind."""
     some = [images[name] for name in ("jpeg", "png", "gif", "webp") for _ in range(5)]
     with zipfile.ZipFile(folder / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         for i, data in enumerate(some):
@@ -123,7 +127,7 @@ def containers(folder: Path, images: dict[str, bytes]) -> dict[str, Path]:
             info.size = len(data)
             archive.addfile(info, io.BytesIO(data))
     rows = [{"bytes": data, "path": None} for data in some]
-    about = {
+    metadata = {
         "info": {
             "features": {
                 "image": {"_type": "Image"},
@@ -133,22 +137,22 @@ def containers(folder: Path, images: dict[str, bytes]) -> dict[str, Path]:
     }
     table = pa.table({"image": rows, "label": [i % 2 for i in range(len(rows))]})
     pq.write_table(
-        table.replace_schema_metadata({"huggingface": json.dumps(about)}), folder / "a.parquet"
+        table.replace_schema_metadata({"huggingface": json.dumps(metadata)}), folder / "a.parquet"
     )
     with contextlib.chdir(folder):
         (folder / "photos").mkdir()
         for i in range(20):
             shade = np.full((32, 32, 3), 10 * i, np.uint8)
             Image.fromarray(shade).save(folder / "photos" / f"{i}.png")
-        code, said = typed(["pretrain", "photos", "--out", "run", *TINY.split()])
-        assert code == 0, said
-        code, said = typed(["embed", "run", "--out", "e.parquet"])
-        assert code == 0, said
+        code, output = run_verb(["pretrain", "photos", "--out", "run", *TINY.split()])
+        assert code == 0, output
+        code, output = run_verb(["embed", "run", "--out", "e.parquet"])
+        assert code == 0, output
         for kind in ("tar", "parquet"):
-            code, said = typed(
+            code, output = run_verb(
                 ["shard", "a.zip", "--out", f"{kind} shards", "--format", kind, "--per-shard", "10"]
             )
-            assert code == 0, said
+            assert code == 0, output
     weights = build("simsiam", backbone="resnet10", width=4, image_size=32).backbone.state_dict()
     torch.save({"state_dict": weights, "epoch": 3}, folder / "a.pt")
     torch.save({"state_dict": weights}, folder / "old.pth", _use_new_zipfile_serialization=False)
@@ -167,40 +171,40 @@ def containers(folder: Path, images: dict[str, bytes]) -> dict[str, Path]:
     }
 
 
-# --- mutations --------------------------------------------------------------------------------------------------------
+# --- mutations ---
 
 
-def mutated(data: bytes, other: bytes, rng: random.Random) -> bytes:
-    """The data with one to six changes, half of them near its beginning or its end."""
-    found = bytearray(data)
+def mutate(data: bytes, other: bytes, rng: random.Random) -> bytes:
+    """Make one to six changes to the data, half of them near its beginning or end."""
+    result = bytearray(data)
     for _ in range(rng.choice([1, 1, 1, 2, 3, 6])):
-        if not found:
+        if not result:
             break
-        near = rng.choice([len(found), len(found), min(96, len(found))])
-        at = rng.randrange(near) if rng.random() < 0.85 else len(found) - 1 - rng.randrange(near)
+        near = rng.choice([len(result), len(result), min(96, len(result))])
+        at = rng.randrange(near) if rng.random() < 0.85 else len(result) - 1 - rng.randrange(near)
         kind = rng.randrange(9)
         if kind < 3:
-            found[at] ^= 1 << rng.randrange(8)
+            result[at] ^= 1 << rng.randrange(8)
         elif kind == 3:
-            found[at] = rng.choice([0, 1, 0x7F, 0x80, 0xFF, rng.randrange(256)])
+            result[at] = rng.choice([0, 1, 0x7F, 0x80, 0xFF, rng.randrange(256)])
         elif kind == 4:
             form = rng.choice(["<H", ">H", "<I", ">I"])
             number = rng.choice(NUMBERS) if rng.random() < 0.7 else rng.randrange(2**32)
             size = struct.calcsize(form)
-            found[at : at + size] = struct.pack(form, number & (2 ** (8 * size) - 1))
+            result[at : at + size] = struct.pack(form, number & (2 ** (8 * size) - 1))
         elif kind == 5:
-            del found[at : at + rng.choice([1, 4, 64, len(found)])]
+            del result[at : at + rng.choice([1, 4, 64, len(result)])]
         elif kind == 6:
-            found[at:at] = found[at : at + rng.choice([1, 4, 64, 4096])]
+            result[at:at] = result[at : at + rng.choice([1, 4, 64, 4096])]
         elif kind == 7:
             start = rng.randrange(len(other))
-            found[at:at] = other[start : start + rng.choice([4, 64, 4096])]
+            result[at:at] = other[start : start + rng.choice([4, 64, 4096])]
         else:
-            found[at:at] = rng.randbytes(rng.choice([1, 4, 64]))
-    return bytes(found)
+            result[at:at] = rng.randbytes(rng.choice([1, 4, 64]))
+    return bytes(result)
 
 
-# --- watching ---------------------------------------------------------------------------------------------------------
+# --- trials in watched processes ---
 
 WATCHED = (
     "os.system",
@@ -213,12 +217,12 @@ WATCHED = (
     "pty.spawn",
 )
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-seen: list[str] = []  # what the hook has seen since it was last asked
-inside: list[str] = []  # folders that may be written in; empty: do not watch
+events: list[str] = []  # what the hook has recorded since the last trial
+allowed_folders: list[str] = []  # where files may be written; empty: record nothing
 
 
 def hook(event: str, arguments: tuple[Any, ...]) -> None:
-    if not inside:
+    if not allowed_folders:
         return
     paths: list[Any] = []
     if event == "open":
@@ -233,8 +237,8 @@ def hook(event: str, arguments: tuple[Any, ...]) -> None:
         paths = [arguments[1]]
     elif (
         event in WATCHED and "git" not in arguments[:1]
-    ):  # which commit this is goes into a run's environment
-        seen.append(f"{event} {arguments!r}"[:200])
+    ):  # git is started to record the commit of a run
+        events.append(f"{event} {arguments!r}"[:200])
     for path in paths:
         where = (
             os.path.realpath(os.fsdecode(path))
@@ -244,32 +248,32 @@ def hook(event: str, arguments: tuple[Any, ...]) -> None:
         if (
             where
             and where != "/dev/null"
-            and not any(where.startswith(folder) for folder in inside)
+            and not any(where.startswith(folder) for folder in allowed_folders)
         ):
-            seen.append(f"{event} {where}")
+            events.append(f"{event} {where}")
 
 
-def typed(arguments: list[str]) -> tuple[int, str]:
-    """Exit code of a command line, and what it said. Exceptions are not caught here."""
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+def run_verb(arguments: list[str]) -> tuple[int, str]:
+    """Run a command line; return its exit code and output. Exceptions are not caught."""
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
         try:
             code = cli.main(arguments)
         except SystemExit as error:
             code = int(error.code or 0)
-    return code, said.getvalue()
+    return code, output.getvalue()
 
 
-def checked(arguments: list[str]) -> tuple[str, str]:
-    """(what came of a command line, what is wrong with it)."""
-    code, said = typed(arguments)
-    line = (said.strip().splitlines() or [""])[-1]
+def check_verb(arguments: list[str]) -> tuple[str, str]:
+    """Run a command line. Return its outcome, and what is wrong with it."""
+    code, output = run_verb(arguments)
+    line = (output.strip().splitlines() or [""])[-1]
     if code not in (0, 1, 2) or (code and not line.startswith("simsiam: ")):
-        return "", f"exit code {code}: {said[-300:]}"
+        return "", f"exit code {code}: {output[-300:]}"
     if code and len(line) > 2000:
         return "", f"a line of {len(line)} characters"
-    if any((ord(c) < 32 and c not in "\n\t") or 127 <= ord(c) < 160 for c in said):
-        return "", f"control characters: {said[:300]!r}"
+    if any((ord(c) < 32 and c not in "\n\t") or 127 <= ord(c) < 160 for c in output):
+        return "", f"control characters: {output[:300]!r}"
     return ("done" if code == 0 else "one line"), ""
 
 
@@ -288,23 +292,23 @@ def one_image(data: bytes, rng: random.Random) -> tuple[str, str]:
 
 
 def one_source(path: Path) -> tuple[str, str]:
-    """Open a source and read all its images, as training does; then as `inspect` does."""
+    """Open a source and read its images, as training does."""
     try:
         source = open_source(str(path))
     except (simsiam.UsageError, simsiam.WorkFailed) as error:
         return "one line", "" if "\n" not in str(error) else "two lines"
-    read = 0
+    count = 0
     for images in source.splits.values():
         images = images.prefetch(np.arange(min(len(images), 50)))
         for i in range(min(len(images), 50)):
             with contextlib.suppress(Unreadable):
                 images.read(i)
-                read += 1
-    return f"{'some' if read else 'no'} pixels", ""
+                count += 1
+    return f"{'some' if count else 'no'} pixels", ""
 
 
 def indexed(folder: Path) -> tuple[str, str]:
-    """As `inspect` looks at every file."""
+    """Read every file as `inspect` does."""
     table = load_index([folder], open_source(str(folder))).table
     return (
         f"{sum(not reason for reason in table['reason'].to_pylist())} of {len(table)} can be read",
@@ -313,7 +317,7 @@ def indexed(folder: Path) -> tuple[str, str]:
 
 
 def mutate_one(run: Path, original: Path, rng: random.Random, other: bytes) -> None:
-    """A copy of a run folder or of shards, one file of it mutated."""
+    """Copy a run folder or shards, and mutate one file of the copy."""
     shutil.copytree(original, run)
     files = [
         path
@@ -321,7 +325,7 @@ def mutate_one(run: Path, original: Path, rng: random.Random, other: bytes) -> N
         if path.is_file() and "tensorboard" not in path.parts
     ]
     path = rng.choice([path for path in files if path.name != ".lock"])
-    path.write_bytes(mutated(path.read_bytes(), other, rng))
+    path.write_bytes(mutate(path.read_bytes(), other, rng))
 
 
 def one_container(
@@ -335,58 +339,56 @@ def one_container(
             ["embed", "run", str(path.parent / "photos"), "--out", "e.npy", "--device", "cpu"],
             ["resume", "run"],
         )
-        ends = [checked(list(order)) for order in rng.sample(orders, 2)]
+        ends = [check_verb(list(order)) for order in rng.sample(orders, 2)]
         return max(end[0] for end in ends), "; ".join(end[1] for end in ends if end[1])
-    simsiam.sources.open_source.MAX_RESIDENT_BYTES = rng.choice(
-        [0, 2**30]
-    )  # Parquet a block at a time, or all of it at once
+    # Read Parquet block by block, or all of it at once.
+    simsiam.sources.open_source.MAX_RESIDENT_BYTES = rng.choice([0, 2**30])
     if kind.endswith("shards"):
         mutate_one(work / "shards", path, rng, other)
         return one_source(work / "shards")
     file = work / f"x{path.suffix}"
-    file.write_bytes(mutated(path.read_bytes(), other, rng))
+    file.write_bytes(mutate(path.read_bytes(), other, rng))
     if kind in ("zip", "tar", "parquet"):
         return one_source(file)
     if kind == "embedding":
-        return checked(["neighbors", str(file), "0.png", "--html", "near.html"])
-    return checked(["convert", str(file), "--out", "made"])
+        return check_verb(["neighbors", str(file), "0.png", "--html", "near.html"])
+    return check_verb(["convert", str(file), "--out", "made"])
 
 
 @dataclass
 class Task:
-    """Trials that one process does, one after another."""
+    """Trials that one process does, one after the other."""
 
     kind: str
     first: int
     trials: list[Callable[[Path], tuple[str, str]]]
     names: list[str] = field(default_factory=list)
-    when: float = 0.0  # kinds take turns, so that a campaign cut short has some of each
+    when: float = 0.0  # sort key: kinds take turns, so an interrupted campaign has some of each
     limit: float = HANG
 
 
 def work_off(task: Task, send: Any, root: Path, until: float) -> None:
-    """In a forked process: each trial in a new folder, and a report of each."""
+    """Do the trials, each in a new folder, and send their outcomes; runs in a forked process."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     sys.addaudithook(hook)
-    simsiam.utils.workers.parallel_map = lambda work, jobs: (
-        work(*job) for job in jobs
-    )  # our own forks would be seen as a file's
-    root = Path(tempfile.mkdtemp(dir=root))  # others have theirs
+    # Without worker processes: the hook could not tell their start from one caused by a file.
+    simsiam.utils.workers.parallel_map = lambda work, jobs: (work(*job) for job in jobs)
+    root = Path(tempfile.mkdtemp(dir=root))  # each process has its own
     for trial in task.trials:
         if time.monotonic() > until:
             break
         work = Path(tempfile.mkdtemp(dir=root))
         before = {path.name for path in root.iterdir()}
         os.chdir(work)
-        seen.clear()
-        inside[:] = [str(work), os.environ["SIMSIAM_CACHE"]]
+        events.clear()
+        allowed_folders[:] = [str(work), os.environ["SIMSIAM_CACHE"]]
         try:
             end, wrong = trial(work)
         except BaseException:
             end, wrong = "", traceback.format_exc()[-1500:]
-        inside.clear()
-        if seen:
-            wrong += f" it did {seen[:3]}"
+        allowed_folders.clear()
+        if events:
+            wrong += f" it did {events[:3]}"
         if strays := {path.name for path in root.iterdir()} - before:
             wrong += f" it left {strays}"
         os.chdir(root)
@@ -398,7 +400,7 @@ def work_off(task: Task, send: Any, root: Path, until: float) -> None:
 def run_all(
     tasks: list[Task], root: Path, processes: int, until: float
 ) -> tuple[Counter, list[dict[str, Any]], int]:
-    """(how many ended how, what was wrong, the largest process in KiB)."""
+    """Run tasks. Return counts of outcomes, what was wrong, and the largest process in KiB."""
     context = multiprocessing.get_context("fork")
     waiting, ends, wrongs, largest = list(reversed(tasks)), Counter(), list[dict[str, Any]](), 0
     at_work: dict[Any, list[Any]] = {}
@@ -411,7 +413,7 @@ def run_all(
             process.start()
             send.close()
             at_work[receive] = [task, process, 0, clock, cpu(process.pid)]
-        # A clock that stands while this process is stopped.
+        # This clock stands still while this process is suspended.
         clock, last = clock + min(time.monotonic() - last, 0.5), time.monotonic()
         for receive in wait(list(at_work), timeout=0.2):
             task, process, done, since, _ = at_work[receive]
@@ -420,7 +422,7 @@ def run_all(
             except EOFError:
                 process.join()
                 del at_work[receive]
-                if done < len(task.trials) and process.exitcode != 0:  # it died
+                if done < len(task.trials) and process.exitcode != 0:
                     wrongs.append(
                         {
                             "kind": task.kind,
@@ -442,27 +444,28 @@ def run_all(
             largest = max(largest, size)
             at_work[receive][2:] = [done + 1, clock, cpu(process.pid)]
         for task, process, done, since, used in list(at_work.values()):
-            # A process that waits for its turn on a busy machine does not hang: its own time counts, or a minute.
+            # On a busy machine a process may only wait for its turn: its own CPU time counts, or
+            # a minute of clock time.
             slow = cpu(process.pid) - used > task.limit or clock - since > 12 * task.limit
-            if (slow or held(process.pid) > MEMORY) and process.is_alive():
-                word = f"more than {task.limit:g} s" if slow else f"more than {MEMORY:,} bytes"
-                wrongs.append({"kind": task.kind, "trial": name_of(task, done), "wrong": word})
+            if (slow or memory_bytes(process.pid) > MEMORY) and process.is_alive():
+                reason = f"more than {task.limit:g} s" if slow else f"more than {MEMORY:,} bytes"
+                wrongs.append({"kind": task.kind, "trial": name_of(task, done), "wrong": reason})
                 process.kill()
                 process.join()
     return ends, wrongs, largest
 
 
 def in_a_child(make: Callable[..., Any], *arguments: Any) -> Any:
-    """What a function returns, called in a process of its own: those forked later cannot train if this one has."""
+    """Call a function in its own process: processes forked after training cannot train."""
     receive, send = multiprocessing.get_context("fork").Pipe(duplex=False)
     process = multiprocessing.get_context("fork").Process(
         target=lambda: send.send(make(*arguments))
     )
     process.start()
     send.close()
-    found = receive.recv()
+    result = receive.recv()
     process.join()
-    return found
+    return result
 
 
 def cpu(pid: int | None) -> float:
@@ -473,8 +476,8 @@ def cpu(pid: int | None) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def held(pid: int | None) -> int:
-    """Bytes of memory that a process holds."""
+def memory_bytes(pid: int | None) -> int:
+    """Return the bytes of memory that a process uses."""
     try:
         return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * resource.getpagesize()
     except OSError:
@@ -485,11 +488,11 @@ def name_of(task: Task, done: int) -> str:
     return task.names[done] if done < len(task.names) else str(task.first + done)
 
 
-# --- made by hand -----------------------------------------------------------------------------------------------------
+# --- files made by hand ---
 
 
 class Code:
-    """Unpickled, it makes a folder."""
+    """An object that makes a folder when it is unpickled."""
 
     def __reduce__(self) -> Any:
         return os.mkdir, ("executed",)
@@ -511,7 +514,7 @@ def png(width: int, height: int, *more: bytes) -> bytes:
 
 
 def bombs(images: dict[str, bytes]) -> dict[str, bytes]:
-    """Images whose files are small and whose pixels, scans or texts would not be."""
+    """Make images whose files are small but whose pixels, scans or texts are not."""
     progressive = images["jpeg progressive"]
     scan = progressive.rindex(b"\xff\xda")
     tiff = bytearray(images["tiff"])
@@ -542,8 +545,8 @@ def bombs(images: dict[str, bytes]) -> dict[str, bytes]:
 
 
 def hostile(folder: Path, images: dict[str, bytes]) -> dict[str, Callable[[Path], tuple[str, str]]]:
-    """Containers, checkpoints, recipes and names that mean harm, each with how it is met."""
-    found: dict[str, Callable[[Path], tuple[str, str]]] = {}
+    """Make hostile containers, checkpoints, recipes and names, each with its trial."""
+    trials: dict[str, Callable[[Path], tuple[str, str]]] = {}
     picture = images["png"]
     evil = [
         "../../escaped.png",
@@ -555,7 +558,7 @@ def hostile(folder: Path, images: dict[str, bytes]) -> dict[str, Callable[[Path]
     ]
 
     def source(name: str) -> Path:
-        found[name] = lambda work, path=folder / name: one_source(path)
+        trials[name] = lambda work, path=folder / name: one_source(path)
         return folder / name
 
     with zipfile.ZipFile(source("traversal.zip"), "w") as archive:
@@ -618,18 +621,18 @@ def hostile(folder: Path, images: dict[str, bytes]) -> dict[str, Callable[[Path]
                 zeros, path, compression="zstd", row_group_size=rows, use_dictionary=False
             )
     same = pa.DictionaryArray.from_arrays(np.zeros(2000, np.int32), pa.array([bytes(2**23)]))
-    how: dict[str, Any] = {
+    options: dict[str, Any] = {
         "compression": "zstd",
         "dictionary_pagesize_limit": 2**30,
         "store_schema": False,
     }
-    pq.write_table(pa.table({"image": same}), source("same.parquet"), **how)
+    pq.write_table(pa.table({"image": same}), source("same.parquet"), **options)
     data = folder.joinpath("same.parquet").read_bytes()
     at = len(data) - 8 - struct.unpack("<I", data[-8:-4])[0]
     folder.joinpath("same.parquet").write_bytes(
         data[:at] + bytes(2000) + data[at:]
-    )  # so that its rows are believed
-    pq.write_table(pa.table({"image": [b""] * 10**7}), source("rows.parquet"), **how)
+    )  # so that the file is large enough for its number of rows
+    pq.write_table(pa.table({"image": [b""] * 10**7}), source("rows.parquet"), **options)
     del zeros, same
     for name in ("traversal", "sizes", "headers"):
         source(f"{name} shards").mkdir()
@@ -649,9 +652,9 @@ def hostile(folder: Path, images: dict[str, bytes]) -> dict[str, Callable[[Path]
     (folder / "devices.txt").write_text(
         f"/dev/zero\n/dev/stdin\n{photos}/pipe.fifo\n{photos}/fine.png\n"
     )
-    found["a folder of pipes and devices"] = lambda work: one_source(photos)
-    found["a list of pipes and devices"] = lambda work: one_source(folder / "devices.txt")
-    found["the same, inspected"] = lambda work: indexed(photos)
+    trials["a folder of pipes and devices"] = lambda work: one_source(photos)
+    trials["a list of pipes and devices"] = lambda work: one_source(folder / "devices.txt")
+    trials["the same, inspected"] = lambda work: indexed(photos)
 
     weights = {
         k: v.clone()
@@ -686,18 +689,18 @@ def hostile(folder: Path, images: dict[str, bytes]) -> dict[str, Callable[[Path]
                 torch.save(content, path, _use_new_zipfile_serialization=zipped)
             except (RuntimeError, NotImplementedError):
                 continue
-            found[f"convert {path.name}"] = lambda work, path=path: checked(
+            trials[f"convert {path.name}"] = lambda work, path=path: check_verb(
                 ["convert", str(path), "--out", "made"]
             )
     for protocol in range(6):
         path = folder / f"pickle{protocol}.pt"
         path.write_bytes(pickle.dumps(Shell(), protocol))
-        found[f"convert {path.name}"] = lambda work, path=path: checked(
+        trials[f"convert {path.name}"] = lambda work, path=path: check_verb(
             ["convert", str(path), "--out", "made"]
         )
         path = folder / f"misnamed{protocol}.safetensors"
         path.write_bytes(pickle.dumps(Shell(), protocol))
-        found[f"convert {path.name}"] = lambda work, path=path: checked(
+        trials[f"convert {path.name}"] = lambda work, path=path: check_verb(
             ["convert", str(path), "--out", "made"]
         )
     for name, text in {
@@ -711,7 +714,7 @@ def hostile(folder: Path, images: dict[str, bytes]) -> dict[str, Callable[[Path]
     }.items():
         path = folder / f"{name}.safetensors"
         path.write_bytes(text)
-        found[f"convert {path.name}"] = lambda work, path=path: checked(
+        trials[f"convert {path.name}"] = lambda work, path=path: check_verb(
             ["convert", str(path), "--out", "made"]
         )
 
@@ -749,22 +752,22 @@ def hostile(folder: Path, images: dict[str, bytes]) -> dict[str, Callable[[Path]
     }.items():
         path = folder / f"{name}.yaml"
         path.write_text(text)
-        found[f"recipe {name}"] = lambda work, path=path: checked(
+        trials[f"recipe {name}"] = lambda work, path=path: check_verb(
             ["pretrain", photos_, "--recipe", str(path), "--out", "run", *TINY.split()]
         )
 
     def linked(work: Path) -> tuple[str, str]:
         shutil.copytree(folder / "linked", work / "run", symlinks=True)
-        end = checked(["resume", "run"])
+        end = check_verb(["resume", "run"])
         return end if end[0] == "one line" else ("", "it wrote through a link")
 
     (folder / "outside").mkdir()
     shutil.copytree(folder / "run", folder / "linked")
     shutil.rmtree(folder / "linked" / "checkpoints")
     (folder / "linked" / "checkpoints").symlink_to(folder / "outside")
-    found["a run folder with a link out of it"] = linked
-    found["names"] = lambda work: names(work, picture)
-    return found
+    trials["a run folder with a link out of it"] = linked
+    trials["names"] = lambda work: names(work, picture)
+    return trials
 
 
 NAMES = (
@@ -793,7 +796,7 @@ NAMES = (
 
 
 def names(work: Path, picture: bytes) -> tuple[str, str]:
-    """Every verb on a source whose folders and files have such names: nothing reaches a terminal or a page as it is."""
+    """Run every verb on a source with such names; all must be escaped in output and pages."""
     rng = np.random.default_rng(0)
     root = work / "<b>photos\x1b[31m"
     for n, name in enumerate(NAMES):
@@ -834,9 +837,9 @@ def names(work: Path, picture: bytes) -> tuple[str, str]:
     ]
     wrongs = []
     for order in orders:
-        end, wrong = checked(order)
+        end, wrong = check_verb(order)
         if wrong or end != "done":
-            wrongs.append(f"{order[0]}: {wrong or typed(order)[1][-300:]}")
+            wrongs.append(f"{order[0]}: {wrong or run_verb(order)[1][-300:]}")
     for page in work.rglob("*.html"):
         text = page.read_text("utf-8", errors="surrogateescape")
         for sign in ("<script>alert", "<img src=x", "<svg onload", "\x1b", "<b>photos"):
@@ -845,7 +848,7 @@ def names(work: Path, picture: bytes) -> tuple[str, str]:
     return "done", "; ".join(wrongs)
 
 
-# --- the campaign -----------------------------------------------------------------------------------------------------
+# --- the campaign ---
 
 
 def main() -> int:
@@ -855,19 +858,24 @@ def main() -> int:
     parser.add_argument("--images", type=int, default=20_000)
     parser.add_argument("--containers", type=int, default=2_000)
     parser.add_argument(
-        "--no-hostile", dest="hostile", action="store_false", help="leave out what is made by hand"
+        "--no-hostile",
+        dest="hostile",
+        action="store_false",
+        help="leave out the files made by hand",
     )
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--minutes", type=float, default=1e9, help="begin no trial after so many")
+    parser.add_argument(
+        "--minutes", type=float, default=1e9, help="start no trial after so many minutes"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", help="write PATH.json and PATH.md")
-    asked = parser.parse_args()
+    options = parser.parse_args()
     torch.set_num_threads(1)
     root = Path(tempfile.mkdtemp(prefix="fuzz-")).resolve()
     valid, trials = root / "valid", root / "trials"
     valid.mkdir(), trials.mkdir()
     os.environ["SIMSIAM_CACHE"] = str(root / "cache")
-    started, spent = utc_now(), time.monotonic()
+    started, start = utc_now(), time.monotonic()
     try:
         images = pictures()
         for name, data in images.items():
@@ -877,28 +885,28 @@ def main() -> int:
 
         def image(i: int) -> Callable[[Path], tuple[str, str]]:
             def trial(work: Path) -> tuple[str, str]:
-                rng = random.Random(f"{asked.seed} image {i}")
-                return one_image(mutated(every[i % len(every)][1], rng.choice(every)[1], rng), rng)
+                rng = random.Random(f"{options.seed} image {i}")
+                return one_image(mutate(every[i % len(every)][1], rng.choice(every)[1], rng), rng)
 
             return trial
 
         def container(i: int) -> Callable[[Path], tuple[str, str]]:
             def trial(work: Path) -> tuple[str, str]:
-                rng = random.Random(f"{asked.seed} container {i}")
+                rng = random.Random(f"{options.seed} container {i}")
                 kind = list(kinds)[i % len(kinds)]
                 return one_container(kind, kinds[kind], work, rng, rng.choice(every)[1])
 
             return trial
 
         tasks = []
-        for i in range(0, asked.images, CHUNK):
-            numbers = range(i, min(i + CHUNK, asked.images))
+        for i in range(0, options.images, CHUNK):
+            numbers = range(i, min(i + CHUNK, options.images))
             names_ = [f"{every[n % len(every)][0]} {n}" for n in numbers]
             tasks.append(
-                Task("mutated image", i, [image(n) for n in numbers], names_, i / asked.images)
+                Task("mutated image", i, [image(n) for n in numbers], names_, i / options.images)
             )
-        for i in range(0, asked.containers, CHUNK // 8):
-            numbers = range(i, min(i + CHUNK // 8, asked.containers))
+        for i in range(0, options.containers, CHUNK // 8):
+            numbers = range(i, min(i + CHUNK // 8, options.containers))
             names_ = [f"{list(kinds)[n % len(kinds)]} {n}" for n in numbers]
             tasks.append(
                 Task(
@@ -906,55 +914,58 @@ def main() -> int:
                     i,
                     [container(n) for n in numbers],
                     names_,
-                    i / asked.containers,
+                    i / options.containers,
                 )
             )
-        if asked.hostile:
+        if options.hostile:
             made = {
                 name: (lambda work, data=data: one_image(data, random.Random(0)))
                 for name, data in bombs(images).items()
             }
             made |= hostile(valid, images)
-            limits = {"names": 12 * HANG}  # it types so many commands
+            limits = {"names": 12 * HANG}  # it runs so many commands
             tasks += [
                 Task("made by hand", 0, [t], [n], limit=limits.get(n, HANG))
                 for n, t in made.items()
             ]
-        until = spent + 60 * asked.minutes
+        until = start + 60 * options.minutes
         ends, wrongs, largest = run_all(
-            sorted(tasks, key=lambda task: task.when), trials, asked.processes, until
+            sorted(tasks, key=lambda task: task.when), trials, options.processes, until
         )
     finally:
         shutil.rmtree(root, ignore_errors=True)
 
-    used = sum(
+    cpu_seconds = sum(
         sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     )
-    here = collect_environment(torch.device("cpu"), "float32")
+    environment = collect_environment(Compute(torch.device("cpu"), "float32"))
     command = "python tests/stress/fuzz.py " + " ".join(sys.argv[1:])
     rows = "\n".join(f"| {kind} | {end} | {n:,} |" for (kind, end), n in sorted(ends.items()))
     summary = (
-        f"`{command}`\n\ncommit {here['commit']}, {here['device']}, torch {here['versions']['torch']}, pillow "
-        f"{here['versions']['pillow']}, {started}, {(time.monotonic() - spent) / 60:.1f} min ({used / 60:.1f} "
-        f"CPU-minutes). {sum(ends.values()):,} trials, {len(wrongs)} wrong: a crash, more than {HANG:g} s, a process "
-        "started, a file elsewhere, a traceback, or more than one line. The largest process took "
+        f"`{command}`\n\ncommit {environment['commit']}, {environment['device']}, "
+        f"torch {environment['versions']['torch']}, pillow {environment['versions']['pillow']}, "
+        f"{started}, {(time.monotonic() - start) / 60:.1f} min "
+        f"({cpu_seconds / 60:.1f} CPU-minutes). "
+        f"{sum(ends.values()):,} trials, {len(wrongs)} wrong: a crash, more than {HANG:g} s, a "
+        "process started, a file elsewhere, a traceback, or more than one line. "
+        "The largest process took "
         f"{largest / 2**20:.2f} GiB, Python and torch included.\n\n"
-        "| file | what came of it | trials |\n| --- | --- | --- |\n" + rows + "\n"
+        "| file | outcome | trials |\n| --- | --- | --- |\n" + rows + "\n"
     )
     print(summary)
     for wrong in wrongs:
         print(f"WRONG {wrong['kind']} {wrong['trial']}: {wrong['wrong']}")
-    if asked.out:
-        about = {
+    if options.out:
+        report = {
             "command": command,
             "started": started,
-            "environment": here,
-            "cpu_seconds": round(used, 1),
+            "environment": environment,
+            "cpu_seconds": round(cpu_seconds, 1),
         }
         counts = [{"kind": kind, "end": end, "n": n} for (kind, end), n in sorted(ends.items())]
-        about |= {"largest_kib": largest, "trials": counts, "wrong": wrongs}
-        for kind, text in {"json": json.dumps(about, indent=1) + "\n", "md": summary}.items():
-            with atomic_write(Path(f"{asked.out}.{kind}")) as part:
+        report |= {"largest_kib": largest, "trials": counts, "wrong": wrongs}
+        for kind, text in {"json": json.dumps(report, indent=1) + "\n", "md": summary}.items():
+            with atomic_write(Path(f"{options.out}.{kind}")) as part:
                 part.write_text(text)
     return bool(wrongs)
 
