@@ -1,10 +1,9 @@
-"""The page says what the run folders say, shows what the network finds alike, and lets no name become markup."""
+"""The page shows what run folders contain and which images are similar; no name becomes markup."""
 
 import base64
 import json
 import re
 import shutil
-from importlib import import_module
 from io import BytesIO
 
 import numpy as np
@@ -17,31 +16,24 @@ from simsiam.commands.main import main
 from simsiam.config.recipes import Recipe
 from simsiam.data.images import from_arrays
 from simsiam.errors import UsageError
-from simsiam.pages.report import (
-    build_gallery,
-    cluster_features,
-    encode_gallery,
-    extract_curves,
-    project_to_2d,
-    render_report,
-    report,
-)
+from simsiam.pages.image_map import NUM_NEIGHBORS, cluster_features, project_to_2d
+from simsiam.pages.report import MAX_CURVE_POINTS, extract_curves, render_report, report
+from simsiam.pages.thumbnails import build_gallery, encode_gallery
 from simsiam.runs.encoder import build_backbone
 from simsiam.runs.run_folder import Run
 from simsiam.sources.open_source import open_source
 
-module = import_module("simsiam.pages.report")
 HOSTILE = "<img src=x onerror=alert(1)>.jpg"
-EACH = 14  # images of a class
+IMAGES_PER_CLASS = 14
 
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    """Red and blue noise; a class, a file and the folder have names that want to be markup."""
+    """Red and blue noise; the names of a class, a file and the folder look like markup."""
     folder, rng = tmp_path_factory.mktemp("a") / "<photos>", np.random.default_rng(0)
     for name, color in (("<!--red<script>", (200, 60, 60)), ("blue", (60, 60, 200))):
         (folder / name).mkdir(parents=True)
-        for i in range(EACH):
+        for i in range(IMAGES_PER_CLASS):
             noise = (np.array(color) + rng.integers(-50, 50, (40, 44, 3))).astype(np.uint8)
             Image.fromarray(noise).save(
                 folder / name / (HOSTILE if i == 3 else f"{i:02}.png"), quality=95
@@ -49,9 +41,9 @@ def photos(tmp_path_factory):
     return folder
 
 
-def run_folder(path, source, **words) -> Run:
-    """What a run of the source leaves behind, with the weights that it began with."""
-    how = {
+def run_folder(path, source, **settings) -> Run:
+    """The folder of a finished run on the source, with its initial weights."""
+    defaults = {
         "backbone": "resnet10",
         "width": 4,
         "image_size": 32,
@@ -59,7 +51,8 @@ def run_folder(path, source, **words) -> Run:
         "std": [0.2] * 3,
         "dim": 16,
     }
-    run = Run.create(path, Recipe().replace(source=[str(source)], **how | words))
+    recipe = Recipe().replace(source=[str(source)], **defaults | settings).resolve()
+    run = Run.create(path, recipe)
     torch.manual_seed(run.recipe.seed)
     steps = [
         {"step": s, "epoch": s / 10, "loss": -s / 100, "z_rank": 3.5, "lr": 0.1}
@@ -83,7 +76,7 @@ def run_folder(path, source, **words) -> Run:
         "evaluations/knn.json",
         json.dumps([record | {"interval": [52.9, 84.7], "source": "photos"}]),
     )
-    remedy = "Nothing </script><script>alert(2)</script> to mend."
+    remedy = "Nothing </script><script>alert(2)</script> to fix."
     run.finish(
         build_backbone(run.recipe).state_dict(),
         {"verdict": "healthy", "remedy": remedy, "steps": 100},
@@ -91,8 +84,8 @@ def run_folder(path, source, **words) -> Run:
     return run
 
 
-def held(path) -> dict:
-    """The data that a page holds."""
+def page_data(path) -> dict:
+    """The data that a page contains."""
     return json.loads(
         re.search(
             r'<script type="application/json" id="data">(.*?)</script>', path.read_text(), re.S
@@ -106,12 +99,12 @@ def run(photos, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def made(run):
+def page(run):
     return report(run.path)
 
 
-def alike(run: Run, folder, names) -> np.ndarray:
-    """For each image the others by falling cosine of the backbone's features: (N, N - 1)."""
+def rank_by_cosine(run: Run, folder, names) -> np.ndarray:
+    """For each image the others by decreasing cosine of the backbone's features: (N, N - 1)."""
     encoder = simsiam.load(run.path)
     with torch.no_grad():
         rows = [
@@ -123,32 +116,32 @@ def alike(run: Run, folder, names) -> np.ndarray:
     return np.argsort(-cosine, axis=1)[:, :-1]
 
 
-# --- what the page holds ----------------------------------------------------------------------------------------------
+# --- what the page contains -----------------------------------------------------------------------
 
 
-def test_the_page_says_what_the_run_folder_says(run, made):
-    (about,) = held(made)["runs"]
-    assert made == run.path / "report.html" and about["recipe"] == run.recipe.to_dict()
-    assert about["summary"] == run.json("summary.json") and about["results"] == run.listed(
+def test_the_page_shows_what_the_run_folder_contains(run, page):
+    (shown,) = page_data(page)["runs"]
+    assert page == run.path / "report.html" and shown["recipe"] == run.recipe.to_dict()
+    assert shown["summary"] == run.json("summary.json") and shown["results"] == run.read_records(
         "evaluations/knn.json"
     )
-    assert about["curves"]["loss"][:2] == [-0.01, -0.02] and about["curves"]["loss"][-1] is None
+    assert shown["curves"]["loss"][:2] == [-0.01, -0.02] and shown["curves"]["loss"][-1] is None
     assert (
-        about["curves"]["knn_top1"] == [None] * 99 + [61.5]
-        and "lr_predictor" not in about["curves"]
+        shown["curves"]["knn_top1"] == [None] * 99 + [61.5]
+        and "lr_predictor" not in shown["curves"]
     )
 
 
-def test_no_data_end_the_element_they_stand_in():
+def test_no_data_ends_the_element_it_is_stored_in():
     data = {"a": "</script><!-- {js} {data} -->", "b": [float("nan"), 1.5], "c": "\udc80\u2028"}
     text = render_report(data)
     assert text.count("</script") == 2 and text.count("<!--") == 0
     assert json.loads(re.search(r'id="data">(.*?)</script>', text)[1]) == data | {"b": [None, 1.5]}
 
 
-def test_the_script_makes_no_markup_and_asks_nobody():
+def test_the_script_makes_no_markup_and_no_requests():
     script = render_report({})
-    for way in (
+    for name in (
         "innerHTML",
         "outerHTML",
         "insertAdjacent",
@@ -158,13 +151,14 @@ def test_the_script_makes_no_markup_and_asks_nobody():
         "XMLHttp",
         "http:",
     ):
-        assert way not in script.replace("http://www.w3.org/2000/svg", ""), way
+        assert name not in script.replace("http://www.w3.org/2000/svg", ""), name
     assert "default-src 'none'" in script and "unsafe" not in script
 
 
-def test_a_long_run_keeps_its_ends_and_all_that_was_measured():
-    lines = [{"step": s, "epoch": s / 100, "loss": -1 / s} | ({"knn_top1": s / 100} if s % 777 == 0 else {})
-             for s in range(1, 9001)]  # fmt: skip
+def test_a_long_run_keeps_its_ends_and_all_measurements():
+    lines = [{"step": s, "epoch": s / 100, "loss": -1 / s} for s in range(1, 9001)]
+    for line in lines[776::777]:
+        line["knn_top1"] = line["step"] / 100
     columns = extract_curves(lines)
     assert [v for v in columns["knn_top1"] if v is not None] == [
         s / 100 for s in range(777, 9001, 777)
@@ -174,14 +168,14 @@ def test_a_long_run_keeps_its_ends_and_all_that_was_measured():
         and columns["step"][-1] == 9000
         and columns["step"] == sorted(columns["step"])
     )
-    assert module.POINTS <= len(columns["step"]) <= module.POINTS + 12
+    assert MAX_CURVE_POINTS <= len(columns["step"]) <= MAX_CURVE_POINTS + 12
 
 
-def test_neighbors_are_the_most_similar_others(run, made, photos):
-    data = held(made)
-    names, found = data["galleries"][0]["names"], np.array(data["runs"][0]["map"]["neighbors"])
+def test_neighbors_are_the_most_similar_others(run, page, photos):
+    data = page_data(page)
+    names, neighbors = data["galleries"][0]["names"], np.array(data["runs"][0]["map"]["neighbors"])
     assert sorted(names) == sorted(str(path.relative_to(photos)) for path in photos.rglob("*.*"))
-    assert np.array_equal(found, alike(run, photos, names)[:, : module.NEIGHBORS])
+    assert np.array_equal(neighbors, rank_by_cosine(run, photos, names)[:, :NUM_NEIGHBORS])
 
 
 @pytest.mark.parametrize(
@@ -192,10 +186,10 @@ def test_a_map_of_collapsed_or_few_images_is_finite(x, groups):
     assert xy.shape == (len(x), 2) and np.isfinite(xy).all() and xy.min() >= 0 and xy.max() <= 1
     assert (
         len(set(cluster_features(torch.from_numpy(x), 0))) == groups
-    )  # of numbers, less, equal and greater than the mean
+    )  # numbers are below, at or above the mean
 
 
-def test_images_alike_lie_together():
+def test_similar_images_are_close_together():
     x = np.random.default_rng(0).normal(size=(60, 8)) + 30 * np.eye(8)[np.arange(60) % 3]
     _, xy = project_to_2d(x)
     distance = np.linalg.norm(xy[:, None] - xy[None], axis=2) + 9 * np.eye(60)
@@ -209,11 +203,16 @@ def test_thumbnails_are_the_images_in_order_and_fit_the_space():
         .reshape(300, 3, 32, 32)
         .astype(np.uint8)
     )
-    seen = encode_gallery(build_gallery(from_arrays("train", pixels)), 10**6)
+    gallery = encode_gallery(build_gallery(from_arrays("train", pixels)), 10**6)
     sheet = np.asarray(
-        Image.open(BytesIO(base64.b64decode(seen["sheets"][0].partition(",")[2]))).convert("RGB")
+        Image.open(BytesIO(base64.b64decode(gallery["sheets"][0].partition(",")[2]))).convert("RGB")
     )
-    assert (seen["side"], seen["across"], seen["pixelated"], seen["labels"]) == (32, 60, True, None)
+    assert (gallery["side"], gallery["across"], gallery["pixelated"], gallery["labels"]) == (
+        32,
+        60,
+        True,
+        None,
+    )
     for i in (0, 59, 60, 299):
         cell = sheet[
             32 * (i // 60) + 12 : 32 * (i // 60) + 20, 32 * (i % 60) + 12 : 32 * (i % 60) + 20
@@ -226,41 +225,36 @@ def test_thumbnails_are_the_images_in_order_and_fit_the_space():
     assert len(encode_gallery(noise, round(0.6 * size))["sheets"][0]) * 3 / 4 <= 0.6 * size + 100
 
 
-def test_what_cannot_be_shown_is_said(photos, tmp_path, capsys):
+def test_the_page_says_what_it_cannot_show(photos, tmp_path, capsys):
     moved = run_folder(tmp_path / "moved", photos)
     moved.write(
         "recipe.yaml", (moved.path / "recipe.yaml").read_text().replace("<photos>", "<gone>")
     )
     unfinished = run_folder(tmp_path / "unfinished", photos)
     (unfinished.path / "backbone.safetensors").unlink()
-    data = held(report([moved.path, unfinished.path], out=tmp_path / "page.html"))
-    said, unsaid = [about["missing"] for about in data["runs"]]
-    assert (
-        said.startswith("no images: unknown source")
-        and "no map: " in unsaid
-        and "simsiam resume" in unsaid
-    )
-    assert [bool(about["views"]) for about in data["runs"]] == [False, True] and data[
-        "galleries"
-    ] == []
-    assert all(reason in capsys.readouterr().out for reason in (said,))
-    assert "missing" not in held(report(moved.path, images=False))["runs"][0]
+    data = page_data(report([moved.path, unfinished.path], out=tmp_path / "page.html"))
+    no_images, no_map = [run["missing"] for run in data["runs"]]
+    assert no_images.startswith("no images: unknown source")
+    assert "no map: " in no_map and "simsiam resume" in no_map
+    assert [bool(run["views"]) for run in data["runs"]] == [False, True]
+    assert data["galleries"] == [] and no_images in capsys.readouterr().out
+    assert page_data(report(moved.path, images=False))["runs"][0]["missing"] is None
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("options", "message"),
     [
-        (["--out", "page.txt"], "page.txt: it takes the name of a page that ends in .html"),
+        (["--out", "page.txt"], "page.txt: give the name of a file ending in .html"),
         (["--out", "nowhere/page.html"], "there is no folder nowhere"),
         (["--limit", "2"], "limit is 2; it lies between 5 and 20000"),
         (["elsewhere"], "elsewhere is not a run folder"),
     ],
 )
-def test_a_wrong_request_is_one_line(run, words, said, capsys):
+def test_a_wrong_request_is_one_line(run, options, message, capsys):
     before = sorted(run.path.rglob("*"))
-    assert main(["report", str(run.path), *words]) == 2
+    assert main(["report", str(run.path), *options]) == 2
     error = capsys.readouterr().err
-    assert said in error and error.count("\n") == 1 and sorted(run.path.rglob("*")) == before
+    assert message in error and error.count("\n") == 1 and sorted(run.path.rglob("*")) == before
 
 
 def test_damaged_evaluations_are_named(photos, tmp_path):
@@ -270,7 +264,7 @@ def test_damaged_evaluations_are_named(photos, tmp_path):
         report(run.path, images=False)
 
 
-# --- what a reader does with it ---------------------------------------------------------------------------------------
+# --- what a reader does with it -------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -281,17 +275,17 @@ def browser():
     )
     if not path:
         pytest.skip("needs chromium")
-    how = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
     with sync_api.sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=path, args=how, timeout=120_000)
+        browser = play.chromium.launch(executable_path=path, args=arguments, timeout=120_000)
         yield browser
         browser.close()
 
 
 @pytest.fixture
 def visit(browser):
-    """Opens a page; at the end nothing was asked of anybody, no script failed, and nothing popped up."""
-    seen, contexts = [], []
+    """Opens a page; at the end there were no requests, script errors, messages or dialogs."""
+    events, contexts = [], []
 
     def visit(path, width=1440):
         context = browser.new_context(
@@ -300,21 +294,21 @@ def visit(browser):
         contexts.append(context)
         tab = context.new_page()
         tab.set_default_timeout(120_000)
-        tab.on("console", lambda message: seen.append(message.text))
-        tab.on("pageerror", lambda error: seen.append(str(error)))
-        tab.on("dialog", lambda dialog: (seen.append(dialog.message), dialog.dismiss()))
+        tab.on("console", lambda message: events.append(message.text))
+        tab.on("pageerror", lambda error: events.append(str(error)))
+        tab.on("dialog", lambda dialog: (events.append(dialog.message), dialog.dismiss()))
         tab.on(
             "request",
-            lambda r: None if r.url.startswith(("data:", "blob:")) else seen.append(r.url),
+            lambda r: None if r.url.startswith(("data:", "blob:")) else events.append(r.url),
         )
         tab.goto(path.as_uri())
-        assert seen.pop(0) == path.as_uri()
+        assert events.pop(0) == path.as_uri()
         return tab
 
     yield visit
     for context in contexts:
         context.close()
-    assert not seen
+    assert not events
 
 
 def on_screen(tab, data):
@@ -331,8 +325,8 @@ def on_screen(tab, data):
     ]
 
 
-def alone(points) -> int:
-    """The image whose point is farthest from any other."""
+def most_isolated(points) -> int:
+    """The image whose point is farthest from all others."""
     return int(
         (np.linalg.norm(points[:, None] - points[None], axis=2) + 1e9 * np.eye(len(points)))
         .min(1)
@@ -346,20 +340,20 @@ def downloaded(tab) -> list[str]:
     return download.value.path().read_text().splitlines()
 
 
-def test_hover_shows_the_image_and_click_its_neighbors(visit, run, made, photos):
-    data = held(made)
+def test_hover_shows_the_image_and_click_its_neighbors(visit, run, page, photos):
+    data = page_data(page)
     names = data["galleries"][0]["names"]
     for i in (
-        alone(on_screen(visit(made), data)),
+        most_isolated(on_screen(visit(page), data)),
         next(i for i, name in enumerate(names) if HOSTILE in name),
     ):
-        tab = visit(made)
+        tab = visit(page)
         points = on_screen(tab, data)
         tab.mouse.move(*points[i])
         tip = tab.locator(".tip")
         tip.wait_for()
         assert names[i] in tip.inner_text()
-        tab.evaluate("sheetOf(data.galleries[0], 0).then(() => 0)")  # decoded and drawn
+        tab.evaluate("loadSheet(data.galleries[0], 0).then(() => 0)")  # decoded and drawn
         color = np.asarray(
             Image.open(BytesIO(tip.locator("canvas").screenshot())).convert("RGB")
         ).mean((0, 1))
@@ -368,32 +362,31 @@ def test_hover_shows_the_image_and_click_its_neighbors(visit, run, made, photos)
         tiles = tab.locator("aside .tile").evaluate_all(
             "tiles => tiles.map(t => Number(t.dataset.image))"
         )
-        assert tiles == alike(run, photos, names)[i, : module.NEIGHBORS].tolist()
+        assert tiles == rank_by_cosine(run, photos, names)[i, :NUM_NEIGHBORS].tolist()
         assert names[i] in tab.locator("aside").inner_text()
         tab.locator("aside .tile").first.click()
         assert names[tiles[0]] in tab.locator("aside").inner_text()
 
 
-def test_pictures_answer_to_the_pointer(visit, made):
-    tab, data = visit(made), held(made)
+def test_pictures_react_to_the_pointer(visit, page):
+    tab, data = visit(page), page_data(page)
     points = on_screen(tab, data)
     tab.get_by_role("button", name="Pictures").click()
-    tab.evaluate(
-        "new Promise(requestAnimationFrame).then(() => new Promise(requestAnimationFrame)).then(() => 0)"
-    )
+    two_frames = "new Promise(requestAnimationFrame).then(() => new Promise(requestAnimationFrame))"
+    tab.evaluate(f"{two_frames}.then(() => 0)")
     tab.mouse.move(*points[0])
     box = tab.locator(".plot canvas").first.bounding_box()
     cells = ((points - [box["x"], box["y"]]) // 30).tolist()
     assert data["galleries"][0]["names"][cells.index(cells[0])] in tab.locator(".tip").inner_text()
 
 
-def test_search_filters_and_downloads_what_it_finds(visit, made):
-    tab, data = visit(made), held(made)
+def test_search_filters_and_downloads_the_matches(visit, page):
+    tab, data = visit(page), page_data(page)
     names = data["galleries"][0]["names"]
     tab.get_by_role("searchbox").fill("BLUE/0")
     wanted = [name for name in names if name.startswith("blue/0")]
-    assert tab.locator("#found").inner_text() == f"{len(wanted)} of {len(names)}"
-    tab.get_by_role("button", name="Select them").click()
+    assert tab.locator("#match-count").inner_text() == f"{len(wanted)} of {len(names)}"
+    tab.get_by_role("button", name="Select matches").click()
     assert downloaded(tab) == wanted and len(wanted) == 9
     points = on_screen(tab, data)
     hidden = [i for i, name in enumerate(names) if name not in wanted]
@@ -403,12 +396,12 @@ def test_search_filters_and_downloads_what_it_finds(visit, made):
     assert tab.locator(".tip").is_hidden()
 
 
-def test_a_region_is_selected_by_dragging(visit, made, photos, tmp_path):
-    tab, data = visit(made), held(made)
+def test_a_region_is_selected_by_dragging(visit, page, photos, tmp_path):
+    tab, data = visit(page), page_data(page)
     points, names = on_screen(tab, data), data["galleries"][0]["names"]
     corner, xs = points.min(0) - 5, np.sort(points[:, 0])
     cut = 4 + np.diff(xs)[4:10].argmax()
-    right = (xs[cut] + xs[cut + 1]) / 2  # between neighbors inside a group
+    right = (xs[cut] + xs[cut + 1]) / 2  # between two points of a group
     tab.mouse.move(*corner)
     tab.mouse.down()
     tab.mouse.move(right, points[:, 1].max() + 5, steps=3)
@@ -418,19 +411,17 @@ def test_a_region_is_selected_by_dragging(visit, made, photos, tmp_path):
     assert listed == wanted and 0 < len(wanted) < len(names)
     copy = shutil.copytree(photos, tmp_path / "copy")
     (copy / "selection.txt").write_text("\n".join(listed))
-    train = open_source(copy / "selection.txt").train  # what was downloaded is a source
+    train = open_source(copy / "selection.txt").train  # the downloaded list is a source
     assert [train.read(i).shape for i in range(len(train))] == [(40, 44, 3)] * len(wanted)
     tab.get_by_role("button", name="Clear").click()
     assert tab.locator("#selection").is_hidden()
 
 
 @pytest.mark.parametrize("width", [1440, 390])
-def test_names_are_text_and_the_page_fits(visit, made, width):
-    tab = visit(made, width)
+def test_names_are_text_and_the_page_fits(visit, page, width):
+    tab = visit(page, width)
     assert "healthy" in tab.locator(".verdict").inner_text()
-    assert (
-        "Nothing </script><script>alert(2)</script> to mend." in tab.locator("#page").inner_text()
-    )
+    assert "Nothing </script><script>alert(2)</script> to fix." in tab.locator("#page").inner_text()
     assert tab.locator("[onerror]").count() == 0 and tab.locator("script").count() == 2
     assert tab.evaluate("document.documentElement.scrollWidth") == width
     assert tab.locator(".accuracies").inner_text().count("71.4\n52.9–84.7") == 1
@@ -438,18 +429,19 @@ def test_names_are_text_and_the_page_fits(visit, made, width):
     tab.get_by_text("epoch 4.5").first.wait_for()
 
 
-def test_a_run_that_has_only_begun_has_a_page(visit, tmp_path):
-    run = Run.create(tmp_path / "run", Recipe())
+def test_an_unfinished_run_has_a_page(visit, tmp_path):
+    recipe = Recipe().replace(image_size=32, mean=[0.5] * 3, std=[0.25] * 3)
+    run = Run.create(tmp_path / "run", recipe.resolve())
     tab = visit(report(run.path, images=False))
     assert (
         tab.locator(".verdict").inner_text() == "unfinished" and tab.locator("section").count() == 1
     )
 
 
-def test_runs_stand_side_by_side_with_what_differs(visit, run, photos, tmp_path):
+def test_several_runs_are_compared(visit, run, photos, tmp_path):
     other = run_folder(tmp_path / "other", photos, seed=7, base_lr=0.2)
     path = report([run.path, other.path], out=tmp_path / "both.html", limit=20)
-    data = held(path)
+    data = page_data(path)
     assert len(data["galleries"]) == 1 and len(data["galleries"][0]["names"]) == 20
     assert data["runs"][0]["map"]["neighbors"] != data["runs"][1]["map"]["neighbors"]
     tab = visit(path)

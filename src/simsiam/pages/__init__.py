@@ -1,5 +1,8 @@
-"""What a person looks at: the report of runs, the preview of views, the comparison of runs.
+"""Pages and pictures for people: reports of runs, previews of views, comparisons of runs.
 
-This package owns pictures and web pages made of run folders and embeddings. It imports `embeddings`, `runs` and what
-stands below them, and nothing that trains. Start with `report`.
+This package owns everything that turns run folders, sources and embeddings into web pages, PNG
+files and printed tables. It may import `embeddings`, `runs` and the packages below them, and
+nothing that trains or evaluates. Start reading with `report`, which writes a page about one or
+several runs: `thumbnails` and `image_map` prepare the images it shows, and `page/` holds its HTML,
+CSS and JavaScript.
 """

@@ -1,8 +1,7 @@
-"""simsiam compare: what differs between runs in how they were made, and in what came of it."""
+"""Compare runs: how their recipes and environments differ, and what results they got."""
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -12,14 +11,26 @@ from rich.table import Table
 from simsiam.errors import UsageError, printable
 from simsiam.runs.run_folder import Run
 
-LAST_STEP_METRICS = ("loss", "z_std_sqrt_d", "z_rank")  # of the last logged step
+LAST_STEP_METRICS = ("loss", "z_std_sqrt_d", "z_rank")  # taken from the last logged step
 ENVIRONMENT_KEYS = ("device", "precision", "threads", "processes", "commit")
 
-ComparisonRows = dict[str, list[Any]]  # a value a run; None where a run has none
+# Row name -> one value per run; None where a run has no such value.
+ComparisonRows = dict[str, list[object]]
 
 
 def compare(runs: Sequence[str | os.PathLike[str]]) -> dict[str, ComparisonRows]:
-    """Tables "recipe", "environment" (where they differ) and "results" (all); prints them. Raises UsageError."""
+    """Print and return tables that compare runs.
+
+    Args:
+        runs: Two or more run folders.
+
+    Returns:
+        The tables "recipe" and "environment", with the rows in which the runs differ, and
+        "results", with all rows.
+
+    Raises:
+        UsageError: Fewer than two runs were given, or a path is not a run folder.
+    """
     if len(runs) < 2:
         raise UsageError("give at least two runs to compare")
     folders = [Run(run) for run in runs]
@@ -32,56 +43,104 @@ def compare(runs: Sequence[str | os.PathLike[str]]) -> dict[str, ComparisonRows]
     return tables
 
 
-def flatten(value: Any, name: str = "") -> dict[str, Any]:
-    """A nested mapping's leaves by path: "method.dim", "method.views.0.blur"."""
-    if isinstance(value, list) and any(isinstance(v, Mapping) for v in value):
+def flatten(value: object, name: str = "") -> dict[str, object]:
+    """Flatten nested mappings into one mapping with dotted names.
+
+    Args:
+        value: A mapping, a list of mappings, or a leaf.
+        name: The dotted name of `value` itself; empty at the top.
+
+    Returns:
+        The leaves by name, such as "method.dim" or "method.views.0.blur".
+    """
+    if isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
         value = dict(enumerate(value))
     if not isinstance(value, Mapping):
         return {name: value}
     return {
-        k: v
-        for key, inner in value.items()
-        for k, v in flatten(inner, f"{name}.{key}".lstrip(".")).items()
+        leaf_name: leaf
+        for key, item in value.items()
+        for leaf_name, leaf in flatten(item, f"{name}.{key}".lstrip(".")).items()
     }
 
 
-def align_rows(columns: Sequence[Mapping[str, Any]]) -> ComparisonRows:
-    return {
-        name: [column.get(name) for column in columns]
-        for name in dict.fromkeys(k for c in columns for k in c)
-    }
+def align_rows(columns: Sequence[Mapping[str, object]]) -> ComparisonRows:
+    """Turn one mapping per run into rows with one value per run.
+
+    Args:
+        columns: The values of each run, by name.
+
+    Returns:
+        A row for each name that any run has, in order of first appearance.
+    """
+    names = dict.fromkeys(name for column in columns for name in column)
+    return {name: [column.get(name) for column in columns] for name in names}
 
 
 def differing_rows(rows: ComparisonRows) -> ComparisonRows:
+    """Keep the rows whose values are not all equal.
+
+    Args:
+        rows: Rows with one value per run.
+
+    Returns:
+        The rows in which at least one value differs from the first.
+    """
     return {
         name: values for name, values in rows.items() if any(value != values[0] for value in values)
     }
 
 
-def environment_values(run: Run) -> dict[str, Any]:
-    here = run.json("environment.json")
-    return {name: here.get(name) for name in ENVIRONMENT_KEYS} | here.get("versions", {})
+def environment_values(run: Run) -> dict[str, object]:
+    """Read the environment in which a run was trained.
+
+    Args:
+        run: The run.
+
+    Returns:
+        The values of `ENVIRONMENT_KEYS`, and the version of each library.
+    """
+    environment = run.json("environment.json")
+    return {key: environment.get(key) for key in ENVIRONMENT_KEYS} | environment.get("versions", {})
 
 
-def result_values(run: Run) -> dict[str, Any]:
-    """The verdict, the monitors' last values, and the accuracy of every evaluation by what was measured."""
+def result_values(run: Run) -> dict[str, object]:
+    """Read the results of a run.
+
+    Args:
+        run: The run.
+
+    Returns:
+        The verdict, the last values of the monitors, and the top-1 accuracy of each evaluation,
+        named by protocol, setting, features, checkpoint and source.
+    """
     summary, lines = run.json("summary.json"), run.metrics()
     knn = summary.get("knn_top1") or {}
-    found = {name: summary.get(name) for name in ("verdict", "steps", "images_per_second")}
-    found |= {name: lines[-1].get(name) if lines else None for name in LAST_STEP_METRICS}
-    found |= {f"knn_top1 {name}": knn.get(name) for name in ("last", "best")}
-    for r in run.evaluations():
-        if "top1" in r:
-            found[
-                f"{r['protocol']} {r['name']}, {r['features']}, {r['checkpoint']}, {r['source']}"
-            ] = r["top1"]
-    return found
+    values = {name: summary.get(name) for name in ("verdict", "steps", "images_per_second")}
+    values |= {name: lines[-1].get(name) if lines else None for name in LAST_STEP_METRICS}
+    values |= {f"knn_top1 {name}": knn.get(name) for name in ("last", "best")}
+    for record in run.evaluations():
+        if "top1" in record:
+            setting = f"{record['protocol']} {record['name']}, {record['features']}"
+            values[f"{setting}, {record['checkpoint']}, {record['source']}"] = record["top1"]
+    return values
 
 
 def print_tables(tables: Mapping[str, ComparisonRows], names: Sequence[str]) -> None:
-    """As tables of 80 columns; of two runs, with the difference of two numbers."""
+    """Print the tables, each with one column per run.
+
+    With two runs, the table of results also has a column with the differences of numbers.
+
+    Args:
+        tables: Rows by the title of their table.
+        names: The headings of the columns, one per run, escaped for rich.
+    """
     console = Console(highlight=False)
-    for title, found in tables.items():
+    for title, rows in tables.items():
+        if not rows:
+            console.print(f"{title}: the same")
+            continue
+        with_difference = title == "results" and len(names) == 2
         table = Table(
             title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0), show_edge=False
         )
@@ -90,21 +149,29 @@ def print_tables(tables: Mapping[str, ComparisonRows], names: Sequence[str]) -> 
             table.add_column(
                 name, overflow="fold", justify="right" if title == "results" else "left"
             )
-        if title == "results" and len(names) == 2:
+        if with_difference:
             table.add_column("difference", justify="right")
-        for name, values in found.items():
+        for row_name, values in rows.items():
             cells = [format_cell(value) for value in values]
-            if title == "results" and len(names) == 2:
-                numbers = all(isinstance(value, int | float) for value in values)
-                cells.append(f"{values[1] - values[0]:+.4g}" if numbers else "")
-            table.add_row(escape(printable(name)), *cells)
-        if found:
-            console.print(table)
-        else:
-            console.print(f"{title}: the same")
+            if with_difference:
+                cells.append(_format_difference(*values))
+            table.add_row(escape(printable(row_name)), *cells)
+        console.print(table)
 
 
-def format_cell(value: Any) -> str:
+def format_cell(value: object) -> str:
+    """Format one value for a table, escaped for rich.
+
+    Args:
+        value: Any value; None becomes a dash.
+    """
     if value is None:
         return "–"
     return f"{value:.5g}" if isinstance(value, float) else escape(printable(str(value)))
+
+
+def _format_difference(first: object, second: object) -> str:
+    """Format second - first, or nothing where one of them is no number."""
+    if isinstance(first, int | float) and isinstance(second, int | float):
+        return f"{second - first:+.4g}"
+    return ""

@@ -1,7 +1,8 @@
-"""Run folders become one web page that needs no network: verdict, results, curves, views, a map of the images, recipe.
+"""Write one web page about one or several runs: verdict, results, curves, views, map, recipe.
 
-All that a run says is on the page as JSON, in an element that is no markup, and the page's script shows it as text. The
-page allows itself that one script, by its digest, and no connection. Nothing here trains.
+The page needs no network. Its data is JSON in an element of its own, and the script of the page
+shows it as text, never as markup. The page's security policy allows this script, identified by its
+digest, and no connections.
 """
 
 import base64
@@ -9,66 +10,75 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from hashlib import sha256
 from importlib.resources import files
-from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TypedDict
 
-import numpy as np
-import torch.nn.functional as F
-from PIL import Image, ImageOps
-from torch import Tensor
+from PIL import Image
 
 from simsiam import __version__
 from simsiam.config.protocols import PROTOCOLS
-from simsiam.data.decode import Unreadable
-from simsiam.data.images import Images, evenly_spaced, measure_sizes, sample
-from simsiam.embeddings.cluster import center_and_normalize, kmeans
-from simsiam.embeddings.search import search_neighbors
+from simsiam.data.images import evenly_spaced, sample
 from simsiam.errors import UsageError, WorkFailed, check_ranges, printable
-from simsiam.model.precision import Compute
-from simsiam.monitoring.features import extract_features
-from simsiam.pages.preview import MIN_SIDE, build_sheet, describe_recipe, to_rgb
-from simsiam.runs.encoder import load
+from simsiam.pages.image_map import MAX_MAP_IMAGES, MIN_MAP_IMAGES, MapData, map_images
+from simsiam.pages.preview import MIN_SIDE, build_sheet, describe_recipe
+from simsiam.pages.thumbnails import (
+    Gallery,
+    GalleryData,
+    build_gallery,
+    encode_gallery,
+    encode_webp,
+    shrink_to_image,
+    webp_data_uri,
+)
+from simsiam.runs.encoder import eval_transform, load
 from simsiam.runs.environment import utc_now
 from simsiam.runs.run_folder import Run
 from simsiam.sources.open_source import Source, open_source
 from simsiam.utils.files import atomic_write
-from simsiam.utils.workers import CPU_CORES
 
-MIN_MAP_IMAGES, MAX_MAP_IMAGES = 5, 20_000  # images on a map
-THUMBNAIL_SIDES = (
-    96,
-    64,
-    48,
-    32,
-)  # of a thumbnail in pixels: the largest with which all fill at most PIXELS
-MAX_THUMBNAIL_PIXELS = 42_000_000  # of 10,000 images 64 x 64; what a browser decodes, sheet by sheet as needed, times 4 bytes
-SHEET_SIDE = 1920  # the side of a sheet of thumbnails in pixels; every one of SIDES divides it
-WEBP_QUALITIES = (80, 60, 40, 20)  # of WebP: the first with which all sheets of a page fit in BYTES
-MAX_THUMBNAIL_BYTES = (
-    14_000_000  # a third more as text; 10,000 images then leave 5 MB of a page's 25 MB for all else
-)
-NUM_NEIGHBORS = 8  # of every image
-MAX_CURVE_POINTS = 1000  # of a curve
+# Bytes of thumbnails on a page. As base64 they take a third more, so a page with 10,000 images has
+# 5 MB left for everything else if it is to stay below 25 MB.
+MAX_THUMBNAIL_BYTES = 14_000_000
+MAX_CURVE_POINTS = 1000  # logged steps in a curve
 MAX_DETECTION_SIDE = 1600  # pixels of a picture of detections
+MAX_UNREADABLE_NAMES = 20  # unreadable files that the page names
 PREVIEW_ROWS, VIEWS_PER_ROW = 6, 8  # images shown with their views, and views of each
+VIEW_QUALITY, DETECTION_QUALITY = 90, 85  # of WebP
 CURVE_NAMES = (
-    "loss", "z_std_sqrt_d", "z_rank", "h_rank", "knn_top1", "knn_top1_z", "lr", "lr_predictor", "view_retrieval",
+    "loss", "z_std_sqrt_d", "z_rank", "h_rank", "knn_top1", "knn_top1_z", "lr", "lr_predictor",
+    "view_retrieval",
 )  # fmt: skip
+SCRIPTS = ("elements.js", "results.js", "curves.js", "images.js", "map.js", "page.js")
+MEASUREMENTS = {"knn_top1", "view_retrieval"}  # keys of lines that a monitor wrote, not a step
+
+Curves = dict[str, list[float | None]]  # columns by name, all of one length
 
 
-@dataclass(frozen=True, kw_only=True)
-class Gallery:
-    """Images of one source that can be read, and their thumbnails."""
+class ViewsData(TypedDict):
+    """Images with their views, as the page reads them."""
 
-    images: Images
-    thumbnails: list[np.ndarray]  # each uint8 (side, side, 3)
-    pixelated: bool  # they are the images' own pixels, not fewer
+    description: list[dict[str, object]]  # {"name": heading, "lines": [...]}
+    pixelated: bool  # whether the pictures are small and shown enlarged
+    rows: list[dict[str, object]]  # {"name": key, "pictures": [data URIs: image, views]}
+
+
+class RunData(TypedDict):
+    """What the page shows of a run."""
+
+    path: str
+    summary: Mapping[str, object]
+    curves: Curves
+    results: list[dict[str, object]]  # evaluation records
+    transfers: list[dict[str, object]]  # transfer records; "shown" is a data URI or None
+    recipe: Mapping[str, object]
+    environment: Mapping[str, object]
+    unreadable: dict[str, object]  # {"count": ..., "first": [...]}
+    views: ViewsData | None
+    map: dict[str, object] | None  # MapData and "gallery", a position in the page's galleries
+    missing: str | None  # why there are no views or no map, if that is an error
 
 
 def report(
@@ -78,54 +88,76 @@ def report(
     limit: int = 3000,
     images: bool = True,
 ) -> Path:
-    """Write one page about a run, or about several side by side; returns its path, report.html in the first run.
+    """Write one page about a run, or about several runs side by side.
 
-    The map has at most `limit` images, spread evenly over what the run learned from; without `images` none is read, and
-    there is no map. A page of that name is replaced. Raises UsageError for a wrong request. What cannot be shown, such
-    as the map of images that have moved, is said in its place.
+    If the views or the map of a run cannot be shown, for example because its images have moved,
+    the page says so in their place.
+
+    Args:
+        runs: One or several run folders.
+        out: The HTML file to write, report.html in the first run by default; an existing file is
+            replaced.
+        limit: The number of images on the map, 5 to 20,000, evenly spaced in the training set.
+        images: Whether to read images; without them the page has no views and no map.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        UsageError: An argument is wrong, or a run folder is damaged.
     """
     folders = [Run(run) for run in ([runs] if isinstance(runs, str | os.PathLike) else runs)]
     if not folders:
-        raise UsageError("a report takes at least one run folder")
+        raise UsageError("give at least one run folder to report on")
     path = Path(out) if out is not None else folders[0].path / "report.html"
+    name = printable(str(path))
     if path.suffix.lower() not in (".html", ".htm") or path.is_dir():
-        raise UsageError(
-            f"--out is {printable(str(path))}: it takes the name of a page that ends in .html"
-        )
+        raise UsageError(f"--out is {name}: give the name of a file ending in .html")
     if not path.parent.is_dir():
-        raise UsageError(
-            f"--out is {printable(str(path))}, and there is no folder {printable(str(path.parent))}"
-        )
+        folder = printable(str(path.parent))
+        raise UsageError(f"--out is {name}, and there is no folder {folder}")
     check_ranges(SimpleNamespace(limit=limit), limit=(MIN_MAP_IMAGES, MAX_MAP_IMAGES))
-    told = [summarize_run(folder) for folder in folders]
-    galleries = add_views_and_maps(folders, told, limit) if images else []
-    content = render_report(
-        {"made": utc_now(), "version": __version__, "runs": told, "galleries": galleries}
+    summaries = [summarize_run(folder) for folder in folders]
+    galleries = add_views_and_maps(folders, summaries, limit) if images else []
+    page = render_report(
+        {"created": utc_now(), "version": __version__, "runs": summaries, "galleries": galleries}
     )
     with atomic_write(path) as part:
-        part.write_text(content, encoding="utf-8")
+        part.write_text(page, encoding="utf-8")
     return path
 
 
-def render_report(data: Mapping[str, Any]) -> str:
-    """The page that shows the data. Whatever the data hold, they cannot end the element they stand in."""
-    part = {
-        name: (files("simsiam") / "page" / f"page.{name}").read_text("utf-8")
-        for name in ("html", "css", "js")
-    }
-    digest = {
-        name: base64.b64encode(sha256(part[name].encode()).digest()).decode()
-        for name in ("css", "js")
-    }
-    made = part["html"].replace("{css-digest}", digest["css"]).replace("{js-digest}", digest["js"])
-    made = made.replace("{css}", part["css"]).replace("{js}", part["js"])
-    return made.replace(
-        "{data}", json.dumps(replace_nonfinite(data), separators=(",", ":")).replace("<", "\\u003c")
-    )
+def render_report(data: Mapping[str, object]) -> str:
+    """Render the page that shows the data.
+
+    Args:
+        data: Anything that JSON can express. No text in it can end the element it is stored in.
+
+    Returns:
+        The HTML of the page.
+    """
+    folder = files("simsiam.pages") / "page"
+    html, css = ((folder / name).read_text("utf-8") for name in ("page.html", "page.css"))
+    js = "\n".join((folder / name).read_text("utf-8") for name in SCRIPTS)
+    text = json.dumps(replace_nonfinite(data), separators=(",", ":")).replace("<", "\\u003c")
+    page = html.replace("{css-digest}", _digest(css)).replace("{js-digest}", _digest(js))
+    return page.replace("{css}", css).replace("{js}", js).replace("{data}", text)
 
 
-def replace_nonfinite(value: Any) -> Any:
-    """The same with null for what is no number: strict JSON."""
+def _digest(text: str) -> str:
+    """Compute the digest by which the page's security policy knows a style or a script."""
+    return base64.b64encode(sha256(text.encode()).digest()).decode()
+
+
+def replace_nonfinite(value: object) -> object:
+    """Replace NaN and infinities by None, which strict JSON can express.
+
+    Args:
+        value: A number, a text, None, or mappings and lists of these.
+
+    Returns:
+        A copy of the value; tuples become lists.
+    """
     if isinstance(value, Mapping):
         return {key: replace_nonfinite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -133,11 +165,18 @@ def replace_nonfinite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-# --- what a run says --------------------------------------------------------------------------------------------------
+# --- what the run folder contains -----------------------------------------------------------------
 
 
-def summarize_run(run: Run) -> dict[str, Any]:
-    """All of a run folder but its images and weights."""
+def summarize_run(run: Run) -> RunData:
+    """Read what the page shows of a run folder, without its views and its map.
+
+    Args:
+        run: The run.
+
+    Raises:
+        UsageError: A file of the run folder is damaged.
+    """
     unreadable = [printable(line) for line in run.read_quarantine()]
     return {
         "path": printable(str(run.path)),
@@ -147,272 +186,147 @@ def summarize_run(run: Run) -> dict[str, Any]:
         "transfers": transfer_records(run),
         "recipe": run.recipe.to_dict(),
         "environment": run.json("environment.json"),
-        "unreadable": {"count": len(unreadable), "first": unreadable[:20]},
+        "unreadable": {"count": len(unreadable), "first": unreadable[:MAX_UNREADABLE_NAMES]},
         "views": None,
         "map": None,
+        "missing": None,
     }
 
 
-def sorted_evaluations(run: Run) -> list[dict[str, Any]]:
-    """All measurements, in the order of the protocols."""
+def sorted_evaluations(run: Run) -> list[dict[str, object]]:
+    """Read all evaluation records of a run, in the order of `PROTOCOLS`.
+
+    Args:
+        run: The run.
+    """
     ranks = {name: rank for rank, name in enumerate(PROTOCOLS)}
     return sorted(run.evaluations(), key=lambda record: ranks.get(record["protocol"], len(ranks)))
 
 
-def transfer_records(run: Run) -> list[dict[str, Any]]:
-    """What detectors made of the backbone are worth, each with its picture or None."""
-    found = []
+def transfer_records(run: Run) -> list[dict[str, object]]:
+    """Read all records of detectors that were trained from a run.
+
+    Args:
+        run: The run.
+
+    Returns:
+        The records, each with its picture under "shown": a data URI, or None if there is none.
+    """
+    records = []
     for record in run.transfers():
+        shown = None
         try:
-            with Image.open(run.path / "transfers" / str(record.get("picture"))) as opened:
-                drawing = opened.convert("RGB")
+            with Image.open(run.path / "transfers" / str(record.get("picture"))) as file:
+                picture = file.convert("RGB")
         except (OSError, ValueError):
-            found.append(record | {"shown": None})
-            continue
-        drawing.thumbnail((MAX_DETECTION_SIDE, MAX_DETECTION_SIDE), Image.Resampling.LANCZOS)
-        found.append(record | {"shown": webp_data_uri(encode_webp(drawing, 85))})
-    return found
+            pass
+        else:
+            picture.thumbnail((MAX_DETECTION_SIDE, MAX_DETECTION_SIDE), Image.Resampling.LANCZOS)
+            shown = webp_data_uri(encode_webp(picture, DETECTION_QUALITY))
+        records.append(record | {"shown": shown})
+    return records
 
 
-def extract_curves(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """CURVES as columns beside `step` and `epoch`, of at most POINTS logged steps and of each measured one."""
-    logged = [i for i, line in enumerate(lines) if not {"knn_top1", "view_retrieval"} & line.keys()]
-    left_out = (
-        set(logged)
-        - {logged[i] for i in evenly_spaced(len(logged), MAX_CURVE_POINTS)}
-        - {len(lines) - 1}
-    )
-    kept = [line for i, line in enumerate(lines) if i not in left_out]
+def extract_curves(lines: Sequence[Mapping[str, float]]) -> Curves:
+    """Collect the curves of a run as columns.
+
+    Args:
+        lines: The lines of metrics.jsonl.
+
+    Returns:
+        "step", "epoch" and those of `CURVE_NAMES` that have values. Of the logged steps at most
+        `MAX_CURVE_POINTS` are kept, evenly spaced; the measurements of monitors and the last line
+        are always kept.
+    """
+    logged = [i for i, line in enumerate(lines) if not MEASUREMENTS & line.keys()]
+    kept_steps = {logged[i] for i in evenly_spaced(len(logged), MAX_CURVE_POINTS)}
+    dropped = set(logged) - kept_steps - {len(lines) - 1}
+    kept = [line for i, line in enumerate(lines) if i not in dropped]
     columns = {
-        key: [round_significant(line.get(key)) for line in kept]
-        for key in ("step", "epoch", *CURVE_NAMES)
+        name: [round_significant(line.get(name)) for line in kept]
+        for name in ("step", "epoch", *CURVE_NAMES)
     }
     return {
-        key: column for key, column in columns.items() if any(value is not None for value in column)
+        name: column
+        for name, column in columns.items()
+        if any(value is not None for value in column)
     }
 
 
 def round_significant(value: float | None) -> float | None:
+    """Round a number to five significant digits.
+
+    Args:
+        value: A number; integers and None stay as they are.
+    """
     return value if value is None or isinstance(value, int) else float(f"{value:.5g}")
 
 
-# --- what it makes of its images --------------------------------------------------------------------------------------
+# --- views and maps -------------------------------------------------------------------------------
 
 
 def add_views_and_maps(
-    runs: Sequence[Run], summaries: Sequence[dict[str, Any]], limit: int
-) -> list[dict[str, Any]]:
-    """Add to each run its views and its map, or why there are none; returns the galleries that the maps refer to.
+    runs: Sequence[Run], summaries: Sequence[RunData], limit: int
+) -> list[GalleryData]:
+    """Add the views and the map of each run to its summary, or the reason why there are none.
 
-    Runs that learned from the same source share a gallery.
+    Args:
+        runs: The runs.
+        summaries: Their summaries; "views", "map" and "missing" are set.
+        limit: The number of images on a map.
+
+    Returns:
+        The galleries that the maps refer to by position. Runs that were trained on the same
+        source share a gallery.
     """
-    sources: dict[tuple[Any, ...], Source] = {}
-    galleries: dict[tuple[Any, ...], Gallery] = {}
-    for run, about in zip(runs, summaries, strict=True):
+    sources: dict[tuple[tuple[str, ...], int], Source] = {}
+    galleries: dict[tuple[tuple[str, ...], int], Gallery] = {}
+    for run, summary in zip(runs, summaries, strict=True):
         key = run.recipe.source, run.recipe.channels
         try:
             if key not in sources:
                 sources[key] = open_source(*key)
-            about["views"] = render_views(run, sources[key])
+            summary["views"] = render_views(run, sources[key])
             encoder = load(run.path)
             if key not in galleries:
                 galleries[key] = build_gallery(sample(sources[key].train, limit))
-            print(f"{about['path']}: mapping {len(galleries[key].images):,} images", flush=True)
-            about["map"] = {
-                "gallery": list(galleries).index(key),
-                **map_images(encoder, galleries[key].images),
-            }
+            images = galleries[key].images
+            print(f"{summary['path']}: mapping {len(images):,} images", flush=True)
+            placed: MapData = map_images(encoder, eval_transform(run.recipe), images)
+            summary["map"] = {"gallery": list(galleries).index(key), **placed}
         except (UsageError, WorkFailed) as error:
-            about["missing"] = (
-                f"no {'map' if about['views'] else 'images'}: {' '.join(str(error).split())}"
-            )
-            print(f"{about['path']}: {about['missing']}", flush=True)
+            part = "map" if summary["views"] else "images"
+            summary["missing"] = f"no {part}: {' '.join(str(error).split())}"
+            print(f"{summary['path']}: {summary['missing']}", flush=True)
     return [
-        encode_gallery(seen, MAX_THUMBNAIL_BYTES // len(galleries)) for seen in galleries.values()
+        encode_gallery(gallery, MAX_THUMBNAIL_BYTES // len(galleries))
+        for gallery in galleries.values()
     ]
 
 
-def render_views(run: Run, source: Source) -> dict[str, Any]:
-    """Images as training sees them, and the recipe that makes their views, in words."""
+def render_views(run: Run, source: Source) -> ViewsData:
+    """Make the views of some images as in training, and describe the recipe they come from.
+
+    Args:
+        run: The run.
+        source: The source of its images.
+
+    Raises:
+        WorkFailed: No image can be read.
+    """
     sheet = build_sheet(run.recipe, source, (), rows=PREVIEW_ROWS, views=VIEWS_PER_ROW)
+
+    def data_uri(pixels) -> str:
+        image = shrink_to_image(pixels, 2 * MIN_SIDE)  # twice the side at which the page shows it
+        return webp_data_uri(encode_webp(image, VIEW_QUALITY))
+
     return {
-        "words": [{"name": name, "lines": lines} for name, lines in describe_recipe(run.recipe)],
+        "description": [
+            {"name": name, "lines": lines} for name, lines in describe_recipe(run.recipe)
+        ],
         "pixelated": len(sheet.rows[0].views[0]) < MIN_SIDE,
         "rows": [
-            {
-                "name": printable(row.key),
-                "pictures": [
-                    webp_data_uri(encode_webp(shrink_to_image(p), 90))
-                    for p in (row.original, *row.views)
-                ],
-            }
+            {"name": printable(row.key), "pictures": [*map(data_uri, (row.original, *row.views))]}
             for row in sheet.rows
         ],
     }
-
-
-def shrink_to_image(pixels: np.ndarray) -> Image.Image:
-    """(H, W, 3) at its own size, or reduced to twice that at which small views are shown."""
-    image = Image.fromarray(pixels)
-    image.thumbnail((2 * MIN_SIDE, 2 * MIN_SIDE), Image.Resampling.LANCZOS)
-    return image
-
-
-def encode_webp(image: Image.Image, quality: int) -> bytes:
-    buffer = BytesIO()
-    image.save(buffer, "WEBP", quality=quality)
-    return buffer.getvalue()
-
-
-def webp_data_uri(image: bytes) -> str:
-    return "data:image/webp;base64," + base64.b64encode(image).decode()
-
-
-def build_gallery(images: Images) -> Gallery:
-    """The readable ones of some images, and a thumbnail of each: its center, which is what a backbone sees of it.
-
-    Raises WorkFailed where none can be read.
-    """
-    fitting = [
-        side for side in THUMBNAIL_SIDES if len(images) * side**2 <= MAX_THUMBNAIL_PIXELS
-    ] or [THUMBNAIL_SIDES[-1]]
-    sizes = measure_sizes(images)
-    side = next(
-        (s for s in reversed(THUMBNAIL_SIDES) if len(sizes) and s >= np.median(sizes.min(1))),
-        THUMBNAIL_SIDES[0],
-    )
-    side = min(side, fitting[0])
-
-    def thumbnail(i: int) -> np.ndarray | str:
-        try:
-            image = Image.fromarray(to_rgb(images.read(i, min_side=side)))
-        except Unreadable as error:
-            return str(error)
-        return np.asarray(ImageOps.fit(image, (side, side), Image.Resampling.LANCZOS))
-
-    with ThreadPoolExecutor(CPU_CORES) as pool:
-        made = list(pool.map(thumbnail, range(len(images))))
-    good = [i for i, found in enumerate(made) if isinstance(found, np.ndarray)]
-    if not good:
-        raise WorkFailed(
-            f"none of the {len(images)} images can be read; the first, {printable(images.keys[0])}: {made[0]}"
-        )
-    thumbnails = [found for found in made if isinstance(found, np.ndarray)]
-    pixelated = bool(len(sizes)) and bool((sizes == side).all())
-    return Gallery(images=images.take(np.array(good)), thumbnails=thumbnails, pixelated=pixelated)
-
-
-def encode_gallery(gallery: Gallery, limit_bytes: int) -> dict[str, Any]:
-    """Names, labels and thumbnails of a gallery for the page: sheets of many, as few as possible, row by row."""
-    side, images = len(gallery.thumbnails[0]), gallery.images
-    across = SHEET_SIDE // side
-    sheets = []
-    for start in range(0, len(images), across**2):
-        part = gallery.thumbnails[start : start + across**2]
-        sheet = np.zeros(
-            (-(-len(part) // across) * side, min(across, len(part)) * side, 3), np.uint8
-        )
-        for place, pixels in enumerate(part):
-            y, x = side * (place // across), side * (place % across)
-            sheet[y : y + side, x : x + side] = pixels
-        sheets.append(Image.fromarray(sheet))
-    for quality in WEBP_QUALITIES:
-        encoded = [encode_webp(sheet, quality) for sheet in sheets]
-        if sum(map(len, encoded)) <= limit_bytes:
-            break
-    return {
-        "names": [printable(images.keys[i]) for i in range(len(images))],
-        "labels": None if images.labels is None else images.labels.tolist(),
-        "classes": [printable(name) for name in images.classes],
-        "side": side,
-        "across": across,
-        "pixelated": gallery.pixelated,
-        "sheets": [webp_data_uri(sheet) for sheet in encoded],
-    }
-
-
-def map_images(encoder: Any, images: Images) -> dict[str, Any]:
-    """Where a backbone puts each image, which others it finds most alike, and clusters of them.
-
-    Raises WorkFailed where images are too few.
-    """
-    if len(images) < MIN_MAP_IMAGES:
-        raise WorkFailed(
-            f"a map takes at least {MIN_MAP_IMAGES} images, and there are {len(images)}"
-        )
-    compute = Compute.pick("auto", "float32")
-    # In float32, for cosines lie close together.
-    found = extract_features(
-        encoder.to(compute.device),
-        images,
-        encoder.transform,
-        compute=compute,
-        progress_label="mapping",
-    )
-    if found.skipped:
-        raise WorkFailed(
-            "{}, which could be read, cannot be read again: {}".format(*found.skipped[0])
-        )
-    h = F.normalize(found.matrices[0], dim=1)
-    cosine, nearest = search_neighbors(h, NUM_NEIGHBORS)
-    layout, xy = project_to_2d(reduce_dimensions(h))
-    return {
-        "layout": layout,
-        "dim": h.shape[1],
-        "x": [round(v, 4) for v in xy[:, 0].tolist()],
-        "y": [round(v, 4) for v in xy[:, 1].tolist()],
-        "clusters": cluster_features(h, len(images.classes)),
-        "neighbors": nearest.tolist(),
-        "cosines": [[round(v, 3) for v in row] for row in cosine.tolist()],
-    }
-
-
-def reduce_dimensions(h: Tensor) -> np.ndarray:
-    """The first 50 principal components, which carry nearly all and make the layout fast."""
-    from sklearn.decomposition import PCA
-
-    return PCA(min(50, *h.shape), random_state=0).fit_transform(h.numpy())
-
-
-def project_to_2d(x: np.ndarray) -> tuple[str, np.ndarray]:
-    """The name of the layout, and points (N, 2) in the unit square: PaCMAP or UMAP where installed, else t-SNE.
-
-    t-SNE alone also takes what lies on a line or in a point, as after a collapse.
-    """
-    plane = x.shape[1] > 1 and x[:, 1].std() > 1e-6
-    name, xy = (plane and (_pacmap(x) or _umap(x))) or _tsne(x)
-    xy = xy - xy.min(0)
-    return name, xy / (xy.max() or 1)
-
-
-def _pacmap(x: np.ndarray) -> tuple[str, np.ndarray] | None:
-    try:
-        from pacmap import PaCMAP
-    except ImportError:
-        return None
-    return "PaCMAP", PaCMAP(random_state=0).fit_transform(x, init="pca")
-
-
-def _umap(x: np.ndarray) -> tuple[str, np.ndarray] | None:
-    try:
-        from umap import UMAP
-    except ImportError:
-        return None
-    return "UMAP", UMAP(random_state=0).fit_transform(x)
-
-
-def _tsne(x: np.ndarray) -> tuple[str, np.ndarray]:
-    """From the first two principal components, so that far apart stays far apart; at random after a collapse."""
-    from sklearn.manifold import TSNE
-
-    start = "pca" if x[:, 0].std() > 1e-6 and x.shape[1] > 1 else "random"
-    return "t-SNE", TSNE(
-        perplexity=min(30, (len(x) - 1) / 3), init=start, random_state=0
-    ).fit_transform(x)
-
-
-def cluster_features(h: Tensor, num_classes: int) -> list[int]:
-    """Those of `simsiam cluster`: as many as classes, or ten, or as few as there are different images."""
-    x = center_and_normalize(h).numpy()
-    count = min(num_classes or 10, len(np.unique(x.round(6), axis=0)))
-    return kmeans(x, count, seed=0).assignments.tolist()

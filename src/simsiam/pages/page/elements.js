@@ -1,0 +1,101 @@
+"use strict";
+// Building blocks. All data comes from one JSON element and becomes text or pixels, never markup.
+
+const data = JSON.parse(document.getElementById("data").textContent);
+const several = data.runs.length > 1;
+
+// --- elements ------------------------------------------------------------------------------------
+
+/** Set attributes ("onclick" adds a listener, "style" takes an object), then append children. */
+function build(node, attributes, children) {
+  for (const [name, value] of Object.entries(attributes)) {
+    if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
+    else if (name === "style") Object.assign(node.style, value);
+    else if (isPresent(value) && value !== false) node.setAttribute(name, value);
+  }
+  node.append(...children.flat(Infinity).filter(isPresent));
+  return node;
+}
+
+function el(tag, attributes = {}, ...children) {
+  return build(document.createElement(tag), attributes, children);
+}
+
+function svg(tag, attributes = {}, ...children) {
+  return build(document.createElementNS("http://www.w3.org/2000/svg", tag), attributes, children);
+}
+
+function section(id, title, note, ...children) {
+  const head = el("div", { class: "head" }, el("h2", {}, title), note && el("small", {}, note));
+  return el("section", { id }, head, ...children);
+}
+
+function swatch(color) {
+  return el("span", { class: "swatch", style: { background: color } });
+}
+
+/** Cells of a table's heading, aligned like numbers where `numeric`. */
+function headings(names, numeric = false) {
+  return names.map((name) => el("th", { class: numeric ? "number" : null }, name));
+}
+
+/** Show what `render(run)` returns for one run; several runs get buttons to switch between them. */
+function runSwitcher(runs, render) {
+  const content = el("div", { class: "stack" });
+  const show = (run) => {
+    content.replaceChildren(render(run));
+    buttons.forEach((button, i) => button.setAttribute("aria-pressed", runs[i] === run));
+  };
+  const buttons = runs.map((run) => el("button", { onclick: () => show(run) }, run.name));
+  show(runs[0]);
+  const row = runs.length > 1 ? el("div", { class: "row" }, buttons) : null;
+  return el("div", { class: "stack" }, row, content);
+}
+
+/** Give each run a color and a name: the last part of its path, or the path if two are equal. */
+function nameRuns() {
+  const names = data.runs.map((run) => run.path.replace(/\/+$/, "").split("/").pop());
+  const unique = new Set(names).size === names.length;
+  data.runs.forEach((run, i) => {
+    run.name = (unique && names[i]) || run.path;
+    run.color = `var(--run-${i % 8})`;
+  });
+}
+
+// --- values as text ------------------------------------------------------------------------------
+
+function isPresent(value) {
+  return value !== null && value !== undefined;
+}
+
+function formatTime(text) {
+  return text ? text.replace("T", " ").replace(/:\d\d(\.\d+)?\+00:00$/, " UTC") : "";
+}
+
+function formatNumber(value, digits = 4) {
+  if (!isPresent(value)) return "–";
+  if (typeof value !== "number") return String(value);
+  if (Number.isInteger(value)) return value.toLocaleString("en-US");
+  if (Math.abs(value) < 1e-3) return value.toExponential(1);
+  return String(Number(value.toPrecision(digits)));
+}
+
+function formatPercent(value) {
+  return isPresent(value) ? value.toFixed(1) : "–";
+}
+
+function formatDuration(seconds) {
+  for (const [unit, length] of [["days", 86400], ["hours", 3600], ["min", 60]]) {
+    if (seconds >= 2 * length) return `${formatNumber(seconds / length, 2)} ${unit}`;
+  }
+  return `${Math.round(seconds)} s`;
+}
+
+/** Any JSON value on one line. */
+function formatValue(value) {
+  if (Array.isArray(value)) return value.map(formatValue).join(" ");
+  if (value && typeof value === "object") {
+    return Object.entries(value).map(([k, v]) => `${k} ${formatValue(v)}`).join(", ");
+  }
+  return isPresent(value) ? String(value) : "–";
+}
