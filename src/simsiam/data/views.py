@@ -254,7 +254,9 @@ def make_views(
         draws = sample_view_params(
             recipe, sizes, seed=seed, step=step, view=view, positions=positions
         )
-        views.append(finish_view(images, draws, size=size, mean=mean, std=std, compiled=compiled))
+        with torch.autocast(images.device.type, enabled=False):  # crop and blur in full precision
+            x = finish_view(images, draws, size=size, mean=mean, std=std, compiled=compiled)
+        views.append(x)
     return views
 
 

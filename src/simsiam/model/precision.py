@@ -79,7 +79,7 @@ class Compute(NamedTuple):
         Raises:
             UsageError: If the device cannot be used here or the precision is unknown.
         """
-        precision = parse_value(precision, SETTING_TYPES["precision"], "precision")
+        precision = str(parse_value(precision, SETTING_TYPES["precision"], "precision"))
         chosen = pick_device(device)
         return cls(chosen, pick_precision(precision, chosen))
 

@@ -36,7 +36,7 @@ def choose_recipe(names: Sequence[str], source: Source) -> tuple[Recipe, list[st
             because,
         ]
     words = recipes.folder_recipe(count, side)
-    stem = recipes.default_stem(words["image_size"])
+    stem = recipes.default_stem(words["image_size"] or 0)  # it is never None here
     crops = f"crops from {words['crop_min']:.0%} of the area"
     return Recipe().replace(**words), [
         f"folder: {words['backbone']}, {stem} stem, views of {words['image_size']} px, {crops}",
