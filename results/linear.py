@@ -25,7 +25,7 @@ from simsiam.evaluation.frozen import (
     sample_per_class,
     split_train_test,
 )
-from simsiam.evaluation.linear import train_on_cached_features
+from simsiam.evaluation.protocol_linear import train_on_cached_features
 from simsiam.model.precision import Compute
 from simsiam.runs.run_folder import Run
 from simsiam.sources.open_source import open_source

@@ -18,7 +18,9 @@ from simsiam.commands.main import main
 from simsiam.config.protocols import Settings
 from simsiam.data.batches import iter_batches
 from simsiam.data.images import from_arrays
-from simsiam.evaluation import few_label, frozen, linear
+from simsiam.evaluation import frozen
+from simsiam.evaluation import protocol_few_label as few_label
+from simsiam.evaluation import protocol_linear as linear
 from simsiam.evaluation.evaluate import EVALUATORS, evaluate
 from simsiam.evaluation.finetune import finetune
 from simsiam.evaluation.scores import score_predictions

@@ -21,7 +21,7 @@ from simsiam.commands.main import main
 from simsiam.config.recipes import Recipe
 from simsiam.data.batches import make_training_views
 from simsiam.data.images import from_arrays
-from simsiam.evaluation import linear
+from simsiam.evaluation import protocol_linear as linear
 from simsiam.laboratory import measure, scales
 from simsiam.laboratory.claims import (
     DOES_NOT_HOLD,

@@ -10,9 +10,9 @@ from timm.optim.lars import Lars
 from torch import nn
 
 from simsiam.config.protocols import Settings
-from simsiam.evaluation import linear
+from simsiam.evaluation import protocol_linear as linear
 from simsiam.evaluation.frozen import FeatureSet, sample_per_class, top5_classes
-from simsiam.evaluation.linear import init_linear, train_heads, train_on_cached_features
+from simsiam.evaluation.protocol_linear import init_linear, train_heads, train_on_cached_features
 from simsiam.model.optimizers import LARS, cosine_schedule
 
 CPU = torch.device("cpu")

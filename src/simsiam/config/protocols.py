@@ -7,13 +7,29 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import inf
+from pathlib import Path
+from pkgutil import iter_modules
 from typing import Literal
 
 from simsiam.config.settings import replace_settings, setting
 from simsiam.errors import UsageError, check_ranges
 
-FROZEN_PROTOCOLS = ("knn", "linear", "few_label", "label_free")  # they leave the backbone as it is
-PROTOCOLS = (*FROZEN_PROTOCOLS, "finetune")
+# The order of results. A protocol that is not listed here comes after these.
+PROTOCOL_ORDER = ("knn", "linear", "few_label", "label_free", "finetune")
+
+
+def _protocol_names() -> tuple[str, ...]:
+    """Names of the modules evaluation/protocol_NAME.py, found without importing them."""
+    folder = Path(__file__).parents[1] / "evaluation"
+    modules = [module.name for module in iter_modules([str(folder)])]
+    names = {name.removeprefix("protocol_") for name in modules if name.startswith("protocol_")}
+    listed = [name for name in PROTOCOL_ORDER if name in names]
+    return (*listed, *sorted(names - set(listed)))
+
+
+PROTOCOLS = _protocol_names()
+# These leave the backbone as it is. They are the default: fine-tuning takes much longer.
+FROZEN_PROTOCOLS = tuple(name for name in PROTOCOLS if name != "finetune")
 
 
 @dataclass(frozen=True, kw_only=True)

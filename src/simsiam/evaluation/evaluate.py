@@ -15,22 +15,24 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from typing_extensions import Unpack
 
+from simsiam.config.keyword_settings import EvaluationSettings
 from simsiam.config.protocols import FROZEN_PROTOCOLS, PROTOCOLS, Settings
 from simsiam.data.images import load_into_memory, sample
 from simsiam.distributed.process_group import distributed_entry_point, rank, rank_zero_only
 from simsiam.errors import UsageError, unknown_name
-from simsiam.evaluation.few_label import evaluate_few_label, plan_draws
-from simsiam.evaluation.finetune_protocol import evaluate_finetune
+from simsiam.evaluation.protocol_few_label import evaluate_few_label, plan_draws
+from simsiam.evaluation.protocol_finetune import evaluate_finetune
 from simsiam.evaluation.frozen import (
     UNTRAINED_NETWORK,
     FrozenNetwork,
     ProtocolResult,
     split_train_test,
 )
-from simsiam.evaluation.knn import evaluate_knn
-from simsiam.evaluation.label_free import evaluate_label_free
-from simsiam.evaluation.linear import evaluate_linear
+from simsiam.evaluation.protocol_knn import evaluate_knn
+from simsiam.evaluation.protocol_label_free import evaluate_label_free
+from simsiam.evaluation.protocol_linear import evaluate_linear
 from simsiam.evaluation.scores import score_predictions
 from simsiam.model.precision import Compute
 from simsiam.runs.encoder import weights_sha256
@@ -69,7 +71,7 @@ def evaluate(
     device: str = "auto",
     precision: str = "auto",
     limit: int | None = None,
-    **overrides: Any,
+    **overrides: Unpack[EvaluationSettings],
 ) -> list[dict[str, Any]]:
     """Measure a run's backbone on a source, by default the run's own; returns the records and prints them as a table.
 

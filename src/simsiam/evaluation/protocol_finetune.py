@@ -7,7 +7,7 @@ import numpy as np
 from simsiam.config.protocols import Settings
 from simsiam.data.images import Images
 from simsiam.errors import UsageError
-from simsiam.evaluation.few_label import plan_draws
+from simsiam.evaluation.protocol_few_label import plan_draws
 from simsiam.evaluation.finetune import finetune
 from simsiam.evaluation.frozen import ProtocolResult
 from simsiam.evaluation.scores import summarize_accuracy
