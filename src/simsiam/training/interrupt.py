@@ -1,12 +1,17 @@
-"""SIGINT and SIGTERM during training: the step ends and is saved first."""
+"""SIGINT and SIGTERM during training: the step ends and is saved before the program stops."""
 
 import signal
 import threading
+from types import TracebackType
 from typing import Any
 
 
 class InterruptHandler:
-    """Remembers SIGINT or SIGTERM instead of obeying at once, so that a step can end and be saved; twice, it obeys."""
+    """A context in which SIGINT and SIGTERM are stored in `signum` and do not end the program.
+
+    A second signal of the same kind has its usual effect. Outside the main thread, signals are left
+    alone.
+    """
 
     def __init__(self) -> None:
         self.signum = 0
@@ -14,21 +19,24 @@ class InterruptHandler:
 
     def __enter__(self) -> "InterruptHandler":
         if threading.current_thread() is threading.main_thread():
-            self.previous_handlers = {
-                number: signal.signal(number, self._handle_signal)
-                for number in (signal.SIGINT, signal.SIGTERM)
-            }
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                self.previous_handlers[signum] = signal.signal(signum, self._handle_signal)
         return self
 
     def _handle_signal(self, signum: int, frame: object) -> None:
         self.signum = signum
         signal.signal(signum, self.previous_handlers[signum])
 
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self.previous_handlers.items():
-            signal.signal(number, handler)
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for signum, handler in self.previous_handlers.items():
+            signal.signal(signum, handler)
 
     def raise_pending(self) -> None:
-        """Obey now, at the end of the work, a signal that came too late to stop it: more may follow."""
+        """Send a stored signal to this process again, now that the work is saved."""
         if self.signum:
             signal.raise_signal(self.signum)

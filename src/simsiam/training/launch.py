@@ -1,12 +1,13 @@
-"""Starting, continuing and finishing a pretraining run: the public functions `pretrain` and `resume`."""
+"""Starting, continuing and finishing a pretraining run: `pretrain` and `resume`."""
 
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
+from typing_extensions import Unpack
 
+from simsiam.config.keyword_settings import PretrainSettings
 from simsiam.config.recipes import Recipe
 from simsiam.distributed.process_group import distributed_entry_point, rank_zero_only, world_size
 from simsiam.errors import UsageError, WorkFailed
@@ -32,15 +33,15 @@ def pretrain(
     *,
     recipe: str | Recipe | None = None,
     out: str | os.PathLike[str] | None = None,
-    **overrides: Any,
+    **overrides: Unpack[PretrainSettings],
 ) -> Path:
     """Pretrain a backbone on images without labels.
 
     Under torchrun all processes make one run, and continue it when they are started again.
 
     Args:
-        source: A name, a folder, a list, an archive or shards; several folders are one set. The default is the
-            recipe's own source, else the embedded set "shapes".
+        source: A name, a folder, a list, an archive or shards; several folders are one set. The
+            default is the recipe's own source, else the embedded set "shapes".
         recipe: The name of a recipe, a YAML file, or a `Recipe`. By default the source decides.
         out: The run folder; it must not exist. The default is runs/SOURCE-METHOD-N.
         **overrides: Any setting of the recipe, under the name of its flag with underscores.
@@ -68,7 +69,8 @@ def resume(path: str | os.PathLike[str], *, epochs: int | None = None) -> Path:
 
     Args:
         path: The run folder.
-        epochs: A larger number of epochs extends the run; its learning rate schedule is stretched, which is printed.
+        epochs: A larger number of epochs extends the run; its learning rate schedule is stretched,
+            which is printed.
 
     Returns:
         The path of the run folder.
@@ -96,7 +98,7 @@ def resume(path: str | os.PathLike[str], *, epochs: int | None = None) -> Path:
 
 
 def train_run(run: Run, data: RunData, setup: TrainingSetup, messages: list[str]) -> None:
-    """Train a run from its last checkpoint, or from the start, to its last step, and finish its folder.
+    """Train a run from its last checkpoint, or from the start, to its end; finish its folder.
 
     Args:
         run: The run folder, held by this process.

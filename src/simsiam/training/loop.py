@@ -1,7 +1,8 @@
 """The training loop: pretraining, fine-tuning, detection and linear evaluation on crops run in it.
 
-A `Training` says what one step is, what is measured and where its state goes. The loop does what they have in common:
-progress, signals, checks that the loss is finite, logging, and checkpoints, in agreement across all processes.
+A `Training` says what one step is, what is measured and where its state goes. The loop does what
+they have in common: progress, signals, checks that the loss is finite, logging, and checkpoints, in
+agreement across all processes.
 """
 
 from abc import ABC, abstractmethod
@@ -126,7 +127,7 @@ class Outcome:
 
 
 def run_training(training: Training, messages: Sequence[str] = ()) -> Outcome:
-    """Train from `training.step` to `training.steps`, or until a signal arrives or the loss diverges.
+    """Train to the last step, or until a signal arrives or the loss diverges.
 
     Args:
         training: What to train.

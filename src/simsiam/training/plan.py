@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from typing_extensions import Unpack
 
+from simsiam.config.keyword_settings import PretrainSettings
 from simsiam.config.method import BN_SPLITS
 from simsiam.config.recipes import Recipe, ResolvedRecipe
 from simsiam.data.batches import steps_per_epoch
@@ -53,7 +55,7 @@ def plan(
     bench: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
     out: str | os.PathLike[str] | None = None,
     recipe: str | Recipe | None = None,
-    **settings: Any,
+    **settings: Unpack[PretrainSettings],
 ) -> dict[str, Any]:
     """Print what pretraining on a source would take, and return it; `words` change the recipe as in `pretrain`.
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
+from typing_extensions import override
 
 from simsiam.data.batches import ViewBatch, iter_batches, steps_per_epoch
 from simsiam.model.optimizers import set_lr
@@ -13,6 +14,8 @@ from simsiam.monitoring.label_free_monitor import label_free_monitor
 from simsiam.monitoring.nearest_neighbors import knn_monitor
 from simsiam.runs.encoder import eval_transform
 from simsiam.runs.journal import MetricsLogger
+from simsiam.runs.records import TrainingState
+from simsiam.runs.records import TrainingState
 from simsiam.runs.run_folder import Run
 from simsiam.training.loop import SkippedFiles, Training
 from simsiam.training.prepare import RunData, TrainingSetup, initialize_eta
@@ -37,7 +40,7 @@ class Pretraining(Training):
         run: Run,
         data: RunData,
         setup: TrainingSetup,
-        state: dict[str, Any],
+        state: TrainingState,
         logger: MetricsLogger,
     ):
         recipe = run.recipe
@@ -52,15 +55,18 @@ class Pretraining(Training):
         self.save_seconds = recipe.save_seconds
         self.step, self.seconds = state["step"], state["seconds"]
 
+    @override
     def begin(self) -> None:
         if "model" not in self.state:
             initialize_eta(self.model, self.data.train, self.run.recipe, self.compute)
         self.save("last")
 
+    @override
     def batches(self) -> Iterator[ViewBatch]:
         device = self.compute.device
         return iter_batches(self.data.train, self.run.recipe, self.step, self.steps, device)
 
+    @override
     def train_step(self, batch: ViewBatch) -> Tensor:
         recipe, index = self.run.recipe, batch.index.to(self.compute.device)
         warmup = recipe.method.warmup_epochs * self.steps_per_epoch
@@ -73,10 +79,12 @@ class Pretraining(Training):
         self.model.after_step(self.output, batch.step, index)
         return self.output.loss
 
+    @override
     def metrics(self) -> dict[str, Any]:
         lr = {"lr": self.lr["encoder"], "lr_predictor": self.lr.get("predictor")}
         return lr | compute_gauges(self.output) | {"grad_norm": grad_norm(self.model)}
 
+    @override
     def measure(self) -> dict[str, Any]:
         recipe, knn = self.run.recipe, self.state["knn"]
         model, transform, compute = self.model, eval_transform(recipe), self.compute
@@ -97,14 +105,17 @@ class Pretraining(Training):
             self.save("best")
         return signals.values | top1
 
+    @override
     def log(self, record: dict[str, Any]) -> None:
         self.logger.log(record)
 
+    @override
     def save(self, name: str) -> None:
         weights = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
         progress = {"step": self.step, "seconds": self.seconds}
         self.run.save(name, self.state | weights | progress)
 
+    @override
     def record_unreadable(self, files: SkippedFiles) -> None:
         total = self.data.total_images
         images_seen = min(max(self.step * self.batch_size, total // 10), total)

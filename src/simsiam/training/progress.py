@@ -1,9 +1,8 @@
-"""One line that says how a run is doing: a live bar on a terminal, a plain line now and then elsewhere."""
+"""Progress of a training: a live line on a terminal, plain lines in a file; and its clock."""
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -12,55 +11,70 @@ from simsiam.distributed.process_group import rank
 from simsiam.errors import printable
 
 
+# What the line shows after the time left, in this order, where it is known.
+FORMATS = {
+    "images_per_second": "{:.0f}/s",
+    "data_wait": "wait {:.0%}",
+    "loss": "loss {:.2f}",
+    "z_std_sqrt_d": "std {:.2f}",
+    "view_retrieval": "views {:.0f}%",
+    "knn_top1": "kNN {:.1f}",
+    "val_top1": "val {:.1f}",
+}
+
+
 class ProgressLine:
-    """Epochs, time left, images/s, share of time spent waiting for data, loss, z std times sqrt d, views that find each
-    other, and the last kNN: 80 columns.
+    """A line of 80 columns with epochs, time left, and the values named in `FORMATS`.
+
+    Args:
+        start_step: Steps that were done before.
+        steps: Steps of the whole training.
+        steps_per_epoch: Steps in an epoch.
     """
 
     def __init__(self, start_step: int, steps: int, steps_per_epoch: int):
         self.start_step, self.steps, self.steps_per_epoch = start_step, steps, steps_per_epoch
         self.start_time, self.last_printed_step = time.monotonic(), start_step
-        self.values: dict[str, Any] = {}
+        self.values: dict[str, float] = {}
         self.console = Console(stderr=True, highlight=False, quiet=rank() != 0)
         self.progress = Progress(
-            TextColumn("{task.fields[epochs]}"), BarColumn(5), TextColumn("{task.fields[words]}"),
-            console=self.console, disable=not self.console.is_terminal,
-        )  # fmt: skip
+            TextColumn("{task.fields[epochs]}"),
+            BarColumn(5),
+            TextColumn("{task.fields[text]}"),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
         self.task = self.progress.add_task(
-            "", total=steps, completed=start_step, epochs="", words="starting"
+            "", total=steps, completed=start_step, epochs="", text="starting"
         )
 
-    def update(self, step: int, values: Mapping[str, Any]) -> None:
-        """Say where the run is; values not given keep what was said last."""
-        self.values |= {k: v for k, v in values.items() if v is not None}
-        left = (
-            (time.monotonic() - self.start_time)
-            / max(1, step - self.start_step)
-            * (self.steps - step)
-        )
+    def update(self, step: int, values: Mapping[str, float | None]) -> None:
+        """Show a step and new values.
+
+        Args:
+            step: Steps done so far.
+            values: New values by name; values that are missing or None keep what was shown last.
+        """
+        self.values |= {name: value for name, value in values.items() if value is not None}
+        elapsed = time.monotonic() - self.start_time
+        left = elapsed / max(1, step - self.start_step) * (self.steps - step)
         epochs = f"{step / self.steps_per_epoch:.4g}/{self.steps / self.steps_per_epoch:.4g}"
-        words = f"{int(left // 60)}:{int(left % 60):02d} left " + " ".join(
-            form.format(self.values[name])
-            for name, form in {
-                "images_per_second": "{:.0f}/s",
-                "data_wait": "wait {:.0%}",
-                "loss": "loss {:.2f}",
-                "z_std_sqrt_d": "std {:.2f}",
-                "view_retrieval": "views {:.0f}%",
-                "knn_top1": "kNN {:.1f}",
-                "val_top1": "val {:.1f}",
-            }.items()
-            if name in self.values
-        )
-        self.progress.update(self.task, completed=step, epochs=epochs, words=words)
-        if not self.console.is_terminal and (
-            step - self.last_printed_step >= self.steps / 10 or step == self.steps
-        ):
+        shown = [
+            form.format(self.values[name]) for name, form in FORMATS.items() if name in self.values
+        ]
+        text = f"{int(left // 60)}:{int(left % 60):02d} left {' '.join(shown)}"
+        self.progress.update(self.task, completed=step, epochs=epochs, text=text)
+        tenth_done = step - self.last_printed_step >= self.steps / 10
+        if not self.console.is_terminal and (tenth_done or step == self.steps):
             self.last_printed_step = step
-            self.console.print(f"epoch {epochs} {words}", soft_wrap=True)
+            self.console.print(f"epoch {epochs} {text}", soft_wrap=True)
 
     def print_line(self, text: str) -> None:
-        """A line that stays above the bar."""
+        """Print a line above the progress line.
+
+        Args:
+            text: The line.
+        """
         self.console.print(printable(text), soft_wrap=True, markup=False)
 
     def __enter__(self) -> "ProgressLine":
@@ -72,12 +86,24 @@ class ProgressLine:
 
 
 def format_labeled_lines(label: str, lines: Sequence[str]) -> list[str]:
-    """Lines that say one thing, its name before the first."""
+    """Put a label before the first line and indent the others.
+
+    Args:
+        label: Up to eight characters.
+        lines: The lines.
+
+    Returns:
+        The lines, aligned.
+    """
     return [f"{label if i == 0 else '':<8} {line}" for i, line in enumerate(lines)]
 
 
 class Stopwatch:
-    """Training time: seconds, images and waiting, without what `paused` spends on measurements and checkpoints."""
+    """Training time, images and waiting, without the time spent inside `paused`.
+
+    Args:
+        seconds: Training time so far.
+    """
 
     def __init__(self, seconds: float = 0.0):
         self.seconds, self.images, self.wait_seconds = seconds, 0, 0.0
@@ -85,36 +111,47 @@ class Stopwatch:
         self.last_totals = (seconds, 0, 0.0)
 
     def record_step(self, images: int, wait_seconds: float) -> None:
-        """One step is done."""
-        clock = time.monotonic()
-        self.seconds += clock - self.last_time
-        self.last_time, self.images, self.wait_seconds = (
-            clock,
-            self.images + images,
-            self.wait_seconds + wait_seconds,
-        )
+        """Count one step.
+
+        Args:
+            images: Images in its batch.
+            wait_seconds: Seconds that it waited for the batch.
+        """
+        now = time.monotonic()
+        self.seconds += now - self.last_time
+        self.last_time = now
+        self.images += images
+        self.wait_seconds += wait_seconds
 
     @contextmanager
     def paused(self) -> Iterator[None]:
+        """Leave out the time spent in this context."""
         yield
         self.last_time = time.monotonic()
 
     def rates(self) -> dict[str, float]:
-        """Images (not views) per second and the share of time spent waiting for data, since the last call."""
-        (seconds, images, waited), self.last_totals = (
-            self.last_totals,
-            (self.seconds, self.images, self.wait_seconds),
-        )
+        """Return the rates since the last call.
+
+        Returns:
+            `images_per_second` counts images, not views; `data_wait` is the share of time spent
+            waiting for data.
+        """
+        totals = (self.seconds, self.images, self.wait_seconds)
+        (seconds, images, wait), self.last_totals = self.last_totals, totals
         elapsed = max(self.seconds - seconds, 1e-9)
         return {
             "images_per_second": (self.images - images) / elapsed,
-            "data_wait": (self.wait_seconds - waited) / elapsed,
+            "data_wait": (self.wait_seconds - wait) / elapsed,
         }
 
     def save_due(self, interval: float) -> bool:
-        """True, and the count starts again, if so many seconds have passed since it last was true.
+        """Return whether a checkpoint is due, and start the interval again if so.
 
-        Of several processes the first one's clock counts.
+        Args:
+            interval: Seconds between checkpoints.
+
+        Returns:
+            Whether so much time has passed on rank zero; False on other ranks.
         """
         if rank() != 0 or time.monotonic() - self.last_save_time < interval:
             return False

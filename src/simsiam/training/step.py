@@ -1,4 +1,4 @@
-"""A step's gradients: Algorithm 1 from the views to the backward pass, and how one GPU is kept busy with it."""
+"""The gradients of one step: Algorithm 1 from the views to the backward pass."""
 
 from collections.abc import Sequence
 from copy import copy
@@ -15,44 +15,58 @@ from simsiam.model.siamese import Output, Siamese
 from simsiam.training.prepare import TrainingSetup
 
 GRAPH_WARMUP_STEPS = (
-    3  # steps before a graph is recorded: libraries load and choose their kernels in the first ones
+    3  # before a graph is recorded: libraries choose their kernels in the first ones
 )
 
 
 class GradientStep:
-    """Call it with a batch's views and index: the gradients of its loss replace those that the parameters had.
+    """Computes the gradients of a batch's loss; they replace those that the parameters had.
 
-    What the network made is returned, cut off from autograd; on CUDA it is good until the next call. There the
-    thousands of small kernels of a step are recorded once, as a CUDA graph, and from then on launched as one: the same
-    kernels in the same order, so the same bits. Several processes, whose gradients meet on the way, launch them singly.
+    On CUDA the thousands of small kernels of a step are recorded once as a CUDA graph and then
+    launched as one: the same kernels in the same order, so the results have the same bits. With
+    several processes, whose gradients are averaged during the backward pass, kernels are launched
+    one by one.
+
+    Args:
+        network: The model, perhaps wrapped for several processes.
+        compute: Device and precision.
     """
 
     def __init__(self, network: nn.Module, compute: Compute):
         self.network, self.compute = network, compute
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.warmup_calls_left = (
-            GRAPH_WARMUP_STEPS if compute.device.type == "cuda" and world_size() == 1 else -1
-        )  # calls until it is recorded; -1: for ever
+        record = compute.device.type == "cuda" and world_size() == 1
+        self.warmup_calls_left = GRAPH_WARMUP_STEPS if record else -1  # -1: never record
 
     def __call__(self, views: Sequence[Tensor], index: Tensor, weight: float = 1.0) -> Output:
+        """Compute the loss of a batch and its gradients.
+
+        Args:
+            views: One tensor (N, C, H, W) for each view, normalized, on the device.
+            index: Positions (N,) of the images in the training set, int64.
+            weight: Factor of the loss.
+
+        Returns:
+            What the network computed, detached. On CUDA it is valid until the next call.
+        """
         if self.warmup_calls_left:
             self.warmup_calls_left -= self.warmup_calls_left > 0
             return self.compute_gradients(views, index, weight)
         if self.graph is None:
             self.static_inputs = [view.clone() for view in views], index.clone()
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(
-                self.graph, capture_error_mode="thread_local"
-            ):  # a loader's thread pins memory
+            # thread_local: the thread of a data loader may pin memory meanwhile.
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
                 self.static_output = self.compute_gradients(*self.static_inputs, weight)
-        for mine, new in zip(
+        for static, new in zip(
             [*self.static_inputs[0], self.static_inputs[1]], [*views, index], strict=True
         ):
-            mine.copy_(new)
+            static.copy_(new)
         self.graph.replay()
         return self.static_output
 
     def compute_gradients(self, views: Sequence[Tensor], index: Tensor, weight: float) -> Output:
+        """Do the same without a graph."""
         with self.compute.autocast():
             output = self.network(*views, index=index)
         self.network.zero_grad()
@@ -63,15 +77,29 @@ class GradientStep:
 
 
 def build_gradient_step(recipe: ResolvedRecipe, setup: TrainingSetup) -> GradientStep:
-    """A run's way to its gradients."""
+    """Build the gradient step of a run.
+
+    Args:
+        recipe: The recipe; `compile` asks for a compiled backbone.
+        setup: Model, device and precision.
+
+    Returns:
+        The gradient step.
+    """
     network = compile_backbone(setup.model) if recipe.compile else setup.model
     return GradientStep(wrap_ddp(network), setup.compute)
 
 
 def compile_backbone(model: Siamese) -> Siamese:
-    """The same model, its weights too, with the kernels that torch.compile makes of its backbone; itself where none.
+    """Return the model with its backbone compiled, sharing all weights.
 
     The backbone takes nearly all of the time, and is compiled once for all views.
+
+    Args:
+        model: The model.
+
+    Returns:
+        A copy with the same parameters; the model itself where torch.compile does not work.
     """
     if not compile_works(next(model.parameters()).device):
         return model
