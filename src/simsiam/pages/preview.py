@@ -218,9 +218,7 @@ def describe_images(
         unreadable: The key and the reason of images that could not be read.
     """
     classes = f" in {len(images.classes)} classes" if images.classes else ""
-    lines = [
-        f"{len(images):,} training images{classes}; {len(shown)} of them, evenly spaced, below"
-    ]
+    lines = [f"{len(images):,} training images{classes}; {len(shown)} shown, evenly spaced"]
     if unreadable:
         key, reason = unreadable[0]
         lines.append(
