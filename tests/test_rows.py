@@ -210,7 +210,7 @@ def test_harmless_cells_are_not():
 
 
 def test_supervised_needs_labels_that_fit(tmp_path):
-    with pytest.raises(UsageError, match="10 classes: dim is 4"):
+    with pytest.raises(UsageError, match="at most dim = 4 classes; shapes has 10 classes"):
         simsiam.pretrain("shapes", method="supervised", **QUICK | {"dim": 4})
     source = open_source("shapes")
     unlabeled = replace(source, train=replace(source.train, labels=None))
