@@ -163,14 +163,14 @@ MUTATIONS = [
     m(
         "let an image be its own negative",
         "model/losses",
-        ".masked_fill(itself, -math.inf)",
+        ".masked_fill(same_image, -math.inf)",
         "",
         "criteria.py::test_directed_nt_xent_averages_to_the_full_loss",
     ),
     m(
         "negatives of the same view from t",
         "model/losses",
-        "p @ others.T",
+        "p @ predictions.T",
         "p @ targets.T",
         "criteria.py::test_with_a_predictor_the_negatives_of_the_same_view_are_predictions",
     ),
@@ -381,8 +381,8 @@ MUTATIONS = [
     m(
         "keys dealt within a process",
         "model/targets",
-        "every = {j: all_gather(view) for j, view in views.items()}",
-        "every, mine = views, slice(None)",
+        "gathered = {j: all_gather(view) for j, view in views.items()}",
+        "gathered, rows = views, slice(None)",
         "processes.py::test_several_processes_compute_what_one_does[split]",
     ),
     m(
@@ -402,7 +402,7 @@ MUTATIONS = [
     m(
         "go on with another recipe's run",
         "runs/run_folder",
-        'if read_recipe(path / "recipe.yaml") == recipe:',
+        'if read_recipe(path / "recipe.yaml").resolve() == recipe:',
         "if True:",
         "processes.py::test_under_torchrun_a_run_of_the_same_recipe_is_gone_on_with",
     ),
@@ -410,8 +410,8 @@ MUTATIONS = [
     m(
         "swap momentum's shares",
         "model/targets",
-        "mine.lerp_(new, 1 - m)",
-        "mine.lerp_(new, m)",
+        "copied.lerp_(new, 1 - m)",
+        "copied.lerp_(new, m)",
         "targets.py::test_momentum_is_an_exponential_average_in_training_mode",
     ),
     m(
@@ -473,8 +473,8 @@ MUTATIONS = [
     m(
         "keys in their queries' company",
         "model/targets",
-        "% BN_SPLITS).argsort(stable=True)",
-        "* 0).argsort(stable=True)",
+        "(images % BN_SPLITS).argsort(stable=True)",
+        "(images * 0).argsort(stable=True)",
         "targets.py::test_split_statistics_are_an_eighths_and_the_copys_company_differs",
     ),
     m(
@@ -630,7 +630,7 @@ MUTATIONS = [
         "blocks that are never let go",
         "data/shards",
         "for b in wanted.tolist()}",
-        "for b in wanted.tolist()} | dict(self.held)",
+        "for b in wanted.tolist()} | dict(self.loaded_blocks)",
         "shards.py::test_each_block_is_read_about_once_an_epoch[1]",
     ),
     m(
@@ -678,15 +678,15 @@ MUTATIONS = [
     m(
         "unpack anything",
         "data/shards",
-        "if found[-1] > limit:",
+        "if size > limit:",
         "if False:",
         "shards.py::test_parquet_that_unpacks_to_gigabytes_is_refused_or_read_a_block_at_a_time",
     ),
     m(
         "a copy of each equal image",
         "sources/open_source",
-        "metadata=parquet.metadata, read_dictionary=[image])",
-        "metadata=parquet.metadata)",
+        '{"metadata": parquet.metadata, "read_dictionary": [image]}',
+        '{"metadata": parquet.metadata}',
         "shards.py::test_parquet_that_unpacks_to_gigabytes_is_refused_or_read_a_block_at_a_time",
     ),
     # faults
@@ -700,8 +700,8 @@ MUTATIONS = [
     m(
         "trust the weights' bytes",
         "runs/weight_files",
-        "about[CHECKSUM_KEY] != tensors_sha256(tensors)",
-        "about[CHECKSUM_KEY] == 0",
+        "metadata[CHECKSUM_KEY] != tensors_sha256(tensors)",
+        "metadata[CHECKSUM_KEY] == 0",
         "faults.py::test_weights_carry_their_checksum",
     ),
     m(
@@ -812,7 +812,7 @@ MUTATIONS = [
     ),
     m(
         "keep any export",
-        "exports/export",
+        "exports/format",
         "if not delta <= TOLERANCE",
         "if delta != delta <= TOLERANCE",
         "export.py::test_a_wrong_export_is_not_kept[safetensors]",
@@ -856,8 +856,8 @@ MUTATIONS = [
     m(
         "forget when files changed",
         "sources/disk_cache",
-        "about.update(repr(batch",
-        "about.copy().update(repr(batch",
+        "digest.update(repr(batch",
+        "digest.copy().update(repr(batch",
         "disk_cache.py::test_what_changes_is_decoded_anew_and_the_old_file_goes",
     ),
     m(
@@ -950,7 +950,7 @@ MUTATIONS = [
         "detection/train_detector",
         "            seed_step(seed, step)\n",
         "            pass\n",
-        "transfer.py::test_stopped_it_goes_on_bit_for_bit",
+        "transfer.py::test_a_stopped_transfer_continues_bit_for_bit",
     ),
     m(
         "keep moving averages",
@@ -962,9 +962,9 @@ MUTATIONS = [
     m(
         "choose the lr on the test set",
         "detection/transfer",
-        "validation_ap(tried, parts.val",
-        "validation_ap(tried, parts.test",
-        "transfer.py::test_the_lr_is_the_best_on_val_and_a_diverged_one_is_out",
+        "validation_ap(model, self.splits.val",
+        "validation_ap(model, self.splits.test",
+        "transfer.py::test_the_lr_is_the_best_on_val_and_never_a_diverged_one",
     ),
     m(
         "decay by half",

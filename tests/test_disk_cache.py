@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 
 from simsiam.config.recipes import Recipe
-from simsiam.data import images as images_module
+from simsiam.data import storage
 from simsiam.data.batches import iter_batches, min_decode_side
-from simsiam.sources.disk_cache import DiskCachedImages, with_disk_cache
+from simsiam.sources.disk_cache import DiskCache, with_disk_cache
 from simsiam.sources.open_source import open_source
 from simsiam.training.prepare import prepare_data
 
@@ -68,11 +68,11 @@ def decoded_in_training(r: Recipe, monkeypatch) -> set[str]:
 
     def decode(file, *more):
         found.add(Path(file).name)
-        return images_module.decode_image.plain(file, *more)
+        return storage.decode_image.plain(file, *more)
 
-    decode.plain = images_module.decode_image
+    decode.plain = storage.decode_image
     with monkeypatch.context() as patch:
-        patch.setattr(images_module, "decode_image", decode)
+        patch.setattr(storage, "decode_image", decode)
         list(iter_batches(data.train, r, 0, 10, CPU))
     return found
 
@@ -177,7 +177,7 @@ def test_a_full_disk_costs_a_line(photos, kept, capfd):
         found = seen(recipe(photos))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert capfd.readouterr().err.count("not kept decoded on disk: cannot write") == 1
+    assert capfd.readouterr().err.count("decoded images are not cached on disk: cannot write") == 1
     assert [path.name for path in kept.iterdir()] == ["lock"] and found == seen(
         recipe(photos, disk_cache_gib=0)
     )
@@ -186,15 +186,16 @@ def test_a_full_disk_costs_a_line(photos, kept, capfd):
 def test_a_process_that_is_not_forked_maps_the_file_itself(photos, kept):
     r = recipe(photos)
     train = prepare_data(r, open_source(r.source)).train
-    assert isinstance(train, DiskCachedImages)
+    assert isinstance(train.storage, DiskCache)
+    min_side = train.storage.min_side
     sent = pickle.dumps(train)
     assert len(sent) < 20_000
     again = pickle.loads(sent)
-    assert len(again.decoded) == N - 1 and np.array_equal(
-        again.read(3, again.least), train.read(3, train.min_side)
+    assert len(again.storage.pixel_file) == N - 1 and np.array_equal(
+        again.read(3, min_side), train.read(3, min_side)
     )
     next(kept.glob("*.npy")).unlink()
-    assert np.array_equal(pickle.loads(sent).read(3, again.least), train.read(3, train.min_side)), (
+    assert np.array_equal(pickle.loads(sent).read(3, min_side), train.read(3, min_side)), (
         "then it decodes"
     )
 
@@ -203,6 +204,7 @@ def test_images_taken_from_it_keep_their_pixels(photos, monkeypatch):
     r = recipe(photos)
     train = prepare_data(r, open_source(r.source)).train
     some = train.take(np.array([30, 2, 11])).take([2, 0])
-    monkeypatch.delattr(images_module, "decode")
-    assert np.array_equal(some.read(0, some.least), train.read(11, train.least))
-    assert np.array_equal(some.read(1, some.least), train.read(30, train.least))
+    monkeypatch.delattr(storage, "decode_image")
+    min_side = train.storage.min_side
+    assert np.array_equal(some.read(0, min_side), train.read(11, min_side))
+    assert np.array_equal(some.read(1, min_side), train.read(30, min_side))

@@ -9,17 +9,22 @@ from PIL import Image
 from test_decode import encode, npy, picture, same
 from test_sources import files_below, parquet, tarred, tree, zipped
 
+from simsiam.config.recipes import Recipe
+from simsiam.data.batches import iter_batches
 from simsiam.data.images import (
     Images,
     evenly_spaced,
+    from_arrays,
     hold_out,
     load_into_memory,
     measure_sizes,
     sample,
 )
-from simsiam.data.storage import numbered_keys
+from simsiam.data.storage import PixelArray, Storage, numbered_keys
 from simsiam.errors import UsageError, WorkFailed
-from simsiam.sources.open_source import open_source
+from simsiam.sources.file_index import load_index
+from simsiam.sources.open_source import Source, open_source
+from simsiam.sources.write_shards import write_shards
 
 
 def one_line(error):
@@ -40,11 +45,8 @@ def test_broken_files_are_dropped_and_listed_while_the_good_ones_stay(tmp_path):
     images = open_source(tmp_path).train
     decoded, left_out = load_into_memory(images, 10**6, threads=2)
     good = [name for name in names[:-1] if name not in bad]
-    assert (
-        list(decoded.keys) == good
-        and decoded.pixels.shape == (8, 3, 8, 8)
-        and decoded.encoded is None
-    )
+    assert list(decoded.keys) == good and decoded.pixels.shape == (8, 3, 8, 8)
+    assert isinstance(decoded.storage, PixelArray)
     assert decoded.labels.tolist() == [0] * 4 + [1] * 4 and decoded.classes == ("cat", "dog")
     assert dict(left_out).keys() == bad.keys() and all(reason for _, reason in left_out)
     for i, name in enumerate(good):
@@ -147,7 +149,7 @@ def agree(images, seeds):
     assert len(images) == len(seeds) == len(images.labels)
     assert images.labels.tolist() == [seed // 3 for seed in seeds] and images.classes == ("a", "b")
     for i, seed in enumerate(seeds):
-        assert same(images.read(i), picture(seed)) and images.header(i)[:2] == (8, 8)
+        assert same(images.read(i), picture(seed)) and images.read_header(i)[:2] == (8, 8)
     assert images.pixels is None or len(images.pixels) == len(seeds)
 
 
@@ -162,6 +164,45 @@ def test_take_and_pickle_agree_on_every_kind(tmp_path):
         for mistake in (images.read, lambda i, images=images: images.take([i])):
             with pytest.raises(IndexError):  # not an unreadable image
                 mistake(6)
+
+
+class Nested(Storage):
+    """A new kind of storage: the three members that a kind must define, and nothing else."""
+
+    def __init__(self, files):
+        self.files = files
+
+    def __len__(self):
+        return len(self.files)
+
+    def take(self, indices):
+        return Nested([self.files[i] for i in np.arange(len(self))[indices]])
+
+    def file(self, i):
+        return self.files[i]
+
+
+def test_a_new_kind_of_storage_is_one_class(tmp_path, monkeypatch):
+    """It is indexed, selected, decoded into memory, augmented and written as shards."""
+    monkeypatch.setenv("SIMSIAM_CACHE", str(tmp_path / "cache"))
+    files = Nested([encode(picture(i)) for i in range(6)])
+    labels = np.repeat([0, 1], 3)
+    images = Images(numbered_keys("train", 6), files, labels, ("a", "b"))
+    agree(images, range(6))
+    agree(images.take([5, 2]), [5, 2])
+    agree(load_into_memory(images, 10**6)[0], range(6))
+    assert images.prefetch(np.arange(3)) is images and measure_sizes(images).tolist() == [[8, 8]] * 6
+    table = load_index(["new"], Source("new", images)).table
+    assert table["reason"].to_pylist() == [""] * 6 and len(set(table["digest"].to_pylist())) == 6
+    monkeypatch.setattr("simsiam.sources.write_shards.open_source", lambda *_: Source("", images))
+    agree(open_source(write_shards("new", out=tmp_path / "shards")).train, range(6))
+    recipe = Recipe(image_size=8, batch_size=3, mean=(0.5,) * 3, std=(0.25,) * 3, workers=0)
+    decoded = load_into_memory(open_source(tmp_path / "shards").train, 10**6)[0]
+    seen = [
+        [batch.index.tolist() for batch in iter_batches(kind, recipe, 0, 2, torch.device("cpu"))]
+        for kind in (images, decoded)
+    ]
+    assert seen[0] == seen[1] and sorted(np.ravel(seen[0])) == list(range(6))
 
 
 def test_a_forked_worker_reads_the_same_images(tmp_path):
@@ -207,8 +248,11 @@ def test_spread():
 
 
 def labeled(labels):
-    labels = np.asarray(labels)
-    return Images(numbered_keys("train", len(labels)), labels=labels, classes=tuple("abc"))
+    return from_arrays("train", np.zeros((len(labels), 1, 1, 1), np.uint8), labels, "abc")
+
+
+def unlabeled(count):
+    return from_arrays("train", np.zeros((count, 1, 1, 1), np.uint8))
 
 
 def test_a_sample_is_spread_and_keeps_the_proportions():
@@ -216,7 +260,7 @@ def test_a_sample_is_spread_and_keeps_the_proportions():
     some = sample(labeled(labels), 100)
     positions = [int(key.split("#")[1]) for key in some.keys]
     assert np.bincount(some.labels).tolist() == [50, 30, 20] and positions == sorted(positions)
-    assert list(sample(Images(numbered_keys("train", 10)), 5).keys) == [
+    assert list(sample(unlabeled(10), 5).keys) == [
         f"train#{i}" for i in (0, 2, 4, 6, 8)
     ]
     assert len(sample(labeled(labels), None)) == len(sample(labeled(labels), 5000)) == 1000
@@ -248,7 +292,7 @@ def test_hold_out_is_stratified_disjoint_and_fixed():
 
 
 def test_hold_out_without_labels_and_out_of_bounds():
-    images = Images(numbered_keys("train", 20))
+    images = unlabeled(20)
     rest, held = hold_out(images, 5)
     assert len(set(held.keys)) == 5 and not set(held.keys) & set(rest.keys) and len(rest) == 15
     for count in (0, 20, -1):

@@ -226,7 +226,7 @@ def test_many_processes_see_what_one_sees(tmp_path, monkeypatch, cache):
     one = indexed(root)
     (next(cache.iterdir())).unlink()
     monkeypatch.setattr(module, "INSPECTION_CHUNK", 3)
-    monkeypatch.setattr(module, "STATUS_CHUNK", 5)
+    monkeypatch.setattr("simsiam.data.storage.STATUS_CHUNK", 5)
     monkeypatch.setattr("simsiam.utils.workers.CPU_CORES", 3)
     assert indexed(root).equals(one)
 
@@ -603,7 +603,7 @@ def test_a_second_inspect_loads_no_torch_and_says_the_same(tmp_path, capsys, qui
     root = write(tmp_path / "pets", pets() | {"train/cat/\u732b.jpg": b""})
     inspect(root)
     first = capsys.readouterr().out
-    code = "import sys; from simsiam.inspect import inspect; inspect(sys.argv[1]); assert 'torch' not in sys.modules"
+    code = "import sys; from simsiam.training.inspect import inspect; inspect(sys.argv[1]); assert 'torch' not in sys.modules"
     here = os.environ | {"PYTHONIOENCODING": "ascii"}  # what such a terminal cannot show is escaped
     done = subprocess.run(
         [sys.executable, "-c", code, str(root)], capture_output=True, text=True, env=here

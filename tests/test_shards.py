@@ -33,7 +33,7 @@ from simsiam.sources.file_index import load_index
 from simsiam.sources.open_source import open_source
 from simsiam.sources.write_shards import format_shard_summary, write_shards
 from simsiam.training.prepare import prepare_data
-from simsiam.training.pretrain import pretrain
+from simsiam.training.launch import pretrain
 
 CPU = torch.device("cpu")
 
@@ -145,9 +145,9 @@ def test_webdataset_reads_what_is_written(photos, tmp_path):
 def test_killed_and_started_anew_it_is_the_same_folder(photos, tmp_path):
     whole, out = write_shards(photos, out=tmp_path / "whole", per_shard=4), tmp_path / "out"
     code = (
-        "import sys, time\nfrom simsiam import shard as m\nreadable = m._iter_readable\n"
+        "import sys, time\nfrom simsiam.sources import write_shards as m\nreadable = m._iter_readable\n"
         "def slow(*a):\n    for x in readable(*a):\n        time.sleep(0.05)\n        yield x\n"
-        "m._iter_readable = slow\nm.shard(sys.argv[1], out=sys.argv[2], per_shard=4)\n"
+        "m._iter_readable = slow\nm.write_shards(sys.argv[1], out=sys.argv[2], per_shard=4)\n"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code, str(photos), str(out)], start_new_session=True
@@ -334,8 +334,8 @@ def test_each_block_is_read_about_once_an_epoch(photos, tmp_path, monkeypatch, w
     for step in range(10):
         for worker, mine in enumerate(np.array_split(np.arange(6), workers)):
             index = batch_indices(step, r, images, slice(mine[0], mine[-1] + 1))
-            near[worker] = near[worker].near(index)
-            assert len(near[worker].encoded.held) <= len(mine)
+            near[worker] = near[worker].prefetch(index)
+            assert len(near[worker].storage.loaded_blocks) <= len(mine)
             for i in index:
                 near[worker].read(i)
     assert len(images.blocks) <= len(read) <= len(images.blocks) + 6 and len(set(read)) == len(
@@ -546,14 +546,14 @@ def test_a_footer_that_lies_about_rows_or_columns(photos, tmp_path):
         / "train-00000-of-00001.parquet"
     )
     images = open_source(path.parent).train
-    starts = [np.append(images.encoded.locations.starts[0], 60)]  # one more than the row group has
+    starts = [np.append(images.storage.locations.starts[0], 60)]  # one more than the row group has
     lying = shards.Shards(
-        replace(images.encoded.locations, starts=starts, sizes=[np.ones(61, np.int64)])
+        replace(images.storage.locations, starts=starts, sizes=[np.ones(61, np.int64)])
     )
     for reader in (lying, lying.prefetch(np.arange(61))):
-        assert reader[59] == images.encoded[59]
+        assert reader.file(59) == images.file(59)
         with pytest.raises(Unreadable, match="rows, and its footer has more"):
-            reader[60]
+            reader.file(60)
     for said in (
         b"\xff",
         b"{",

@@ -1,6 +1,7 @@
-"""Images by position, wherever they are stored; labels are used where there are any and never required.
+"""Images by position, wherever they are stored; labels are optional.
 
-What follows never asks where an image came from, only for the i-th one. Loads no torch.
+The code that uses `Images` never asks where an image came from: it asks for image i. This module
+does not import torch.
 """
 
 import os
@@ -9,113 +10,178 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from hashlib import blake2b
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from simsiam.data.decode import ImageHeader, Unreadable, decode_image, read_header
-from simsiam.data.shards import Blocks, Shards, select_rows
-from simsiam.data.storage import ArchiveMembers, Column, numbered_keys
+from simsiam.data.decode import ImageHeader, Unreadable
+from simsiam.data.storage import (
+    Blocks,
+    Indices,
+    Names,
+    PixelArray,
+    Storage,
+    numbered_keys,
+    select_rows,
+)
 from simsiam.errors import UsageError, WorkFailed, printable
 from simsiam.utils.workers import CPU_CORES
 
-RUN_LENGTH = 16  # neighbors that are looked at together
-
-
-PREFETCH_CHUNK = 256  # images that are brought near at a time
+RUN_LENGTH = 16  # neighboring images that are inspected together
+PREFETCH_CHUNK = 256  # images whose blocks are loaded at a time
 
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """N images, by position. Picklable, and cheap to fork into the workers of a DataLoader."""
+    """N images by position; picklable, and cheap to share with forked DataLoader workers.
 
-    keys: Column  # what to call each image: its path in the source, "dog/7.jpg", or its split and row, "train#17"
-    encoded: Column | ArchiveMembers | Shards | Path | None = (
-        None  # files' bytes, or the folder of `keys`; None with `pixels`
-    )
-    labels: np.ndarray | None = (
-        None  # int64 (N,), positions in `classes`; None where any image has none
-    )
-    classes: tuple[str, ...] = ()  # class names; () without labels
-    pixels: np.ndarray | None = None  # uint8 (N, channels, H, W) when decoded and in memory
+    Attributes:
+        keys: The name of each image: its path in the source, "dog/7.jpg", or its split and row,
+            "train#17".
+        storage: Where the images are kept.
+        labels: int64 (N,), positions in `classes`; None if any image has no label.
+        classes: Class names; () without labels.
+        channels: Number of channels that images are decoded to.
+    """
+
+    keys: Names
+    storage: Storage
+    labels: np.ndarray | None = None
+    classes: tuple[str, ...] = ()
     channels: int = 3
 
     def __len__(self) -> int:
         return len(self.keys)
 
-    def read(self, i: int, min_side: int = 0) -> np.ndarray:
-        """Image i as uint8 (H, W, channels), upright, the first frame of an animation. Raises Unreadable.
-
-        A large JPEG may be decoded at reduced size, its shorter side keeping at least `least` pixels.
-        """
-        if self.pixels is not None:
-            return self.pixels[i].transpose(1, 2, 0)
-        return decode_image(self.file(i), self.channels, min_side)
-
-    def read_header(self, i: int) -> ImageHeader:
-        """Size and format of image i as stored, before any EXIF rotation; decodes nothing. Raises Unreadable."""
-        if self.pixels is not None:
-            return ImageHeader(self.pixels.shape[2], self.pixels.shape[3], "pixels")
-        return read_header(self.file(i), self.channels)
-
-    def file(self, i: int) -> str | bytes:
-        """The path of image i, or the bytes of its file."""
-        if isinstance(self.encoded, Path):
-            return os.path.join(self.encoded, self.keys[i])
-        assert self.encoded is not None, "images are either encoded or pixels"
-        return self.encoded[i] or b""  # Parquet's null: a row without an image
+    @property
+    def pixels(self) -> np.ndarray | None:
+        """All images, uint8 (N, channels, H, W), if they are decoded and in memory."""
+        return self.storage.pixels
 
     @property
     def blocks(self) -> Blocks | None:
-        """The images that are read together, where they lie in shards; None where each is as near as any other."""
-        return self.encoded.blocks if isinstance(self.encoded, Shards) else None
+        """The groups of images that one read fetches; None if images are read one by one."""
+        return self.storage.blocks
+
+    def read(self, i: int, min_side: int = 0) -> np.ndarray:
+        """Decode image i: upright, and the first frame of an animation.
+
+        Args:
+            i: Position of the image.
+            min_side: A JPEG may be decoded at a reduced size whose shorter side has at least this
+                many pixels; 0 decodes it at full size.
+
+        Returns:
+            uint8 (H, W, channels).
+
+        Raises:
+            Unreadable: The file is missing, damaged or not supported.
+        """
+        return self.storage.read(i, self.channels, min_side)
+
+    def read_header(self, i: int) -> ImageHeader:
+        """Read the stored size, before any EXIF rotation, and the format of image i.
+
+        Args:
+            i: Position of the image.
+
+        Returns:
+            The header; nothing is decoded.
+
+        Raises:
+            Unreadable: The file is missing, damaged or not supported.
+        """
+        return self.storage.read_header(i, self.channels)
+
+    def file(self, i: int) -> str | bytes:
+        """Return the path of image i, or the content of its file.
+
+        Args:
+            i: Position of the image.
+
+        Returns:
+            A path where images are files in a folder; bytes elsewhere.
+
+        Raises:
+            Unreadable: The file is damaged inside its archive or shard.
+        """
+        return self.storage.file(i)
 
     def prefetch(self, indices: np.ndarray, min_fraction: float = 0.0) -> "Images":
-        """The same images, with those at `indices` in memory where they lie in shards: see `Shards.near`."""
-        return (
-            replace(self, encoded=self.encoded.prefetch(indices, min_fraction))
-            if isinstance(self.encoded, Shards)
-            else self
-        )
+        """Return the same images with the blocks of those at `indices` in memory.
+
+        Args:
+            indices: Positions of the images that will be read next.
+            min_fraction: See `Storage.prefetch`.
+
+        Returns:
+            The images to read them from.
+        """
+        storage = self.storage.prefetch(indices, min_fraction)
+        return self if storage is self.storage else replace(self, storage=storage)
 
     def drop_labels(self) -> "Images":
-        """The same images without their labels."""
+        """Return the same images without their labels."""
         return replace(self, labels=None, classes=())
 
-    def take(self, indices: Any) -> "Images":
-        """The images at `indices` (whatever indexes a NumPy array), in that order. Encoded bytes are not copied."""
-        rows = select_rows(None, indices, len(self))
+    def take(self, indices: Indices) -> "Images":
+        """Select images; encoded bytes are not copied.
+
+        Args:
+            indices: Whatever indexes a NumPy array.
+
+        Returns:
+            The images at `indices`, in that order.
+        """
+        rows = np.array(select_rows(None, indices, len(self)))  # a copy, shared by what follows
         return replace(
             self,
-            keys=self.keys[rows],
-            encoded=self.encoded[rows]
-            if isinstance(self.encoded, Column | ArchiveMembers | Shards)
-            else self.encoded,
+            keys=self.keys.take(rows),
+            storage=self.storage.take(rows),
             labels=None if self.labels is None else self.labels[rows],
-            pixels=None if self.pixels is None else self.pixels[rows],
         )
 
 
 def from_arrays(
-    split: str, pixels: np.ndarray, labels: Any = None, classes: Sequence[str] = ()
+    split: str,
+    pixels: np.ndarray,
+    labels: np.ndarray | Sequence[int] | None = None,
+    classes: Sequence[str] = (),
 ) -> Images:
-    """Images already decoded: pixels uint8 (N, C, H, W), perhaps labels (N,); the keys are "split#0", "split#1", ..."""
+    """Make `Images` of decoded pixels.
+
+    Args:
+        split: Name of the split; the keys are "split#0", "split#1", ...
+        pixels: uint8 (N, channels, H, W).
+        labels: (N,), positions in `classes`.
+        classes: Class names.
+
+    Returns:
+        The images, in memory.
+    """
     assert pixels.dtype == np.uint8 and pixels.ndim == 4, (pixels.dtype, pixels.shape)
     pixels = np.require(pixels, requirements=["C", "W"])
-    found = None if labels is None else np.asarray(labels, np.int64)
-    return Images(
-        numbered_keys(split, len(pixels)), None, found, tuple(classes), pixels, pixels.shape[1]
-    )
+    codes = None if labels is None else np.asarray(labels, np.int64)
+    keys = numbered_keys(split, len(pixels))
+    return Images(keys, PixelArray(pixels), codes, tuple(classes), pixels.shape[1])
 
 
 def load_into_memory(
     images: Images, limit_bytes: int, threads: int = CPU_CORES
 ) -> tuple[Images, list[tuple[str, str]]]:
-    """Images decoded into one uint8 array (N, channels, H, W), and the (key, reason) of each unreadable one left out.
+    """Decode images into one array, if they have one size and fit.
 
-    Returns the images as they are, to be streamed, if they differ in size or would take more than `limit_bytes`.
-    Raises WorkFailed if not one can be read.
+    Args:
+        images: The images to decode.
+        limit_bytes: The largest allowed size of the array.
+        threads: Number of threads that decode.
+
+    Returns:
+        The images in memory, without the unreadable ones, and the (key, reason) of each unreadable
+        one. If sizes differ or the array would be too large: the images as they were given, which
+        are then read one by one in training, and [].
+
+    Raises:
+        WorkFailed: None of the images can be read.
     """
     if images.pixels is not None or not len(images):
         return images, []
@@ -129,10 +195,10 @@ def load_into_memory(
     pixels = np.empty((n, images.channels, height, width), np.uint8)
 
     def decode(positions: np.ndarray) -> dict[int, str]:
-        reasons, near = {}, images.prefetch(positions)
+        reasons, loaded = {}, images.prefetch(positions)
         for i in positions:
             try:
-                image = near.read(i)
+                image = loaded.read(i)
             except Unreadable as error:
                 reasons[i] = str(error)
                 continue
@@ -151,48 +217,78 @@ def load_into_memory(
     left_out = [(images.keys[i], reason) for i, reason in unreadable.items()]
     kept = np.setdiff1d(np.arange(n), list(unreadable))
     if not len(kept):
+        key, reason = left_out[0]
         raise WorkFailed(
-            f"none of the {n} images can be read; the first, {printable(left_out[0][0])}: {left_out[0][1]}"
+            f"none of the {n} images can be read; the first, {printable(key)}: {reason}"
         )
     if left_out:
         for to, i in enumerate(kept):  # close the gaps in place: a copy would need the memory twice
             pixels[to] = pixels[i]
-    return replace(images.take(kept), encoded=None, pixels=pixels[: len(kept)]), left_out
+    return replace(images.take(kept), storage=PixelArray(pixels[: len(kept)])), left_out
 
 
 def evenly_spaced(n: int, limit: int | None) -> np.ndarray:
-    """`limit` positions spread evenly over range(n), int64 and increasing; all n if `limit` is None or at least n."""
+    """Spread positions evenly over range(n).
+
+    Args:
+        n: Number of positions to choose from.
+        limit: Number of positions to choose; None for all.
+
+    Returns:
+        min(n, limit) positions, int64 and increasing.
+    """
     return np.arange(n) if limit is None or limit >= n else np.arange(limit) * n // limit
 
 
 def sample(images: Images, limit: int | None) -> Images:
-    """`limit` images spread evenly over the source, in order, each class in proportion; all if `limit` is None."""
+    """Choose images that are spread evenly over the source, each class in proportion.
+
+    Args:
+        images: The images to choose from.
+        limit: Number of images to choose; None for all.
+
+    Returns:
+        The chosen images, in their order.
+    """
     if limit is None or limit >= len(images):
         return images
-    order = (
-        np.arange(len(images))
-        if images.labels is None
-        else np.argsort(images.labels, kind="stable")
-    )
+    if images.labels is None:
+        order = np.arange(len(images))
+    else:
+        order = np.argsort(images.labels, kind="stable")
     return images.take(np.sort(order[evenly_spaced(len(images), limit)]))
 
 
 def quick_sample(images: Images, limit: int) -> Images:
-    """`limit` images to look at, spread evenly; runs of neighbors where reading one means reading its row group."""
-    if (
-        isinstance(images.encoded, Shards)
-        and images.encoded.locations.column
-        and limit < len(images)
-    ):
+    """Choose images to inspect that are quick to read.
+
+    Args:
+        images: The images to choose from.
+        limit: Number of images to choose.
+
+    Returns:
+        Images spread evenly over the source; runs of neighbors if reading one means reading the
+        whole block that it is in.
+    """
+    if images.blocks is not None and images.blocks.required and limit < len(images):
         runs = evenly_spaced(len(images) // RUN_LENGTH, -(-limit // RUN_LENGTH))
         return images.take((runs[:, None] * RUN_LENGTH + np.arange(RUN_LENGTH)).ravel()[:limit])
     return sample(images, limit)
 
 
 def hold_out(images: Images, count: int, seed: int = 0) -> tuple[Images, Images]:
-    """(the rest, `count` images held out): a function of (labels, count, seed), in order, each class in proportion.
+    """Split off images, each class in proportion.
 
-    Raises UsageError unless 0 < count < N.
+    Args:
+        images: The images to split.
+        count: Number of images to hold out.
+        seed: Seed of the choice, which depends on labels, count and seed alone.
+
+    Returns:
+        The rest, and the images held out, both in their order.
+
+    Raises:
+        UsageError: Unless 0 < count < N.
     """
     if not 0 < count < len(images):
         raise UsageError(
@@ -201,16 +297,22 @@ def hold_out(images: Images, count: int, seed: int = 0) -> tuple[Images, Images]
     order = np.random.default_rng(seed).permutation(len(images))
     if images.labels is not None:
         order = order[np.argsort(images.labels[order], kind="stable")]  # shuffled within each class
-    held = np.sort(order[evenly_spaced(len(images), count)])
-    return images.take(np.setdiff1d(order, held)), images.take(held)
+    chosen = np.sort(order[evenly_spaced(len(images), count)])
+    return images.take(np.setdiff1d(order, chosen)), images.take(chosen)
 
 
 def measure_sizes(images: Images, sample_size: int | None = 200) -> np.ndarray:
-    """(height, width) of `sample` evenly spread images, int64 (M, 2), from headers alone; skips unreadable ones."""
-    some, sizes = (
-        images if sample_size is None else quick_sample(images.drop_labels(), sample_size),
-        [],
-    )
+    """Read the sizes of some images from their headers.
+
+    Args:
+        images: The images to choose from.
+        sample_size: Number of images to inspect, spread evenly; None for all.
+
+    Returns:
+        (height, width) in pixels of the readable ones, int64 (M, 2).
+    """
+    some = images if sample_size is None else quick_sample(images.drop_labels(), sample_size)
+    sizes = []
     for i in range(len(some)):
         if i % PREFETCH_CHUNK == 0:
             some = some.prefetch(np.arange(i, min(i + PREFETCH_CHUNK, len(some))), 0.25)
@@ -220,7 +322,14 @@ def measure_sizes(images: Images, sample_size: int | None = 200) -> np.ndarray:
 
 
 def fingerprint(splits: Sequence[Images]) -> str:
-    """What changes when an image comes, goes, moves, or is renamed."""
+    """Digest the names of all images.
+
+    Args:
+        splits: The images of each split.
+
+    Returns:
+        32 hexadecimal digits that change if an image is added, removed, moved or renamed.
+    """
     digest = blake2b(digest_size=16)
     for images in splits:
         for key in images.keys:
@@ -229,4 +338,4 @@ def fingerprint(splits: Sequence[Images]) -> str:
 
 
 class _SizeMismatch(Exception):
-    """An image that is not the size of the first."""
+    """An image does not have the size of the first one."""

@@ -45,7 +45,7 @@ from simsiam.config.recipes import (
 )
 from simsiam.data.batches import crop_images, iter_batches, make_training_views, min_decode_side
 from simsiam.data.images import Images, from_arrays, load_into_memory
-from simsiam.data.storage import Column, Names, numbered_keys
+from simsiam.data.storage import EncodedColumn, FolderFiles, Names, numbered_keys
 from simsiam.data.transform import Transform
 from simsiam.data.views import make_views
 from simsiam.errors import UsageError, WorkFailed, unknown_name
@@ -348,7 +348,8 @@ class JpegDataset(Dataset):
 
 
 def images_from_jpegs(files: Sequence[bytes]) -> Images:
-    return Images(numbered_keys("bench", len(files)), Column(pa.array(files, pa.large_binary())))
+    storage = EncodedColumn(pa.array(files, pa.large_binary()))
+    return Images(numbered_keys("bench", len(files)), storage)
 
 
 def bench_training(
@@ -562,9 +563,8 @@ def bench_folder(context: BenchContext) -> Comparison:
     paths = [context.folder / f"{i}.jpg" for i in range(batch_size * steps)]
     for path, file in zip(paths, make_photographs(len(paths), *PHOTO_SIZE)):
         path.write_bytes(file)
-    images = Images(
-        Names(pa.array([path.name.encode() for path in paths], pa.large_binary())), context.folder
-    )
+    names = Names(pa.array([path.name.encode() for path in paths], pa.large_binary()))
+    images = Images(names, FolderFiles(context.folder, names))
     recipe = photo_recipe(context.compute.device, batch_size)
     view, kept = (
         torchvision_transform(recipe.method.views[0], 224),

@@ -1,7 +1,8 @@
-"""The index of a source: what every image file says of itself, looked at once and kept in the user's cache folder.
+"""The index of a source: what inspecting each image file shows, kept in the user's cache folder.
 
-A file is looked at again only if its path, modification time or size has changed, or if it could not be read: a right
-or a library may have been missing. Loads no torch.
+A file is inspected again only if its path, modification time or size has changed, or if it could
+not be read the last time: a permission or a library may have been missing. This module does not
+import torch.
 """
 
 import json
@@ -11,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -23,67 +24,78 @@ from simsiam.data.decode import (
     PIL_MODES,
     Unreadable,
     decode_image,
-    open_regular_file,
     read_header,
 )
 from simsiam.data.images import Images
-from simsiam.data.shards import Shards, is_url
-from simsiam.data.storage import ArchiveMembers, Column
+from simsiam.data.shards import is_url
 from simsiam.sources.open_source import Source, absolute_source, find_shards
 from simsiam.utils.files import atomic_write, cache_dir
 from simsiam.utils.workers import parallel_map
 
 INDEX_VERSION = 1  # of the files in the cache
-INSPECTION_CHUNK = 128  # images looked at before a worker reports
-STATUS_CHUNK = 10_000  # file names held as Python objects at a time
-# What tells whether a file has changed; an mtime in ns, or -1: look every time.
+INSPECTION_CHUNK = 128  # images that a worker inspects before it reports
+ContainerStamp: TypeAlias = list[str | int]  # path, modification time and size of a file
+T = TypeVar("T")
+# What shows whether an image has changed; mtime is in ns, or -1: inspect it every time.
 STAMP_SCHEMA = pa.schema({"key": pa.large_binary(), "bytes": pa.int64(), "mtime": pa.int64()})
-# What a look at it finds.
+# What inspecting an image shows.
 INSPECTION_SCHEMA = pa.schema(
     [
         ("height", pa.int32()),
         ("width", pa.int32()),
         ("format", pa.string()),
-        ("misnamed", pa.bool_()),  # the name ends as that of another format
+        ("misnamed", pa.bool_()),  # the file name has the extension of another format
         ("reason", pa.string()),  # why it cannot be read, or ""
         ("digest", pa.binary(16)),  # of the file's bytes
     ]
 )
 INDEX_SCHEMA = pa.schema([*STAMP_SCHEMA, *INSPECTION_SCHEMA])
-# What the files of a format are called; elsewhere just like the format.
+# The extensions of formats that have others than their own name.
 FORMAT_EXTENSIONS = {
     "JPEG": (".jpg", ".jpeg", ".jfif"),
     "TIFF": (".tif", ".tiff"),
     "PPM": (".ppm", ".pgm"),
 }
-# How a complete file ends: with the marker EOI, or with the chunk IEND, empty, and its checksum.
+# The last bytes of a complete file: the marker EOI, or the empty chunk IEND and its checksum.
 END_MARKERS = {"JPEG": b"\xff\xd9", "PNG": b"\0\0\0\0IEND\xaeB`\x82"}
 
 
 @dataclass(frozen=True, eq=False)
 class Index:
-    """A row an image, split after split in the order of the source, and what is known of exactly these images."""
+    """What is known of the images of a source.
 
-    table: pa.Table  # of SCHEMA
-    facts: dict[
-        str, Any
-    ]  # whatever was measured on the images, as JSON; empty once one has changed, come or gone
-    path: Path  # where it is kept
-    containers: list[
-        Any
-    ]  # path, mtime and size of the archive or the Parquet files that the images lie in
+    Attributes:
+        table: A row per image, with the columns of INDEX_SCHEMA, split after split.
+        facts: Other measurements of the images, as JSON values; empty once an image has changed,
+            or was added or removed.
+        path: The file in the cache.
+        containers: The archive or the shards that the images are in.
+    """
 
-    def get_or_measure(self, key: str, measure: Callable[[], Any]) -> Any:
-        """What `measure()` returned, once for exactly these images; it is JSON."""
+    table: pa.Table
+    facts: dict[str, object]
+    path: Path
+    containers: list[ContainerStamp]
+
+    def get_or_measure(self, key: str, measure: Callable[[], T]) -> T:
+        """Return a measurement, made once for exactly these images.
+
+        Args:
+            key: Its name in `facts`.
+            measure: Makes it, if it is not there; returns a JSON value.
+
+        Returns:
+            The measurement.
+        """
         if key not in self.facts:
             self.facts[key] = measure()
             self.save()
-        return self.facts[key]
+        return self.facts[key]  # type: ignore[return-value]  # an older measurement with this key
 
     def save(self) -> None:
-        """Keep it for the next time. A cache that cannot be written is no error."""
-        about = json.dumps({"containers": self.containers, "facts": self.facts})
-        table = self.table.replace_schema_metadata({"simsiam": about})
+        """Write the index to the cache. A cache that cannot be written is not an error."""
+        metadata = json.dumps({"containers": self.containers, "facts": self.facts})
+        table = self.table.replace_schema_metadata({"simsiam": metadata})
         with suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with (
@@ -95,154 +107,140 @@ class Index:
 
 
 def load_index(names: Sequence[str | os.PathLike[str]], source: Source, channels: int = 3) -> Index:
-    """The index of the source that `names` opened, taken from the cache as far as that still holds.
+    """Index a source, inspecting only the images that have changed since the last time.
 
-    A file is readable if its header parses and it is complete: a JPEG or PNG that ends as it should, and anything else
-    if it decodes, so no good file is called bad. Damage in the middle of a JPEG or PNG shows only when it is decoded,
-    in training. The digest is of the file's bytes: blake2b, 128 bits.
+    An image is readable if its header can be parsed and its file is complete: a JPEG or PNG that
+    ends as it should, or any other file that can be decoded. So no good file is called bad. Damage
+    in the middle of a JPEG or PNG shows only when it is decoded, in training. The digest of a file
+    is blake2b, 128 bits.
 
-    Raises WorkFailed if a worker is killed. What has been seen by then, or by Ctrl-C, is kept.
+    Args:
+        names: The names that opened the source.
+        source: The source, just opened.
+        channels: Number of channels that images are decoded to.
+
+    Returns:
+        The index of all splits.
+
+    Raises:
+        WorkFailed: A worker was killed. What was inspected until then, or until Ctrl-C, is saved.
     """
     paths = [absolute_source(name) for name in names]
-    containers = (
-        _container_stamps(paths)
-        if isinstance(source.train.encoded, ArchiveMembers | Column | Shards)
-        else []
-    )
-    name = blake2b(
-        json.dumps([INDEX_VERSION, channels, *paths]).encode(), digest_size=16
-    ).hexdigest()
+    containers = _container_stamps(paths) if source.train.storage.in_containers else []
+    identity = json.dumps([INDEX_VERSION, channels, *paths])
+    name = blake2b(identity.encode(), digest_size=16).hexdigest()
     old = _read_index(cache_dir("index") / f"{name}.arrow", containers)
-    parts = list(source.splits.values())
-    pa.default_memory_pool().release_unused()  # what opening a large source took besides
-    stamps = _image_stamps(parts, containers)
+    splits = list(source.splits.values())
+    pa.default_memory_pool().release_unused()  # what opening a large source used temporarily
+    stamps = _image_stamps(splits, containers)
 
-    alike = stamps["key"].equals(old.table["key"])
-    before = np.arange(len(stamps))  # the row of each image in the old index
-    if not alike:
-        before = pc.index_in(stamps["key"], old.table["key"]).fill_null(-1).to_numpy()
-    kept = np.flatnonzero((before >= 0) & (stamps["mtime"].to_numpy() >= 0))
+    same_keys = stamps["key"].equals(old.table["key"])
+    old_rows = np.arange(len(stamps))  # the row of each image in the old index, or -1
+    if not same_keys:
+        old_rows = pc.index_in(stamps["key"], old.table["key"]).fill_null(-1).to_numpy()
+    kept = np.flatnonzero((old_rows >= 0) & (stamps["mtime"].to_numpy() >= 0))
     for column in ("bytes", "mtime"):
-        kept = kept[stamps[column].to_numpy()[kept] == old.table[column].to_numpy()[before[kept]]]
-    kept = kept[
-        pc.equal(old.table["reason"], "").to_numpy()[before[kept]]
-    ]  # a reason may pass without the file's help
-    if alike and len(kept) == len(stamps):
+        unchanged = stamps[column].to_numpy()[kept] == old.table[column].to_numpy()[old_rows[kept]]
+        kept = kept[unchanged]
+    # An unreadable file is inspected again: it may become readable without a change of its own.
+    kept = kept[pc.equal(old.table["reason"], "").to_numpy()[old_rows[kept]]]
+    if same_keys and len(kept) == len(stamps):
         return old
 
     others = np.setdiff1d(np.arange(len(stamps)), kept)
-    seen = [INSPECTION_SCHEMA.empty_table()]
+    inspected, index = [INSPECTION_SCHEMA.empty_table()], old
     try:
-        for part in _inspect_rows(parts, others):
-            seen.append(part)
-    finally:
-        looked = pa.concat_tables(seen)
-        done = others[: len(looked)]  # all, unless it was interrupted
-        fresh = pa.table([*stamps.take(pa.array(done)).columns, *looked.columns], INDEX_SCHEMA)
-        found = old
-        if not alike or not fresh.equals(old.table.take(pa.array(before[others]))):
-            table = pa.concat_tables([old.table.take(pa.array(before[kept])), fresh])
+        for table in _inspect_rows(splits, others):
+            inspected.append(table)
+    finally:  # also if this was interrupted: then `done` are not all of `others`
+        results = pa.concat_tables(inspected)
+        done = others[: len(results)]
+        new = pa.table([*stamps.take(pa.array(done)).columns, *results.columns], INDEX_SCHEMA)
+        if not same_keys or not new.equals(old.table.take(pa.array(old_rows[others]))):
+            table = pa.concat_tables([old.table.take(pa.array(old_rows[kept])), new])
             order = np.argsort(np.concatenate([kept, done]))
-            found = Index(table.take(pa.array(order)), {}, old.path, containers)
-            found.save()
-    return found
+            index = Index(table.take(pa.array(order)), {}, old.path, containers)
+            index.save()
+    return index
 
 
-def _read_index(path: Path, containers: list[Any]) -> Index:
-    """The index in a file; an empty one if it is not there, damaged, or of other containers."""
+def _read_index(path: Path, containers: list[ContainerStamp]) -> Index:
+    """Read an index; an empty one if it is missing, damaged, or of other containers."""
     with suppress(OSError, ValueError, LookupError, TypeError, pa.ArrowException):
         table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
         table.validate(full=True)
-        about = json.loads(table.schema.metadata[b"simsiam"])
-        if table.schema.equals(INDEX_SCHEMA) and about["containers"] == containers:
-            return Index(table.replace_schema_metadata(None), about["facts"], path, containers)
+        metadata = json.loads(table.schema.metadata[b"simsiam"])
+        if table.schema.equals(INDEX_SCHEMA) and metadata["containers"] == containers:
+            table = table.replace_schema_metadata(None)
+            return Index(table, metadata["facts"], path, containers)
     return Index(INDEX_SCHEMA.empty_table(), {}, path, containers)
 
 
-def _container_stamps(paths: Sequence[str]) -> list[Any]:
-    found = []
+def _container_stamps(paths: Sequence[str]) -> list[ContainerStamp]:
+    stamps: list[ContainerStamp] = []
     for path in paths:
         if is_url(path) or os.path.isdir(path):
-            found += [[file, stamp, size] for file, (size, stamp) in find_shards(path).items()]
+            stamps += [[file, time, size] for file, (size, time) in find_shards(path).items()]
         elif os.path.isfile(path):
-            found.append([path, str((status := os.stat(path)).st_mtime_ns), status.st_size])
-    return found
+            status = os.stat(path)
+            stamps.append([path, str(status.st_mtime_ns), status.st_size])
+    return stamps
 
 
-def _image_stamps(parts: Sequence[Images], containers: list[Any]) -> pa.Table:
-    """What tells whether the images of all parts have changed, from the file system alone."""
-    newest = max((int(stamp) if stamp.isdigit() else 0 for _, stamp, _ in containers), default=-1)
+def _image_stamps(splits: Sequence[Images], containers: list[ContainerStamp]) -> pa.Table:
+    """Return the table of STAMP_SCHEMA for the images of all splits, reading no image.
+
+    Images in containers get the latest modification time of these.
+    """
+    times = (str(time) for _, time, _ in containers)
+    latest = max((int(time) if time.isdigit() else 0 for time in times), default=-1)
     tables = []
-    for images in parts:
-        keys = images.keys.values  # all of them, in order: the source has just been opened
-        sizes, mtimes = np.zeros(len(images), np.int64), np.full(len(images), newest, np.int64)
-        if isinstance(images.encoded, Path):
-            jobs = [
-                (images.encoded, keys[start : start + STATUS_CHUNK])
-                for start in range(0, len(keys), STATUS_CHUNK)
-            ]
-            sizes, mtimes = np.concatenate(
-                [np.zeros((2, 0), np.int64), *parallel_map(_stat_files, jobs)], axis=1
-            )
-        elif isinstance(images.encoded, ArchiveMembers):
-            sizes = images.encoded.entries[:, 2]
-        elif isinstance(images.encoded, Shards):
-            sizes = np.concatenate([np.zeros(0, np.int64), *images.encoded.locations.sizes])
-        elif isinstance(images.encoded, Column):
-            sizes = _byte_lengths(images.encoded.values).fill_null(0).to_numpy()
-        elif images.pixels is not None and len(images):
-            sizes[:] = images.pixels[0].nbytes
-        tables.append(pa.table([keys, sizes, mtimes], STAMP_SCHEMA))
+    for images in splits:
+        sizes, mtimes = images.storage.file_stats()
+        if images.storage.in_containers:
+            mtimes = np.full(len(images), latest, np.int64)
+        # `values` are all keys, in order: the source has just been opened.
+        tables.append(pa.table([images.keys.values, sizes, mtimes], STAMP_SCHEMA))
     return pa.concat_tables(tables)
 
 
-def _byte_lengths(values: pa.Array | pa.ChunkedArray) -> pa.Array:
-    """Bytes of each value; equal ones may stand in Arrow memory once for many rows."""
-    if isinstance(values, pa.ChunkedArray):
-        return pa.chunked_array([_byte_lengths(chunk) for chunk in values.chunks], pa.int64())
-    if pa.types.is_dictionary(values.type):
-        return _byte_lengths(values.dictionary).take(values.indices)
-    return pc.binary_length(values).cast(pa.int64())
+def _inspect_rows(splits: Sequence[Images], rows: np.ndarray) -> Iterator[pa.Table]:
+    """Inspect images and yield tables of INSPECTION_SCHEMA, INSPECTION_CHUNK images at a time.
 
-
-def _stat_files(folder: Path, names: pa.ChunkedArray) -> np.ndarray:
-    """Bytes and mtimes of files, int64 (2, N); 0 and -1 where there is none."""
-    start, found = os.fsencode(folder) + b"/", []
-    for name in names.to_pylist():
-        try:
-            status = os.stat(name if name.startswith(b"/") else start + name)
-            found.append((status.st_size, status.st_mtime_ns))
-        except OSError:
-            found.append((0, -1))
-    return np.array(found, np.int64).T
-
-
-def _inspect_rows(parts: Sequence[Images], rows: np.ndarray) -> Iterator[pa.Table]:
-    """What is seen of the images at `rows`, counted over all parts, in that order, CHUNK by CHUNK."""
-    ends = np.cumsum([len(images) for images in parts])
+    `rows` are positions in all splits together.
+    """
+    ends = np.cumsum([len(images) for images in splits])
     jobs = [
-        (images, mine[start : start + INSPECTION_CHUNK])
-        for images, end in zip(parts, ends)
-        for mine in [rows[(rows >= end - len(images)) & (rows < end)] - (end - len(images))]
-        for start in range(0, len(mine), INSPECTION_CHUNK)
+        (images, local_rows[start : start + INSPECTION_CHUNK])
+        for images, end in zip(splits, ends)
+        for local_rows in [rows[(rows >= end - len(images)) & (rows < end)] - (end - len(images))]
+        for start in range(0, len(local_rows), INSPECTION_CHUNK)
     ]
-    if len(rows) <= INSPECTION_CHUNK:  # done before processes would have started
+    if len(rows) <= INSPECTION_CHUNK:  # faster than starting processes
         yield from (inspect_images(*job) for job in jobs)
         return
 
     from simsiam.utils.progress_bar import progress_bar
 
-    found = parallel_map(inspect_images, jobs)
+    tables = parallel_map(inspect_images, jobs)
     with progress_bar("looking", len(rows)) as advance:
-        for part in found:
-            advance(len(part))
-            yield part
+        for table in tables:
+            advance(len(table))
+            yield table
 
 
 def inspect_images(images: Images, rows: np.ndarray) -> pa.Table:
-    """What is seen of the images at `rows` (at least one): a table of SEEN."""
-    near = images.prefetch(rows, 0.25)  # all of a block is read where much of it is asked for
-    columns = zip(*(_inspect_image(near, i) for i in rows))
+    """Inspect images.
+
+    Args:
+        images: The images.
+        rows: Positions of those to inspect, at least one.
+
+    Returns:
+        A table of INSPECTION_SCHEMA.
+    """
+    loaded = images.prefetch(rows, 0.25)  # a block is read as a whole if enough of it is needed
+    columns = zip(*(_inspect_image(loaded, i) for i in rows))
     return pa.table(
         [pa.array(column, kind) for column, kind in zip(columns, INSPECTION_SCHEMA.types)],
         INSPECTION_SCHEMA,
@@ -250,18 +248,18 @@ def inspect_images(images: Images, rows: np.ndarray) -> pa.Table:
 
 
 def _inspect_image(images: Images, i: int) -> tuple[int, int, str, bool, str, bytes]:
+    """Return a row of INSPECTION_SCHEMA."""
     if images.pixels is not None:
         return *images.read_header(i), False, "", _digest(images.pixels[i].tobytes())
     height, width, kind, reason, digest = 0, 0, "", "", bytes(16)
     try:
-        file = images.file(i)
-        data = file if isinstance(file, bytes) else _read_file(file)
+        data = images.storage.read_bytes(i)
         digest = _digest(data)
         height, width, kind = read_header(data, images.channels)
-        cheap = (
+        has_end_marker = (
             kind in END_MARKERS and images.channels in PIL_MODES and height * width <= MAX_PIXELS
         )
-        if not cheap or not data.endswith(END_MARKERS[kind]):
+        if not has_end_marker or not data.endswith(END_MARKERS[kind]):
             decode_image(data, images.channels)
     except (Unreadable, OSError, MemoryError) as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
@@ -274,25 +272,25 @@ def _inspect_image(images: Images, i: int) -> tuple[int, int, str, bool, str, by
     return height, width, kind, misnamed, reason, digest
 
 
-def _read_file(file: str) -> bytes:
-    with open_regular_file(file) as stream:
-        return stream.read()
-
-
 def _digest(data: bytes) -> bytes:
     return blake2b(data, digest_size=16).digest()
 
 
 def pixel_cache_dir() -> Path:
-    """Where decoded pixels are kept, beside the indices."""
+    """Return the folder of the files of decoded pixels, next to that of the indexes."""
     return cache_dir("pixels")
 
 
-def source_stamps(paths: Sequence[str], images: Images) -> tuple[list[Any], pa.Table]:
-    """What tells whether anything of a source that has just been opened has changed: its containers, and STAMPs."""
-    containers = (
-        _container_stamps(paths)
-        if isinstance(images.encoded, ArchiveMembers | Column | Shards)
-        else []
-    )
+def source_stamps(paths: Sequence[str], images: Images) -> tuple[list[ContainerStamp], pa.Table]:
+    """Return what shows whether a source has changed.
+
+    Args:
+        paths: The names that opened the source.
+        images: Images of the source, just opened.
+
+    Returns:
+        Path, time and size of the archive or shards that the images are in, and a table of
+        STAMP_SCHEMA.
+    """
+    containers = _container_stamps(paths) if images.storage.in_containers else []
     return containers, _image_stamps([images], containers)

@@ -1,7 +1,7 @@
-"""Any source becomes images by position: a name, folders, a list, an archive, Parquet.
+"""Open a source of images: a name, folders, a list, an archive, Parquet or shards.
 
-`open_source` returns a `Source`: up to three splits of `Images`. It looks at names, never into an image, so a million
-files are open in seconds.
+`open_source` returns a `Source`: up to three splits of `Images`. It reads file names and never an
+image, so it opens a million files in seconds.
 """
 
 import os
@@ -11,12 +11,12 @@ import struct
 import tarfile
 import zipfile
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from http.client import HTTPException
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -32,7 +32,14 @@ from simsiam.data.shards import (
     read_error,
     uncompressed_sizes,
 )
-from simsiam.data.storage import ArchiveMembers, Column, Names, numbered_keys
+from simsiam.data.storage import (
+    ArchiveMembers,
+    EncodedColumn,
+    FolderFiles,
+    Names,
+    Storage,
+    numbered_keys,
+)
 from simsiam.errors import UsageError, WorkFailed, printable, unknown_name
 from simsiam.sources.catalog import (
     ParquetLayout,
@@ -45,10 +52,10 @@ from simsiam.sources.catalog import (
     normalize_member_path,
 )
 
-BUILTIN_SOURCES = ("shapes", "cifar10", "cifar100", "stl10")  # the names that open_source knows
+BUILTIN_SOURCES = ("shapes", "cifar10", "cifar100", "stl10")  # data sets with a name
 SOURCE_KINDS = (
-    "a folder of images, a Parquet file or folder, a .zip or .tar of images, a folder of .tar shards, "
-    "a .txt that lists images, a URL of shards"
+    "a folder of images, a Parquet file or folder, a .zip or .tar of images, "
+    "a folder of .tar shards, a .txt that lists images, a URL of shards"
 )
 SPLIT_ALIASES = {
     "train": "train",
@@ -56,68 +63,115 @@ SPLIT_ALIASES = {
     "valid": "val",
     "validation": "val",
     "test": "test",
-}  # their spelling: ours
-MAX_RESIDENT_BYTES = (
-    2**30
-)  # bytes of Parquet that are read into memory at once; more is read a block at a time
-NAME_CHUNK = 10_000  # file names held as Python objects at a time
+}  # names of splits in sources, and our names
+# Bytes of Parquet that are read into memory; larger sources are read a block at a time.
+MAX_RESIDENT_BYTES = 2**30
+NAME_CHUNK = 10_000  # file names that are Python objects at the same time
 
 # What zipfile and tarfile raise.
 ARCHIVE_ERRORS = (
-    OSError, ValueError, OverflowError, RuntimeError, struct.error, zipfile.BadZipFile, tarfile.TarError,
-)  # fmt: skip
+    OSError,
+    ValueError,
+    OverflowError,
+    RuntimeError,
+    struct.error,
+    zipfile.BadZipFile,
+    tarfile.TarError,
+)
+
+# Images, their labels as positions in class names or None, and the class names.
+SplitParts: TypeAlias = tuple[Images, np.ndarray | None, tuple[str, ...]]
 
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    name: str  # short, usable in a folder name: "shapes", "cifar10", the folder's name
+    """An opened source of images.
+
+    Attributes:
+        name: A short name that can be part of a folder name: "shapes", "cifar10", or the folder's
+            own name.
+        train: Images to train on.
+        val: Images for validation, if the source has them.
+        test: Images for the test, if the source has them.
+        damage: (shard, what is lost with it) of each damaged shard.
+    """
+
+    name: str
     train: Images
     val: Images | None = None
     test: Images | None = None
-    damage: tuple[tuple[str, str], ...] = field(
-        default=(), kw_only=True
-    )  # shards, and what is lost with them
+    damage: tuple[tuple[str, str], ...] = field(default=(), kw_only=True)
 
     @property
     def splits(self) -> dict[str, Images]:
-        """The splits there are, by name."""
-        found = {"train": self.train, "val": self.val, "test": self.test}
-        return {name: images for name, images in found.items() if images is not None}
+        """The images of each split that the source has, by name."""
+        splits = {"train": self.train, "val": self.val, "test": self.test}
+        return {name: images for name, images in splits.items() if images is not None}
 
 
 def open_source(
     source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], channels: int = 3
 ) -> Source:
-    """The images behind a name of SOURCES, one or more folders or image files, a list, an archive, or Parquet.
+    """Open a source of images.
 
-    Folder: images at any depth, in the bytewise order of their paths; hidden names are skipped, links are followed and
-    each folder is walked once. A sub-folder `train` makes `train`, `val` and `test` the splits, and what lies beside
-    them is left alone. If train's images all lie in first-level folders, two or more, these are the classes.
-    Several folders are one set, with the classes of all; an image file among them is itself.
-    List: a .txt with a path a line, relative to the list's folder, perhaps a tab and a label.
-    Archive: a .zip or .tar, read in place by the rules of a folder; folders around everything do not count.
-    Shards: Parquet or .tar files in a folder (or its `data`), here or at a URL that fsspec knows; the first word of a
-    name is the split: `test-00000-of-00001.parquet`. A .tar has WebDataset's layout: `7.jpg`, `7.cls`, `7.json`.
-    Without a `train` split, everything is train. A name wins over a folder of that name: write `./cifar10`.
+    - Name: one of BUILTIN_SOURCES. A name is preferred to a folder with the same name: write
+      `./cifar10` for the folder.
+    - Folder: images at any depth, in the bytewise order of their paths. Hidden names are skipped;
+      links are followed, and each folder is visited once. If there is a sub-folder `train`, then
+      `train`, `val` and `test` are the splits, and everything next to them is ignored. If all
+      training images are in two or more first-level folders, these are the classes.
+    - Several folders and image files: one set, with the classes of all folders.
+    - List: a .txt with one path per line, relative to the folder of the list, optionally followed
+      by a tab and a label.
+    - Archive: a .zip or .tar, read in place by the rules of a folder. Folders that contain
+      everything else are ignored.
+    - Shards: Parquet or .tar files in a folder (or in its folder `data`), local or at a URL that
+      fsspec supports. The first word of a file name is the split, as in
+      `test-00000-of-00001.parquet`. A .tar has the layout of WebDataset: `7.jpg`, `7.cls`,
+      `7.json`.
 
-    Raises UsageError if the source is none of these or holds no image, WorkFailed if it cannot be fetched or read.
+    Without a `train` split, all images are training images.
+
+    Args:
+        source: One name, path or URL, or several folders and image files.
+        channels: Number of channels that images are decoded to.
+
+    Returns:
+        The source.
+
+    Raises:
+        UsageError: The source is none of these, or has no images.
+        WorkFailed: It cannot be downloaded or read.
     """
-    given = [source] if isinstance(source, str | os.PathLike) else list(source)
-    texts = [os.path.expanduser(os.fspath(one)) for one in given]
+    names = [source] if isinstance(source, str | os.PathLike) else list(source)
+    texts = [os.path.expanduser(os.fspath(name)) for name in names]
     opened = _open_several(texts) if len(texts) != 1 else _open_one(texts[0])
-    for part in opened.splits.values():
-        if part.pixels is not None and part.channels != channels:
+    for images in opened.splits.values():
+        if images.pixels is not None and images.channels != channels:
             raise UsageError(
-                f"the images of {opened.name} have {part.channels} channels, not {channels}"
+                f"the images of {opened.name} have {images.channels} channels, not {channels}"
             )
-    parts: dict[str, Any] = {
-        split: replace(part, channels=channels) for split, part in opened.splits.items()
-    }
-    return replace(opened, **parts)
+
+    def with_channels(images: Images | None) -> Images | None:
+        return None if images is None else replace(images, channels=channels)
+
+    return replace(
+        opened,
+        train=replace(opened.train, channels=channels),
+        val=with_channels(opened.val),
+        test=with_channels(opened.test),
+    )
 
 
 def absolute_source(name: str | os.PathLike[str]) -> str:
-    """What a source is called wherever one stands: names and URLs as they are, paths from the root."""
+    """Make a source independent of the working directory.
+
+    Args:
+        name: A name, path or URL.
+
+    Returns:
+        Built-in names and URLs as they are; paths as absolute paths.
+    """
     text = os.path.expanduser(os.fspath(name)).removeprefix("file://")
     return text if text in BUILTIN_SOURCES or is_url(text) else os.path.abspath(text)
 
@@ -135,10 +189,10 @@ def _open_one(text: str) -> Source:
     path = Path(text)
     if path.is_dir():
         shards = find_shards(text)
-        return (
-            _open_shards(text, shards)
-            if shards
-            else _open_tree(path, path, _walk_folder(path, set()))
+        if shards:
+            return _open_shards(text, shards)
+        return _open_tree(
+            path, _walk_folder(path, set()), lambda names, _: FolderFiles(path, names)
         )
     kind = path.suffix.lower()
     if kind == ".parquet":
@@ -159,47 +213,46 @@ def _open_one(text: str) -> Source:
 
 
 def _open_several(texts: list[str]) -> Source:
-    """Folders and image files as one set; keys are relative to what they have in common."""
+    """Open folders and image files as one set; keys are relative to their common folder."""
     if not texts:
         raise UsageError("no source is given")
     for text in texts:
-        if not os.path.isdir(text) and not (
-            os.path.exists(text) and Path(text).suffix.lower() in EXTENSIONS
-        ):
+        is_image = os.path.exists(text) and Path(text).suffix.lower() in EXTENSIONS
+        if not os.path.isdir(text) and not is_image:
             raise UsageError(
-                f"{printable(text)} is neither a folder nor an image file: only these can be several"
+                f"{printable(text)} is neither a folder nor an image file: "
+                "only these can be combined"
             )
     paths = sorted({os.path.abspath(text) for text in texts}, key=os.fsencode)
     folders = [path for path in paths if os.path.isdir(path)]
     files = [path for path in paths if path not in folders]
     root = Path(os.path.commonpath([*folders, *map(os.path.dirname, files)]))
-    keys, names, seen = [], [], set[tuple[int, int]]()
+    keys, labels, visited = [], [], set[tuple[int, int]]()
     for folder in folders:
-        found = _walk_folder(Path(folder), seen)
-        lead = b"" if Path(folder) == root else os.fsencode(os.path.relpath(folder, root)) + b"/"
-        keys.append(
-            pc.binary_join_element_wise(
-                pa.scalar(lead, pa.large_binary()), found, pa.scalar(b"", found.type)
-            )
-        )
-        names.append(_path_component(found, 0))
-    alone = pa.array(
-        [os.fsencode(os.path.relpath(file, root)) for file in files], pa.large_binary()
-    )
-    alone = alone.filter(pc.invert(pc.is_in(alone, pa.chunked_array(keys, alone.type))))
-    every = pa.concat_arrays([*keys, alone])
-    if not len(every):
-        raise UsageError(
-            f"no image in {', '.join(map(printable, texts))}: looked for {' '.join(sorted(EXTENSIONS))}"
-        )
-    order = pc.sort_indices(every)
-    labels = pa.concat_arrays(
-        [*names, pa.nulls(len(alone), pa.dictionary(pa.int32(), alone.type))]
-    ).take(order)
-    images = Images(Names(every.take(order)), root)
-    return _build_source(
-        paths[0] if len(paths) == 1 else root, {"train": (images, *_encode_labels(labels))}
-    )
+        paths_below = _walk_folder(Path(folder), visited)
+        prefix = b"" if Path(folder) == root else os.fsencode(os.path.relpath(folder, root)) + b"/"
+        empty = pa.scalar(b"", paths_below.type)
+        prefix_scalar = pa.scalar(prefix, pa.large_binary())
+        keys.append(pc.binary_join_element_wise(prefix_scalar, paths_below, empty))
+        labels.append(_path_component(paths_below, 0))
+    relative_files = [os.fsencode(os.path.relpath(file, root)) for file in files]
+    file_keys = pa.array(relative_files, pa.large_binary())
+    in_folders = pc.is_in(file_keys, pa.chunked_array(keys, file_keys.type))
+    file_keys = file_keys.filter(pc.invert(in_folders))
+    labels.append(pa.nulls(len(file_keys), pa.dictionary(pa.int32(), file_keys.type)))
+    all_keys = pa.concat_arrays([*keys, file_keys])
+    if not len(all_keys):
+        raise _no_image_error(", ".join(map(printable, texts)))
+    order = pc.sort_indices(all_keys)
+    image_names = Names(all_keys.take(order))
+    images = Images(image_names, FolderFiles(root, image_names))
+    codes_and_classes = _encode_labels(pa.concat_arrays(labels).take(order))
+    path = paths[0] if len(paths) == 1 else root
+    return _build_source(path, {"train": (images, *codes_and_classes)})
+
+
+def _no_image_error(place: str) -> UsageError:
+    return UsageError(f"no image in {place}: looked for {' '.join(sorted(EXTENSIONS))}")
 
 
 def _open_shapes() -> Source:
@@ -217,45 +270,49 @@ def _open_torchvision(name: str) -> Source:
 
     root = os.path.expanduser(os.environ.get("SIMSIAM_DATA") or "~/.cache/simsiam/data")
 
-    def fetch(split: str, data_set: Any, part: str | bool) -> Images:
+    def download(split: str, dataset_class: Callable, part: str | bool) -> Images:
         try:
-            got = data_set(root, part, download=True)
-        except (
-            OSError,
-            RuntimeError,
-            HTTPException,
-        ) as error:  # no network or disk; wrong checksum; cut connection
+            dataset = dataset_class(root, part, download=True)
+        # no network or full disk; wrong checksum; interrupted connection
+        except (OSError, RuntimeError, HTTPException) as error:
             raise WorkFailed(
-                f"{name} could not be fetched into {root!r} ({' '.join(str(error).split())[:200]}): "
+                f"{name} could not be downloaded to {root!r} "
+                f"({' '.join(str(error).split())[:200]}): "
                 "give a local Parquet file or a folder of images instead"
             ) from error
         if part == "unlabeled":
-            return from_arrays(split, got.data)
+            return from_arrays(split, dataset.data)
         if name == "stl10":
-            return from_arrays(split, got.data, got.labels, got.classes)
-        return from_arrays(split, got.data.transpose(0, 3, 1, 2), got.targets, got.classes)
+            return from_arrays(split, dataset.data, dataset.labels, dataset.classes)
+        pixels = dataset.data.transpose(0, 3, 1, 2)
+        return from_arrays(split, pixels, dataset.targets, dataset.classes)
 
-    if (
-        name == "stl10"
-    ):  # its labeled training images are few: the unlabeled ones are there to be learned from
+    # The unlabeled images of STL-10 are the training set: the labeled training images are few.
+    if name == "stl10":
         parts = {"train": "unlabeled", "val": "train", "test": "test"}
-        return Source(name, *(fetch(split, STL10, part) for split, part in parts.items()))
+        return Source(name, *(download(split, STL10, part) for split, part in parts.items()))
     cifar = CIFAR10 if name == "cifar10" else CIFAR100
-    return Source(name, fetch("train", cifar, True), None, fetch("test", cifar, False))
+    return Source(name, download("train", cifar, True), None, download("test", cifar, False))
 
 
 def _walk_folder(folder: Path, visited: set[tuple[int, int]]) -> pa.Array:
-    """The paths of the images below `folder`, relative to it and with "/", in bytewise order; bytes, as the system has
-    them. Folders in `seen` have been walked already: so links do not loop, and what lies below keeps its own path.
+    """List the images below a folder.
+
+    Args:
+        folder: The folder.
+        visited: Device and inode of the folders that have been visited; updated. Each folder is
+            visited once, so links do not loop. Links are followed last, so the images of a folder
+            that is reached both ways have its real path.
+
+    Returns:
+        Paths relative to the folder, with "/", in bytewise order; bytes, as the system has them.
     """
 
-    def found() -> Iterator[bytes]:
+    def iter_paths() -> Iterator[bytes]:
         root, folders, links = os.fsencode(folder), [b""], list[bytes]()
         while folders or links:
             if not folders:
-                links.sort(
-                    reverse=True
-                )  # links come last, in an order that is not the file system's
+                links.sort(reverse=True)  # in an order that does not depend on the file system
             below = (folders or links).pop()
             status = os.stat(os.path.join(root, below))
             if (status.st_dev, status.st_ino) in visited:
@@ -269,83 +326,94 @@ def _walk_folder(folder: Path, visited: set[tuple[int, int]]) -> pa.Array:
                         folders.append(below + entry.name + b"/")
                     elif entry.is_symlink() and os.path.isdir(entry.path):
                         links.append(below + entry.name + b"/")
-                    elif is_image_path(entry.name) and (
-                        entry.is_file() or entry.is_symlink()
-                    ):  # a dead link is listed
+                    # A link without a target is listed, and is then unreadable.
+                    elif is_image_path(entry.name) and (entry.is_file() or entry.is_symlink()):
                         yield below + entry.name
 
     try:
-        keys = _to_arrow(found())
+        keys = _to_arrow(iter_paths())
     except OSError as error:
-        raise WorkFailed(
-            f"cannot read the folder {printable(os.fsdecode(error.filename or folder))}: {error.strerror}"
-        ) from error
+        place = printable(os.fsdecode(error.filename or folder))
+        raise WorkFailed(f"cannot read the folder {place}: {error.strerror}") from error
     return keys.take(pc.sort_indices(keys))
 
 
 def _to_arrow(values: Iterable[bytes | None]) -> pa.Array:
-    """Bytes as large_binary; as Python objects, a million names would take 100 MB."""
+    """Convert bytes to large_binary in chunks: a million Python objects would take 100 MB."""
     values, chunks = iter(values), [pa.array([], pa.large_binary())]
     while chunk := list(islice(values, NAME_CHUNK)):
         chunks.append(pa.array(chunk, pa.large_binary()))
-    whole = pa.concat_arrays(chunks)
+    array = pa.concat_arrays(chunks)
     chunks.clear()
-    pa.default_memory_pool().release_unused()  # half of what the chunks took: they grew by doubling
-    return whole
+    pa.default_memory_pool().release_unused()  # half of it: the chunks grew by doubling
+    return array
 
 
 def _path_component(paths: pa.Array, depth: int) -> pa.DictionaryArray:
-    """The name of each path's folder at a depth; null where there is none."""
+    """Return the name of each path's folder at a depth; null if there is none."""
     pattern, names = "^" + "[^/]*/" * depth + "(?P<name>[^/]*)/", []
     for start in range(0, len(paths), NAME_CHUNK):
-        found = pc.extract_regex(paths[start : start + NAME_CHUNK], pattern)
-        names.append(found.flatten()[0].dictionary_encode())  # `field` would forget the nulls
-    return (
-        pa.chunked_array(names, pa.dictionary(pa.int32(), paths.type))
-        .unify_dictionaries()
-        .combine_chunks()
-    )
+        matches = pc.extract_regex(paths[start : start + NAME_CHUNK], pattern)
+        names.append(matches.flatten()[0].dictionary_encode())  # `field` would lose the nulls
+    chunked = pa.chunked_array(names, pa.dictionary(pa.int32(), paths.type))
+    return chunked.unify_dictionaries().combine_chunks()
 
 
 def _encode_labels(names: pa.DictionaryArray) -> tuple[np.ndarray | None, tuple[str, ...]]:
-    """Label names as positions in a sorted tuple of them; None and () where one is null."""
+    """Return labels as positions in a sorted tuple of their names; None and () if one is null."""
     if names.null_count:
         return None, ()
-    found = names.dictionary.to_pylist()
-    classes = sorted(found)
-    place = {name: i for i, name in enumerate(classes)}
-    codes = np.array([place[name] for name in found], np.int64)[names.indices.to_numpy()]
+    distinct = names.dictionary.to_pylist()
+    classes = sorted(distinct)
+    code_of = {name: i for i, name in enumerate(classes)}
+    codes = np.array([code_of[name] for name in distinct], np.int64)[names.indices.to_numpy()]
     return codes, tuple(map(os.fsdecode, classes))
 
 
-def _open_tree(path: Path, storage: Path | ArchiveMembers, keys: pa.Array) -> Source:
-    """Splits and classes read from the paths of images, which lie in a folder or in an archive."""
+def _open_tree(
+    path: Path,
+    keys: pa.Array,
+    make_storage: Callable[[Names, np.ndarray | slice], Storage],
+    skip_outer_folders: bool = False,
+) -> Source:
+    """Find splits and classes from the paths of images in a folder or an archive.
+
+    Args:
+        path: The folder or archive.
+        keys: The paths of the images in it.
+        make_storage: From names and their positions in `keys` to the storage of these images.
+        skip_outer_folders: Ignore folders that contain everything else.
+
+    Returns:
+        The source.
+
+    Raises:
+        UsageError: There is no image.
+    """
     if not len(keys):
-        raise UsageError(
-            f"no image in {printable(str(path))}: looked for {' '.join(sorted(EXTENSIONS))}"
-        )
+        raise _no_image_error(printable(str(path)))
     depth, first = 0, _path_component(keys, 0)
-    if isinstance(storage, ArchiveMembers):  # folders around everything are the archive's wrapping
+    if skip_outer_folders:
         while (
             not first.null_count
             and len(first.dictionary) == 1
             and _canonical_split(first.dictionary[0]) != "train"
         ):
             depth, first = depth + 1, _path_component(keys, depth + 1)
-    words = [_canonical_split(name) for name in first.dictionary]
-    if "train" not in words:
-        return _build_source(
-            path, {"train": (Images(Names(keys), storage), *_encode_labels(first))}
-        )
+    splits = [_canonical_split(name) for name in first.dictionary]
+    if "train" not in splits:
+        names = Names(keys)
+        images = Images(names, make_storage(names, slice(None)))
+        return _build_source(path, {"train": (images, *_encode_labels(first))})
     codes, parts = first.indices.fill_null(-1).to_numpy(), {}
     for split in ("train", "val", "test"):
-        rows = np.flatnonzero(np.isin(codes, [i for i, word in enumerate(words) if word == split]))
+        of_split = [i for i, name in enumerate(splits) if name == split]
+        rows = np.flatnonzero(np.isin(codes, of_split))
         if len(rows):
-            mine = keys.take(pa.array(rows))
-            images = Images(
-                Names(mine), storage[rows] if isinstance(storage, ArchiveMembers) else storage
-            )
-            parts[split] = images, *_encode_labels(_path_component(mine, depth + 1))
+            split_keys = keys.take(pa.array(rows))
+            names = Names(split_keys)
+            images = Images(names, make_storage(names, rows))
+            parts[split] = images, *_encode_labels(_path_component(split_keys, depth + 1))
     return _build_source(path, parts)
 
 
@@ -354,36 +422,32 @@ def _canonical_split(name: pa.Scalar) -> str | None:
 
 
 def _open_list(path: Path) -> Source:
-    """A path a line, perhaps a tab and a label."""
-    try:
-        lines = (
-            path.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines()
-        )  # some editors put UTF-8's mark first
+    """Open a list: one path per line, optionally followed by a tab and a label."""
+    try:  # some editors write UTF-8's byte order mark first
+        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines()
     except OSError as error:
         raise WorkFailed(f"cannot read {printable(str(path))}: {error.strerror}") from error
     rows = [line for line in lines if line.strip()]
     if not rows:
-        raise UsageError(f"{printable(str(path))} lists no image: it takes a path a line")
-    images = Images(
-        Names(_to_arrow(row.partition(b"\t")[0] for row in rows)), path.absolute().parent
-    )
+        raise UsageError(f"{printable(str(path))} lists no image: write one path per line")
+    names = Names(_to_arrow(row.partition(b"\t")[0] for row in rows))
+    images = Images(names, FolderFiles(path.absolute().parent, names))
     labels = _to_arrow(row.partition(b"\t")[2] or None for row in rows)
     return _build_source(path, {"train": (images, *_encode_labels(labels.dictionary_encode()))})
 
 
 def _open_archive(path: Path) -> Source:
-    """The images in a .zip or .tar, by where their bytes lie; of two with one name, the last, as if unpacked."""
-    places = array("q")
+    """Open the images in a .zip or .tar; of two with one name the last, as if unpacked."""
+    entries = array("q")
 
-    def names() -> Iterator[bytes]:
-        for name, place in (
-            _iter_zip_images if path.suffix.lower() == ".zip" else _iter_tar_images
-        )(path):
-            places.extend(place)
+    def iter_names() -> Iterator[bytes]:
+        is_zip = path.suffix.lower() == ".zip"
+        for name, entry in (_iter_zip_images if is_zip else _iter_tar_images)(path):
+            entries.extend(entry)
             yield name
 
     try:
-        keys = _to_arrow(names())
+        keys = _to_arrow(iter_names())
     except UsageError:
         raise
     except ARCHIVE_ERRORS as error:
@@ -394,43 +458,43 @@ def _open_archive(path: Path) -> Source:
     keys = keys.take(order)
     last = pa.array(np.append(pc.not_equal(keys[1:], keys[:-1]), True)[: len(keys)])
     rows = order.filter(last).to_numpy()
+    members = ArchiveMembers(path.absolute(), np.asarray(entries).reshape(-1, 5)[rows])
     return _open_tree(
         path,
-        ArchiveMembers(path.absolute(), np.asarray(places).reshape(-1, 5)[rows]),
         keys.filter(last),
+        lambda _, indices: members.take(indices),
+        skip_outer_folders=True,
     )
 
 
 def _member_image_path(name: str) -> bytes | None:
-    """The path of an image in an archive; None for other files, for hidden ones, and for those that lead outside."""
+    """Return the path of an image in an archive; None for other, hidden and outside paths."""
     path = normalize_member_path(name)
     return path if path and is_image_path(path) else None
 
 
 def _iter_zip_images(path: Path) -> Iterator[tuple[bytes, tuple[int, int, int, int, int]]]:
-    """Name and place (as in Packed) of each image in a .zip."""
+    """Yield the name and the entry (see `ArchiveMembers`) of each image in a .zip."""
     with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
         for info in archive.infolist():
             name = _member_image_path(info.filename)
             if name is None or info.is_dir() or stat.S_ISLNK(info.external_attr >> 16):
                 continue
-            if info.flag_bits & 1 or info.compress_type not in (
-                zipfile.ZIP_STORED,
-                zipfile.ZIP_DEFLATED,
-            ):
+            supported = info.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+            if info.flag_bits & 1 or not supported:
                 raise UsageError(
-                    f"{printable(str(path))} is encrypted or packed in a rare way: unpack it"
+                    f"{printable(str(path))} is encrypted or compressed with a method "
+                    "that is not supported: unpack it"
                 )
-            file.seek(
-                info.header_offset + 26
-            )  # the lengths of the local header's two variable fields
+            # At byte 26 are the lengths of the local header's two variable fields.
+            file.seek(info.header_offset + 26)
             start = info.header_offset + 30 + sum(struct.unpack("<2H", file.read(4)))
             deflated = info.compress_type == zipfile.ZIP_DEFLATED
             yield name, (start, info.compress_size, info.file_size, deflated, info.CRC)
 
 
 def _iter_tar_images(path: Path) -> Iterator[tuple[bytes, tuple[int, int, int, int, int]]]:
-    """Name and place (as in Packed) of each image in a .tar."""
+    """Yield the name and the entry (see `ArchiveMembers`) of each image in a .tar."""
     with open(path, "rb") as file:
         for info in iter_tar_members(file):
             if info.isreg() and not info.issparse() and (name := _member_image_path(info.name)):
@@ -438,18 +502,25 @@ def _iter_tar_images(path: Path) -> Iterator[tuple[bytes, tuple[int, int, int, i
 
 
 def find_shards(location: str) -> dict[str, tuple[int, str]]:
-    """Size and stamp of the Parquet files, or else the tars, in a folder, under a URL or in its `data`; or of itself.
+    """Find the Parquet files, or else the tars, of a source.
 
-    Tars in a folder are shards only where neither an image nor a folder of images lies beside them.
+    Tars in a local folder are shards only if there is neither an image nor a folder next to them.
+
+    Args:
+        location: A folder or a URL, whose folder `data` is searched as well; or the URL of one
+            shard.
+
+    Returns:
+        (size in bytes, stamp) of each shard by its path or URL. A stamp changes when a file does.
     """
     if is_url(location) and location.endswith((".parquet", ".tar")):
-        return {path: about for path, about in list_files(location).items()}
+        return list_files(location)
     for folder in (location.rstrip("/"), f"{location.rstrip('/')}/data"):
         files = list_files(folder)
         for kind in (".parquet", ".tar"):
-            found = {path: about for path, about in files.items() if path.endswith(kind)}
-            if found and (kind == ".parquet" or is_url(folder) or not _contains_images(folder)):
-                return found
+            shards = {path: stat for path, stat in files.items() if path.endswith(kind)}
+            if shards and (kind == ".parquet" or is_url(folder) or not _contains_images(folder)):
+                return shards
     return {}
 
 
@@ -463,19 +534,18 @@ def _contains_images(folder: str) -> bool:
 
 
 def _open_shards(location: str, shard_stats: Mapping[str, tuple[int, str]]) -> Source:
-    """The images in shards: Parquet that is not too large in memory, everything else where it lies."""
+    """Open shards: Parquet in memory unless it is too large, everything else in place."""
     if not shard_stats:
         raise UsageError(
             f"no .parquet or .tar at {printable(location)}: `simsiam shard` makes them of images"
         )
-    words = {path: re.match("[a-z]*", path.rsplit("/", 1)[-1].lower()) for path in shard_stats}
+    first_words = [re.split("[^a-z]", path.rsplit("/", 1)[-1].lower())[0] for path in shard_stats]
     splits = {
-        path: SPLIT_ALIASES.get(word.group() if word else "", "train")
-        for path, word in words.items()
+        path: SPLIT_ALIASES.get(word, "train") for path, word in zip(shard_stats, first_words)
     }
     if "train" not in splits.values():
         splits = dict.fromkeys(shard_stats, "train")
-    files = [ShardFile(path, *about, splits[path]) for path, about in shard_stats.items()]
+    files = [ShardFile(path, *stat, splits[path]) for path, stat in shard_stats.items()]
     layout = None
     if files[0].path.endswith(".parquet"):
         layout = _read_layout(files[0])
@@ -484,20 +554,21 @@ def _open_shards(location: str, shard_stats: Mapping[str, tuple[int, str]]) -> S
             and _total_uncompressed_size(files) <= MAX_RESIDENT_BYTES
         ):
             return _load_parquet(location, files)
-    alone = location.endswith((".tar", ".parquet"))
-    catalog = load_catalog(location if alone else files[0].path.rpartition("/")[0], files, layout)
+    is_one_file = location.endswith((".tar", ".parquet"))
+    folder = location if is_one_file else files[0].path.rpartition("/")[0]
+    catalog = load_catalog(folder, files, layout)
     parts = {}
     for split in ("train", "val", "test"):
         if split in splits.values():
             parts[split] = *catalog.load_split(split), catalog.classes
     if not len(parts["train"][0]):
-        said = "; ".join(f"{name} is {what}" for name, what in catalog.damage)
-        raise UsageError(f"no image in {printable(location)}" + f": {said}" * bool(said))
+        damage = "; ".join(f"{name} is {reason}" for name, reason in catalog.damage)
+        raise UsageError(f"no image in {printable(location)}" + f": {damage}" * bool(damage))
     return replace(_build_source(location, parts), damage=catalog.damage)
 
 
 def _read_layout(file: ShardFile) -> ParquetLayout:
-    """The columns of a Parquet file."""
+    """Find the columns of a Parquet file."""
     try:
         with open_file(file.path) as opened:
             return detect_parquet_layout(pq.ParquetFile(opened), file.path)
@@ -506,36 +577,31 @@ def _read_layout(file: ShardFile) -> ParquetLayout:
 
 
 def _total_uncompressed_size(files: Sequence[ShardFile]) -> int:
-    """How many bytes the images in Parquet files take in memory. Raises UsageError for a bomb."""
+    """Return the bytes that the images in Parquet files take in memory; see uncompressed_sizes."""
     total = 0
     for file in files:
         try:
             with open_file(file.path) as opened:
                 parquet = pq.ParquetFile(opened)
-                total += sum(
-                    uncompressed_sizes(
-                        parquet,
-                        detect_parquet_layout(parquet, file.path).image_column,
-                        file.path,
-                        file.size,
-                    )
-                )
+                column = detect_parquet_layout(parquet, file.path).image_column
+                total += sum(uncompressed_sizes(parquet, column, file.path, file.size))
         except (pa.ArrowException, OSError) as error:
             raise read_error(file.path, error) from None
     return total
 
 
 def _load_parquet(path: str, files: Sequence[ShardFile]) -> Source:
-    parts: dict[str, Any] = {}
-    agreed = set()
+    """Read Parquet files into memory."""
+    parts: dict[str, SplitParts] = {}
+    distinct_names = set()
     for split in dict.fromkeys(file.split for file in files):
-        columns, labels, theirs = zip(
-            *(_read_parquet_columns(file.path) for file in files if file.split == split)
-        )
+        contents = (_read_parquet_columns(file.path) for file in files if file.split == split)
+        columns, labels, class_names = zip(*contents)
         chunks = [_dictionary_encode(chunk) for column in columns for chunk in column.chunks]
-        encoded = Column(pa.chunked_array(chunks, pa.dictionary(pa.int32(), pa.large_binary())))
-        names = next((one for one in theirs if one), ())
-        agreed |= {one for one in theirs if one}
+        encoded_type = pa.dictionary(pa.int32(), pa.large_binary())
+        encoded = EncodedColumn(pa.chunked_array(chunks, encoded_type))
+        names: tuple[str, ...] = next((known for known in class_names if known), ())
+        distinct_names |= {known for known in class_names if known}
         codes = None if any(part is None for part in labels) else np.concatenate(labels)
         if codes is not None and not names:
             values, codes = np.unique(codes, return_inverse=True)
@@ -543,68 +609,65 @@ def _load_parquet(path: str, files: Sequence[ShardFile]) -> Source:
         parts[split] = Images(numbered_keys(split, len(encoded)), encoded), codes, names
     if not len(parts["train"][0]):
         raise UsageError(f"no row in {printable(path)}")
-    if len(agreed) > 1:
+    if len(distinct_names) > 1:
         raise UsageError(f"the Parquet files in {printable(path)} disagree about the class names")
     return _build_source(path, parts)
 
 
 def _read_parquet_columns(file: str) -> tuple[pa.ChunkedArray, np.ndarray | None, tuple[str, ...]]:
-    """One file's images (by reference), labels (None if any is missing) and class names (() if it gives none)."""
+    """Read the images, the labels and the class names of a file.
+
+    Labels are None if any is missing; class names are () if the file has none.
+    """
     try:
         with open_file(file) as opened:
             parquet = pq.ParquetFile(opened)
             image, label, names = detect_parquet_layout(parquet, file)
-            parquet = pq.ParquetFile(
-                opened, metadata=parquet.metadata, read_dictionary=[image]
-            )  # equal images once
-            columns, groups = (
-                [image, *([label] if label else [])],
-                range(parquet.metadata.num_row_groups),
-            )
-            table = pa.concat_tables(
-                [parquet.read_row_group(i, columns) for i in groups] or [parquet.read(columns)]
-            )
+            # `read_dictionary` stores equal images once.
+            dictionary = {"metadata": parquet.metadata, "read_dictionary": [image]}
+            parquet = pq.ParquetFile(opened, **dictionary)
+            columns = [image, label] if label else [image]
+            groups = range(parquet.metadata.num_row_groups)
+            tables = [parquet.read_row_group(i, columns) for i in groups]
+            table = pa.concat_tables(tables or [parquet.read(columns)])
     except (pa.ArrowException, OSError) as error:
         raise WorkFailed(f"cannot read {file!r}: {' '.join(str(error).split())[:200]}") from error
     encoded = extract_image_column(table, image)
     if not label:
         return encoded, None, ()
-    # A label of -1 is how Hugging Face hides the labels of a test set.
+    # A label of -1 means that Hugging Face withholds the labels of a test set.
     raw = table[label]
     missing = raw.null_count or (names and (raw.to_numpy() < 0).any())
     return encoded, None if missing else raw.to_numpy(), names
 
 
 def _dictionary_encode(chunk: pa.Array) -> pa.DictionaryArray:
-    """The same images, all in one type."""
+    """Convert an array of bytes to the one type of all chunks, without copying images."""
     chunk = chunk if pa.types.is_dictionary(chunk.type) else chunk.dictionary_encode()
     return pa.DictionaryArray.from_arrays(
         chunk.indices.cast(pa.int32()), chunk.dictionary.cast(pa.large_binary())
     )
 
 
-def _build_source(
-    path: str | Path, parts: dict[str, tuple[Images, np.ndarray | None, tuple[str, ...]]]
-) -> Source:
-    """The source of (images, labels as positions in names, names) by split; the classes are those of train."""
-    known = (
-        parts["train"][2] if len(parts["train"][2]) > 1 else ()
-    )  # a label that never varies says nothing
-    splits: dict[str, Any] = {}
+def _build_source(path: str | Path, parts: Mapping[str, SplitParts]) -> Source:
+    """Make the source of these splits; its classes are those of the training images."""
+    train_names = parts["train"][2]
+    classes = train_names if len(train_names) > 1 else ()  # one class tells nothing apart
+    splits: dict[str, Images] = {}
     for split, (images, codes, names) in parts.items():
-        if codes is not None and known:
+        if codes is not None and classes:
             used = np.unique(codes)
-            if strange := [
-                code for code in used if not 0 <= code < len(names) or names[code] not in known
-            ]:
-                name = names[strange[0]] if 0 <= strange[0] < len(names) else str(strange[0])
-                raise unknown_name(
-                    f"class in the {split} split of {printable(str(path))}", name, known
-                )
-            place = np.zeros(len(names), np.int64)
-            place[used] = [known.index(names[code]) for code in used]
-            images = replace(images, labels=place[codes], classes=known)
+            unknown = [c for c in used if not 0 <= c < len(names) or names[c] not in classes]
+            if unknown:
+                code = unknown[0]
+                name = names[code] if 0 <= code < len(names) else str(code)
+                kind = f"class in the {split} split of {printable(str(path))}"
+                raise unknown_name(kind, name, classes)
+            new_codes = np.zeros(len(names), np.int64)
+            new_codes[used] = [classes.index(names[code]) for code in used]
+            images = replace(images, labels=new_codes[codes], classes=classes)
         splits[split] = images
-    whole = Path(os.path.abspath(path))
-    stem = whole.stem if whole.is_file() else whole.name
-    return Source(re.sub(r"[^\w.-]+", "-", stem, flags=re.ASCII).strip("-.") or "images", **splits)
+    absolute = Path(os.path.abspath(path))
+    stem = absolute.stem if absolute.is_file() else absolute.name
+    name = re.sub(r"[^\w.-]+", "-", stem, flags=re.ASCII).strip("-.") or "images"
+    return Source(name, splits["train"], splits.get("val"), splits.get("test"))

@@ -148,8 +148,7 @@ def _iter_readable(images: Images, left_out_path: Path) -> Iterator[tuple[int, b
     for i in range(len(images)):
         near = near.prefetch(np.arange(i, min(i + 64, len(images))), 0.25) if i % 64 == 0 else near
         try:
-            data = near.file(i) if near.pixels is None else encode_pixels(near.read(i))
-            data = data if isinstance(data, bytes) else Path(data).read_bytes()
+            data = near.storage.read_bytes(i)
             kind = read_header(data, images.channels).format
         except (Unreadable, OSError) as error:
             reason = getattr(error, "strerror", None) or str(error)
