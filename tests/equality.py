@@ -66,7 +66,7 @@ def train(method: Method, shares: tuple[int, ...]) -> dict[str, list[Tensor]]:
     mine = slice(first, first + shares[rank()]) if world_size() > 1 else slice(0, n)
     model = build(method, backbone="resnet10", width=4, image_size=16).double()
     if world_size() > 1 and method.bn != "split":
-        convert_sync_batchnorm(model)
+        convert_sync_batchnorm(model, torch.device("cpu"))
     optimizer, network = build_optimizer(model, method), wrap_ddp(model)
     begin = partial(
         model.begin, images=IMAGES, labels=torch.arange(IMAGES) % 10, steps=STEPS, per_epoch=4
@@ -75,7 +75,7 @@ def train(method: Method, shares: tuple[int, ...]) -> dict[str, list[Tensor]]:
     if method.target == "moving_average":
         assert len(model.target.eta) == len(range(rank(), IMAGES, world_size())), "dealt out"
         part = torch.arange(IMAGES).tensor_split(world_size())[rank()]
-        model.target.start(
+        model.target.set_eta(
             torch.randn(IMAGES, 12, generator=torch.Generator().manual_seed(9)).double()[part], part
         )
     found: dict[str, list[Tensor]] = {"loss": [], "gradient": []}

@@ -77,7 +77,7 @@ def test_timms_batch_norms_keep_their_activation():
     )
     names, x = list(plain.state_dict()), torch.randn(5, 3, 6, 6)
     expected = plain(x)
-    convert_sync_batchnorm(plain)
+    convert_sync_batchnorm(plain, torch.device("cpu"))
     assert torch.equal(plain(x), expected) and list(plain.state_dict()) == names
     assert all("SyncBatchNorm" in str(layer) for layer in plain[1:])
 

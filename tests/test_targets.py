@@ -107,15 +107,15 @@ def test_momentum_is_an_exponential_average_in_training_mode():
 def test_byols_momentum_rises_to_one_on_a_cosine():
     model = build(small(target="momentum", target_decay=0.9, target_schedule="cosine"), **SMALL)
     with pytest.raises(UsageError, match=r"call model\.begin"):
-        model.target.decay(0)
+        model.target.momentum_at(0)
     model.begin(steps=100)
     with pytest.raises(UsageError, match=r"give it to model\.after_step"):
         model.after_step(model(*batch(0)[0]))
-    assert model.target.decay(0) == pytest.approx(0.9)
-    assert [model.target.decay(s) for s in (25, 99)] == [
+    assert model.target.momentum_at(0) == pytest.approx(0.9)
+    assert [model.target.momentum_at(s) for s in (25, 99)] == [
         pytest.approx(1 - 0.1 * cosine_schedule(s, 100)) for s in (25, 99)
     ]
-    assert model.target.decay(99) > 0.9999
+    assert model.target.momentum_at(99) > 0.9999
 
 
 @pytest.mark.parametrize("k", [2, 3])
@@ -165,7 +165,7 @@ def test_moving_average_is_updated_and_then_minimized():
     method = small(predictor="none", target="moving_average", target_decay=0.8)
     model = build(method, **SMALL)
     model.begin(images=IMAGES)
-    model.target.start(torch.randn(IMAGES, 12), torch.arange(IMAGES))
+    model.target.set_eta(torch.randn(IMAGES, 12), torch.arange(IMAGES))
     eta = {i: row.clone() for i, row in enumerate(model.target.eta)}
     assert all(row.norm().item() == pytest.approx(1) for row in eta.values())
     for step in range(5):

@@ -1,4 +1,8 @@
-"""The processes of one run, as torchrun starts them: this one's rank, its share, and work for rank zero alone."""
+"""The processes of one run, as torchrun starts them: rank, share of the work, work for rank zero.
+
+Every process has to call these functions, except `world_size`, `rank` and `local_slice`. In a
+single process they do nothing but call what they are given.
+"""
 
 import atexit
 import os
@@ -6,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import wraps
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 from uuid import uuid4
 
 import torch
@@ -15,132 +19,178 @@ from torch import distributed
 from simsiam.errors import Stopped, UsageError, WorkFailed
 
 P = ParamSpec("P")
-
-
 T = TypeVar("T")
 
-
-_in_rank_zero_only = False  # while the first process does what the others are told of
+# True while rank zero works alone in `rank_zero_only`. It is global because whatever that work
+# calls, at any depth, has to behave as in a single process: a collective call would wait for ever.
+_in_rank_zero_only = False
 
 
 def world_size() -> int:
-    """How many processes there are; 1 where nobody started several."""
-    together = (
-        not _in_rank_zero_only and distributed.is_available() and distributed.is_initialized()
-    )
-    return distributed.get_world_size() if together else 1
+    """Return the number of processes; 1 for a single process and inside `rank_zero_only`."""
+    if _in_rank_zero_only or not (distributed.is_available() and distributed.is_initialized()):
+        return 1
+    return distributed.get_world_size()
 
 
 def rank() -> int:
-    """Which of them this one is, from 0."""
+    """Return this process's number, from 0."""
     return distributed.get_rank() if world_size() > 1 else 0
 
 
 def local_slice(n: int) -> slice:
-    """This process's part of n things in order; the first ones take one more where n cannot be divided."""
-    each, more = divmod(n, world_size())
-    start = rank() * each + min(rank(), more)
-    return slice(start, start + each + (rank() < more))
+    """Return this process's share of n items.
+
+    Args:
+        n: Number of items, which are divided in order.
+
+    Returns:
+        A slice of n // N items for N processes; the first n mod N processes get one more.
+    """
+    size, remainder = divmod(n, world_size())
+    start = rank() * size + min(rank(), remainder)
+    return slice(start, start + size + (rank() < remainder))
 
 
 def broadcast(value: T) -> T:
-    """The first process's thing."""
+    """Return rank zero's value on every process.
+
+    Args:
+        value: A value that can be pickled; only rank zero's is used.
+
+    Returns:
+        Rank zero's value.
+    """
     if world_size() == 1:
         return value
-    box = [value]
-    distributed.broadcast_object_list(box, src=0, device=torch.device("cpu"))
-    return box[0]
+    values = [value]
+    distributed.broadcast_object_list(values, src=0, device=torch.device("cpu"))
+    return values[0]
 
 
 def rank_zero_only(function: Callable[P, T]) -> Callable[P, T]:
-    """f is done by the first process alone: what it returns or raises, all return or raise."""
+    """Let rank zero alone call a function; all processes return or raise what it does.
+
+    Args:
+        function: A function whose result and exceptions can be pickled.
+
+    Returns:
+        The function, to be called by every process.
+    """
 
     @wraps(function)
-    def done(*given: P.args, **named: P.kwargs) -> T:
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
         global _in_rank_zero_only
         if world_size() == 1:
-            return function(*given, **named)
-        result, failed = None, None
+            return function(*args, **kwargs)
+        result, error = None, None
         if rank() == 0:
             _in_rank_zero_only = True
             try:
-                result = function(*given, **named)
-            except Exception as error:
-                failed = error
+                result = function(*args, **kwargs)
+            except Exception as exception:
+                error = exception
             finally:
                 _in_rank_zero_only = False
-        result, failed = broadcast((result, failed))
-        if failed is not None:
-            raise failed
+        result, error = broadcast((result, error))
+        if error is not None:
+            raise error
         return result  # type: ignore[return-value]
 
-    return done
+    return wrapper
 
 
 @contextmanager
-def rank_zero_context(context: AbstractContextManager[Any]) -> Iterator[None]:
-    """A context that the first process enters for all: what entering it raises, all raise."""
+def rank_zero_context(context: AbstractContextManager[object]) -> Iterator[None]:
+    """Let rank zero alone enter a context; what entering it raises, every process raises.
+
+    Args:
+        context: The context, for example a lock.
+
+    Yields:
+        Nothing.
+    """
     with ExitStack() as stack:
         rank_zero_only(lambda: stack.enter_context(context) and None)()
         yield
 
 
 def distributed_entry_point(function: Callable[P, T]) -> Callable[P, T]:
-    """f is done by all processes that torchrun started: they find each other before the first such f.
+    """Let a function be called by all processes that torchrun started.
 
-    Raises WorkFailed where another process is lost on the way: torchrun may then start all of them again.
+    They join one process group before the first such function runs.
+
+    Args:
+        function: The function.
+
+    Returns:
+        The function; it raises WorkFailed if another process is lost while it runs. torchrun can
+        then start all processes again.
     """
 
     @wraps(function)
-    def done(*given: P.args, **named: P.kwargs) -> T:
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
         if os.environ.get("WORLD_SIZE", "1") == "1":
-            return function(*given, **named)
+            return function(*args, **kwargs)
         try:
             join_process_group()
-            result = function(*given, **named)
+            result = function(*args, **kwargs)
             distributed.barrier()
             return result
         except (UsageError, WorkFailed, Stopped):
             raise
         except RuntimeError as error:
-            if not isinstance(error, distributed.DistError) and not any(
-                w in str(error) for w in ("gloo", "NCCL")
-            ):
+            message = str(error)
+            from_backend = "gloo" in message or "NCCL" in message
+            if not isinstance(error, distributed.DistError) and not from_backend:
                 raise
-            reason = (str(error).splitlines() or [""])[0][:160]
+            reason = (message.splitlines() or [""])[0][:160]
             raise WorkFailed(
-                f"process {os.environ['RANK']} lost another one, or never found it: {reason}"
+                f"process {os.environ['RANK']} lost the connection to another process, "
+                f"or never had one: {reason}"
             ) from None
 
-    return done
+    return wrapper
 
 
 def join_process_group() -> None:
-    """Find the other processes, once; on a host with GPUs each takes the one of its local rank."""
+    """Join the processes into one group, once; each takes the GPU of its local rank, if any."""
     if distributed.is_initialized():
         return
-    local = int(os.environ["LOCAL_RANK"])
-    if local < torch.cuda.device_count():
-        torch.cuda.set_device(local)
-    store, number, processes = next(iter(distributed.rendezvous("env://")))
-    apart = distributed.PrefixStore(rendezvous_token(store, number, processes), store)
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if local_rank < torch.cuda.device_count():
+        torch.cuda.set_device(local_rank)
+    store, process_rank, num_processes = next(iter(distributed.rendezvous("env://")))
+    token = rendezvous_token(store, process_rank, num_processes)
+    store = distributed.PrefixStore(token, store)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    distributed.init_process_group(backend, store=apart, rank=number, world_size=processes)
+    distributed.init_process_group(
+        backend, store=store, rank=process_rank, world_size=num_processes
+    )
     atexit.register(distributed.destroy_process_group)
 
 
-def rendezvous_token(store: Any, process_rank: int, num_processes: int) -> str:
-    """A word that all of these processes know, and none that ran before them.
+def rendezvous_token(store: distributed.Store, process_rank: int, num_processes: int) -> str:
+    """Agree on a token that these processes share and processes that ran before them do not have.
 
-    torchrun keeps its store when it starts processes anew, and they would take the addresses of the dead for those of
-    the living (pytorch issue 135712). So each leaves a word in the store, and waits for the answer to this very word.
+    torchrun keeps its store when it restarts processes, so that new processes could read the
+    addresses of dead ones (pytorch issue 135712). Therefore each process writes a random word of
+    its own into the store and waits for an answer under this very word.
+
+    Args:
+        store: The store that torchrun provides.
+        process_rank: This process's number, from 0.
+        num_processes: The number of processes.
+
+    Returns:
+        Rank zero's word.
     """
     word = uuid4().hex
     if process_rank > 0:
         store.set(f"simsiam/{process_rank}", word)
-        answer = store.get(f"simsiam/{word}").decode()
-        store.set(f"simsiam/{answer}/{process_rank}", "heard")
-        return answer
+        token = store.get(f"simsiam/{word}").decode()
+        store.set(f"simsiam/{token}/{process_rank}", "heard")
+        return token
     others = range(1, num_processes)
     while not all(store.check([f"simsiam/{word}/{other}"]) for other in others):
         for other in others:

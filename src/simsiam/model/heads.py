@@ -1,4 +1,8 @@
-"""The heads: f's projector and the predictor h, both plain MLPs (section 3); and who shares batch norm's statistics."""
+"""The heads and batch norm's grouping of the views.
+
+The heads are the projector, which completes the encoder f, and the predictor h: both are plain
+MLPs (section 3). A grouping decides which images share batch norm's statistics.
+"""
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -8,7 +12,7 @@ from torch import Tensor, nn
 
 from simsiam.config.method import BN_SPLITS, Method
 from simsiam.distributed.process_group import world_size
-from simsiam.distributed.sync_batch_norm import SyncBatchNorm, per_view_statistics
+from simsiam.distributed.sync_batch_norm import separate_views, synchronizes_on_cpu
 from simsiam.errors import UsageError
 
 
@@ -20,10 +24,19 @@ def mlp(
     out_affine: bool = True,
     out_bias: bool = True,
 ) -> nn.Sequential:
-    """Fully-connected layers (N, widths[0]) to (N, widths[-1]), ReLU between them and none after the last.
+    """Create fully-connected layers with ReLU between them and none after the last.
 
-    A layer has a bias exactly where no batch norm follows it: the norm would take the bias away again. Without
-    `out_bias` the last layer has none in any case.
+    A layer has a bias only where no batch norm follows it, because the norm would cancel the bias.
+
+    Args:
+        widths: Width of the input, of each hidden layer, and of the output.
+        hidden_bn: Whether batch norm follows each hidden layer.
+        out_bn: Whether batch norm follows the last layer.
+        out_affine: Whether that last batch norm has a scale and a shift.
+        out_bias: Whether the last layer may have a bias.
+
+    Returns:
+        A module from (N, widths[0]) to (N, widths[-1]).
     """
     layers: list[nn.Module] = []
     last = len(widths) - 2
@@ -38,7 +51,18 @@ def mlp(
 
 
 def build_projector(method: Method, dim: int) -> nn.Sequential:
-    """h (N, dim) to z (N, d): `proj_layers` layers, hidden ones `proj_hidden` wide."""
+    """Create the projector, h (N, dim) to z (N, d) (section 3, projection MLP).
+
+    Args:
+        method: The row; `proj_layers`, `proj_hidden`, `dim` and `head_bn` shape the projector.
+        dim: Width of the backbone's feature h.
+
+    Returns:
+        An MLP of `proj_layers` layers.
+
+    Raises:
+        UsageError: If the row asks for an affine output batch norm and has no output batch norm.
+    """
     if method.output_bn_affine and "proj_out" not in method.head_bn:
         raise UsageError(
             "output_bn_affine needs a batch norm on the projector's output: add proj_out to head_bn"
@@ -53,7 +77,15 @@ def build_projector(method: Method, dim: int) -> nn.Sequential:
 
 
 def build_predictor(method: Method) -> nn.Module:
-    """z (N, d) to p (N, d): the two-layer bottleneck, the identity for "none", without gradient for "fixed"."""
+    """Create the predictor, z (N, d) to p (N, d) (section 3, prediction MLP).
+
+    Args:
+        method: The row; `predictor`, `pred_dim`, `dim` and `head_bn` shape the predictor.
+
+    Returns:
+        A two-layer bottleneck; the identity for "none" (Table 1a); parameters that get no gradient
+        for "fixed" (Table 1b).
+    """
     if method.predictor == "none":
         return nn.Identity()
     bn = {"hidden_bn": "pred_hidden" in method.head_bn, "out_bn": "pred_out" in method.head_bn}
@@ -61,34 +93,56 @@ def build_predictor(method: Method) -> nn.Module:
     return head.requires_grad_(method.predictor != "fixed")
 
 
-# --- what a batch is to batch norm: a network applied to views, {view: (N, ...)} to {view: (N, d)} ---
+# --- batch norm's grouping: a network applied to views, {view: (N, ...)} to {view: (N, d)} ---
 
 
 def forward_per_view(network: nn.Module, views: dict[int, Tensor]) -> dict[int, Tensor]:
-    """A call for each view, so batch norm's statistics are each view's own, as in SimSiam's code.
+    """Apply a network to each view in its own call, so that each has its own statistics.
 
-    Synchronized, on a CPU, batch norm keeps the views of one call apart, and processes wait for each other less often.
+    This is what SimSiam's authors do. Batch norm that is synchronized on CPUs gets all views in one
+    call and keeps them apart, so that processes wait for each other less often.
+
+    Args:
+        network: The network.
+        views: Its inputs, one tensor (N, ...) for each view.
+
+    Returns:
+        Its outputs, (N, d) for each view.
     """
-    synchronized = any(isinstance(module, SyncBatchNorm) for module in network.modules())
-    if synchronized and not any(x.is_cuda for x in views.values()):
-        with per_view_statistics(len(views)):
+    if synchronizes_on_cpu(network):
+        with separate_views(network, len(views)):
             return forward_joint(network, views)
     return {view: network(x) for view, x in views.items()}
 
 
 def forward_joint(network: nn.Module, views: dict[int, Tensor]) -> dict[int, Tensor]:
-    """One call for all views, so they share their statistics."""
+    """Apply a network to all views in one call, so that they share their statistics.
+
+    Args:
+        network: The network.
+        views: Its inputs, one tensor (N, ...) for each view.
+
+    Returns:
+        Its outputs, (N, d) for each view.
+    """
     return dict(zip(views, network(torch.cat(list(views.values()))).chunk(len(views)), strict=True))
 
 
 def forward_split(network: nn.Module, views: dict[int, Tensor]) -> dict[int, Tensor]:
-    """A call for each eighth of each view: what 8 GPUs compute that do not synchronize batch norm.
+    """Apply a network to each eighth of each view: 8 GPUs whose batch norm is not synchronized.
 
-    Of several processes each has its part of the eighths, so that 2, 4 and 8 of them compute what one does.
+    Of N processes each has 8 / N of the eighths, so that 2, 4 or 8 compute what one computes.
+
+    Args:
+        network: The network.
+        views: Its inputs, one tensor (N, ...) for each view.
+
+    Returns:
+        Its outputs, (N, d) for each view.
     """
-    parts = BN_SPLITS // world_size()
+    splits = BN_SPLITS // world_size()
     return {
-        view: torch.cat([network(part) for part in x.tensor_split(parts)])
+        view: torch.cat([network(part) for part in x.tensor_split(splits)])
         for view, x in views.items()
     }
 

@@ -1,7 +1,7 @@
-"""D(p, t): what a pair of views pays for disagreeing. Each is a function of p and t, both (N, d), to a scalar.
+"""D(p, t): how much a pair of views disagrees, from (N, d) predictions p and targets t to a scalar.
 
-Those that compare the images of a batch take the batch of all processes: `gather` fetches it, with its gradient. The
-mean over images of what the processes get is what one process with the whole batch gets.
+Losses that compare the images of a batch gather the batch of all processes, with gradients. The
+mean over images of what each process gets is what one process with the complete batch gets.
 """
 
 import math
@@ -17,35 +17,72 @@ from simsiam.model.precision import at_least_float32, in_full_precision
 
 @in_full_precision
 def negative_cosine(p: Tensor, t: Tensor) -> Tensor:
-    """Equation 1: minus the cosine of p and t, averaged over the batch; from -1 to 1, about 0 for unrelated vectors."""
+    """Return minus the cosine similarity (equation 1), SimSiam's and BYOL's loss.
+
+    Args:
+        p: (N, d) predictions.
+        t: (N, d) targets.
+
+    Returns:
+        The mean over the batch, a scalar from -1 to 1; about 0 for unrelated vectors.
+    """
     return -F.cosine_similarity(p, t, dim=1).mean()
 
 
 @in_full_precision
 def cross_entropy(p: Tensor, t: Tensor) -> Tensor:
-    """Section 4.5: -softmax(t) . log softmax(p), the channels taken as d categories."""
+    """Return the cross-entropy -softmax(t) . log softmax(p), channels as categories (section 4.5).
+
+    Args:
+        p: (N, d) predictions.
+        t: (N, d) targets.
+
+    Returns:
+        The mean over the batch, a scalar.
+    """
     return -(t.softmax(1) * p.log_softmax(1)).sum(1).mean()
 
 
 @in_full_precision
 def nt_xent(p: Tensor, t: Tensor, *, tau: float) -> Tensor:
-    """SimCLR's loss seen from one view: tell an image's t among the t of all images and the p of all others.
+    """Return SimCLR's loss for one direction (equation 1 of SimCLR, section 6.2 of SimSiam).
 
-    The mean of both directions is the loss over 2N x 2N similarities (SimCLR's equation 1). With a predictor (section
-    6.2) the text leaves the negatives of the same view open; here they are predictions, so D depends on p and t alone.
+    It classifies each image's t among the t of all images and the p of all other images. The mean
+    of both directions is SimCLR's loss over 2N x 2N similarities. With a predictor, section 6.2
+    leaves open what the negatives of the same view are; here they are predictions, so that D
+    depends on p and t alone.
+
+    Args:
+        p: (N, d) predictions.
+        t: (N, d) targets.
+        tau: Temperature.
+
+    Returns:
+        The mean over the batch, a scalar.
     """
     p, t = F.normalize(p, dim=1), F.normalize(t, dim=1)
-    others, targets = all_gather(p), all_gather(t)
-    every = torch.arange(len(targets), device=t.device)
-    label = every[local_rows(len(t))]
-    itself = label[:, None] == every
-    similarities = torch.cat([p @ targets.T, (p @ others.T).masked_fill(itself, -math.inf)], dim=1)
+    predictions, targets = all_gather(p), all_gather(t)
+    positions = torch.arange(len(targets), device=t.device)
+    label = positions[local_rows(len(t))]
+    same_image = label[:, None] == positions
+    negatives = (p @ predictions.T).masked_fill(same_image, -math.inf)
+    similarities = torch.cat([p @ targets.T, negatives], dim=1)
     return F.cross_entropy(similarities / tau, label)
 
 
 @in_full_precision
 def info_nce(p: Tensor, t: Tensor, queue: Tensor, *, tau: float) -> Tensor:
-    """MoCo's loss: tell an image's t among the queue (K, d) of past targets, which are unit vectors."""
+    """Return MoCo's loss (equation 1 of MoCo): classify each image's t among t and the queue.
+
+    Args:
+        p: (N, d) predictions.
+        t: (N, d) targets.
+        queue: (K, d) past targets, unit vectors.
+        tau: Temperature.
+
+    Returns:
+        The mean over the batch, a scalar.
+    """
     p, t = F.normalize(p, dim=1), F.normalize(t, dim=1)
     logits = torch.cat([(p * t).sum(1, keepdim=True), p @ queue.T], dim=1) / tau
     return F.cross_entropy(logits, torch.zeros(len(p), dtype=torch.long, device=p.device))
@@ -53,10 +90,19 @@ def info_nce(p: Tensor, t: Tensor, queue: Tensor, *, tau: float) -> Tensor:
 
 @in_full_precision
 def sinkhorn(scores: Tensor, *, epsilon: float, iterations: int) -> Tensor:
-    """Codes (N, K) for scores (N, K): a row sums to 1, and each of the K prototypes gets about as much as the others.
+    """Return balanced codes: the optimal transport of SwAV's equation 3.
 
-    Sinkhorn-Knopp on exp(scores / epsilon), in logarithms; the limit is the optimal transport that maximizes the scores
-    plus epsilon times the entropy (SwAV's equation 3).
+    This is Sinkhorn-Knopp on exp(scores / epsilon), in logarithms. In the limit of many iterations
+    it maximizes the scores plus epsilon times the entropy.
+
+    Args:
+        scores: (N, K), similarities of images and prototypes.
+        epsilon: Softness of the codes.
+        iterations: Rounds of normalizing columns and rows.
+
+    Returns:
+        (N, K); each row sums to 1, and over the batches of all processes each column sums to
+        about the same.
     """
     log = all_gather(scores) / epsilon
     for _ in range(iterations):
@@ -67,7 +113,16 @@ def sinkhorn(scores: Tensor, *, epsilon: float, iterations: int) -> Tensor:
 
 @in_full_precision
 def barlow_twins(p: Tensor, t: Tensor, *, weight: float) -> Tensor:
-    """The correlations (d, d) between p's channels and t's should be the identity; `weight` is lambda (equation 1)."""
+    """Return Barlow Twins' loss (its equations 1 and 2): the correlations should be the identity.
+
+    Args:
+        p: (N, d) predictions.
+        t: (N, d) targets.
+        weight: lambda, the weight of correlations between different channels.
+
+    Returns:
+        A scalar.
+    """
     p, t = (F.normalize(x - x.mean(0), dim=0) for x in (all_gather(p), all_gather(t)))
     c = p.T @ t
     on = c.diagonal()
@@ -78,7 +133,21 @@ def barlow_twins(p: Tensor, t: Tensor, *, weight: float) -> Tensor:
 def vicreg(
     p: Tensor, t: Tensor, *, invariance: float, variance: float, covariance: float
 ) -> Tensor:
-    """VICReg's Algorithm 1: p near t; in each, every channel's std at least 1 and channels uncorrelated."""
+    """Return VICReg's loss (its equations 1 to 6, algorithm 1).
+
+    p should be close to t, and in each of them the standard deviation of every channel should be
+    at least 1 and different channels should be uncorrelated.
+
+    Args:
+        p: (N, d) predictions.
+        t: (N, d) targets.
+        invariance: Weight of the mean squared distance of p and t.
+        variance: Weight of the standard deviations' hinge loss.
+        covariance: Weight of the squared covariances.
+
+    Returns:
+        A scalar.
+    """
     p, t = all_gather(p), all_gather(t)
     loss = invariance * F.mse_loss(p, t)
     for x in (p, t):
@@ -91,86 +160,155 @@ def vicreg(
 
 
 class Criterion(nn.Module):
-    """A row's D, with its settings and its state. One that is new to the table needs a `forward`, nothing else."""
+    """D with a row's settings and the state that it keeps; the classes below are CRITERIA.
+
+    A new one needs a `forward` and nothing else.
+    """
 
     def __init__(self, method: Method):
+        """Keep the row, whose fields are the settings of D."""
         super().__init__()
         self.method = method
 
+    def forward(self, p: Tensor, t: Tensor) -> Tensor:
+        """Return D(p, t).
+
+        Args:
+            p: (N, d) predictions.
+            t: (N, ...) what `encode_target` returned, usually (N, d).
+
+        Returns:
+            A scalar.
+        """
+        raise NotImplementedError
+
     def encode_target(self, t: Tensor) -> Tensor:
-        """What the target's z is turned into, before the stop-gradient."""
+        """Encode the targets, before the stop-gradient.
+
+        Args:
+            t: (N, d) the target's projections.
+
+        Returns:
+            (N, ...) what D compares p with; by default `t` itself.
+        """
         return t
 
     def loss_range(self, batch_size: int) -> tuple[float, float] | None:
-        """The value for unrelated p and t over a batch of n, and the least value; None where neither is known."""
+        """Return what the loss is expected to lie between.
+
+        Args:
+            batch_size: Images in a batch.
+
+        Returns:
+            The value for unrelated p and t, and the minimum; None if they are not known.
+        """
         return None
 
     def high_loss_threshold(self, batch_size: int) -> float | None:
-        """Above this, a value is less than a quarter of the way from unrelated p and t to the least; None: unknown."""
-        if (span := self.loss_range(batch_size)) is None:
+        """Return the loss above which training is not converging.
+
+        Args:
+            batch_size: Images in a batch.
+
+        Returns:
+            The loss a quarter of the way from unrelated p and t to the minimum; None if not known.
+        """
+        if (limits := self.loss_range(batch_size)) is None:
             return None
-        unrelated, least = span
-        return unrelated - (unrelated - least) / 4
+        unrelated, minimum = limits
+        return unrelated - (unrelated - minimum) / 4
 
     def after_step(self, t: list[Tensor]) -> None:
-        """Move what gradients do not move, given the step's targets."""
+        """Update what has no gradient, after a step of the optimizer.
+
+        Args:
+            t: The step's targets, (N, ...) for each view that has one.
+        """
 
 
 class NegativeCosine(Criterion):
+    """SimSiam's and BYOL's loss (equation 1)."""
+
     def forward(self, p: Tensor, t: Tensor) -> Tensor:
+        """Return `negative_cosine(p, t)`."""
         return negative_cosine(p, t)
 
     def loss_range(self, batch_size: int) -> tuple[float, float]:
+        """Return the cosines of orthogonal and of equal vectors, with a minus sign."""
         return 0.0, -1.0
 
 
 class CrossEntropy(Criterion):
+    """The cross-entropy of section 4.5."""
+
     def forward(self, p: Tensor, t: Tensor) -> Tensor:
+        """Return `cross_entropy(p, t)`."""
         return cross_entropy(p, t)
 
 
 class NTXent(Criterion):
+    """SimCLR's loss, with temperature `tau`."""
+
     def forward(self, p: Tensor, t: Tensor) -> Tensor:
+        """Return `nt_xent(p, t)`."""
         return nt_xent(p, t, tau=self.method.tau)
 
     def loss_range(self, batch_size: int) -> tuple[float, float]:
-        return math.log(2 * batch_size - 1), math.log1p(
-            (2 * batch_size - 2) * math.exp(-1 / self.method.tau)
-        )
+        """Return log(2N - 1), and the loss of p = t with all other vectors orthogonal to them."""
+        negatives = 2 * batch_size - 2
+        return math.log(negatives + 1), math.log1p(negatives * math.exp(-1 / self.method.tau))
 
 
 class InfoNCE(Criterion):
-    """With MoCo's queue: the latest `queue` targets, oldest first; random directions until there are as many."""
+    """MoCo's loss, with temperature `tau` and a queue of the latest targets, oldest first.
 
-    queue: Tensor
+    Until there are as many targets as the queue has places, it holds random directions.
+    """
+
+    queue: Tensor  # (K, d), unit vectors
 
     def __init__(self, method: Method):
+        """Create the queue of `method.queue` random unit vectors."""
         super().__init__(method)
         self.register_buffer("queue", F.normalize(torch.randn(method.queue, method.dim), dim=1))
 
     def forward(self, p: Tensor, t: Tensor) -> Tensor:
+        """Return `info_nce(p, t)` with the queue."""
         return info_nce(p, t, self.queue, tau=self.method.tau)
 
     def loss_range(self, batch_size: int) -> tuple[float, float]:
+        """Return log(K + 1), and the loss of p = t with a queue orthogonal to them."""
         k = self.method.queue
         return math.log(k + 1), math.log1p(k * math.exp(-1 / self.method.tau))
 
     @torch.no_grad()
     def after_step(self, t: list[Tensor]) -> None:
+        """Put the step's targets into the queue, in place of the oldest ones."""
         new = torch.cat([all_gather(F.normalize(at_least_float32(view), dim=1)) for view in t])
         self.queue.copy_(torch.cat([self.queue, new])[-len(self.queue) :])
 
 
 class SwappedPrediction(Criterion):
-    """SwAV: predict the code of the other view, which is its balanced assignment to K prototypes."""
+    """SwAV's loss (its equations 1 and 2): predict the other view's code.
+
+    A code is the balanced assignment of an image to K prototypes, see `sinkhorn`.
+    """
 
     def __init__(self, method: Method):
+        """Create `method.prototypes` prototypes of width d."""
         super().__init__(method)
         self.prototypes = nn.Linear(method.dim, method.prototypes, bias=False)
         self.after_step([])
 
     def prototype_scores(self, z: Tensor) -> Tensor:
-        """Cosines (N, K) of z (N, d) with the prototypes."""
+        """Return the cosine similarities of projections and prototypes.
+
+        Args:
+            z: (N, d) projections.
+
+        Returns:
+            (N, K), in at least float32.
+        """
         weight = at_least_float32(self.prototypes.weight)
         with torch.autocast(z.device.type, enabled=False):
             if self.method.prototype_norm == "inside":
@@ -178,51 +316,63 @@ class SwappedPrediction(Criterion):
             return F.linear(F.normalize(at_least_float32(z), dim=1), weight)
 
     def encode_target(self, t: Tensor) -> Tensor:
-        m = self.method
-        return sinkhorn(
-            self.prototype_scores(t), epsilon=m.sinkhorn_epsilon, iterations=m.sinkhorn_iterations
-        )
+        """Return the codes (N, K) of t (N, d)."""
+        epsilon, iterations = self.method.sinkhorn_epsilon, self.method.sinkhorn_iterations
+        return sinkhorn(self.prototype_scores(t), epsilon=epsilon, iterations=iterations)
 
     def forward(self, p: Tensor, t: Tensor) -> Tensor:
+        """Return the cross-entropy of p (N, d) with the codes t (N, K)."""
         return -(t * (self.prototype_scores(p) / self.method.tau).log_softmax(1)).sum(1).mean()
 
     def high_loss_threshold(self, batch_size: int) -> float:
-        """Next to log K, where all prototypes are as likely; how far down it comes depends on how soft codes are."""
+        """Return almost log K, the loss where all prototypes are equally likely.
+
+        How far the loss can fall below depends on how soft the codes are.
+        """
         return 0.98 * math.log(self.method.prototypes)
 
     @torch.no_grad()
     def after_step(self, t: list[Tensor]) -> None:
+        """Normalize the prototypes, where the gradient does not (footnote 8)."""
         if self.method.prototype_norm == "outside":
             self.prototypes.weight.copy_(F.normalize(self.prototypes.weight, dim=1))
 
 
 class BarlowTwins(Criterion):
+    """Barlow Twins' loss, with `barlow_lambda`."""
+
     def forward(self, p: Tensor, t: Tensor) -> Tensor:
+        """Return `barlow_twins(p, t)`."""
         return barlow_twins(p, t, weight=self.method.barlow_lambda)
 
     def loss_range(self, batch_size: int) -> tuple[float, float]:
+        """Return the loss of unrelated channels, whose squared correlations are 1/N, and 0."""
         d = self.method.dim
-        return d + self.method.barlow_lambda * d * (
-            d - 1
-        ) / batch_size, 0.0  # a correlation of chance has square 1/n
+        return d + self.method.barlow_lambda * d * (d - 1) / batch_size, 0.0
 
 
 class VICReg(Criterion):
+    """VICReg's loss, with `vicreg_weights`."""
+
     def forward(self, p: Tensor, t: Tensor) -> Tensor:
+        """Return `vicreg(p, t)`."""
         invariance, variance, covariance = self.method.vicreg_weights
         return vicreg(p, t, invariance=invariance, variance=variance, covariance=covariance)
 
     def loss_range(self, batch_size: int) -> tuple[float, float]:
-        return 2 * self.method.vicreg_weights[0], 0.0  # unrelated channels of variance 1
+        """Return the loss of unrelated channels of variance 1, and 0."""
+        return 2 * self.method.vicreg_weights[0], 0.0
 
 
 class Classification(Criterion):
-    """Cross-entropy with labels t, int64 (N,)."""
+    """The cross-entropy of logits with labels, for supervised learning."""
 
     def forward(self, p: Tensor, t: Tensor) -> Tensor:
+        """Return the cross-entropy of logits p (N, d) with labels t (N,) int64."""
         return F.cross_entropy(at_least_float32(p), t)
 
     def loss_range(self, batch_size: int) -> tuple[float, float]:
+        """Return log d, the loss where all classes are equally likely, and 0."""
         return math.log(self.method.dim), 0.0
 
 

@@ -1,7 +1,10 @@
-"""Optimizers and schedules. A parameter group names its schedule, and a schedule is a pure function of the step."""
+"""Optimizers and schedules.
+
+A parameter group names its schedule, and a schedule is a function of the step alone.
+"""
 
 import math
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -11,14 +14,34 @@ from simsiam.config.method import Method
 
 
 def cosine_schedule(step: int, steps: int, warmup: int = 0) -> float:
-    """Share of the peak lr at 0 <= step < steps: a linear rise over `warmup` steps, then half a cosine (section 3)."""
+    """Return the fraction of the peak lr: a linear rise, then half a cosine (section 3).
+
+    Args:
+        step: The step, 0 <= step < steps.
+        steps: Number of steps of the run.
+        warmup: Number of steps of the linear rise.
+
+    Returns:
+        A fraction from 0 to 1.
+    """
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
 def constant_schedule(step: int, steps: int, warmup: int = 0) -> float:
-    """Always the peak, warm-up included: the predictor should adapt to the latest representations (section 4.2)."""
+    """Return 1: always the peak lr, even during warm-up.
+
+    The predictor has it, to adapt to the latest representations (section 4.2).
+
+    Args:
+        step: The step (unused).
+        steps: Number of steps of the run (unused).
+        warmup: Number of steps of the encoder's linear rise (unused).
+
+    Returns:
+        1.0
+    """
     return 1.0
 
 
@@ -26,34 +49,56 @@ SCHEDULES = {"cosine": cosine_schedule, "constant": constant_schedule}
 
 
 class LARS(Optimizer):
-    """SGD whose update of a weight is as long as the weight asks, whatever its gradient's size (You et al., 2017).
+    """Layer-wise adaptive rate scaling (You et al., 2017): SGD with updates scaled to the weights.
 
-    Where a group says `adapt`, gradient plus decay is scaled to `trust` times the weight's length. The lr stands
-    outside the momentum, as in BYOL's, Barlow Twins' and VICReg's code. (SimCLR's has it inside: the same while the lr
-    changes little in ten steps. SwAV's LARC adds the lengths of gradient and decay: the same while the decay is small.)
-    A group at lr 0 rests, its momentum too.
+    In groups with `adapt`, the gradient plus decay is scaled to `trust` times the weight's norm.
+    The lr is applied outside the momentum, as in the code of BYOL, Barlow Twins and VICReg. SimCLR
+    applies it inside, which is the same while the lr changes little within ten steps. SwAV's LARC
+    adds the norms of gradient and decay, which is the same while the decay is small.
+
+    A group whose lr is 0 is skipped; its momentum does not change either.
     """
 
     def __init__(
-        self, groups: list[dict[str, Any]], *, lr: float, momentum: float, weight_decay: float
+        self,
+        groups: Sequence[Mapping[str, object]],
+        *,
+        lr: float,
+        momentum: float,
+        weight_decay: float,
     ):
-        settings = {
+        """Create the optimizer.
+
+        Args:
+            groups: Parameter groups: "params", and optionally values of their own for the
+                settings below and for "adapt" (True) and "trust" (0.001).
+            lr: Learning rate.
+            momentum: Fraction of the previous update that is kept.
+            weight_decay: L2 penalty.
+        """
+        defaults = {
             "lr": lr,
             "momentum": momentum,
             "weight_decay": weight_decay,
             "adapt": True,
             "trust": 1e-3,
         }
-        super().__init__(groups, settings)
+        super().__init__([dict(group) for group in groups], defaults)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update all parameters that have a gradient.
+
+        Args:
+            closure: Not supported.
+        """
         for group in (group for group in self.param_groups if group["lr"]):
             for w in (w for w in group["params"] if w.grad is not None):
                 update = w.grad.add(w, alpha=group["weight_decay"])
                 if group["adapt"]:
-                    length, wanted = update.norm(), group["trust"] * w.norm()
-                    update *= torch.where((length > 0) & (wanted > 0), wanted / length, 1.0)
+                    norm, target_norm = update.norm(), group["trust"] * w.norm()
+                    nonzero = (norm > 0) & (target_norm > 0)
+                    update *= torch.where(nonzero, target_norm / norm, 1.0)
                 state = self.state[w]
                 if "momentum_buffer" not in state:
                     state["momentum_buffer"] = torch.zeros_like(w)
@@ -62,48 +107,69 @@ class LARS(Optimizer):
 
 
 def build_optimizer(model: nn.Module, method: Method) -> Optimizer:
-    """The row's optimizer over everything that is trained.
+    """Create a row's optimizer over all parameters that require a gradient.
 
-    The predictor is a group of its own, because its lr may have another schedule and another scale; so are the
-    prototypes, which start late. What is excluded from decay and adaptation makes a second group of each.
+    The predictor is a group of its own, because its lr can have another schedule and another
+    scale, and so are SwAV's prototypes, which start to move later. Parameters that are excluded
+    from decay and adaptation are a second group of each.
+
+    Args:
+        model: The model, as `build` returns it.
+        method: The row.
+
+    Returns:
+        SGD, LARS or AdamW. Each group has a "name", a "schedule", an "lr_scale" and, if it starts
+        to move later, the number of steps to "rest".
     """
     rest = method.freeze_prototypes if method.criterion == "swapped" else 0
-    schedules: dict[str, dict[str, Any]] = {
+    schedules: dict[str, dict[str, object]] = {
         "encoder": {"schedule": "cosine", "lr_scale": 1.0},
         "predictor": {"schedule": method.predictor_lr, "lr_scale": method.predictor_lr_scale},
         "criterion": {"schedule": "cosine", "lr_scale": 1.0, "rest": rest},
     }
-    groups: list[dict[str, Any]] = []
+    parameters: dict[str, list[nn.Parameter]] = {name: [] for name in schedules}
+    for path, p in model.named_parameters():
+        if p.requires_grad:
+            part = path.partition(".")[0]
+            parameters[part if part in schedules else "encoder"].append(p)
+    groups: list[dict[str, object]] = []
     for name, schedule in schedules.items():
-        trained = [(k.partition(".")[0], p) for k, p in model.named_parameters() if p.requires_grad]
-        mine = [p for owner, p in trained if (owner if owner in schedules else "encoder") == name]
-        excluded = [method.exclude == "bias_and_norm" and p.ndim == 1 for p in mine]
-        groups.append(
-            {"name": name, "params": [p for p, out in zip(mine, excluded) if not out]} | schedule
-        )
-        groups.append(
-            {"name": f"{name}, excluded", "params": [p for p, out in zip(mine, excluded) if out]}
-            | schedule
-        )
-        groups[-1] |= {"weight_decay": 0.0, "adapt": False}
+        regular = [p for p in parameters[name] if not _is_excluded(p, method)]
+        excluded = [p for p in parameters[name] if _is_excluded(p, method)]
+        no_decay = {"weight_decay": 0.0, "adapt": False}
+        groups.append({"name": name, "params": regular, **schedule})
+        groups.append({"name": f"{name}, excluded", "params": excluded, **schedule, **no_decay})
     groups = [group for group in groups if group["params"]]
-    how: dict[str, Any] = {"lr": method.base_lr, "weight_decay": method.weight_decay}
+    lr, weight_decay, momentum = method.base_lr, method.weight_decay, method.momentum
     if method.optimizer == "adamw":
-        return AdamW(groups, betas=(method.momentum, 0.999), **how, fused=True)
+        betas = (momentum, 0.999)
+        return AdamW(groups, lr=lr, betas=betas, weight_decay=weight_decay, fused=True)
     if method.optimizer == "lars":
-        return LARS(groups, momentum=method.momentum, **how)
-    return SGD(groups, momentum=method.momentum, **how, fused=True)
+        return LARS(groups, lr=lr, momentum=momentum, weight_decay=weight_decay)
+    return SGD(groups, lr=lr, momentum=momentum, weight_decay=weight_decay, fused=True)
+
+
+def _is_excluded(p: nn.Parameter, method: Method) -> bool:
+    return method.exclude == "bias_and_norm" and p.ndim == 1
 
 
 def set_lr(
     optimizer: Optimizer, step: int, *, peak_lr: float, steps: int, warmup_steps: int
 ) -> dict[str, float]:
-    """Give every group its lr of this step; returns them by the group's name. A group that rests has none yet."""
+    """Set the lr of each group for a step.
+
+    Args:
+        optimizer: An optimizer of `build_optimizer`.
+        step: The step, counted from 0.
+        peak_lr: The encoder's largest lr.
+        steps: Number of steps of the run.
+        warmup_steps: Number of steps of the linear rise.
+
+    Returns:
+        The lr by name of the group; 0 for a group that does not move yet.
+    """
     for group in optimizer.param_groups:
-        share = (
-            SCHEDULES[group["schedule"]](step, steps, warmup_steps)
-            if step >= group.get("rest", 0)
-            else 0.0
-        )
-        group["lr"] = peak_lr * group["lr_scale"] * share
+        schedule, moves = SCHEDULES[group["schedule"]], step >= group.get("rest", 0)
+        fraction = schedule(step, steps, warmup_steps) if moves else 0.0
+        group["lr"] = peak_lr * group["lr_scale"] * fraction
     return {group["name"]: group["lr"] for group in optimizer.param_groups}

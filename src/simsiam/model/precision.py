@@ -1,9 +1,12 @@
-"""Where to compute and in which precision: bfloat16 where the device is fast at it, float32 otherwise."""
+"""Where to compute and in which precision.
+
+bfloat16 is used where the device is fast at it, float32 elsewhere; losses take at least float32.
+"""
 
 import os
 from collections.abc import Callable
 from functools import wraps
-from typing import NamedTuple
+from typing import Any, NamedTuple, ParamSpec
 
 import torch
 from torch import Tensor, nn
@@ -14,37 +17,57 @@ from simsiam.distributed.process_group import world_size
 from simsiam.errors import UsageError
 
 
-def pick_device(name: str) -> torch.device:
-    """The named device; "auto" is a GPU where there is one. Raises UsageError for one that is not there.
+P = ParamSpec("P")
 
-    Of several processes on a host each has the GPU of its local rank.
+
+def pick_device(name: str) -> torch.device:
+    """Return the device of a name.
+
+    Args:
+        name: "auto", "cpu", "cuda", "cuda:1", ...; "auto" is a GPU if there is one. Of several
+            processes on a host, each takes the GPU of its local rank.
+
+    Returns:
+        The device.
+
+    Raises:
+        UsageError: If the device cannot be used.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and world_size() > 1:
+    if name.startswith("cuda") and (processes := world_size()) > 1:
         if name != "cuda":
             raise UsageError(
-                f"device {name!r} is one GPU and there are {world_size()} processes: take cuda, one for each"
+                f"device {name!r} is one GPU and there are {processes} processes: "
+                "use cuda, which takes one GPU for each"
             )
         if (local := int(os.environ.get("LOCAL_RANK", 0))) >= (gpus := torch.cuda.device_count()):
             raise UsageError(
-                f"a host has {gpus} GPUs, and its process {local + 1} none: a smaller --nproc-per-node"
+                f"a host has {gpus} GPUs and needs one for its process {local + 1}: "
+                "use a smaller --nproc-per-node"
             )
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()  # the "meta" device fails here
     except (RuntimeError, AssertionError) as error:
-        raise UsageError(
-            f"device {name!r} cannot be used here: {str(error).splitlines()[0]}"
-        ) from None
-    torch.backends.cudnn.deterministic = (
-        True  # a run goes on bit for bit; a step takes as long either way
-    )
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"device {name!r} cannot be used here: {reason}") from None
+    # A resumed run continues bit for bit; a step takes as long with and without.
+    torch.backends.cudnn.deterministic = True
     return device
 
 
 def pick_precision(name: str, device: torch.device) -> str:
-    """ "bfloat16" or "float32"; "auto" takes bfloat16 on a GPU and on CPUs with AMX or AVX512-BF16."""
+    """Return the precision of a name.
+
+    Args:
+        name: "bfloat16", "float32" or "auto"; "auto" is bfloat16 on GPUs that support it and on
+            CPUs with AMX or AVX512-BF16.
+        device: The device to compute on.
+
+    Returns:
+        "bfloat16" or "float32".
+    """
     if name != "auto":
         return name
     if device.type == "cuda":
@@ -92,7 +115,9 @@ class Compute(NamedTuple):
         Returns:
             The same module.
         """
-        return module.to(device=self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return module.to(  # type: ignore[call-overload]
+            device=self.device, memory_format=torch.channels_last
+        )
 
     def autocast(self) -> torch.autocast:
         """Return the context in which the network computes."""
@@ -101,16 +126,37 @@ class Compute(NamedTuple):
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """x in at least float32: losses are not computed in bfloat16, and float64 is not lowered."""
+    """Convert 16-bit numbers to float32; float32 and float64 stay as they are.
+
+    Args:
+        x: Any tensor of floating-point numbers.
+
+    Returns:
+        `x` in float32 or float64.
+    """
     return x if x.element_size() >= 4 else x.float()
 
 
-def in_full_precision(loss_fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """D on precise tensors and outside autocast, which would take its matrix products in bfloat16."""
+def in_full_precision(loss_fn: Callable[P, Tensor]) -> Callable[P, Tensor]:
+    """Compute a loss in at least float32, outside autocast.
+
+    Autocast would compute the loss's matrix products in bfloat16.
+
+    Args:
+        loss_fn: A function of tensors and numbers.
+
+    Returns:
+        The function; it converts its tensors with `at_least_float32` first.
+    """
 
     @wraps(loss_fn)
-    def computed(*tensors: Tensor, **settings: float) -> Tensor:
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+        tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
         with torch.autocast(tensors[0].device.type, enabled=False):
-            return loss_fn(*map(at_least_float32, tensors), **settings)
+            return loss_fn(*map(_convert, args), **{k: _convert(x) for k, x in kwargs.items()})
 
-    return computed
+    return wrapper
+
+
+def _convert(x: object) -> Any:
+    return at_least_float32(x) if isinstance(x, Tensor) else x

@@ -1,4 +1,4 @@
-"""The method: Figure 3 as one module, and its forward is Algorithm 1."""
+"""The method: Figure 3 of the paper as one module, whose `forward` is Algorithm 1."""
 
 from typing import NamedTuple
 
@@ -15,25 +15,27 @@ from simsiam.model.targets import TARGETS
 
 
 class Output(NamedTuple):
-    """What one step computes: features (N, dim), all others (N, d), a tensor for each view that has one."""
+    """What one step computes; each list has one tensor per view that has one, in order of view."""
 
-    loss: Tensor
-    features: list[Tensor]  # h
-    projections: list[Tensor]  # z
-    predictions: list[Tensor]  # p
-    targets: list[Tensor]  # t
+    loss: Tensor  # scalar: `loss_scale` times the mean of D(p, t) over the pairs
+    features: list[Tensor]  # h, (N, dim) each
+    projections: list[Tensor]  # z, (N, d) each
+    predictions: list[Tensor]  # p, (N, d) each
+    targets: list[Tensor]  # t, (N, d) each; codes (N, K) in SwAV, labels (N,) if supervised
 
 
 class Siamese(nn.Module):
-    """A backbone, a projector, a predictor, a target and a criterion, put together as a row of METHODS says.
+    """Backbone, projector, predictor, target and criterion, combined as a row of METHODS says.
 
-    Call it with `method.view_count` views of a batch, each (N, 3, H, W) and normalized; `.loss` of what it returns is a
-    scalar to call `backward` on. After the optimizer's step call `after_step`. Targets that depend on the run (eta for
-    each image, schedules, labels) need `begin` first, and `index`, the images' positions in the training set.
+    In a training loop, call `after_step` after each step of the optimizer. Targets that depend on
+    the run (one eta per image, schedules, labels) also need `begin` before the first step.
     """
 
     def __init__(self, backbone: nn.Module, method: Method):
+        """Put a method's parts on a backbone: images (N, C, H, W) to features (N, backbone.dim)."""
         super().__init__()
+        if method.target not in TARGETS:
+            raise unknown_name("target", method.target, TARGETS)
         if method.criterion not in CRITERIA:
             raise unknown_name("criterion", method.criterion, CRITERIA)
         self.method = method
@@ -48,16 +50,23 @@ class Siamese(nn.Module):
 
     @property
     def f(self) -> nn.Module:
-        """The encoder: a view to its z."""
+        """The encoder: backbone and projector, x (N, C, H, W) to z (N, d)."""
         return nn.Sequential(self.backbone, self.projector)
 
     def forward(self, *x: Tensor, index: Tensor | None = None) -> Output:
-        if len(x) != self.method.view_count:
-            raise UsageError(
-                f"{self.method.name} takes {self.method.view_count} views of each image, not {len(x)}"
-            )
-        seen = sorted({*self.predicted_views, *self.target.required_views})
-        h = self.forward_views(self.backbone, {i: x[i] for i in seen})
+        """Return a batch's loss (Algorithm 1), changing no state but batch norm's statistics.
+
+        Args:
+            *x: The views, `method.view_count` of them, each (N, C, H, W) and normalized.
+            index: (N,) int64, the positions of the images in the training set.
+
+        Raises:
+            UsageError: If the number of views is wrong, or the target needs `begin` or `index`.
+        """
+        if len(x) != (count := self.method.view_count):
+            raise UsageError(f"{self.method.name} takes {count} views of each image, not {len(x)}")
+        views = sorted({*self.predicted_views, *self.target.required_views})
+        h = self.forward_views(self.backbone, {i: x[i] for i in views})
         z = self.forward_views(self.projector, h)
         p = self.forward_views(self.predictor, {i: z[i] for i in self.predicted_views})
         eta = self.target(x, z, index)
@@ -65,42 +74,59 @@ class Siamese(nn.Module):
         if self.method.stop_gradient:
             t = {j: t[j].detach() for j in t}
         loss = torch.stack([self.criterion(p[i], t[j]) for i, j in self.pairs]).mean()
-        return Output(
-            self.method.loss_scale * loss, *(list(by_view.values()) for by_view in (h, z, p, t))
-        )
+        return Output(self.method.loss_scale * loss, *(list(v.values()) for v in (h, z, p, t)))
 
     def high_loss_threshold(self, batch_size: int) -> float | None:
-        """A loss above this, over a batch of n, is not converging."""
+        """Return the loss above which training on batches of this size is not converging."""
         high = self.criterion.high_loss_threshold(batch_size)
         return None if high is None else self.method.loss_scale * high
 
     def begin(
         self, *, images: int = 0, labels: Tensor | None = None, steps: int = 0, per_epoch: int = 0
     ) -> None:
-        """Learn the size of the run, before its first step and before an earlier run's state is loaded."""
+        """Tell the target about the run, before its first step and before a checkpoint is loaded.
+
+        Args:
+            images: Number of training images.
+            labels: (images,) int64, or None if there are none.
+            steps: Number of steps of the run.
+            per_epoch: Number of steps in an epoch.
+        """
         self.target.begin(self.f, images=images, labels=labels, steps=steps, per_epoch=per_epoch)
 
     def after_step(
         self, output: Output, step: int | None = None, index: Tensor | None = None
     ) -> None:
-        """Move what gradients do not move, once after each step of the optimizer; steps count from 0."""
+        """Update what has no gradient; call it once after each step of the optimizer.
+
+        Args:
+            output: What `forward` returned.
+            step: The step, counted from 0; needed by targets with a schedule.
+            index: The `index` given to `forward`.
+        """
         self.target.after_step(self.f, output.targets, step, index)
         self.criterion.after_step(output.targets)
 
 
 def build(
-    method: str | Method = "simsiam",
-    *,
-    backbone: str | nn.Module = "resnet50",
-    image_size: int = 224,
-    width: int = 64,
-    stem: str | None = None,
-    channels: int = 3,
-    seed: int = 0,
-) -> Siamese:
-    """The named method on the named backbone, or on any module with a `.dim`; torch's global generator is left alone.
+    method: str | Method = "simsiam", *, backbone: str | nn.Module = "resnet50",
+    image_size: int = 224, width: int = 64, stem: str | None = None, channels: int = 3, seed: int = 0,
+) -> Siamese:  # fmt: skip
+    """Build a method on a backbone; PyTorch's global random generator is left as it was.
 
     >>> model = build("simsiam", backbone="resnet18", image_size=32)
+
+    Args:
+        method: A name in METHODS, or a Method.
+        backbone: A name, or a module whose attribute `dim` is the width of its output.
+        image_size: Height and width of the views, in pixels.
+        width: Channels of a named ResNet's first stage.
+        stem: "small" or "large", of a named ResNet; None chooses by the image size.
+        channels: Channels of the images.
+        seed: Seed of the initial weights.
+
+    Raises:
+        UsageError: If a name is unknown or the parts do not fit together.
     """
     if isinstance(method, str):
         if method not in METHODS:

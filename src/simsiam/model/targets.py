@@ -1,12 +1,13 @@
-"""How the target t, the paper's eta, is solved (section 5).
+"""How the target t, the paper's eta, is computed (section 5).
 
-A target makes t from the views x, the encoder's projections z, and, where it keeps something for every image, the
-positions of the batch's images in the training set. `forward` is pure; what is remembered moves in `after_step`.
+A target makes t from the views x, the encoder's projections z and, if it keeps something for every
+image, the positions of the batch's images in the training set. `forward` changes no state; what a
+target remembers is updated in `after_step`.
 """
 
 from collections.abc import Sequence
 from copy import deepcopy
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -26,41 +27,81 @@ from simsiam.model.heads import BN_GROUPINGS, forward_split
 from simsiam.model.optimizers import SCHEDULES
 from simsiam.model.precision import at_least_float32
 
-TensorsByView = dict[int, Tensor]  # by view, counted from 0
+TensorsByView = dict[int, Tensor]  # keys are views, counted from 0
 
 
 class SharedTarget(nn.Module):
-    """The encoder's own projections: one step of the alternation that section 5.1 describes."""
+    """The encoder's own projections: one step of the alternation in section 5.1.
+
+    The other targets derive from it.
+
+    Attributes:
+        views: The views that need a target.
+        required_views: The views that the encoder has to project for the target.
+    """
 
     def __init__(self, method: Method, f: nn.Module):
+        """Create the target.
+
+        Args:
+            method: The row; `target...` fields are the settings, `pairs` says which views need t.
+            f: The encoder, x (N, C, H, W) to z (N, d).
+        """
         super().__init__()
         self.method = method
-        self.views = sorted({j for _, j in PAIRS[method.pairs]})  # that a target is wanted of
-        self.required_views = self.views  # that the encoder projects for it
+        self.views = sorted({j for _, j in PAIRS[method.pairs]})
+        self.required_views = self.views
 
     def begin(
         self, f: nn.Module, *, images: int, labels: Tensor | None, steps: int, per_epoch: int
     ) -> None:
-        """Learn the size of the run, before its first step and before the state of an earlier one is loaded."""
+        """Prepare for a run, before its first step and before a checkpoint is loaded.
+
+        Args:
+            f: The encoder.
+            images: Number of training images.
+            labels: (images,) int64, or None if there are none.
+            steps: Number of steps of the run.
+            per_epoch: Number of steps in an epoch.
+        """
 
     def forward(self, x: Sequence[Tensor], z: TensorsByView, index: Tensor | None) -> TensorsByView:
+        """Return the targets of a batch.
+
+        Args:
+            x: All views, (N, C, H, W) each.
+            z: Projections (N, d) of the views that the encoder has projected.
+            index: (N,) int64, the positions of the images in the training set.
+
+        Returns:
+            (N, d) for each of `views`.
+        """
         return {j: z[j] for j in self.views}
 
     def after_step(
         self, f: nn.Module, t: list[Tensor], step: int | None, index: Tensor | None
     ) -> None:
-        """Move what gradients do not move; `step` counts from 0."""
+        """Update what the target remembers, after a step of the optimizer.
+
+        Args:
+            f: The encoder.
+            t: The step's targets, (N, d) for each of `views`.
+            step: The step, counted from 0.
+            index: (N,) int64, the positions of the images in the training set.
+        """
 
 
 class EncoderCopyTarget(SharedTarget):
-    """A second encoder: a slow average of f (momentum), or f as it was at the start of a block of steps (alternation).
+    """A second encoder: a slow average of f (momentum), or an old f (alternation, section 5.2).
 
-    After every step the copy keeps m of itself. In a block of k steps m is 1 but for the last step's 0, so targets are
-    what section 5.2 computes ahead with the weights at the block's start, and need no cache. Batch norm works on the
-    batch, as in training.
+    After every step the copy keeps the fraction m of itself and takes 1 - m from f. Alternation in
+    blocks of k steps has m = 1, and m = 0 in the last step of each block. Its targets are those
+    that section 5.2 computes in advance with the weights at the start of the block, without a
+    cache. Batch norm uses the statistics of the batch, as in training.
     """
 
     def __init__(self, method: Method, f: nn.Module):
+        """Create the target with a copy of f (see `SharedTarget`)."""
         super().__init__(method, f)
         self.required_views = []
         self.copy = deepcopy(f).requires_grad_(False)
@@ -69,74 +110,104 @@ class EncoderCopyTarget(SharedTarget):
     def begin(
         self, f: nn.Module, *, images: int, labels: Tensor | None, steps: int, per_epoch: int
     ) -> None:
+        """Copy the weights of f again, and keep `steps` and `per_epoch` (see `SharedTarget`)."""
         self.copy.load_state_dict(f.state_dict())
         self.steps, self.per_epoch = steps, per_epoch
 
     def forward(self, x: Sequence[Tensor], z: TensorsByView, index: Tensor | None) -> TensorsByView:
+        """Return the copy's projections, (N, d) for each of `views`."""
         views = {j: x[j] for j in self.views}
-        if (
-            self.method.bn == "split"
-        ):  # in other company than f saw it, or batch norm would give the image away
-            mine = local_rows(len(x[0]))
-            every = {j: all_gather(view) for j, view in views.items()}
-            dealt = (
-                torch.arange(len(every[self.views[0]]), device=x[0].device) % BN_SPLITS
-            ).argsort(stable=True)
-            shuffled = forward_split(self.copy, {j: view[dealt[mine]] for j, view in every.items()})
-            return {j: all_gather(t)[dealt.argsort()[mine]] for j, t in shuffled.items()}
+        if self.method.bn == "split":
+            return self._forward_shuffled(views)
         return BN_GROUPINGS[self.method.bn](self.copy, views)
 
+    def _forward_shuffled(self, views: TensorsByView) -> TensorsByView:
+        # Each image shares batch norm's statistics with other images than it does in f, or the
+        # statistics would reveal which key belongs to a query (MoCo, section 3.3).
+        rows = local_rows(len(views[self.views[0]]))
+        gathered = {j: all_gather(view) for j, view in views.items()}
+        first = gathered[self.views[0]]
+        images = torch.arange(len(first), device=first.device)
+        order = (images % BN_SPLITS).argsort(stable=True)
+        shuffled = forward_split(self.copy, {j: view[order[rows]] for j, view in gathered.items()})
+        return {j: all_gather(t)[order.argsort()[rows]] for j, t in shuffled.items()}
+
     def momentum_at(self, step: int | None) -> float:
-        """m after the step."""
-        if self.method.target == "momentum" and self.method.target_schedule == "constant":
-            return self.method.decay
+        """Return m, the fraction of itself that the copy keeps after a step.
+
+        Args:
+            step: The step, counted from 0; None is allowed if m is constant.
+
+        Returns:
+            m, from 0 to 1.
+
+        Raises:
+            UsageError: If m depends on the step or on the run, and these are not known.
+        """
+        method = self.method
+        if method.target == "momentum" and method.target_schedule == "constant":
+            return method.decay
         if step is None:
             raise UsageError(
-                f"target {self.method.target} depends on the step: give it to model.after_step"
+                f"target {method.target} depends on the step: give it to model.after_step"
             )
-        if self.method.target == "alternation":
-            block = (
-                self.method.target_steps
-                or self.per_epoch
-                or _raise_not_begun("target_steps 0", "per_epoch")
-            )
+        if method.target == "alternation":
+            block = method.target_steps or self.per_epoch
+            if not block:
+                _raise_not_begun("target_steps 0", "per_epoch")
             return 0.0 if (step + 1) % block == 0 else 1.0
-        steps = self.steps or _raise_not_begun("target_schedule cosine", "steps")
-        return 1 - (1 - self.method.decay) * SCHEDULES["cosine"](step, steps)
+        if not self.steps:
+            _raise_not_begun("target_schedule cosine", "steps")
+        return 1 - (1 - method.decay) * SCHEDULES["cosine"](step, self.steps)
 
     @torch.no_grad()
     def after_step(
         self, f: nn.Module, t: list[Tensor], step: int | None, index: Tensor | None
     ) -> None:
+        """Move the copy's weights towards those of f (see `SharedTarget`)."""
         if (m := self.momentum_at(step)) < 1:
-            for mine, new in zip(self.copy.parameters(), f.parameters(), strict=True):
-                mine.lerp_(new, 1 - m)
+            for copied, new in zip(self.copy.parameters(), f.parameters(), strict=True):
+                copied.lerp_(new, 1 - m)
 
 
 class MovingAverageTarget(SharedTarget):
-    """One eta for each image, a moving average of its projections (section 5.2); both are unit vectors (footnote 5).
+    """One eta for each image: a moving average of its projections, as unit vectors (section 5.2).
 
-    t is the average that already includes this step's z, and what includes the mean z of the step's views is kept.
-    Several processes have the images' eta `dealt` among them; the state dict of the first one has all.
+    t is the average that already includes this step's z (footnote 5). What is kept includes the
+    mean z of the step's views. Several processes share the rows of eta (see `shard_rows`), and the
+    state dict of rank zero has all of them.
+
+    Attributes:
+        eta: This process's rows, (images / processes, d). It is not a buffer, because buffers are
+            the same on every process.
     """
 
     def __init__(self, method: Method, f: nn.Module):
+        """Create the target without images (see `SharedTarget`)."""
         super().__init__(method, f)
-        self.eta = torch.empty(0, method.dim)  # no buffer, for those are the same on every process
+        self.eta = torch.empty(0, method.dim)
+        self.register_state_dict_post_hook(_save_eta)
+        self.register_load_state_dict_pre_hook(_load_eta)
 
     def begin(
         self, f: nn.Module, *, images: int, labels: Tensor | None, steps: int, per_epoch: int
     ) -> None:
-        self.eta = next(f.parameters()).new_zeros(
-            len(shard_rows(torch.arange(images))), self.method.dim
-        )
+        """Create eta for `images` images, all zero (see `SharedTarget`)."""
+        rows = len(shard_rows(torch.arange(images)))
+        self.eta = next(f.parameters()).new_zeros(rows, self.method.dim)
 
     @torch.no_grad()
     def set_eta(self, z: Tensor, index: Tensor) -> None:
-        """The first eta of some images."""
+        """Set the eta of some images to their normalized projections.
+
+        Args:
+            z: (n, d) projections.
+            index: (n,) int64, the positions of the images in the training set.
+        """
         write_rows(self.eta, index, F.normalize(at_least_float32(z), dim=1))
 
     def forward(self, x: Sequence[Tensor], z: TensorsByView, index: Tensor | None) -> TensorsByView:
+        """Return m eta + (1 - m) z with normalized z, (N, d) for each of `views`."""
         if index is None or not len(self.eta):
             _raise_not_begun("moving_average", "images, and an index with every batch")
         m, eta = self.method.decay, lookup_rows(self.eta, index)
@@ -148,30 +219,36 @@ class MovingAverageTarget(SharedTarget):
     def after_step(
         self, f: nn.Module, t: list[Tensor], step: int | None, index: Tensor | None
     ) -> None:
+        """Set eta to the normalized mean of the step's targets (see `SharedTarget`)."""
         if index is None:
             _raise_not_begun("moving_average", "images, and an index with every batch")
         self.set_eta(torch.stack(t).mean(0), index)
 
-    def _save_to_state_dict(self, state: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(state, prefix, keep_vars)
-        state[prefix + "eta"] = gather_rows(self.eta)
 
-    def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *others: Any) -> None:
-        self.eta.copy_(shard_rows(state.pop(prefix + "eta")))
-        super()._load_from_state_dict(state, prefix, *others)
+def _save_eta(
+    target: MovingAverageTarget, state: dict[str, Tensor], prefix: str, *_: object
+) -> None:
+    state[prefix + "eta"] = gather_rows(target.eta)
+
+
+def _load_eta(
+    target: MovingAverageTarget, state: dict[str, Tensor], prefix: str, *_: object
+) -> None:
+    target.eta.copy_(shard_rows(state.pop(prefix + "eta")))
 
 
 class ExpectationTarget(SharedTarget):
-    """The mean over n views (equation 9): that of the pair, and n - 1 more that serve every pair."""
+    """The mean over n views (equation 9): the pair's own and n - 1 more, which all pairs share."""
 
     def __init__(self, method: Method, f: nn.Module):
+        """Create the target (see `SharedTarget`)."""
         super().__init__(method, f)
-        self.extra_views = list(
-            range(method.view_count - method.target_views + 1, method.view_count)
-        )
+        count = method.view_count
+        self.extra_views = list(range(count - method.target_views + 1, count))
         self.required_views = self.views + self.extra_views
 
     def forward(self, x: Sequence[Tensor], z: TensorsByView, index: Tensor | None) -> TensorsByView:
+        """Return the mean projections, (N, d) for each of `views`."""
         return {
             j: torch.stack([z[view] for view in (j, *self.extra_views)]).mean(0) for j in self.views
         }
@@ -180,9 +257,10 @@ class ExpectationTarget(SharedTarget):
 class LabelTarget(SharedTarget):
     """Each image's label: the target of supervised learning."""
 
-    labels: Tensor
+    labels: Tensor  # (images,) int64
 
     def __init__(self, method: Method, f: nn.Module):
+        """Create the target without labels (see `SharedTarget`)."""
         super().__init__(method, f)
         self.required_views = []
         self.register_buffer("labels", torch.empty(0, dtype=torch.long), persistent=False)
@@ -190,11 +268,13 @@ class LabelTarget(SharedTarget):
     def begin(
         self, f: nn.Module, *, images: int, labels: Tensor | None, steps: int, per_epoch: int
     ) -> None:
+        """Keep the labels; raise UsageError if there are none (see `SharedTarget`)."""
         if labels is None:
             raise UsageError("target labels needs labeled images")
         self.labels = labels.to(self.labels)
 
     def forward(self, x: Sequence[Tensor], z: TensorsByView, index: Tensor | None) -> TensorsByView:
+        """Return the labels of the batch, (N,) int64 for each of `views`."""
         if index is None or not len(self.labels):
             _raise_not_begun("labels", "labels, and an index with every batch")
         return dict.fromkeys(self.views, self.labels[index])
@@ -205,7 +285,15 @@ def _raise_not_begun(name: str, missing: str) -> NoReturn:
 
 
 def eta_bytes(method: Method, images: int) -> int:
-    """Memory that a target keeps for all images together: float32, d numbers each."""
+    """Return the memory that a target keeps for all images.
+
+    Args:
+        method: The row.
+        images: Number of training images.
+
+    Returns:
+        Bytes over all processes together: d float32 numbers per image, or 0.
+    """
     return 4 * method.dim * images if method.target == "moving_average" else 0
 
 
