@@ -466,8 +466,8 @@ MUTATIONS = [
     m(
         "momentum that falls",
         "model/targets",
-        "return 1 - (1 - self.method.decay) * ",
-        "return self.method.decay * ",
+        "return 1 - (1 - method.decay) * ",
+        "return method.decay * ",
         "targets.py::test_byols_momentum_rises_to_one_on_a_cosine",
     ),
     m(
@@ -791,8 +791,8 @@ MUTATIONS = [
     m(
         "count what is saved twice",
         "model/memory",
-        "kept[storage._cdata] = tensor",
-        "kept[len(kept)] = tensor",
+        "saved[storage._cdata] = tensor",
+        "saved[len(saved)] = tensor",
         "plan.py::test_activations_are_what_autograd_keeps",
     ),
     # what it is used for

@@ -406,7 +406,7 @@ def damaged():
     yield "simsiam_resnet50_100e", "did you mean 'simsiam_resnet50_100ep'"
     yield "ResNet50_Weights.IMAGENET1K_V3", "torchvision has no classifier's weights"
     os.mkdir("folder")
-    yield "folder", "backbone.safetensors is not there"
+    yield "folder", "backbone.safetensors does not exist"
 
 
 def test_what_is_no_checkpoint_gets_one_line_and_runs_nothing():

@@ -64,7 +64,7 @@ def needs(format: str) -> None:
 def test_a_narrow_network_goes_where_graphs_go(format, trained, tmp_path, capsys):
     needs(format)
     assert main(["export", str(trained), "--format", format, "--out", str(tmp_path / "out")]) == 0
-    assert "largest difference to eager features: " in capsys.readouterr().out
+    assert "largest difference to the features of the run: " in capsys.readouterr().out
     said = json.loads((tmp_path / "out" / "preprocessing.json").read_text())
     recipe = Run(trained).recipe
     assert said["center_crop"] == recipe.image_size and said["mean"] == list(recipe.mean)

@@ -158,12 +158,12 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before_and_it_is_said(
     else:
         with pytest.raises(
             UsageError,
-            match=r"last.pt is damaged: .*`simsiam resume .*` goes on from the one before",
+            match=r"last.pt is damaged: .*`simsiam resume .*` continues from the previous one",
         ):
             Run(run).checkpoint()
     simsiam.resume(run)
     (line,) = [line for line in capfd.readouterr().err.splitlines() if "last.pt is" in line]
-    assert line.endswith("going on from previous.pt, step 2")
+    assert line.endswith("continuing from previous.pt, step 2")
     assert same(run, finished)
     assert len(Run(run).metrics()) == 3 and Run(run).checkpoint("previous")["step"] == 2
 

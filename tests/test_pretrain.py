@@ -201,7 +201,7 @@ def test_a_checkpoint_of_another_recipe_is_refused(finished, tmp_path):
             simsiam.resume(copy)
         assert "\n" not in str(error.value)
     last.unlink()
-    with pytest.raises(UsageError, match=r"no checkpoints/last.pt to go on from"):
+    with pytest.raises(UsageError, match=r"no checkpoints/last.pt to continue from"):
         simsiam.resume(copy)
     assert lines(copy) == lines(finished)
 

@@ -1,29 +1,113 @@
-"""A ResNet for detectron2: the weights under its names, and the settings with which it computes the same features.
+"""Format `detectron2`: a ResNet under detectron2's names, and the settings that it needs.
 
-RGB stays RGB: the settings say so, for detectron2 reads images as BGR unless told otherwise (its weights are Caffe's).
+With these settings detectron2 computes the same features. They say that images are RGB, because
+detectron2 reads images as BGR by default (its own weights come from Caffe).
 """
 
 import pickle
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+import yaml
+from torch import Tensor, nn
 
+from simsiam.config.recipes import ResolvedRecipe
 from simsiam.data.transform import Transform
 from simsiam.errors import WorkFailed
+from simsiam.exports.format import Format, Network, is_standard_backbone, missing_backbone
 from simsiam.model.backbones import RESNETS
+from simsiam.runs.encoder import eval_transform
+from simsiam.runs.run_folder import Run
 
-RESNET_DEPTHS = (18, 34, 50, 101, 152)  # that detectron2 has
-BATCH_NORM_EPS = 1e-5  # of batch norm, there as here
+RESNET_DEPTHS = (18, 34, 50, 101, 152)  # the ones detectron2 has
+BATCH_NORM_EPS = 1e-5  # the same in detectron2 and torchvision
+
+
+class ResNetConfig(TypedDict, total=False):
+    """The section MODEL.RESNETS of a config."""
+
+    DEPTH: int
+    STRIDE_IN_1X1: bool
+    NORM: str
+    RES2_OUT_CHANNELS: int
+
+
+class ModelConfig(TypedDict):
+    """The section MODEL of a config."""
+
+    BACKBONE: dict[str, int]
+    PIXEL_MEAN: list[float]
+    PIXEL_STD: list[float]
+    RESNETS: ResNetConfig
+
+
+class Config(TypedDict):
+    """The part of detectron2's config that an export sets."""
+
+    VERSION: int
+    INPUT: dict[str, str]
+    MODEL: ModelConfig
+
+
+def write(network: nn.Module, run: Run, folder: Path) -> None:
+    """Write backbone.pkl for detectron2's checkpointer, and config.yaml with the settings.
+
+    Args:
+        network: The backbone.
+        run: Its run.
+        folder: Where to write.
+
+    Raises:
+        UsageError: detectron2 has no such network.
+    """
+    recipe = run.recipe
+    depth = next((n for n in RESNET_DEPTHS if recipe.backbone == f"resnet{n}"), None)
+    if depth is None or not is_standard_backbone(recipe):
+        raise missing_backbone("detectron2", recipe)
+    (folder / "backbone.pkl").write_bytes(pickle_checkpoint(network.state_dict()))
+    config = config_overrides(depth, eval_transform(recipe))
+    (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+
+
+def reload(folder: Path, recipe: ResolvedRecipe) -> Network:
+    """Load the network with detectron2 if it is installed, otherwise from its names and settings.
+
+    Args:
+        folder: What `write` wrote.
+        recipe: The recipe of the run.
+
+    Returns:
+        A network that takes images in the normalization of this package.
+    """
+    weights_path, config_path = folder / "backbone.pkl", folder / "config.yaml"
+    transform = eval_transform(recipe)
+    mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (transform.mean, transform.std))
+    config: Config = yaml.safe_load(config_path.read_text())
+    if find_spec("detectron2") is not None:
+        network = load_with_detectron2(weights_path, config_path)
+    else:
+        weights = pickle.loads(weights_path.read_bytes())["model"]
+        network = partial(compute_features, weights, config)
+    return lambda x: network(normalize_pixels(255 * (x * std + mean), config))
 
 
 def detectron2_name(name: str) -> str:
-    """A tensor's name there: layer1.0.bn2.weight is res2.0.conv2.norm.weight, conv1.weight is stem.conv1.weight."""
+    """Translate the name of a tensor, for example layer1.0.bn2.weight to res2.0.conv2.norm.weight.
+
+    Args:
+        name: The name in torchvision.
+
+    Returns:
+        The name in detectron2. What is in no stage is in the stem: conv1.weight becomes
+        stem.conv1.weight.
+    """
     name = re.sub(r"\bbn(\d)\b", r"conv\1.norm", name)
     name = name.replace("downsample.0", "shortcut").replace("downsample.1", "shortcut.norm")
     stage = re.match(r"layer(\d)", name)
@@ -31,24 +115,37 @@ def detectron2_name(name: str) -> str:
 
 
 def convert_weights(state: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-    """Every tensor but batch norm's counter of steps, which detectron2 does not keep."""
-    kept = {
-        name: tensor for name, tensor in state.items() if not name.endswith("num_batches_tracked")
-    }
-    return {detectron2_name(name): tensor.detach().cpu().numpy() for name, tensor in kept.items()}
+    """Rename every tensor except batch norm's counter of steps, which detectron2 does not keep.
 
+    Args:
+        state: The state dict of a ResNet under torchvision's names.
 
-def config_overrides(depth: int, transform: Transform) -> dict[str, Any]:
-    """What a config must say of this backbone. detectron2 normalizes pixels of 0 to 255.
-
-    Everything is trained, batch norm too and synchronized, as in the paper's transfer (MoCo's protocol).
+    Returns:
+        Arrays under detectron2's names.
     """
-    resnets = {
-        "DEPTH": depth,
-        "STRIDE_IN_1X1": False,
-        "NORM": "SyncBN",
-    }  # torchvision strides in the 3x3
-    narrow = {"RES2_OUT_CHANNELS": 64} if depth < 50 else {}
+    return {
+        detectron2_name(name): tensor.detach().cpu().numpy()
+        for name, tensor in state.items()
+        if not name.endswith("num_batches_tracked")
+    }
+
+
+def config_overrides(depth: int, transform: Transform) -> Config:
+    """Make the settings of a config for this backbone.
+
+    All layers are trained, and batch norm is trained and synchronized, as in the paper's transfer
+    (MoCo's protocol).
+
+    Args:
+        depth: The depth of the ResNet.
+        transform: The preprocessing. detectron2 normalizes pixels from 0 to 255.
+
+    Returns:
+        What the config must say.
+    """
+    resnets: ResNetConfig = {"DEPTH": depth, "STRIDE_IN_1X1": False, "NORM": "SyncBN"}
+    if depth < 50:
+        resnets["RES2_OUT_CHANNELS"] = 64
     return {
         "VERSION": 2,  # of detectron2's settings
         "INPUT": {"FORMAT": "RGB"},
@@ -56,40 +153,66 @@ def config_overrides(depth: int, transform: Transform) -> dict[str, Any]:
             "BACKBONE": {"FREEZE_AT": 0},
             "PIXEL_MEAN": [round(255 * v, 6) for v in transform.mean],
             "PIXEL_STD": [round(255 * v, 6) for v in transform.std],
-            "RESNETS": resnets | narrow,
+            "RESNETS": resnets,
         },
     }
 
 
 def pickle_checkpoint(state: Mapping[str, Tensor]) -> bytes:
-    """As its checkpointer reads it: names are matched by their endings, so any model around the backbone takes them."""
+    """Make a file as detectron2's checkpointer reads it.
+
+    Args:
+        state: The state dict of a ResNet under torchvision's names.
+
+    Returns:
+        The file. Names are matched by their endings, so any model that contains the backbone can
+        load it.
+    """
     return pickle.dumps(
         {"model": convert_weights(state), "__author__": "simsiam", "matching_heuristics": True}
     )
 
 
-def normalize_pixels(pixels: Tensor, config: Mapping[str, Any]) -> Tensor:
-    """What its models do first to RGB pixels (N, 3, H, W) of 0 to 255."""
+def normalize_pixels(pixels: Tensor, config: Config) -> Tensor:
+    """Normalize pixels as detectron2's models do.
+
+    Args:
+        pixels: (N, 3, H, W) RGB, from 0 to 255.
+        config: The settings.
+
+    Returns:
+        (N, 3, H, W).
+    """
+    model = config["MODEL"]
     mean, std = (
-        torch.tensor(config["MODEL"][name]).view(-1, 1, 1) for name in ("PIXEL_MEAN", "PIXEL_STD")
+        torch.tensor(values).view(-1, 1, 1) for values in (model["PIXEL_MEAN"], model["PIXEL_STD"])
     )
     return (pixels - mean) / std
 
 
-def compute_features(
-    weights: Mapping[str, np.ndarray], config: Mapping[str, Any], x: Tensor
-) -> Tensor:
-    """h (N, d) as detectron2 computes res5 from prepared images (N, 3, H, W), averaged over positions.
+def compute_features(weights: Mapping[str, np.ndarray], config: Config, x: Tensor) -> Tensor:
+    """Compute features as detectron2 computes res5, averaged over positions.
 
-    Written from its names and its settings alone, so that what agrees here is right there. Raises WorkFailed for a
-    tensor that it looks for and does not find, or finds and has no place for.
+    This is written from detectron2's names and settings alone. So if it agrees with the backbone,
+    detectron2 will too.
+
+    Args:
+        weights: Arrays under detectron2's names.
+        config: The settings.
+        x: (N, 3, H, W) normalized images.
+
+    Returns:
+        (N, d) features h.
+
+    Raises:
+        WorkFailed: A tensor is missing, or there is one too many.
     """
-    resnets, left = config["MODEL"]["RESNETS"], set(weights)
+    resnets, unused = config["MODEL"]["RESNETS"], set(weights)
 
     def tensor(name: str) -> Tensor:
         if name not in weights:
-            raise WorkFailed(f"not kept: detectron2 looks for a tensor {name}, and there is none")
-        left.discard(name)
+            raise WorkFailed(f"not kept: detectron2 looks for a tensor {name}, which is missing")
+        unused.discard(name)
         return torch.from_numpy(weights[name])
 
     def conv(x: Tensor, name: str, stride: int = 1) -> Tensor:
@@ -115,13 +238,21 @@ def compute_features(
                 y = F.relu(conv(x, f"{name}.conv1", first))
                 y = conv(F.relu(conv(y, f"{name}.conv2", second)), f"{name}.conv3")
             x = F.relu(y + shortcut)
-    if left:
-        raise WorkFailed(f"not kept: detectron2 has no place for a tensor {min(left)}")
+    if unused:
+        raise WorkFailed(f"not kept: detectron2 has no place for a tensor {min(unused)}")
     return x.mean((2, 3))
 
 
 def load_with_detectron2(weights_path: Path, config_path: Path) -> Callable[[Tensor], Tensor]:
-    """The same by detectron2 itself, from the two files."""
+    """Load the network with detectron2 itself.
+
+    Args:
+        weights_path: backbone.pkl.
+        config_path: config.yaml.
+
+    Returns:
+        A function from normalized images (N, 3, H, W) to features (N, d).
+    """
     from detectron2.checkpoint import DetectionCheckpointer
     from detectron2.config import get_cfg
     from detectron2.layers import ShapeSpec
@@ -133,3 +264,10 @@ def load_with_detectron2(weights_path: Path, config_path: Path) -> Callable[[Ten
     network = build_resnet_backbone(cfg, ShapeSpec(channels=3)).eval()
     DetectionCheckpointer(network).load(str(weights_path))
     return lambda x: network(x)["res5"].mean((2, 3))
+
+
+FORMAT = Format(
+    write,
+    reload,
+    'cfg.merge_from_file("{path}/config.yaml"); cfg.MODEL.WEIGHTS = "{path}/backbone.pkl"',
+)

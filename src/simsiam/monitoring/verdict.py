@@ -46,8 +46,8 @@ class Verdict(NamedTuple):
 
 REMEDIES = {
     "healthy": "Nothing to fix. More epochs usually help: compare kNN, or simply use the backbone.",
-    "too early": f"Fewer than {MIN_VERDICT_STEPS} steps are too few for a verdict: train longer, or "
-    "use a smaller batch to get more steps from the same images.",
+    "too early": f"Fewer than {MIN_VERDICT_STEPS} steps are too few for a verdict: train longer, "
+    "or use a smaller batch to get more steps from the same images.",
     "collapsed": "All images get nearly the same output, so the backbone has learned nothing. "
     "Compare the settings of the method with its row in `simsiam methods` (simsiam: with a "
     "predictor and with the stop-gradient); then divide --base-lr by 4 and start again.",

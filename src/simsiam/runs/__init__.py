@@ -1,5 +1,6 @@
-"""The run folder, and everything that reads or writes one: recipes, checkpoints, weights, journals.
+"""The run folder, and everything that reads or writes one.
 
-This package owns the files of a run and the formats of other programs' checkpoints. It imports `sources`, `monitoring`
-and what stands below them, and trains nothing. Start with `run_folder`.
+This package owns the files of a run (recipe, checkpoints, weights, metrics) and the checkpoints of
+other programs. It trains nothing. It imports `monitoring`, `sources` and the packages below them.
+Start with `run_folder`.
 """

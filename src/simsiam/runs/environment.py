@@ -1,57 +1,72 @@
-"""What the numbers and bits of a run depend on besides its recipe: versions, commit, device, threads."""
+"""The environment of a run: what its numbers and bits depend on besides the recipe.
+
+These are the versions of packages, the commit, the device, and how many threads and processes.
+"""
 
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from simsiam.distributed.process_group import world_size
 from simsiam.model.precision import Compute
+from simsiam.runs.records import Record
+
+PACKAGES = ("simsiam", "torchvision", "numpy", "pillow", "pyarrow")  # besides Python and torch
+# What changes the bits of a run, besides the version of torch.
+NUMERICAL_KEYS = ("device_type", "precision", "threads", "processes")
 
 
 def utc_now() -> str:
+    """Return the time in UTC as ISO 8601, to the second."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def git_commit() -> str | None:
-    """The commit of the code, with "-dirty" where the package differs from it; None where it is no checkout.
+    """Return the commit of the code, or None if the package is not in a git checkout.
 
-    What else has changed does not count: results are often written beside the code that makes them.
+    The commit ends in "-dirty" if files of the package differ from it. Other files do not count:
+    results are often written next to the code that produces them.
     """
     package = Path(__file__).parents[1]
     if not (package.parents[1] / ".git").exists():
         return None
 
-    def git(*words: str) -> str:
-        how: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 10, "check": True}
-        return subprocess.run(["git", *words], cwd=package, **how).stdout
+    def git(*arguments: str) -> str:
+        command = ["git", *arguments]
+        return subprocess.run(
+            command, cwd=package, capture_output=True, text=True, timeout=10, check=True
+        ).stdout
 
     try:
-        return git("rev-parse", "HEAD").strip() + (
-            "-dirty" if git("status", "--porcelain", ".") else ""
-        )
+        dirty = "-dirty" if git("status", "--porcelain", ".") else ""
+        return git("rev-parse", "HEAD").strip() + dirty
     except (OSError, subprocess.SubprocessError):
         return None
 
 
-def collect_environment(compute: Compute) -> dict[str, Any]:
-    """What a run's numbers and bits depend on besides its recipe."""
+def collect_environment(compute: Compute) -> Record:
+    """Collect the environment of this process.
+
+    Args:
+        compute: Where to compute, and in which precision.
+
+    Returns:
+        `versions` (a dictionary), `commit`, `command` (a list), `device` (its name), `device_type`,
+        `precision`, `threads` and `processes`.
+    """
     versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
-    packages = ("simsiam", "torchvision", "numpy", "pillow", "pyarrow")
+    on_gpu = compute.device.type == "cuda"
     return {
-        "versions": versions | {name: version(name) for name in packages},
+        "versions": versions | {name: version(name) for name in PACKAGES},
         "commit": git_commit(),
         "command": sys.argv,
-        "device": torch.cuda.get_device_name(compute.device)
-        if compute.device.type == "cuda"
-        else _cpu_name(),
+        "device": torch.cuda.get_device_name(compute.device) if on_gpu else _cpu_name(),
         "device_type": compute.device.type,
         "precision": compute.precision,
         "threads": torch.get_num_threads(),
@@ -59,10 +74,13 @@ def collect_environment(compute: Compute) -> dict[str, Any]:
     }
 
 
-def numerical_conditions(env: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of an environment that changes the bits of a run."""
-    names = ("device_type", "precision", "threads", "processes")
-    return {name: env[name] for name in names} | {"torch": env["versions"]["torch"]}
+def numerical_conditions(env: Record) -> Record:
+    """Return the part of an environment that changes the bits of a run.
+
+    Args:
+        env: What `collect_environment` returned.
+    """
+    return {name: env[name] for name in NUMERICAL_KEYS} | {"torch": env["versions"]["torch"]}
 
 
 def _cpu_name() -> str:

@@ -1,26 +1,33 @@
-"""Other people's checkpoints, recognized by the names and shapes of their tensors and renamed into ours.
+"""Checkpoints of other programs: recognized by their tensors, and renamed.
 
-Each tensor is placed or left over by name; one that is missing, extra, of another shape or not finite is an error. A
-layout is the prefixes under which a program keeps the parts of its model, and they were read in the programs' code:
+A checkpoint is recognized by the names and shapes of its tensors. Each tensor is used or left over,
+depending on its name. A tensor that is missing, extra, of the wrong shape, or not finite is an
+error. A layout consists of the prefixes under which a program stores the parts of its model. They
+were taken from the code of the programs:
 
-- facebookresearch/simsiam, simsiam/builder.py: the projector stands inside `encoder.fc`; its output layer has a bias
-  without gradient, before a batch norm without affine.
-- facebookresearch/moco, moco/builder.py: `encoder_q` is trained, `encoder_k` its slow copy; no batch norm in `fc`.
-- lightly-ai/lightly, examples/pytorch_lightning/simsiam.py: the backbone is a Sequential of a ResNet's children, so
-  its parts have numbers; lightly/models/simsiam.py, which is older, has other names for the heads.
-- open-mmlab/mmselfsup, models/necks/nonlinear_neck.py and models/heads/latent_pred_head.py: fc0, bn0, fc1, bn1, ...
-- PatrickHua/SimSiam, models/simsiam.py: backbone and projector are stored twice, every layer has a bias, and a
-  projector of two layers keeps an unused `layer2`; models/backbones/cifar_resnet_2.py says shortcut for downsample.
-- vturrisi/solo-learn, solo/methods/simsiam.py and base.py: `backbone` was once `encoder`. Our own last.pt is alike.
-- pytorch/vision, torchvision/models/resnet.py, and huggingface/pytorch-image-models, timm/models/resnet.py: the same
-  names; a classifier is left over.
+- facebookresearch/simsiam, simsiam/builder.py: the projector is in `encoder.fc`; its output layer
+  has a bias without gradient, before a batch norm without affine parameters.
+- facebookresearch/moco, moco/builder.py: `encoder_q` is trained, `encoder_k` is its slow copy; `fc`
+  has no batch norm.
+- lightly-ai/lightly, examples/pytorch_lightning/simsiam.py: the backbone is a Sequential of the
+  children of a ResNet, so its parts have numbers. lightly/models/simsiam.py, which is older, has
+  other names for the heads.
+- open-mmlab/mmselfsup, models/necks/nonlinear_neck.py and models/heads/latent_pred_head.py: fc0,
+  bn0, fc1, bn1, ...
+- PatrickHua/SimSiam, models/simsiam.py: backbone and projector are stored twice, every layer has a
+  bias, and a projector of two layers keeps an unused `layer2`. models/backbones/cifar_resnet_2.py
+  calls the downsampling path shortcut.
+- vturrisi/solo-learn, solo/methods/simsiam.py and base.py: `backbone` was called `encoder` in older
+  versions. The checkpoints of this package have the same layout.
+- pytorch/vision, torchvision/models/resnet.py, and huggingface/pytorch-image-models,
+  timm/models/resnet.py: the same names; a classifier is left over.
 """
 
 import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -36,23 +43,33 @@ from simsiam.runs.weight_files import read_state_dict
 
 
 class Layout(NamedTuple):
-    """A program's prefixes; "" for a head that it does not have. Without heads a classifier may follow the backbone."""
+    """How a program names the parts of its model.
+
+    Attributes:
+        program: The name of the program.
+        backbone: The prefix of the backbone.
+        projector: The prefix of the projector; "" if there is none. Without heads, a classifier may
+            follow the backbone.
+        predictor: The prefix of the predictor; "" if there is none.
+        method: The name of the method.
+        bias_before_bn: The layers that must have a bias before a batch norm: "no" layer, the "out"
+            layer of the projector, or "all" layers.
+        tied_prefixes: Pairs of prefixes under which the same tensors are stored: the copy first.
+    """
 
     program: str
     backbone: str
     projector: str = ""
     predictor: str = ""
     method: str = "simsiam"
-    bias_before_bn: Literal["no", "out", "all"] = (
-        "no"  # layers that have a bias before a batch norm, for certain
-    )
-    tied_prefixes: tuple[tuple[str, str], ...] = ()  # (prefix, prefix of the same tensors)
+    bias_before_bn: Literal["no", "out", "all"] = "no"
+    tied_prefixes: tuple[tuple[str, str], ...] = ()
 
     @property
     def heads(self) -> dict[str, str]:
-        return {
-            k: v for k, v in {"projector": self.projector, "predictor": self.predictor}.items() if v
-        }
+        """The prefixes of the heads that there are, by the name of the head."""
+        heads = {"projector": self.projector, "predictor": self.predictor}
+        return {name: prefix for name, prefix in heads.items() if prefix}
 
 
 # A checkpoint has the first layout whose prefixes all occur.
@@ -71,49 +88,80 @@ LAYOUTS = (
     Layout("torchvision or timm", "", method="none"),
 )  # fmt: skip
 WRAPPER_PREFIXES = ("module.", "_orig_mod.")  # DistributedDataParallel's and torch.compile's
+# The children of a ResNet that have weights, by their position.
 RESNET_CHILDREN = {
-    "0": "conv1",
-    "1": "bn1",
-    "4": "layer1",
-    "5": "layer2",
-    "6": "layer3",
-    "7": "layer4",
-}  # of a ResNet
+    "0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4",
+}  # fmt: skip
+
+
+class BackboneSettings(TypedDict):
+    """The settings of a recipe that determine a backbone."""
+
+    backbone: str
+    width: int
+    stem: Literal["small", "large"] | None
 
 
 class ConvertedCheckpoint(NamedTuple):
-    """A checkpoint in our words."""
+    """A checkpoint under the names of this package.
+
+    Attributes:
+        layout: The layout that was recognized.
+        settings: The settings of the backbone.
+        method: The method, with the cells of its heads.
+        model_state: Tensors under the names of Siamese's state dict, for the parts that there are.
+        absorbed_biases: Biases that were absorbed into the batch norm after them.
+        unused_keys: Tensors that are not part of the model.
+    """
 
     layout: Layout
-    settings: dict[str, Any]  # of a recipe: backbone, width, stem
+    settings: BackboneSettings
     method: Method
-    model_state: dict[
-        str, Tensor
-    ]  # by the names of Siamese's state dict, as far as the checkpoint goes
-    absorbed_biases: list[str]  # biases that went into the batch norm behind them
+    model_state: dict[str, Tensor]
+    absorbed_biases: list[str]
     unused_keys: list[str]
 
 
 class ParsedHead(NamedTuple):
-    """An MLP: our names to the checkpoint's, and what the shapes say."""
+    """An MLP in a checkpoint.
+
+    Attributes:
+        names: The names of this package, and the checkpoint's for each.
+        widths: The dimensions of its input and of each layer's output.
+        has_bn: Whether a batch norm follows, for each layer.
+        last_bn_affine: Whether the last batch norm has affine parameters.
+        biases: Names of running means, and the bias that each absorbs.
+    """
 
     names: dict[str, str]
     widths: list[int]
-    has_bn: list[bool]  # behind each layer
-    last_bn_affine: bool  # of the last batch norm
-    biases: dict[str, str]  # running means to the biases that they absorb
+    has_bn: list[bool]
+    last_bn_affine: bool
+    biases: dict[str, str]
 
 
 def load_backbone_weights(name_or_path: str | os.PathLike[str], network: str) -> dict[str, Tensor]:
-    """The backbone, named `network`, in a published release, a run folder or a checkpoint; heads are set aside."""
+    """Load the weights of a backbone; heads are left out.
+
+    Args:
+        name_or_path: A published name, a run folder, or a checkpoint.
+        network: The name of the backbone.
+
+    Returns:
+        Its state dict.
+
+    Raises:
+        UsageError: There are no such weights.
+        WorkFailed: The download failed.
+    """
     tensors, _ = read_state_dict(resolve_checkpoint(name_or_path)[0])
     try:
-        model = convert_state_dict(tensors, network).model_state
+        state = convert_state_dict(tensors, network).model_state
     except UsageError as error:
         raise UsageError(f"{name_or_path}: {error}") from None
     return {
-        name.removeprefix("backbone."): v
-        for name, v in model.items()
+        name.removeprefix("backbone."): tensor
+        for name, tensor in state.items()
         if name.startswith("backbone.")
     }
 
@@ -121,107 +169,190 @@ def load_backbone_weights(name_or_path: str | os.PathLike[str], network: str) ->
 def convert_state_dict(
     tensors: Mapping[str, Tensor], network: str | None = None
 ) -> ConvertedCheckpoint:
-    """The model that a checkpoint's tensors make. Raises UsageError.
+    """Recognize and rename the model in a state dict.
 
-    A ResNet's depth, width and stem are read from the shapes; any other `network` is given by name.
+    Args:
+        tensors: The tensors of the checkpoint.
+        network: The name of the backbone. It is not needed for a ResNet, whose depth, width and
+            stem are read from the shapes.
+
+    Returns:
+        The model, and what became of every tensor.
+
+    Raises:
+        UsageError: A tensor is missing, extra, of the wrong shape or not finite, or no layout fits.
     """
     tensors = strip_wrapper_prefixes(tensors)
     layout = detect_layout(tensors)
     copies = tied_names(tensors, layout)
-    names = map_backbone_names(tensors, layout)
-    words = {"backbone": network, "width": 64, "stem": None}
+    backbone_names = map_backbone_names(tensors, layout)
     if network is None or network in RESNETS:
-        words = detect_resnet(names, tensors)
-        if network not in (None, words["backbone"]):
-            raise UsageError(f"its backbone is a {words['backbone']}, not a {network}")
+        settings = detect_resnet(backbone_names, tensors)
+        if network not in (None, settings["backbone"]):
+            raise UsageError(f"its backbone is a {settings['backbone']}, not a {network}")
+    else:
+        settings = {"backbone": network, "width": 64, "stem": None}
     heads = {part: parse_head(tensors, prefix) for part, prefix in layout.heads.items()}
     method = method_from_heads(layout, heads)
 
-    names = {f"backbone.{ours}": name for ours, name in names.items()}
-    names |= {
-        f"{part}.{ours}": name for part, head in heads.items() for ours, name in head.names.items()
-    }
-    biases = {
-        f"{part}.{mean}": bias for part, head in heads.items() for mean, bias in head.biases.items()
-    }
-    expected = expected_state_dict(words, method, heads)
+    names = {f"backbone.{name}": key for name, key in backbone_names.items()}
+    biases: dict[str, str] = {}
+    for part, head in heads.items():
+        names |= {f"{part}.{name}": key for name, key in head.names.items()}
+        biases |= {f"{part}.{mean}": key for mean, key in head.biases.items()}
+    expected = expected_state_dict(settings, method, heads)
     if not heads and is_classifier(extra := names.keys() - expected.keys(), names, tensors):
-        names = {ours: name for ours, name in names.items() if ours not in extra}
-    least = {"no": 0, "out": 1, "all": sum(sum(head.has_bn) for head in heads.values())}[
-        layout.bias_before_bn
-    ]
-    if len(biases) < least:  # without it the running mean behind it would be off
+        names = {name: key for name, key in names.items() if name not in extra}
+    check_biases(layout, heads, biases)
+    description = f"{settings['backbone']}, width {settings['width']}"
+    model_state = match_state_dict(names, tensors, expected, description)
+    absorb_biases(model_state, biases, tensors)
+
+    used = {*names.values(), *biases.values()}
+    for key in used:
+        if tensors[key].is_floating_point() and not tensors[key].isfinite().all():
+            raise UsageError(f"{key} has values that are not finite")
+    used |= {copy for copy, original in copies.items() if original in used}
+    unused = [key for key in tensors if key not in used]
+    return ConvertedCheckpoint(layout, settings, method, model_state, list(biases.values()), unused)
+
+
+def check_biases(
+    layout: Layout, heads: Mapping[str, ParsedHead], biases: Mapping[str, str]
+) -> None:
+    """Check that the biases are there that the layout has before batch norms.
+
+    Without such a bias, the running mean of the batch norm would be wrong.
+
+    Args:
+        layout: The layout.
+        heads: The heads, by name.
+        biases: The biases that were found before batch norms.
+
+    Raises:
+        UsageError: Some are missing.
+    """
+    num_norms = sum(sum(head.has_bn) for head in heads.values())
+    required = {"no": 0, "out": 1, "all": num_norms}[layout.bias_before_bn]
+    if len(biases) < required:
         raise UsageError(
-            f"{layout.program} has {least} biases before batch norms, here are {len(biases)}"
+            f"{layout.program} has {required} biases before batch norms, and here are {len(biases)}"
         )
-    model = match_state_dict(
-        names, tensors, expected, f"{words['backbone']}, width {words['width']}"
-    )
-    for mean, bias in biases.items():
-        if tensors[bias].shape != model[mean].shape:
+
+
+def absorb_biases(
+    model_state: dict[str, Tensor], biases: Mapping[str, str], tensors: Mapping[str, Tensor]
+) -> None:
+    """Absorb biases into the running means of the batch norms after them.
+
+    With running mean m, BN(Wx + b) equals BN(Wx) with running mean m - b; in training mode, the
+    mean of the batch removes b.
+
+    Args:
+        model_state: The renamed state dict, which is changed.
+        biases: Names of running means in it, and the key of the bias that each absorbs.
+        tensors: The tensors of the checkpoint.
+
+    Raises:
+        UsageError: A bias has another shape than the running mean.
+    """
+    for mean, key in biases.items():
+        bias, running_mean = tensors[key], model_state[mean]
+        if bias.shape != running_mean.shape:
             raise UsageError(
-                f"{bias} is {_format_shape(tensors[bias])} before a batch norm of {_format_shape(model[mean])}"
+                f"{key} is {_format_shape(bias)} before a batch norm of "
+                f"{_format_shape(running_mean)}"
             )
-        # With m as running mean BN(Wx + b) is BN(Wx) with m - b; in training mode the batch's mean takes b away.
-        model[mean] = (model[mean].double() - tensors[bias].double()).to(model[mean].dtype)
-    placed = {*names.values(), *biases.values()}
-    for name in placed:
-        if tensors[name].is_floating_point() and not tensors[name].isfinite().all():
-            raise UsageError(f"{name} has values that are not finite")
-    placed |= {copy for copy, first in copies.items() if first in placed}
-    return ConvertedCheckpoint(
-        layout,
-        words,
-        method,
-        model,
-        list(biases.values()),
-        [name for name in tensors if name not in placed],
-    )
+        model_state[mean] = (running_mean.double() - bias.double()).to(running_mean.dtype)
 
 
-# --- names ------------------------------------------------------------------------------------------------------------
+# --- names ---
 
 
 def strip_wrapper_prefixes(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """Without the prefix that a wrapper around the whole model gives all names."""
-    for wrapper in WRAPPER_PREFIXES:
-        if all(name.startswith(wrapper) for name in tensors):
+    """Remove the prefixes that wrappers around the whole model give to all names.
+
+    Args:
+        tensors: The tensors of the checkpoint.
+
+    Returns:
+        The same tensors.
+    """
+    for prefix in WRAPPER_PREFIXES:
+        if all(name.startswith(prefix) for name in tensors):
             return strip_wrapper_prefixes(
-                {name.removeprefix(wrapper): tensor for name, tensor in tensors.items()}
+                {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
             )
     return tensors
 
 
 def detect_layout(tensors: Mapping[str, Tensor]) -> Layout:
+    """Find the first layout whose prefixes all occur; the last layout always fits.
+
+    Args:
+        tensors: The tensors of the checkpoint.
+
+    Returns:
+        The layout.
+    """
+
     def occur(prefixes: Sequence[str]) -> bool:
         return all(any(name.startswith(prefix) for name in tensors) for prefix in prefixes)
 
     return next(
-        x
-        for x in LAYOUTS
-        if occur([x.backbone, *x.heads.values(), *(prefix for prefix, _ in x.tied_prefixes)])
+        layout
+        for layout in LAYOUTS
+        if occur(
+            [
+                layout.backbone,
+                *layout.heads.values(),
+                *(prefix for prefix, _ in layout.tied_prefixes),
+            ]
+        )
     )
 
 
 def tied_names(tensors: Mapping[str, Tensor], layout: Layout) -> dict[str, str]:
-    """Names under which the layout stores a tensor again, to its first. Raises UsageError where the two differ."""
+    """Find the tensors that a layout stores twice.
+
+    Args:
+        tensors: The tensors of the checkpoint.
+        layout: Its layout.
+
+    Returns:
+        The name of each copy, and of its original.
+
+    Raises:
+        UsageError: A copy is missing or differs from the original.
+    """
     copies: dict[str, str] = {}
-    for prefix, of in layout.tied_prefixes:
-        first = {name.removeprefix(of) for name in tensors if name.startswith(of)}
+    for prefix, original in layout.tied_prefixes:
+        first = {name.removeprefix(original) for name in tensors if name.startswith(original)}
         second = {name.removeprefix(prefix) for name in tensors if name.startswith(prefix)}
         for name in sorted(first | second):
-            if name not in first & second or not torch.equal(
-                tensors[of + name], tensors[prefix + name]
-            ):
+            in_both = name in first & second
+            if not in_both or not torch.equal(tensors[original + name], tensors[prefix + name]):
                 raise UsageError(
-                    f"{of}{name} and {prefix}{name} are one tensor in this layout, and differ here"
+                    f"{original}{name} and {prefix}{name} are one tensor in this layout, and "
+                    "differ here"
                 )
-        copies |= {prefix + name: of + name for name in second}
+        copies |= {prefix + name: original + name for name in second}
     return copies
 
 
 def map_backbone_names(tensors: Mapping[str, Tensor], layout: Layout) -> dict[str, str]:
-    """torchvision's names to the checkpoint's."""
+    """Find the tensors of the backbone.
+
+    Args:
+        tensors: The tensors of the checkpoint.
+        layout: Its layout.
+
+    Returns:
+        torchvision's name for each, and its name in the checkpoint.
+
+    Raises:
+        UsageError: The backbone is a Sequential, but not of a ResNet's children.
+    """
     names = {
         name.removeprefix(layout.backbone): name
         for name in tensors
@@ -230,38 +361,69 @@ def map_backbone_names(tensors: Mapping[str, Tensor], layout: Layout) -> dict[st
     }
     children = dict.fromkeys(name.split(".")[0] for name in names)
     if children and all(child.isdigit() for child in children):
-        if set(children) != set(
-            RESNET_CHILDREN
-        ):  # in lightly's ResNetGenerator they are 0 to 5, and a ReLU gets lost
-            given, known = ", ".join(children), ", ".join(RESNET_CHILDREN)
+        # In lightly's ResNetGenerator they are 0 to 5; converting that would lose a ReLU.
+        if set(children) != set(RESNET_CHILDREN):
             raise UsageError(
-                f"the backbone's weights are children {given} of a Sequential, and a ResNet's are {known}"
+                f"the backbone's weights are children {', '.join(children)} of a Sequential, and "
+                f"a ResNet's are {', '.join(RESNET_CHILDREN)}"
             )
         names = {
-            re.sub(r"^\d+", lambda child: RESNET_CHILDREN[child[0]], ours): name
-            for ours, name in names.items()
+            re.sub(r"^\d+", lambda child: RESNET_CHILDREN[child[0]], name): key
+            for name, key in names.items()
         }
-    return {ours.replace(".shortcut.", ".downsample."): name for ours, name in names.items()}
+    return {name.replace(".shortcut.", ".downsample."): key for name, key in names.items()}
 
 
 def parse_head(tensors: Mapping[str, Tensor], prefix: str) -> ParsedHead:
-    """The MLP under a prefix, whatever its modules are called: layers and batch norms in the order of their numbers."""
+    """Parse the MLP under a prefix: layers and batch norms in the order of the numbers in names.
+
+    Args:
+        tensors: The tensors of the checkpoint.
+        prefix: The prefix of the head.
+
+    Returns:
+        Its tensors and dimensions.
+
+    Raises:
+        UsageError: It has a module that is neither a fully connected layer nor a batch norm.
+    """
+    layers = _used_layers(_pair_layers(tensors, prefix), tensors)
+    names: dict[str, str] = {}
+    biases: dict[str, str] = {}
+    position = 0  # in the Sequential of this package
+    for fc, bn in layers:
+        if bn and "bias" in fc:
+            biases[f"{position + 1}.running_mean"] = fc["bias"]
+        names |= {
+            f"{position}.{leaf}": name for leaf, name in fc.items() if not bn or leaf != "bias"
+        }
+        names |= {f"{position + 1}.{leaf}": name for leaf, name in bn.items()}
+        position += 3 if bn else 2  # the ReLU has a position too
+    shapes = [tensors[fc["weight"]].shape for fc, _ in layers]
+    widths = [shapes[0][1], *(shape[0] for shape in shapes)]
+    has_bn = [bool(bn) for _, bn in layers]
+    return ParsedHead(names, widths, has_bn, "weight" in layers[-1][1], biases)
+
+
+# The names of the tensors of a fully connected layer and of the batch norm after it, by what they
+# are ("weight", "bias", ...); {} if there is no batch norm.
+_Layer = tuple[dict[str, str], dict[str, str]]
+
+
+def _pair_layers(tensors: Mapping[str, Tensor], prefix: str) -> list[_Layer]:
+    """List the layers of a head in order, each with the batch norm after it."""
     modules: dict[str, dict[str, str]] = {}
     for name in tensors:
         if name.startswith(prefix):
             path, _, leaf = name.rpartition(".")
             modules.setdefault(path, {})[leaf] = name
 
-    def order(
-        path: str,
-    ) -> tuple[list[int], bool]:  # fc0 and bn0 share a number: the batch norm comes second
-        return [int(n) for n in re.findall(r"\d+", path[len(prefix) :])], "running_mean" in modules[
-            path
-        ]
+    def order(path: str) -> tuple[list[int], bool]:
+        # fc0 and bn0 have the same number: the batch norm is the second.
+        numbers = [int(n) for n in re.findall(r"\d+", path[len(prefix) :])]
+        return numbers, "running_mean" in modules[path]
 
-    layers: list[
-        tuple[dict[str, str], dict[str, str]]
-    ] = []  # a fully-connected layer, and a batch norm or nothing
+    layers: list[_Layer] = []
     for path in sorted(modules, key=order):
         module = modules[path]
         if "running_mean" in module and layers and not layers[-1][1]:
@@ -270,100 +432,128 @@ def parse_head(tensors: Mapping[str, Tensor], prefix: str) -> ParsedHead:
             layers.append((module, {}))
         else:
             raise UsageError(
-                f"{path} is neither a fully-connected layer nor a batch norm behind one"
+                f"{path} is neither a fully connected layer nor a batch norm after one"
             )
-    # A batch norm that saw no batch where others did is no part of the network (PatrickHua's layer2).
-    used = [
+    return layers
+
+
+def _used_layers(layers: list[_Layer], tensors: Mapping[str, Tensor]) -> list[_Layer]:
+    """Leave out layers that are stored but not part of the network (PatrickHua's layer2).
+
+    Their batch norm has counted no batch, while that of another layer has.
+    """
+    counters = [
         bool(tensors[bn["num_batches_tracked"]].any()) if "num_batches_tracked" in bn else None
         for _, bn in layers
     ]
-    layers = [layer for layer, seen in zip(layers, used) if seen is not False or True not in used]
-
-    names: dict[str, str] = {}
-    biases: dict[str, str] = {}
-    at = 0
-    for fc, bn in layers:
-        if bn and "bias" in fc:
-            biases[f"{at + 1}.running_mean"] = fc["bias"]
-        names |= {f"{at}.{leaf}": name for leaf, name in fc.items() if not bn or leaf != "bias"}
-        names |= {f"{at + 1}.{leaf}": name for leaf, name in bn.items()}
-        at += 3 if bn else 2  # the ReLU has a number too
-    shapes = [tensors[fc["weight"]].shape for fc, _ in layers]
-    widths = [shapes[0][1], *(shape[0] for shape in shapes)]
-    return ParsedHead(
-        names, widths, [bool(bn) for _, bn in layers], "weight" in layers[-1][1], biases
-    )
+    if True not in counters:
+        return layers
+    return [layer for layer, counted in zip(layers, counters) if counted is not False]
 
 
-# --- shapes -----------------------------------------------------------------------------------------------------------
+# --- shapes ---
 
 
-def detect_resnet(names: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """backbone, width and stem of the ResNet with these tensors. Raises UsageError where it is none."""
+def detect_resnet(names: Mapping[str, str], tensors: Mapping[str, Tensor]) -> BackboneSettings:
+    """Read the depth, width and stem of a ResNet from its tensors.
+
+    Args:
+        names: torchvision's names, and those in the checkpoint.
+        tensors: The tensors of the checkpoint.
+
+    Returns:
+        The settings of the backbone.
+
+    Raises:
+        UsageError: It is no ResNet.
+    """
     stages = [
         len({name.split(".")[1] for name in names if name.startswith(f"layer{i}.")})
         for i in (1, 2, 3, 4)
     ]
     block = Bottleneck if "layer1.0.conv3.weight" in names else BasicBlock
-    found = next((name for name, shape in RESNETS.items() if shape == (block, stages)), None)
+    network = next((name for name, shape in RESNETS.items() if shape == (block, stages)), None)
     stem = tensors[names["conv1.weight"]].shape if "conv1.weight" in names else ()
-    if found is None or len(stem) != 4:
+    if network is None or len(stem) != 4:
         programs = ", ".join(dict.fromkeys(layout.program for layout in LAYOUTS))
-        held = ", ".join(dict.fromkeys(name.split(".")[0] for name in tensors))
+        parts = ", ".join(dict.fromkeys(name.split(".")[0] for name in tensors))
         raise UsageError(
-            f"no ResNet as {programs} store it; its tensors are in {held[:160]}; name other networks by --backbone"
+            f"no ResNet as {programs} store it; its tensors are in {parts[:160]}; name other "
+            "networks by --backbone"
         )
-    return {"backbone": found, "width": stem[0], "stem": "small" if stem[2] == 3 else "large"}
+    return {"backbone": network, "width": stem[0], "stem": "small" if stem[2] == 3 else "large"}
 
 
 def method_from_heads(layout: Layout, heads: Mapping[str, ParsedHead]) -> Method:
-    """SimSiam's row, called as the layout's method, with the heads that the shapes say; without heads it is "none".
+    """Make a row of methods with the heads of a checkpoint.
 
-    Only its heads are the layout's: a converted MoCo has no key encoder and no queue, so its training cannot go on.
+    It is the row of SimSiam under the name of the layout's method. Only its heads come from the
+    checkpoint: a converted MoCo has no key encoder and no queue, so its training cannot continue.
+
+    Args:
+        layout: The layout.
+        heads: The heads, by name.
+
+    Returns:
+        The row; without heads, its name is "none".
+
+    Raises:
+        UsageError: No method can have such heads.
     """
     row = replace(METHODS["simsiam"], name=layout.method)
     if not heads:
         return row
-    f, h = heads["projector"], heads.get("predictor")
-    hidden = set(zip(f.widths[1:-1], f.has_bn[:-1]))
-    if len(hidden) > 1 or (h and len(h.has_bn) != 2):
+    projector, predictor = heads["projector"], heads.get("predictor")
+    hidden = set(zip(projector.widths[1:-1], projector.has_bn[:-1]))
+    if len(hidden) > 1 or (predictor and len(predictor.has_bn) != 2):
         widths = ["-".join(map(str, head.widths)) for head in heads.values()]
         raise UsageError(
             f"no method has such heads: layers of {' and '.join(widths)}, batch norm after some"
         )
-    norms: dict[HeadBN, bool] = {"proj_hidden": any(f.has_bn[:-1]), "proj_out": f.has_bn[-1]}
-    cells: dict[str, Any] = {
-        "dim": f.widths[-1],
-        "proj_layers": len(f.has_bn),
-        "output_bn_affine": f.last_bn_affine,
+    has_bn: dict[HeadBN, bool] = {
+        "proj_hidden": any(projector.has_bn[:-1]),
+        "proj_out": projector.has_bn[-1],
     }
+    row = replace(
+        row,
+        dim=projector.widths[-1],
+        proj_layers=len(projector.has_bn),
+        output_bn_affine=projector.last_bn_affine,
+        predictor="none",
+    )
     for width, _ in hidden:
-        cells["proj_hidden"] = width
-    cells["predictor"] = "none"
-    if h:
-        norms |= {"pred_hidden": h.has_bn[0], "pred_out": h.has_bn[1]}
-        cells |= {"predictor": "mlp", "pred_dim": h.widths[1]}
-    return replace(row, head_bn=tuple(name for name, there in norms.items() if there), **cells)
+        row = replace(row, proj_hidden=width)
+    if predictor:
+        has_bn |= {"pred_hidden": predictor.has_bn[0], "pred_out": predictor.has_bn[1]}
+        row = replace(row, predictor="mlp", pred_dim=predictor.widths[1])
+    return replace(row, head_bn=tuple(name for name, present in has_bn.items() if present))
 
 
 def expected_state_dict(
-    settings: Mapping[str, Any], method: Method, heads: Mapping[str, ParsedHead]
+    settings: BackboneSettings, method: Method, heads: Mapping[str, ParsedHead]
 ) -> dict[str, Tensor]:
-    """The names and shapes of a model, without numbers."""
+    """Build the state dict that a model has, without numbers.
+
+    Args:
+        settings: The settings of the backbone.
+        method: The method, for the heads.
+        heads: The heads of the checkpoint; if there are none, the model has none.
+
+    Returns:
+        Tensors on the meta device.
+    """
     with torch.device("meta"):
-        bare = create_backbone(
+        backbone = create_backbone(
             settings["backbone"], image_size=224, width=settings["width"], stem=settings["stem"]
         )
-        parts = {"backbone": bare}
+        parts = {"backbone": backbone}
         if heads:
-            parts |= {
-                "projector": build_projector(method, feature_dim(bare)),
-                "predictor": build_predictor(method),
-            }
+            parts["projector"] = build_projector(method, feature_dim(backbone))
+            parts["predictor"] = build_predictor(method)
         return {
-            f"{part}.{name}": v
+            f"{part}.{name}": tensor
             for part, module in parts.items()
-            for name, v in module.state_dict().items()
+            for name, tensor in module.state_dict().items()
         }
 
 
@@ -373,25 +563,44 @@ def match_state_dict(
     expected: Mapping[str, Tensor],
     network: str,
 ) -> dict[str, Tensor]:
-    """The expected tensors by our names. Raises UsageError where one is missing, extra or misshapen."""
-    if extra := [name for ours, name in names.items() if ours not in expected]:
+    """Rename the tensors of a checkpoint and check them against the expected ones.
+
+    Args:
+        names: Names of this package, and those in the checkpoint.
+        tensors: The tensors of the checkpoint.
+        expected: The expected tensors, by the names of this package.
+        network: What the model is called in errors.
+
+    Returns:
+        The tensors, by the names of this package.
+
+    Raises:
+        UsageError: One is missing, extra, or of the wrong shape.
+    """
+    if extra := [key for name, key in names.items() if name not in expected]:
         raise UsageError(f"{extra[0]} has no place in {network}{_and_more(extra)}")
-    counters = {
-        name: torch.tensor(0) for name in expected if name.endswith(".num_batches_tracked")
-    }  # new in torch 0.4
+    # Files from before torch 0.4 have no counters of batches.
+    counters = {name: torch.tensor(0) for name in expected if name.endswith(".num_batches_tracked")}
     if missing := [name for name in expected if name not in names and name not in counters]:
         raise UsageError(f"{missing[0]} of {network} is missing{_and_more(missing)}")
-    model = {ours: tensors[names[ours]] if ours in names else counters[ours] for ours in expected}
-    for ours, tensor in model.items():
-        if tensor.shape != expected[ours].shape:
+    state = {name: tensors[names[name]] if name in names else counters[name] for name in expected}
+    for name, tensor in state.items():
+        if tensor.shape != expected[name].shape:
             raise UsageError(
-                f"{names[ours]} is {_format_shape(tensor)}; {network} has {_format_shape(expected[ours])}"
+                f"{names[name]} is {_format_shape(tensor)}; {network} has "
+                f"{_format_shape(expected[name])}"
             )
-    return model
+    return state
 
 
 def is_classifier(extra: set[str], names: Mapping[str, str], tensors: Mapping[str, Tensor]) -> bool:
-    """Whether these are the weight and the bias of one fully-connected layer."""
+    """Tell whether tensors are the weight and the bias of one fully connected layer.
+
+    Args:
+        extra: The names of the tensors in this package.
+        names: Names of this package, and those in the checkpoint.
+        tensors: The tensors of the checkpoint.
+    """
     paths = {name.rpartition(".")[0] for name in extra}
     if len(paths) != 1 or {name.rpartition(".")[2] for name in extra} != {"weight", "bias"}:
         return False

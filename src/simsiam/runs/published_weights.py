@@ -1,9 +1,9 @@
-"""Checkpoint files: the published ones known by name, their download, and reading one without running what it holds."""
+"""Published weights: their names, their download, and what file a name or a path stands for."""
 
 import os
 import re
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torchvision import models
@@ -11,10 +11,8 @@ from torchvision import models
 from simsiam.errors import UsageError, WorkFailed, unknown_name
 from simsiam.runs.weight_files import file_sha256
 
-HUB_PREFIX = "hf-hub:"  # as timm writes it
-
-
-IMAGENET_PREPROCESSING: dict[str, Any] = {
+HUB_PREFIX = "hf-hub:"  # the same as timm's
+IMAGENET_PREPROCESSING: dict[str, object] = {
     "image_size": 224,
     "mean": (0.485, 0.456, 0.406),
     "std": (0.229, 0.224, 0.225),
@@ -22,21 +20,25 @@ IMAGENET_PREPROCESSING: dict[str, Any] = {
 
 
 class Release(NamedTuple):
-    """Published weights."""
+    """Published weights.
+
+    Attributes:
+        url: Where the file is.
+        sha256_prefix: The first digits of its sha256; "" if none are published.
+        settings: What is known of the recipe.
+        note: Where the weights come from, and under which license.
+    """
 
     url: str
-    sha256_prefix: str  # its first digits; "" where none are published
-    settings: dict[str, Any]  # what is known of the recipe
+    sha256_prefix: str
+    settings: dict[str, object]
     note: str
 
 
 _URL = "https://dl.fbaipublicfiles.com/simsiam/models"
-
-
 _NOTE = "% linear on ImageNet, as its authors measured; CC BY-NC 4.0; no checksum is published"
 
-
-# facebookresearch/simsiam: README.md, and issue 18 for the 200 epochs.
+# Source: README.md of facebookresearch/simsiam; issue 18 there for the 200 epochs.
 RELEASES = {
     "simsiam_resnet50_100ep": Release(
         f"{_URL}/100ep/pretrain/checkpoint_0099.pth.tar",
@@ -60,97 +62,130 @@ RELEASES = {
 
 
 def find_release(name: str) -> Release | None:
-    """What is published under a name: one of RELEASES, or torchvision's, such as ResNet50_Weights.IMAGENET1K_V2."""
+    """Find the published weights of a name.
+
+    Args:
+        name: One of RELEASES, or a name of torchvision, such as ResNet50_Weights.IMAGENET1K_V2.
+
+    Returns:
+        The release, or None if the name is neither.
+
+    Raises:
+        UsageError: The name looks like one of torchvision's, which has no such classifier.
+    """
     if name in RELEASES:
         release = RELEASES[name]
-        return release._replace(
-            settings={"backbone": "resnet50", "source": "imagenet"}
-            | IMAGENET_PREPROCESSING
-            | release.settings
-        )
+        settings: dict[str, object] = {"backbone": "resnet50", "source": "imagenet"}
+        return release._replace(settings=settings | IMAGENET_PREPROCESSING | release.settings)
     network, dot, _ = name.partition("_Weights.")
     if not dot or os.sep in name:
         return None
     try:
         weights = models.get_weight(name)
         preset = weights.transforms()
-        images = {
+        settings = {
+            "backbone": network.lower(),
+            "source": "imagenet",
             "image_size": preset.crop_size[0],
             "mean": tuple(preset.mean),
             "std": tuple(preset.std),
         }
     except (KeyError, ValueError, AttributeError):
         raise UsageError(f"torchvision has no classifier's weights {name!r}") from None
-    digits = re.search(r"-([0-9a-f]{8,})\.\w+$", weights.url)  # torchvision's file names carry them
-    words = {"backbone": network.lower(), "source": "imagenet"} | images
-    return Release(
-        weights.url,
-        digits[1] if digits else "",
-        words,
-        "torchvision's, trained with ImageNet's labels",
-    )
+    digits = re.search(r"-([0-9a-f]{8,})\.\w+$", weights.url)  # file names of torchvision have them
+    note = "torchvision's, trained with ImageNet's labels"
+    return Release(weights.url, digits[1] if digits else "", settings, note)
 
 
 def is_published(name: str) -> bool:
-    """Whether a name means the same on every machine: a release's, or a repository's on the hub."""
+    """Tell whether a name means the same on every machine.
+
+    Args:
+        name: A name or a path.
+
+    Returns:
+        True for the name of a release and for a repository on the hub, False for a path.
+    """
     return name.startswith(HUB_PREFIX) or find_release(name) is not None
 
 
 def resolve_checkpoint(name_or_path: str | os.PathLike[str]) -> tuple[Path, Release | None]:
-    """The file behind a published name (downloaded once), a run folder (its backbone) or a path. Raises UsageError.
+    """Find the file of weights that a name or a path stands for.
 
-    "hf-hub:owner/name" is a run folder that `simsiam export --format huggingface --push` uploaded.
+    Args:
+        name_or_path: A published name, whose file is downloaded once; a file; a run folder, whose
+            backbone is taken; or "hf-hub:owner/name", a run folder that `simsiam export --format
+            huggingface --push` uploaded.
+
+    Returns:
+        The file, and the release if it is one.
+
+    Raises:
+        UsageError: There is no such file.
+        WorkFailed: The download failed.
     """
-    if release := find_release(os.fspath(name_or_path)):
-        return fetch(os.fspath(name_or_path), release), release
-    name_or_path = os.fspath(name_or_path)
-    path = (
-        download_from_hub(name_or_path.removeprefix(HUB_PREFIX))
-        if name_or_path.startswith(HUB_PREFIX)
-        else Path(name_or_path).expanduser()
-    )
+    name = os.fspath(name_or_path)
+    if release := find_release(name):
+        return fetch(name, release), release
+    if name.startswith(HUB_PREFIX):
+        path = download_from_hub(name.removeprefix(HUB_PREFIX))
+    else:
+        path = Path(name).expanduser()
     if path.is_dir():
         path = path / "backbone.safetensors"
         if not path.is_file():
-            raise UsageError(f"{path} is not there: give a finished run, or a file")
+            raise UsageError(f"{path} does not exist: give a finished run, or a file")
     elif not path.is_file():
-        names = [
-            *RELEASES,
-            "ResNet50_Weights.IMAGENET1K_V2 or another of torchvision's",
-            "a file",
-            "a run folder",
-        ]
-        raise unknown_name("checkpoint", name_or_path, names)
+        torchvision_names = "ResNet50_Weights.IMAGENET1K_V2 or another of torchvision's"
+        allowed = [*RELEASES, torchvision_names, "a file", "a run folder"]
+        raise unknown_name("checkpoint", name, allowed)
     return path, None
 
 
 def download_from_hub(name: str) -> Path:
-    """The folder of a repository on the hub, in its cache. Raises UsageError without the package, WorkFailed."""
+    """Download the recipe and the backbone of a repository on the hub into the hub's cache.
+
+    Args:
+        name: "owner/name".
+
+    Returns:
+        The folder.
+
+    Raises:
+        UsageError: huggingface_hub is not installed.
+        WorkFailed: The download failed.
+    """
     try:
         import huggingface_hub
     except ImportError:
         raise UsageError(
             f'{HUB_PREFIX}{name} needs huggingface_hub: pip install "simsiam[hub]"'
         ) from None
+    files = ["recipe.yaml", "backbone.safetensors"]
     try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                name, allow_patterns=["recipe.yaml", "backbone.safetensors"]
-            )
-        )
-    except (OSError, ValueError) as error:  # its own errors are among these
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=files))
+    except (OSError, ValueError) as error:  # the hub's own errors are subclasses of these
         reason = " ".join(str(error).split())[:200]
-        raise WorkFailed(f"{name} cannot be fetched from the hub: {reason}") from None
+        raise WorkFailed(f"{name} cannot be downloaded from the hub: {reason}") from None
 
 
 def fetch(name: str, release: Release) -> Path:
-    """The release's file in torch's cache, downloaded if it is not there, checked each time. Raises WorkFailed."""
-    published = Path(release.url).name
-    path = (
-        Path(torch.hub.get_dir())
-        / "checkpoints"
-        / (published if release.sha256_prefix else f"{name}-{published}")
-    )
+    """Download the file of a release into torch's cache, or check the file that is there.
+
+    Args:
+        name: The name of the release.
+        release: The release.
+
+    Returns:
+        The file.
+
+    Raises:
+        WorkFailed: The download failed, or the file is damaged.
+    """
+    file_name = Path(release.url).name
+    if not release.sha256_prefix:
+        file_name = f"{name}-{file_name}"
+    path = Path(torch.hub.get_dir()) / "checkpoints" / file_name
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -161,6 +196,7 @@ def fetch(name: str, release: Release) -> Path:
             raise WorkFailed(f"{name} cannot be downloaded from {release.url}: {error}") from None
     elif not file_sha256(path).startswith(release.sha256_prefix):
         raise WorkFailed(
-            f"{path} is damaged: its sha256 does not start with {release.sha256_prefix}; delete it and try again"
+            f"{path} is damaged: its sha256 does not start with {release.sha256_prefix}; delete it "
+            "and try again"
         )
     return path

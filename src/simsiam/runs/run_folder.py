@@ -1,8 +1,9 @@
-"""The run folder: all that a run leaves behind, and the only thing that training and everything after it both know.
+"""The run folder: everything a run leaves behind.
 
-Files appear whole or not at all. metrics.jsonl grows a line at a time; whoever resumes a run cuts it back to the
-checkpoint that the run goes on from, so it never holds a step twice. Of several processes the first alone reads and
-writes a run folder, and tells the others.
+Training writes it, and everything after training reads it; they share nothing else. Files appear
+complete or not at all. Only metrics.jsonl grows, one line at a time; resuming a run cuts it back to
+the checkpoint that the run continues from, so no step is ever in it twice. With several processes,
+only rank 0 reads and writes a run folder; it broadcasts what it read.
 """
 
 import io
@@ -12,10 +13,10 @@ import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from simsiam.config.recipes import ResolvedRecipe
@@ -23,66 +24,86 @@ from simsiam.distributed.process_group import rank_zero_context, rank_zero_only
 from simsiam.errors import UsageError, WorkFailed, printable
 from simsiam.runs.environment import numerical_conditions, utc_now
 from simsiam.runs.recipe_file import read_recipe, write_recipe
+from simsiam.runs.records import MetricsRecord, Record, TrainingState
 from simsiam.runs.weight_files import ChecksumError, load_state, save_weights
 from simsiam.utils.files import atomic_write, exclusive_lock, remove_stale_parts
 
-CHECKPOINT_FORMAT = 1  # of a checkpoint
-
-
+CHECKPOINT_FORMAT = 1  # the version that is stored in a checkpoint
 SUBFOLDERS = ("checkpoints", "evaluations")
+MIN_IMAGES_SEEN = 20  # with fewer images, the share of unreadable ones says little
 
-
-MIN_IMAGES_SEEN = 20  # images; among fewer, the share of unreadable ones says little
-
-
-# What may differ between a checkpoint's recipe and the run's: where things are, and how far to go.
+# The settings in which a checkpoint's recipe may differ from the run's: where things are, and how
+# long to train. They are set to these values before the two are compared.
 CHANGEABLE_SETTINGS = {
-    "source": (), "init": None, "device": "auto", "workers": None, "epochs": 10**9, "save_seconds": 0,
-    "read_timeout": 0,
+    "source": (), "init": None, "device": "auto", "workers": None, "epochs": 10**9,
+    "save_seconds": 0, "read_timeout": 0,
 }  # fmt: skip
 
 
 class TrainingFolder:
-    """A folder with a journal and JSON files: a run's, or one in it for a training of its own."""
+    """A folder with metrics.jsonl and JSON files: a run folder, or that of another training in it.
+
+    Args:
+        path: The folder.
+    """
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
 
     @rank_zero_only
-    def metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl; one that a crash cut short is left out."""
-        path, lines = self.path / "metrics.jsonl", []
-        for text in path.read_text(errors="replace").splitlines() if path.exists() else []:
+    def metrics(self) -> list[MetricsRecord]:
+        """Read metrics.jsonl, up to the first line that a crash cut short."""
+        path, records = self.path / "metrics.jsonl", []
+        for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
             try:
-                line = json.loads(text)
+                record = json.loads(line)
             except (ValueError, RecursionError):
                 break
-            if not isinstance(line, dict) or "step" not in line:
+            if not isinstance(record, dict) or "step" not in record:
                 break
-            lines.append(line)
-        return lines
+            records.append(record)
+        return records
 
     @rank_zero_only
-    def json(self, name: str) -> dict[str, Any]:
-        """One of the folder's JSON files, {} where there is none."""
-        found = self._read_json(name)
-        if not isinstance(found, dict):
-            raise UsageError(f"{self.path / name} is damaged: it holds no mapping")
-        return found
+    def json(self, name: str) -> Record:
+        """Read one of the JSON files of the folder.
+
+        Args:
+            name: The name of the file.
+
+        Returns:
+            The object in it, or {} if there is no such file.
+
+        Raises:
+            UsageError: The file is damaged.
+        """
+        content = self._read_json(name)
+        if not isinstance(content, dict):
+            raise UsageError(f"{self.path / name} is damaged: it is not a JSON object")
+        return content
 
     @rank_zero_only
-    def read_records(self, name: str) -> list[dict[str, Any]]:
-        """The records in a file of evaluations/ or transfers/, [] where there is none. Raises UsageError."""
-        found = self._read_json(name) or []
-        if not (
-            isinstance(found, list) and all(isinstance(r, dict) and "protocol" in r for r in found)
+    def read_records(self, name: str) -> list[Record]:
+        """Read a file of evaluations/ or transfers/.
+
+        Args:
+            name: The path of the file in the folder.
+
+        Returns:
+            Its records, or [] if there is no such file.
+
+        Raises:
+            UsageError: The file is damaged, or holds something else.
+        """
+        content = self._read_json(name) or []
+        if not isinstance(content, list) or not all(
+            isinstance(record, dict) and "protocol" in record for record in content
         ):
-            raise UsageError(
-                f"{printable(str(self.path / name))} is not a list of records: move it away"
-            )
-        return found
+            path = printable(str(self.path / name))
+            raise UsageError(f"{path} is not a list of records: move it away")
+        return content
 
-    def _read_json(self, name: str) -> Any:
+    def _read_json(self, name: str) -> object:
         path = self.path / name
         try:
             return json.loads(path.read_text()) if path.exists() else {}
@@ -90,15 +111,34 @@ class TrainingFolder:
             raise UsageError(f"{printable(str(path))} is damaged: {error}") from None
 
     @rank_zero_only
-    def write(self, name: str, content: Mapping[str, Any] | str) -> None:
+    def write(self, name: str, content: Mapping[str, object] | str) -> None:
+        """Write a file, completely or not at all.
+
+        Args:
+            name: The path of the file in the folder.
+            content: Text, or an object to be written as JSON.
+
+        Raises:
+            WorkFailed: The file cannot be written.
+        """
+        text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
         with atomic_write(self.path / name) as part:
-            part.write_text(
-                content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
-            )
+            part.write_text(text)
 
 
 class Run(TrainingFolder):
-    """A run folder. `Run.create` makes one, `Run(path)` opens one; both raise UsageError in one line."""
+    """A run folder. `Run.create` makes one, `Run(path)` opens one.
+
+    Args:
+        path: The folder.
+
+    Attributes:
+        path: The folder.
+        recipe: What recipe.yaml says.
+
+    Raises:
+        UsageError: It is not a run folder, its recipe is wrong, or it contains links.
+    """
 
     def __init__(self, path: str | os.PathLike[str]):
         super().__init__(path)
@@ -106,16 +146,24 @@ class Run(TrainingFolder):
             raise UsageError(f"{self.path} is not a run folder: it has no recipe.yaml")
         for entry in os.scandir(self.path):
             if entry.is_symlink():
-                where = printable(entry.path)
                 raise UsageError(
-                    f"{where} is a link, and a run writes only inside its folder: link the whole folder"
+                    f"{printable(entry.path)} is a link, and a run writes only inside its folder: "
+                    "link the whole folder instead"
                 )
         self.recipe = read_recipe(self.path / "recipe.yaml").resolve()
 
     @classmethod
     @rank_zero_only
     def create(cls, path: str | os.PathLike[str], recipe: ResolvedRecipe) -> "Run":
-        """A new run folder, or that of a run to go on with: one that `vacant` lets pass."""
+        """Create a run folder, or open the run that `check_vacant` allows to continue.
+
+        Args:
+            path: The folder.
+            recipe: The recipe of the run.
+
+        Raises:
+            UsageError: The folder exists or cannot be created.
+        """
         path = check_vacant(path, recipe)
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -129,34 +177,50 @@ class Run(TrainingFolder):
     @property
     @rank_zero_only
     def has_checkpoint(self) -> bool:
-        """Whether it has a checkpoint to go on from."""
-        return any(
-            (self.path / "checkpoints" / f"{name}.pt").exists() for name in ("last", "previous")
-        )
+        """Whether there is a checkpoint to continue from."""
+        folder = self.path / "checkpoints"
+        return any((folder / f"{name}.pt").exists() for name in ("last", "previous"))
 
     @contextmanager
     def lock(self) -> Iterator["Run"]:
-        """The run for this process alone, however that ends. Raises UsageError where another one trains it."""
+        """Keep other processes from training the run, until the context ends.
+
+        Yields:
+            The run.
+
+        Raises:
+            UsageError: Another process is training it.
+        """
         with rank_zero_context(exclusive_lock(self.path / ".lock", str(self.path))):
             yield self
 
-    # --- what is read back ---
+    # --- reading ---
 
-    def evaluations(self) -> list[dict[str, Any]]:
-        """The records of every file in evaluations/, in order of names. Raises UsageError for another file."""
-        return self.read_all_records("evaluations")
+    def evaluations(self) -> list[Record]:
+        """Read the records of all files in evaluations/, in the order of the files' names."""
+        return self._read_all_records("evaluations")
 
-    def transfers(self) -> list[dict[str, Any]]:
-        """Those of transfers/, likewise."""
-        return self.read_all_records("transfers")
+    def transfers(self) -> list[Record]:
+        """Read the records of all files in transfers/, in the order of the files' names."""
+        return self._read_all_records("transfers")
 
-    def read_all_records(self, folder: str) -> list[dict[str, Any]]:
+    def _read_all_records(self, folder: str) -> list[Record]:
         names = sorted(path.name for path in (self.path / folder).glob("*.json"))
         return [record for name in names for record in self.read_records(f"{folder}/{name}")]
 
     @rank_zero_only
-    def checkpoint(self, name: str = "last") -> dict[str, Any] | None:
-        """The state saved under a name, on the CPU; None where there is none yet. Executes no code (weights_only)."""
+    def checkpoint(self, name: str = "last") -> TrainingState | None:
+        """Load a checkpoint onto the CPU, without executing code that it may contain.
+
+        Args:
+            name: Its name, without ".pt".
+
+        Returns:
+            The state, or None if there is no such checkpoint.
+
+        Raises:
+            UsageError: The file is damaged, or belongs to another recipe or version.
+        """
         path = self.path / "checkpoints" / f"{name}.pt"
         if not path.exists():
             return None
@@ -166,43 +230,51 @@ class Run(TrainingFolder):
             if name != "last" or not path.with_name("previous.pt").exists():
                 raise
             raise UsageError(
-                f"{error}; `simsiam resume {self.path}` goes on from the one before"
+                f"{error}; `simsiam resume {self.path}` continues from the previous one"
             ) from None
         try:
-            made_with = ResolvedRecipe.from_dict(state["recipe"])
+            recipe = ResolvedRecipe.from_dict(state["recipe"])
             if state["format"] != CHECKPOINT_FORMAT:
                 raise UsageError(
                     f"{path} has format {state['format']}; this version reads {CHECKPOINT_FORMAT}"
                 )
         except (LookupError, TypeError) as error:
-            raise UsageError(
-                f"{path} is not a run's checkpoint: {type(error).__name__}, {error}"
-            ) from None
-        if made_with.replace(**CHANGEABLE_SETTINGS) != self.recipe.replace(**CHANGEABLE_SETTINGS):
+            reason = f"{type(error).__name__}, {error}"
+            raise UsageError(f"{path} is not a checkpoint of a run: {reason}") from None
+        if recipe.replace(**CHANGEABLE_SETTINGS) != self.recipe.replace(**CHANGEABLE_SETTINGS):
             raise UsageError(f"{path} belongs to another recipe than {self.path}/recipe.yaml")
-        return state
-
-    # --- what is written ---
+        return cast(TrainingState, state)
 
     @rank_zero_only
-    def load_or_create_state(
-        self, env: dict[str, Any], num_images: int
-    ) -> tuple[dict[str, Any], list[str]]:
-        """The state to go on from, the last checkpoint's or a new one, and what has changed around it, in words."""
-        said = self._repair()
-        fresh: dict[str, Any] = {
-            "step": 0,
-            "seconds": 0.0,
-            "knn": {},
-            "images": num_images,
-            "environment": env,
-        }
-        state = self.checkpoint()
-        if state is None and self.metrics():
+    def read_quarantine(self) -> list[str]:
+        """Read quarantine.txt: one line for each unreadable image, key and reason."""
+        path = self.path / "quarantine.txt"
+        return path.read_text().splitlines() if path.exists() else []
+
+    # --- writing ---
+
+    @rank_zero_only
+    def load_or_create_state(self, env: Record, num_images: int) -> tuple[TrainingState, list[str]]:
+        """Load the state to continue from: that of the last checkpoint, or a new one.
+
+        Args:
+            env: What `collect_environment` returned.
+            num_images: Number of training images.
+
+        Returns:
+            The state, and lines that say what has changed since the checkpoint.
+
+        Raises:
+            UsageError: The run cannot be continued: its checkpoint is missing, or the number of
+                images has changed.
+        """
+        messages = self._repair()
+        saved = self.checkpoint()
+        if saved is None and self.metrics():
             raise UsageError(
-                f"{self.path} has logged steps and no checkpoints/last.pt to go on from"
+                f"{self.path} has logged steps and no checkpoints/last.pt to continue from"
             )
-        state = state or fresh
+        state = saved or new_state(env, num_images)
         if state["images"] != num_images:
             raise UsageError(
                 f"the source has {num_images} images now and had {state['images']} at the start"
@@ -211,20 +283,26 @@ class Run(TrainingFolder):
         self.write(
             "environment.json", env | {"seed": self.recipe.seed, "start": start, "end": None}
         )
-        if state.get("recipe", {}).get("epochs", self.recipe.epochs) != self.recipe.epochs:
-            said += [
-                f"epochs   {state['recipe']['epochs']} -> {self.recipe.epochs}: the cosine is stretched, so the lr",
-                "         jumps up from where it was, and the result is not that of a run planned for this length",
+        epochs = state.get("recipe", {}).get("epochs", self.recipe.epochs)
+        if epochs != self.recipe.epochs:
+            messages += [
+                f"epochs   {epochs} -> {self.recipe.epochs}: the cosine is stretched, so the "
+                "learning rate",
+                "         jumps up here, and the result differs from that of a run planned for "
+                "this length",
             ]
-        said += [
-            f"note     {name} is {new} now and was {old}: from here on the bits differ from an uninterrupted run's"
-            for name, new in numerical_conditions(env).items()
-            if new != (old := numerical_conditions(state["environment"])[name])
+        before, now = numerical_conditions(state["environment"]), numerical_conditions(env)
+        messages += [
+            f"note     {name} is {now[name]} now and was {before[name]}: from here on, the bits "
+            "differ from those of an uninterrupted run"
+            for name in now
+            if now[name] != before[name]
         ]
-        return state | {"environment": env}, said
+        state["environment"] = env
+        return state, messages
 
     def _repair(self) -> list[str]:
-        """Make good what a kill or a bad disk left: unfinished files, and a last.pt that is damaged or gone."""
+        """Repair what a kill or a bad disk left: unfinished files, a damaged or missing last.pt."""
         folder = self.path / "checkpoints"
         for name in SUBFOLDERS:
             (self.path / name).mkdir(exist_ok=True)
@@ -239,11 +317,35 @@ class Run(TrainingFolder):
         except UsageError as error:
             step = read_checkpoint(previous)["step"]
             os.replace(previous, last)
-            return [f"note     {error}; going on from previous.pt, step {step}"]
+            return [f"note     {error}; continuing from previous.pt, step {step}"]
 
     @rank_zero_only
-    def finish(self, backbone: Mapping[str, torch.Tensor], summary: Mapping[str, Any]) -> None:
-        """The backbone alone, the summary, and the time of the end."""
+    def save(self, name: str, state: Mapping[str, object]) -> None:
+        """Write a checkpoint.
+
+        Args:
+            name: Its name, without ".pt". The checkpoint that "last" replaces is kept as
+                previous.pt, which costs a renaming and the space.
+            state: What it holds besides `format` and `recipe`.
+
+        Raises:
+            WorkFailed: It cannot be written; the one before is untouched.
+        """
+        path = self.path / "checkpoints" / f"{name}.pt"
+        backup = path.with_name("previous.pt") if name == "last" else None
+        with atomic_write(path, backup=backup) as part, open(part, "wb") as file:
+            torch.save(
+                {"format": CHECKPOINT_FORMAT, "recipe": self.recipe.to_dict(), **state}, file
+            )
+
+    @rank_zero_only
+    def finish(self, backbone: Mapping[str, Tensor], summary: Mapping[str, object]) -> None:
+        """Write backbone.safetensors, summary.json, and the time of the end.
+
+        Args:
+            backbone: State dict of the backbone.
+            summary: What summary.json says.
+        """
         with atomic_write(self.path / "backbone.safetensors") as part:
             save_weights(backbone, part)
         self.write("summary.json", summary)
@@ -253,106 +355,150 @@ class Run(TrainingFolder):
     def quarantine(
         self, unreadable: Sequence[tuple[str, str]], images_seen: int | None = None
     ) -> None:
-        """List files that do not decode, each once, with the reason.
+        """Add unreadable images to quarantine.txt, each one once.
 
-        Raises WorkFailed when they are more than the recipe's share of the images `seen` so far.
+        Args:
+            unreadable: Key and reason of each image.
+            images_seen: Number of images read so far; None does not check the limit.
+
+        Raises:
+            WorkFailed: More than `max_unreadable` of the images seen are unreadable.
         """
         if not unreadable:
             return
         known = self.read_quarantine()
-        new = dict.fromkeys(
-            f"{printable(key)}\t{reason}" for key, reason in unreadable
-        ) | dict.fromkeys(known)
+        lines = [f"{printable(key)}\t{reason}" for key, reason in unreadable]
+        new = dict.fromkeys([*lines, *known])
         if len(new) > len(known):
             self.write("quarantine.txt", "".join(f"{line}\n" for line in sorted(new)))
-        if (
-            images_seen
-            and len(new) > max(images_seen, MIN_IMAGES_SEEN) * self.recipe.max_unreadable
-        ):
+        limit = max(images_seen or 0, MIN_IMAGES_SEEN) * self.recipe.max_unreadable
+        if images_seen and len(new) > limit:
             raise WorkFailed(
                 f"{len(new)} of {images_seen} images cannot be read, more than --max-unreadable "
-                f"{self.recipe.max_unreadable:g} allows: {self.path}/quarantine.txt lists them with the reasons"
+                f"{self.recipe.max_unreadable:g} allows: {self.path}/quarantine.txt lists them "
+                "with the reasons"
             )
 
-    @rank_zero_only
-    def read_quarantine(self) -> list[str]:
-        path = self.path / "quarantine.txt"
-        return path.read_text().splitlines() if path.exists() else []
 
-    @rank_zero_only
-    def save(self, name: str, state: Mapping[str, Any]) -> None:
-        """Keep a state under a name; of `last` the one before too, as previous.pt: it costs a rename and its size."""
-        path = self.path / "checkpoints" / f"{name}.pt"
-        backup = path.with_name("previous.pt") if name == "last" else None
-        with atomic_write(path, backup=backup) as part, open(part, "wb") as file:
-            torch.save(
-                {"format": CHECKPOINT_FORMAT, "recipe": self.recipe.to_dict(), **state}, file
-            )
+def new_state(env: Record, num_images: int) -> TrainingState:
+    """Make the state of a run before its first step.
+
+    Args:
+        env: What `collect_environment` returned.
+        num_images: Number of training images.
+    """
+    return {"step": 0, "seconds": 0.0, "knn": {}, "images": num_images, "environment": env}
+
+
+def read_checkpoint(path: Path) -> Record:
+    """Load a file that `torch.save` wrote, onto the CPU, without executing code.
+
+    Args:
+        path: The file.
+
+    Returns:
+        What it holds.
+
+    Raises:
+        UsageError: It is missing or damaged.
+    """
+    try:
+        if not zipfile.is_zipfile(path) and path.exists():
+            raise ChecksumError("it is cut short, or not a checkpoint")
+        return cast(Record, load_state(path))
+    except FileNotFoundError:
+        reason = "is missing"
+    except ChecksumError as error:
+        reason = f"is damaged: {error}"
+    except Exception as error:  # for a damaged file, pickle and zipfile can raise anything
+        detail = (str(error).splitlines() or ["no message"])[0][:100]
+        reason = f"is not a readable checkpoint: {type(error).__name__}, {detail}"
+    raise UsageError(f"{path} {reason}")
 
 
 def checkpoint_bytes(
-    recipe: ResolvedRecipe, model: nn.Module, optimizer: Optimizer, env: dict[str, Any]
+    recipe: ResolvedRecipe, model: nn.Module, optimizer: Optimizer, env: Record
 ) -> int:
-    """The size of a checkpoint that `Run.save` would write."""
-    moved = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "environment": env}
+    """Compute the size of a checkpoint, as `Run.save` would write it.
+
+    Args:
+        recipe: The recipe of the run.
+        model: The model.
+        optimizer: The optimizer, with its state.
+        env: What `collect_environment` returned.
+
+    Returns:
+        Bytes.
+    """
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "environment": env}
     file = io.BytesIO()
-    torch.save({"format": CHECKPOINT_FORMAT, "recipe": recipe.to_dict(), **moved}, file)
+    torch.save({"format": CHECKPOINT_FORMAT, "recipe": recipe.to_dict(), **state}, file)
     return len(file.getbuffer())
 
 
 @rank_zero_only
 def choose_run_path(out: str | os.PathLike[str] | None, name: str, recipe: ResolvedRecipe) -> Path:
-    """Where a run goes: `out`, or else a new runs/NAME-N. Raises UsageError where it cannot."""
+    """Choose where a run goes.
+
+    Args:
+        out: The folder that was asked for. The default is runs/NAME-N, with a free number N.
+        name: The name in the default.
+        recipe: The recipe of the run.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UsageError: There is something else in it, or torchrun may restart the command and would not
+            find the run again.
+    """
     if out is None and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
         raise UsageError(
-            "torchrun may start this command again: give --out, so that it finds the run it began"
+            "torchrun may restart this command: give --out, so that it continues the run it started"
         )
     return check_vacant(out or next_run_path(name), recipe)
 
 
 def check_vacant(path: str | os.PathLike[str], recipe: ResolvedRecipe | None = None) -> Path:
-    """The path, if a run folder can be made there. An existing folder with anything in it is refused.
+    """Check that a run folder can be made at a path: nothing is there, or an empty folder.
 
-    But torchrun starts the same command again after a crash, and so does a cluster's queue: under torchrun the folder
-    of a run with this very `recipe` is the one to go on with.
+    torchrun starts the same command again after a crash, and so do the queues of clusters. So under
+    torchrun the folder of a run with the same recipe is accepted, to be continued.
+
+    Args:
+        path: The folder.
+        recipe: The recipe of the run, if it may be continued.
+
+    Returns:
+        The path.
+
+    Raises:
+        UsageError: There is something else.
     """
     path = Path(path)
-    remove_stale_parts(path)  # a process killed before there was a recipe leaves a part of it
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        if (
-            recipe is not None
-            and "TORCHELASTIC_RUN_ID" in os.environ
-            and (path / "recipe.yaml").is_file()
-        ):
-            if read_recipe(path / "recipe.yaml").resolve() == recipe:
-                return path
-            raise UsageError(
-                f"{path} holds a run of another recipe than this command's: choose another --out"
-            )
+    remove_stale_parts(path)  # of a process that was killed before it had written the recipe
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return path
+    restarted = recipe is not None and "TORCHELASTIC_RUN_ID" in os.environ
+    if not restarted or not (path / "recipe.yaml").is_file():
         raise UsageError(
-            f"{path} exists and is not written over: choose another --out, or `simsiam resume {path}`"
+            f"{path} exists and is not written over: choose another --out, or continue it with "
+            f"`simsiam resume {path}`"
         )
-    return path
+    if read_recipe(path / "recipe.yaml").resolve() == recipe:
+        return path
+    raise UsageError(
+        f"{path} holds a run of another recipe than this command's: choose another --out"
+    )
 
 
 def next_run_path(name: str) -> Path:
-    """runs/NAME-1, or the first number that is free."""
+    """Find the first free folder of runs/NAME-1, runs/NAME-2, ...
+
+    Args:
+        name: The name.
+    """
     number = 1
     while (path := Path("runs") / f"{name}-{number}").exists():
         number += 1
     return path
-
-
-def read_checkpoint(path: Path) -> Any:
-    """What a file of checkpoints/ holds, if it is whole. Raises UsageError in one line. Runs no code."""
-    try:
-        if not zipfile.is_zipfile(path) and path.exists():
-            raise ChecksumError("it is cut short, or something else")
-        return load_state(path)
-    except FileNotFoundError:
-        reason = "is gone"
-    except ChecksumError as error:
-        reason = f"is damaged: {error}"
-    except Exception as error:  # what is broken makes pickle and zipfile raise anything
-        reason = f"is not a readable checkpoint: {type(error).__name__}, {(str(error).splitlines() or ['empty'])[0][:100]}"
-    raise UsageError(f"{path} {reason}")

@@ -7,19 +7,27 @@ import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save as serialized
+from safetensors.torch import save as serialize
 from torch import Tensor
 
 from simsiam.errors import UsageError, truncate
 
-CHECKSUM_KEY = "sha256 of tensors"  # its key in a safetensors file's metadata
+CHECKSUM_KEY = "sha256 of tensors"  # in the metadata of a safetensors file
+
+
+class ChecksumError(ValueError):
+    """The content of a file does not match the checksum in it."""
 
 
 def file_sha256(path: Path) -> str:
+    """Compute the sha256 of a file, in hexadecimal digits.
+
+    Args:
+        path: The file.
+    """
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
@@ -27,17 +35,21 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-class ChecksumError(ValueError):
-    """A file's content does not match the checksum in it."""
+def load_state(path: Path) -> object:
+    """Load what `torch.save` wrote, onto the CPU, without executing code.
 
+    Args:
+        path: The file.
 
-def load_state(path: Path) -> Any:
-    """What `torch.save` wrote, on the CPU, each record held against its checksum in the file. Runs no code.
+    Returns:
+        What it holds.
 
-    Raises Damaged, or whatever a broken pickle makes torch raise.
+    Raises:
+        ChecksumError: A record of the file does not match its checksum.
+        Exception: Whatever a broken file makes torch raise.
     """
     with open(path, "rb") as file:
-        if zipfile.is_zipfile(file):  # what torch wrote before 1.6 has no checksums
+        if zipfile.is_zipfile(file):  # files written by torch before 1.6 have no checksums
             with zipfile.ZipFile(file) as archive:
                 if record := archive.testzip():
                     raise ChecksumError(f"{record} does not match its checksum")
@@ -48,90 +60,129 @@ def load_state(path: Path) -> Any:
 def save_weights(
     tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None
 ) -> None:
-    """A safetensors file with `about` and a checksum of its tensors in the metadata; the format itself has none.
+    """Write a safetensors file with a checksum of the tensors in its metadata.
 
-    Not by `save_file`, which has an error of its own for a full disk.
+    The format itself has no checksum. `save_file` is not used because it raises an error of its own
+    for a full disk.
+
+    Args:
+        tensors: The tensors, by name.
+        path: The file.
+        metadata: More metadata.
     """
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with open(path, "wb") as file:
-        file.write(serialized(plain, {CHECKSUM_KEY: tensors_sha256(plain), **(metadata or {})}))
+        file.write(serialize(plain, {CHECKSUM_KEY: tensors_sha256(plain), **(metadata or {})}))
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
-    """A safetensors file's tensors, held against the checksum in it where there is one. Raises Damaged."""
+    """Load the tensors of a safetensors file, and verify their checksum if there is one.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The tensors, by name.
+
+    Raises:
+        ChecksumError: They do not match it.
+    """
     with safe_open(path, "pt") as file:
-        about = file.metadata() or {}
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no mapping
-    if CHECKSUM_KEY in about and about[CHECKSUM_KEY] != tensors_sha256(tensors):
+        metadata = file.metadata() or {}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
+    if CHECKSUM_KEY in metadata and metadata[CHECKSUM_KEY] != tensors_sha256(tensors):
         raise ChecksumError("its tensors do not match their checksum")
     return tensors
 
 
 def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
-    """sha256 of names, kinds, shapes and values."""
-    found = hashlib.sha256()
+    """Compute the sha256 of names, types, shapes and values, in hexadecimal digits.
+
+    Args:
+        tensors: Tensors on the CPU, by name.
+    """
+    digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
-        found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def read_state_dict(path: Path) -> tuple[dict[str, Tensor], list[str]]:
-    """The model's tensors in a PyTorch or safetensors file, and the names of what else is in it.
+    """Read the state dict of a model from a PyTorch or safetensors file, without executing code.
 
-    Runs nothing that the file holds. Raises UsageError for code, damage, or no state dict.
+    Args:
+        path: The file.
+
+    Returns:
+        The tensors by name, and the names of everything else in the file.
+
+    Raises:
+        UsageError: The file contains code, is damaged, or has no state dict.
     """
-    content: Any
+    content = _read_file(path)
+    set_aside: list[str] = []
+    if isinstance(content, Mapping):
+        nested = [key for key, value in content.items() if holds_tensors(value)]
+        if nested:
+            chosen = next(key for key in ("state_dict", "model", *nested) if key in nested)
+            set_aside = [str(key) for key in content if key != chosen]
+            content = content[chosen]
+    if not isinstance(content, Mapping):
+        raise UsageError(f"{path} holds no state dict, only {type(content).__name__}")
+    if not holds_tensors(content):
+        names = ", ".join(map(str, content))[:160]
+        raise UsageError(f"{path} holds no state dict, only {names or 'nothing'}")
+    tensors: dict[str, Tensor] = {}
+    for key, value in content.items():
+        if not isinstance(value, Tensor):
+            set_aside.append(str(key))
+        elif is_dense_cpu_tensor(value):
+            tensors[str(key)] = value.detach()
+        else:
+            raise UsageError(
+                f"{path}: {truncate(key)} is not a plain array of numbers, or claims to have more "
+                "numbers than the file"
+            )
+    return tensors, set_aside
+
+
+def _read_file(path: Path) -> object:
+    """Read the content of a PyTorch or safetensors file; an error becomes one line."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of foreign pickles; what matters becomes an error
-            content = load_weights(path) if path.suffix == ".safetensors" else load_state(path)
+            warnings.simplefilter("ignore")  # about pickles of others; what matters is an error
+            return load_weights(path) if path.suffix == ".safetensors" else load_state(path)
     except Exception as error:  # a damaged pickle can raise anything
-        code = (
-            re.search(r"GLOBAL (\S+)", str(error))
-            if isinstance(error, pickle.UnpicklingError)
-            else None
-        )
+        is_unpickling = isinstance(error, pickle.UnpicklingError)
+        code = re.search(r"GLOBAL (\S+)", str(error)) if is_unpickling else None
         if code:
-            advice = "none of it was run; where you trust the file, save its state dict alone"
-            raise UsageError(f"{path} carries code ({code[1]}): {advice}") from None
-        known = f": {error}" if isinstance(error, ChecksumError) else f" ({type(error).__name__})"
-        raise UsageError(f"{path} is no checkpoint that can be read{known}") from None
-    aside: list[str] = []
-    inner = (
-        [key for key, value in content.items() if holds_tensors(value)]
-        if isinstance(content, Mapping)
-        else []
-    )
-    if inner:
-        chosen = next(key for key in ("state_dict", "model", *inner) if key in inner)
-        aside = [str(key) for key in content if key != chosen]
-        content = content[chosen]
-    if not holds_tensors(content):
-        held = (
-            ", ".join(map(str, content))[:160]
-            if isinstance(content, Mapping)
-            else type(content).__name__
-        )
-        raise UsageError(f"{path} holds no state dict, only {held or 'nothing'}")
-    for key, value in content.items():
-        if isinstance(value, Tensor) and not is_dense_cpu_tensor(value):
             raise UsageError(
-                f"{path}: {truncate(key)} is no plain array of numbers, or has more of them than the file"
-            )
-    aside += [str(key) for key, value in content.items() if not isinstance(value, Tensor)]
-    return {
-        str(key): value.detach() for key, value in content.items() if isinstance(value, Tensor)
-    }, aside
+                f"{path} carries code ({code[1]}): none of it was run; if you trust the file, save "
+                "its state dict alone"
+            ) from None
+        detail = f": {error}" if isinstance(error, ChecksumError) else f" ({type(error).__name__})"
+        raise UsageError(f"{path} is no checkpoint that can be read{detail}") from None
 
 
 def is_dense_cpu_tensor(tensor: Tensor) -> bool:
-    """Whether each of its numbers is in memory: no sparse, quantized or meta tensor, and no one number seen as many."""
-    ordinary = (
-        tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
-    )
-    return ordinary and tensor.nbytes <= tensor.untyped_storage().nbytes()
+    """Tell whether each number of a tensor has its own place in memory.
+
+    This excludes sparse, quantized and meta tensors, and expanded ones, in which a few numbers
+    stand for many.
+
+    Args:
+        tensor: Any tensor.
+    """
+    dense = tensor.layout == torch.strided and not tensor.is_quantized
+    on_cpu = tensor.device.type == "cpu"
+    return dense and on_cpu and tensor.nbytes <= tensor.untyped_storage().nbytes()
 
 
-def holds_tensors(value: Any) -> bool:
+def holds_tensors(value: object) -> bool:
+    """Tell whether a value is a mapping with at least one tensor.
+
+    Args:
+        value: Any value.
+    """
     return isinstance(value, Mapping) and any(isinstance(v, Tensor) for v in value.values())

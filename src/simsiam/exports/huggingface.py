@@ -1,0 +1,70 @@
+"""Format `huggingface`: a folder for the hub that `simsiam.load` and --init read.
+
+timm reads it as well if it has the network.
+"""
+
+from pathlib import Path
+
+from torch import nn
+
+from simsiam.config.recipes import ResolvedRecipe
+from simsiam.errors import WorkFailed
+from simsiam.exports import safetensors, timm
+from simsiam.exports.format import Format, Network, max_difference
+from simsiam.runs.encoder import load
+from simsiam.runs.recipe_file import write_recipe
+from simsiam.runs.run_folder import Run
+
+
+def write(network: nn.Module, run: Run, folder: Path) -> None:
+    """Write recipe.yaml, backbone.safetensors, and the files of timm if it has the network.
+
+    Args:
+        network: The backbone.
+        run: Its run.
+        folder: Where to write.
+    """
+    write_recipe(folder, run.recipe)
+    safetensors.write(network, run, folder)
+    if timm.is_in_timm(run.recipe):
+        timm.write(network, run, folder)
+
+
+def reload(folder: Path, recipe: ResolvedRecipe) -> Network:
+    """Load the folder with this package; if timm has the network, compare it with timm's.
+
+    Args:
+        folder: What `write` wrote.
+        recipe: The recipe of the run.
+
+    Raises:
+        WorkFailed: The two disagree.
+    """
+    network = load(folder)
+    if timm.is_in_timm(recipe):
+        max_difference(network, timm.reload(folder, recipe), recipe)
+    return network
+
+
+def upload_to_hub(folder: Path, name: str) -> None:
+    """Upload a folder to the hub: a new private repository, or a commit to an existing one.
+
+    Args:
+        folder: The export.
+        name: "owner/name" of the repository.
+
+    Raises:
+        WorkFailed: The upload failed.
+    """
+    import huggingface_hub
+
+    try:
+        hub = huggingface_hub.HfApi()
+        hub.create_repo(name, private=True, exist_ok=True)
+        hub.upload_folder(repo_id=name, folder_path=folder)
+    except Exception as error:  # of the hub's package, its HTTP library, or the system
+        reason = " ".join(str(error).split())
+        raise WorkFailed(f"{folder} is written, but not pushed to {name}: {reason}") from None
+
+
+FORMAT = Format(write, reload, 'simsiam.load("{path}")')

@@ -1,0 +1,47 @@
+"""Choosing a recipe for a source from the number and the sizes of its images.
+
+Only the headers of a sample of the images are read. This module does not import torch.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from simsiam.config import recipes
+from simsiam.config.recipes import Recipe
+from simsiam.data.images import measure_sizes
+from simsiam.errors import UsageError
+from simsiam.sources.open_source import Source
+
+
+def choose_recipe(names: Sequence[str], source: Source) -> tuple[Recipe, list[str]]:
+    """Choose the recipe for a source.
+
+    Args:
+        names: What the user called the source.
+        source: The opened source.
+
+    Returns:
+        The recipe, and two lines: what it is, and why it was chosen.
+
+    Raises:
+        UsageError: No image can be read.
+    """
+    if len(names) == 1 and names[0] in recipes.SOURCE_RECIPES:
+        name = recipes.SOURCE_RECIPES[names[0]]
+        return Recipe().replace(**recipes.RECIPES[name]()), [name, f"the recipe for {names[0]}"]
+    sides = measure_sizes(source.train).min(axis=1)
+    if len(sides) == 0:
+        raise UsageError(f"no image in {source.name} can be read")
+    side, count = int(np.median(sides)), len(source.train)
+    reason = f"for {count:,} images with a median shorter side of {side} px"
+    if side <= 32 and count >= 10_000:
+        recipe = Recipe().replace(**recipes.cifar_recipe())
+        return recipe, ["cifar: appendix D of the paper", reason]
+    settings = recipes.folder_recipe(count, side)
+    size = settings["image_size"] or side
+    summary = (
+        f"folder: {settings['backbone']}, {recipes.default_stem(size)} stem, views of {size} px, "
+        f"crops from {settings['crop_min']:.0%} of the area"
+    )
+    return Recipe().replace(**settings), [summary, reason]
