@@ -35,4 +35,5 @@ def run(options: argparse.Namespace) -> None:
     """
     from simsiam.sources.write_shards import format_shard_summary, write_shards
 
-    print(format_shard_summary(write_shards(**vars(options))))
+    settings = vars(options)
+    print(format_shard_summary(write_shards(settings.pop("source"), **settings)))
