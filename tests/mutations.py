@@ -636,8 +636,8 @@ MUTATIONS = [
     m(
         "one place for a worker's whole part",
         "data/batches",
-        "step, views, mine.start, reading)",
-        "step, views, 0, reading)",
+        "step, view_count, part_slice.start, current\n",
+        "step, view_count, 0, current\n",
         "shards.py::test_a_step_is_the_same_whatever_ran_before_and_whoever_makes_it[tar]",
     ),
     m(

@@ -160,7 +160,7 @@ def test_stride_8_doubles_the_resolution_and_keeps_the_receptive_field():
         {k: v.shape for k, v in m.state_dict().items()} for m in (fine, coarse)
     )
     assert shapes == coarse_shapes
-    with pytest.raises(UsageError, match="stride 4 at conv4 already"):
+    with pytest.raises(UsageError, match="conv4 has stride 4 already"):
         small_detector(stride=8, size=32)
 
 

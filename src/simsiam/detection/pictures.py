@@ -1,4 +1,4 @@
-"""A few test images beside each other, with what is there and with what was found."""
+"""A picture of a few test images: above what is annotated, below what the detector found."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,9 +13,10 @@ from simsiam.detection.train_detector import read_image
 from simsiam.pages.preview import BACKGROUND_COLOR, GAP, MARGIN, MUTED_COLOR, TEXT_COLOR
 from simsiam.utils.files import atomic_write
 
-NUM_IMAGES, IMAGE_SIDE = 4, 420  # images, and the longer side of each in pixels
-MIN_SCORE = 0.5  # score of an object that is drawn
-# Okabe and Ito's, without black: told apart without seeing red or green.
+NUM_IMAGES = 4
+IMAGE_SIDE = 420  # pixels, the longer side of each image
+MIN_SCORE = 0.5  # detections with a lower score are not drawn
+# Okabe and Ito's colors without black; they can be told apart by color-blind readers.
 COLORS = (
     (230, 159, 0),
     (86, 180, 233),
@@ -28,63 +29,57 @@ COLORS = (
 
 
 def draw_detections(
-    dataset: DetectionDataset, positions: np.ndarray, detections: Sequence[Detections], path: Path
+    dataset: DetectionDataset, rows: np.ndarray, detections: Sequence[Detections], path: Path
 ) -> None:
-    """Write a PNG of SHOWN images, spread evenly over `positions`: above what is there, below what is found.
+    """Draw NUM_IMAGES images, spread evenly over those that were tested, as a PNG file.
 
-    `found` is by the same positions.
+    Args:
+        dataset: The test images.
+        rows: The indices of the images that were tested, int64.
+        detections: What was found in each of them.
+        path: The file to write.
     """
-    chosen = [int(i) for i in evenly_spaced(len(positions), NUM_IMAGES)]
     columns = []
-    for i in chosen:
-        at = int(positions[i])
-        pixels, objects, seen = (
-            read_image(dataset, at).permute(1, 2, 0).numpy(),
-            dataset.objects[at],
-            detections[i],
-        )
-        picture = Image.fromarray(
+    for i in evenly_spaced(len(rows), NUM_IMAGES):
+        row, found = int(rows[i]), detections[int(i)]
+        pixels, objects = read_image(dataset, row).permute(1, 2, 0).numpy(), dataset.objects[row]
+        image = Image.fromarray(
             pixels[..., :3] if pixels.shape[2] >= 3 else np.repeat(pixels[..., :1], 3, axis=2)
         )
-        sure = seen.scores >= MIN_SCORE
-        guessed = [mask for mask, good in zip(seen.masks, sure, strict=False) if good]
-        masks = (
-            np.stack([import_pycocotools().mask.decode(mask) for mask in guessed])
-            if guessed
-            else None
-        )
+        sure = found.scores >= MIN_SCORE
+        encoded = [mask for mask, drawn in zip(found.masks, sure, strict=False) if drawn]
+        decode = import_pycocotools().mask.decode
+        masks = np.stack([decode(mask) for mask in encoded]) if encoded else None
         truth = decode_masks(objects) if objects.segments else None
-        columns.append(
-            (
-                draw_boxes(picture, objects.boxes, objects.labels, None, truth),
-                draw_boxes(picture, seen.boxes[sure], seen.labels[sure], seen.scores[sure], masks),
-            )
-        )
+        boxes, labels, scores = found.boxes[sure], found.labels[sure], found.scores[sure]
+        above = draw_boxes(image, objects.boxes, objects.labels, None, truth)
+        columns.append((above, draw_boxes(image, boxes, labels, scores, masks)))
+    with atomic_write(path) as part:
+        _arrange(columns, dataset.classes).save(part, format="PNG")
+
+
+def _arrange(
+    columns: Sequence[tuple[Image.Image, Image.Image]], classes: Sequence[str]
+) -> Image.Image:
+    """Place the images on one sheet, with headings and the colors of the classes."""
     width = sum(above.width + GAP for above, _ in columns) - GAP + 2 * MARGIN
     height = max(above.height for above, _ in columns)
     sheet = Image.new("RGB", (width, 2 * height + 4 * MARGIN), BACKGROUND_COLOR)
-    pen, font, left = ImageDraw.Draw(sheet), ImageFont.load_default(15), MARGIN
-    pen.text((MARGIN, MARGIN // 2), "what is there", TEXT_COLOR, font)
-    pen.text(
-        (MARGIN, height + 2 * MARGIN - MARGIN // 2),
-        f"what is found, at a score of {MIN_SCORE} and more",
-        TEXT_COLOR,
-        font,
-    )
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
+    pen.text((MARGIN, MARGIN // 2), "annotated", TEXT_COLOR, font)
+    heading = f"detected, with a score of at least {MIN_SCORE}"
+    pen.text((MARGIN, height + 2 * MARGIN - MARGIN // 2), heading, TEXT_COLOR, font)
+    left = MARGIN
     for above, below in columns:
         sheet.paste(above, (left, MARGIN + GAP // 2))
         sheet.paste(below, (left, height + 2 * MARGIN + GAP // 2))
         left += above.width + GAP
-    left = MARGIN
-    for label, name in enumerate(dataset.classes):
-        pen.rectangle(
-            [left, sheet.height - MARGIN, left + 12, sheet.height - MARGIN + 12],
-            COLORS[label % len(COLORS)],
-        )
-        pen.text((left + 18, sheet.height - MARGIN - 3), name, MUTED_COLOR, font)
+    left, top = MARGIN, sheet.height - MARGIN
+    for label, name in enumerate(classes):
+        pen.rectangle([left, top, left + 12, top + 12], COLORS[label % len(COLORS)])
+        pen.text((left + 18, top - 3), name, MUTED_COLOR, font)
         left += 36 + int(pen.textlength(name, font))
-    with atomic_write(path) as file:
-        sheet.save(file, format="PNG")
+    return sheet
 
 
 def draw_boxes(
@@ -94,20 +89,31 @@ def draw_boxes(
     scores: np.ndarray | None,
     masks: np.ndarray | None,
 ) -> Image.Image:
-    """A copy of the picture, its longer side SIDE, with boxes, scores as numbers, and masks as a tint."""
+    """Draw objects onto a copy of an image.
+
+    Args:
+        image: The image.
+        boxes: (K, 4), pixels.
+        labels: (K,) int64, which choose the colors.
+        scores: (K,), printed at the boxes; None prints nothing.
+        masks: (K, H, W), drawn as a tint; None draws none.
+
+    Returns:
+        The copy, resized to a longer side of IMAGE_SIDE.
+    """
     scale = IMAGE_SIDE / max(image.size)
     if masks is not None and len(masks):
         pixels = np.asarray(image).astype(np.float32)
         for mask, label in zip(masks.astype(bool), labels, strict=True):
-            pixels[mask] = 0.5 * pixels[mask] + 0.5 * np.array(
-                COLORS[label % len(COLORS)], np.float32
-            )
+            color = np.array(COLORS[label % len(COLORS)], np.float32)
+            pixels[mask] = 0.5 * pixels[mask] + 0.5 * color
         image = Image.fromarray(pixels.astype(np.uint8))
     image = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
     pen, font = ImageDraw.Draw(image), ImageFont.load_default(11)
     for k, (box, label) in enumerate(zip(boxes * scale, labels, strict=True)):
-        color = COLORS[label % len(COLORS)]
-        pen.rectangle([float(value) for value in box], outline=color, width=2)
+        outline = COLORS[label % len(COLORS)]
+        pen.rectangle([float(value) for value in box], outline=outline, width=2)
         if scores is not None:
-            pen.text((float(box[0]) + 4, float(box[1]) + 2), f"{scores[k]:.2f}", color, font)
+            corner = (float(box[0]) + 4, float(box[1]) + 2)
+            pen.text(corner, f"{scores[k]:.2f}", outline, font)
     return image

@@ -1,37 +1,40 @@
-"""simsiam transfer: a run's backbone fine-tuned end to end as a detector, and what that detector is worth.
+"""simsiam transfer: fine-tune a run's backbone as a detector and measure its average precision.
 
-Table 5's protocol is in schedules.py as data. No test annotation chooses anything: of several learning rates the best
-on val is taken, and the test set is looked at once.
+The settings of Table 5 are data in schedules.py. Test annotations choose nothing: of several
+learning rates the best on val is used, and the test set is evaluated once.
 """
 
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from hashlib import sha256 as digest_of
+from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from rich import box
 from rich.console import Console
-from rich.table import Table
-from torch import nn
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
+from typing_extensions import Unpack
 
+from simsiam.config.keyword_settings import ScheduleSettings
 from simsiam.config.recipes import default_stem
-from simsiam.detection import pictures, scenes
-from simsiam.detection.annotations import (
-    AnnotatedSource,
-    DetectionDataset,
-    keep_masked_objects,
-    open_annotated,
-)
-from simsiam.detection.detector import build_detector, to_detectron2
+from simsiam.detection import pictures
+from simsiam.detection.annotations import AnnotatedSource, DetectionDataset, keep_masked_objects
+from simsiam.detection.detector import to_detectron2
+from simsiam.detection.initialization import Initialization
 from simsiam.detection.metrics import compute_metrics, import_pycocotools
 from simsiam.detection.schedules import SCHEDULES, Schedule, auto_schedule
+from simsiam.detection.splits import (
+    SourcePath,
+    TransferSplits,
+    list_sources,
+    open_transfer_source,
+    split_source,
+)
 from simsiam.detection.train_detector import detect_objects, train_detector
+from simsiam.detection.transfer_record import TransferRecord, print_record, save_record
 from simsiam.distributed.process_group import (
     distributed_entry_point,
     rank,
@@ -39,34 +42,18 @@ from simsiam.distributed.process_group import (
     world_size,
 )
 from simsiam.errors import UsageError, WorkFailed, unknown_name
-from simsiam.model.backbones import RESNETS
 from simsiam.model.precision import Compute
-from simsiam.runs.convert import sibling_recipe_settings
-from simsiam.runs.encoder import build_backbone, load, load_init_weights, weights_sha256
 from simsiam.runs.environment import collect_environment, utc_now
-from simsiam.runs.published_weights import resolve_checkpoint
 from simsiam.runs.run_folder import Run
-from simsiam.utils.files import atomic_write, file_lock
+from simsiam.utils.files import atomic_write
 
 TASKS = ("detection", "segmentation")
-MIN_TRAIN_IMAGES = 20  # training images; with fewer there is nothing to keep out
-METRIC_LABELS = {"voc_box": "VOC boxes", "coco_box": "COCO boxes", "coco_mask": "COCO masks"}
-
-
-class TransferSplits(NamedTuple):
-    """Who is learned from, who chooses the lr, who is tested on; and in words."""
-
-    train: DetectionDataset  # what the final detector learns from
-    search_train: DetectionDataset  # what the lr search learns from ...
-    val: DetectionDataset  # ... and what it is judged on
-    test: DetectionDataset
-    descriptions: dict[str, str]
 
 
 @distributed_entry_point
 def transfer(
     run: str | os.PathLike[str],
-    source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    source: SourcePath | Sequence[SourcePath],
     *,
     task: Literal["detection", "segmentation"] = "detection",
     schedule: str = "auto",
@@ -75,307 +62,406 @@ def transfer(
     seed: int = 0,
     device: str = "auto",
     precision: str = "auto",
-    **overrides: Any,
-) -> dict[str, Any]:
-    """Fine-tune the run's backbone as a detector on annotated images; returns the record, and prints it as a table.
+    **overrides: Unpack[ScheduleSettings],
+) -> dict[str, object]:
+    """Fine-tune a run's backbone as a detector, test it and print its metrics (Table 5).
 
-    `init` starts from other weights for the same network: a run folder, a checkpoint, published ones; `from_scratch`
-    from none. `schedule` is one of SCHEDULES or auto, by the number of images; `words` are fields of `Schedule`. The
-    record goes into RUN/transfers/TASK.json, a picture and the training beside it. Stopped, it goes on when called
-    again; under torchrun all processes make one detector. Raises UsageError for a wrong request, WorkFailed where no
-    image can be used or every lr diverges, Stopped.
+    Writes RUN/transfers/TASK.json, and a folder with the training and a picture next to it. If it
+    is interrupted, the same call continues. With torchrun, all processes train one detector.
+
+    Args:
+        run: The run folder.
+        source: Annotated images: Pascal VOC folders, a folder in COCO format, or "shapes".
+        task: "detection", or "segmentation" for masks too.
+        schedule: One of SCHEDULES, or "auto" to choose by the number of images.
+        init: Other weights to start from: a run folder, a checkpoint or published weights.
+        from_scratch: Whether to start from random weights.
+        seed: The seed of new weights and of every training step.
+        device: "auto", "cpu", "cuda", ...
+        precision: "auto", "float32" or "bfloat16".
+        **overrides: Fields of `Schedule`; they override the schedule's values.
+
+    Returns:
+        The record, `TransferRecord.to_dict()`.
+
+    Raises:
+        UsageError: If the request is wrong.
+        WorkFailed: If the images cannot be used, or training diverges with every lr.
+        Stopped: After SIGINT or SIGTERM.
+    """
+    check_request(task, init, from_scratch, seed, overrides)
+    arguments = {
+        "source": [os.fspath(path) for path in list_sources(source)],
+        "schedule": schedule,
+        "init": init,
+        "from_scratch": from_scratch,
+        "words": overrides,
+    }
+    plan = TransferPlan.create(
+        Run(run), task, arguments, seed=seed, compute=Compute.pick(device, precision)
+    )
+    console = Console(stderr=True, highlight=False, quiet=rank() != 0)
+    for line in plan.summary():
+        console.print(line, soft_wrap=True, markup=False)
+    ap_of_lr = plan.search_lr(console)
+    lr = max(plan.schedule.lr, key=lambda lr: ap_of_lr.get(f"{lr:g}") or 0.0)
+    record = plan.train_and_test(lr, ap_of_lr)
+    if rank() == 0:
+        print_record(record)
+    return record.to_dict()
+
+
+def check_request(
+    task: str, init: str | None, from_scratch: bool, seed: int, overrides: Mapping[str, object]
+) -> None:
+    """Check what can be checked without reading the run or the images.
+
+    Args:
+        task: The task.
+        init: Other weights to start from.
+        from_scratch: Whether to start from random weights.
+        seed: The seed.
+        overrides: Fields of `Schedule`.
+
+    Raises:
+        UsageError: If an argument is wrong, two contradict each other, or pycocotools is missing.
     """
     if task not in TASKS:
         raise unknown_name("task", task, TASKS)
     if init and from_scratch:
-        raise UsageError("init and from_scratch contradict each other: give one of them")
+        raise UsageError("init and from_scratch contradict each other: give only one of them")
     if seed < 0:
         raise UsageError(f"seed is {seed}; it is at least 0")
-    Schedule.from_settings(overrides)  # refuses now what would not be a schedule ...
-    import_pycocotools()  # ... and what could not be measured after an hour
-    folder = Run(run)
-    compute = Compute.pick(device, precision)
-    opened, masks = open_transfer_source(source, folder.recipe.channels), task == "segmentation"
-    opened = keep_masked_objects(opened) if masks else opened
-    parts = split_source(opened)
-    stem = folder.recipe.stem or default_stem(folder.recipe.image_size or 224)
-    how, why = select_schedule(schedule, parts.train, overrides, stem, masks)
-    start = Initialization(folder, init, from_scratch)
-    about = {
-        "task": task, "source": opened.name, **parts.descriptions, "classes": list(parts.train.classes),
-        "train_images": len(parts.train), "test_images": len(parts.test), "init": start.description, "seed": seed,
-        "network": start.network, "precision": compute.precision, "processes": world_size(),
-    }  # fmt: skip
-    here = collect_environment(
-        compute
-    )  # now: hours later the commit may be another than the code that ran
-    console = Console(stderr=True, highlight=False, quiet=rank() != 0)
-    for line in format_summary(opened, parts, how, why, start):
-        console.print(line, soft_wrap=True, markup=False)
+    Schedule.from_settings(overrides)
+    import_pycocotools()  # now, rather than after an hour of training
 
-    def settings(lr: float, images: int) -> dict[str, Any]:
-        """What determines the bits of one fine-tuning."""
-        return json.loads(json.dumps(about | how.to_dict() | {"lr": lr, "train_images": images}))
 
-    def tuned(
-        part: DetectionDataset, lr: float, out: Path
+@dataclass(frozen=True, eq=False)
+class TransferPlan:
+    """Everything that determines one fine-tuning.
+
+    Attributes:
+        run: The run whose backbone is fine-tuned.
+        task: "detection" or "segmentation".
+        arguments: The arguments of `transfer`, for the record.
+        source: The annotated images.
+        splits: Which of them are used for what.
+        schedule: The settings of training.
+        reason: Why the schedule was chosen.
+        init: The origin of the backbone's weights.
+        seed: The seed of new weights and of every step.
+        compute: The device and the precision.
+        num_processes: The number of processes that train together.
+        environment: Commit and versions at the start; hours later the commit may be a newer one.
+    """
+
+    run: Run
+    task: str
+    arguments: Mapping[str, object]
+    source: AnnotatedSource
+    splits: TransferSplits
+    schedule: Schedule
+    reason: str
+    init: Initialization
+    seed: int
+    compute: Compute
+    num_processes: int
+    environment: Mapping[str, Any]
+
+    @classmethod
+    def create(
+        cls, run: Run, task: str, arguments: Mapping[str, Any], *, seed: int, compute: Compute
+    ) -> "TransferPlan":
+        """Read the images and choose splits, schedule and weights.
+
+        Args:
+            run: The run whose backbone is fine-tuned.
+            task: "detection" or "segmentation".
+            arguments: The source, schedule, init, from_scratch and words of `transfer`.
+            seed: The seed of new weights and of every step.
+            compute: The device and the precision.
+
+        Returns:
+            The fine-tuning, ready to run.
+
+        Raises:
+            UsageError: If source, schedule or weights cannot be used.
+            WorkFailed: If too many images are lost.
+        """
+        recipe = run.recipe
+        source = open_transfer_source(arguments["source"], recipe.channels)
+        if task == "segmentation":
+            source = keep_masked_objects(source)
+        splits = split_source(source)
+        schedule, reason = select_schedule(
+            arguments["schedule"],
+            splits.train,
+            arguments["words"],
+            stem=recipe.stem or default_stem(recipe.image_size or 224),
+            masks=task == "segmentation",
+        )
+        return cls(
+            run=run,
+            task=task,
+            arguments=arguments,
+            source=source,
+            splits=splits,
+            schedule=schedule,
+            reason=reason,
+            init=Initialization(run, arguments["init"], arguments["from_scratch"]),
+            seed=seed,
+            compute=compute,
+            num_processes=world_size(),  # not later: it is 1 inside of rank_zero_only
+            environment=collect_environment(compute),
+        )
+
+    @property
+    def masks(self) -> bool:
+        """Whether masks are learned."""
+        return self.task == "segmentation"
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What the record says of data, weights and computing."""
+        train, test = self.splits.train, self.splits.test
+        return {
+            "task": self.task,
+            "source": self.source.name,
+            **self.splits.descriptions,
+            "classes": list(train.classes),
+            "train_images": len(train),
+            "test_images": len(test),
+            "init": self.init.description,
+            "seed": self.seed,
+            "network": self.init.network,
+            "precision": self.compute.precision,
+            "processes": self.num_processes,
+        }
+
+    @property
+    def folder(self) -> Path:
+        """The folder of this fine-tuning, named by everything that determines it."""
+        settings = self.description | self.schedule.to_dict()
+        text = json.dumps(settings, sort_keys=True, default=str)
+        digest = sha256(text.encode()).hexdigest()[:8]
+        name = f"{self.task}-{self.source.name}-{self.init.kind}-{digest}"
+        return self.run.path / "transfers" / name
+
+    def summary(self) -> list[str]:
+        """Return the lines that are printed at the start."""
+        splits, schedule, faults = self.splits, self.schedule, self.source.faults
+        train_objects = sum(map(len, splits.train.objects))
+        test_objects = sum(map(len, splits.test.objects))
+        lines = [
+            f"source   {self.source.name}: trains on {splits.descriptions['train']}, "
+            f"{len(splits.train):,} images with {train_objects:,} objects; "
+            f"tests on {splits.descriptions['test']}, {len(splits.test):,} with {test_objects:,}",
+            f"init     {self.init.description['from']}",
+            f"schedule {self.reason}",
+            f"         {schedule.steps:,} steps of {schedule.batch_size} images, "
+            f"shorter side {schedule.test_side}, anchors {' '.join(map(str, schedule.anchors))}",
+        ]
+        if faults.counts:
+            counts = ", ".join(f"{kind}: {count}" for kind, count in faults.counts.items())
+            lines.append(f"faults   {counts}")
+            lines += [f"         {line.replace(chr(9), ': ')}" for line in faults.lines[:3]]
+        return lines
+
+    def train(
+        self, dataset: DetectionDataset, lr: float, out: Path
     ) -> tuple[GeneralizedRCNN, dict[str, Any]]:
-        model, fixed = (
-            start.build_model(len(part.classes), how, masks=masks, seed=seed),
-            settings(lr, len(part)),
+        """Train a detector, or continue its training.
+
+        Args:
+            dataset: The images to train on.
+            lr: The peak learning rate.
+            out: The folder of this training.
+
+        Returns:
+            The detector, and what `train_detector` returns.
+        """
+        own = {"lr": lr, "train_images": len(dataset)}
+        settings = self.description | self.schedule.to_dict() | own
+        model = self.init.build_model(
+            len(dataset.classes), self.schedule, masks=self.masks, seed=self.seed
         )
         return model, train_detector(
             model,
-            part,
-            how,
+            dataset,
+            self.schedule,
             out=out,
             lr=lr,
-            seed=seed,
-            masks=masks,
-            compute=compute,
-            settings=fixed,
+            seed=self.seed,
+            masks=self.masks,
+            compute=self.compute,
+            settings=json.loads(json.dumps(settings)),
         )
 
-    out = (
-        folder.path / "transfers" / fine_tuning_name(about | how.to_dict(), opened.name, start.kind)
-    )
-    searched: dict[str, Any] = {}
-    if len(how.lr) > 1:
-        for lr in how.lr:
-            console.print(f"lr       {lr:g}, judged on {parts.descriptions['val']}", soft_wrap=True)
+    def search_lr(self, console: Console) -> dict[str, float | None]:
+        """Train with each learning rate of the schedule, if it has several, and test on val.
+
+        Args:
+            console: Where progress is printed.
+
+        Returns:
+            AP on val by learning rate, None if training diverged; empty for a single one.
+
+        Raises:
+            WorkFailed: If training diverges with every learning rate.
+        """
+        ap_of_lr: dict[str, float | None] = {}
+        for lr in self.schedule.lr if len(self.schedule.lr) > 1 else ():
+            judge = self.splits.descriptions["val"]
+            console.print(f"lr       {lr:g}, compared on {judge}", soft_wrap=True)
             try:
-                tried, _ = tuned(parts.search_train, lr, out / f"lr-{lr:g}")
+                model, _ = self.train(self.splits.search_train, lr, self.folder / f"lr-{lr:g}")
             except WorkFailed as error:
                 console.print(f"         {error}", soft_wrap=True)
-                searched[f"{lr:g}"] = None
+                ap_of_lr[f"{lr:g}"] = None
             else:
-                searched[f"{lr:g}"] = validation_ap(tried, parts.val, task, compute)
-    best = max(how.lr, key=lambda lr: searched.get(f"{lr:g}") or 0.0)
-    if searched and not any(value is not None for value in searched.values()):
-        raise WorkFailed(f"diverged with every lr of {', '.join(searched)}: give smaller ones")
-    model, spent = tuned(parts.train, best, out)
-    found, kept, skipped = detect_objects(model, parts.test, compute)
+                ap_of_lr[f"{lr:g}"] = validation_ap(model, self.splits.val, self.task, self.compute)
+        if ap_of_lr and all(ap is None for ap in ap_of_lr.values()):
+            raise WorkFailed(
+                f"training diverged with every lr of {', '.join(ap_of_lr)}: give smaller ones"
+            )
+        return ap_of_lr
 
-    @rank_zero_only
-    def recorded() -> dict[str, Any]:
-        results = compute_metrics(
-            found, [parts.test.objects[i] for i in kept], parts.test.classes, task
-        )
-        pictures.draw_detections(parts.test, kept, found, out / "picture.png")
-        if how.architecture == "c4" and folder.recipe.backbone in ("resnet50", "resnet101"):
-            with atomic_write(out / "detectron2.pth") as part:  # its loader reads this as it is
-                torch.save(
-                    {
-                        "model": to_detectron2(model, how),
-                        "__author__": "simsiam",
-                        "matching_heuristics": False,
-                    },
-                    part,
-                )
-        if opened.faults.lines:
-            with atomic_write(out / "faults.txt") as part:
-                part.write_text(
-                    "".join(f"{line}\n" for line in sorted(opened.faults.lines)), encoding="utf-8"
-                )
-        record = {
-            "protocol": f"{task}, {how.architecture}, {how.steps} steps", **about,
-            "parameters": how.to_dict() | {"epochs": round(spent["epochs"], 2)},
-            "chosen": {"lr": best, "judged_on": parts.descriptions["val"], "searched": searched} if searched else {"lr": best},
-            "tested_by": "voc_box" if opened.metric == "voc" else "coco_mask" if masks else "coco_box",
-            "metrics": results, "n": len(kept), "unreadable": len({*spent["unreadable"], *skipped}),
-            "faults": dict(opened.faults.counts), "folder": out.name, "picture": f"{out.name}/picture.png",
-            "asked": {
-                "source": [os.fspath(one) for one in ([source] if isinstance(source, str | os.PathLike) else source)],
-                "schedule": schedule, "init": init, "from_scratch": from_scratch, "words": overrides,
-            },
-            "environment": {k: here[k] for k in ("commit", "device", "threads")} | {"torch": here["versions"]["torch"]},
-            "measured": utc_now(), "training_seconds": spent["seconds"],
-        }  # fmt: skip
-        record = json.loads(json.dumps(record))  # as it reads back
-        save_record(folder, task, record)
-        print_records([record])
-        return record
+    def train_and_test(self, lr: float, ap_of_lr: Mapping[str, float | None]) -> TransferRecord:
+        """Train the final detector, test it and write its files.
 
-    return recorded()
+        Args:
+            lr: The peak learning rate.
+            ap_of_lr: The result of the search for it.
+
+        Returns:
+            The record.
+        """
+        model, training = self.train(self.splits.train, lr, self.folder)
+        test = self.splits.test
+        predictions, rows, skipped = detect_objects(model, test, self.compute)
+        chosen: dict[str, object] = {"lr": lr}
+        if ap_of_lr:
+            chosen |= {"judged_on": self.splits.descriptions["val"], "searched": ap_of_lr}
+
+        @rank_zero_only
+        def write() -> TransferRecord:
+            truth = [test.objects[i] for i in rows]
+            pictures.draw_detections(test, rows, predictions, self.folder / "picture.png")
+            self.write_detectron2(model)
+            self.write_faults()
+            environment = {key: self.environment[key] for key in ("commit", "device", "threads")}
+            record = TransferRecord(
+                protocol=f"{self.task}, {self.schedule.architecture}, {self.schedule.steps} steps",
+                **self.description,
+                parameters=self.schedule.to_dict() | {"epochs": round(training["epochs"], 2)},
+                chosen=chosen,
+                tested_by=main_metric(self.source.metric, self.task),
+                metrics=compute_metrics(predictions, truth, test.classes, self.task),
+                n=len(rows),
+                unreadable=len({*training["unreadable"], *skipped}),
+                faults=dict(self.source.faults.counts),
+                folder=self.folder.name,
+                picture=f"{self.folder.name}/picture.png",
+                asked=self.arguments,
+                environment=environment | {"torch": self.environment["versions"]["torch"]},
+                measured=utc_now(),
+                training_seconds=training["seconds"],
+            )
+            save_record(self.run, record)
+            return record
+
+        return write()
+
+    def write_detectron2(self, model: GeneralizedRCNN) -> None:
+        """Write a C4 detector on ResNet-50 or 101 as a file that detectron2 loads directly.
+
+        Args:
+            model: The trained detector.
+        """
+        if self.schedule.architecture != "c4":
+            return
+        if self.run.recipe.backbone not in ("resnet50", "resnet101"):
+            return
+        state = to_detectron2(model, self.schedule)
+        with atomic_write(self.folder / "detectron2.pth") as part:
+            torch.save(
+                {"model": state, "__author__": "simsiam", "matching_heuristics": False}, part
+            )
+
+    def write_faults(self) -> None:
+        """Write the faults of the annotations, if there are any, as faults.txt."""
+        if lines := sorted(self.source.faults.lines):
+            with atomic_write(self.folder / "faults.txt") as part:
+                part.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
-def open_transfer_source(
-    source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], channels: int
-) -> AnnotatedSource:
-    """The annotated images; "shapes" is the embedded set."""
-    given = [source] if isinstance(source, str | os.PathLike) else list(source)
-    if [os.fspath(one) for one in given] == ["shapes"]:
-        return replace(
-            open_annotated(rank_zero_only(scenes.prepare_scenes)(), channels), name="shapes"
-        )
-    return open_annotated(given, channels)
+def main_metric(source_metric: str, task: str) -> str:
+    """Name the metric that is commonly reported.
+
+    Args:
+        source_metric: "voc" or "coco", of the source.
+        task: "detection" or "segmentation".
+
+    Returns:
+        A key of the record's metrics.
+    """
+    if source_metric == "voc":
+        return "voc_box"
+    return "coco_mask" if task == "segmentation" else "coco_box"
 
 
 def select_schedule(
-    schedule: str, dataset: DetectionDataset, overrides: Mapping[str, Any], stem: str, masks: bool
+    name: str,
+    dataset: DetectionDataset,
+    overrides: Mapping[str, object],
+    *,
+    stem: str,
+    masks: bool,
 ) -> tuple[Schedule, str]:
-    """The schedule for a part to learn from and a network with this stem, and why this one; `words` win."""
-    if schedule in SCHEDULES:
-        return Schedule.from_settings(
-            SCHEDULES[schedule]() | dict(overrides)
-        ), f"{schedule}, by name"
-    if schedule != "auto":
-        raise unknown_name("schedule", schedule, [*SCHEDULES, "auto"])
-    side = int(np.median([min(o.size) for o in dataset.objects]))
-    sides = np.sqrt(
-        np.concatenate([(o.boxes[:, 2:] - o.boxes[:, :2]).prod(1) for o in dataset.objects])
-    )
-    low, high = (float(q) for q in np.quantile(sides, [0.05, 0.95]))
-    base, why = auto_schedule(len(dataset), side, (low, high), stem, masks)
-    if overrides.get("architecture") == "fpn":
-        for word in ("anchors", "stride"):
-            base.pop(word, None)
-    return Schedule.from_settings(base | dict(overrides)), why
+    """Choose the schedule.
 
+    Args:
+        name: One of SCHEDULES, or "auto".
+        dataset: The training images.
+        overrides: Fields of `Schedule`; they override the schedule's values.
+        stem: "large" or "small", the stem of the ResNet.
+        masks: Whether masks are learned.
 
-def split_source(source: AnnotatedSource) -> TransferSplits:
-    """The test split if there is one, and then val chooses the lr and is learned from at last (VOC's trainval).
+    Returns:
+        The schedule, and the reason for it.
 
-    Otherwise val is the test, or else a fifth of the training images; a tenth of the training images, kept out of the
-    search alone, chooses the lr. Raises UsageError for a set too small to divide.
+    Raises:
+        UsageError: If there is no such schedule, or an override is wrong.
     """
-    splits = source.splits
-    train = splits["train"]
-    if "test" in splits and "val" in splits:
-        learn, search, val = train.concat(splits["val"]), train, splits["val"]
-        words = {"train": "train and val", "test": "test", "val": "val"}
-        return TransferSplits(
-            learn.trainable_subset(), search.trainable_subset(), val, splits["test"], words
-        )
-    if len(train) < MIN_TRAIN_IMAGES:
-        raise UsageError(
-            f"{source.name} has {len(train)} images to learn from; it takes {MIN_TRAIN_IMAGES} to keep some out"
-        )
-    test = splits.get("test", splits.get("val"))
-    words = {
-        "train": "train",
-        "test": "test" if "test" in splits else "val",
-        "val": "a tenth of train",
-    }
-    if test is None:
-        train, test = train.hold_out(len(train) // 5)
-        words |= {"train": "four fifths of train", "test": "a fifth of train"}
-    search, val = train.hold_out(max(1, len(train) // 10))
-    return TransferSplits(train.trainable_subset(), search.trainable_subset(), val, test, words)
+    if name in SCHEDULES:
+        return Schedule.from_settings(SCHEDULES[name]() | dict(overrides)), f"{name}, by name"
+    if name != "auto":
+        raise unknown_name("schedule", name, [*SCHEDULES, "auto"])
+    median_side = int(np.median([min(o.size) for o in dataset.objects]))
+    boxes = np.concatenate([o.boxes for o in dataset.objects])
+    sides = np.sqrt((boxes[:, 2:] - boxes[:, :2]).prod(1))
+    low, high = (float(q) for q in np.quantile(sides, [0.05, 0.95]))
+    settings, reason = auto_schedule(len(dataset), median_side, (low, high), stem, masks)
+    if overrides.get("architecture") == "fpn":  # which has defaults of its own for these
+        for field in ("anchors", "stride"):
+            settings.pop(field, None)
+    return Schedule.from_settings(settings | dict(overrides)), reason
 
 
-class Initialization:
-    """Where the backbone's weights come from, and the preprocessing that belongs to them. Raises UsageError."""
+def validation_ap(
+    model: GeneralizedRCNN, val: DetectionDataset, task: str, compute: Compute
+) -> float:
+    """Measure COCO's AP of a detector.
 
-    def __init__(self, run: Run, init: str | None, from_scratch: bool):
-        recipe = run.recipe
-        self.run, self.recipe, self.init, self.from_scratch = run, recipe, init, from_scratch
-        if recipe.backbone not in RESNETS:
-            raise UsageError(
-                f"a detector is built on {', '.join(RESNETS)}; {run.path} has {recipe.backbone}"
-            )
-        self.mean, self.std = recipe.mean, recipe.std
-        self.network = f"{recipe.backbone}, width {recipe.width}"
-        self.kind = "scratch" if from_scratch else "init" if init else "run"
-        self.description: dict[str, Any] = {
-            "from": "random weights" if from_scratch else init or "the run's backbone"
-        }
-        if init:
-            path, release = rank_zero_only(resolve_checkpoint)(init)
-            known = release.settings if release else sibling_recipe_settings(path)
-            self.mean, self.std = known.get("mean", self.mean), known.get("std", self.std)
-        if not from_scratch:
-            self.description["backbone_sha256"] = weights_sha256(self.build_backbone())[:16]
+    Args:
+        model: The detector.
+        val: The images to test on.
+        task: "detection" for the AP of boxes, "segmentation" for that of masks.
+        compute: The device and the precision.
 
-    def build_backbone(self) -> nn.Module:
-        if self.init:
-            model = build_backbone(self.recipe)
-            load_init_weights(model, replace(self.recipe, init=self.init))
-            return model
-        return build_backbone(self.recipe) if self.from_scratch else load(self.run.path)
-
-    def build_model(
-        self, num_classes: int, schedule: Schedule, *, masks: bool, seed: int
-    ) -> GeneralizedRCNN:
-        """What is new in it depends on the seed alone: the same for every start. So does a backbone from scratch."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            network = self.build_backbone()
-            torch.manual_seed(seed + 1)
-            return build_detector(
-                network, num_classes, schedule, mean=self.mean, std=self.std, masks=masks
-            )
-
-
-def validation_ap(model: nn.Module, val: DetectionDataset, task: str, compute: Compute) -> float:
-    """COCO's AP of a detector, of masks where masks are learned."""
-    found, kept, _ = detect_objects(model, val, compute)
-    results = compute_metrics(found, [val.objects[i] for i in kept], val.classes, task)
-    return results["coco_mask" if task == "segmentation" else "coco_box"]["AP"]
-
-
-def fine_tuning_name(settings: Mapping[str, Any], source: str, init_kind: str) -> str:
-    """The folder of a fine-tuning: one for each combination of everything that determines it."""
-    text = json.dumps(settings, sort_keys=True, default=str)
-    return f"{settings['task']}-{source}-{init_kind}-{digest_of(text.encode()).hexdigest()[:8]}"
-
-
-def save_record(run: Run, task: str, record: dict[str, Any]) -> None:
-    """Add the record to the task's file, in the place of one of the same fine-tuning."""
-    name = f"transfers/{task}.json"
-    with file_lock(run.path / "transfers" / ".lock", wait=True):  # two may end at once
-        others = [one for one in run.read_records(name) if one.get("folder") != record["folder"]]
-        run.write(name, json.dumps([*others, record], indent=2) + "\n")
-
-
-def format_summary(
-    source: AnnotatedSource,
-    splits: TransferSplits,
-    schedule: Schedule,
-    reason: str,
-    initialization: Initialization,
-) -> list[str]:
-    """What is about to happen."""
-    learned, seen = sum(map(len, splits.train.objects)), sum(map(len, splits.test.objects))
-    lines = [
-        f"source   {source.name}: learns from {splits.descriptions['train']}, {len(splits.train):,} images with {learned:,} "
-        f"objects; tested on {splits.descriptions['test']}, {len(splits.test):,} with {seen:,}",
-        f"init     {initialization.description['from']}",
-        f"schedule {reason}",
-        f"         {schedule.steps:,} steps of {schedule.batch_size}, shorter side {schedule.test_side}, anchors "
-        f"{' '.join(map(str, schedule.anchors))}",
-    ]
-    if source.faults.counts:
-        lines.append(
-            "faults   "
-            + ", ".join(f"{kind}: {count}" for kind, count in source.faults.counts.items())
-        )
-        lines += [f"         {line.replace(chr(9), ': ')}" for line in source.faults.lines[:3]]
-    return lines
-
-
-def print_records(records: Sequence[dict[str, Any]]) -> None:
-    """The records as one table of 80 columns."""
-    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), show_edge=False)
-    for heading in ("protocol", "from", "metric"):
-        table.add_column(heading, overflow="fold")
-    for heading in ("AP50", "AP", "AP75", "n"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for r in records:
-        for metric, values in r["metrics"].items():
-            cells = (f"{values[key]:.1f}" for key in ("AP50", "AP", "AP75"))
-            style = "bold" if metric == r["tested_by"] else None
-            table.add_row(
-                r["protocol"],
-                r["init"]["from"],
-                METRIC_LABELS[metric],
-                *cells,
-                str(r["n"]),
-                style=style,
-            )
-    console = Console(highlight=False)
-    console.print(table)
-    for r in records:
-        of_class = r["metrics"][r["tested_by"]]["AP50_of_class"]
-        said = ", ".join(f"{name} {value:.1f}" for name, value in list(of_class.items())[:10])
-        console.print(f"AP50 of {said}{' ...' if len(of_class) > 10 else ''}")
+    Returns:
+        AP in percent.
+    """
+    predictions, rows, _ = detect_objects(model, val, compute)
+    metrics = compute_metrics(predictions, [val.objects[i] for i in rows], val.classes, task)
+    return metrics["coco_mask" if task == "segmentation" else "coco_box"]["AP"]
