@@ -1,10 +1,11 @@
-"""Fine-tuning: the backbone and a linear classifier on it trained end to end with labels, pretrained or from scratch.
+"""Fine-tuning: train a backbone and a linear classifier on it with labels, end to end.
 
-The tutorial's protocol: 200 epochs, one validation accuracy an epoch, and, as in its pretraining, SGD with momentum
-0.9, weight decay 5e-4 and a cosine lr, on crops and flips. Learning rates and batch are not in its text and are ours.
+The protocol is that of the authors' tutorial: 200 epochs, one validation accuracy per epoch, and,
+as in its pretraining, SGD with momentum 0.9, weight decay 5e-4 and a cosine lr, on crops and flips.
+The tutorial gives neither learning rates nor the batch size; they are ours.
 
-The curve chooses nothing. Its images are labeled ones kept out of training, and the accuracy is that of the last epoch,
-on test images that are looked at once, at the end.
+The validation curve chooses nothing. Its images are labeled images that are not trained on. The
+result is the accuracy of the last epoch, on test images that are used once, at the end.
 """
 
 import json
@@ -15,7 +16,7 @@ from dataclasses import replace
 from itertools import cycle
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -28,10 +29,7 @@ from simsiam.config.methods import SUPERVISED
 from simsiam.config.recipes import ResolvedRecipe
 from simsiam.data.batches import ViewBatch, iter_batches, steps_per_epoch
 from simsiam.data.images import Images, hold_out, load_into_memory
-from simsiam.distributed.collectives import (
-    all_reduce_mean,
-    wrap_ddp,
-)
+from simsiam.distributed.collectives import all_reduce_mean, wrap_ddp
 from simsiam.distributed.process_group import rank_zero_context, rank_zero_only, world_size
 from simsiam.distributed.sync_batch_norm import convert_sync_batchnorm
 from simsiam.errors import UsageError, WorkFailed
@@ -42,22 +40,44 @@ from simsiam.monitoring.features import extract_features
 from simsiam.runs.encoder import build_backbone, eval_transform, load
 from simsiam.runs.run_folder import Run
 from simsiam.runs.weight_files import file_sha256
-from simsiam.training.loop import (
-    SkippedFiles,
-    Training,
-    load_state,
-    run_training,
-    save_state,
-)
+from simsiam.training.loop import SkippedFiles, Training, load_state, run_training, save_state
 from simsiam.utils.files import atomic_write, exclusive_lock
 
-COLORS = (
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#CC79A7",
-)  # Okabe and Ito's: told apart without seeing red or green ...
-DASHES = ("-", "--", "-.", ":")  # ... and, with these, in gray
+# Colors of Okabe and Ito, which color-blind people can distinguish; with these dash patterns the
+# lines also differ in gray.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
+DASHES = ("-", "--", "-.", ":")
+MAX_VAL_IMAGES = 5000  # images for the curve, by default a tenth of the labeled ones
+
+
+class Accuracy(TypedDict):
+    """Accuracy in percent.
+
+    Attributes:
+        top1: Top-1 accuracy.
+        top5: Top-5 accuracy; with fewer classes, 100.
+        n: The number of images that could be read.
+    """
+
+    top1: float
+    top5: float
+    n: int
+
+
+class FineTuningResult(Accuracy):
+    """The test accuracy of a fine-tuned network, and how it was obtained.
+
+    Attributes:
+        parameters: The settings.
+        val_top1: Top-1 accuracy on the validation images after each epoch, in percent.
+        unreadable: How many images could not be read.
+        seconds: Training time, without measurements.
+    """
+
+    parameters: dict[str, object]
+    val_top1: list[float]
+    unreadable: int
+    seconds: float
 
 
 def finetune(
@@ -77,76 +97,59 @@ def finetune(
     seed: int = 0,
     device: str = "auto",
     precision: str = "auto",
-) -> dict[str, Any]:
+) -> FineTuningResult:
     """Fine-tune a run's backbone and a linear classifier on it, end to end.
 
-    Views are the run's own crops and flips, without color. The folder `out` gets last.pt, curve.jsonl (one line an
-    epoch) and curve.png. Called again with the same arguments, it continues from last.pt bit for bit.
+    Views are the run's own crops and flips, without color changes. The folder `out` gets last.pt,
+    curve.jsonl (one line per epoch) and curve.png. Called again with the same arguments, training
+    continues from last.pt, bit for bit.
 
     Args:
         run: The run folder.
         train: Labeled images to train on.
         test: Labeled images to test on, once, at the end.
         out: The folder of this fine-tuning.
-        val: Labeled images for the curve; by default a tenth of the training images, kept out of training.
+        val: Labeled images for the curve; by default a tenth of the training images, which are then
+            not trained on.
         epochs: Passes over the training images.
-        labels: How many of the labeled images to use, each class in proportion; all by default.
+        labels: How many of the labeled images to use, each class in proportion; by default all.
         from_scratch: Start from a new backbone like the run's instead of its weights.
         base_lr: Peak learning rate of the backbone, for a batch of 256.
         head_lr: Peak learning rate of the classifier, for a batch of 256.
-        batch_size: Images in a batch; never more than there are training images.
-        weight_decay: On every parameter.
-        seed: Of the classifier, of a new backbone, of the order of images and of the views.
-        device: "cpu", "cuda", ...; "auto" takes a GPU where there is one.
-        precision: "auto", "bfloat16" or "float32".
+        batch_size: Images in a batch; at most all training images.
+        weight_decay: Weight decay of every parameter.
+        seed: Seed of the classifier, of a new backbone, and of the order of images and their views.
+        device: "auto", "cpu", "cuda", "cuda:1", ...
+        precision: "auto", "bfloat16" or "float32", of the network.
 
     Returns:
-        The settings as `parameters`, `top1` and `top5` in percent over `n` test images, the curve as `val_top1`, the
-        number of `unreadable` images, and the training `seconds`.
+        The test accuracy, the validation curve and the settings.
 
     Raises:
-        UsageError: If the request is wrong.
-        WorkFailed: If the loss diverged.
+        UsageError: If an argument is wrong, or `out` holds a fine-tuning with other settings.
+        WorkFailed: If the loss diverged, or `out` cannot be written.
         Stopped: After SIGINT or SIGTERM; the state is saved.
     """
     pretrained, out = Run(run), Path(out)
     if not (isfinite(head_lr) and head_lr >= 0):
         raise UsageError(f"head_lr is {head_lr}; it is at least 0")
-    views = replace(pretrained.recipe.method.views[0], jitter_p=0, gray=0, blur=0, solarize=0)
-    method = replace(SUPERVISED, views=(views,), base_lr=base_lr, weight_decay=weight_decay)
-    recipe = replace(
-        pretrained.recipe,
-        method=method,
-        epochs=epochs,
-        steps=None,
-        batch_size=batch_size,
-        seed=seed,
-    )
+    recipe = _finetuning_recipe(pretrained.recipe, base_lr, weight_decay, batch_size, epochs, seed)
     val_origin = "held out of the labeled images" if val is None else "given"
     train, val = split_train_val(train, test, val, labels, seed)
-    limit = int(recipe.cache_gib * 2**30)
-    train, unreadable_train = load_into_memory(train, limit)
-    val, unreadable_val = load_into_memory(val, limit)
+    max_bytes = int(recipe.cache_gib * 2**30)
+    train, unreadable_train = load_into_memory(train, max_bytes)
+    val, unreadable_val = load_into_memory(val, max_bytes)
     recipe = replace(recipe, batch_size=min(batch_size, len(train)))
     compute = Compute.pick(device, precision)
-    weights = pretrained.path / "backbone.safetensors"
     settings = {
-        "start": f"random, seed {seed}"
-        if from_scratch
-        else f"{weights.name} {short_sha256(weights)}",
+        "start": f"random, seed {seed}" if from_scratch else _describe_weights(pretrained),
         "backbone": f"{recipe.backbone}, width {recipe.width}, {recipe.image_size} px",
         "epochs": epochs,
         "epoch": "last",
         "train_images": len(train),
         "val_images": len(val),
         "val": val_origin,
-        "base_lr": base_lr,
-        "head_lr": head_lr,
-        "batch_size": recipe.batch_size,
-        "momentum": method.momentum,
-        "weight_decay": weight_decay,
-        "crop_min": views.crop_min,
-        "flip": views.flip,
+        **_describe_optimization(recipe, head_lr),
         "seed": seed,
         "precision": compute.precision,
     }
@@ -154,7 +157,7 @@ def finetune(
     if world_size() > 1:
         convert_sync_batchnorm(model, compute.device)
     compute.place(model)
-    optimizer = build_optimizer(model, method, head_lr)
+    optimizer = build_optimizer(model, recipe.method, head_lr)
     training = FineTuning(model, optimizer, train, val, recipe, compute, out, settings)
     training.unreadable |= {key for key, _ in unreadable_train + unreadable_val}
     with rank_zero_context(exclusive_lock(out / ".lock", str(out))):
@@ -175,8 +178,54 @@ def finetune(
     }
 
 
+def _finetuning_recipe(
+    recipe: ResolvedRecipe,
+    base_lr: float,
+    weight_decay: float,
+    batch_size: int,
+    epochs: int,
+    seed: int,
+) -> ResolvedRecipe:
+    """The recipe of a run, with supervised training on its crops and flips."""
+    views = replace(recipe.method.views[0], jitter_p=0, gray=0, blur=0, solarize=0)
+    method = replace(SUPERVISED, views=(views,), base_lr=base_lr, weight_decay=weight_decay)
+    return replace(
+        recipe, method=method, epochs=epochs, steps=None, batch_size=batch_size, seed=seed
+    )
+
+
+def _describe_weights(run: Run) -> str:
+    """The name of the run's file of weights, and 16 digits of its hash if it exists."""
+    weights = run.path / "backbone.safetensors"
+    return f"{weights.name} {file_sha256(weights)[:16] if weights.exists() else ''}"
+
+
+def _describe_optimization(recipe: ResolvedRecipe, head_lr: float) -> dict[str, object]:
+    method = recipe.method
+    return {
+        "base_lr": method.base_lr,
+        "head_lr": head_lr,
+        "batch_size": recipe.batch_size,
+        "momentum": method.momentum,
+        "weight_decay": method.weight_decay,
+        "crop_min": method.views[0].crop_min,
+        "flip": method.views[0].flip,
+    }
+
+
 class FineTuning(Training):
-    """Cross-entropy of a classifier, as the training loop sees it; one validation accuracy an epoch."""
+    """Cross-entropy training of a classifier, with one validation accuracy per epoch.
+
+    Args:
+        model: The parts `backbone` and `head`, on the device.
+        optimizer: Its optimizer, with parameter groups named like the parts.
+        train: Labeled images to train on.
+        val: Labeled images for the curve.
+        recipe: The recipe of this training.
+        compute: Where to compute, and in which precision.
+        out: The folder of this training.
+        settings: What a saved state must agree with.
+    """
 
     def __init__(
         self,
@@ -203,13 +252,15 @@ class FineTuning(Training):
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
         self.step, self.seconds, self.rows = state["step"], state["seconds"], state["rows"]
-        self.loss_sum = state["loss_sum"].to(compute.device)  # of the epoch so far
+        self.loss_sum = state["loss_sum"].to(compute.device)  # over the steps of the current epoch
         self.unreadable = set(state["unreadable"])
 
     def batches(self) -> Iterator[ViewBatch]:
+        """Yield the batches of the remaining steps."""
         return iter_batches(self.train, self.recipe, self.step, self.steps, self.compute.device)
 
     def train_step(self, batch: ViewBatch) -> Tensor:
+        """Take one step; return the sum of the losses of the epoch so far."""
         self.lr = set_lr(
             self.optimizer,
             batch.step,
@@ -227,16 +278,19 @@ class FineTuning(Training):
         self.loss_sum = self.loss_sum + all_reduce_mean(loss, len(batch.index))
         return self.loss_sum
 
-    def metrics(self) -> dict[str, Any]:
+    def metrics(self) -> dict[str, float]:
+        """Return the mean loss of the epoch so far and both learning rates."""
         steps = (self.step - 1) % self.steps_per_epoch + 1
         loss = self.loss_sum.item() / steps
         return {"loss": loss, "lr": self.lr["backbone"], "lr_head": self.lr["head"]}
 
-    def measure(self) -> dict[str, Any]:
+    def measure(self) -> dict[str, float]:
+        """Return the validation accuracy, at the end of an epoch."""
         self.loss_sum = torch.zeros_like(self.loss_sum)
         return {"val_top1": accuracy(self.model, self.val, self.recipe, self.compute)["top1"]}
 
-    def log(self, record: dict[str, Any]) -> None:
+    def log(self, record: Mapping[str, float]) -> None:
+        """Add a line to the curve at the end of an epoch."""
         if "val_top1" in record:  # once an epoch
             names = ("loss", "lr", "lr_head", "val_top1")
             epoch = {"epoch": self.step // self.steps_per_epoch, "step": self.step}
@@ -244,6 +298,7 @@ class FineTuning(Training):
             write_curve(self.out / "curve.jsonl", self.rows)
 
     def save(self, name: str) -> None:
+        """Save the state as last.pt."""
         state = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -256,37 +311,69 @@ class FineTuning(Training):
         save_state(self.out, self.settings, state)
 
     def record_unreadable(self, files: SkippedFiles) -> None:
+        """Remember which files could not be read."""
         self.unreadable |= {key for key, _ in files}
 
 
 def split_train_val(
     train: Images, test: Images, val: Images | None, labels: int | None, seed: int
 ) -> tuple[Images, Images]:
-    """(the images to train on, those of the curve): functions of (labels, seed), each class in proportion."""
+    """Choose the images to train on and those of the validation curve, each class in proportion.
+
+    Args:
+        train: The labeled images.
+        test: The test images; only their classes are checked.
+        val: The images of the curve; None takes a tenth of the labeled images.
+        labels: How many of the labeled images to use; None uses all.
+        seed: Seed of the choice.
+
+    Returns:
+        Images to train on, images of the curve.
+
+    Raises:
+        UsageError: If labels are missing, the classes differ, or there are too few labels.
+    """
     for name, images in {"train": train, "test": test, "val": test if val is None else val}.items():
         if images.labels is None:
             raise UsageError(f"fine-tuning needs labels, and the {name} images have none")
         if images.classes != train.classes:
             raise UsageError(f"the {name} images have other classes than the training images")
-    least = len(train.classes)
-    if labels is not None and not least <= labels <= len(train):
+    num_classes = len(train.classes)
+    if labels is not None and not num_classes <= labels <= len(train):
         raise UsageError(
-            f"labels is {labels}; it lies between {least}, one a class, and {len(train)}, all there are"
+            f"labels is {labels}; it lies between {num_classes}, one per class, and {len(train)}, "
+            "all that there are"
         )
     if labels is not None and labels < len(train):
         _, train = hold_out(train, labels, seed)
     if val is not None:
         return train, val
-    if len(train) < 2 * least:
-        few = f"{len(train)} labeled images of {least} classes are too few to keep some out for the curve"
-        raise UsageError(f"{few}: take {2 * least} labels or more, or give images to validate on")
-    return hold_out(train, min(max(len(train) // 10, 1), 5000), seed)
+    if len(train) < 2 * num_classes:
+        raise UsageError(
+            f"{len(train)} labeled images of {num_classes} classes are too few to hold some out "
+            f"for the curve: take {2 * num_classes} labels or more, or give images to validate on"
+        )
+    return hold_out(train, min(max(len(train) // 10, 1), MAX_VAL_IMAGES), seed)
 
 
 def build_classifier(run: Run, classes: int, *, seed: int, from_scratch: bool) -> nn.Sequential:
-    """`backbone`, the run's or a new one, and `head`: images (N, C, H, W) to logits (N, classes).
+    """Build a backbone and a linear classifier on it.
 
-    The head depends on the seed alone, and a new backbone is the one that pretraining with this seed starts from.
+    The classifier depends on the seed alone. A new backbone is the one that pretraining with this
+    seed starts from.
+
+    Args:
+        run: The run whose backbone is used or copied.
+        classes: The number of classes.
+        seed: Seed of the initial weights.
+        from_scratch: Whether to use a new backbone instead of the run's.
+
+    Returns:
+        A module with the parts `backbone` and `head`, in training mode: normalized images
+        (N, C, H, W) to logits (N, classes).
+
+    Raises:
+        UsageError: If the run has no finished backbone.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -294,13 +381,21 @@ def build_classifier(run: Run, classes: int, *, seed: int, from_scratch: bool) -
         head = nn.Linear(feature_dim(backbone), classes)
         nn.init.normal_(head.weight, std=0.01)  # as in linear evaluation (appendix A)
         nn.init.zeros_(head.bias)
-    return nn.Sequential(
-        OrderedDict(backbone=backbone if from_scratch else load(run.path), head=head)
-    ).train()
+    backbone = backbone if from_scratch else load(run.path)
+    return nn.Sequential(OrderedDict(backbone=backbone, head=head)).train()
 
 
 def build_optimizer(model: nn.Sequential, method: Method, head_lr: float) -> Optimizer:
-    """SGD over backbone and head, each with its own lr; weight decay on every parameter, as in pretraining."""
+    """Build SGD with a learning rate for each part, and weight decay on every parameter.
+
+    Args:
+        model: The parts `backbone` and `head`.
+        method: `base_lr` (of the backbone), `momentum` and `weight_decay` are used.
+        head_lr: The learning rate of the classifier.
+
+    Returns:
+        The optimizer, with one parameter group per part.
+    """
     lrs = {"backbone": method.base_lr, "head": head_lr}
     groups = [
         {
@@ -322,28 +417,45 @@ def build_optimizer(model: nn.Sequential, method: Method, head_lr: float) -> Opt
 
 def accuracy(
     model: nn.Module, images: Images, recipe: ResolvedRecipe, compute: Compute
-) -> dict[str, float]:
-    """`top1` and `top5` in percent (top5 of as many classes as there are) over the `n` images that could be read."""
-    found = extract_features(model, images, eval_transform(recipe), compute=compute)
+) -> Accuracy:
+    """Measure the accuracy of a classifier.
+
+    Args:
+        model: Normalized images (N, C, H, W) to logits (N, classes).
+        images: Labeled images.
+        recipe: Its preprocessing is used.
+        compute: Where to compute, and in which precision.
+
+    Returns:
+        The accuracy on the images that can be read.
+
+    Raises:
+        WorkFailed: If no image can be read.
+    """
+    features = extract_features(model, images, eval_transform(recipe), compute=compute)
     assert images.labels is not None
-    best = found.matrices[0].topk(min(5, len(images.classes))).indices
-    hits = best == torch.from_numpy(images.labels[found.kept_indices])[:, None]
+    ranked = features.matrices[0].topk(min(5, len(images.classes))).indices
+    matches = ranked == torch.from_numpy(images.labels[features.kept_indices])[:, None]
     top1, top5 = (
-        round(100 * part.any(1).sum().item() / len(hits), 3) for part in (hits[:, :1], hits)
+        round(100 * match.any(1).sum().item() / len(matches), 3)
+        for match in (matches[:, :1], matches)
     )
-    return {"top1": top1, "top5": top5, "n": len(hits)}
+    return {"top1": top1, "top5": top5, "n": len(matches)}
 
 
 @rank_zero_only
-def write_curve(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """A line an epoch."""
+def write_curve(path: Path, rows: Sequence[Mapping[str, float]]) -> None:
+    """Write a curve as JSON lines, one per epoch.
+
+    Args:
+        path: The file.
+        rows: Named numbers of each epoch.
+
+    Raises:
+        WorkFailed: If the file cannot be written.
+    """
     with atomic_write(path) as part:
         part.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-
-
-def short_sha256(path: Path) -> str:
-    """What tells one file of weights from another; "" where there is none."""
-    return file_sha256(path)[:16] if path.exists() else ""
 
 
 @rank_zero_only
@@ -353,11 +465,24 @@ def plot_accuracy_curves(
     *,
     title: str = "",
 ) -> None:
-    """Draw validation accuracies as a PNG, 1400 x 900: a curve a seed under each name, pale, and their mean, bold.
+    """Draw validation curves as a PNG file of 1400 x 900 pixels.
 
-    >>> compare({"pretrained": [r["val_top1"] for r in pretrained], "from scratch": [...]}, "finetune.png")
+    Each name has one thin line per seed and a thick line, their mean.
+
+    Args:
+        curves: For each name, the accuracies after each epoch, in percent, of each seed.
+        path: The file.
+        title: The title of the picture.
+
+    Raises:
+        UsageError: If the curves of one name differ in length.
+        WorkFailed: If the file cannot be written.
+
+    Example:
+        >>> curves = {"pretrained": [result["val_top1"]], "from scratch": [other["val_top1"]]}
+        >>> plot_accuracy_curves(curves, "finetune.png")
     """
-    from matplotlib.figure import Figure  # not pyplot: no display, no global state
+    from matplotlib.figure import Figure  # pyplot would need a display and keep global state
 
     figure = Figure(figsize=(7, 4.5), dpi=200, layout="constrained")
     axes = figure.subplots()
@@ -368,10 +493,10 @@ def plot_accuracy_curves(
             )
         values = np.array(seeds)  # (seeds, epochs)
         last, epoch = values[:, -1], np.arange(1, values.shape[1] + 1)
-        spread, n = (
-            (f" ± {last.std(ddof=1):.1f}", f", {len(last)} seeds") if len(last) > 1 else ("", "")
-        )
-        label = f"{name}: {last.mean():.1f}{spread} at the end{n}"
+        label = f"{name}: {last.mean():.1f} at the end"
+        if len(last) > 1:
+            spread = last.std(ddof=1)
+            label = f"{name}: {last.mean():.1f} ± {spread:.1f} at the end, {len(last)} seeds"
         marker = "o" if len(epoch) == 1 else ""
         if len(values) > 1:
             axes.plot(epoch, values.T, color=color, linewidth=0.8, alpha=0.4, marker=marker)

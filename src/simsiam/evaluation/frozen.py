@@ -1,8 +1,8 @@
-"""What every protocol is given, a network that nothing moves and its features of a source, and what it answers."""
+"""What a protocol is given, a frozen network and its features of a source, and what it returns."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,30 +15,38 @@ from simsiam.model.backbones import feature_dim
 from simsiam.model.heads import build_projector
 from simsiam.model.precision import Compute
 from simsiam.monitoring.features import extract_features, standardization_stats
-from simsiam.runs.encoder import build_backbone, eval_transform
+from simsiam.runs.encoder import build_backbone, eval_transform, weights_sha256
 from simsiam.runs.run_folder import Run
 from simsiam.sources.open_source import Source
 
-RAW_PIXELS, UNTRAINED_NETWORK = "raw pixels", "untrained network"  # what features have to beat
-
-
+# Kinds of features that the features of a good backbone must beat.
+RAW_PIXELS, UNTRAINED_NETWORK = "raw pixels", "untrained network"
 STANDARDIZATION = "mean 0 and variance 1 / d over all training images, labeled or not"
-
-
-MAX_RAW_SIDE = 32  # raw pixels are averaged down to this many a side
+MAX_RAW_SIDE = 32  # pixels; raw pixels are averaged down to at most this side
 
 
 class FeatureSet(NamedTuple):
-    """Features (N, d) and labels (N,) to learn from, features (M, d) to classify: float32 and int64, on the CPU."""
+    """Features of the training and of the test images that could be read, on the CPU.
+
+    Attributes:
+        train_features: (N, d) float32.
+        train_labels: (N,) int64.
+        test_features: (M, d) float32.
+        classes: The number of classes.
+        train_indices: (N,) int64, the positions of the N images among all training images.
+    """
 
     train_features: Tensor
     train_labels: Tensor
     test_features: Tensor
     classes: int
-    train_indices: np.ndarray  # of the N among the training images, for some cannot be read
+    train_indices: np.ndarray
 
     def standardize(self) -> "FeatureSet":
-        """STANDARDIZED features, so that one setting of a classifier fits networks of all widths and scales."""
+        """Return features of mean 0 and variance 1 / d over the training images.
+
+        Then one setting of a classifier fits networks of all widths and scales.
+        """
         mean, scale = standardization_stats(self.train_features)
         return self._replace(
             train_features=(self.train_features - mean) / scale,
@@ -48,53 +56,73 @@ class FeatureSet(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class ProtocolResult:
-    """What a protocol says: the classes of the M test images, or numbers that ask for no label."""
+    """One result of a protocol: predicted classes of the M test images, or metrics.
 
-    name: str  # of these parameters, for people
+    Attributes:
+        name: The parameters in short, for people.
+        features: The kind of features.
+        parameters: Everything that was set.
+        selected: Everything that was chosen, on training images alone.
+        predictions: For each draw of labels, the most probable classes of each test image, the most
+            probable first: (M, at most 5) int64.
+        metrics: Named numbers, of a protocol that needs no test labels or scores itself.
+    """
+
+    name: str
     features: str
-    parameters: dict[str, Any]  # all that was given
-    selected: dict[str, Any] = field(
-        default_factory=dict
-    )  # all that was found out, from training images alone
-    predictions: Sequence[Tensor] = ()  # classes (M, at most 5), likeliest first; one tensor a draw
-    metrics: dict[str, float] = field(default_factory=dict)
+    parameters: dict[str, object]
+    selected: dict[str, object] = field(default_factory=dict)
+    predictions: Sequence[Tensor] = ()
+    metrics: dict[str, object] = field(default_factory=dict)
 
 
 class FrozenNetwork:
-    """A run's network at a checkpoint, and what it makes of training images with labels and test images without.
+    """A run's network at a checkpoint, and its features of training and test images.
 
-    Raises UsageError for a checkpoint that is not there.
+    Args:
+        run: The run.
+        checkpoint: The name of the checkpoint.
+        train: The training images; labeled, unless no protocol needs labels.
+        test: The test images, without labels.
+        compute: Where to compute, and in which precision.
+
+    Attributes:
+        step: The step of the checkpoint.
+        backbone: The backbone, in eval mode and without gradients.
+        backbone_sha256: The hash of its weights.
+        test_indices: (M,) int64, the positions of the test images that features were computed of.
+        unreadable: Key and reason of each image that could not be read.
+
+    Raises:
+        UsageError: If there is no such checkpoint, or it does not fit the recipe.
     """
 
     def __init__(self, run: Run, checkpoint: str, train: Images, test: Images, *, compute: Compute):
         names = sorted(path.stem for path in (run.path / "checkpoints").glob("*.pt"))
         if not names:
-            raise UsageError(f"{run.path} has no checkpoint: `simsiam resume {run.path}` makes one")
+            raise UsageError(
+                f"{run.path} has no checkpoint: `simsiam resume {run.path}` trains the run"
+            )
         state = run.checkpoint(checkpoint) if checkpoint in names else None
         if state is None:
             raise unknown_name("checkpoint", checkpoint, names)
-        assert test.labels is None, "a protocol sees no test label"
-        self.recipe, self.checkpoint, self.step, self.weights = (
-            run.recipe,
-            checkpoint,
-            state["step"],
-            state["model"],
-        )
-        self.train, self.test = train, test
-        self.compute = compute
-        self.backbone = self.load_part(build_backbone(self.recipe), "backbone")
-        self.test_indices: np.ndarray = np.arange(
-            len(test)
-        )  # positions of the test images that features are of
+        assert test.labels is None, "a protocol is not given test labels"
+        self.recipe, self.checkpoint = run.recipe, checkpoint
+        self.step, self.weights = state["step"], state["model"]
+        self.train, self.test, self.compute = train, test, compute
+        self.backbone = self._load_part(build_backbone(self.recipe), "backbone")
+        self.backbone_sha256 = weights_sha256(self.backbone)
+        self.test_indices: np.ndarray = np.arange(len(test))
         self.unreadable: list[tuple[str, str]] = []
-        self.feature_cache: dict[str, FeatureSet] = {}
+        self._features: dict[str, FeatureSet] = {}
 
-    def load_part(self, part: nn.Module, name: str) -> nn.Module:
-        """A part of the network with the checkpoint's weights, in eval mode and without gradients."""
+    def _load_part(self, part: nn.Module, name: str) -> nn.Module:
+        """Load the checkpoint's weights into a part of the network, and freeze it."""
+        prefix = f"{name}."
         weights = {
-            k.removeprefix(name + "."): v
-            for k, v in self.weights.items()
-            if k.startswith(name + ".")
+            key.removeprefix(prefix): tensor
+            for key, tensor in self.weights.items()
+            if key.startswith(prefix)
         }
         try:
             part.load_state_dict(weights)
@@ -103,36 +131,51 @@ class FrozenNetwork:
             raise UsageError(
                 f"checkpoint {self.checkpoint!r} does not fit the recipe: {reason}"
             ) from None
-        return self.freeze_part(part)
+        return self._freeze(part)
 
-    def freeze_part(self, part: nn.Module) -> nn.Module:
+    def _freeze(self, part: nn.Module) -> nn.Module:
         return self.compute.place(part.eval().requires_grad_(False))
 
     def network(self, kind: str) -> nn.Module:
-        """Normalized images to the features of a kind: h, z, RAW or UNTRAINED."""
+        """Build the network that computes a kind of features.
+
+        Args:
+            kind: "h", "z", RAW_PIXELS or UNTRAINED_NETWORK.
+
+        Returns:
+            A module: normalized images (N, C, size, size) to features (N, d).
+        """
         if kind == "h":
             return self.backbone
         if kind == "z":
-            z = build_projector(self.recipe.method, feature_dim(self.backbone))
-            return nn.Sequential(self.backbone, self.load_part(z, "projector"))
+            projector = build_projector(self.recipe.method, feature_dim(self.backbone))
+            return nn.Sequential(self.backbone, self._load_part(projector, "projector"))
         if kind == RAW_PIXELS:
-            return nn.Sequential(
-                nn.AdaptiveAvgPool2d(min(self.recipe.image_size, MAX_RAW_SIDE)), nn.Flatten()
-            )
+            side = min(self.recipe.image_size, MAX_RAW_SIDE)
+            return nn.Sequential(nn.AdaptiveAvgPool2d(side), nn.Flatten())
         assert kind == UNTRAINED_NETWORK, kind
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(
-                self.recipe.seed
-            )  # the weights that pretraining starts from (siamese.build)
-            return self.freeze_part(build_backbone(self.recipe))
+            # The weights that pretraining starts from: model.siamese builds the backbone first.
+            torch.manual_seed(self.recipe.seed)
+            return self._freeze(build_backbone(self.recipe))
 
     def features(self, kind: str) -> FeatureSet:
-        """Features of a kind of all images that can be read, computed once."""
-        if kind not in self.feature_cache:
-            self.feature_cache[kind] = self.extract_features(kind)
-        return self.feature_cache[kind]
+        """Compute the features of all images that can be read, once for each kind.
 
-    def extract_features(self, kind: str) -> FeatureSet:
+        Args:
+            kind: "h", "z", RAW_PIXELS or UNTRAINED_NETWORK.
+
+        Returns:
+            The features and the training labels.
+
+        Raises:
+            WorkFailed: If no image can be read.
+        """
+        if kind not in self._features:
+            self._features[kind] = self._extract(kind)
+        return self._features[kind]
+
+    def _extract(self, kind: str) -> FeatureSet:
         network, transform = self.network(kind), eval_transform(self.recipe)
         train, test = (
             extract_features(
@@ -153,23 +196,42 @@ class FrozenNetwork:
 
 
 def feature_kinds(settings: Settings) -> tuple[str, ...]:
-    """The features a protocol works on: those in question, and those they have to beat."""
-    return (
-        (settings.features, RAW_PIXELS, UNTRAINED_NETWORK)
-        if settings.baselines
-        else (settings.features,)
-    )
+    """List the kinds of features to evaluate: the ones asked for, and the baselines.
+
+    Args:
+        settings: `features` and `baselines` are used.
+
+    Returns:
+        The kinds.
+    """
+    baselines = (RAW_PIXELS, UNTRAINED_NETWORK) if settings.baselines else ()
+    return (settings.features, *baselines)
 
 
 def top5_classes(scores: Tensor) -> Tensor:
-    """The at most five classes with the highest scores (M, classes), best first; of equal ones, the first."""
+    """Sort classes by score and keep the first five; of equal scores, the first class wins.
+
+    Args:
+        scores: (M, classes).
+
+    Returns:
+        (M, min(5, classes)) int64 on the CPU, the class with the highest score first.
+    """
     return scores.cpu().sort(dim=1, descending=True, stable=True).indices[:, :5]
 
 
 def sample_per_class(labels: np.ndarray, counts: np.ndarray, seed: Sequence[int]) -> np.ndarray:
-    """Positions, in order, of counts[c] images of each class c: the first ones of an order that the seed decides.
+    """Draw a number of images of each class.
 
-    So the draws of one seed are nested: few labels are among many.
+    The draws of one seed are nested: a larger draw contains the smaller ones.
+
+    Args:
+        labels: (N,) int64.
+        counts: (classes,) int, how many images of each class to draw.
+        seed: The seed of the order from which the first images of each class are taken.
+
+    Returns:
+        Positions of the drawn images, sorted.
     """
     order = np.random.default_rng(seed).permutation(len(labels))
     return np.sort(
@@ -180,9 +242,21 @@ def sample_per_class(labels: np.ndarray, counts: np.ndarray, seed: Sequence[int]
 def split_train_test(
     source: Source, *, require_labels: bool
 ) -> tuple[Images, Images, dict[str, str]]:
-    """The images to learn from, those to test on, and in words which they are.
+    """Choose the images to learn from and the images to test on.
 
-    Its test split if there is one, else val, else a fifth of the training images. Raises UsageError without labels.
+    Training images are the first split (with labels, if they are required). Test images are the
+    test split if there is one, else the val split, else a fifth of the training images, which are
+    then not trained on.
+
+    Args:
+        source: The images.
+        require_labels: Whether to use only splits with labels.
+
+    Returns:
+        Training images, test images, and a description of both under "train" and "test".
+
+    Raises:
+        UsageError: If labels are required and the source has none.
     """
     usable = {
         name: images
@@ -193,16 +267,13 @@ def split_train_test(
         raise UsageError(
             f"{source.name} has no labels to evaluate with; `--protocol label_free` needs none"
         )
-    first = next(iter(usable))  # the labeled images of STL-10 are its val
+    first = next(iter(usable))  # of STL-10 it is val, whose images are labeled
     for name in ("test", "val"):
         if name in usable and name != first:
             return usable[first], usable[name], {"train": first, "test": name}
-    rest, held = hold_out(usable[first], max(1, len(usable[first]) // 5))
-    return (
-        rest,
-        held,
-        {
-            "train": f"four fifths of {first}",
-            "test": f"a fifth of {first}, each class in proportion",
-        },
-    )
+    train, test = hold_out(usable[first], max(1, len(usable[first]) // 5))
+    description = {
+        "train": f"four fifths of {first}",
+        "test": f"a fifth of {first}, each class in proportion",
+    }
+    return train, test, description

@@ -1,4 +1,4 @@
-"""Protocol few_label: logistic regression on frozen features, from a few labeled images."""
+"""The protocol few_label: logistic regression on frozen features, from a few labeled images."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,50 +19,78 @@ from simsiam.evaluation.frozen import (
     top5_classes,
 )
 
-DEFAULT_AMOUNTS = ("1", "5", "10", "20", "1%", "10%")
-C = 100.0  # inverse strength of the l2 penalty on features of norm 1: few labels leave none to choose it by
+DEFAULT_AMOUNTS = ("1", "5", "10", "20", "1%", "10%")  # per class, or a share of each class
+# Inverse strength of the l2 penalty, on features of norm 1; a few labels are not enough to choose
+# it by.
+C = 100.0
 
 
-def evaluate_few_label(frozen: FrozenNetwork, settings: Settings) -> Iterator[ProtocolResult]:
-    """The same labels for all features, and in each draw the few among the many."""
+def evaluate_frozen(frozen: FrozenNetwork, settings: Settings) -> Iterator[ProtocolResult]:
+    """Classify test images by logistic regression on each draw of labeled images.
+
+    All kinds of features are given the same labels, and a larger draw contains the smaller ones.
+
+    Args:
+        frozen: The network and the images.
+        settings: `labels`, `few_label_list`, `draws`, `seed`, `features` and `baselines` are used.
+
+    Yields:
+        One result for each number of labels and each kind of features.
+
+    Raises:
+        UsageError: If the labels cannot be drawn or read, or are of one class.
+    """
     for name, draws in plan_draws(frozen.train, settings).items():
         for kind in feature_kinds(settings):
-            known, ranked = frozen.features(kind).standardize(), []
+            features = frozen.features(kind).standardize()
+            predictions = []
             for positions in draws:
-                rows = np.flatnonzero(np.isin(known.train_indices, positions))
-                ranked.append(
+                rows = np.flatnonzero(np.isin(features.train_indices, positions))
+                predictions.append(
                     logistic_regression(
-                        known.train_features[rows],
-                        known.train_labels[rows],
-                        known.test_features,
-                        known.classes,
+                        features.train_features[rows],
+                        features.train_labels[rows],
+                        features.test_features,
+                        features.classes,
                     )
                 )
             yield ProtocolResult(
                 name=name,
                 features=kind,
                 parameters={
-                    "classifier": "logistic regression (scikit-learn, lbfgs)", "C": C, "labels": name,
-                    "images": len(rows), "draws": len(draws), "standardized": STANDARDIZATION,
+                    "classifier": "logistic regression (scikit-learn, lbfgs)",
+                    "C": C,
+                    "labels": name,
+                    "images": len(rows),
+                    "draws": len(draws),
+                    "standardized": STANDARDIZATION,
                     "seed": settings.seed,
                 },
-                predictions=ranked,
-            )  # fmt: skip
+                predictions=predictions,
+            )
 
 
 def plan_draws(train: Images, settings: Settings) -> dict[str, list[np.ndarray]]:
-    """Positions of the images that are labeled, a draw at a time, by what to call them.
+    """Choose the labeled images of each draw.
 
-    By default the USUAL amounts, but for those that some class cannot give. Raises UsageError where none can be given.
+    Args:
+        train: The training images.
+        settings: `labels`, `few_label_list`, `draws` and `seed` are used. The default amounts are
+            DEFAULT_AMOUNTS, without those that some class is too small for.
+
+    Returns:
+        For each amount, by its name, the positions of the labeled images of each draw.
+
+    Raises:
+        UsageError: If a class has too few images, or the list cannot be read.
     """
     if settings.few_label_list is not None:
-        return {
-            f"list {Path(settings.few_label_list).name}": [
-                read_label_list(train, Path(settings.few_label_list))
-            ]
-        }
+        path = Path(settings.few_label_list)
+        return {f"list {path.name}": [read_label_list(train, path)]}
     assert train.labels is not None
     sizes = np.bincount(train.labels, minlength=len(train.classes))
+    smallest = int(sizes.argmin())
+    class_name = repr(printable(train.classes[smallest]))
     plan = {}
     for amount in settings.labels or DEFAULT_AMOUNTS:
         if amount.endswith("%"):
@@ -76,45 +104,68 @@ def plan_draws(train: Images, settings: Settings) -> dict[str, list[np.ndarray]]
                 for draw in range(settings.draws)
             ]
         elif settings.labels is not None:
-            least = int(sizes.argmin())
             raise UsageError(
-                f"labels asks for {amount} and class {printable(train.classes[least])!r} has {sizes[least]}"
+                f"labels asks for {amount} and class {class_name} has {sizes[smallest]}"
             )
     if not plan:
-        raise UsageError(
-            f"class {printable(train.classes[int(sizes.argmin())])!r} has no training image to label"
-        )
+        raise UsageError(f"class {class_name} has no training image to label")
     return plan
 
 
 def read_label_list(train: Images, path: Path) -> np.ndarray:
-    """Positions of the images that a file names, one a line: by their path in the source, or by its last part."""
+    """Read a list of the training images that are labeled.
+
+    Args:
+        train: The training images.
+        path: A text file that names one image per line, by its path in the source or its file name.
+
+    Returns:
+        The positions of the listed images.
+
+    Raises:
+        UsageError: If the file cannot be read, is empty, or names something else.
+    """
     try:
         names = set(path.read_text().split())
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"few_label_list {printable(str(path))} cannot be read: {error}") from None
-    found = {
+    listed = {
         i: key
         for i, key in enumerate(train.keys)
         if key in names or key.rpartition("/")[2] in names
     }
-    missing = names - set(found.values()) - {key.rpartition("/")[2] for key in found.values()}
-    if missing or not found:
-        some = printable(min(missing, default=""))
+    missing = names - set(listed.values()) - {key.rpartition("/")[2] for key in listed.values()}
+    if missing or not listed:
+        first = printable(min(missing, default=""))
         raise UsageError(
-            f"{printable(str(path))} names {len(missing)} files that are no training images: {some!r} ..."
+            f"{printable(str(path))} names {len(missing)} files that are not training images: "
+            f"{first!r} ..."
         )
-    return np.array(list(found))
+    return np.array(list(listed))
 
 
 def logistic_regression(x: Tensor, labels: Tensor, test: Tensor, classes: int) -> Tensor:
-    """Classes (M, at most 5) of test (M, d), likeliest first; one without a labeled image is the least likely."""
+    """Fit logistic regression and rank the classes of test images.
+
+    Args:
+        x: Standardized features of the labeled images, (N, d) float32.
+        labels: Their classes, (N,) int64.
+        test: Standardized features of the test images, (M, d) float32.
+        classes: The number of classes.
+
+    Returns:
+        (M, at most 5) int64, the most probable class first; classes without a labeled image come
+        last.
+
+    Raises:
+        UsageError: If all labeled images are of one class.
+    """
     from sklearn.linear_model import LogisticRegression
 
-    scores = torch.full((len(test), classes), -1.0, dtype=torch.float64)
-    seen = labels.unique()
-    if len(seen) == 1:
+    known = labels.unique()
+    if len(known) == 1:
         raise UsageError("the labeled images are of one class: nothing can be learned from them")
     model = LogisticRegression(C=C, max_iter=1000).fit(x.numpy(), labels.numpy())
-    scores[:, seen] = torch.from_numpy(model.predict_proba(test.numpy())).double()
+    scores = torch.full((len(test), classes), -1.0, dtype=torch.float64)
+    scores[:, known] = torch.from_numpy(model.predict_proba(test.numpy())).double()
     return top5_classes(scores)

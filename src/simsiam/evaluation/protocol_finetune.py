@@ -1,4 +1,7 @@
-"""Protocol finetune: the whole network learns, from all labels or from few. It is the one that freezes nothing."""
+"""The protocol finetune: train the whole network, with all labels or with a few.
+
+It is the only protocol that changes the backbone, and the only one that is given test labels.
+"""
 
 from collections.abc import Iterator
 
@@ -7,9 +10,9 @@ import numpy as np
 from simsiam.config.protocols import Settings
 from simsiam.data.images import Images
 from simsiam.errors import UsageError
-from simsiam.evaluation.protocol_few_label import plan_draws
 from simsiam.evaluation.finetune import finetune
 from simsiam.evaluation.frozen import ProtocolResult
+from simsiam.evaluation.protocol_few_label import plan_draws
 from simsiam.evaluation.scores import summarize_accuracy
 from simsiam.model.precision import Compute
 from simsiam.runs.run_folder import Run
@@ -24,36 +27,62 @@ def evaluate_finetune(
     *,
     compute: Compute,
 ) -> Iterator[ProtocolResult]:
-    """End to end on all training images, or on the few that protocol few_label would label, draw by draw.
+    """Fine-tune on all training images, or on each draw of a few labeled ones.
 
-    Each fine-tuning has a folder in RUN/finetuning, with its curve, and goes on from there when asked for again.
+    Each fine-tuning has a folder in RUN/finetuning. If it was interrupted, it is continued.
+
+    Args:
+        run: The run.
+        checkpoint: The name of the checkpoint; it must be "last".
+        train: The training images.
+        test: The test images, with labels.
+        settings: `labels`, `few_label_list`, `draws`, `finetune_epochs`, `from_scratch` and `seed`
+            are used.
+        compute: Where to compute, and in which precision.
+
+    Yields:
+        One result for each number of labels.
+
+    Raises:
+        UsageError: If the checkpoint is another one, or the labels cannot be drawn or read.
+        WorkFailed: If the loss diverged.
+        Stopped: After SIGINT or SIGTERM; the state is saved.
     """
     if checkpoint != "last":
         raise UsageError(
-            f"finetune starts from the run's backbone, its last checkpoint, not from {checkpoint!r}"
+            f"finetune starts from the run's backbone, which is its last checkpoint, "
+            f"not from {checkpoint!r}"
         )
     few = settings.labels is not None or settings.few_label_list is not None
     plan = plan_draws(train, settings) if few else {"all labels": [np.arange(len(train))]}
     kind = "from scratch" if settings.from_scratch else "pretrained"
+    epochs = settings.finetune_epochs
     for name, draws in plan.items():
-        found = []
-        for draw, positions in enumerate(draws):
-            words = f"{name.replace('%', 'percent')} {kind} {settings.finetune_epochs} epochs seed {settings.seed + draw}"
-            found.append(
+        results = []
+        for seed, positions in enumerate(draws, settings.seed):
+            text = f"{name.replace('%', 'percent')} {kind} {epochs} epochs seed {seed}"
+            results.append(
                 finetune(
-                    run.path, train.take(positions), test, out=run.path / "finetuning" / words.replace(" ", "-"),
-                    epochs=settings.finetune_epochs, from_scratch=settings.from_scratch, seed=settings.seed + draw,
-                    device=str(compute.device), precision=compute.precision,
+                    run.path,
+                    train.take(positions),
+                    test,
+                    out=run.path / "finetuning" / text.replace(" ", "-"),
+                    epochs=epochs,
+                    from_scratch=settings.from_scratch,
+                    seed=seed,
+                    device=str(compute.device),
+                    precision=compute.precision,
                 )
-            )  # fmt: skip
-        top1, top5 = ([one[key] for one in found] for key in ("top1", "top5"))
+            )
+        top1, top5 = ([result[key] for result in results] for key in ("top1", "top5"))
+        accuracy = summarize_accuracy(top1, top5, results[0]["n"], len(train.classes))
         yield ProtocolResult(
-            name=f"{name}, {settings.finetune_epochs} epochs",
+            name=f"{name}, {epochs} epochs",
             features=kind,
-            parameters=found[0]["parameters"] | {"labels": name, "draws": len(draws)},
-            metrics=summarize_accuracy(top1, top5, found[0]["n"], len(train.classes))
+            parameters=results[0]["parameters"] | {"labels": name, "draws": len(draws)},
+            metrics=accuracy
             | {
-                "val_top1": [one["val_top1"] for one in found],
-                "unreadable": max(one["unreadable"] for one in found),
+                "val_top1": [result["val_top1"] for result in results],
+                "unreadable": max(result["unreadable"] for result in results),
             },
         )

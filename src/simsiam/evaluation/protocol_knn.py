@@ -1,4 +1,4 @@
-"""Protocol knn: the nearest training images vote."""
+"""The protocol knn: the nearest training images vote."""
 
 from collections.abc import Iterator
 
@@ -7,22 +7,32 @@ from simsiam.evaluation.frozen import FrozenNetwork, ProtocolResult, feature_kin
 from simsiam.monitoring.nearest_neighbors import cap_k, knn_scores
 
 
-def evaluate_knn(frozen: FrozenNetwork, settings: Settings) -> Iterator[ProtocolResult]:
-    """Weighted kNN (Wu et al., 2018) with all training images as the bank."""
+def evaluate_frozen(frozen: FrozenNetwork, settings: Settings) -> Iterator[ProtocolResult]:
+    """Classify test images by weighted kNN among all training images (Wu et al., 2018).
+
+    Args:
+        frozen: The network and the images.
+        settings: `k`, `tau`, `features` and `baselines` are used.
+
+    Yields:
+        One result for each kind of features.
+    """
+    device = frozen.compute.device
     for kind in feature_kinds(settings):
-        known = frozen.features(kind)
-        k = min(
-            settings.k or cap_k(len(known.train_features), known.classes), len(known.train_features)
+        features = frozen.features(kind)
+        num_train = len(features.train_features)
+        k = min(settings.k or cap_k(num_train, features.classes), num_train)
+        scores = knn_scores(
+            features.train_features.to(device),
+            features.train_labels.to(device),
+            features.test_features.to(device),
+            classes=features.classes,
+            k=k,
+            tau=settings.tau,
         )
-        bank, labels, queries = (
-            part.to(frozen.compute.device)
-            for part in (known.train_features, known.train_labels, known.test_features)
-        )
-        scores = knn_scores(bank, labels, queries, classes=known.classes, k=k, tau=settings.tau)
-        parameters = {"k": k, "tau": settings.tau, "similarity": "cosine"}
         yield ProtocolResult(
             name=f"k {k}, τ {settings.tau:g}",
             features=kind,
-            parameters=parameters,
+            parameters={"k": k, "tau": settings.tau, "similarity": "cosine"},
             predictions=[top5_classes(scores)],
         )

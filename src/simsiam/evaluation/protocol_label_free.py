@@ -1,4 +1,4 @@
-"""Protocol label_free: what features show by themselves."""
+"""The protocol label_free: signals of feature quality that need no labels."""
 
 from collections.abc import Iterator
 
@@ -11,22 +11,32 @@ from simsiam.monitoring.signals import alignment, rankme, spectrum_auc, uniformi
 from simsiam.runs.encoder import eval_transform
 
 
-def evaluate_label_free(frozen: FrozenNetwork, settings: Settings) -> Iterator[ProtocolResult]:
-    """Signals of test images spread evenly, as they are and in two views of each."""
+def evaluate_frozen(frozen: FrozenNetwork, settings: Settings) -> Iterator[ProtocolResult]:
+    """Compute the signals on evenly spaced test images: on the images, and on two views of each.
+
+    Args:
+        frozen: The network and the images.
+        settings: `features` is used.
+
+    Yields:
+        One result.
+    """
     images = frozen.test.take(evenly_spaced(len(frozen.test), MONITOR_SAMPLE_SIZE))
-    network = frozen.network(settings.features)
-    found = extract_features(network, images, eval_transform(frozen.recipe), compute=frozen.compute)
-    h = found.matrices[0].to(frozen.compute.device)
-    a, b = two_view_features(
-        network, images.take(found.kept_indices), frozen.recipe, compute=frozen.compute
-    )
-    values = {
-        "rankme": rankme(h), "spectrum_auc": spectrum_auc(h), "alignment": alignment(a, b),
-        "uniformity": uniformity(h), "view_retrieval": view_retrieval(a, b),
-    }  # fmt: skip
+    network, recipe, compute = frozen.network(settings.features), frozen.recipe, frozen.compute
+    features = extract_features(network, images, eval_transform(recipe), compute=compute)
+    h = features.matrices[0].to(compute.device)
+    readable = images.take(features.kept_indices)
+    a, b = two_view_features(network, readable, recipe, compute=compute)
+    signals = {
+        "rankme": rankme(h),
+        "spectrum_auc": spectrum_auc(h),
+        "alignment": alignment(a, b),
+        "uniformity": uniformity(h),
+        "view_retrieval": view_retrieval(a, b),
+    }
     yield ProtocolResult(
         name=f"{len(h)} images",
         features=settings.features,
         parameters={"images": len(h), "views": "the run's", "alpha": 2, "t": 2},
-        metrics={name: round(value, 4) for name, value in values.items()},
+        metrics={name: round(value, 4) for name, value in signals.items()},
     )

@@ -1,7 +1,9 @@
-"""Protocol linear: one fully-connected layer on a frozen network, in three ways.
+"""The protocol linear: train one linear layer on a frozen network, in one of three ways.
 
-cached: on stored features, many learning rates and weight decays side by side, the best chosen on held-out training
-images. paper: on fresh crops, with LARS (appendix A). sgd: the same with plain SGD, as MoCo does it.
+- cached: on stored features, with many learning rates and weight decays side by side; the best pair
+  is chosen on training images that are held out.
+- paper: on random crops, with LARS (appendix A).
+- sgd: on random crops, with plain SGD, as MoCo does it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -9,7 +11,6 @@ from dataclasses import replace
 from functools import partial
 from itertools import product
 from math import inf
-from typing import Any
 
 import numpy as np
 import torch
@@ -35,64 +36,101 @@ from simsiam.model.optimizers import LARS, cosine_schedule
 from simsiam.training.loop import Training, run_training
 
 MOMENTUM = 0.9
-# cached. Most regularized first: of equally good heads the first is taken. Features have a norm of about 1, hence large
-# learning rates and small decays, whatever the network's width.
+# cached. Standardized features have a norm of about 1, hence the large learning rates and the small
+# decays, whatever the network's width. The most regularized pair comes first, so that of equally
+# good ones it is chosen.
 LRS, WEIGHT_DECAYS = (10.0, 30.0, 100.0, 300.0), (1e-3, 1e-4, 1e-5, 1e-6, 0.0)
 GRID = [(lr, decay) for decay, lr in product(WEIGHT_DECAYS, LRS)]
 BATCH_SIZE = 512
-MIN_STEPS = 1000  # at least: a small set is passed over more often
-# paper and sgd.
-BASE_LRS = {
-    "paper": (0.1,),
-    "sgd": (30.0, 100.0),
-}  # times batch / 256: the authors'; MoCo's, and what users needed
-PAPER_BATCH_SIZE = 4096  # the paper's batch, or all images if they are fewer
+MIN_STEPS = 1000  # with few images, there are more epochs
+# paper and sgd. Learning rates for a batch of 256: that of the authors' code; that of MoCo, and the
+# one that users of SimSiam needed with SGD.
+BASE_LRS = {"paper": (0.1,), "sgd": (30.0, 100.0)}
+PAPER_BATCH_SIZE, SGD_BATCH_SIZE = 4096, 256  # or all images, if they are fewer
 
 
-def evaluate_linear(frozen: FrozenNetwork, settings: Settings) -> Iterator[ProtocolResult]:
-    """A linear classifier; `how.linear` says which."""
+def evaluate_frozen(frozen: FrozenNetwork, settings: Settings) -> Iterator[ProtocolResult]:
+    """Classify test images by a linear layer.
+
+    Args:
+        frozen: The network and the images.
+        settings: `linear`, `linear_epochs`, `base_lr`, `seed`, `features` and `baselines` are used.
+
+    Yields:
+        One result for each kind of features (cached) or each learning rate (paper and sgd).
+
+    Raises:
+        UsageError: If no class has two training images (cached).
+        Stopped: After SIGINT or SIGTERM (paper and sgd).
+    """
     if settings.linear == "cached":
         for kind in feature_kinds(settings):
-            yield train_on_cached_features(
-                frozen.features(kind).standardize(), kind, settings, frozen.compute.device
-            )
+            features = frozen.features(kind).standardize()
+            yield train_on_cached_features(features, kind, settings, frozen.compute.device)
     else:
         yield from train_on_crops(frozen, settings)
 
 
 def train_on_cached_features(
-    feature_set: FeatureSet, kind: str, settings: Settings, device: torch.device
+    features: FeatureSet, kind: str, settings: Settings, device: torch.device
 ) -> ProtocolResult:
-    """Every cell of GRID learns four fifths of each class, and the one best at the rest learns them all."""
-    x, labels = feature_set.train_features.to(device), feature_set.train_labels.to(device)
-    sizes = np.bincount(feature_set.train_labels)
-    held = sample_per_class(
-        feature_set.train_labels.numpy(),
-        np.minimum(-(-sizes // 5), sizes - 1).clip(0),
-        [settings.seed],
-    )
-    rest = np.setdiff1d(np.arange(len(x)), held)
-    if not len(held):
+    """Train a linear layer on stored features.
+
+    Each pair of GRID is trained on four fifths of each class. The pair with the best accuracy on
+    the rest is then trained on all training images.
+
+    Args:
+        features: Standardized features.
+        kind: Their kind, for the result.
+        settings: `linear_epochs` and `seed` are used.
+        device: Where to compute.
+
+    Returns:
+        The predictions of the final layer.
+
+    Raises:
+        UsageError: If no class has two training images.
+    """
+    x, labels = features.train_features.to(device), features.train_labels.to(device)
+    sizes = np.bincount(features.train_labels)
+    counts = np.minimum(-(-sizes // 5), sizes - 1).clip(0)
+    held_out = sample_per_class(features.train_labels.numpy(), counts, [settings.seed])
+    rest = np.setdiff1d(np.arange(len(x)), held_out)
+    if not len(held_out):
         raise UsageError(
             "linear chooses on a fifth of each class, and no class has two training images"
         )
     epochs = max(settings.linear_epochs, -(-MIN_STEPS * BATCH_SIZE // len(x)))
-    heads = partial(train_heads, classes=feature_set.classes, epochs=epochs, seed=settings.seed)
-    tried = linear_logits(heads(x[rest], labels[rest], GRID), x[held])
-    right = (tried.argmax(1) == labels[held, None]).sum(0).tolist()
-    lr, decay = chosen = GRID[right.index(max(right))]
-    head = heads(x, labels, [chosen])
+    train = partial(train_heads, classes=features.classes, epochs=epochs, seed=settings.seed)
+    logits = linear_logits(train(x[rest], labels[rest], GRID), x[held_out])
+    correct = (logits.argmax(1) == labels[held_out, None]).sum(0).tolist()
+    lr, decay = best = GRID[correct.index(max(correct))]
+    head = train(x, labels, [best])
+    test_logits = linear_logits(head, features.test_features.to(device))[:, :, 0]
     return ProtocolResult(
         name="cached",
         features=kind,
         parameters={
-            "linear": "cached", "lr": LRS, "weight_decay": WEIGHT_DECAYS, "held_out": "a fifth of each class",
-            "optimizer": "sgd", "momentum": MOMENTUM, "schedule": "cosine", "batch_size": min(BATCH_SIZE, len(x)),
-            "epochs": epochs, "views": "none, as for testing", "standardized": STANDARDIZATION, "seed": settings.seed,
+            "linear": "cached",
+            "lr": LRS,
+            "weight_decay": WEIGHT_DECAYS,
+            "held_out": "a fifth of each class",
+            "optimizer": "sgd",
+            "momentum": MOMENTUM,
+            "schedule": "cosine",
+            "batch_size": min(BATCH_SIZE, len(x)),
+            "epochs": epochs,
+            "views": "none, as for testing",
+            "standardized": STANDARDIZATION,
+            "seed": settings.seed,
         },
-        selected={"lr": lr, "weight_decay": decay, "held_out_top1": round(100 * max(right) / len(held), 3)},
-        predictions=[top5_classes(linear_logits(head, feature_set.test_features.to(device))[:, :, 0])],
-    )  # fmt: skip
+        selected={
+            "lr": lr,
+            "weight_decay": decay,
+            "held_out_top1": round(100 * max(correct) / len(held_out), 3),
+        },
+        predictions=[top5_classes(test_logits)],
+    )
 
 
 def train_heads(
@@ -104,29 +142,40 @@ def train_heads(
     epochs: int,
     seed: int,
 ) -> Tensor:
-    """Weights (d + 1, classes, K) of K linear classifiers of x (N, d), one a (lr, decay) of grid; biases come last.
+    """Train K linear classifiers at once, one for each learning rate and weight decay.
 
-    They see the same batches and share one product a step, but each is as if trained alone: SGD with momentum on the
-    cross entropy, from zero, under a cosine. Biases do not decay.
+    They are given the same batches and share one matrix product per step, but each is trained as if
+    it were alone: SGD with momentum on the cross-entropy, from zero, with a cosine learning rate
+    and no decay of biases.
+
+    Args:
+        x: Standardized features, (N, d) float32.
+        labels: (N,) int64.
+        grid: K pairs (learning rate, weight decay).
+        classes: The number of classes.
+        epochs: Passes over the features.
+        seed: Seed of their order.
+
+    Returns:
+        Weights, (d + 1, classes, K); the last row has the biases.
     """
     lr, decay = torch.tensor(grid, device=x.device).T
     w = torch.zeros(x.shape[1] + 1, classes, len(grid), device=x.device)
-    velocity, order = torch.zeros_like(w), torch.Generator().manual_seed(seed)
+    velocity, generator = torch.zeros_like(w), torch.Generator().manual_seed(seed)
     size = min(BATCH_SIZE, len(x))
     per_epoch = len(x) // size
     ones, rows = torch.ones(size, 1, device=x.device), torch.arange(size, device=x.device)
     for step in range(epochs * per_epoch):
         if step % per_epoch == 0:
-            shuffled = torch.randperm(len(x), generator=order).to(x.device)
-        batch = shuffled[step % per_epoch * size :][:size]
-        some = torch.cat([x[batch], ones], dim=1)
-        logits = (some @ w.flatten(1)).view(size, *w.shape[1:])
-        logits = (logits - logits.amax(1, keepdim=True)).clamp(
-            min=-60
-        )  # below lie denormal numbers, slow on a CPU
-        slope = logits.softmax(1)
-        slope[rows, labels[batch]] -= 1
-        gradient = (some.T @ slope.flatten(1)).div_(size).view_as(w)
+            order = torch.randperm(len(x), generator=generator).to(x.device)
+        batch = order[step % per_epoch * size :][:size]
+        inputs = torch.cat([x[batch], ones], dim=1)
+        logits = (inputs @ w.flatten(1)).view(size, *w.shape[1:])
+        # Without the clamp, probabilities become denormal numbers, which are slow on a CPU.
+        logits = (logits - logits.amax(1, keepdim=True)).clamp(min=-60)
+        residual = logits.softmax(1)
+        residual[rows, labels[batch]] -= 1
+        gradient = (inputs.T @ residual.flatten(1)).div_(size).view_as(w)
         gradient[:-1].addcmul_(decay, w[:-1])
         velocity.mul_(MOMENTUM).add_(gradient)
         w.addcmul_(lr, velocity, value=-cosine_schedule(step, epochs * per_epoch))
@@ -134,16 +183,25 @@ def train_heads(
 
 
 def linear_logits(w: Tensor, x: Tensor) -> Tensor:
-    """(N, classes, K) of x (N, d)."""
+    """Compute the logits of K linear classifiers.
+
+    Args:
+        w: What `train_heads` returned, (d + 1, classes, K).
+        x: Features, (N, d) float32.
+
+    Returns:
+        (N, classes, K).
+    """
     return (x @ w[:-1].flatten(1)).view(len(x), *w.shape[1:]) + w[-1]
 
 
 def train_on_crops(frozen: FrozenNetwork, settings: Settings) -> Iterator[ProtocolResult]:
-    """Train a linear layer on features of fresh crops, one layer for each learning rate.
+    """Train a linear layer on features of random crops, one layer for each learning rate.
 
     Args:
         frozen: The network and the images.
-        settings: `linear` is "paper" (LARS, appendix A) or "sgd"; `base_lr` replaces the default learning rates.
+        settings: `linear` is "paper" (LARS, appendix A) or "sgd"; `base_lr` replaces the default
+            learning rates.
 
     Yields:
         One result for each learning rate.
@@ -155,7 +213,7 @@ def train_on_crops(frozen: FrozenNetwork, settings: Settings) -> Iterator[Protoc
     training = LinearOnCrops(frozen, settings, features)
     run_training(training).raise_if_stopped("nothing was saved; the same command starts again")
     for layer, base_lr in zip(training.layers, training.base_lrs, strict=True):
-        parameters: dict[str, Any] = {
+        parameters: dict[str, object] = {
             "linear": settings.linear,
             "optimizer": "lars" if settings.linear == "paper" else "sgd",
             "base_lr": base_lr,
@@ -177,9 +235,14 @@ def train_on_crops(frozen: FrozenNetwork, settings: Settings) -> Iterator[Protoc
 
 
 class LinearOnCrops(Training):
-    """Linear layers on the features of a frozen network, as the training loop sees them.
+    """Training of linear layers on the features of a frozen network.
 
-    Weights start from N(0, 0.01), biases from 0. All layers see the same crops; each has its own learning rate.
+    All layers are given the same crops; each has its own learning rate.
+
+    Args:
+        frozen: The network and the images.
+        settings: `linear`, `linear_epochs`, `base_lr`, `features` and `seed` are used.
+        features: Features of the same kind, for their width and the number of classes.
     """
 
     save_seconds = inf  # it takes minutes and is not resumed
@@ -188,7 +251,7 @@ class LinearOnCrops(Training):
         num_images, device = len(frozen.train), frozen.compute.device
         use_lars = settings.linear == "paper"
         self.frozen, self.network = frozen, frozen.network(settings.features)
-        self.batch_size = min(PAPER_BATCH_SIZE if use_lars else 256, num_images)
+        self.batch_size = min(PAPER_BATCH_SIZE if use_lars else SGD_BATCH_SIZE, num_images)
         self.base_lrs = (
             BASE_LRS[settings.linear] if settings.base_lr is None else (settings.base_lr,)
         )
@@ -207,10 +270,12 @@ class LinearOnCrops(Training):
         self.optimizers = [build_linear_optimizer(layer, use_lars) for layer in self.layers]
 
     def batches(self) -> Iterator[ViewBatch]:
+        """Yield the batches of all steps."""
         device = self.frozen.compute.device
         return iter_batches(self.frozen.train, self.recipe, 0, self.steps, device)
 
     def train_step(self, batch: ViewBatch) -> Tensor:
+        """Take one step of every layer; return the smallest of their losses."""
         with torch.no_grad(), self.frozen.compute.autocast():
             h = all_gather(self.network(batch.views[0]).float())
         labels = self.labels[all_gather(batch.index.to(self.frozen.compute.device))]
@@ -225,14 +290,25 @@ class LinearOnCrops(Training):
             optimizer.step()
             losses.append(loss.detach())
         self.loss = losses[-1]
-        # One learning rate may diverge while another learns.
+        # The loop stops at a loss that is not finite: one learning rate may diverge, not all.
         return torch.stack(losses).nan_to_num(nan=inf).amin()
 
-    def metrics(self) -> dict[str, Any]:
+    def metrics(self) -> dict[str, float]:
+        """Return the loss of the layer with the largest learning rate."""
         return {"loss": self.loss.item()}
 
 
 def init_linear(dim: int, classes: int, seed: int) -> nn.Linear:
+    """Build a linear layer with weights from N(0, 0.01) and biases 0, as in appendix A.
+
+    Args:
+        dim: The width of the features.
+        classes: The number of classes.
+        seed: Seed of the weights. The state of torch's global generator is not changed.
+
+    Returns:
+        The layer, on the CPU.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         layer = nn.Linear(dim, classes)
@@ -242,8 +318,16 @@ def init_linear(dim: int, classes: int, seed: int) -> nn.Linear:
 
 
 def build_linear_optimizer(layer: nn.Linear, use_lars: bool) -> Optimizer:
-    """LARS as in the authors' code, on weight and bias alike; or SGD. Neither decays weights."""
-    groups: list[dict[str, Any]] = [{"params": list(layer.parameters())}]
+    """Build the optimizer of a layer, without weight decay.
+
+    Args:
+        layer: The layer.
+        use_lars: Whether to use LARS, as in the authors' code on weights and biases alike, or SGD.
+
+    Returns:
+        The optimizer, with learning rate 0.
+    """
+    groups: list[dict[str, object]] = [{"params": list(layer.parameters())}]
     if use_lars:
         return LARS(groups, lr=0.0, momentum=MOMENTUM, weight_decay=0.0)
     return SGD(groups, lr=0.0, momentum=MOMENTUM)
