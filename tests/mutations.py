@@ -784,9 +784,9 @@ MUTATIONS = [
     m(
         "forget the momentum",
         "training/plan",
-        '"optimizer": _total_bytes(kept)',
+        '"optimizer": _total_bytes(state)',
         '"optimizer": 0',
-        "plan.py::test_a_plan_is_what_then_happens[simsiam]",
+        "plan.py::test_a_run_takes_what_was_planned[simsiam]",
     ),
     m(
         "count what is saved twice",

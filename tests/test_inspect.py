@@ -1,4 +1,4 @@
-"""The index sees what decoding sees and looks at nothing twice; `inspect` says the same of images however packed."""
+"""The index agrees with decoding and inspects no file twice; `inspect` accepts any packing."""
 
 import json
 import os
@@ -84,31 +84,53 @@ def odd_files():
     """Good files of every kind, and broken ones: their names say which."""
     jpeg, png, size = encode(1, "JPEG", size=(64, 64)), encode(2, size=(64, 64)), (40, 40)
     good = {
-        "plain.jpg": jpeg, "plain.png": png, "gray.jpg": encode(3, "JPEG", mode="L"),
-        "cmyk.jpg": encode(4, "JPEG", mode="CMYK"), "palette.png": encode(5, mode="P"),
-        "alpha.png": encode(6, mode="RGBA"), "deep.png": encode(7, mode="I;16"), "bits.png": encode(8, mode="1"),
-        "progressive.jpg": encode(9, "JPEG", progressive=True), "frames.gif": encode(10, "GIF"),
-        "new.webp": encode(11, "WEBP"), "old.bmp": encode(12, "BMP"), "scan.tif": encode(13, "TIFF"),
-        "raw.ppm": encode(14, "PPM"), "lies.jpg": encode(15), "lies.PNG": encode(16, "JPEG"),
-        "camera.jpg": jpeg + bytes(100), "padded.png": png + b"\n", "nine.npy": array(np.ones((9, 9, 3), np.uint8)),
+        "plain.jpg": jpeg,
+        "plain.png": png,
+        "gray.jpg": encode(3, "JPEG", mode="L"),
+        "cmyk.jpg": encode(4, "JPEG", mode="CMYK"),
+        "palette.png": encode(5, mode="P"),
+        "alpha.png": encode(6, mode="RGBA"),
+        "deep.png": encode(7, mode="I;16"),
+        "bits.png": encode(8, mode="1"),
+        "progressive.jpg": encode(9, "JPEG", progressive=True),
+        "frames.gif": encode(10, "GIF"),
+        "new.webp": encode(11, "WEBP"),
+        "old.bmp": encode(12, "BMP"),
+        "scan.tif": encode(13, "TIFF"),
+        "raw.ppm": encode(14, "PPM"),
+        "lies.jpg": encode(15),
+        "lies.PNG": encode(16, "JPEG"),
+        "camera.jpg": jpeg + bytes(100),
+        "padded.png": png + b"\n",
+        "nine.npy": array(np.ones((9, 9, 3), np.uint8)),
         "thumbnail.jpg": encode(17, "JPEG", exif=b"Exif\0\0" + encode(18, "JPEG")),
-    }  # fmt: skip
+    }
     broken = {
-        "empty.jpg": b"", "page.jpg": b"<html>404</html>", "half.jpg": jpeg[: len(jpeg) // 2],
-        "almost.jpg": jpeg[:-300], "half.png": png[: len(png) // 2], "header.png": png[:33], "bomb.png": bomb(),
-        "no pixels.png": png[:33] + png[-12:-4], "half.gif": encode(20, "GIF", size=size)[:-900],
-        "half.bmp": encode(21, "BMP", size=size)[:-99], "half.webp": encode(22, "WEBP", size=size)[:200],
-        "half.tif": encode(23, "TIFF", size=size)[:300], "half.ppm": encode(24, "PPM", size=size)[:-99],
-        "short.npy": array(np.ones((9, 9, 3), np.uint8))[:-1], "object.npy": array(np.array([{}]), allow_pickle=True),
-        "floats.npy": array(np.full((9, 9, 3), 7.5)), "five.npy": array(np.ones((9, 9, 5), np.uint8)),
-    }  # fmt: skip
+        "empty.jpg": b"",
+        "page.jpg": b"<html>404</html>",
+        "half.jpg": jpeg[: len(jpeg) // 2],
+        "almost.jpg": jpeg[:-300],
+        "half.png": png[: len(png) // 2],
+        "header.png": png[:33],
+        "bomb.png": bomb(),
+        "no pixels.png": png[:33] + png[-12:-4],
+        "half.gif": encode(20, "GIF", size=size)[:-900],
+        "half.bmp": encode(21, "BMP", size=size)[:-99],
+        "half.webp": encode(22, "WEBP", size=size)[:200],
+        "half.tif": encode(23, "TIFF", size=size)[:300],
+        "half.ppm": encode(24, "PPM", size=size)[:-99],
+        "short.npy": array(np.ones((9, 9, 3), np.uint8))[:-1],
+        "object.npy": array(np.array([{}]), allow_pickle=True),
+        "floats.npy": array(np.full((9, 9, 3), 7.5)),
+        "five.npy": array(np.ones((9, 9, 5), np.uint8)),
+    }
     return {f"good {name}": data for name, data in good.items()} | {
         f"bad {name}": data for name, data in broken.items()
     }
 
 
 def pets():
-    """Two splits with classes; a is there three times, b in both splits, and two files are broken alike."""
+    """Two splits with classes; a occurs three times, b in both splits, and two files are empty."""
     a, b = encode(100, "JPEG"), encode(101)
     files = {
         f"train/{'cat' if i % 3 else 'dog'}/{i}.jpg": encode(i, "JPEG", (20 + i, 40))
@@ -129,7 +151,7 @@ def pets():
     return files
 
 
-# --- the index --------------------------------------------------------------------------------------------------------
+# --- the index ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("channels", [1, 3, 5])
@@ -304,7 +326,7 @@ def test_the_cache_is_where_the_user_wants_it(tmp_path, monkeypatch):
         assert [path.suffix for path in (tmp_path / place).iterdir()] == [".arrow"]
 
 
-# --- the facts --------------------------------------------------------------------------------------------------------
+# --- the facts ------------------------------------------------------------------------------------
 
 
 def packed(tmp_path):
@@ -321,7 +343,7 @@ def packed(tmp_path):
             info.size = len(data)
             archive.addfile(info, BytesIO(data))
     yield tmp_path / "pets.tar"
-    about = {
+    metadata = {
         "info": {
             "features": {
                 "image": {"_type": "Image"},
@@ -331,30 +353,30 @@ def packed(tmp_path):
     }
     (tmp_path / "rows").mkdir()
     for split in ("train", "val"):
-        mine = {name: data for name, data in files.items() if name.startswith(split)}
+        part = {name: data for name, data in files.items() if name.startswith(split)}
         table = pa.table(
-            {"image": list(mine.values()), "label": [int("dog" in name) for name in mine]}
+            {"image": list(part.values()), "label": [int("dog" in name) for name in part]}
         )
         pq.write_table(
-            table.replace_schema_metadata({"huggingface": json.dumps(about)}),
+            table.replace_schema_metadata({"huggingface": json.dumps(metadata)}),
             tmp_path / "rows" / f"{split}.parquet",
         )
     yield tmp_path / "rows"
 
 
-def test_however_images_are_packed_the_facts_are_the_same(tmp_path, quick):
+def test_the_facts_do_not_depend_on_how_images_are_packed(tmp_path, quick):
     folder, *others = packed(tmp_path)
     expected = inspect(folder)
     for source in others:
-        found = inspect([source])
-        if source.is_dir():  # rows of Parquet are numbered: they have no names, so none that lie
+        facts = inspect([source])
+        if source.is_dir():  # rows of Parquet have numbers instead of names, so none is misnamed
             expected["formats"]["misnamed"] = []
             for split in ("train", "val"):
                 for i, name in enumerate(name for name in sorted(pets()) if name.startswith(split)):
                     expected = json.loads(
                         json.dumps(expected).replace(f'"{name}"', f'"{split}#{i}"')
                     )
-        assert found | {"source": ""} == expected | {"source": ""}
+        assert facts | {"source": ""} == expected | {"source": ""}
 
 
 def test_another_archive_of_the_same_name_is_noticed(tmp_path):
@@ -363,13 +385,13 @@ def test_another_archive_of_the_same_name_is_noticed(tmp_path):
         (1, "", (1, 2)),
         (2, "", (3, 4)),
         (2, "longer", (5, 6)),
-    ):  # at another time, or larger
+    ):  # a later time, or a larger file
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("notes.txt", extra)
             for i, seed in enumerate(seeds):
                 archive.writestr(
                     f"{i}.bmp", encode(seed, "BMP")
-                )  # as many bytes, whatever the seed
+                )  # the same number of bytes for any seed
         os.utime(path, (time, time))
         assert (
             indexed(path)["digest"].to_pylist()
@@ -377,7 +399,7 @@ def test_another_archive_of_the_same_name_is_noticed(tmp_path):
         )
 
 
-def test_copies_are_found_also_across_splits(tmp_path, quick):
+def test_copies_are_found_within_and_across_splits(tmp_path, quick):
     facts = inspect(write(tmp_path / "pets", pets()))
     assert facts["duplicates"] == {
         "copies": 3,
@@ -386,7 +408,7 @@ def test_copies_are_found_also_across_splits(tmp_path, quick):
             ["train/dog/b.png", "val/dog/b.png"],
         ],
         "shared": [["train", "val", 1]],
-    }  # and two empty files are not copies of an image
+    }  # two empty files are not copies of an image
     assert facts["formats"]["misnamed"] == [["train/dog/a.png", "JPEG"]]
 
 
@@ -436,10 +458,13 @@ def test_the_time_is_that_of_all_epochs(tmp_path, monkeypatch):
         tmp_path / "small",
         {f"{i:02}.png": encode(i, size=(32, 32)) for i in range(37)} | {"bad.png": b""},
     )
-    write(root, {"other.png": encode(size=(32, 33))})  # of two sizes: not held in memory
+    write(root, {"other.png": encode(size=(32, 33))})  # two sizes: not kept in memory
     for gpu, resident, expected in (
-        (False, True, 0.001 + 0.01), (True, True, 0.001 + 0.01), (False, False, 0.001 / 4 + 0.01), (True, False, 0.01),
-    ):  # fmt: skip
+        (False, True, 0.001 + 0.01),
+        (True, True, 0.001 + 0.01),
+        (False, False, 0.001 / 4 + 0.01),
+        (True, False, 0.01),
+    ):
         (root / "other.png").unlink() if resident and (root / "other.png").exists() else None
         if not resident:
             write(root, {"other.png": encode(size=(32, 33))})
@@ -456,25 +481,25 @@ def test_the_time_is_that_of_all_epochs(tmp_path, monkeypatch):
         monkeypatch.setattr(verb, "CPU_CORES", 4)
         monkeypatch.setattr(
             verb, "_machine_key", lambda gpu=gpu: [gpu]
-        )  # what was measured elsewhere does not count here
+        )  # a measurement on another machine is not used
         time = inspect(root)["time"]
         assert time["images_per_epoch"] == 32 and time["epochs"] == 200
         assert time["seconds"] == pytest.approx(32 * 200 * expected, rel=1e-3)
         monkeypatch.setattr(verb, "measure_speed", None)
-        assert inspect(root)["time"] == time, "it is measured once"
+        assert inspect(root)["time"] == time, "the speed is measured once"
 
 
 @pytest.mark.parametrize("resident", [True, False])
-def test_speed_takes_real_steps(tmp_path, resident):
+def test_the_speed_is_measured_with_real_steps(tmp_path, resident):
     images = open_source(
         write(tmp_path / "small", {f"{i}.png": encode(i, size=(32, 32)) for i in range(40)})
     ).train
     recipe = Recipe().replace(**TINY | {"image_size": 32, "mean": [0.5] * 3, "std": [0.25] * 3})
-    found = verb.measure_speed(recipe, images, resident=resident)
-    assert 0 < found["prepared"] < 10 and 0 < found["trained"] < 10 and found["device"]
+    speed = verb.measure_speed(recipe, images, resident=resident)
+    assert 0 < speed["prepared"] < 10 and 0 < speed["trained"] < 10 and speed["device"]
 
 
-def test_what_cannot_be_trained_on_is_told_all_the_same(tmp_path, capsys, monkeypatch, quick):
+def test_images_that_cannot_be_trained_on_are_described(tmp_path, capsys, monkeypatch, quick):
     import torch
 
     facts = inspect(write(tmp_path / "few", {f"{i}.png": encode(i) for i in range(5)}))
@@ -495,10 +520,10 @@ def test_what_cannot_be_trained_on_is_told_all_the_same(tmp_path, capsys, monkey
     monkeypatch.setattr("simsiam.data.batches.make_training_views", full)
     facts = inspect(write(tmp_path / "many", {f"{i}.png": encode(i) for i in range(20)}))
     assert "batches of 16 do not fit" in facts["time"]["unknown"]
-    assert capsys.readouterr().out.count("unknown: ") == 4  # and the sizes of none
+    assert capsys.readouterr().out.count("unknown: ") == 4  # three times, and the sizes of no image
 
 
-# --- in words ---------------------------------------------------------------------------------------------------------
+# --- the facts as text ----------------------------------------------------------------------------
 
 
 def test_text_and_json_agree_in_80_columns(tmp_path, capsys, quick):
@@ -513,11 +538,11 @@ def test_text_and_json_agree_in_80_columns(tmp_path, capsys, quick):
         line.isprintable() and len(line) <= 80 for line in text.splitlines()
     )
 
-    told, name = {}, ""
-    for line in text.splitlines():  # the name of a fact stands before what it says
+    printed, name = {}, ""
+    for line in text.splitlines():  # the first column has the names of the facts
         name = line[:12].strip() or name
-        told[name] = f"{told.get(name, '')} {line[12:].strip()}".strip()
-    assert list(told) == list(facts)[1:]
+        printed[name] = f"{printed.get(name, '')} {line[12:].strip()}".strip()
+    assert list(printed) == list(facts)[1:]
     least, median, most = facts["sizes"]["shorter_side"]
     (few, many), device = (
         sorted(facts["labels"]["classes"].items(), key=lambda pair: pair[1]),
@@ -526,7 +551,13 @@ def test_text_and_json_agree_in_80_columns(tmp_path, capsys, quick):
     expected = {
         "images": [f"{facts['images']['count']} in", "28 train, 2 val"],
         "sizes": [f"{least} to {most} px, median {median}"],
-        "formats": ["JPEG", "PNG", "2 files named", "a.png is JPEG", r"two-\twords.jpg is PNG"],
+        "formats": [
+            "JPEG",
+            "PNG",
+            "2 files with the extension of another format",
+            "a.png is JPEG",
+            r"two-\twords.jpg is PNG",
+        ],
         "labels": [
             "2 classes, in train and val: cat, dog",
             f"{few[1]} ({few[0]}) to {many[1]} ({many[0]})",
@@ -534,7 +565,7 @@ def test_text_and_json_agree_in_80_columns(tmp_path, capsys, quick):
         "duplicates": [
             "3 copies",
             "train/dog/b.png = val/dog/b.png",
-            "1 of them stand both in train and in val",
+            "groups with files in both train and val: 1",
         ],
         "unreadable": ["3 files", r"caf\udce9 \x1b[31m\nlong", "e1.jpg: an empty file"],
         "recipe": [facts["recipe"]["chosen"], *facts["recipe"]["because"]],
@@ -546,10 +577,10 @@ def test_text_and_json_agree_in_80_columns(tmp_path, capsys, quick):
     }
     for name, parts in expected.items():
         for part in parts:
-            assert part in told[name], (name, part)
+            assert part in printed[name], (name, part)
 
 
-def test_a_long_list_of_trouble_is_cut_short(tmp_path, capsys, quick):
+def test_a_long_list_of_problems_is_cut_short(tmp_path, capsys, quick):
     inspect(
         write(
             tmp_path / "bad",
@@ -584,8 +615,8 @@ def test_pixels_and_published_colors(tmp_path, capsys, monkeypatch, quick):
             facts["colors"]["mean"] == [0.4914, 0.4822, 0.4465] and not facts["colors"]["measured"]
         )
         text = capsys.readouterr().out
-        assert "70 as plain pixels" in text and "as published" in text
-        pixels[7] = 0  # what is drawn by a program may be drawn otherwise by another version
+        assert "70 decoded images" in text and "as published" in text
+        pixels[7] = 0  # another version of a program may draw other images
     black = load_index(["cifar10"], Source("cifar10", *parts)).table["digest"][7].as_py()
     assert black == blake2b(bytes(3 * 32 * 32), digest_size=16).digest()
 
@@ -599,14 +630,18 @@ def test_wrong_requests_are_one_line(tmp_path):
         inspect(tmp_path, channels=0)
 
 
-def test_a_second_inspect_loads_no_torch_and_says_the_same(tmp_path, capsys, quick):
+def test_a_second_inspect_loads_no_torch_and_prints_the_same(tmp_path, capsys, quick):
     root = write(tmp_path / "pets", pets() | {"train/cat/\u732b.jpg": b""})
     inspect(root)
     first = capsys.readouterr().out
-    code = "import sys; from simsiam.training.inspect import inspect; inspect(sys.argv[1]); assert 'torch' not in sys.modules"
-    here = os.environ | {"PYTHONIOENCODING": "ascii"}  # what such a terminal cannot show is escaped
+    code = (
+        "import sys; from simsiam.training.inspect import inspect; inspect(sys.argv[1]); "
+        "assert 'torch' not in sys.modules"
+    )
+    # What a terminal cannot show is escaped.
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
     done = subprocess.run(
-        [sys.executable, "-c", code, str(root)], capture_output=True, text=True, env=here
+        [sys.executable, "-c", code, str(root)], capture_output=True, text=True, env=environment
     )
     assert done.returncode == 0, done.stderr
     assert (
@@ -615,7 +650,7 @@ def test_a_second_inspect_loads_no_torch_and_says_the_same(tmp_path, capsys, qui
     )
 
 
-def test_a_file_is_whole_or_as_it_was(tmp_path):
+def test_a_file_is_complete_or_unchanged(tmp_path):
     path = tmp_path / "facts.json"
     with atomic_write(path) as part:
         part.write_text("all")

@@ -1,19 +1,18 @@
-"""What a source holds, before anything is trained on it: the facts as a dictionary, and in words on 80 columns."""
+"""Inspect a source before training: its images, the recipe it gets, and how long training takes.
+
+The facts are JSON values; `inspect` prints them as text in 80 columns. Nothing here loads torch,
+except for measurements that are not in the cache yet.
+"""
 
 import json
-import math
 import os
 import platform
-import sys
-import textwrap
-import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from glob import glob
 from importlib.metadata import version
 from itertools import combinations
-from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -21,17 +20,111 @@ import pyarrow.compute as pc
 
 from simsiam.config import recipes
 from simsiam.config.recipes import Recipe, ResolvedRecipe
-from simsiam.data.images import Images, evenly_spaced, load_into_memory
+from simsiam.data.images import Images
 from simsiam.errors import UsageError, WorkFailed, printable
-from simsiam.runs.compose import choose_recipe
+from simsiam.runs.choose import choose_recipe
 from simsiam.sources.file_index import Index, load_index
 from simsiam.sources.open_source import Source, open_source
-from simsiam.utils.files import atomic_write
+from simsiam.training.facts import (
+    check_out_file,
+    format_bytes,
+    format_duration,
+    print_fact_lines,
+    source_names,
+    write_facts,
+)
+from simsiam.training.speed import measure_speed, seconds_per_image
 from simsiam.utils.workers import CPU_CORES
 
-TEXT_WIDTH, INDENT = 80, 12  # of the text
-MAX_EXAMPLES = 3  # of a kind of trouble, in the text; the dictionary has all
-PROBE_SECONDS = 6.0  # seconds that measuring the speed of training may take, once torch is loaded
+MAX_EXAMPLES = 3  # files that the text names for each kind of problem; the facts name all
+
+
+class ImageFacts(TypedDict):
+    """How many images there are."""
+
+    count: int
+    bytes: int
+    splits: dict[str, int]  # images by split
+
+
+class SizeFacts(TypedDict, total=False):
+    """Sizes in pixels as stored, before any rotation by EXIF; empty if no image is readable."""
+
+    all: list[int] | None  # width and height, if all images have the same
+    shorter_side: list[int]  # minimum, median, maximum
+    longer_to_shorter: list[float]  # ratio of the sides: minimum, median, maximum
+
+
+class FormatFacts(TypedDict):
+    """File formats of the readable images."""
+
+    counts: dict[str, int]  # images by format, the most frequent first
+    misnamed: list[list[str]]  # name and format of files with the extension of another format
+
+
+class LabelFacts(TypedDict, total=False):
+    """Labels; empty if there are none."""
+
+    splits: list[str]  # splits with labels
+    counted_in: str  # the first of them
+    classes: dict[str, int]  # images by class in that split
+
+
+class DuplicateFacts(TypedDict):
+    """Readable images whose files are equal byte for byte."""
+
+    copies: int  # files that could be removed without losing an image
+    groups: list[list[str]]  # names of equal files, the largest group first
+    shared: list[list[str | int]]  # two splits, and the number of groups with files in both
+
+
+class UnreadableFacts(TypedDict):
+    """Images that cannot be read."""
+
+    files: list[list[str]]  # name and reason
+
+
+class RecipeFacts(TypedDict):
+    """The recipe that the source gets."""
+
+    chosen: str
+    because: list[str]
+
+
+class ColorFacts(TypedDict):
+    """Mean and standard deviation of each channel, for values from 0 to 1."""
+
+    mean: list[float]
+    std: list[float]
+    measured: bool  # on a sample, rather than published
+
+
+class TimeFacts(TypedDict, total=False):
+    """An estimate of the training time; if there is none, `unknown` is the only key."""
+
+    seconds: float
+    epochs: int
+    images_per_epoch: int
+    images_per_second: float
+    prepared_per_second: float
+    trained_per_second: float
+    device: str
+    unknown: str  # the reason
+
+
+class SourceFacts(TypedDict, total=False):
+    """All facts about a source."""
+
+    source: str
+    images: ImageFacts
+    sizes: SizeFacts
+    formats: FormatFacts
+    labels: LabelFacts
+    duplicates: DuplicateFacts
+    unreadable: UnreadableFacts
+    recipe: RecipeFacts
+    colors: ColorFacts
+    time: TimeFacts
 
 
 def inspect(
@@ -39,60 +132,65 @@ def inspect(
     *,
     channels: int = 3,
     out: str | os.PathLike[str] | None = None,
-) -> dict[str, Any]:
-    """Print what a source holds, what would be trained on it, and how long that would take here; returns these facts.
+) -> SourceFacts:
+    """Print what a source contains, the recipe it gets, and how long training takes here.
 
-    Every file is looked at once, and again only when it has changed: see `index_of`. What needs torch is measured once
-    for the same images and, where speed matters, the same machine. `out` is a file for the facts, as JSON.
+    Each file is read once, and again only after it has changed: see `load_index`. Colors are
+    measured once for the same images, the speed once for the same images and machine.
+
+    Args:
+        sources: One or several sources, as for `pretrain`.
+        channels: The number of channels that images are decoded to.
+        out: A JSON file for the facts.
+
+    Returns:
+        The facts.
+
+    Raises:
+        UsageError: An argument is wrong.
+        WorkFailed: A worker process was killed.
     """
-    path = None if out is None else Path(out)
-    if path and (path.is_dir() or not path.parent.is_dir()):
-        raise UsageError(
-            f"--out is {printable(str(path))}: it takes the name of a file in a folder that exists"
-        )
-    names = [
-        os.fspath(one) for one in ([sources] if isinstance(sources, str | os.PathLike) else sources)
-    ]
-    wanted = Recipe().replace(channels=channels)
-    source = open_source(names, wanted.channels)
-    index = load_index(names, source, wanted.channels)
-    facts: dict[str, Any] = {"source": source.name}
+    path = check_out_file(out)
+    names = source_names(sources)
+    channels = Recipe().replace(channels=channels).channels
+    source = open_source(names, channels)
+    index = load_index(names, source, channels)
+    facts: SourceFacts = {"source": source.name}
 
-    def found(name: str, fact: dict[str, Any]) -> dict[str, Any]:
-        facts[name] = fact
-        print_fact(name, fact)
-        return fact
+    def add(new: SourceFacts) -> None:
+        facts.update(new)
+        for name, fact in new.items():
+            print_fact_lines(name, FACT_FORMATTERS[name](fact))
 
-    for name, fact in dataset_facts(source, index).items():
-        found(name, fact)
+    add(dataset_facts(source, index))
     try:
-        recipe, why = choose_recipe(names, source)
-        found("recipe", {"chosen": why[0], "because": why[1:]})
+        recipe, (chosen, *reasons) = choose_recipe(names, source)
+        add({"recipe": {"chosen": chosen, "because": reasons}})
         recipe = recipe.replace(source=names, channels=channels)
-        color = found("colors", color_statistics(names, source, recipe, index))
-        found(
-            "time",
-            estimate_duration(source, recipe.replace(mean=color["mean"], std=color["std"]).resolve(), index),
-        )
-    except (
-        UsageError,
-        WorkFailed,
-    ) as error:  # of images that cannot be trained on, the rest is told all the same
-        found("time", {"unknown": str(error)})
-    if path:
-        with atomic_write(path) as part:
-            part.write_text(json.dumps(facts, indent=2) + "\n")
+        colors = color_statistics(names, source, recipe, index)
+        add({"colors": colors})
+        recipe = recipe.replace(mean=colors["mean"], std=colors["std"])
+        add({"time": estimate_duration(source, recipe.resolve(), index)})
+    except (UsageError, WorkFailed) as error:  # the images cannot be trained on
+        add({"time": {"unknown": str(error)}})
+    write_facts(path, facts)
     return facts
 
 
-# --- what there is ----------------------------------------------------------------------------------------------------
+# --- the images -----------------------------------------------------------------------------------
 
 
-def dataset_facts(source: Source, index: Index) -> dict[str, dict[str, Any]]:
-    """What the index knows of the images, and the source of their labels."""
+def dataset_facts(source: Source, index: Index) -> SourceFacts:
+    """Collect the facts that the index of a source and its labels contain.
+
+    Args:
+        source: The opened source.
+        index: Its index.
+    """
     table = index.table
     readable = pc.equal(table["reason"], "").to_numpy()
     unreadable = table.select(["key", "reason"]).filter(pa.array(~readable))
+    reasons = [[_printable_key(key), reason.as_py()] for key, reason in zip(*unreadable.columns)]
     splits = {name: len(images) for name, images in source.splits.items()}
     return {
         "images": {"count": len(table), "bytes": pc.sum(table["bytes"]).as_py(), "splits": splits},
@@ -102,11 +200,7 @@ def dataset_facts(source: Source, index: Index) -> dict[str, dict[str, Any]]:
         "duplicates": index.get_or_measure(
             f"duplicates in {splits}", lambda: _duplicate_facts(table, readable, splits)
         ),
-        "unreadable": {
-            "files": [
-                [_printable_key(key), reason.as_py()] for key, reason in zip(*unreadable.columns)
-            ]
-        },
+        "unreadable": {"files": reasons},
     }
 
 
@@ -114,20 +208,16 @@ def _printable_key(key: pa.Scalar) -> str:
     return printable(os.fsdecode(key.as_py()))
 
 
-def _size_facts(height: np.ndarray, width: np.ndarray) -> dict[str, Any]:
-    """The shorter side in pixels, and how many times longer the other one is: least, median, most; {} of no image.
-
-    As stored, before any rotation by EXIF.
-    """
+def _size_facts(height: np.ndarray, width: np.ndarray) -> SizeFacts:
+    """Summarize the sizes of the readable images; heights and widths are (N,)."""
     if not len(height):
         return {}
     shorter, longer = np.minimum(height, width), np.maximum(height, width)
+    ratio = longer / shorter
     return {
         "all": [int(width[0]), int(height[0])] if _all_same_size(height, width) else None,
         "shorter_side": [int(f(shorter)) for f in (np.min, np.median, np.max)],
-        "longer_to_shorter": [
-            round(float(f(longer / shorter)), 2) for f in (np.min, np.median, np.max)
-        ],
+        "longer_to_shorter": [round(float(f(ratio)), 2) for f in (np.min, np.median, np.max)],
     }
 
 
@@ -135,66 +225,73 @@ def _all_same_size(height: np.ndarray, width: np.ndarray) -> bool:
     return bool((height == height[0]).all() and (width == width[0]).all())
 
 
-def _file_format_facts(table: pa.Table, readable: np.ndarray) -> dict[str, Any]:
-    """How many readable images have each format, and which are named as if they had another."""
-    formats = table["format"].filter(pa.array(readable)).value_counts().to_pylist()
-    counts = {
-        found["values"]: found["counts"]
-        for found in sorted(formats, key=lambda found: -found["counts"])
-    }
+def _file_format_facts(table: pa.Table, readable: np.ndarray) -> FormatFacts:
+    counts = table["format"].filter(pa.array(readable)).value_counts().to_pylist()
+    counts.sort(key=lambda entry: -entry["counts"])
     rows = np.flatnonzero(table["misnamed"].to_numpy() & readable).tolist()
     return {
-        "counts": counts,
+        "counts": {entry["values"]: entry["counts"] for entry in counts},
         "misnamed": [[_printable_key(table["key"][i]), table["format"][i].as_py()] for i in rows],
     }
 
 
-def _label_facts(source: Source) -> dict[str, Any]:
-    """The classes, and how many images of each are in the first split that has labels; {} without any."""
+def _label_facts(source: Source) -> LabelFacts:
     labeled = {
         split: images for split, images in source.splits.items() if images.labels is not None
     }
-    for split, images in labeled.items():
-        counts = np.bincount(np.asarray(images.labels), minlength=len(images.classes)).tolist()
-        classes = dict(zip(map(printable, images.classes), counts))
-        return {"splits": list(labeled), "counted_in": split, "classes": classes}
-    return {}
+    if not labeled:
+        return {}
+    split, images = next(iter(labeled.items()))
+    counts = np.bincount(np.asarray(images.labels), minlength=len(images.classes)).tolist()
+    classes = dict(zip(map(printable, images.classes), counts))
+    return {"splits": list(labeled), "counted_in": split, "classes": classes}
 
 
 def _duplicate_facts(
-    table: pa.Table, readable: np.ndarray, splits: dict[str, int]
-) -> dict[str, Any]:
-    """Groups of readable images whose files are equal byte for byte, the largest first; how many two splits share."""
+    table: pa.Table, readable: np.ndarray, splits: Mapping[str, int]
+) -> DuplicateFacts:
+    """Group readable images by the digests of their files."""
     digests = table["digest"].combine_chunks()
-    halves = np.frombuffer(digests.buffers()[1], np.uint64)[2 * digests.offset :][
-        : 2 * len(digests) : 2
-    ]
-    inorder = np.sort(halves)  # a half suffices to find the few that may be equal
-    alike = np.isin(halves, inorder[1:][inorder[1:] == inorder[:-1]]) & readable
-    found: dict[bytes, list[int]] = {}
-    for i in np.flatnonzero(alike).tolist():
-        found.setdefault(digests[i].as_py(), []).append(i)
-    groups = sorted(
-        (group for group in found.values() if len(group) > 1),
-        key=lambda group: (-len(group), group),
+    words = np.frombuffer(digests.buffers()[1], np.uint64)  # two for each digest
+    first_words = words[2 * digests.offset :][: 2 * len(digests) : 2]
+    # Half a digest is enough to find the few files that may be equal.
+    ordered = np.sort(first_words)
+    candidates = np.isin(first_words, ordered[1:][ordered[1:] == ordered[:-1]]) & readable
+    rows_by_digest: dict[bytes, list[int]] = {}
+    for i in np.flatnonzero(candidates).tolist():
+        rows_by_digest.setdefault(digests[i].as_py(), []).append(i)
+    groups = [rows for rows in rows_by_digest.values() if len(rows) > 1]
+    groups.sort(key=lambda rows: (-len(rows), rows))
+    ends, names = np.cumsum(list(splits.values())), list(splits)
+    pairs = Counter(
+        pair
+        for rows in groups
+        for pair in combinations(np.unique(np.searchsorted(ends, rows, side="right")).tolist(), 2)
     )
-    stops, names = np.cumsum(list(splits.values())), list(splits)
-    stands = [np.unique(np.searchsorted(stops, group, side="right")).tolist() for group in groups]
-    shared = Counter(pair for places in stands for pair in combinations(places, 2))
     return {
         "copies": sum(map(len, groups)) - len(groups),
-        "groups": [[_printable_key(table["key"][i]) for i in group] for group in groups],
-        "shared": [[names[a], names[b], count] for (a, b), count in sorted(shared.items())],
+        "groups": [[_printable_key(table["key"][i]) for i in rows] for rows in groups],
+        "shared": [[names[a], names[b], count] for (a, b), count in sorted(pairs.items())],
     }
 
 
-# --- what would be trained --------------------------------------------------------------------------------------------
+# --- training on them -----------------------------------------------------------------------------
 
 
 def color_statistics(
     names: Sequence[str], source: Source, recipe: Recipe, index: Index
-) -> dict[str, Any]:
-    """Mean and standard deviation of each channel, in 0..1: those that training would normalize with."""
+) -> ColorFacts:
+    """Find the mean and the standard deviation that training would normalize with.
+
+    Args:
+        names: The names of the sources.
+        source: The opened source.
+        recipe: The recipe.
+        index: The index of the source, where the measurement is kept.
+
+    Raises:
+        UsageError: No image can be read.
+    """
     known = recipes.CHANNEL_STATISTICS.get(names[0]) if len(names) == 1 else None
     mean, std = known or index.get_or_measure(
         f"colors at {recipe.image_size} px", lambda: _measure_statistics(source.train, recipe)
@@ -202,282 +299,184 @@ def color_statistics(
     return {"mean": list(mean), "std": list(std), "measured": not known}
 
 
-def _measure_statistics(images: Images, recipe: Recipe) -> Any:
+def _measure_statistics(
+    images: Images, recipe: Recipe
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
     from simsiam.runs.compose import channel_statistics
 
     return channel_statistics(images, recipe.image_size or 0, recipe.channels)
 
 
-def estimate_duration(source: Source, recipe: ResolvedRecipe, index: Index) -> dict[str, Any]:
-    """An estimate of the time that the recipe's run takes here, without kNN monitor and checkpoints.
+def estimate_duration(source: Source, recipe: ResolvedRecipe, index: Index) -> TimeFacts:
+    """Estimate how long a run takes on this machine, without the kNN monitor and checkpoints.
 
-    An image is prepared (decoded, cropped, colored), then trained on. Worker processes prepare images beside a GPU, and
-    the slower of the two decides; on a CPU they take its cores from training. Images that fit in memory are decoded
-    only once, which is left out, and the rest of their preparation is done between the steps.
+    The speed is that of `measure_speed`, combined as in `seconds_per_image`. If the images fit in
+    memory, they are decoded only once; the time for that is left out.
+
+    Args:
+        source: The opened source.
+        recipe: The recipe of the run.
+        index: The index of the source, where the measurement is kept.
+
+    Raises:
+        UsageError: The readable images do not fill a batch.
+        WorkFailed: A batch does not fit in the memory of the device.
     """
     rows = index.table.slice(0, len(source.train))
-    good = np.flatnonzero(pc.equal(rows["reason"], "").to_numpy())
-    images = source.train.take(good)
-    epoch = len(images) // recipe.batch_size * recipe.batch_size
-    if not epoch:
+    readable = np.flatnonzero(pc.equal(rows["reason"], "").to_numpy())
+    images = source.train.take(readable)
+    images_per_epoch = len(images) // recipe.batch_size * recipe.batch_size
+    if not images_per_epoch:
         raise UsageError(
-            f"{len(images)} readable images are less than a batch of {recipe.batch_size}"
+            f"{len(images)} readable images do not fill a batch of {recipe.batch_size}"
         )
-    height, width = (rows[name].to_numpy()[good] for name in ("height", "width"))
-    pixels = len(images) * recipe.channels * int(height[0]) * int(width[0])
-    resident = images.pixels is not None or (
-        _all_same_size(height, width) and pixels <= recipe.cache_gib * 2**30
+    height, width = (rows[name].to_numpy()[readable] for name in ("height", "width"))
+    num_bytes = len(images) * recipe.channels * int(height[0]) * int(width[0])
+    fits = _all_same_size(height, width) and num_bytes <= recipe.cache_gib * 2**30
+    resident = images.pixels is not None or fits
+    speed = index.get_or_measure(
+        f"speed of {json.dumps([_machine_key(), recipe.to_dict()])}",
+        lambda: measure_speed(recipe, images, resident=resident),
     )
-    key = f"speed of {json.dumps([_machine_key(), recipe.to_dict()])}"
-    found = index.get_or_measure(key, lambda: measure_speed(recipe, images, resident=resident))
-    prepared, trained, seconds = seconds_per_image(found, resident=resident, cores=CPU_CORES)
+    prepared, trained, seconds = seconds_per_image(speed, resident=resident, cores=CPU_CORES)
     return {
-        "seconds": round(seconds * epoch * recipe.epochs, 1),
+        "seconds": round(seconds * images_per_epoch * recipe.epochs, 1),
         "epochs": recipe.epochs,
-        "images_per_epoch": epoch,
+        "images_per_epoch": images_per_epoch,
         "images_per_second": round(1 / seconds, 1),
         "prepared_per_second": round(1 / prepared, 1),
         "trained_per_second": round(1 / trained, 1),
-        "device": found["device"],
+        "device": speed["device"],
     }
 
 
-def seconds_per_image(
-    measured: Mapping[str, Any], *, resident: bool, cores: int
-) -> tuple[float, float, float]:
-    """Seconds an image takes to be prepared, by all cores, to be trained on, and both; `found` is what `speed` says."""
-    prepared, trained = measured["prepared"] / (1 if resident else cores), measured["trained"]
-    return (
-        prepared,
-        trained,
-        max(prepared, trained) if measured["gpu"] and not resident else prepared + trained,
-    )
+def _machine_key() -> list[object]:
+    """Identify what the speed of a run depends on besides its recipe."""
+    variables = [os.environ.get(name) for name in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")]
+    gpus = sorted(glob("/dev/nvidia[0-9]*"))
+    return [platform.node(), CPU_CORES, *variables, gpus, version("torch")]
 
 
-def _machine_key() -> list[Any]:
-    """What the speed of a run depends on besides its recipe."""
-    chosen = [os.environ.get(name) for name in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")]
-    return [
-        platform.node(),
-        CPU_CORES,
-        *chosen,
-        sorted(glob("/dev/nvidia[0-9]*")),
-        version("torch"),
-    ]
+# --- the facts as text ----------------------------------------------------------------------------
 
 
-def measure_speed(recipe: ResolvedRecipe, images: Images, *, resident: bool) -> dict[str, Any]:
-    """Seconds it takes to prepare the views of an image in one process, and to train on them, and on which device.
-
-    From real steps on images of the source: of 8 images, of 16, and so on up to a whole batch, as far as time allows.
-    Raises WorkFailed if they do not fit in the device's memory.
-    """
-    import torch
-
-    from simsiam.data.batches import make_training_views
-    from simsiam.runs.environment import collect_environment
-    from simsiam.training.prepare import build_training_setup
-
-    model, optimizer, compute = build_training_setup(recipe)
-    device = compute.device
-    model.begin(images=len(images), labels=None, steps=1, per_epoch=1)
-
-    def step(size: int) -> tuple[float, float]:
-        batch = images.take(evenly_spaced(len(images), size))
-        if resident:
-            batch, _ = load_into_memory(batch, 2**62)
-        start = time.monotonic()
-        rows = np.arange(size) % len(batch)
-        x, index = (
-            make_training_views(
-                batch, rows, recipe, 0, device, view_count=recipe.method.view_count
-            ),
-            torch.from_numpy(rows),
-        )
-        middle = time.monotonic()
-        with compute.autocast():
-            output = model(*x, index=index.to(device))
-        optimizer.zero_grad()
-        output.loss.backward()
-        optimizer.step()
-        model.after_step(output, 0, index.to(device))
-        output.loss.item()  # waits for a GPU
-        return (middle - start) / size, (time.monotonic() - middle) / size
-
-    prepared = trained = math.inf
-    try:
-        step(2)  # loads what any first step does
-        stop = time.monotonic() + PROBE_SECONDS
-        for size in [2**k for k in range(3, 16) if 2**k < recipe.batch_size] + [
-            recipe.batch_size
-        ] * 3:
-            if trained < math.inf and time.monotonic() + size * (prepared + trained) > stop:
-                break
-            prepared, trained = map(
-                min, step(size), (prepared, trained)
-            )  # what disturbs one step is not the recipe's
-    except torch.OutOfMemoryError:
-        raise WorkFailed(
-            f"batches of {recipe.batch_size} do not fit in the memory of {device}"
-        ) from None
-    device_name = collect_environment(compute)["device"]
-    return {
-        "prepared": prepared,
-        "trained": trained,
-        "gpu": device.type != "cpu",
-        "device": device_name,
-    }
+def _format_images(fact: ImageFacts) -> list[str]:
+    splits = ", ".join(f"{count:,} {split}" for split, count in fact["splits"].items())
+    total = f"{fact['count']:,} in {format_bytes(fact['bytes'])}"
+    return [f"{total}: {splits}" if len(fact["splits"]) > 1 else total]
 
 
-# --- in words ---------------------------------------------------------------------------------------------------------
-
-
-def print_fact(name: str, fact: dict[str, Any]) -> None:
-    """Print one fact: its name, and beside it what it says."""
-    print_lines(name, FACT_FORMATTERS[name](fact))
-
-
-def print_lines(name: str, lines: Sequence[str]) -> None:
-    """Print lines on 80 columns, the name before the first."""
-    encoding = sys.stdout.encoding or "utf-8"
-    for i, line in enumerate(lines):
-        first = f"{name if i == 0 else '':<{INDENT}}"
-        deeper = " " * (INDENT + 4 if line.startswith("  ") else INDENT + 2)
-        text = textwrap.fill(
-            line, TEXT_WIDTH, initial_indent=first, subsequent_indent=deeper, break_on_hyphens=False
-        )
-        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
-
-
-def _format_images(fact: dict[str, Any]) -> list[str]:
-    parts = ", ".join(f"{count:,} {split}" for split, count in fact["splits"].items())
-    return [
-        f"{fact['count']:,} in {format_bytes(fact['bytes'])}"
-        + (f": {parts}" if len(fact["splits"]) > 1 else "")
-    ]
-
-
-def format_bytes(size: float, digits: int = 4) -> str:
-    """Bytes in words."""
-    power = min(int(math.log10(max(size, 1)) / 3), 5)
-    return f"{size / 1000**power:,.{digits}g} {('bytes', 'kB', 'MB', 'GB', 'TB', 'PB')[power]}"
-
-
-def format_duration(seconds: float) -> str:
-    """Time in words, to the nearest unit that is there twice."""
-    units = {"years": 31_557_600, "days": 86_400, "hours": 3_600, "minutes": 60, "seconds": 1}
-    unit = next(unit for unit, length in units.items() if seconds >= 2 * length or length == 1)
-    return f"{seconds / units[unit]:,.0f} {unit}"
-
-
-def _format_sizes(fact: dict[str, Any]) -> list[str]:
+def _format_sizes(fact: SizeFacts) -> list[str]:
     if not fact:
         return ["unknown: no image can be read"]
     if fact["all"]:
         return ["all {} x {} px".format(*fact["all"])]
-    (least, median, most), (square, usual, long) = fact["shorter_side"], fact["longer_to_shorter"]
     return [
-        f"shorter side {least:,} to {most:,} px, median {median:,}",
-        f"longer side {square:g} to {long:g} times that, median {usual:g}",
+        "shorter side {:,} to {:,} px, median {:,}".format(*_median_last(fact["shorter_side"])),
+        "longer side {:g} to {:g} times the shorter side, median {:g}".format(
+            *_median_last(fact["longer_to_shorter"])
+        ),
     ]
 
 
-def _format_file_formats(fact: dict[str, Any]) -> list[str]:
-    plain = {"pixels": "as plain pixels"}
-    lines = [
-        ", ".join(f"{count:,} {plain.get(kind, kind)}" for kind, count in fact["counts"].items())
-        or "none"
-    ]
+def _median_last(values: Sequence[float]) -> tuple[float, float, float]:
+    minimum, median, maximum = values
+    return minimum, maximum, median
+
+
+def _format_file_formats(fact: FormatFacts) -> list[str]:
+    names = {"pixels": "decoded images"}
+    counts = [f"{count:,} {names.get(kind, kind)}" for kind, count in fact["counts"].items()]
+    lines = [", ".join(counts) or "none"]
     if fact["misnamed"]:
-        lines += [
-            f"{_pluralize(fact['misnamed'], 'file')} named as another format, which does no harm:"
-        ]
+        files = _count_files(fact["misnamed"])
+        lines += [f"{files} with the extension of another format, which is harmless:"]
     return lines + _first_examples([f"{name} is {kind}" for name, kind in fact["misnamed"]])
 
 
-def _format_labels(fact: dict[str, Any]) -> list[str]:
+def _format_labels(fact: LabelFacts) -> list[str]:
     if not fact:
-        return ["none, and none are needed"]
-    names, ranked = list(fact["classes"]), sorted(fact["classes"].items(), key=lambda pair: pair[1])
-    (small, least), (large, most) = ranked[0], ranked[-1]
-    each = f"{least:,}" if least == most else f"{least:,} ({small}) to {most:,} ({large})"
+        return ["none (training needs none)"]
+    names, by_count = list(fact["classes"]), sorted(fact["classes"].items(), key=lambda c: c[1])
+    (smallest, minimum), (largest, maximum) = by_count[0], by_count[-1]
+    counts = f"{minimum:,} ({smallest}) to {maximum:,} ({largest})"
+    if minimum == maximum:
+        counts = f"{minimum:,}"
+    more = ", ..." if len(names) > 10 else ""
     return [
-        f"{len(names):,} classes, in {' and '.join(fact['splits'])}: {', '.join(names[:10])}"
-        + ", ..." * (len(names) > 10),
-        f"{each} images a class in {fact['counted_in']}",
+        f"{len(names):,} classes, in {' and '.join(fact['splits'])}: {', '.join(names[:10])}{more}",
+        f"{counts} images per class in {fact['counted_in']}",
     ]
 
 
-def _format_duplicates(fact: dict[str, Any]) -> list[str]:
+def _format_duplicates(fact: DuplicateFacts) -> list[str]:
     if not fact["groups"]:
-        return ["none, byte for byte"]
-    lines = [f"{fact['copies']:,} copies, byte for byte:"]
-    lines += _first_examples(
-        [
-            " = ".join(group[:3]) + f" = {len(group) - 3} more" * (len(group) > 3)
-            for group in fact["groups"]
-        ]
-    )
-    return lines + [
-        f"{count:,} of them stand both in {a} and in {b}" for a, b, count in fact["shared"]
+        return ["none: all files differ"]
+    groups = [
+        " = ".join(group[:3]) + (f" = {len(group) - 3} more" if len(group) > 3 else "")
+        for group in fact["groups"]
     ]
+    shared = [f"groups with files in both {a} and {b}: {count:,}" for a, b, count in fact["shared"]]
+    return [f"{fact['copies']:,} copies, byte for byte:", *_first_examples(groups), *shared]
 
 
-def _format_unreadable(fact: dict[str, Any]) -> list[str]:
+def _format_unreadable(fact: UnreadableFacts) -> list[str]:
     if not fact["files"]:
         return ["none"]
-    lines = [f"{_pluralize(fact['files'], 'file')}, which training would leave out:"]
-    return lines + _first_examples([f"{name}: {reason}" for name, reason in fact["files"]])
+    examples = _first_examples([f"{name}: {reason}" for name, reason in fact["files"]])
+    return [f"{_count_files(fact['files'])}, which training leaves out:", *examples]
 
 
-def _format_recipe(fact: dict[str, Any]) -> list[str]:
+def format_recipe(fact: RecipeFacts) -> list[str]:
+    """Format the recipe that was chosen.
+
+    Args:
+        fact: The recipe, and the reasons for it.
+
+    Returns:
+        Lines of text.
+    """
     return [fact["chosen"], *fact["because"]]
 
 
-def _format_colors(fact: dict[str, Any]) -> list[str]:
-    lines = [
-        f"{name:<4} " + " ".join(f"{value:.4f}" for value in fact[name]) for name in ("mean", "std")
-    ]
-    return [
-        *lines,
-        f"of each channel in 0..1, {'measured on a sample' if fact['measured'] else 'as published'}",
-    ]
+def _format_colors(fact: ColorFacts) -> list[str]:
+    mean, std = (" ".join(f"{v:.4f}" for v in values) for values in (fact["mean"], fact["std"]))
+    origin = "measured on a sample" if fact["measured"] else "as published"
+    return [f"mean {mean}", f"std  {std}", f"per channel, for values from 0 to 1, {origin}"]
 
 
-def _format_training_time(fact: dict[str, Any]) -> list[str]:
+def _format_training_time(fact: TimeFacts) -> list[str]:
     if "unknown" in fact:
         return [f"unknown: {fact['unknown']}"]
-    total, prepared, trained = (
-        f"{fact[f'{name}_per_second']:,.{0 if fact[f'{name}_per_second'] >= 10 else 1}f}"
-        for name in ("images", "prepared", "trained")
-    )
+    rates = (fact["images_per_second"], fact["prepared_per_second"], fact["trained_per_second"])
+    total, prepared, trained = (f"{rate:,.{0 if rate >= 10 else 1}f}" for rate in rates)
     return [
         f"about {format_duration(fact['seconds'])} for {fact['epochs']} epochs of "
-        f"{fact['images_per_epoch']:,} images, an estimate",
-        f"{total} images/s: {prepared}/s decoded and cropped, {trained}/s trained on",
+        f"{fact['images_per_epoch']:,} images (estimated)",
+        f"{total} images/s: preparing alone {prepared}/s, training alone {trained}/s",
         f"on {fact['device']}",
     ]
 
 
-def _pluralize(items: Sequence[Any], noun: str) -> str:
-    return f"{len(items):,} {noun}" + "s" * (len(items) != 1)
+def _count_files(files: Sequence[object]) -> str:
+    return f"{len(files):,} file" + "s" * (len(files) != 1)
 
 
 def _first_examples(lines: Sequence[str]) -> list[str]:
+    """Indent the first lines, and say how many more there are."""
+    examples = [f"  {line}" for line in lines[:MAX_EXAMPLES]]
     more = len(lines) - MAX_EXAMPLES
-    return [f"  {line}" for line in lines[:MAX_EXAMPLES]] + [
-        f"  and {more:,} more, all in the file of --out"
-    ] * (more > 0)
+    return [*examples, f"  and {more:,} more; --out FILE.json lists all"] if more > 0 else examples
 
 
-FACT_FORMATTERS: dict[str, Callable[[dict[str, Any]], list[str]]] = {
+FACT_FORMATTERS: dict[str, Callable[[Any], list[str]]] = {
     "images": _format_images,
     "sizes": _format_sizes,
     "formats": _format_file_formats,
     "labels": _format_labels,
     "duplicates": _format_duplicates,
     "unreadable": _format_unreadable,
-    "recipe": _format_recipe,
+    "recipe": format_recipe,
     "colors": _format_colors,
     "time": _format_training_time,
 }

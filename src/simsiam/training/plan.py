@@ -1,15 +1,16 @@
-"""What a run would take, before it is started: steps, time, memory, checkpoints, storage and reading.
+"""Plan a run before it is started: steps, time, memory, checkpoints, storage and reading.
 
-Sizes are counted on the model itself, speed is measured here or taken from what `simsiam bench` measured elsewhere, and
-whatever is only assumed is said.
+Sizes are counted on the model itself. The speed is measured on this machine or taken from what
+`simsiam bench` measured on another one. Assumptions are listed with the results.
 """
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -28,22 +29,139 @@ from simsiam.model.targets import eta_bytes
 from simsiam.runs.compose import compose_recipe
 from simsiam.runs.environment import collect_environment
 from simsiam.runs.run_folder import checkpoint_bytes
-from simsiam.training.inspect import (
+from simsiam.training.facts import (
+    check_out_file,
     format_bytes,
     format_duration,
-    measure_speed,
-    print_lines,
-    seconds_per_image,
+    print_fact_lines,
+    source_names,
+    write_facts,
 )
+from simsiam.training.inspect import RecipeFacts, format_recipe
 from simsiam.training.prepare import build_training_setup
-from simsiam.utils.files import atomic_write
+from simsiam.training.speed import Speed, measure_speed, seconds_per_image
 from simsiam.utils.workers import CPU_CORES
 
 FILE_SAMPLE_SIZE = 200  # images whose files are measured
-SCALING_EFFICIENCY = 0.9  # of N times the speed of one process is what N of them reach
-CATALOG_BYTES_PER_IMAGE = (
-    72  # bytes on the disk that are known of each image in shards: its name, its place, its label
+SCALING_EFFICIENCY = 0.9  # speed of N processes, divided by N times the speed of one
+CATALOG_BYTES_PER_IMAGE = 72  # on disk, for an image in shards: its name, location and label
+EXTRA_CHECKPOINTS = 3  # besides those that are kept: last.pt, previous.pt and best.pt
+PREPARING_CASE = "simsiam, what workers do of it"  # in the case views-224 of a bench file
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeedEstimate:
+    """The speed that a plan is based on.
+
+    Attributes:
+        speed: Seconds per image; `prepared` is 0 if unknown.
+        precision: The precision of the training steps.
+        origin: Where the speed was measured.
+        from_bench: Whether it was computed from a bench file.
+        prepared_on: The device of the bench file that `prepared` comes from, if it does.
+    """
+
+    speed: Speed
+    precision: str
+    origin: str
+    from_bench: bool = False
+    prepared_on: str | None = None
+
+
+class ImageFacts(TypedDict):
+    """The images to train on."""
+
+    count: int
+    in_source: int
+    bytes_each: int
+    resident: bool  # whether they are decoded once and kept in memory
+
+
+class StepFacts(TypedDict):
+    """Steps of the run."""
+
+    total: int
+    per_epoch: int
+    epochs: float
+    batch_size: int
+    samples: int  # images in all steps, counting repetitions
+
+
+TimeFacts = TypedDict(
+    "TimeFacts",
+    {
+        "seconds": float,
+        "images_per_second": float,
+        "prepared_per_second": float | None,
+        "trained_per_second": float,
+        "cores_to_keep_up": float | None,  # of each process, to prepare as fast as a GPU trains
+        "processes": int,
+        "cores": int,  # of each process
+        "device": str,
+        "from": str,  # where the speed was measured
+    },
 )
+
+
+class ModelCosts(TypedDict):
+    """Bytes of a model by purpose."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations_per_image: int
+    checkpoint: int
+
+
+class MemoryFacts(TypedDict):
+    """Bytes of memory, and the arithmetic of a step."""
+
+    device_bytes: int  # on the device of each process: the sum of the next four
+    weights_bytes: int
+    gradients_bytes: int
+    optimizer_bytes: int
+    activations_bytes: int
+    shards_bytes: int  # in the memory of the data workers of each process
+    checkpoint_bytes: int
+    flops_per_image: float
+    precision: str
+
+
+class StorageFacts(TypedDict):
+    """Bytes on disk."""
+
+    images_bytes: int
+    catalog_bytes: int
+    checkpoint_bytes: int
+    checkpoints: int
+    run_bytes: int
+
+
+class ReadingFacts(TypedDict):
+    """What storage and network have to deliver."""
+
+    bytes_per_second: int  # 0 if the images stay in memory
+    each_process: int  # bytes per second
+    bytes: int  # in the whole run
+
+
+class AssumptionFacts(TypedDict):
+    """What the numbers are based on without being known."""
+
+    lines: list[str]
+
+
+class PlanFacts(TypedDict):
+    """All facts of a plan."""
+
+    recipe: RecipeFacts
+    images: ImageFacts
+    steps: StepFacts
+    time: TimeFacts
+    memory: MemoryFacts
+    storage: StorageFacts
+    reading: ReadingFacts
+    assumed: AssumptionFacts
 
 
 def plan(
@@ -56,66 +174,83 @@ def plan(
     out: str | os.PathLike[str] | None = None,
     recipe: str | Recipe | None = None,
     **settings: Unpack[PretrainSettings],
-) -> dict[str, Any]:
-    """Print what pretraining on a source would take, and return it; `words` change the recipe as in `pretrain`.
+) -> PlanFacts:
+    """Print what pretraining on a source would take.
 
-    `gpus`: processes, one a device. `images`: as if there were so many, of the source's kind. `cores`: of each process,
-    to prepare images with; as many as here. `bench`: files of `simsiam bench --out`, from the machine that is to
-    train. `out` is a file for the facts, as JSON.
+    Args:
+        sources: One or several sources, as for `pretrain`.
+        gpus: The number of processes, one for each device.
+        images: Plan for this many images like those of the source; by default as many as it has.
+        cores: CPU cores of each process that prepare images; by default those of this machine.
+        bench: Files written by `simsiam bench --out` on the machine that will train; by default
+            the speed is measured here.
+        out: A JSON file for the facts.
+        recipe: A recipe, its name or its file, as for `pretrain`.
+        **settings: Settings that replace those of the recipe, as for `pretrain`.
+
+    Returns:
+        The facts.
+
+    Raises:
+        UsageError: An argument is wrong.
+        WorkFailed: No image can be read, or a batch does not fit in memory.
     """
-    path = None if out is None else Path(out)
-    if path and (path.is_dir() or not path.parent.is_dir()):
+    path = check_out_file(out)
+    for name, value in {"gpus": gpus, "images": images, "cores": cores}.items():
+        if value is not None and value < 1:
+            raise UsageError(f"{name} is {value}; it is at least 1")
+    names = source_names(sources)
+    resolved, source, (chosen, *reasons) = compose_recipe(names, recipe, settings)
+    if resolved.batch_size % gpus:
         raise UsageError(
-            f"--out is {printable(str(path))}: it takes the name of a file in a folder that exists"
-        )
-    for name, given in {"gpus": gpus, "images": images, "cores": cores}.items():
-        if given is not None and given < 1:
-            raise UsageError(f"{name} is {given}; it is at least 1")
-    names = [
-        os.fspath(one) for one in ([sources] if isinstance(sources, str | os.PathLike) else sources)
-    ]
-    complete, source, why = compose_recipe(names, recipe, settings)
-    if complete.batch_size % gpus:
-        raise UsageError(
-            f"batch_size {complete.batch_size} cannot be shared out evenly among {gpus} processes"
+            f"batch_size {resolved.batch_size} cannot be divided evenly among {gpus} processes: "
+            "choose another --batch-size or --gpus"
         )
     train = source.train
-    count = min(images or len(train), complete.limit or 2**63)
-    resident = is_resident(train, count, complete)
-    files = [bench] if isinstance(bench, str | os.PathLike) else list(bench or ())
-    measured = (
-        speed_from_bench(files, complete)
-        if files
-        else measure_local_speed(complete, train, resident)
-    )
-    facts: dict[str, Any] = {
-        "recipe": {"chosen": why[0], "because": why[1:]},
-        "images": {
-            "count": count,
-            "in_source": len(train),
-            "bytes_each": round(mean_file_bytes(train)),
-            "resident": resident,
-        },
-        "steps": count_steps(complete, count),
+    count = min(images or len(train), resolved.limit or 2**63)
+    resident = is_resident(train, count, resolved)
+    if bench:
+        files = [bench] if isinstance(bench, str | os.PathLike) else list(bench)
+        estimate = speed_from_bench(files, resolved)
+    else:
+        estimate = measure_local_speed(resolved, train, resident)
+    image_facts: ImageFacts = {
+        "count": count,
+        "in_source": len(train),
+        "bytes_each": round(mean_file_bytes(train)),
+        "resident": resident,
     }
-    facts["time"] = estimate_time(facts["steps"], measured, gpus, cores or CPU_CORES, resident)
-    facts["memory"] = estimate_memory(complete, train, count, gpus, measured["precision"])
-    facts["storage"] = estimate_storage(complete, facts, train, count)
-    facts["reading"] = estimate_reading(facts, gpus)
-    facts["assumed"] = {"lines": list_assumptions(facts, measured, gpus, images is not None)}
+    steps = count_steps(resolved, count)
+    time = estimate_time(steps, estimate, gpus, cores or CPU_CORES, resident)
+    memory = estimate_memory(resolved, train, count, gpus, estimate.precision)
+    storage = estimate_storage(resolved, image_facts, steps, memory, train)
+    facts: PlanFacts = {
+        "recipe": {"chosen": chosen, "because": reasons},
+        "images": image_facts,
+        "steps": steps,
+        "time": time,
+        "memory": memory,
+        "storage": storage,
+        "reading": estimate_reading(image_facts, steps, time, storage, gpus),
+        "assumed": {"lines": list_assumptions(image_facts, estimate, gpus, images is not None)},
+    }
     for name, fact in facts.items():
-        print_lines(name, PLAN_FORMATTERS[name](fact))
-    if path:
-        with atomic_write(path) as part:
-            part.write_text(json.dumps(facts, indent=2) + "\n")
+        print_fact_lines(name, PLAN_FORMATTERS[name](fact))
+    write_facts(path, facts)
     return facts
 
 
-# --- the images -------------------------------------------------------------------------------------------------------
+# --- images and steps -----------------------------------------------------------------------------
 
 
 def is_resident(images: Images, num_images: int, recipe: ResolvedRecipe) -> bool:
-    """Whether `count` such images would be decoded once and stay in memory."""
+    """Return whether images would be decoded once and kept in memory.
+
+    Args:
+        images: The images of the source.
+        num_images: The number of images like these that are planned for.
+        recipe: The recipe, which limits the memory.
+    """
     if images.pixels is not None:
         return num_images <= len(images)
     sizes = measure_sizes(images)
@@ -124,21 +259,36 @@ def is_resident(images: Images, num_images: int, recipe: ResolvedRecipe) -> bool
 
 
 def mean_file_bytes(images: Images) -> float:
-    """The mean size of an image's file, of a sample."""
+    """Measure the mean size of an image file in bytes, on a sample.
+
+    Args:
+        images: The images.
+
+    Raises:
+        WorkFailed: No image of the sample can be read.
+    """
     if images.pixels is not None:
         return images.pixels[0].nbytes
-    sizes, some = [], quick_sample(images, FILE_SAMPLE_SIZE)
-    for i in range(len(some)):
+    sizes, sampled = [], quick_sample(images, FILE_SAMPLE_SIZE)
+    for i in range(len(sampled)):
         with suppress(Unreadable, OSError):
-            file = some.file(i)
+            file = sampled.file(i)
             sizes.append(len(file) if isinstance(file, bytes) else os.path.getsize(file))
     if not sizes:
-        raise WorkFailed(f"none of {len(some)} images looked at can be read")
+        raise WorkFailed(f"none of {len(sampled)} sampled images can be read")
     return sum(sizes) / len(sizes)
 
 
-def count_steps(recipe: ResolvedRecipe, num_images: int) -> dict[str, Any]:
-    """Steps, and the images that they go through."""
+def count_steps(recipe: ResolvedRecipe, num_images: int) -> StepFacts:
+    """Count the steps of a run.
+
+    Args:
+        recipe: The recipe.
+        num_images: The number of training images.
+
+    Raises:
+        UsageError: The images do not fill a batch.
+    """
     per_epoch = steps_per_epoch(num_images, recipe.batch_size)
     total = recipe.steps or recipe.epochs * per_epoch
     return {
@@ -150,21 +300,41 @@ def count_steps(recipe: ResolvedRecipe, num_images: int) -> dict[str, Any]:
     }
 
 
-# --- speed ------------------------------------------------------------------------------------------------------------
+# --- speed ----------------------------------------------------------------------------------------
 
 
-def measure_local_speed(recipe: ResolvedRecipe, images: Images, resident: bool) -> dict[str, Any]:
-    """Seconds an image takes, measured here: see `speed`."""
-    found = measure_speed(recipe, images, resident=resident)
-    precision = Compute.pick(recipe.device, recipe.precision).precision
-    return found | {"from": "a probe on this machine", "precision": precision}
+def measure_local_speed(recipe: ResolvedRecipe, images: Images, resident: bool) -> SpeedEstimate:
+    """Measure the speed of training on this machine.
+
+    Args:
+        recipe: The recipe.
+        images: The training images.
+        resident: Whether the images will be decoded once and kept in memory.
+
+    Raises:
+        WorkFailed: A batch does not fit in the memory of the device.
+    """
+    return SpeedEstimate(
+        speed=measure_speed(recipe, images, resident=resident),
+        precision=Compute.pick(recipe.device, recipe.precision).precision,
+        origin="a measurement on this machine",
+    )
 
 
-def speed_from_bench(files: Sequence[str | os.PathLike[str]], recipe: ResolvedRecipe) -> dict[str, Any]:
-    """Seconds an image takes on the machine of a bench file, by the arithmetic that its largest network got done.
+def speed_from_bench(
+    files: Sequence[str | os.PathLike[str]], recipe: ResolvedRecipe
+) -> SpeedEstimate:
+    """Compute the speed on another machine from its bench files.
 
-    What takes a GPU may be in one file and what takes cores in another. Raises UsageError where none holds a training
-    step.
+    Training is assumed to reach the FLOP/s of the fastest training step that was measured. The
+    step and the preparation of images may be in different files.
+
+    Args:
+        files: Files written by `simsiam bench --out`.
+        recipe: The recipe.
+
+    Raises:
+        UsageError: A file cannot be read, or no file contains a training step.
     """
     reports = {Path(file).name: _read_bench_file(file) for file in files}
     try:
@@ -175,29 +345,31 @@ def speed_from_bench(files: Sequence[str | os.PathLike[str]], recipe: ResolvedRe
             if key.startswith("step-")
         ]
         name, report, best = max(steps, key=lambda step: _achieved_flops(step[2]))
-        _, flops = model_costs(recipe, report["precision"])
-        found = {
+        achieved, precision = _achieved_flops(best), report["precision"]
+        speed: Speed = {
             "prepared": 0.0,
-            "trained": flops / _achieved_flops(best),
+            "trained": model_costs(recipe, precision)[1] / achieved,
             "gpu": report["device_type"] != "cpu",
             "device": report["device"],
-            "precision": report["precision"],
-            "from": f"{name}: {_achieved_flops(best) / 1e12:.3g} TFLOP/s in {best['what']}",
-            "flops": flops,
         }
+        prepared_on = None
         for other in reports.values():
-            if (
-                views := other["cases"]
-                .get("views-224", {})
-                .get("ways", {})
-                .get("simsiam, what workers do of it")
-            ):
-                found |= {"prepared": 1 / views["rate"], "prepared_on": other["device"]}
+            ways = other["cases"].get("views-224", {}).get("ways", {})
+            if views := ways.get(PREPARING_CASE):
+                speed["prepared"], prepared_on = 1 / views["rate"], other["device"]
+        return SpeedEstimate(
+            speed=speed,
+            precision=precision,
+            origin=f"{name}: {achieved / 1e12:.3g} TFLOP/s in {best['what']}",
+            from_bench=True,
+            prepared_on=prepared_on,
+        )
     except (ValueError, LookupError, TypeError, AttributeError):
-        need = "`simsiam bench --only step-resnet18-256 views-224 --out FILE.json` writes one"
-        names = ", ".join(printable(str(file)) for file in files)
-        raise UsageError(f"{names} is no bench file with a training step: {need}") from None
-    return found
+        paths = ", ".join(printable(str(file)) for file in files)
+        command = "simsiam bench --only step-resnet18-256 views-224 --out FILE.json"
+        raise UsageError(
+            f"found no bench file with a training step in {paths}: `{command}` writes one"
+        ) from None
 
 
 def _read_bench_file(file: str | os.PathLike[str]) -> dict[str, Any]:
@@ -215,235 +387,291 @@ def _achieved_flops(case: Mapping[str, Any]) -> float:
 
 
 def estimate_time(
-    steps: Mapping[str, Any], measured: Mapping[str, Any], gpus: int, cores: int, resident: bool
-) -> dict[str, Any]:
-    """Rates per second, and how long it takes."""
-    prepared, trained, seconds = seconds_per_image(measured, resident=resident, cores=cores)
+    steps: StepFacts, estimate: SpeedEstimate, gpus: int, cores: int, resident: bool
+) -> TimeFacts:
+    """Estimate rates and the duration of a run.
+
+    Args:
+        steps: The steps of the run.
+        estimate: The speed of one process.
+        gpus: The number of processes.
+        cores: CPU cores of each process that prepare images.
+        resident: Whether the images are decoded once and kept in memory.
+    """
+    speed = estimate.speed
+    prepared, trained, seconds = seconds_per_image(speed, resident=resident, cores=cores)
     rate = gpus / seconds * (SCALING_EFFICIENCY if gpus > 1 else 1.0)
+    cores_to_keep_up = round(speed["prepared"] / speed["trained"], 1) if speed["gpu"] else None
     return {
         "seconds": round(steps["samples"] / rate, 1),
         "images_per_second": round(rate, 1),
         "prepared_per_second": round(gpus / prepared, 1) if prepared else None,
         "trained_per_second": round(gpus / trained, 1),
-        "cores_to_keep_up": round(measured["prepared"] / measured["trained"], 1)
-        if measured["gpu"]
-        else None,
+        "cores_to_keep_up": cores_to_keep_up,
         "processes": gpus,
         "cores": cores,
-        "device": measured["device"],
-        "from": measured["from"],
+        "device": speed["device"],
+        "from": estimate.origin,
     }
 
 
-# --- sizes ------------------------------------------------------------------------------------------------------------
+# --- sizes ----------------------------------------------------------------------------------------
 
 
-def model_costs(recipe: ResolvedRecipe, precision: str) -> tuple[dict[str, int], float]:
-    """Bytes of the recipe's model by what they are for, counted in one step on few images here; FLOPs of an image."""
+def model_costs(recipe: ResolvedRecipe, precision: str) -> tuple[ModelCosts, float]:
+    """Count the bytes and the FLOPs of a model in one step on few images, on the CPU.
+
+    Args:
+        recipe: The recipe.
+        precision: "float32" or "bfloat16".
+
+    Returns:
+        Bytes by purpose, and the FLOPs of a step per image.
+    """
     recipe = recipe.replace(device="cpu", init=None)
     compute = Compute(torch.device("cpu"), precision)
-    few = 2 * BN_SPLITS if recipe.method.bn == "split" else 4
-    model, optimizer, _ = build_training_setup(
-        recipe.replace(batch_size=few)
-    )  # all that has to fit into memory here
-    labels = torch.zeros(few, dtype=torch.long) if recipe.method.target == "labels" else None
-    model.begin(images=few, labels=labels, steps=1, per_epoch=1)
-    shape = (few, recipe.channels, recipe.image_size, recipe.image_size)
+    count = 2 * BN_SPLITS if recipe.method.bn == "split" else 4  # images
+    model, optimizer, _ = build_training_setup(recipe.replace(batch_size=count))
+    labels = torch.zeros(count, dtype=torch.long) if recipe.method.target == "labels" else None
+    model.begin(images=count, labels=labels, steps=1, per_epoch=1)
+    shape = (count, recipe.channels, recipe.image_size, recipe.image_size)
     x = [
         torch.randn(shape).contiguous(memory_format=torch.channels_last)
         for _ in range(recipe.method.view_count)
     ]
-    index = torch.arange(few)
+    index = torch.arange(count)
     with FlopCounterMode(display=False) as counter:
         with compute.autocast():
             output = model(*x, index=index)
         output.loss.backward()
     optimizer.step()
     model.after_step(output, 0, index)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    kept = [
-        t
-        for state in optimizer.state.values()
-        for t in state.values()
-        if isinstance(t, torch.Tensor)
+    state = [
+        value
+        for values in optimizer.state.values()
+        for value in values.values()
+        if isinstance(value, torch.Tensor)
     ]
-    here = collect_environment(compute)
-    return {
+    activations = activation_bytes(
+        build_on_meta(recipe), recipe.replace(precision=precision), count
+    )
+    checkpoint = checkpoint_bytes(recipe, model, optimizer, collect_environment(compute))
+    costs: ModelCosts = {
         "weights": _total_bytes(model.parameters()) + _total_bytes(model.buffers()),
-        "gradients": _total_bytes(trained),
-        "optimizer": _total_bytes(kept),
-        "activations_per_image": activation_bytes(
-            build_on_meta(recipe), recipe.replace(precision=precision), few
-        )
-        // few,
-        "checkpoint": checkpoint_bytes(recipe, model, optimizer, here)
-        - eta_bytes(recipe.method, few),
-    }, counter.get_total_flops() / few
+        "gradients": _total_bytes(p for p in model.parameters() if p.requires_grad),
+        "optimizer": _total_bytes(state),
+        "activations_per_image": activations // count,
+        "checkpoint": checkpoint - eta_bytes(recipe.method, count),
+    }
+    return costs, counter.get_total_flops() / count
 
 
-def _total_bytes(tensors: Any) -> int:
+def _total_bytes(tensors: Iterable[torch.Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
 
 def estimate_memory(
     recipe: ResolvedRecipe, images: Images, num_images: int, gpus: int, precision: str
-) -> dict[str, Any]:
-    """Bytes on the device of each process, and what its workers hold of shards."""
-    found, flops = model_costs(recipe, precision)
-    mine, eta = recipe.batch_size // gpus, eta_bytes(recipe.method, -(-num_images // gpus))
-    parts = {
-        "weights": found["weights"] + eta,
-        "gradients": found["gradients"]
-        * (2 if gpus > 1 else 1),  # and the buckets in which they are summed
-        "optimizer": found["optimizer"],
-        "activations": found["activations_per_image"] * mine,
-    }
-    held = 0
+) -> MemoryFacts:
+    """Estimate the memory of each process.
+
+    Args:
+        recipe: The recipe.
+        images: The images of the source.
+        num_images: The number of images like these that are planned for.
+        gpus: The number of processes.
+        precision: "float32" or "bfloat16".
+    """
+    costs, flops = model_costs(recipe, precision)
+    local_batch_size = recipe.batch_size // gpus
+    weights = costs["weights"] + eta_bytes(recipe.method, -(-num_images // gpus))
+    # Several processes also have buffers in which gradients are summed.
+    gradients = costs["gradients"] * (2 if gpus > 1 else 1)
+    activations = costs["activations_per_image"] * local_batch_size
+    shards = 0
     if images.blocks and recipe.order == "auto":
-        scale = max(1.0, num_images / len(images))
-        held = min(mine, round(len(images.blocks) * scale)) * images.storage.block_bytes
+        num_blocks = round(len(images.blocks) * max(1.0, num_images / len(images)))
+        shards = min(local_batch_size, num_blocks) * images.storage.block_bytes
     return {
-        "device_bytes": sum(parts.values()),
-        **{f"{name}_bytes": size for name, size in parts.items()},
-        "shards_bytes": held,
-        "checkpoint_bytes": found["checkpoint"] + eta_bytes(recipe.method, num_images),
+        "device_bytes": weights + gradients + costs["optimizer"] + activations,
+        "weights_bytes": weights,
+        "gradients_bytes": gradients,
+        "optimizer_bytes": costs["optimizer"],
+        "activations_bytes": activations,
+        "shards_bytes": shards,
+        "checkpoint_bytes": costs["checkpoint"] + eta_bytes(recipe.method, num_images),
         "flops_per_image": flops,
         "precision": precision,
     }
 
 
 def estimate_storage(
-    recipe: ResolvedRecipe, facts: Mapping[str, Any], images: Images, num_images: int
-) -> dict[str, Any]:
-    """Bytes of the images, of what is known of them, and of the run folder."""
-    one, epochs = facts["memory"]["checkpoint_bytes"], facts["steps"]["epochs"]
-    kept = int(epochs // recipe.save_every) + 3  # and last.pt, the one before it, and best.pt
+    recipe: ResolvedRecipe,
+    image_facts: ImageFacts,
+    steps: StepFacts,
+    memory: MemoryFacts,
+    images: Images,
+) -> StorageFacts:
+    """Estimate the space on disk for the images, their catalog and the run folder.
+
+    Args:
+        recipe: The recipe.
+        image_facts: The images that are planned for.
+        steps: The steps of the run.
+        memory: The size of a checkpoint.
+        images: The images of the source.
+    """
+    count, size = image_facts["count"], memory["checkpoint_bytes"]
+    checkpoints = int(steps["epochs"] // recipe.save_every) + EXTRA_CHECKPOINTS
     return {
-        "images_bytes": round(num_images * facts["images"]["bytes_each"]),
-        "catalog_bytes": num_images * CATALOG_BYTES_PER_IMAGE
-        if images.blocks is not None
-        else 0,
-        "checkpoint_bytes": one,
-        "checkpoints": kept,
-        "run_bytes": one * kept,
+        "images_bytes": round(count * image_facts["bytes_each"]),
+        "catalog_bytes": count * CATALOG_BYTES_PER_IMAGE if images.blocks else 0,
+        "checkpoint_bytes": size,
+        "checkpoints": checkpoints,
+        "run_bytes": size * checkpoints,
     }
 
 
-def estimate_reading(facts: Mapping[str, Any], gpus: int) -> dict[str, Any]:
-    """Bytes per second that storage and network have to bring; none, after a first time, of images in memory."""
-    rate = facts["time"]["images_per_second"] * facts["images"]["bytes_each"]
-    rate = 0.0 if facts["images"]["resident"] else rate
-    total = facts["steps"]["samples"] * facts["images"]["bytes_each"]
-    total = facts["storage"]["images_bytes"] if facts["images"]["resident"] else total
+def estimate_reading(
+    images: ImageFacts, steps: StepFacts, time: TimeFacts, storage: StorageFacts, gpus: int
+) -> ReadingFacts:
+    """Estimate what storage and network have to deliver.
+
+    Images that stay in memory are read once; all others are read in every epoch.
+
+    Args:
+        images: The images that are planned for.
+        steps: The steps of the run.
+        time: The rate of the run.
+        storage: The size of the images.
+        gpus: The number of processes.
+    """
+    rate = 0.0 if images["resident"] else time["images_per_second"] * images["bytes_each"]
+    in_all_steps = steps["samples"] * images["bytes_each"]
     return {
         "bytes_per_second": round(rate),
         "each_process": round(rate / gpus),
-        "bytes": round(total),
+        "bytes": round(storage["images_bytes"] if images["resident"] else in_all_steps),
     }
 
 
 def list_assumptions(
-    facts: Mapping[str, Any], measured: Mapping[str, Any], gpus: int, extrapolated: bool
+    images: ImageFacts, estimate: SpeedEstimate, gpus: int, extrapolated: bool
 ) -> list[str]:
-    """What the numbers rest on, and is not known."""
+    """List what the numbers are based on without being known.
+
+    Args:
+        images: The images that are planned for.
+        estimate: The speed that the time is based on.
+        gpus: The number of processes.
+        extrapolated: Whether the number of images is not that of the source.
+
+    Returns:
+        Lines of text.
+    """
+    speed = estimate.speed
     lines = [
-        "no kNN monitor, no checkpoint, no wait for storage in the time",
-        "no workspace of kernels and no fragments in the memory: add a fifth",
+        "the time leaves out the kNN monitor, checkpoints, and waiting for storage",
+        "the memory leaves out workspaces of kernels and fragmentation: add 20 %",
     ]
-    if "flops" in measured:
-        lines.append("a network gets as many FLOP/s done as the bench's largest step")
-    if measured.get("prepared_on", measured["device"]) != measured["device"]:
-        lines.append(f"images are prepared by cores like those of {measured['prepared_on']}")
+    if estimate.from_bench:
+        lines.append("training reaches the FLOP/s of the fastest step in the bench file")
+    if estimate.prepared_on not in (None, speed["device"]):
+        lines.append(f"images are prepared on cores like those of {estimate.prepared_on}")
     if gpus > 1:
         lines.append(
-            f"{gpus} processes are {SCALING_EFFICIENCY:g} x {gpus} times as fast as one, and machines as fast as the measured"
+            f"{gpus} processes are {SCALING_EFFICIENCY:g} x {gpus} times as fast as one, on "
+            "machines as fast as the measured one"
         )
     if extrapolated:
         lines.append(
-            f"{facts['images']['count']:,} images are like the {facts['images']['in_source']:,} there are"
+            f"the {images['count']:,} images are like the {images['in_source']:,} of the source"
         )
-    if not measured["prepared"]:
+    if not speed["prepared"]:
         lines.append(
-            "images are prepared as fast as they are trained on: the bench file has no views-224"
+            "images are prepared as fast as they are trained on: the bench file has no case "
+            "views-224"
         )
     return lines
 
 
-# --- in words ---------------------------------------------------------------------------------------------------------
+# --- the facts as text ----------------------------------------------------------------------------
 
 
-def _format_image_storage(fact: Mapping[str, Any]) -> list[str]:
-    where = "decoded once, in memory" if fact["resident"] else "read and decoded every epoch"
-    return [f"{fact['count']:,} of {format_bytes(fact['bytes_each'], 3)} each, {where}"]
+def _format_images(fact: ImageFacts) -> list[str]:
+    reading = "decoded once and kept in memory" if fact["resident"] else "read in every epoch"
+    return [f"{fact['count']:,} of {format_bytes(fact['bytes_each'], 3)} each, {reading}"]
 
 
-def _format_steps(fact: Mapping[str, Any]) -> list[str]:
+def _format_steps(fact: StepFacts) -> list[str]:
     return [
-        f"{fact['total']:,}: {fact['epochs']:g} epochs of {fact['per_epoch']:,}, {fact['batch_size']:,} images each",
-        f"{fact['samples']:,} samples",
+        f"{fact['total']:,} in {fact['epochs']:g} epochs of {fact['per_epoch']:,} steps, "
+        f"{fact['batch_size']:,} images per step",
+        f"{fact['samples']:,} images in all steps together",
     ]
 
 
-def _format_time_estimate(fact: Mapping[str, Any]) -> list[str]:
-    prepared = (
-        "as many"
-        if fact["prepared_per_second"] is None
-        else f"{fact['prepared_per_second']:,.0f}/s"
-    )
+def _format_time(fact: TimeFacts) -> list[str]:
+    rate = fact["prepared_per_second"]
+    prepared = "not measured" if rate is None else f"{rate:,.0f}/s"
+    hours = f"{fact['seconds'] / 3600:,.3g} hours"
     lines = [
-        f"about {format_duration(fact['seconds'])} ({fact['seconds'] / 3600:,.3g} hours), an estimate",
-        f"{fact['images_per_second']:,.0f} images/s: {prepared} prepared, "
-        f"{fact['trained_per_second']:,.0f}/s trained on",
-        f"{fact['processes']:,} x {fact['device']}, with {fact['cores']} cores each to prepare images",
-        f"from {fact['from']}",
+        f"about {format_duration(fact['seconds'])} ({hours}), estimated",
+        f"{fact['images_per_second']:,.0f} images/s: preparing alone {prepared}, "
+        f"training alone {fact['trained_per_second']:,.0f}/s",
+        f"{fact['processes']:,} x {fact['device']}, each with {fact['cores']} cores to prepare "
+        "images",
+        f"based on {fact['from']}",
     ]
     if fact["cores_to_keep_up"]:
         lines.append(
-            f"{fact['cores_to_keep_up']:,.0f} cores would prepare images as fast as a device trains on them"
+            f"{fact['cores_to_keep_up']:,.0f} cores prepare images as fast as a device trains on "
+            "them"
         )
     return lines
 
 
-def _format_memory(fact: Mapping[str, Any]) -> list[str]:
-    parts = ", ".join(
-        f"{format_bytes(fact[f'{n}_bytes'], 3)} {n}"
-        for n in ("weights", "gradients", "optimizer", "activations")
-    )
-    lines = [
-        f"{format_bytes(fact['device_bytes'], 3)} on the device of each process, in {fact['precision']}: {parts}"
-    ]
+def _format_memory(fact: MemoryFacts) -> list[str]:
+    sizes = {
+        "weights": fact["weights_bytes"],
+        "gradients": fact["gradients_bytes"],
+        "optimizer": fact["optimizer_bytes"],
+        "activations": fact["activations_bytes"],
+    }
+    parts = ", ".join(f"{format_bytes(size, 3)} {name}" for name, size in sizes.items())
+    total = f"{format_bytes(fact['device_bytes'], 3)} on each device, in {fact['precision']}"
+    lines = [f"{total}: {parts}"]
     if fact["shards_bytes"]:
-        lines.append(
-            f"{format_bytes(fact['shards_bytes'], 3)} of shards in the memory of each process's workers"
-        )
+        shards = format_bytes(fact["shards_bytes"], 3)
+        lines.append(f"{shards} of shards in the memory of each process's data workers")
     return lines
 
 
-def _format_storage(fact: Mapping[str, Any]) -> list[str]:
-    known = f", and {format_bytes(fact['catalog_bytes'], 3)} of places on every machine" * bool(
-        fact["catalog_bytes"]
-    )
-    kept = f"{fact['checkpoints']:,} checkpoints of {format_bytes(fact['checkpoint_bytes'], 3)}"
+def _format_storage(fact: StorageFacts) -> list[str]:
+    images = f"{format_bytes(fact['images_bytes'], 3)} of images"
+    if fact["catalog_bytes"]:
+        images += f", and a catalog of {format_bytes(fact['catalog_bytes'], 3)} on each machine"
+    checkpoint = format_bytes(fact["checkpoint_bytes"], 3)
     return [
-        f"{format_bytes(fact['images_bytes'], 3)} of images{known}",
-        f"{format_bytes(fact['run_bytes'], 3)} of run folder: {kept}",
+        images,
+        f"{format_bytes(fact['run_bytes'], 3)} in the run folder: {fact['checkpoints']:,} "
+        f"checkpoints of {checkpoint}",
     ]
 
 
-def _format_reading(fact: Mapping[str, Any]) -> list[str]:
+def _format_reading(fact: ReadingFacts) -> list[str]:
+    total = format_bytes(fact["bytes"], 3)
     if not fact["bytes_per_second"]:
-        return [f"{format_bytes(fact['bytes'], 3)}, once"]
-    each = f"{format_bytes(fact['each_process'], 3)}/s for each process"
-    return [
-        f"{format_bytes(fact['bytes_per_second'], 3)}/s in all, {each}; {format_bytes(fact['bytes'], 3)} in the end"
-    ]
+        return [f"{total}, once"]
+    rate, each = (format_bytes(fact[key], 3) for key in ("bytes_per_second", "each_process"))
+    return [f"{rate}/s in total, {each}/s per process; {total} in the whole run"]
 
 
-PLAN_FORMATTERS = {
-    "recipe": lambda fact: [fact["chosen"], *fact["because"]],
-    "images": _format_image_storage,
+PLAN_FORMATTERS: dict[str, Callable[[Any], list[str]]] = {
+    "recipe": format_recipe,
+    "images": _format_images,
     "steps": _format_steps,
-    "time": _format_time_estimate,
+    "time": _format_time,
     "memory": _format_memory,
     "storage": _format_storage,
     "reading": _format_reading,

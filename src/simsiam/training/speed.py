@@ -1,0 +1,128 @@
+"""The speed of training, measured with real steps. Importing this module does not load torch."""
+
+import math
+import time
+from typing import TYPE_CHECKING, TypedDict
+
+import numpy as np
+
+from simsiam.config.recipes import ResolvedRecipe
+from simsiam.data.images import Images, evenly_spaced, load_into_memory
+from simsiam.errors import WorkFailed
+
+if TYPE_CHECKING:
+    from simsiam.training.prepare import TrainingSetup
+
+MEASURING_SECONDS = 6.0  # that `measure_speed` may take once torch is loaded
+FULL_BATCH_REPEATS = 3  # measurements with a full batch, of which the fastest counts
+
+
+class Speed(TypedDict):
+    """Seconds that an image takes.
+
+    Attributes:
+        prepared: To decode an image and make its views, in one process.
+        trained: To train on its views.
+        gpu: Whether a GPU trains, so that other processes prepare images at the same time.
+        device: The name of the device.
+    """
+
+    prepared: float
+    trained: float
+    gpu: bool
+    device: str
+
+
+def measure_speed(recipe: ResolvedRecipe, images: Images, *, resident: bool) -> Speed:
+    """Measure how long it takes to prepare images and to train on them.
+
+    Steps are run on images of the source: first with small batches, then with larger ones up to
+    the batch size, as far as time allows.
+
+    Args:
+        recipe: The recipe.
+        images: The training images, all readable.
+        resident: Whether the images will be decoded once and kept in memory; then preparing them
+            does not include decoding.
+
+    Raises:
+        WorkFailed: A batch does not fit in the memory of the device.
+    """
+    import torch
+
+    from simsiam.runs.environment import collect_environment
+    from simsiam.training.prepare import build_training_setup
+
+    setup = build_training_setup(recipe)
+    setup.model.begin(images=len(images), labels=None, steps=1, per_epoch=1)
+    device = setup.compute.device
+    prepared = trained = math.inf
+    try:
+        _timed_step(recipe, setup, images, 2, resident)  # initializes libraries and the device
+        deadline = time.monotonic() + MEASURING_SECONDS
+        sizes = [2**k for k in range(3, 16) if 2**k < recipe.batch_size]
+        for size in sizes + [recipe.batch_size] * FULL_BATCH_REPEATS:
+            expected = size * (prepared + trained)
+            if trained < math.inf and time.monotonic() + expected > deadline:
+                break
+            # The minimum: whatever slows down a single step is not due to the recipe.
+            seconds = _timed_step(recipe, setup, images, size, resident)
+            prepared, trained = map(min, seconds, (prepared, trained))
+    except torch.OutOfMemoryError:
+        raise WorkFailed(
+            f"batches of {recipe.batch_size} do not fit in the memory of {device}"
+        ) from None
+    return {
+        "prepared": prepared,
+        "trained": trained,
+        "gpu": device.type != "cpu",
+        "device": str(collect_environment(setup.compute)["device"]),
+    }
+
+
+def _timed_step(
+    recipe: ResolvedRecipe, setup: "TrainingSetup", images: Images, size: int, resident: bool
+) -> tuple[float, float]:
+    """Train on a batch of `size` images; return seconds per image to prepare and to train."""
+    import torch
+
+    from simsiam.data.batches import make_training_views
+
+    model, optimizer, compute = setup
+    batch = images.take(evenly_spaced(len(images), size))
+    if resident:
+        batch, _ = load_into_memory(batch, 2**62)
+    start = time.monotonic()
+    rows = np.arange(size) % len(batch)
+    view_count, device = recipe.method.view_count, compute.device
+    x = make_training_views(batch, rows, recipe, 0, device, view_count=view_count)
+    index = torch.from_numpy(rows)
+    middle = time.monotonic()
+    with compute.autocast():
+        output = model(*x, index=index.to(device))
+    optimizer.zero_grad()
+    output.loss.backward()
+    optimizer.step()
+    model.after_step(output, 0, index.to(device))
+    output.loss.item()  # waits for a GPU
+    return (middle - start) / size, (time.monotonic() - middle) / size
+
+
+def seconds_per_image(speed: Speed, *, resident: bool, cores: int) -> tuple[float, float, float]:
+    """Compute the seconds that an image takes in a run.
+
+    A GPU trains while worker processes prepare images, so the slower of the two decides. On a CPU
+    both use the same cores. Images in memory are prepared between the steps.
+
+    Args:
+        speed: The measured speed.
+        resident: Whether the images are decoded once and kept in memory.
+        cores: The number of cores that prepare images.
+
+    Returns:
+        Seconds per image to prepare it with all cores, to train on it, and for both.
+    """
+    prepared, trained = speed["prepared"] / (1 if resident else cores), speed["trained"]
+    at_the_same_time = speed["gpu"] and not resident
+    total = max(prepared, trained) if at_the_same_time else prepared + trained
+    return prepared, trained, total
