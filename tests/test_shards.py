@@ -24,7 +24,7 @@ from simsiam.config.recipes import Recipe
 from simsiam.data import shards
 from simsiam.data.batches import batch_indices, interleaved_indices, iter_batches, steps_per_epoch
 from simsiam.data.decode import Unreadable
-from simsiam.data.shards import Blocks
+from simsiam.data.storage import Blocks
 from simsiam.errors import UsageError, WorkFailed
 from simsiam.sources import open_source as sources
 from simsiam.sources import shapes as drawn

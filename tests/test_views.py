@@ -64,7 +64,7 @@ def many(recipe, n=4000, size=(32, 32), seed=1):
 
 
 def two_views(images, positions, recipes=(EVERYTHING,), **changes):
-    kwargs = dict(count=2, size=24, mean=HALF, std=HALF, seed=3, step=5) | changes
+    kwargs = dict(view_count=2, size=24, mean=HALF, std=HALF, seed=3, step=5) | changes
     return make_views(images, recipes, positions=positions, **kwargs)
 
 
@@ -320,7 +320,7 @@ def test_a_recipe_with_everything_off_is_normalization():
 
 def test_make_views_gives_each_view_its_recipe_and_its_form():
     images, positions = photos(8, 40, 28), np.arange(8)
-    views = two_views(images, positions, recipes=(OFF, EVERYTHING), count=3)
+    views = two_views(images, positions, recipes=(OFF, EVERYTHING), view_count=3)
     assert len(views) == 3
     for view in views:
         assert view.shape == (8, 3, 24, 24) and view.dtype == torch.float32
@@ -330,7 +330,7 @@ def test_make_views_gives_each_view_its_recipe_and_its_form():
             and view.max() <= 1
         )
     first, second, third = (
-        two_views(images, positions, recipes=(r,), count=3) for r in (OFF, EVERYTHING, EVERYTHING)
+        two_views(images, positions, recipes=(r,), view_count=3) for r in (OFF, EVERYTHING, EVERYTHING)
     )
     assert views[0].equal(first[0]) and views[1].equal(second[1]) and views[2].equal(third[2])
 
@@ -348,7 +348,7 @@ def test_cropping_in_workers_gives_the_views_of_the_batch():
         crops.append(resized_crop_one(image.permute(1, 2, 0).numpy(), *box, size=24))
     d = sample_view_params(recipe, np.full((16, 2), 24), positions=positions, **key)
     view = finish_view(torch.stack(crops), d, mean=HALF, std=HALF)
-    (batch,) = two_views(images, positions, recipes=(recipe,), count=1)
+    (batch,) = two_views(images, positions, recipes=(recipe,), view_count=1)
     torch.testing.assert_close(view, batch, rtol=0, atol=1.5 / 255 / 0.5)
 
 

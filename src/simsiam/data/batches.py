@@ -1,13 +1,18 @@
-"""The order of images and the making of views, both functions of (seed, step): nothing depends on what ran before.
+"""The order of images and the batches of views, both functions of (seed, step).
 
-There are two orders, and each is a permutation of all images, of which an epoch takes as many as fill whole batches.
-`shuffled` draws it uniformly. `interleaved` is for images that lie in blocks of shards, which are read as wholes: the
-blocks are put in a random order, and so are the images of each; position j of the batches of an epoch goes through this
-sequence from the j-th part of it on. So a batch takes its images from as many places as it has images, each block is
-read once, by whoever makes this position, and a step's images are found without the steps before.
+Nothing depends on what ran before, so a run can be resumed at any step. There are two orders. Each
+is a permutation of all images in every epoch, which uses as many of them as fill whole batches:
 
-Images resident in memory are cropped on the device, a whole batch at a time. Others are read by worker processes,
-which decode an image once for all its views and crop it; color, blur and normalization follow on the device.
+- `shuffled` draws the permutation uniformly.
+- `interleaved` is for images in shards, which are read in whole blocks. The order of the blocks is
+  random, and so is the order of the images in each. The sequence of all images is divided into
+  batch_size parts, and position j of the batches runs through part j. So a batch takes its images
+  from many places, each block is read once by the worker that makes this position, and the images
+  of a step are found without the steps before it.
+
+Images in memory are cropped on the device, a whole batch at a time. Other images are read by worker
+processes, which decode an image once for all its views and crop it; color, blur and normalization
+follow on the device.
 """
 
 import time
@@ -16,7 +21,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import islice, pairwise
-from typing import Any
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -28,47 +33,92 @@ from simsiam.config.recipes import ResolvedRecipe
 from simsiam.data import views
 from simsiam.data.decode import Unreadable
 from simsiam.data.images import Images
-from simsiam.data.shards import Blocks
+from simsiam.data.storage import Blocks
 from simsiam.distributed.process_group import local_slice, world_size
 from simsiam.errors import UsageError, WorkFailed, printable
 from simsiam.utils.workers import CPU_CORES
 
-ORDER_STREAM = 2  # the seed's stream for the order of images; views draw from a stream of their own
-DEFAULT_VIEW_COUNT = 2  # of each image, where nobody trains on them
-SEQUENTIAL_STEP_OFFSET = (
-    2**40
-)  # the steps from here on take all images in order, once: a look at them before training
+ORDER_STREAM = 2  # the seed's stream for the order of images; views draw from their own stream
+DEFAULT_VIEW_COUNT = 2  # views of each image where nothing is trained on them
+SEQUENTIAL_STEP_OFFSET = 2**40  # steps from here on go through all images in order, once
+
+# Crops uint8 (views, N, C, size, size), the images (N,) they are of, and (key, reason) of each
+# unreadable image that was replaced.
+CropBatch: TypeAlias = tuple[Tensor, Tensor, list[tuple[str, str]]]
 
 
 @dataclass(frozen=True)
 class ViewBatch:
+    """The views of a step, or this process's part of them.
+
+    Attributes:
+        step: The step.
+        index: (N,), positions of the images in the training set.
+        views: Each (N, 3, size, size) float32, normalized, on the device.
+        skipped: (key, reason) of each unreadable image that was replaced.
+        wait: Seconds that the training loop waited for the batch.
+        weight: Factor for the loss of this process, so that the mean over processes is the mean
+            over all images of the batch.
+    """
+
     step: int
-    index: Tensor  # (N,) positions of the images in the training set
-    views: list[Tensor]  # each (N, 3, size, size), normalized, on the device
-    skipped: list[tuple[str, str]]  # unreadable files met on the way: key and reason
-    wait: float = 0.0  # seconds that the loop waited for them
-    weight: float = 1.0  # of its loss, for the mean over processes to be the mean over the images of all of them
+    index: Tensor
+    views: list[Tensor]
+    skipped: list[tuple[str, str]]
+    wait: float = 0.0
+    weight: float = 1.0
 
 
 def steps_per_epoch(image_count: int, batch_size: int) -> int:
-    """Whole batches in an epoch; the images left over wait for another epoch's order."""
+    """Count the whole batches in an epoch. The order of the next epoch may use the images left.
+
+    Args:
+        image_count: Number of images.
+        batch_size: Images in a batch, of all processes together.
+
+    Returns:
+        The number of steps.
+
+    Raises:
+        UsageError: There are fewer images than in one batch.
+    """
     if image_count < batch_size:
         raise UsageError(
-            f"batch_size is {batch_size} and there are only {image_count} images: take a smaller --batch-size"
+            f"batch_size is {batch_size} and there are only {image_count} images: "
+            "take a smaller --batch-size"
         )
     return image_count // batch_size
 
 
 @lru_cache(maxsize=2)
 def epoch_order(seed: int, epoch: int, image_count: int) -> np.ndarray:
-    """The permutation of `count` images in an epoch: the ranks of uniform numbers, whose stream is fixed."""
+    """Permute images for an epoch, by the ranks of uniform numbers from a fixed stream.
+
+    Args:
+        seed: Seed of the run.
+        epoch: The epoch, from 0.
+        image_count: Number of images.
+
+    Returns:
+        A permutation of range(image_count), int64.
+    """
     rng = np.random.Generator(np.random.Philox(key=[seed, ORDER_STREAM], counter=[0, epoch, 0, 0]))
     return np.argsort(rng.random(image_count), kind="stable")
 
 
 @lru_cache(maxsize=2)
 def block_order(seed: int, epoch: int, blocks: Blocks) -> tuple[np.ndarray, np.ndarray]:
-    """The permutation of blocks in an epoch, and where in the sequence of their images each begins, and the end."""
+    """Permute blocks for an epoch.
+
+    Args:
+        seed: Seed of the run.
+        epoch: The epoch, from 0.
+        blocks: The blocks.
+
+    Returns:
+        The permutation (blocks,), and the position (blocks + 1,) in the sequence of all images
+        where each block in this order starts, and the end.
+    """
     rng = np.random.Generator(np.random.Philox(key=[seed, ORDER_STREAM], counter=[0, epoch, 1, 0]))
     permuted = np.argsort(rng.random(len(blocks)), kind="stable")
     return permuted, np.cumsum(np.append(0, np.diff(blocks.offsets)[permuted]))
@@ -76,36 +126,73 @@ def block_order(seed: int, epoch: int, blocks: Blocks) -> tuple[np.ndarray, np.n
 
 @lru_cache(maxsize=2**12)
 def order_within_block(seed: int, epoch: int, block: int, image_count: int) -> np.ndarray:
-    """The permutation of the `count` images of a block in an epoch."""
-    rng = np.random.Generator(
-        np.random.Philox(key=[seed, ORDER_STREAM], counter=[0, epoch, 2 + block, 0])
-    )
+    """Permute the images of a block for an epoch.
+
+    Args:
+        seed: Seed of the run.
+        epoch: The epoch, from 0.
+        block: Number of the block.
+        image_count: Number of its images.
+
+    Returns:
+        A permutation of range(image_count), int64.
+    """
+    counter = [0, epoch, 2 + block, 0]
+    rng = np.random.Generator(np.random.Philox(key=[seed, ORDER_STREAM], counter=counter))
     return np.argsort(rng.random(image_count), kind="stable")
 
 
 def interleaved_indices(seed: int, epoch: int, blocks: Blocks, positions: np.ndarray) -> np.ndarray:
-    """The images at these positions of an epoch's sequence, block after block."""
+    """Find the images at positions of the sequence of an epoch, which goes block after block.
+
+    Args:
+        seed: Seed of the run.
+        epoch: The epoch, from 0.
+        blocks: The blocks.
+        positions: (N,), positions in the sequence of all images.
+
+    Returns:
+        (N,), the images, int64.
+    """
     permuted, begin = block_order(seed, epoch, blocks)
     place = np.searchsorted(begin, positions, side="right") - 1
-    found = []
+    indices = []
     for block, inside in zip(permuted[place].tolist(), (positions - begin[place]).tolist()):
         first, after = blocks.offsets[block : block + 2].tolist()
-        found.append(first + int(order_within_block(seed, epoch, block, after - first)[inside]))
-    return np.array(found, np.int64)
+        indices.append(first + int(order_within_block(seed, epoch, block, after - first)[inside]))
+    return np.array(indices, np.int64)
 
 
 def interleaved_blocks(images: Images, recipe: ResolvedRecipe) -> Blocks | None:
-    """The blocks of the order `interleaved`; None where the order is `shuffled`."""
+    """Return the blocks of the order `interleaved`.
+
+    Args:
+        images: The training images.
+        recipe: The recipe, for its order.
+
+    Returns:
+        The blocks; None if the order is `shuffled`.
+    """
     return images.blocks if recipe.order == "auto" else None
 
 
 def batch_indices(
     step: int, recipe: ResolvedRecipe, images: Images, batch_slice: slice = slice(None)
 ) -> np.ndarray:
-    """The images (N,) of a step's batch, as positions in the training set; `mine`: at these places alone."""
+    """Find the images of a step's batch.
+
+    Args:
+        step: The step.
+        recipe: Gives seed, batch size and order.
+        images: The training images.
+        batch_slice: The positions in the batch that are needed.
+
+    Returns:
+        (N,), positions in the training set, int64.
+    """
     size, count = recipe.batch_size, len(images)
     per_epoch, positions = steps_per_epoch(count, size), np.arange(size)[batch_slice]
-    if step >= SEQUENTIAL_STEP_OFFSET:  # the last batch steps back to be whole
+    if step >= SEQUENTIAL_STEP_OFFSET:  # the last batch is moved back, so that it is whole
         return min((step - SEQUENTIAL_STEP_OFFSET) * size, count - size) + positions
     epoch, step = divmod(step, per_epoch)
     if blocks := interleaved_blocks(images, recipe):
@@ -116,74 +203,108 @@ def batch_indices(
 def iter_batches(
     images: Images, recipe: ResolvedRecipe, start: int, stop: int, device: torch.device
 ) -> Iterator[ViewBatch]:
-    """The batches of steps start .. stop - 1; of several processes each gets its share of every batch."""
-    made = (_streamed_batches if images.pixels is None else _resident_batches)(
-        images, recipe, start, stop, device
-    )
-    for batch in prefetch_cuda(made, device) if device.type == "cuda" else time_waits(made):
+    """Make the batches of steps start to stop - 1; each process makes its part of every batch.
+
+    Args:
+        images: The training images.
+        recipe: The recipe.
+        start: First step.
+        stop: Step after the last one.
+        device: Where views are made and returned.
+
+    Yields:
+        The batches, in order.
+
+    Raises:
+        WorkFailed: No image can be read, a shard can no longer be read, or a data worker hangs or
+            was killed.
+    """
+    make_batches = _streamed_batches if images.pixels is None else _resident_batches
+    batches = make_batches(images, recipe, start, stop, device)
+    for batch in prefetch_cuda(batches, device) if device.type == "cuda" else time_waits(batches):
         weight = len(batch.index) * world_size() / recipe.batch_size
         yield replace(batch, weight=weight)
 
 
-def time_waits(batch_iter: Iterator[ViewBatch]) -> Iterator[ViewBatch]:
-    """The same batches, and for how long each kept the loop waiting."""
-    clock = time.monotonic()
-    for batch in batch_iter:
-        yield replace(batch, wait=time.monotonic() - clock)
-        clock = time.monotonic()
+def time_waits(batches: Iterator[ViewBatch]) -> Iterator[ViewBatch]:
+    """Measure how long each batch makes the loop wait.
 
+    Args:
+        batches: The batches.
 
-def prefetch_cuda(batch_iter: Iterator[ViewBatch], device: torch.device) -> Iterator[ViewBatch]:
-    """The same on CUDA, where a stream of its own makes the next batch while the step before it runs.
-
-    The loop only launches work, and may be two steps ahead of the device: no more, for memory's sake. What a batch
-    waited is known by then: from the end of the step before, on the device, to when its views were there.
+    Yields:
+        The same batches, with `wait`.
     """
-    aside, steps, waits = (
-        torch.cuda.Stream(device),
-        torch.cuda.current_stream(device),
-        deque[tuple[Event, Event]](),
-    )
+    start = time.monotonic()
+    for batch in batches:
+        yield replace(batch, wait=time.monotonic() - start)
+        start = time.monotonic()
+
+
+def prefetch_cuda(batches: Iterator[ViewBatch], device: torch.device) -> Iterator[ViewBatch]:
+    """Make the next batch in a CUDA stream of its own while the step before it runs.
+
+    The training loop only launches work, so it may be ahead of the device; two steps at most, to
+    limit memory. The wait for a batch is measured on the device, from the end of the step before
+    until its views are ready, and is known two steps later: `wait` is that of an earlier batch.
+
+    Args:
+        batches: The batches.
+        device: A CUDA device.
+
+    Yields:
+        The same batches, with `wait`.
+    """
+    batch_stream, step_stream = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    events = deque[tuple[Event, Event]]()
     while True:
-        with torch.cuda.stream(aside):
-            batch = next(batch_iter, None)
+        with torch.cuda.stream(batch_stream):
+            batch = next(batches, None)
         if batch is None:
             return
-        free, ready = (stream.record_event(Event(enable_timing=True)) for stream in (steps, aside))
-        steps.wait_event(ready)
+        free, ready = (
+            stream.record_event(Event(enable_timing=True)) for stream in (step_stream, batch_stream)
+        )
+        step_stream.wait_event(ready)
         for view in batch.views:
-            view.record_stream(steps)
-        waits.append((free, ready))
+            view.record_stream(step_stream)
+        events.append((free, ready))
         wait = 0.0
-        if len(waits) > 2:
-            free, ready = waits.popleft()
+        if len(events) > 2:
+            free, ready = events.popleft()
             free.synchronize()
             ready.synchronize()
             wait = max(0.0, free.elapsed_time(ready) / 1000)
         yield replace(batch, wait=wait)
 
 
-def sequential_batches(images: Images, recipe: ResolvedRecipe, device: torch.device) -> Iterator[ViewBatch]:
-    """Views of every image, in order."""
-    return iter_batches(
-        images,
-        recipe,
-        SEQUENTIAL_STEP_OFFSET,
-        SEQUENTIAL_STEP_OFFSET - (-len(images) // recipe.batch_size),
-        device,
-    )
+def sequential_batches(
+    images: Images, recipe: ResolvedRecipe, device: torch.device
+) -> Iterator[ViewBatch]:
+    """Make views of all images in order, once.
+
+    Args:
+        images: The training images.
+        recipe: The recipe.
+        device: Where views are made.
+
+    Returns:
+        The batches; the last one repeats images if they do not fill it.
+    """
+    batch_count = -(-len(images) // recipe.batch_size)
+    start = SEQUENTIAL_STEP_OFFSET
+    return iter_batches(images, recipe, start, start + batch_count, device)
 
 
 def _resident_batches(
     images: Images, recipe: ResolvedRecipe, start: int, stop: int, device: torch.device
 ) -> Iterator[ViewBatch]:
     assert images.pixels is not None
-    pixels, mine = torch.from_numpy(images.pixels).to(device), local_slice(recipe.batch_size)
+    pixels, own_slice = torch.from_numpy(images.pixels).to(device), local_slice(recipe.batch_size)
+    count = recipe.method.view_count
     for step in range(start, stop):
-        index = torch.from_numpy(batch_indices(step, recipe, images, mine))
-        made = _make_views(
-            pixels[index.to(device)], recipe, step, recipe.method.view_count, mine.start
-        )
+        index = torch.from_numpy(batch_indices(step, recipe, images, own_slice))
+        made = _make_views(pixels[index.to(device)], recipe, step, count, own_slice.start)
         yield ViewBatch(step, index, made, [])
 
 
@@ -191,45 +312,40 @@ def _streamed_batches(
     images: Images, recipe: ResolvedRecipe, start: int, stop: int, device: torch.device
 ) -> Iterator[ViewBatch]:
     workers = CPU_CORES if recipe.workers is None else recipe.workers
-    reading = torch.full(
-        (max(workers, 1),), -1
-    ).share_memory_()  # the image that each worker is at; -1: none
-    mine, pin, limit = (
-        local_slice(recipe.batch_size),
-        device.type == "cuda",
-        recipe.read_timeout if workers else 0,
+    current_image = torch.full((max(workers, 1),), -1).share_memory_()  # of each worker; -1: none
+    own_slice, parts = local_slice(recipe.batch_size), 1
+    # With blocks, each worker makes the same positions of every batch: it alone reads their blocks.
+    if interleaved_blocks(images, recipe):
+        parts = max(1, min(workers, own_slice.stop - own_slice.start))
+    loader: DataLoader = DataLoader(
+        _StepDataset(images, recipe, own_slice, parts, current_image),
+        batch_size=None,
+        sampler=range(start * parts, stop * parts),
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+        timeout=recipe.read_timeout if workers else 0,
     )
-    parts = 1
-    if interleaved_blocks(
-        images, recipe
-    ):  # a worker makes the same places of every batch: no other reads their blocks
-        parts = max(1, min(workers, mine.stop - mine.start))
-    steps, tasks = (
-        _StepDataset(images, recipe, mine, parts, reading),
-        range(start * parts, stop * parts),
-    )
-    loader = DataLoader(
-        steps, batch_size=None, sampler=tasks, num_workers=workers, pin_memory=pin, timeout=limit
-    )
-    made = _iter_loader(loader, images, reading)
+    results = _iter_loader(loader, images, current_image)
     for step in range(start, stop):
         crops, index, skipped = [], [], list[tuple[str, str]]()
-        for part in islice(made, parts):
-            if isinstance(part, WorkFailed):
-                raise part
-            crops.append(part[0].to(device, non_blocking=True))
-            index.append(part[1])
-            skipped += part[2]
-        finished = _finish_views(torch.cat(crops, dim=1), recipe, step, mine.start)
+        for result in islice(results, parts):
+            if isinstance(result, WorkFailed):
+                raise result
+            crops.append(result[0].to(device, non_blocking=True))
+            index.append(result[1])
+            skipped += result[2]
+        finished = _finish_views(torch.cat(crops, dim=1), recipe, step, own_slice.start)
         yield ViewBatch(step, torch.cat(index), finished, skipped)
 
 
-def _iter_loader(loader: DataLoader, images: Images, current_image: Tensor) -> Iterator[Any]:
-    """What the loader makes. Raises WorkFailed for a worker that hangs, with the file it is at, or that was killed."""
-    made = iter(loader)
+def _iter_loader(
+    loader: DataLoader, images: Images, current_image: Tensor
+) -> Iterator[CropBatch | WorkFailed]:
+    """Yield what the loader makes; raise WorkFailed if a worker hangs or was killed."""
+    results = iter(loader)
     while True:
         try:
-            yield next(made)
+            yield next(results)
         except StopIteration:
             return
         except RuntimeError as error:
@@ -237,14 +353,13 @@ def _iter_loader(loader: DataLoader, images: Images, current_image: Tensor) -> I
                 raise
             names = ", ".join(printable(images.keys[i]) for i in current_image.tolist() if i >= 0)
             if "timed out" in str(error):
-                wait = (
-                    f"has not come back for {loader.timeout:g} s from reading {names or 'an image'}"
-                )
                 raise WorkFailed(
-                    f"a data worker {wait}: see whether the disk is, or give --read-timeout"
+                    f"a data worker has not come back for {loader.timeout:g} s from reading "
+                    f"{names or 'an image'}: check the disk, or give a larger --read-timeout"
                 ) from error
             raise WorkFailed(
-                f"a data worker was killed, at {names or 'no image'}: perhaps memory ran out; take fewer --workers"
+                f"a data worker was killed, at {names or 'no image'}: "
+                "perhaps memory ran out; take fewer --workers"
             ) from error
 
 
@@ -257,11 +372,25 @@ def make_training_views(
     *,
     view_count: int = DEFAULT_VIEW_COUNT,
 ) -> list[Tensor]:
-    """The first views, as in training, of the images at `index`, as if they were the batch of that step."""
+    """Make views as in training, as if these images were the batch of this step.
+
+    Args:
+        images: The images.
+        index: (N,), positions of those to use.
+        recipe: The recipe.
+        step: The step that seeds the augmentation.
+        device: Where views are made.
+        view_count: Number of views of each image.
+
+    Returns:
+        The first views, each (N, C, size, size) float32, normalized.
+
+    Raises:
+        WorkFailed: No image can be read.
+    """
     if images.pixels is not None:
-        return _make_views(
-            torch.from_numpy(images.pixels[index]).to(device), recipe, step, view_count
-        )
+        pixels = torch.from_numpy(images.pixels[index]).to(device)
+        return _make_views(pixels, recipe, step, view_count)
     crops, _, _ = crop_images(images.prefetch(index, 0.25), index, recipe, step, view_count)
     return _finish_views(crops.to(device), recipe, step)
 
@@ -286,19 +415,22 @@ def _make_views(
 def _finish_views(
     crops: Tensor, recipe: ResolvedRecipe, step: int, first_position: int = 0
 ) -> list[Tensor]:
-    """Crops uint8 (views, N, C, size, size) to views: what the device does."""
-    how: dict[str, Any] = {"mean": recipe.mean, "std": recipe.std, "compiled": recipe.compile}
-    sizes = [(1, 1)] * crops.shape[1]  # colors do not depend on the image's size
+    """Make views of crops, uint8 (views, N, C, size, size): the work of the device."""
+    sizes = [(1, 1)] * crops.shape[1]  # only the crop would depend on the size of an image
     return [
         views.finish_view(
-            pixels, _sample_view_params(recipe, step, view, sizes, first_position), **how
+            pixels,
+            _sample_view_params(recipe, step, view, sizes, first_position),
+            mean=recipe.mean,
+            std=recipe.std,
+            compiled=recipe.compile,
         )
         for view, pixels in enumerate(crops)
     ]
 
 
 class _StepDataset(Dataset):
-    """A step to the crops of this process's share of its batch, or of a part of that: what a worker does."""
+    """The crops of a step's batch, or of a part of it, by task: the work of a data worker."""
 
     def __init__(
         self,
@@ -312,32 +444,35 @@ class _StepDataset(Dataset):
         ends = np.linspace(batch_slice.start, batch_slice.stop, part_count + 1).astype(int).tolist()
         self.slices = [slice(first, after) for first, after in pairwise(ends)]
 
-    def __getitem__(self, task: int) -> tuple[Tensor, Tensor, list[tuple[str, str]]] | WorkFailed:
+    def __getitem__(self, task: int) -> CropBatch | WorkFailed:
         step, part = divmod(task, len(self.slices))
-        mine, views = self.slices[part], self.recipe.method.view_count
-        reading = self.current_image[info.id if (info := get_worker_info()) else 0]
+        part_slice, view_count = self.slices[part], self.recipe.method.view_count
+        current = self.current_image[info.id if (info := get_worker_info()) else 0]
         try:
-            index = batch_indices(step, self.recipe, self.images, mine)
+            index = batch_indices(step, self.recipe, self.images, part_slice)
             if interleaved_blocks(self.images, self.recipe):
-                reading.fill_(int(index[0]))
-                self.images = self.images.prefetch(
-                    index
-                )  # goes on with the blocks that the step before left here
-            return crop_images(self.images, index, self.recipe, step, views, mine.start, reading)
-        except (
-            WorkFailed
-        ) as error:  # handed over rather than raised: a worker's exceptions arrive with a traceback
+                current.fill_(int(index[0]))
+                self.images = self.images.prefetch(index)  # keeps what the step before loaded
+            return crop_images(
+                self.images, index, self.recipe, step, view_count, part_slice.start, current
+            )
+        except WorkFailed as error:  # returned: an exception raised here would carry a traceback
             return error
         finally:
-            reading.fill_(-1)
+            current.fill_(-1)
 
 
 def min_decode_side(recipe: ResolvedRecipe) -> int:
-    """The pixels that an image's shorter side needs for no crop of it to be enlarged: a JPEG is not decoded larger."""
-    return round(
-        recipe.image_size
-        / (min(v.crop_min for v in recipe.method.views) * views.ASPECT_RATIO[0]) ** 0.5
-    )
+    """Compute how large a JPEG must be decoded, so that no crop of it has to be enlarged.
+
+    Args:
+        recipe: Gives the size of views and the smallest crop.
+
+    Returns:
+        Pixels of the shorter side of an image.
+    """
+    smallest_area = min(v.crop_min for v in recipe.method.views)
+    return round(recipe.image_size / (smallest_area * views.ASPECT_RATIO[0]) ** 0.5)
 
 
 def crop_images(
@@ -348,47 +483,60 @@ def crop_images(
     view_count: int,
     first_position: int = 0,
     current_image: Tensor | None = None,
-) -> tuple[Tensor, Tensor, list[tuple[str, str]]]:
-    """Crops uint8 (views, N, C, size, size) of images read once each, which images they are, and what was unreadable.
+) -> CropBatch:
+    """Read images, each once, and crop them for all views.
 
-    Their places in the batch begin with `first`. In the place of an unreadable image stands the next one that is not:
-    batches stay whole and stay the same. `reading` is told the position of the image that is being read.
+    An unreadable image is replaced by the next readable one, so that batches stay whole and do not
+    depend on when a file broke.
+
+    Args:
+        images: The images.
+        index: (N,), positions of those to read.
+        recipe: The recipe.
+        step: The step.
+        view_count: Number of views of each image.
+        first_position: Position of the first image in the batch.
+        current_image: A tensor with one element, set to the position of the image being read.
+
+    Returns:
+        Crops uint8 (views, N, C, size, size), the positions (N,) of the images that were read, and
+        the (key, reason) of each unreadable one.
+
+    Raises:
+        WorkFailed: No image can be read, or a shard can no longer be read.
     """
     size, skipped = recipe.image_size, list[tuple[str, str]]()
-    least = min_decode_side(recipe)
+    min_side = min_decode_side(recipe)
 
     def read(i: int) -> tuple[int, np.ndarray]:
         for at in range(i, i + len(images)):
             if current_image is not None:
                 current_image.fill_(at % len(images))
             try:
-                return at % len(images), images.read(at % len(images), least)
+                return at % len(images), images.read(at % len(images), min_side)
             except Unreadable as error:
                 skipped.append((images.keys[at % len(images)], str(error)))
         raise WorkFailed(
             f"none of the {len(images)} images can be read; the first reason: {skipped[0][1]}"
         )
 
-    found, batch = zip(*map(read, index), strict=True)
+    indices, batch = zip(*map(read, index), strict=True)
+    sizes = [image.shape[:2] for image in batch]
     crops = []
     for view in range(view_count):
-        d = _sample_view_params(
-            recipe, step, view, [image.shape[:2] for image in batch], first_position
-        )
+        d = _sample_view_params(recipe, step, view, sizes, first_position)
         boxes = zip(d.top, d.left, d.height, d.width, d.flip, strict=True)
-        crops.append(
-            torch.stack(
-                [
-                    views.resized_crop_one(image, *box, size)
-                    for image, box in zip(batch, boxes, strict=True)
-                ]
-            )
-        )
-    return torch.stack(crops), torch.tensor(found), skipped
+        pairs = zip(batch, boxes, strict=True)
+        crops.append(torch.stack([views.resized_crop_one(x, *box, size) for x, box in pairs]))
+    return torch.stack(crops), torch.tensor(indices), skipped
 
 
 def _sample_view_params(
-    recipe: ResolvedRecipe, step: int, view: int, sizes: list[tuple[int, int]], first_position: int = 0
+    recipe: ResolvedRecipe,
+    step: int,
+    view: int,
+    sizes: list[tuple[int, int]],
+    first_position: int = 0,
 ) -> views.ViewParams:
     augmentation = recipe.method.views[min(view, len(recipe.method.views) - 1)]
     positions = np.arange(first_position, first_position + len(sizes))

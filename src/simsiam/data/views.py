@@ -1,16 +1,19 @@
-"""Views: a recipe (`methods.Views`) applied to a whole batch, each image with its own parameters.
+"""Views: augmentation of a whole batch, each image with its own parameters.
 
-A view is a pure function of (seed, step, view, position in the global batch). `uniforms` turns these four into numbers,
-`draw` turns the numbers into parameters (numpy, on the host), `crop` and `color` turn parameters into pixels (torch, on
-any device). Nothing else has a say: not the order or size of the batch, the number of workers, a global generator, or
-what ran before. Operations and distributions are torchvision's, the blur is Pillow's, the recipe is the paper's
-(appendix A).
+A view is a pure function of (seed, step, view, position in the global batch). `draw_uniforms` turns
+these four into random numbers, `sample_view_params` turns the numbers into parameters (numpy, on
+the host), and `resized_crop` and `augment_color` turn parameters into pixels (torch, on any
+device). Nothing else has an influence: not the order or the size of the batch, the number of
+workers, a global generator, or what ran before. Operations and distributions are torchvision's, the
+blur is Pillow's, and the defaults of `Views` are the paper's (appendix A).
 
-Images that differ in size are cropped one by one in data workers: there, `draw` and `crop_one`; then, on the batch,
-`draw` again (only the crop depends on `sizes`) and `finish`.
+Images that differ in size are cropped one by one in data workers, with `sample_view_params` and
+`resized_crop_one`. Then the batch of crops goes through `sample_view_params` again (only the crop
+depends on the sizes of images) and `finish_view`.
 
-Most of the time would go into moving pixels between memory and cache, so a CPU takes a batch in parts that its cache
-can hold, and the operations that touch pixels most often are `Kernels`, each one loop where they are compiled.
+Most of the time would be spent on moving pixels between memory and cache. So a CPU processes a
+batch in parts that fit into its cache, and the operations that touch pixels most often are
+`Kernels`, each of which is a single loop when compiled.
 """
 
 import itertools
@@ -18,7 +21,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import cache, partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,22 +30,31 @@ from torch import Tensor
 
 from simsiam.config.methods import Views
 
-VIEW_STREAM = 1  # our half of the Philox key: whoever else draws from the seed takes another number
-COUNTERS_PER_POSITION = (
-    9  # counts of the Philox counter that one position owns; a count yields four numbers
-)
+# The second half of the Philox key: whatever else draws from the seed uses another number.
+VIEW_STREAM = 1
+# Values of the Philox counter that belong to one position; each yields four numbers.
+COUNTERS_PER_POSITION = 9
 CROP_ATTEMPTS = 10  # crops tried before the central one (RandomResizedCrop)
 ASPECT_RATIO = (3 / 4, 4 / 3)  # width / height of a crop (RandomResizedCrop)
 BRIGHTNESS, CONTRAST, SATURATION, HUE = COLOR_OPS = range(4)
 JITTER_ORDERS = np.array(list(itertools.permutations(COLOR_OPS)))
-IDENTITY_FACTORS = np.array([1.0, 1.0, 1.0, 0.0])  # three factors and a shift that change nothing
-CHUNK_NUMEL = 2**20  # values of a part: 4 MiB in float32
+IDENTITY_FACTORS = np.array([1.0, 1.0, 1.0, 0.0])  # factors and a shift without effect
+CHUNK_NUMEL = 2**20  # values processed at a time on a CPU: 4 MiB in float32
 
 
 def draw_uniforms(seed: int, step: int, view: int, positions: np.ndarray) -> np.ndarray:
-    """(N, 4 * BLOCKS) float64 in [0, 1), row i for positions[i] alone.
+    """Draw uniform numbers for images, each row a function of its own position only.
 
-    Philox is counter-based (Salmon et al., 2011): a row is addressed, not reached by drawing those before it.
+    Philox is counter-based (Salmon et al., 2011): a row can be computed without those before it.
+
+    Args:
+        seed: Seed of the run.
+        step: The step.
+        view: Number of the view, from 0.
+        positions: (N,), positions in the global batch.
+
+    Returns:
+        (N, 4 * COUNTERS_PER_POSITION) float64 in [0, 1).
     """
 
     def rows(run: np.ndarray) -> np.ndarray:
@@ -52,30 +64,41 @@ def draw_uniforms(seed: int, step: int, view: int, positions: np.ndarray) -> np.
         )
         return np.random.Generator(philox).random((len(run), 4 * COUNTERS_PER_POSITION))
 
-    # Neighbors have adjacent counts, so a run of consecutive positions is one call.
+    # Neighbors have adjacent counters, so a run of consecutive positions is one call.
     runs = np.split(positions, np.flatnonzero(np.diff(positions) != 1) + 1)
     return np.concatenate([rows(run) for run in runs])
 
 
 @dataclass(frozen=True)
 class ViewParams:
-    """What was drawn for N images: arrays of length N."""
+    """Parameters drawn for N images, arrays of length N.
 
-    top: np.ndarray  # the crop, in pixels of the source image
+    Attributes:
+        top: Top of the crop, in pixels of the source image.
+        left: Left side of the crop.
+        height: Height of the crop.
+        width: Width of the crop.
+        flip: bool, whether to flip the crop left to right.
+        order: (N, 4), each row a permutation of COLOR_OPS.
+        factors: (N, 4), a column for each of COLOR_OPS; IDENTITY_FACTORS without jitter.
+        gray: bool, whether to convert to gray.
+        sigma: Standard deviation of the blur in pixels of the view; 0 without blur.
+        solarize: bool, whether to solarize.
+    """
+
+    top: np.ndarray
     left: np.ndarray
     height: np.ndarray
     width: np.ndarray
-    flip: np.ndarray  # bool
-    order: np.ndarray  # (N, 4), each row a permutation of COLOR_OPS
-    factors: (
-        np.ndarray
-    )  # (N, 4), a column for each of COLOR_OPS; IDENTITY where no jitter was drawn
-    gray: np.ndarray  # bool
-    sigma: np.ndarray  # of the blur, in pixels of the view; 0 is no blur
-    solarize: np.ndarray  # bool
+    flip: np.ndarray
+    order: np.ndarray
+    factors: np.ndarray
+    gray: np.ndarray
+    sigma: np.ndarray
+    solarize: np.ndarray
 
-    def __getitem__(self, rows: Any) -> "ViewParams":
-        """The draws of some of the images: rows is whatever indexes an array."""
+    def __getitem__(self, rows: np.ndarray | slice) -> "ViewParams":
+        """Return the parameters of some of the images."""
         return ViewParams(*(getattr(self, f.name)[rows] for f in fields(self)))
 
 
@@ -88,24 +111,35 @@ def sample_view_params(
     view: int,
     positions: np.ndarray,
 ) -> ViewParams:
-    """Parameters for images of `sizes` (N, 2), height and width, at `positions` (N,); distributed as in torchvision."""
-    u = draw_uniforms(
-        seed, step, view, positions
-    )  # 33 of 36 are used; a new use takes a spare, and old seeds stay valid
+    """Draw the parameters of a view, distributed as in torchvision.
+
+    Args:
+        augmentation: Probabilities and ranges.
+        sizes: (N, 2), height and width of each image in pixels.
+        seed: Seed of the run.
+        step: The step.
+        view: Number of the view, from 0.
+        positions: (N,), positions of the images in the global batch.
+
+    Returns:
+        The parameters of each image.
+    """
+    # 33 of the 36 numbers are used; a new operation can take a spare one without changing others.
+    u = draw_uniforms(seed, step, view, positions)
     u_area, u_aspect, u_factors, u = np.split(
         u, [CROP_ATTEMPTS, 2 * CROP_ATTEMPTS, 2 * CROP_ATTEMPTS + 4], axis=1
     )
     u_top, u_left, u_flip, u_jitter, u_order, u_gray, u_blur, u_sigma, u_solarize = u.T[:9]
 
-    # RandomResizedCrop: the first attempt that fits into the image. Its fallback, the largest central crop of an
-    # allowed aspect, is one attempt more, which always fits.
+    # RandomResizedCrop: the first attempt that fits into the image. Its fallback, the largest
+    # central crop of an allowed aspect ratio, is one more attempt, which always fits.
     area = sizes.prod(axis=1, keepdims=True) * _lerp(augmentation.crop_min, 1.0, u_area)
     aspect = np.exp(_lerp(np.log(ASPECT_RATIO[0]), np.log(ASPECT_RATIO[1]), u_aspect))
     largest = np.minimum(sizes, sizes[:, ::-1] * ASPECT_RATIO[1])
     attempts = np.concatenate(
         [np.sqrt(np.stack([area / aspect, area * aspect], axis=2)), largest[:, None]], axis=1
     )
-    attempts = np.rint(attempts).astype(np.int64)  # (N, ATTEMPTS + 1, 2)
+    attempts = np.rint(attempts).astype(np.int64)  # (N, CROP_ATTEMPTS + 1, 2)
     fits = (attempts > 0) & (attempts <= sizes[:, None])
     chosen = fits.all(axis=2).argmax(axis=1)
     extent = attempts[np.arange(len(sizes)), chosen]
@@ -114,9 +148,8 @@ def sample_view_params(
     corner = np.where((chosen < CROP_ATTEMPTS)[:, None], anywhere, slack // 2)
 
     strength = np.array(augmentation.jitter)
-    lowest = np.maximum(
-        IDENTITY_FACTORS - strength, [0.0, 0.0, 0.0, -np.inf]
-    )  # a factor is not negative, a shift may be
+    # A factor is not negative; a shift may be.
+    lowest = np.maximum(IDENTITY_FACTORS - strength, [0.0, 0.0, 0.0, -np.inf])
     factors = _lerp(lowest, IDENTITY_FACTORS + strength, u_factors)
     return ViewParams(
         top=corner[:, 0],
@@ -135,10 +168,20 @@ def sample_view_params(
 def resized_crop(
     images: Tensor, view_params: ViewParams, size: int, *, compiled: bool = False
 ) -> Tensor:
-    """uint8 images (N, C, H, W) to float32 crops (N, C, size, size) in [0, 1]: antialiased `resized_crop`, then flip.
+    """Crop images, resize the crops with antialiasing, and flip some of them.
 
-    It is linear and separable: a matrix for the rows of each image and one for its columns. Where nothing can shrink, a
-    matrix has two numbers in a row that are not 0, and to look the pixels up is a quarter of the work.
+    The operation is linear and separable: one matrix for the rows of each image and one for its
+    columns. If no crop can shrink, each row of a matrix has two nonzero numbers, and `grid_sample`
+    takes a quarter of the time.
+
+    Args:
+        images: uint8 (N, C, H, W).
+        view_params: Parameters of the N images.
+        size: Side of the views in pixels.
+        compiled: Whether to use compiled kernels.
+
+    Returns:
+        (N, C, size, size) float32 in [0, 1].
     """
     params = np.stack(
         [view_params.top, view_params.height, view_params.left, view_params.width, view_params.flip]
@@ -159,43 +202,53 @@ def resized_crop(
 def resized_crop_one(
     image: np.ndarray, top: int, left: int, height: int, width: int, flip: bool, size: int
 ) -> Tensor:
-    """The same for one image uint8 (H, W, C) of any size, in uint8 arithmetic: (C, size, size).
+    """Crop one image of any size, resize the crop with antialiasing, and flip it, all in uint8.
 
-    It is Pillow's resize to one level of gray, in a third of its time.
+    The result differs from Pillow's resize by at most one gray level, in a third of the time.
+
+    Args:
+        image: uint8 (H, W, C).
+        top: Top of the crop in pixels.
+        left: Left side of the crop in pixels.
+        height: Height of the crop in pixels.
+        width: Width of the crop in pixels.
+        flip: Whether to flip it left to right.
+        size: Side of the result in pixels.
+
+    Returns:
+        uint8 (C, size, size).
     """
-    box = torch.from_numpy(image[top : top + height, left : left + width].copy()).permute(2, 0, 1)[
-        None
-    ]
-    pixels = F.interpolate(box, (size, size), mode="bilinear", antialias=True)[
-        0
-    ]  # fast, as channels come last
+    box = torch.from_numpy(image[top : top + height, left : left + width].copy())
+    # `interpolate` is fast here because channels are last in memory.
+    box = box.permute(2, 0, 1)[None]
+    pixels = F.interpolate(box, (size, size), mode="bilinear", antialias=True)[0]
     return (pixels.flip(2) if flip else pixels).contiguous()
 
 
 def augment_color(x: Tensor, view_params: ViewParams, *, compiled: bool = False) -> Tensor:
-    """Jitter (each image in its own order), gray, blur and solarize x (N, C, H, W), floats in [0, 1]; x may be reused.
+    """Jitter colors (each image in its own order), convert to gray, blur and solarize.
 
-    Without three channels there is no color: saturation, hue and gray are left out.
+    Images without three channels have no color: saturation, hue and gray are left out.
+
+    Args:
+        x: (N, C, H, W) float32 in [0, 1]; its memory may be reused.
+        view_params: Parameters of the N images.
+        compiled: Whether to use compiled kernels.
+
+    Returns:
+        (N, C, H, W) float32 in [0, 1].
     """
-    rgb = x.shape[1] == 3
-    factors = (
-        view_params.factors
-        if rgb
-        else np.where([True, True, False, False], view_params.factors, IDENTITY_FACTORS)
-    )
+    rgb, factors = x.shape[1] == 3, view_params.factors
+    if not rgb:
+        factors = np.where([True, True, False, False], factors, IDENTITY_FACTORS)
     kernels = _get_kernels(x.device, compiled)
     x = _color_jitter(x, view_params.order, factors, kernels)
     if rgb:
         x = _apply_to_rows(x, view_params.gray, lambda x: x.copy_(_to_gray(x)))
-    x = _apply_to_rows(
-        x,
-        view_params.sigma > 0,
-        partial(_gaussian_blur, kernels=kernels),
-        _box_radius(view_params.sigma),
-    )
-    return _apply_to_rows(
-        x, view_params.solarize, lambda x: torch.minimum(x, 1 - x)
-    )  # that is, 1 - x from 1/2 upwards
+    sigma, blur = view_params.sigma, partial(_gaussian_blur, kernels=kernels)
+    x = _apply_to_rows(x, sigma > 0, blur, _box_radius(sigma))
+    # Solarizing is 1 - x from 1/2 upwards, which is this minimum.
+    return _apply_to_rows(x, view_params.solarize, lambda x: torch.minimum(x, 1 - x))
 
 
 def finish_view(
@@ -207,10 +260,21 @@ def finish_view(
     std: Sequence[float],
     compiled: bool = False,
 ) -> Tensor:
-    """A view of uint8 images (N, C, H, W): (N, C, size, size) float32, normalized, channels last.
+    """Make a view of images, or of crops of them. Call it outside autocast (see `make_views`).
 
-    Without a size, the pixels are crops already. `compiled`, the kernels are. Call it outside autocast, which
-    would crop and blur in half precision.
+    Args:
+        pixels: uint8 (N, C, H, W).
+        view_params: Parameters of the N images.
+        size: Side of the view in pixels; None if `pixels` are crops already.
+        mean: Mean of each channel, for normalization.
+        std: Standard deviation of each channel.
+        compiled: Whether to use compiled kernels.
+
+    Returns:
+        (N, C, size, size) float32, normalized, in channels-last memory format.
+
+    Raises:
+        ValueError: There are not as many means and standard deviations as channels.
     """
     n, channels, *cropped = pixels.shape
     shape = (n, channels, size, size) if size else (n, channels, *cropped)
@@ -221,14 +285,13 @@ def finish_view(
         )
     shifts, scales = _to_device(np.array([-np.array(mean), np.ones(channels)]) / std, pixels.device)
     for part in _chunk_slices(view):
-        some = view_params[part]
-        x = (
-            resized_crop(pixels[part], some, size, compiled=compiled)
-            if size
-            else pixels[part] / 255
-        )
-        x, out = augment_color(x, some, compiled=compiled), view[part]
-        for c in range(channels):  # all of them at once would be written three numbers at a time
+        params = view_params[part]
+        if size:
+            x = resized_crop(pixels[part], params, size, compiled=compiled)
+        else:
+            x = pixels[part] / 255
+        x, out = augment_color(x, params, compiled=compiled), view[part]
+        for c in range(channels):  # channel by channel: all at once writes three numbers at a time
             torch.addcmul(shifts[c], x[:, c], scales[c], out=out[:, c])
     return view
 
@@ -246,22 +309,45 @@ def make_views(
     positions: np.ndarray,
     compiled: bool = False,
 ) -> list[Tensor]:
-    """`count` views of uint8 images (N, C, H, W), each as by `finish`. The last recipe serves every later view."""
+    """Make several views of images. Works inside autocast as well, in full precision.
+
+    Args:
+        images: uint8 (N, C, H, W).
+        augmentations: The augmentation of each view; the last one also serves all later views.
+        view_count: Number of views.
+        size: Side of the views in pixels.
+        mean: Mean of each channel, for normalization.
+        std: Standard deviation of each channel.
+        seed: Seed of the run.
+        step: The step.
+        positions: (N,), positions of the images in the global batch.
+        compiled: Whether to use compiled kernels.
+
+    Returns:
+        The views, each (N, C, size, size) float32, normalized, in channels-last memory format.
+    """
     sizes = np.broadcast_to(images.shape[2:], (len(images), 2))
     views = []
     for view in range(view_count):
-        recipe = augmentations[min(view, len(augmentations) - 1)]
-        draws = sample_view_params(
-            recipe, sizes, seed=seed, step=step, view=view, positions=positions
+        augmentation = augmentations[min(view, len(augmentations) - 1)]
+        params = sample_view_params(
+            augmentation, sizes, seed=seed, step=step, view=view, positions=positions
         )
         with torch.autocast(images.device.type, enabled=False):  # crop and blur in full precision
-            x = finish_view(images, draws, size=size, mean=mean, std=std, compiled=compiled)
+            x = finish_view(images, params, size=size, mean=mean, std=std, compiled=compiled)
         views.append(x)
     return views
 
 
 def describe_augmentation(augmentation: Views) -> list[str]:
-    """The recipe in words: a line for each operation that is on, in order of application."""
+    """Describe an augmentation in words.
+
+    Args:
+        augmentation: The augmentation.
+
+    Returns:
+        A line for each operation that is used, in the order in which they are applied.
+    """
     names = zip(("brightness", "contrast", "saturation", "hue"), augmentation.jitter, strict=True)
     jitter = ", ".join(f"{name} by {strength:g}" for name, strength in names if strength)
     lines = [
@@ -280,12 +366,12 @@ def _lerp(low, high, u):
 
 
 def _to_device(values: np.ndarray, device: torch.device, dtype: type = np.float32) -> Tensor:
-    """To the device; to CUDA without waiting, as what is not in pinned memory is staged before the call returns."""
+    """Copy to the device; to CUDA without waiting, as unpinned memory is staged before return."""
     return torch.from_numpy(values.astype(dtype)).to(device, non_blocking=device.type == "cuda")
 
 
 def _chunk_slices(x: Tensor) -> Iterator[slice]:
-    """Equal slices of the batch, of about AT_ONCE values on a CPU; a GPU takes all at once."""
+    """Yield equal slices of the batch, of about CHUNK_NUMEL values on a CPU; one slice on a GPU."""
     count = min(len(x), max(1, round(x.numel() / CHUNK_NUMEL))) if x.device.type == "cpu" else 1
     ends = [len(x) * i // count for i in range(count + 1)]
     return itertools.starmap(slice, itertools.pairwise(ends))
@@ -298,9 +384,9 @@ def _select_rows(x: Tensor, rows: np.ndarray) -> Tensor:
 def _apply_to_rows(
     x: Tensor, mask: np.ndarray, op: Callable[..., Tensor], *op_args: np.ndarray
 ) -> Tensor:
-    """x with op(x[drawn], *values[drawn]) in the place of x[drawn].
+    """Replace x[mask] by op(x[mask], *op_args[mask]).
 
-    Who was drawn is known on the host, so the device is not asked how many they are, and works on nobody else.
+    The mask is on the host, so there is no wait for the device, and no work on the other rows.
     """
     if mask.all():
         return op(x, *op_args)
@@ -312,11 +398,12 @@ def _apply_to_rows(
 
 
 def _color_jitter(x: Tensor, order: np.ndarray, factors: np.ndarray, kernels: "Kernels") -> Tensor:
-    """The four operations on x (N, C, H, W), each image's in its row of `order` (N, 4), by its row of `factors`.
+    """Apply the four color operations to x (N, C, H, W), in the order and with the factors of each.
 
-    Three of the operations are one formula, `_blend`, and only hue is another. So images are sorted: where hue comes
-    last they stand first, and those without jitter at the end. Then what is due before hue, hue itself, and what is due
-    after it are each for neighbors, and nobody waits.
+    `order` and `factors` are (N, 4). Three of the operations are one formula, `_blend`; only hue is
+    another. So images are sorted by the place of hue in their order, the latest first, and those
+    without jitter last. Then the operations before hue, hue itself, and the operations after it
+    each apply to a contiguous run of images.
     """
     turn = np.where((factors != IDENTITY_FACTORS).any(axis=1), (order == HUE).argmax(axis=1), -1)
     rows = np.argsort(-turn, kind="stable")
@@ -346,7 +433,10 @@ def _color_jitter(x: Tensor, order: np.ndarray, factors: np.ndarray, kernels: "K
 
 
 def _pixel_centers(start: Tensor, length: Tensor, size: int, flip: Tensor) -> Tensor:
-    """(N, size, 1): where the pixels of a crop lie in the image, in pixels of that; arguments (N, 1, 1)."""
+    """Return where the pixels of a crop are in the image, in its pixels, (N, size, 1).
+
+    All tensor arguments are (N, 1, 1).
+    """
     target = torch.arange(size, device=start.device)[:, None] + 0.5
     return start + length / size * torch.where(flip > 0, size - target, target)
 
@@ -354,7 +444,10 @@ def _pixel_centers(start: Tensor, length: Tensor, size: int, flip: Tensor) -> Te
 def _grid_coordinates(
     start: Tensor, length: Tensor, source_size: int, size: int, flip: Tensor
 ) -> Tensor:
-    """The same from -1 to 1, as `grid_sample` counts; and none nearer to the crop's edge than its outermost pixels."""
+    """Return `_pixel_centers` scaled to -1..1, as `grid_sample` expects.
+
+    No center is closer to the edge of the crop than the centers of its outermost pixels.
+    """
     center = _pixel_centers(start, length, size, flip)
     return center.maximum(start + 0.5).minimum(start + length - 0.5).mul_(2 / source_size).sub_(1)
 
@@ -362,10 +455,11 @@ def _grid_coordinates(
 def _resampling_matrix(
     start: Tensor, length: Tensor, source_size: int, size: int, flip: Tensor
 ) -> Tensor:
-    """(N, size, total): resize pixels start to start + length of `total`, mirror where asked; arguments (N, 1, 1).
+    """Return matrices (N, size, source_size) that resize, and flip if `flip`, part of a line.
 
-    The filter is a triangle as wide as two pixels, of the input or the output, whichever are larger. It sees nothing
-    outside the crop.
+    The part is the pixels start to start + length of source_size; tensor arguments are (N, 1, 1).
+    The filter is a triangle two pixels wide, of the input or the output, whichever are larger. It
+    uses no pixel outside the crop.
     """
     pixel = torch.arange(source_size, device=start.device) + 0.5
     center = _pixel_centers(start, length, size, flip)
@@ -375,7 +469,7 @@ def _resampling_matrix(
 
 
 def _to_gray(x: Tensor) -> Tensor:
-    """(n, C, H, W) to (n, 1, H, W): torchvision's weights, or the mean where there is no color."""
+    """Convert (n, C, H, W) to (n, 1, H, W), with torchvision's weights; by the mean without RGB."""
     if x.shape[1] != 3:
         return x.mean(1, keepdim=True)
     r, g, b = x.split(1, dim=1)
@@ -383,9 +477,10 @@ def _to_gray(x: Tensor) -> Tensor:
 
 
 def _blend(x: Tensor, weight: Tensor, contrast: Tensor, saturation: Tensor) -> None:
-    """(1 - rest) * x + rest * base, in place. The base is black, mean gray for contrast, gray for saturation: 0 or 1.
+    """Replace x (n, C, H, W) by (1 - weight) * x + weight * base, in place.
 
-    x is (n, C, H, W), the others (n, 1, 1, 1).
+    The base is the image in gray if `saturation` is 1, its mean gray if `contrast` is 1, and black
+    if both are 0; all three arguments are (n, 1, 1, 1).
     """
     gray = _to_gray(x)
     base = gray.mul(saturation).add_(contrast * gray.mean((2, 3), keepdim=True))
@@ -393,26 +488,31 @@ def _blend(x: Tensor, weight: Tensor, contrast: Tensor, saturation: Tensor) -> N
 
 
 def _shift_hue(x: Tensor, shift: Tensor) -> None:
-    """Turn the hue of x (n, 3, H, W) by `shift` (n, 1, 1, 1) of a circle, in place; value and saturation stay."""
+    """Turn the hue of x (n, 3, H, W) by `shift` (n, 1, 1, 1) of a circle, in place."""
     r, g, b = x.split(1, dim=1)
     value = torch.maximum(torch.maximum(r, g), b)
     chroma = value - torch.minimum(torch.minimum(r, g), b)
-    # The usual three cases in one (to branch on pixels would take most of the time): `red` is how far red is below the
-    # largest, `side` tells green (+) from blue (-). In sixths of a circle from red, the hue is |side| where red is
-    # largest, 1 + red where it is in the middle, 3 - |side| where it is smallest, to the left or right by the sign.
+    # The usual three cases in one formula, because branching on pixels would take most of the time.
+    # `red` is how far red is below the largest channel; `side` is positive toward green, negative
+    # toward blue. In sixths of a circle from red, the absolute hue is |side| where red is the
+    # largest channel, 1 + red where it is in the middle, and 3 - |side| where it is the smallest;
+    # its sign is that of `side`.
     safe = chroma.clamp(min=torch.finfo(x.dtype).tiny)
     red, side = (value - r).div_(safe), (g - b).div_(safe)
     hue = side.abs()
     hue = torch.addcmul(hue, red, 3 - 2 * hue).copysign_(side)
     hue = hue.div_(6).add_(1 + shift % 1).frac_().mul_(6)
-    # And back: how far each channel is below the value, in units of the chroma.
+    # Back to RGB: how far each channel is below the value, in units of the chroma.
     below = 2 - (hue - 3).abs_(), (hue - 2).abs_() - 1, (hue - 4).abs_() - 1
     for channel, units in zip((r, g, b), below, strict=True):
         channel.copy_(value - units.clamp_(0, 1).mul_(chroma))
 
 
 def _box_filter(x: Tensor, taps: Tensor, dim: int) -> Tensor:
-    """A box filter of x (n, C, H, W) along `dim`, edges replicated; taps (n, r + 1) by the distance to its middle."""
+    """Apply a box filter to x (n, C, H, W) along `dim`, with replicated edges.
+
+    `taps` are (n, r + 1), the weight of a pixel by its distance to the center.
+    """
     reach, taps = taps.shape[1] - 1, taps[:, :, None, None, None]
     length, beyond = x.shape[dim], [reach if d == dim else -1 for d in range(4)]
     before, after = (x.narrow(dim, end, 1).expand(beyond) for end in (0, length - 1))
@@ -425,12 +525,12 @@ def _box_filter(x: Tensor, taps: Tensor, dim: int) -> Tensor:
 
 
 class Kernels(NamedTuple):
-    """What `torch.compile` is for here: where many operations follow each other on every pixel, or make few of them."""
+    """The functions that gain from `torch.compile`: many operations per pixel, or on few pixels."""
 
-    resampling_matrix: Callable[..., Any]
-    blend: Callable[..., Any]
-    shift_hue: Callable[..., Any]
-    box_filter: Callable[..., Any]
+    resampling_matrix: Callable[..., Tensor]
+    blend: Callable[..., None]
+    shift_hue: Callable[..., None]
+    box_filter: Callable[..., Tensor]
 
 
 EAGER_KERNELS = Kernels(_resampling_matrix, _blend, _shift_hue, _box_filter)
@@ -438,10 +538,18 @@ EAGER_KERNELS = Kernels(_resampling_matrix, _blend, _shift_hue, _box_filter)
 
 @cache
 def _get_kernels(device: torch.device, compiled: bool) -> Kernels:
-    """The kernels, if `compiled` each one loop, equal up to rounding; where that fails a line on stderr, and EAGER."""
+    """Return the kernels; compiled ones are equal up to rounding.
+
+    If compiling fails, print one line to stderr and return EAGER_KERNELS.
+    """
     if not compiled:
         return EAGER_KERNELS
-    kernels = Kernels(*(torch.compile(kernel, dynamic=True) for kernel in EAGER_KERNELS))
+    kernels = Kernels(
+        torch.compile(_resampling_matrix, dynamic=True),
+        torch.compile(_blend, dynamic=True),
+        torch.compile(_shift_hue, dynamic=True),
+        torch.compile(_box_filter, dynamic=True),
+    )
     x, ones = torch.zeros(2, 3, 8, 8, device=device), torch.ones(2, 1, 1, 1, device=device)
     try:
         kernels.resampling_matrix(ones[0], ones[0], 8, 4, ones[0])
@@ -450,34 +558,43 @@ def _get_kernels(device: torch.device, compiled: bool) -> Kernels:
         kernels.box_filter(x, torch.ones(2, 3, device=device), 2)
     except RuntimeError as error:  # no C++ compiler, a platform that has none, ...
         reason = str(error).strip().partition("\n")[0]
-        print(f"simsiam: torch.compile fails here and is left out: {reason}", file=sys.stderr)
+        print(f"simsiam: torch.compile fails here and is not used: {reason}", file=sys.stderr)
         return EAGER_KERNELS
     return kernels
 
 
 def compile_works(device: torch.device) -> bool:
-    """Whether torch.compile works there; where it fails, a line on stderr says so, once."""
+    """Test whether torch.compile works; if it does not, print one line to stderr, once.
+
+    Args:
+        device: The device to compile for.
+
+    Returns:
+        Whether compiled kernels are used there.
+    """
     return _get_kernels(device, True) is not EAGER_KERNELS
 
 
 def _box_radius(sigma: np.ndarray) -> np.ndarray:
-    """Radius of the box filter that, applied three times, has standard deviation sigma (Gwosdek et al., 2011)."""
+    """Return the radius of the box filter that, applied three times, has standard deviation sigma.
+
+    Gwosdek et al., 2011.
+    """
     variance = sigma**2 / 3
-    whole = np.floor((np.sqrt(12 * variance + 1) - 1) / 2)
-    return whole + (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (
-        6 * (variance - (whole + 1) ** 2)
-    )
+    r = np.floor((np.sqrt(12 * variance + 1) - 1) / 2)  # the integer part of the radius
+    return r + (2 * r + 1) * (r * (r + 1) - 3 * variance) / (6 * (variance - (r + 1) ** 2))
 
 
 def _gaussian_blur(x: Tensor, radius: np.ndarray, kernels: Kernels) -> Tensor:
-    """Pillow's GaussianBlur of x (n, C, H, W): three box filters of `radius` (n,) along each side, edges replicated."""
-    reach = max(
-        2, int(np.ceil(radius.max()))
-    )  # 2 is what most recipes need; for more, another kernel is compiled
-    away, r = np.arange(reach + 1), radius[:, None]
-    taps = _to_device(
-        (r + 1 - away).clip(0, 1) / (2 * r + 1), x.device
-    )  # the part of each pixel that lies inside
+    """Blur x (n, C, H, W) like Pillow's GaussianBlur, with replicated edges.
+
+    These are three box filters of `radius` (n,) along each side.
+    """
+    # Most recipes need at most 2; a larger reach compiles another kernel.
+    reach = max(2, int(np.ceil(radius.max())))
+    distance, r = np.arange(reach + 1), radius[:, None]
+    # The weight of a pixel is the part of it that is inside the box.
+    taps = _to_device((r + 1 - distance).clip(0, 1) / (2 * r + 1), x.device)
     for dim in (2, 2, 2, 3, 3, 3):
         x = kernels.box_filter(x, taps, dim)
     return x
