@@ -29,7 +29,11 @@ from simsiam.distributed.collectives import (
     wrap_ddp,
 )
 from simsiam.distributed.process_group import local_slice, rank, world_size
-from simsiam.distributed.sync_batch_norm import convert_sync_batchnorm, synchronize_replicas
+from simsiam.distributed.sync_batch_norm import (
+    BatchNorm,
+    convert_sync_batchnorm,
+    synchronize_replicas,
+)
 from simsiam.errors import UsageError, WorkFailed
 from simsiam.model.precision import Compute
 from simsiam.monitoring.gauges import grad_norm
@@ -148,7 +152,7 @@ def build_optimizer(model: nn.Module, schedule: Schedule) -> Optimizer:
     norms = [
         p
         for m in model.modules()
-        if isinstance(m, nn.modules.batchnorm._BatchNorm)
+        if isinstance(m, BatchNorm)
         for p in m.parameters(False)
     ]
     free = {id(p) for p in norms}
@@ -311,7 +315,7 @@ def update_bn_stats(
     model: nn.Module, step_dataset: StepDataset, schedule: Schedule, compute: Compute
 ) -> None:
     """Give every batch norm the plain mean of its statistics over `precise_bn` batches of training (PreciseBN)."""
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    norms = [m for m in model.modules() if isinstance(m, BatchNorm)]
     before = [m.momentum for m in norms]
     for m in norms:
         m.reset_running_stats()
