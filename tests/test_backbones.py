@@ -1,4 +1,4 @@
-"""Backbones by name: what they draw at random, how wide their features are, and which images they take."""
+"""Backbones by name: their random weights, the width of their features, the images they take."""
 
 import runpy
 import subprocess
@@ -22,7 +22,7 @@ TIMM = {  # width of the features, from the table of each architecture
 
 
 def drawn(make) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """The weights that `make` draws with seed 5, and the random state it leaves."""
+    """Return the weights of a network made with seed 5, and the random state afterwards."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)
         state = make().state_dict()
@@ -36,14 +36,14 @@ def assert_same(ours, theirs):
 
 
 def refusal(*args, **kwargs) -> str:
-    """The one line with which a network is refused."""
+    """Return the one-line error for a network that cannot be created."""
     with pytest.raises(UsageError) as caught:
         create_backbone(*args, **kwargs)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
     return str(caught.value)
 
 
-# --- a seed gives the weights it always gave --------------------------------------------------------------------------
+# --- a seed gives the weights it always gave ------------------------------------------------------
 
 
 def test_a_resnet_draws_torchvisions_weights_and_then_its_stem():
@@ -57,8 +57,8 @@ def test_a_resnet_draws_torchvisions_weights_and_then_its_stem():
     assert_same(drawn(lambda: create_backbone("resnet10", image_size=32)), drawn(reference))
 
 
-# Measured before a stem could have other than three channels. Not a hash: the last bits of a normal draw differ between
-# processors. The state after the draws has no such bits.
+# Measured before a stem could have other than three channels. Sums and not a hash, because the last
+# bits of normal random numbers differ between processors; those of the state afterwards do not.
 @pytest.mark.parametrize(
     "name, kwargs, total, following",
     [
@@ -100,7 +100,7 @@ def test_a_network_that_draws_on_its_way_leaves_the_stream_alone():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-# --- timm -------------------------------------------------------------------------------------------------------------
+# --- timm -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", TIMM)
@@ -119,7 +119,7 @@ def test_timm_by_name(name):
 def test_timm_is_imported_only_for_its_own_models(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)  # its import fails from now on
     anew = runpy.run_path(sys.modules["simsiam.model.backbones"].__file__)
-    assert anew["backbone"]("resnet10", image_size=32, width=4).dim == 32
+    assert anew["create_backbone"]("resnet10", image_size=32, width=4).dim == 32
     assert anew["input_size"]("vgg11") is None
     with pytest.raises(ImportError):
         anew["input_size"]("timm/resnet18")
@@ -154,9 +154,8 @@ def test_what_timm_cannot_give_is_refused_in_a_line():
 def test_a_model_with_no_clear_feature_output_is_refused(monkeypatch):
     import timm
 
-    class Encoder(
-        nn.Conv2d
-    ):  # as timm's gemma4_vit_167m_enc, qwen3_vit_88m_enc, mobilenetv5_300m_enc, but small
+    # Like timm's gemma4_vit_167m_enc, qwen3_vit_88m_enc and mobilenetv5_300m_enc, but small.
+    class Encoder(nn.Conv2d):
         head_hidden_size = 4
 
     class Pyramid(Encoder):
@@ -172,7 +171,7 @@ def test_a_model_with_no_clear_feature_output_is_refused(monkeypatch):
     )
 
 
-# --- channels ---------------------------------------------------------------------------------------------------------
+# --- channels -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("channels", [1, 5, 16])
@@ -202,16 +201,17 @@ def test_channels_are_1_to_16_and_3_where_the_stem_is_fixed():
 
 NARROW = """
 import torch
-from simsiam.backbones import backbone
+from simsiam.model.backbones import create_backbone
 torch.set_num_threads(2)
 for width in (2, 4, 8) * 4:
-    model = backbone("resnet10", image_size=32, width=width).to(memory_format=torch.channels_last)
+    model = create_backbone("resnet10", image_size=32, width=width)
+    model = model.to(memory_format=torch.channels_last)
     model(torch.randn(27, 3, 32, 32).to(memory_format=torch.channels_last)).sum().backward()
 """
 
 
 def test_a_narrow_network_writes_inside_its_memory():
-    """In a process of its own, for oneDNN's fault ends the process (an odd batch and two threads show it)."""
+    """In another process, because oneDNN's bug ends it; an odd batch and two threads show it."""
     subprocess.run([sys.executable, "-c", NARROW], check=True)
 
 

@@ -1,4 +1,4 @@
-"""Every row and every cell trains, and what it remembers survives a stop."""
+"""Every row and every cell trains, and its state survives a stop."""
 
 import importlib
 import os
@@ -34,22 +34,31 @@ def test_every_row_trains_three_steps_on_shapes(name):
 
 CELLS = [
     {"stop_gradient": False}, {"predictor": "none"}, {"predictor": "none", "pairs": "asymmetric"},
-    {"predictor": "fixed"}, {"predictor_lr": "cosine"}, {"predictor_lr_scale": 10.0}, {"head_bn": ()},
-    {"head_bn": ("proj_hidden",)}, {"head_bn": ("proj_hidden", "proj_out", "pred_hidden", "pred_out")},
-    {"output_bn_affine": True}, {"output_bias": False}, {"criterion": "cross_entropy"}, {"criterion": "nt_xent"},
-    {"criterion": "info_nce", "queue": 64}, {"criterion": "swapped", "prototypes": 20}, {"criterion": "barlow_twins"},
-    {"criterion": "vicreg"}, {"pairs": "asymmetric"}, {"pairs": "asymmetric_2x"}, {"target": "momentum"},
-    {"target": "momentum", "target_schedule": "cosine", "target_decay": 0.9}, {"target": "alternation"},
-    {"target": "alternation", "target_steps": 2}, {"target": "alternation", "target_steps": 0},
-    {"target": "moving_average", "predictor": "none"}, {"target": "moving_average", "stop_gradient": False},
-    {"target": "expectation", "target_views": 3}, {"target": "expectation", "target_views": 2, "stop_gradient": False},
-    {"target": "expectation", "target_views": 2, "pairs": "asymmetric_2x"}, {"dim": 8, "pred_dim": 2},
-    {"batch_size": 32, "warmup_epochs": 1, "epochs": 2, "steps": None}, {"optimizer": "lars"}, {"optimizer": "adamw"},
-    {"optimizer": "lars", "exclude": "bias_and_norm"}, {"optimizer": "sgd", "exclude": "bias_and_norm"},
-    {"bn": "joint"}, {"bn": "split"}, {"target": "momentum", "bn": "joint"}, {"target": "momentum", "bn": "split"},
-    {"method": "simclr", "predictor": "mlp"}, {"method": "simclr", "predictor": "mlp", "stop_gradient": True},
-    {"method": "swav", "predictor": "mlp", "prototypes": 20}, {"method": "swav", "stop_gradient": False},
-    {"method": "swav", "prototype_norm": "outside", "freeze_prototypes": 1, "sinkhorn_iterations": 1},
+    {"predictor": "fixed"}, {"predictor_lr": "cosine"}, {"predictor_lr_scale": 10.0},
+    {"head_bn": ()}, {"head_bn": ("proj_hidden",)},
+    {"head_bn": ("proj_hidden", "proj_out", "pred_hidden", "pred_out")}, {"output_bn_affine": True},
+    {"output_bias": False}, {"criterion": "cross_entropy"}, {"criterion": "nt_xent"},
+    {"criterion": "info_nce", "queue": 64}, {"criterion": "swapped", "prototypes": 20},
+    {"criterion": "barlow_twins"}, {"criterion": "vicreg"}, {"pairs": "asymmetric"},
+    {"pairs": "asymmetric_2x"}, {"target": "momentum"},
+    {"target": "momentum", "target_schedule": "cosine", "target_decay": 0.9},
+    {"target": "alternation"}, {"target": "alternation", "target_steps": 2},
+    {"target": "alternation", "target_steps": 0}, {"target": "moving_average", "predictor": "none"},
+    {"target": "moving_average", "stop_gradient": False},
+    {"target": "expectation", "target_views": 3},
+    {"target": "expectation", "target_views": 2, "stop_gradient": False},
+    {"target": "expectation", "target_views": 2, "pairs": "asymmetric_2x"},
+    {"dim": 8, "pred_dim": 2}, {"batch_size": 32, "warmup_epochs": 1, "epochs": 2, "steps": None},
+    {"optimizer": "lars"}, {"optimizer": "adamw"},
+    {"optimizer": "lars", "exclude": "bias_and_norm"},
+    {"optimizer": "sgd", "exclude": "bias_and_norm"}, {"bn": "joint"}, {"bn": "split"},
+    {"target": "momentum", "bn": "joint"}, {"target": "momentum", "bn": "split"},
+    {"method": "simclr", "predictor": "mlp"},
+    {"method": "simclr", "predictor": "mlp", "stop_gradient": True},
+    {"method": "swav", "predictor": "mlp", "prototypes": 20},
+    {"method": "swav", "stop_gradient": False},
+    {"method": "swav", "prototype_norm": "outside", "freeze_prototypes": 1,
+     "sinkhorn_iterations": 1},
     {"method": "byol", "target": "shared", "predictor_lr_scale": 10.0},
     *({"method": name, "equal_terms": True} for name in METHODS),
 ]  # fmt: skip
@@ -63,7 +72,6 @@ def test_every_cell_trains_three_steps_on_shapes(cells):
         "shapes", None, QUICK | {"dim": 16, "precision": "float32"} | cells
     )
     model, optimizer, compute = build_training_setup(recipe)
-    device = compute.device
     images, _ = hold_out(sample(source.train, 70), 6)
     per_epoch = steps_per_epoch(len(images), recipe.batch_size)
     model.begin(
@@ -71,7 +79,7 @@ def test_every_cell_trains_three_steps_on_shapes(cells):
     )
     initialize_eta(model, images, recipe, compute)
     before = [p.clone() for p in model.parameters()]
-    for batch in iter_batches(images, recipe, 0, 3, device):
+    for batch in iter_batches(images, recipe, 0, 3, compute.device):
         set_lr(
             optimizer,
             batch.step,
@@ -89,11 +97,10 @@ def test_every_cell_trains_three_steps_on_shapes(cells):
 
 
 def test_eta_starts_with_one_pass_over_every_image():
-    """52 images in batches of 16: the last batch steps back. The model itself is left as it was."""
+    """52 images in batches of 16: the last batch overlaps. The model itself does not change."""
     words = QUICK | {"target": "moving_average", "predictor": "none", "precision": "float32"}
     recipe, source, _ = compose_recipe("shapes", None, words)
     model, _, compute = build_training_setup(recipe)
-    device = compute.device
     images = sample(source.train, 52)
     model.begin(images=len(images))
     before = {k: v.clone() for k, v in model.state_dict().items() if k != "target.eta"}
@@ -105,7 +112,8 @@ def test_eta_starts_with_one_pass_over_every_image():
 
 STATEFUL = [
     {"target": "moving_average", "predictor": "none"}, {"target": "alternation", "target_steps": 4},
-    {"method": "byol", "base_lr": 1.0}, {"method": "moco_v2_plus", "queue": 100}, {"method": "swav", "base_lr": 1.0},
+    {"method": "byol", "base_lr": 1.0}, {"method": "moco_v2_plus", "queue": 100},
+    {"method": "swav", "base_lr": 1.0},
 ]  # fmt: skip
 
 

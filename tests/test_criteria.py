@@ -42,7 +42,7 @@ def test_cross_entropy_is_section_4_5():
 
 
 def full_nt_xent(z1, z2, tau):
-    """SimCLR's equation 1 and algorithm 1: 2N images, 2N x 2N similarities, the diagonal left out."""
+    """SimCLR's equation 1 and algorithm 1: 2N x 2N similarities without the diagonal."""
     z = F.normalize(torch.cat([z1, z2]), dim=1)
     n, s, total = len(z1), z @ z.T / tau, 0.0
     for i in range(2 * n):
@@ -60,7 +60,7 @@ def test_directed_nt_xent_averages_to_the_full_loss():
 
 
 def test_with_a_predictor_the_negatives_of_the_same_view_are_predictions():
-    """What section 6.2 leaves open, as chosen here: image 0 is told among all t and the other p."""
+    """Section 6.2 leaves it open; here image 0 is classified among all t and the other p."""
     p, t = vectors()
     unit_p, unit_t = F.normalize(p, dim=1), F.normalize(t, dim=1)
     by_hand = []
@@ -114,7 +114,7 @@ def test_sinkhorn_codes_are_balanced():
 
 
 def test_sinkhorn_codes_are_the_optimal_transport():
-    """SwAV's equation 3, max <Q, scores> + epsilon H(Q) over balanced Q, by its dual and a general solver."""
+    """Solve SwAV's equation 3, max <Q, scores> + epsilon H(Q) over balanced Q, by its dual."""
     rng, epsilon = np.random.default_rng(0), 0.4
     scores = rng.normal(size=(8, 3))
 
@@ -142,7 +142,7 @@ def test_swapped_prediction_is_the_cross_entropy_with_the_other_views_code():
 
 
 def test_prototypes_are_normalized_inside_or_outside_the_gradient():
-    """Inside (footnote 8), their length says nothing and has no gradient; outside, it is taken back to 1 each step."""
+    """Inside (footnote 8), their length has no gradient; outside, each step sets it to 1."""
     p, t = vectors()
     inside, outside = built("swapped"), built("swapped", prototype_norm="outside")
     for d in (inside, outside):

@@ -1,4 +1,4 @@
-"""The method is Algorithm 1, its heads are section 3's, and its optimizer does what appendix A says."""
+"""The method is Algorithm 1, its heads are section 3's, its optimization is appendix A's."""
 
 import math
 
@@ -28,7 +28,7 @@ def two_views(n=6):
 
 
 def algorithm_1(model, x1, x2):
-    """The paper's pseudocode, word for word but for the language."""
+    """Compute the loss as the paper's pseudocode does, line by line."""
 
     def D(p, z):
         z = z.detach()  # stop gradient
@@ -86,7 +86,7 @@ def test_stop_gradient_changes_the_encoder_and_not_the_loss():
 
 
 def test_stop_gradient_halves_the_gradient_where_there_is_no_predictor():
-    """Section 4.2: for the symmetric loss this is the same direction, so Table 1a must collapse."""
+    """Section 4.2: for the symmetric loss the direction is the same, so Table 1a must collapse."""
     torch.manual_seed(0)
     x1, x2 = two_views()
     with_it, without = (
@@ -144,7 +144,7 @@ def test_criterion_is_computed_in_at_least_float32():
     )
 
 
-# --- heads ------------------------------------------------------------------------------------------------------------
+# --- heads ----------------------------------------------------------------------------------------
 
 
 def layers(head):
@@ -194,7 +194,7 @@ def test_predictor_cells():
         build_projector(small(output_bn_affine=True, head_bn=("pred_hidden",)), 8)
 
 
-# --- backbones --------------------------------------------------------------------------------------------------------
+# --- backbones ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
@@ -234,7 +234,7 @@ def test_any_torchvision_classifier_by_name():
         create_backbone("resnet_18", image_size=32)
 
 
-# --- optimization -----------------------------------------------------------------------------------------------------
+# --- optimization ---------------------------------------------------------------------------------
 
 
 def test_lr_and_weight_decay_of_each_group_are_the_formulae():

@@ -1,4 +1,4 @@
-"""LARS is its formula, and what moves how is what the row says."""
+"""LARS is its formula, and each parameter moves as the row says."""
 
 from dataclasses import replace
 
@@ -70,7 +70,7 @@ def test_biases_and_norms_are_excluded_where_the_row_says_so():
 
 
 def test_prototypes_rest_and_then_move():
-    """SwAV drops their gradients in the first steps, so no momentum waits for them either."""
+    """SwAV drops their gradients in the first steps, so they have no momentum yet either."""
     model = build(row("swav", freeze_prototypes=2), **SMALL)
     optimizer, weight = build_optimizer(model, model.method), model.criterion.prototypes.weight
     before = weight.detach().clone()

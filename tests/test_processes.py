@@ -1,4 +1,4 @@
-"""N processes compute what one does, in whatever shares; a killed one costs nothing."""
+"""N processes compute what one does, whatever their shares; a killed process costs nothing."""
 
 import json
 import os
@@ -33,7 +33,7 @@ TIMES = {"images_per_second", "data_wait"}
 
 @pytest.fixture(scope="module")
 def distances():
-    """Two processes with shares of 7 and 5 images, once for all methods."""
+    """Return the distances of two processes with 7 and 5 images, computed once for all methods."""
     return compared((7, 5), list(CASES))
 
 
@@ -47,7 +47,7 @@ def test_the_shares_of_a_batch_are_the_batch(kind, monkeypatch):
     pixels = np.random.default_rng(0).integers(0, 256, (20, 3, 20, 20), dtype=np.uint8)
     images = from_arrays("train", pixels)
     if kind == "streamed":
-        monkeypatch.setattr(module, "_resident_batches", module._streamed_batches_batches)
+        monkeypatch.setattr(module, "_resident_batches", module._streamed_batches)
     recipe = Recipe().replace(
         image_size=16, mean=(0.5,) * 3, std=(0.25,) * 3, batch_size=11, workers=0
     )
@@ -68,7 +68,7 @@ def test_alone_a_share_is_everything():
 
 
 def test_timms_batch_norms_keep_their_activation():
-    """They are a normalization and what follows it in one module."""
+    """timm's BatchNormAct2d is a normalization and an activation in one module."""
     from timm.layers import BatchNormAct2d
 
     torch.manual_seed(0)
@@ -103,7 +103,7 @@ def test_other_verbs_are_for_one_process(monkeypatch, capsys):
     assert capsys.readouterr().err.startswith("simsiam, process 1: compare is work for one process")
 
 
-# --- whole programs ---------------------------------------------------------------------------------------------------
+# --- whole programs -------------------------------------------------------------------------------
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 WORDS = TINY | {"precision": "bfloat16", "save_seconds": 0.05, "knn_every": 2}
@@ -152,7 +152,7 @@ def lines(run: Path) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def calm(tmp_path_factory):
-    """A run of two processes that nobody disturbs."""
+    """An undisturbed run of two processes."""
     run = tmp_path_factory.mktemp("calm") / "run"
     ended(pretraining(run))
     assert json.loads((run / "environment.json").read_text())["processes"] == 2
@@ -160,7 +160,7 @@ def calm(tmp_path_factory):
 
 
 def test_a_killed_process_costs_no_step(calm, tmp_path):
-    """torchrun starts all anew, and what comes out is, to the bit, what comes out undisturbed."""
+    """torchrun restarts all processes, and the result is the undisturbed run's, bit for bit."""
     process = pretraining(tmp_path / "run", restarts=1)
     hit(process, tmp_path / "run", signal.SIGKILL)
     assert "from     step " in ended(process)
@@ -186,7 +186,7 @@ def test_told_to_stop_one_stops_all_and_another_number_goes_on(calm, tmp_path, c
 
 
 def test_evaluated_and_embedded_by_two(calm, tmp_path):
-    """Each takes its share of the images; what is written is what one process writes."""
+    """Each process takes its share of the images; the files are those of one process."""
     names = "import sys, simsiam; _, run, out = sys.argv"
     code = f"{names}; simsiam.evaluate(run, protocols={PROTOCOLS}); simsiam.embed(run, out=out)"
     (tmp_path / "both.py").write_text(code)

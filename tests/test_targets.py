@@ -1,4 +1,4 @@
-"""How eta is solved: each target is what section 5 says, and with its neutral setting each is SimSiam."""
+"""Targets: each computes what section 5 says, and is SimSiam with its neutral setting."""
 
 from copy import deepcopy
 
@@ -85,7 +85,7 @@ def test_and_others_are_not(cells):
 
 
 def test_momentum_is_an_exponential_average_in_training_mode():
-    """theta' <- m theta' + (1 - m) theta after every step, and z' with the batch's own statistics."""
+    """theta' <- m theta' + (1 - m) theta after each step, and z' with the batch's statistics."""
     method = small(target="momentum", target_decay=0.7)
     expected = [p.clone() for p in build(method, **SMALL).f.parameters()]
     model = build(method, **SMALL)
@@ -120,7 +120,7 @@ def test_byols_momentum_rises_to_one_on_a_cosine():
 
 @pytest.mark.parametrize("k", [2, 3])
 def test_alternation_equals_targets_cached_ahead(k):
-    """Section 5.2: at the start of a block compute eta for both views of its k batches, then take k steps on them."""
+    """Section 5.2: compute eta for both views of k batches, then take k steps on them."""
     method = small(target="alternation", target_steps=k)
     by_copy = train(method)
     model = build(small(), **SMALL)
@@ -161,7 +161,7 @@ def test_moving_average_without_memory_is_simsiam_without_a_predictor():
 
 
 def test_moving_average_is_updated_and_then_minimized():
-    """Section 5.2, with one eta an image: t = m eta + (1 - m) z, and eta becomes their mean over the pair's views."""
+    """Section 5.2: t = m eta + (1 - m) z, and eta becomes the mean t of the pair's views."""
     method = small(predictor="none", target="moving_average", target_decay=0.8)
     model = build(method, **SMALL)
     model.begin(images=IMAGES)
@@ -191,7 +191,7 @@ def test_memory_of_eta():
 
 
 def test_expectation_is_the_minimizer_of_etas_problem():
-    """Equation 9: the mean over views is where the gradient of the mean squared distance (equation 5) vanishes."""
+    """Equation 9: at the mean over views the gradient of equation 5 is zero."""
     model = build(small(target="expectation", target_views=4), **SMALL).double()
     x, _ = batch(0, views=5)
     out = model(*(view.double() for view in x))
@@ -218,7 +218,7 @@ def test_labels_are_targets():
 
 
 def test_a_copy_starts_from_the_weights_at_the_start_of_the_run():
-    """`init` gives the backbone other weights after it was built."""
+    """`init` loads other weights into the backbone after it was built."""
     model = build(small(target="momentum"), **SMALL)
     with torch.no_grad():
         model.backbone.conv1.weight.add_(1)
@@ -227,7 +227,7 @@ def test_a_copy_starts_from_the_weights_at_the_start_of_the_run():
 
 
 def test_split_statistics_are_an_eighths_and_the_copys_company_differs():
-    """MoCo: with the same company on both sides, batch norm would tell which key belongs to which query."""
+    """MoCo: with the same grouping on both sides, batch norm would reveal a query's key."""
     method = small(predictor="none", target="momentum", bn="split", head_bn=("proj_hidden",))
     model = build(method, **SMALL).double()
     x = [torch.randn(16, 3, 16, 16, dtype=torch.float64) for _ in range(2)]

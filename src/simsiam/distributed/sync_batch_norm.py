@@ -34,10 +34,10 @@ class _Replacement(nn.Module):
             batch_norm.affine,
             batch_norm.track_running_stats,
         )
-        for name, tensor in batch_norm.named_parameters(recurse=False):
-            setattr(self, name, tensor)
-        for name, tensor in batch_norm.named_buffers(recurse=False):
-            setattr(self, name, tensor)
+        for name, parameter in batch_norm.named_parameters(recurse=False):
+            setattr(self, name, parameter)
+        for name, buffer in batch_norm.named_buffers(recurse=False):
+            setattr(self, name, buffer)
         # timm's BatchNormAct2d has children, which it applies to what it normalized.
         self.after_norm = nn.Sequential(*batch_norm.children())
         self.training = batch_norm.training
@@ -127,7 +127,10 @@ class _SyncBatchNormFunction(torch.autograd.Function):
         views, channels = len(momenta), x.shape[1]
         # The data type of these unused statistics is that of the answer.
         unused = x.new_zeros(2, channels, dtype=torch.promote_types(x.dtype, torch.float32))
-        moments = [torch.batch_norm_update_stats(view, *unused, 0.0) for view in x.chunk(views)]
+        moments = [
+            torch.batch_norm_update_stats(view, unused[0], unused[1], 0.0)
+            for view in x.chunk(views)
+        ]
         mean, var = map(torch.stack, zip(*moments, strict=True))  # (views, C); biased variance
         count = mean.new_full((views, 1), x.numel() // mean.numel())
         gathered = all_gather_stats(torch.cat([mean, var, count], dim=1))  # (processes, views, .)
@@ -178,12 +181,10 @@ class _SyncBatchNormFunction(torch.autograd.Function):
 def _normalize_per_view(
     x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor:
-    """Normalize each view by its row of mean and var (views, C); weight, bias: (C,) or (views, C)."""
+    """Normalize each view by its row of mean and var (views, C); weight and bias may have rows."""
     views, y, none = len(mean), torch.empty_like(x), mean.new_empty(0)
     rows = [[None] * views if v is None else v.expand_as(mean) for v in (weight, bias)]
-    for view, out, m, v, w, b in zip(
-        x.chunk(views), y.chunk(views), mean, var, *rows, strict=True
-    ):
+    for view, out, m, v, w, b in zip(x.chunk(views), y.chunk(views), mean, var, *rows, strict=True):
         _native_batch_norm_out(
             view, w, b, m, v, False, 0.0, eps, out=out, save_mean=none, save_invstd=none
         )

@@ -192,7 +192,7 @@ def timm_config(name: str) -> "PretrainedCfg":
     names = [TIMM_PREFIX + model_name for model_name in timm.list_models(name_matches_cfg=True)]
     if name not in names:  # there are more than a thousand: the error lists the nearest five
         raise unknown_name("backbone", name, get_close_matches(name, names, n=5, cutoff=0))
-    return timm.get_pretrained_cfg(name.removeprefix(TIMM_PREFIX))
+    return timm.get_pretrained_cfg(name.removeprefix(TIMM_PREFIX))  # type: ignore[return-value]
 
 
 def build_timm_backbone(name: str, image_size: int, channels: int) -> nn.Module:

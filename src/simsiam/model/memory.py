@@ -1,4 +1,7 @@
-"""What a training step takes in memory, known before it runs: tensors on the `meta` device have no bytes."""
+"""The memory of a training step, computed before it runs.
+
+Tensors on the `meta` device have shapes and no data, so the model runs there without memory.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -12,127 +15,176 @@ from simsiam.distributed.process_group import world_size
 from simsiam.errors import WorkFailed
 from simsiam.model.siamese import Siamese, build
 
-PEAK_MEMORY_FACTOR = 1.6  # of a step's peak over the least it takes, measured: 1.4 to 1.5 (views, the gradients of activations, ...)
-OUT_OF_MEMORY_MESSAGES = (
-    "out of memory",
-    "can't allocate memory",
-    "not enough memory",
-)  # what torch's allocators say
+# A step's peak memory divided by `min_step_bytes`: 1.4 to 1.5 was measured. Views, gradients of
+# activations and so on make the difference.
+PEAK_MEMORY_FACTOR = 1.6
+# How PyTorch's allocators word it.
+OUT_OF_MEMORY_MESSAGES = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 def build_on_meta(recipe: ResolvedRecipe) -> Siamese:
-    """The recipe's model without a byte."""
+    """Build a recipe's model on the `meta` device, where it takes no memory.
+
+    Args:
+        recipe: The recipe.
+
+    Returns:
+        The model.
+    """
     with torch.device("meta"):
         return build(
-            recipe.method, backbone=recipe.backbone, image_size=recipe.image_size, width=recipe.width,
-            stem=recipe.stem, channels=recipe.channels,
+            recipe.method, backbone=recipe.backbone, image_size=recipe.image_size,
+            width=recipe.width, stem=recipe.stem, channels=recipe.channels,
         )  # fmt: skip
 
 
 def activation_bytes(model: Siamese, recipe: ResolvedRecipe, batch_size: int) -> int:
-    """Bytes that autograd keeps of a forward pass, of the recipe's model `on_meta`, for the backward pass.
+    """Return the memory of the activations that a forward pass saves for the backward pass.
 
-    A criterion's own matrices are left out.
+    The matrices of the criterion are left out.
+
+    Args:
+        model: The recipe's model as `build_on_meta` returns it.
+        recipe: The recipe.
+        batch_size: Images in the batch.
+
+    Returns:
+        Bytes.
     """
-    size, kept, values = (
-        recipe.image_size,
-        dict[int, Tensor](),
-        4 if recipe.precision == "float32" else 2,
-    )
+    bytes_per_value = 4 if recipe.precision == "float32" else 2
+    shape = (batch_size, recipe.channels, recipe.image_size, recipe.image_size)
     with torch.device("meta"):
-        views = {
-            i: torch.empty(batch_size, recipe.channels, size, size)
-            for i in model.predicted_views + model.target.required_views
-        }
-    own = {tensor.untyped_storage()._cdata for tensor in model.state_dict(keep_vars=True).values()}
+        views = {i: torch.empty(shape) for i in model.predicted_views + model.target.required_views}
+    weights = model.state_dict(keep_vars=True).values()
+    weight_storages = {tensor.untyped_storage()._cdata for tensor in weights}
+    saved: dict[int, Tensor] = {}
 
-    def keep(tensor: Tensor) -> Tensor:
+    def save(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            kept[storage._cdata] = tensor
+        if storage._cdata not in weight_storages:
+            saved[storage._cdata] = tensor
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
         for network in (model.backbone, model.projector, model.predictor):
             views = model.forward_views(network, views)
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) * values // 4
+    float32_bytes = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+    return float32_bytes * bytes_per_value // 4
 
 
 def min_step_bytes(recipe: ResolvedRecipe, batch_size: int) -> int:
-    """Bytes that are all in use when a step turns back: weights, gradients, momentum, and what the backward pass needs.
+    """Return the memory that is in use when the backward pass begins.
 
-    The optimizer has one momentum a parameter (AdamW two).
+    These are weights, gradients, momentum and saved activations.
+
+    Args:
+        recipe: The recipe.
+        batch_size: Images in the batch.
+
+    Returns:
+        Bytes.
     """
-    model, moved = build_on_meta(recipe), 3 if recipe.method.optimizer == "adamw" else 2
+    model = build_on_meta(recipe)
     weights = sum(tensor.nbytes for tensor in model.state_dict().values())
-    moving = moved * sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    return activation_bytes(model, recipe, batch_size) + weights + moving
+    copies = 3 if recipe.method.optimizer == "adamw" else 2  # the gradient and one or two momenta
+    trained = copies * sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    return activation_bytes(model, recipe, batch_size) + weights + trained
 
 
 def local_batch_size(batch_size: int) -> int:
-    """Images of a batch that one of the processes has, at most."""
+    """Return how many images of a batch one process has at most."""
     return -(-batch_size // world_size())
 
 
 def available_memory(device: torch.device) -> int | None:
-    """Bytes that this process may still take on the device, where the system says so."""
+    """Return the memory that this process can still allocate on a device.
+
+    Args:
+        device: The device.
+
+    Returns:
+        Bytes; None if the system does not say.
+    """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    found = list[int]()
+    limits: list[int] = []
     with suppress(OSError, ValueError, StopIteration):
         lines = Path("/proc/meminfo").read_text().splitlines()
-        found.append(
-            1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
-        )
-    with suppress(OSError, ValueError):  # a container's limit; "max" is none
+        kib = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+        limits.append(1024 * kib)
+    with suppress(OSError, ValueError):  # a container's limit; "max" if it has none
         group = Path("/sys/fs/cgroup")
-        found.append(
-            int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
-        )
-    return min(found, default=None) if device.type == "cpu" else None
+        limit = int((group / "memory.max").read_text())
+        limits.append(limit - int((group / "memory.current").read_text()))
+    return min(limits, default=None) if device.type == "cpu" else None
 
 
-def out_of_memory_message(recipe: ResolvedRecipe, device: torch.device, available_bytes: int | None) -> str:
-    """The largest batch that fits, among the powers of two, in words."""
-    words = f"batch_size {recipe.batch_size} does not fit into the memory of {device}"
-    if available_bytes is not None:
-        need = min_step_bytes(recipe, local_batch_size(recipe.batch_size))
-        words = f"{words}: a step takes {need / 2**30:.1f} GiB at the least, and {available_bytes / 2**30:.1f} GiB are free"
-        sizes = [2**k for k in range(1, 20) if 2**k < recipe.batch_size]
-        fits = [
-            n
-            for n in sizes
-            if PEAK_MEMORY_FACTOR * min_step_bytes(recipe, local_batch_size(n)) <= available_bytes
-        ]
-        if not fits:
-            return f"{words}; not even two images fit: take a smaller --image-size or --backbone"
-        return f"{words}; --batch-size {fits[-1]} should fit"
-    return f"{words}: take a smaller --batch-size"
+def out_of_memory_message(
+    recipe: ResolvedRecipe, device: torch.device, available_bytes: int | None
+) -> str:
+    """Return an error message with the largest batch size, a power of two, that fits.
+
+    Args:
+        recipe: The recipe, whose batch does not fit.
+        device: The device.
+        available_bytes: Memory available on the device, if known.
+
+    Returns:
+        One line.
+    """
+    message = f"batch_size {recipe.batch_size} does not fit into the memory of {device}"
+    if available_bytes is None:
+        return f"{message}: take a smaller --batch-size"
+    needed_bytes = min_step_bytes(recipe, local_batch_size(recipe.batch_size))
+    message += (
+        f": a step needs at least {needed_bytes / 2**30:.1f} GiB, "
+        f"and {available_bytes / 2**30:.1f} GiB are free"
+    )
+    for size in (2**k for k in range(19, 0, -1) if 2**k < recipe.batch_size):
+        step_bytes = min_step_bytes(recipe, local_batch_size(size))
+        if step_bytes * PEAK_MEMORY_FACTOR <= available_bytes:
+            return f"{message}; --batch-size {size} should fit"
+    return f"{message}; not even two images fit: take a smaller --image-size or --backbone"
 
 
 def check_memory(recipe: ResolvedRecipe, device: torch.device) -> None:
-    """Raises WorkFailed, with a batch size that fits, where a step cannot.
+    """Check that a step fits into memory; only on a CPU.
 
-    On a CPU alone: there the system ends a process that takes too much, and it has no last word.
+    There the operating system kills a process that allocates too much, without a message.
+
+    Args:
+        recipe: The recipe.
+        device: The device.
+
+    Raises:
+        WorkFailed: If a step does not fit; the message states a batch size that does.
     """
-    there = available_memory(device)
-    if (
-        device.type == "cpu"
-        and there is not None
-        and min_step_bytes(recipe, local_batch_size(recipe.batch_size)) > there
-    ):
-        raise WorkFailed(out_of_memory_message(recipe, device, there))
+    available = available_memory(device)
+    if device.type != "cpu" or available is None:
+        return
+    if min_step_bytes(recipe, local_batch_size(recipe.batch_size)) > available:
+        raise WorkFailed(out_of_memory_message(recipe, device, available))
 
 
 @contextmanager
 def catch_out_of_memory(recipe: ResolvedRecipe, device: torch.device) -> Iterator[None]:
-    """Training in the memory there is. Raises WorkFailed, with a batch size that fits, where it runs out."""
-    there = available_memory(device)
+    """Turn an out-of-memory error of the body into WorkFailed.
+
+    Args:
+        recipe: The recipe that is trained.
+        device: The device.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        WorkFailed: If memory runs out; the message states a batch size that fits.
+    """
+    available = available_memory(device)
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not any(
-            word in str(error) for word in OUT_OF_MEMORY_MESSAGES
-        ):
+        known = any(message in str(error) for message in OUT_OF_MEMORY_MESSAGES)
+        if not isinstance(error, MemoryError) and not known:
             raise
-        raise WorkFailed(out_of_memory_message(recipe, device, there)) from error
+        raise WorkFailed(out_of_memory_message(recipe, device, available)) from error

@@ -16,7 +16,6 @@ from simsiam.config.settings import parse_value
 from simsiam.distributed.process_group import world_size
 from simsiam.errors import UsageError
 
-
 P = ParamSpec("P")
 
 

@@ -110,7 +110,8 @@ class Siamese(nn.Module):
 
 def build(
     method: str | Method = "simsiam", *, backbone: str | nn.Module = "resnet50",
-    image_size: int = 224, width: int = 64, stem: str | None = None, channels: int = 3, seed: int = 0,
+    image_size: int = 224, width: int = 64, stem: str | None = None, channels: int = 3,
+    seed: int = 0,
 ) -> Siamese:  # fmt: skip
     """Build a method on a backbone; PyTorch's global random generator is left as it was.
 

@@ -1,5 +1,5 @@
-"""Files that appear whole or not at all, locks, process pools and a progress bar.
+"""Atomic files, locks, process pools, confidence intervals and a progress bar.
 
-This package owns what any program of this kind needs and knows nothing of images or models. It imports only
-`simsiam.errors`. Each module has one purpose; `files` is the one to read first.
+This package owns what any program of this kind needs and knows nothing of images or models. It
+imports only `simsiam.errors`. Each module has one purpose; start with `files`.
 """

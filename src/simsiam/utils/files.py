@@ -1,4 +1,4 @@
-"""Files appear whole or not at all, and no two processes do the same work at once."""
+"""Files that appear complete or not at all, and locks between processes."""
 
 import csv
 import errno
@@ -8,19 +8,26 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from simsiam.errors import UsageError, WorkFailed, printable
 
 
 @contextmanager
 def atomic_write(path: Path, *, backup: Path | None = None) -> Iterator[Path]:
-    """A file to write beside `path`; it takes the place of `path` once it is complete and on the disk.
+    """Write a file beside `path` and move it to `path` once it is complete and on the disk.
 
-    What stood at `path` is kept as `before`, where that is given. Raises WorkFailed if the system refuses to write.
+    Args:
+        path: The file to write.
+        backup: Where to keep what was at `path` before; None keeps nothing.
+
+    Yields:
+        The temporary file to write.
+
+    Raises:
+        WorkFailed: If the system refuses to write; what was at `path` is unchanged.
     """
     part = _part_path(path)
     try:
@@ -33,28 +40,45 @@ def atomic_write(path: Path, *, backup: Path | None = None) -> Iterator[Path]:
     except Exception as error:
         if (reason := os_error_reason(error)) is None:
             raise
-        where = printable(str(path))
         raise WorkFailed(
-            f"cannot write {where}: {reason}; whatever was there before is untouched"
+            f"cannot write {printable(str(path))}: {reason}; what was there before is unchanged"
         ) from error
     finally:
         part.unlink(missing_ok=True)
 
 
 def check_writable(*paths: str | os.PathLike[str] | None) -> None:
-    """Raises UsageError for a file that cannot be written, before the work for it is done; None is no file."""
+    """Check that files can be written, before the work that they are for.
+
+    Args:
+        *paths: The files; None is skipped.
+
+    Raises:
+        UsageError: If a path is a folder, or its parent folder does not exist.
+    """
     for path in (Path(path) for path in paths if path is not None):
         if path.is_dir():
             raise UsageError(f"{printable(str(path))} is a folder: give the name of a file")
         if not path.parent.is_dir():
+            folder = printable(str(path.parent))
             raise UsageError(
-                f"there is no folder {printable(str(path.parent))} to write {printable(path.name)} into: make it"
+                f"there is no folder {folder} to write {printable(path.name)} into: create it"
             )
 
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """A folder to fill beside `path`; it becomes `path` once everything in it is written. An empty one may be there."""
+    """Fill a folder beside `path` and move it to `path` once it is complete.
+
+    Args:
+        path: The folder to create; an empty folder may exist there.
+
+    Yields:
+        The temporary folder to fill.
+
+    Raises:
+        WorkFailed: If the system refuses to write.
+    """
     part = _part_path(path)
     try:
         part.mkdir(parents=True)
@@ -69,7 +93,16 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def os_error_reason(error: BaseException | None) -> str | None:
-    """Why the system refused, in its words; None of another error. Libraries bury it under errors of their own."""
+    """Return why the operating system refused something.
+
+    Libraries raise errors of their own because of an OSError, so the causes are searched for one.
+
+    Args:
+        error: The exception.
+
+    Returns:
+        The system's message; None if no OSError is the cause, or the error is one of ours.
+    """
     if isinstance(error, UsageError | WorkFailed):
         return None
     while error is not None and not (isinstance(error, OSError) and error.errno):
@@ -78,18 +111,29 @@ def os_error_reason(error: BaseException | None) -> str | None:
 
 
 def remove_stale_parts(folder: Path, name: str = "") -> None:
-    """Delete what killed processes left unfinished in a folder, of the file `name` or of all."""
-    for stray in folder.glob(f"{glob.escape(name) or '*'}.*.part"):
-        pid = stray.name.split(".")[-2]
+    """Delete the temporary files that killed processes left behind.
+
+    Args:
+        folder: The folder to clean.
+        name: The file that the temporary files were for; by default any.
+    """
+    for part in folder.glob(f"{glob.escape(name) or '*'}.*.part"):
+        pid = part.name.split(".")[-2]
         if pid.isdigit() and not _process_exists(int(pid)):
             with suppress(OSError):
-                shutil.rmtree(
-                    stray
-                ) if stray.is_dir() and not stray.is_symlink() else stray.unlink()
+                _remove(part)
+
+
+def _remove(path: Path) -> None:
+    """Delete a file, a link or a folder with everything in it."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def _part_path(path: Path) -> Path:
-    """Where what becomes `path` is written."""
+    """Return the temporary path for `path`, after deleting those of killed processes."""
     remove_stale_parts(path.parent, path.name)
     return path.with_name(f"{path.name}.{os.getpid()}.part")
 
@@ -106,18 +150,28 @@ def _process_exists(pid: int) -> bool:
 
 @contextmanager
 def file_lock(path: Path, *, wait: bool = False) -> Iterator[bool]:
-    """Whether this process alone holds the lock file `path`; the lock goes with the process, however it ends.
+    """Lock a file against other processes; the lock ends with the process, however that ends.
 
-    A record lock rather than flock: data workers, which outlive a killed process by seconds, do not inherit it, and NFS
-    keeps it between hosts. A file system without locks lets everyone through.
+    It is a record lock and not flock: data workers, which outlive a killed process by seconds, do
+    not inherit it, and NFS keeps it between hosts. On a file system without locks every process
+    gets the lock.
+
+    Args:
+        path: The lock file, which is created if it does not exist.
+        wait: Whether to wait until the lock is free.
+
+    Yields:
+        Whether this process has the lock.
+
+    Raises:
+        UsageError: If the lock file cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "a")  # noqa: SIM115
     except OSError as error:
-        raise UsageError(
-            f"cannot write to {printable(str(path.parent))}: {error.strerror or error}"
-        ) from None
+        folder, reason = printable(str(path.parent)), error.strerror or error
+        raise UsageError(f"cannot write to {folder}: {reason}") from None
     with file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -129,7 +183,7 @@ def file_lock(path: Path, *, wait: bool = False) -> Iterator[bool]:
                 raise
         with suppress(
             OSError
-        ):  # a full disk: the name is for others to read, the lock holds without it
+        ):  # on a full disk the lock holds without the text, which is for users
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}")
             file.flush()
@@ -138,41 +192,73 @@ def file_lock(path: Path, *, wait: bool = False) -> Iterator[bool]:
 
 @contextmanager
 def exclusive_lock(path: Path, work_name: str) -> Iterator[None]:
-    """Do `work`, named in the error, under a lock file. Raises UsageError where another process is at it."""
-    with file_lock(path) as mine:
-        if not mine:
-            raise UsageError(
-                f"{work_name} is being worked on by {path.read_text() or 'another process'}: one at a time"
-            )
+    """Run the body under a lock file, or fail if another process has the lock.
+
+    Args:
+        path: The lock file.
+        work_name: What is being worked on, for the error.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        UsageError: If another process has the lock, or the lock file cannot be written.
+    """
+    with file_lock(path) as locked:
+        if not locked:
+            process = path.read_text() or "another process"
+            raise UsageError(f"{work_name} is being worked on by {process}: one at a time")
         yield
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Write a CSV file in UTF-8, complete or not at all.
+
+    Args:
+        path: The file.
+        header: Names of the columns.
+        rows: The values of each row.
+    """
     with atomic_write(path) as part, open(part, "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([header, *rows])
 
 
 def cache_dir(name: str) -> Path:
-    """A folder in the user's cache: in $SIMSIAM_CACHE, or in `simsiam` in $XDG_CACHE_HOME or ~/.cache."""
-    given, shared = os.environ.get("SIMSIAM_CACHE"), os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(os.path.expanduser(given or os.path.join(shared, "simsiam")), name)
+    """Return a folder in the user's cache.
+
+    Args:
+        name: Its name.
+
+    Returns:
+        The folder in $SIMSIAM_CACHE, or in `simsiam` in $XDG_CACHE_HOME or ~/.cache.
+    """
+    if not (root := os.environ.get("SIMSIAM_CACHE")):
+        root = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "simsiam")
+    return Path(os.path.expanduser(root), name)
 
 
-def start_or_continue_job(work_folder: Path, job: dict[str, Any]) -> None:
-    """Start the work in a folder, or go on with what was left there. Raises UsageError where another job left it."""
-    about = json.dumps(job, indent=2)
-    if not (work_folder / "job.json").exists():
-        for stray in work_folder.glob(
-            "[!.]*"
-        ):  # of a job that ended, and was killed while it cleared up
-            shutil.rmtree(stray) if stray.is_dir() else stray.unlink()
-        with atomic_write(work_folder / "job.json") as part:
-            part.write_text(about)
-    if (work_folder / "job.json").read_text() != about:
+def start_or_continue_job(work_folder: Path, job: Mapping[str, object]) -> None:
+    """Prepare a folder for work in parts, keeping the parts of the same unfinished job.
+
+    Call it under a lock on the folder.
+
+    Args:
+        work_folder: The folder, which exists.
+        job: What determines the result, to be stored as JSON.
+
+    Raises:
+        UsageError: If the folder holds the parts of another job that was not finished.
+    """
+    description, record = json.dumps(job, indent=2), work_folder / "job.json"
+    if not record.exists():
+        for path in work_folder.glob("[!.]*"):  # a finished job was killed while it cleaned up
+            _remove(path)
+        with atomic_write(record) as part:
+            part.write_text(description)
+    if record.read_text() != description:
         raise UsageError(
-            f"{work_folder} holds the parts of another job, which was not finished: delete it, or change --out"
+            f"{work_folder} holds the parts of another job, which was not finished: "
+            "delete it, or change --out"
         )
-    for stray in work_folder.glob(
-        "*.part"
-    ):  # under the lock: whoever began it is gone, or a zombie
-        shutil.rmtree(stray) if stray.is_dir() else stray.unlink()
+    for part in work_folder.glob("*.part"):  # under the lock, whoever wrote it has ended
+        _remove(part)

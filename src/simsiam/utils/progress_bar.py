@@ -1,4 +1,4 @@
-"""A bar on a terminal, with the time left, while something is done many times."""
+"""A progress bar with the time left, on a terminal."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,11 +9,19 @@ from rich.progress import MofNCompleteColumn, Progress
 
 @contextmanager
 def progress_bar(description: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Yields what is told of each few that are done. Without words there is no bar, nor is there one in a file."""
+    """Show a progress bar on stderr while the body runs.
+
+    Args:
+        description: The text before the bar. There is no bar if it is empty, or if stderr is not a
+            terminal.
+        total: Number of items.
+
+    Yields:
+        A function to call with the number of items that have been done since the last call.
+    """
     console = Console(stderr=True)
     columns = *Progress.get_default_columns(), MofNCompleteColumn()
-    with Progress(
-        *columns, console=console, transient=True, disable=not (description and console.is_terminal)
-    ) as shown:
-        task = shown.add_task(description, total=total)
-        yield lambda done: shown.advance(task, done)
+    hidden = not (description and console.is_terminal)
+    with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
+        task = progress.add_task(description, total=total)
+        yield lambda count: progress.advance(task, count)

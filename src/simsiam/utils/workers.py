@@ -1,4 +1,4 @@
-"""Work done by all cores, in order."""
+"""Work on all cores, with results in order."""
 
 import os
 import signal
@@ -7,28 +7,35 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, TypeVar
 
 from simsiam.errors import UsageError, WorkFailed
 
-CPU_CORES = (
-    len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-)
+T = TypeVar("T")
+
+if hasattr(os, "sched_getaffinity"):
+    CPU_CORES = len(os.sched_getaffinity(0))
+else:
+    CPU_CORES = os.cpu_count() or 1
+# The processes of a run share a host.
+CPU_CORES = max(1, CPU_CORES // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+# Signals cannot be blocked on Windows.
+STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM} if hasattr(signal, "pthread_sigmask") else set()
 
 
-CPU_CORES = max(
-    1, CPU_CORES // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-)  # the processes of a run share a host
-STOP_SIGNALS = (
-    {signal.SIGINT, signal.SIGTERM} if hasattr(signal, "pthread_sigmask") else set()
-)  # none on Windows
+def parallel_map(function: Callable[..., T], jobs: Sequence[tuple[object, ...]]) -> Iterator[T]:
+    """Call a function for each job, on all cores.
 
+    Processes do the work rather than threads, because Pillow parses headers under the GIL. Each
+    process sends its results through a pipe of its own, and ends when the pipe is closed.
 
-def parallel_map(function: Callable[..., Any], jobs: Sequence[tuple]) -> Iterator[Any]:
-    """work(*job) of each job, in order, done by all cores; raises WorkFailed if a process is killed.
+    Args:
+        function: A function that can be pickled.
+        jobs: The arguments of each call.
 
-    Processes, because Pillow parses headers under the GIL. Each reports through a pipe of its own, and ends when nobody
-    listens any more. What a user can get wrong is raised here as it was there.
+    Returns:
+        An iterator of results, in the order of the jobs. It raises UsageError or WorkFailed if the
+        function does, and WorkFailed if a process is killed.
     """
     if len(jobs) < 2:
         return iter([function(*job) for job in jobs])
@@ -36,74 +43,90 @@ def parallel_map(function: Callable[..., Any], jobs: Sequence[tuple]) -> Iterato
     pipes = []
     with block_stop_signals():
         for worker in range(min(CPU_CORES, len(jobs))):
-            receive, send = context.Pipe(duplex=False)
-            pipes.append(receive)
-            context.Process(
-                target=_worker_loop,
-                args=(function, jobs[worker::CPU_CORES], send, pipes),
-                daemon=True,
-            ).start()
-            send.close()
+            receiver, sender = context.Pipe(duplex=False)
+            pipes.append(receiver)
+            arguments = (function, jobs[worker::CPU_CORES], sender, pipes)
+            context.Process(target=_worker_loop, args=arguments, daemon=True).start()
+            sender.close()
 
-    def results() -> Iterator[Any]:
+    def results() -> Iterator[T]:
         try:
             for i in range(len(jobs)):
-                found = pipes[i % CPU_CORES].recv()
-                if isinstance(found, UsageError | WorkFailed):
-                    raise found
-                yield found
+                result = pipes[i % CPU_CORES].recv()
+                if isinstance(result, UsageError | WorkFailed):
+                    raise result
+                yield result
         except EOFError:
             raise WorkFailed(
-                "a process that looked at images was killed: perhaps memory ran out; try again"
+                "a process that reads images was killed: perhaps memory ran out; try again"
             ) from None
         finally:
-            for receive in pipes:
-                receive.close()
+            for receiver in pipes:
+                receiver.close()
 
     return results()
 
 
 @contextmanager
 def block_stop_signals() -> Iterator[None]:
-    """Ctrl-C and SIGTERM wait: an exception that a signal raises in the middle of a fork would be lost."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS) if STOP_SIGNALS else None
+    """Delay SIGINT and SIGTERM until the body has run.
+
+    An exception that a signal handler raises in the middle of a fork would be lost.
+
+    Yields:
+        Nothing.
+    """
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS) if STOP_SIGNALS else None
     try:
         yield
     finally:
-        if before is not None:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if mask is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def parallel_map_with_progress(
-    function: Callable[..., Any], jobs: Sequence[tuple], description: str
-) -> list[Any]:
-    """work(*job) of each job, done by all cores; on a terminal, a bar shows how far they are."""
+    function: Callable[..., T], jobs: Sequence[tuple[object, ...]], description: str
+) -> list[T]:
+    """Call a function for each job, on all cores, and show a progress bar on a terminal.
+
+    Args:
+        function: A function that can be pickled.
+        jobs: The arguments of each call.
+        description: The text before the bar.
+
+    Returns:
+        The results, in the order of the jobs.
+
+    Raises:
+        UsageError: If the function raises it.
+        WorkFailed: If the function raises it, or a process is killed.
+    """
     from simsiam.utils.progress_bar import progress_bar
 
-    found = []
+    results = []
     with progress_bar(description, len(jobs)) as advance:
-        for one in parallel_map(function, jobs):
-            found.append(one)
+        for result in parallel_map(function, jobs):
+            results.append(result)
             advance(1)
-    return found
+    return results
 
 
 def _worker_loop(
     function: Callable[..., Any],
-    jobs: Sequence[tuple],
+    jobs: Sequence[tuple[object, ...]],
     sender: Connection,
     pipes: Sequence[Connection],
 ) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that listens
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # it has ended; nothing stays half-written
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # from the main process, when it ends
     if STOP_SIGNALS:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-    for receive in pipes:
-        receive.close()  # or this process itself would be a listener
+    for receiver in pipes:
+        receiver.close()  # while it is open in any process, sending into the pipe succeeds
     with suppress(BrokenPipeError):
         for job in jobs:
             try:
-                found = function(*job)
+                result = function(*job)
             except (UsageError, WorkFailed) as error:
-                found = error
-            sender.send(found)
+                result = error
+            sender.send(result)
