@@ -19,6 +19,7 @@ batch in parts that fit into its cache, and the operations that touch pixels mos
 import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from functools import cache, partial
 from typing import NamedTuple
@@ -333,7 +334,7 @@ def make_views(
         params = sample_view_params(
             augmentation, sizes, seed=seed, step=step, view=view, positions=positions
         )
-        with torch.autocast(images.device.type, enabled=False):  # crop and blur in full precision
+        with _disable_autocast(images.device.type):  # crop and blur in full precision
             x = finish_view(images, params, size=size, mean=mean, std=std, compiled=compiled)
         views.append(x)
     return views
@@ -359,6 +360,12 @@ def describe_augmentation(augmentation: Views) -> list[str]:
         (augmentation.solarize, "solarize"),
     ]
     return [line if p == 1 else f"{line}, with probability {p:g}" for p, line in lines if p]
+
+
+def _disable_autocast(device_type: str) -> AbstractContextManager:
+    if not torch.amp.is_autocast_available(device_type):  # the device "meta"
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)
 
 
 def _lerp(low, high, u):
