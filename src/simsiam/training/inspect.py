@@ -252,11 +252,11 @@ def _duplicate_facts(
 ) -> DuplicateFacts:
     """Group readable images by the digests of their files."""
     digests = table["digest"].combine_chunks()
-    words = np.frombuffer(digests.buffers()[1], np.uint64)  # two for each digest
-    first_words = words[2 * digests.offset :][: 2 * len(digests) : 2]
+    halves = np.frombuffer(digests.buffers()[1], np.uint64)  # two for each digest
+    first_halves = halves[2 * digests.offset :][: 2 * len(digests) : 2]
     # Half a digest is enough to find the few files that may be equal.
-    ordered = np.sort(first_words)
-    candidates = np.isin(first_words, ordered[1:][ordered[1:] == ordered[:-1]]) & readable
+    ordered = np.sort(first_halves)
+    candidates = np.isin(first_halves, ordered[1:][ordered[1:] == ordered[:-1]]) & readable
     rows_by_digest: dict[bytes, list[int]] = {}
     for i in np.flatnonzero(candidates).tolist():
         rows_by_digest.setdefault(digests[i].as_py(), []).append(i)

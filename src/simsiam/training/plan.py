@@ -599,7 +599,9 @@ def list_assumptions(
 
 
 def _format_images(fact: ImageFacts) -> list[str]:
-    reading = "decoded once and kept in memory" if fact["resident"] else "read in every epoch"
+    reading = (
+        "decoded once and kept in memory" if fact["resident"] else "read and decoded in every epoch"
+    )
     return [f"{fact['count']:,} of {format_bytes(fact['bytes_each'], 3)} each, {reading}"]
 
 
