@@ -1,4 +1,4 @@
-"""Linear classifiers: LARS is the authors', heads trained together are as if alone, no choice sees a test image."""
+"""Linear classifiers: LARS as the authors have it, many heads at once, no choice on test images."""
 
 import math
 
@@ -10,9 +10,14 @@ from timm.optim.lars import Lars
 from torch import nn
 
 from simsiam.config.protocols import Settings
-from simsiam.evaluation import protocol_linear as linear
+from simsiam.evaluation import protocol_linear
 from simsiam.evaluation.frozen import FeatureSet, sample_per_class, top5_classes
-from simsiam.evaluation.protocol_linear import init_linear, train_heads, train_on_cached_features
+from simsiam.evaluation.protocol_linear import (
+    init_linear,
+    linear_logits,
+    train_heads,
+    train_on_cached_features,
+)
 from simsiam.model.optimizers import LARS, cosine_schedule
 
 CPU = torch.device("cpu")
@@ -26,29 +31,32 @@ def blobs(n: int, d: int = 12, classes: int = 5, seed: int = 0, noise: float = 1
     return centers[labels] + noise * torch.randn(n, d, generator=g), labels
 
 
-def trajectory(optimizer_of) -> torch.Tensor:
-    """Weights and biases of a linear classifier in float64 after each of 50 steps under a cosine lr."""
+def trajectory(step_function) -> torch.Tensor:
+    """Weights and biases of a linear classifier, float64, after each of 50 steps with a cosine lr.
+
+    `step_function(parameters)` returns a function that takes one step with a given lr.
+    """
     x, labels = blobs(60)
     layer = init_linear(12, 5, seed=0).double()
-    optimizer, passed = optimizer_of(list(layer.parameters())), []
+    step_with_lr, weights = step_function(list(layer.parameters())), []
     for step in range(STEPS):
         loss = F.cross_entropy(layer(x.double()), labels)
         layer.zero_grad()
         loss.backward()
-        optimizer(PEAK * 0.5 * (1 + math.cos(math.pi * step / STEPS)))
-        passed.append(torch.cat([p.detach().flatten() for p in layer.parameters()]))
-    return torch.stack(passed)
+        step_with_lr(PEAK * 0.5 * (1 + math.cos(math.pi * step / STEPS)))
+        weights.append(torch.cat([p.detach().flatten() for p in layer.parameters()]))
+    return torch.stack(weights)
 
 
-def authors(parameters):
-    """LARC around SGD, as the authors' linear evaluation has it: first the gradient is scaled, then SGD sees it."""
+def authors_lars(parameters):
+    """LARC around SGD, as in the authors' linear evaluation: scale the gradient, then apply SGD."""
     sgd = torch.optim.SGD(parameters, lr=1.0, momentum=0.9, weight_decay=0.0)
 
     def step(lr: float) -> None:
         for p in parameters:
-            length, slope = p.data.norm(), p.grad.data.norm()
-            if length != 0 and slope != 0:  # biases start at zero: their first step is plain SGD
-                p.grad.data *= 0.001 * length / (slope + 1e-8)
+            weight_norm, gradient_norm = p.data.norm(), p.grad.data.norm()
+            if weight_norm != 0 and gradient_norm != 0:  # biases start at 0: first plain SGD
+                p.grad.data *= 0.001 * weight_norm / (gradient_norm + 1e-8)
         sgd.param_groups[0]["lr"] = lr
         sgd.step()
 
@@ -63,24 +71,23 @@ def stepping(optimizer):
     return step
 
 
-def test_lars_is_the_authors_over_50_steps_under_a_cosine():
+def test_lars_is_that_of_the_authors_over_50_steps_with_a_cosine_lr():
     ours = trajectory(
         lambda p: stepping(LARS([{"params": p}], lr=0.0, momentum=0.9, weight_decay=0.0))
     )
-    theirs = trajectory(authors)
+    theirs = trajectory(authors_lars)
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-10)
-    assert (theirs[-1] - theirs[0]).norm() > 0.01, "it went somewhere"
-    adapting = trajectory(lambda p: stepping(Lars(p, momentum=0.9, always_adapt=True)))
-    torch.testing.assert_close(adapting, theirs, rtol=1e-6, atol=1e-10)
-    plain = trajectory(
-        lambda p: stepping(Lars(p, momentum=0.9))
-    )  # adapts nothing where nothing decays
-    assert (plain - theirs).norm() > 10 * (theirs[-1] - theirs[0]).norm()
+    assert (theirs[-1] - theirs[0]).norm() > 0.01, "the weights moved"
+    always = trajectory(lambda p: stepping(Lars(p, momentum=0.9, always_adapt=True)))
+    torch.testing.assert_close(always, theirs, rtol=1e-6, atol=1e-10)
+    # By default timm's LARS does not adapt parameters without weight decay.
+    default = trajectory(lambda p: stepping(Lars(p, momentum=0.9)))
+    assert (default - theirs).norm() > 10 * (theirs[-1] - theirs[0]).norm()
 
 
-def test_heads_trained_together_are_as_if_trained_alone(monkeypatch):
-    """Each equals torch's SGD on the same batches; one that diverges troubles no other."""
-    monkeypatch.setattr(linear, "BATCH_SIZE", 16)
+def test_heads_trained_together_equal_heads_trained_alone(monkeypatch):
+    """Each equals torch's SGD on the same batches; one that diverges does not affect the others."""
+    monkeypatch.setattr(protocol_linear, "BATCH_SIZE", 16)
     x, labels = blobs(50)
     grid = [(0.3, 0.0), (1e38, 0.0), (0.1, 0.01), (3.0, 1e-3)]
     together = train_heads(x, labels, grid, classes=5, epochs=4, seed=3)
@@ -91,14 +98,15 @@ def test_heads_trained_together_are_as_if_trained_alone(monkeypatch):
         for p in layer.parameters():
             nn.init.zeros_(p)
         groups = [{"params": layer.weight, "weight_decay": decay}, {"params": layer.bias}]
-        sgd, shuffle = (
+        sgd, generator = (
             torch.optim.SGD(groups, lr=lr, momentum=0.9),
             torch.Generator().manual_seed(3),
         )
         for epoch in range(4):
-            for at, batch in enumerate(torch.randperm(50, generator=shuffle)[:48].split(16)):
+            order = torch.randperm(50, generator=generator)[:48]
+            for step, batch in enumerate(order.split(16), 3 * epoch):
                 for group in sgd.param_groups:
-                    group["lr"] = lr * cosine_schedule(3 * epoch + at, 12)
+                    group["lr"] = lr * cosine_schedule(step, 12)
                 sgd.zero_grad()
                 F.cross_entropy(layer(x[batch]), labels[batch]).backward()
                 sgd.step()
@@ -106,8 +114,11 @@ def test_heads_trained_together_are_as_if_trained_alone(monkeypatch):
         torch.testing.assert_close(together[-1, :, i], layer.bias, rtol=1e-4, atol=1e-5)
 
 
-def test_cached_is_as_good_as_logistic_regression_with_its_c_swept():
-    """On scikit-learn's digits, C chosen on the same held-out images. And a decay is the C of the same objective."""
+def test_cached_is_as_good_as_logistic_regression_with_a_search_for_c():
+    """On scikit-learn's digits, with C chosen on the same held-out images.
+
+    Also, a weight decay corresponds to the C of the same objective.
+    """
     from sklearn.datasets import load_digits
     from sklearn.linear_model import LogisticRegression
 
@@ -115,75 +126,55 @@ def test_cached_is_as_good_as_logistic_regression_with_its_c_swept():
     x, labels = torch.tensor(pixels, dtype=torch.float32), torch.tensor(labels)
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     train, test = order[:1000], order[1000:]
-    known = FeatureSet(x[train], labels[train], x[test], 10, np.arange(1000)).standardize()
-    assert torch.allclose(
-        known.train_features.square().sum(1).mean(), torch.tensor(61 / 64), atol=0.01
-    )  # 3 pixels are constant
-    answer = train_on_cached_features(known, "h", Settings(), CPU)
-    ours = 100 * (answer.predictions[0][:, 0] == labels[test]).float().mean().item()
+    features = FeatureSet(x[train], labels[train], x[test], 10, np.arange(1000)).standardize()
+    x, y, test_labels = features.train_features, features.train_labels, labels[test]
+    squared_norm = x.square().sum(1).mean().item()
+    assert squared_norm == pytest.approx(61 / 64, abs=0.01)  # 3 of 64 pixels are constant
+    result = train_on_cached_features(features, "h", Settings(), CPU)
+    ours = 100 * (result.predictions[0][:, 0] == test_labels).float().mean().item()
 
-    sizes, found = np.bincount(known.train_labels), {}
-    held = sample_per_class(known.train_labels.numpy(), -(-sizes // 5), [0])
-    rest = np.setdiff1d(np.arange(1000), held)
+    sizes, scores = np.bincount(y), {}
+    held_out = sample_per_class(y.numpy(), -(-sizes // 5), [0])
+    rest = np.setdiff1d(np.arange(1000), held_out)
     for c in (1, 10, 100, 1000):
-        model, y = LogisticRegression(C=c, max_iter=1000), known.train_labels
-        chosen_by = model.fit(known.train_features[rest], y[rest]).score(
-            known.train_features[held], y[held]
-        )
-        found[c] = (
-            chosen_by,
-            100 * model.fit(known.train_features, y).score(known.test_features, labels[test]),
-        )
-    assert abs(ours - max(found.values())[1]) <= 0.5
-    heads = train_heads(
-        known.train_features,
-        known.train_labels,
-        [(30.0, 1 / c / 1000) for c in found],
-        classes=10,
-        epochs=500,
-        seed=0,
-    )
-    right = (
-        (linear.linear_logits(heads, known.test_features).argmax(1) == labels[test, None])
-        .float()
-        .mean(0)
-    )
-    assert 100 * right.numpy() == pytest.approx([top1 for _, top1 in found.values()], abs=0.8)
+        model = LogisticRegression(C=c, max_iter=1000)
+        held_out_score = model.fit(x[rest], y[rest]).score(x[held_out], y[held_out])
+        top1 = 100 * model.fit(x, y).score(features.test_features, test_labels)
+        scores[c] = (held_out_score, top1)
+    assert abs(ours - max(scores.values())[1]) <= 0.5
+    grid = [(30.0, 1 / c / 1000) for c in scores]
+    heads = train_heads(x, y, grid, classes=10, epochs=500, seed=0)
+    predicted = linear_logits(heads, features.test_features).argmax(1)
+    accuracies = 100 * (predicted == test_labels[:, None]).float().mean(0).numpy()
+    assert accuracies == pytest.approx([top1 for _, top1 in scores.values()], abs=0.8)
 
 
-def test_the_choice_is_made_on_images_that_no_head_learned_from():
-    """Where a third of the labels are wrong, learning them by heart is best on what was learned and worst elsewhere."""
+def test_the_choice_is_made_on_images_that_no_head_was_trained_on():
+    """With a third of the labels wrong, the head that memorizes them is best on its own images.
+
+    On other images it is the worst.
+    """
     x, labels = blobs(300, d=200, noise=1.5)
     wrong = torch.arange(0, 300, 3)
     labels[wrong] = (labels[wrong] + 1 + wrong // 3 % 4) % 5
-    known = FeatureSet(x, labels, x[:10], 5, np.arange(300)).standardize()
-    answer = train_on_cached_features(known, "h", Settings(linear_epochs=20), CPU)
-    by_heart = train_heads(
-        known.train_features, labels, [(300.0, 0.0)], classes=5, epochs=300, seed=0
-    )
-    learned = (
-        (linear.linear_logits(by_heart, known.train_features)[..., 0].argmax(1) == labels)
-        .float()
-        .mean()
-    )
-    assert (
-        learned > 0.99
-        and answer.selected["weight_decay"] == 1e-3
-        and answer.selected["held_out_top1"] < 75
-    )
-    elsewhere = train_on_cached_features(
-        known._replace(test=torch.randn(10, 200)), "h", Settings(linear_epochs=20), CPU
-    )
-    assert elsewhere.selected == answer.selected
+    features = FeatureSet(x, labels, x[:10], 5, np.arange(300)).standardize()
+    x, settings = features.train_features, Settings(linear_epochs=20)
+    result = train_on_cached_features(features, "h", settings, CPU)
+    memorizing = train_heads(x, labels, [(300.0, 0.0)], classes=5, epochs=300, seed=0)
+    predicted = linear_logits(memorizing, x)[..., 0].argmax(1)
+    assert (predicted == labels).float().mean() > 0.99
+    assert result.selected["weight_decay"] == 1e-3 and result.selected["held_out_top1"] < 75
+    other = features._replace(test_features=torch.randn(10, 200))
+    assert train_on_cached_features(other, "h", settings, CPU).selected == result.selected
 
 
-def test_the_likeliest_come_first_and_equal_ones_in_order():
-    found = top5_classes(torch.tensor([[0.0, 2.0, 1.0, 2.0, 0.0, 0.0, 0.0]]))
-    assert found.tolist() == [[1, 3, 2, 0, 4]]
+def test_classes_are_ranked_by_score_and_equal_ones_in_order():
+    ranked = top5_classes(torch.tensor([[0.0, 2.0, 1.0, 2.0, 0.0, 0.0, 0.0]]))
+    assert ranked.tolist() == [[1, 3, 2, 0, 4]]
 
 
 @pytest.mark.parametrize("classes", [2, 9])
-def test_the_layer_starts_as_in_the_paper_and_torchs_generator_is_left_alone(classes):
+def test_the_layer_starts_as_in_the_paper_without_changing_torchs_generator(classes):
     before = torch.random.get_rng_state()
     layer = init_linear(4000, classes, seed=1)
     assert torch.equal(torch.random.get_rng_state(), before)
