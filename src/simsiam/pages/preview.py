@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from typing_extensions import Unpack
 
 from simsiam.config.keyword_settings import PretrainSettings
 from simsiam.config.recipes import Recipe, ResolvedRecipe, default_stem
@@ -22,9 +22,6 @@ from simsiam.model.backbones import RESNETS
 from simsiam.runs.compose import compose_recipe
 from simsiam.sources.open_source import Source
 from simsiam.utils.files import atomic_write
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 # Sides of a picture on the sheet in pixels: smaller views are enlarged, larger ones are reduced.
 MIN_SIDE, MAX_SIDE = 96, 320
@@ -77,7 +74,7 @@ def preview(
     recipe: str | Recipe | None = None,
     rows: int = 8,
     views: int = 6,
-    **settings: "Unpack[PretrainSettings]",
+    **settings: Unpack[PretrainSettings],
 ) -> Path:
     """Draw images of a source and the views that pretraining would make of them.
 
