@@ -1,6 +1,7 @@
-"""A checkpoint of any known layout comes back as the same model, and one that is not whole does not come back at all.
+"""A checkpoint of any known layout becomes the same model; one that is incomplete is refused.
 
-Layouts are made from our own model by renaming in the other direction, written here by hand.
+The layouts are made from a model of this package by renaming it in the other direction, written
+here by hand.
 """
 
 import argparse
@@ -34,7 +35,7 @@ SMALL = {"dim": 12, "proj_hidden": 10, "pred_dim": 6}
 
 
 def trained(stem="large", network="resnet10", **cells):
-    """A small model in which no parameter and no statistic has its initial value."""
+    """A small model in which every parameter and statistic differs from its initial value."""
     method = Recipe().replace(**SMALL | cells).method
     model = build(method, backbone=network, width=4, stem=stem)
     generator = torch.Generator().manual_seed(1)
@@ -49,7 +50,7 @@ def trained(stem="large", network="resnet10", **cells):
 
 
 def biased(state, fc, bn, noise=0.3):
-    """A bias in front of a batch norm, which the running mean has followed."""
+    """Add a bias before a batch norm, and shift the running mean by it."""
     state[f"{fc}.bias"] = (
         torch.randn(state[f"{bn}.running_mean"].shape).to(state[f"{bn}.running_mean"]) * noise
     )
@@ -57,7 +58,7 @@ def biased(state, fc, bn, noise=0.3):
 
 
 def renamed(state, *rules):
-    """Each rule a pattern and its replacement; the first that matches counts."""
+    """Rename by rules of a pattern and its replacement; the first that matches counts."""
 
     def rename(name):
         for pattern, to in rules:
@@ -71,8 +72,10 @@ def renamed(state, *rules):
 def authors(state):
     state = renamed(
         state,
-        ("backbone", "module.encoder"), ("projector", "module.encoder.fc"), ("predictor", "module.predictor"),
-    )  # fmt: skip
+        ("backbone", "module.encoder"),
+        ("projector", "module.encoder.fc"),
+        ("predictor", "module.predictor"),
+    )
     biased(state, "module.encoder.fc.6", "module.encoder.fc.7")
     return {
         "epoch": 100,
@@ -131,7 +134,7 @@ def solo_learn_older(state):
 
 
 def patrick_hua(state):
-    """Two layers of three: layer2 stands idle in the checkpoint, freshly initialized."""
+    """A projector of two layers: layer2 is in the checkpoint, freshly initialized, but unused."""
     parts = {"0": "layer1.0", "1": "layer1.1", "3": "layer3.0", "4": "layer3.1"}
     rules = [(rf"projector\.{i}\.", f"projector.{to}.") for i, to in parts.items()]
     rules += [
@@ -165,7 +168,8 @@ def torchvision(state):
 
 MOCO = {"predictor": "none", "head_bn": (), "proj_layers": 2}
 HUA = {"proj_layers": 2, "output_bn_affine": True, "stem": "small"}
-# The layout, the cells of the model in it, the program, and the parts left over.
+# The function that makes the layout, the settings of the model, the program, and the names left
+# over, counted by their first part.
 LAYOUTS = {
     "authors": (authors, {}, "the authors' SimSiam", {}),
     "moco": (moco, MOCO, "MoCo", {"encoder_k": 76, "queue": 1, "queue_ptr": 1}),
@@ -221,11 +225,11 @@ def test_a_layout_comes_back_as_the_same_model(name, tmp_path):
         32 if cells.get("stem") == "small" else 224,
         0.485,
     )
-    said = run.json("converted.json")
-    assert said["layout"] == program and Counter(n.split(".")[0] for n in said["left_over"]) == left
-    assert said["placed"] + len(said["left_over"]) == len(
-        read_state_dict(tmp_path / "theirs.pt")[0]
-    )
+    report = run.json("converted.json")
+    assert report["layout"] == program
+    assert Counter(name.split(".")[0] for name in report["left_over"]) == left
+    tensors, _ = read_state_dict(tmp_path / "theirs.pt")
+    assert report["placed"] + len(report["left_over"]) == len(tensors)
     assert all(part in format_conversion(run.path) for part in left)
 
 
@@ -241,16 +245,14 @@ def test_the_contract_of_a_run_folder_holds(name, tmp_path, shared):
 
 @layouts
 def test_no_tensor_can_be_missing_misshapen_extra_or_infinite(name, monkeypatch):
-    """Taken one by one; of the backbone's, every fourth."""
-    monkeypatch.setattr(checkpoints, "create_backbone", cache(create_backbone))  # only to be quick
+    """Each tensor is tried by itself; of the backbone, only every fourth, to save time."""
+    monkeypatch.setattr(checkpoints, "create_backbone", cache(create_backbone))  # to save time
     export, cells, *_ = LAYOUTS[name]
     content = export(trained(**cells).state_dict())
     tensors = content.get("state_dict", content)
     left = convert_state_dict(tensors).unused_keys
-    assert (
-        convert_state_dict(dict(reversed(tensors.items()))).method
-        == convert_state_dict(tensors).method
-    )  # their order is of no matter
+    reordered = dict(reversed(tensors.items()))  # the order does not matter
+    assert convert_state_dict(reordered).method == convert_state_dict(tensors).method
     used = [key for key in tensors if key.removeprefix("module.") not in left]
     heads = [
         key for key in used if not re.search("conv|bn|layer[1-4]|downsample", key) or ".fc." in key
@@ -264,9 +266,8 @@ def test_no_tensor_can_be_missing_misshapen_extra_or_infinite(name, monkeypatch)
     for key in {*used[::4], *heads}:
         if key.endswith("num_batches_tracked"):
             continue  # torch fills it in for old files
-        if not (
-            name.startswith("solo") and key == "projector.6.bias"
-        ):  # our own last.pt is that layout without it
+        # Without this bias, solo-learn's layout is that of this package's checkpoints.
+        if not (name.startswith("solo") and key == "projector.6.bias"):
             refused({k: v for k, v in tensors.items() if k != key})
         wider = torch.cat([tensors[key], tensors[key][:1]])
         refused(tensors | {key: wider})
@@ -279,7 +280,7 @@ def test_no_tensor_can_be_missing_misshapen_extra_or_infinite(name, monkeypatch)
 
 
 def test_a_bias_before_a_batch_norm_is_absorbed(tmp_path):
-    """Against torch's own modules, which keep the bias."""
+    """Compared with modules of torch that keep the bias."""
     torch.save(authors(trained().state_dict()), tmp_path / "theirs.pt")
     run = Run(convert(tmp_path / "theirs.pt", out="run"))
     assert run.json("converted.json")["absorbed"] == ["encoder.fc.6.bias"]
@@ -303,7 +304,7 @@ def test_a_bias_before_a_batch_norm_is_absorbed(tmp_path):
 
 
 def test_lightlys_sequence_of_children_and_timms_names_are_the_same_network():
-    """Against the libraries' own networks."""
+    """Compared with the networks of the libraries."""
     x = torch.randn(2, 3, 64, 64)
     theirs = [nn.Sequential(*list(models.resnet18().children())[:-1], nn.Flatten())]
     if find_spec("timm"):
@@ -350,7 +351,7 @@ def test_a_network_that_is_no_resnet_goes_by_its_name(tmp_path):
         convert_state_dict(torchvision(trained().state_dict()), "resnet18")
 
 
-def test_twins_must_agree():
+def test_copies_must_agree():
     tensors = patrick_hua(trained(**HUA).state_dict())["state_dict"]
     tensors["encoder.0.conv1.weight"] += 1
     with pytest.raises(
@@ -365,7 +366,7 @@ class Code:
 
 
 def damaged():
-    """Files that are no checkpoint of a model, and what is said of each."""
+    """Files that are no checkpoint of a model, and the message for each."""
     whole = torchvision(trained().state_dict())
     torch.save({"state_dict": whole, "hook": Code()}, "code.pt")
     yield "code.pt", r"carries code \(\w+.mkdir\): none of it was run"
@@ -394,7 +395,8 @@ def damaged():
     torch.save({"conv.weight": torch.zeros(3), "fc.bias": torch.zeros(3)}, "strange.pt")
     yield (
         "strange.pt",
-        "no ResNet as the authors' SimSiam, MoCo, .* store it; its tensors are in conv, fc; name other",
+        "no ResNet as the authors' SimSiam, MoCo, .* store it; its tensors are in conv, fc; "
+        "name other",
     )
     names = [f"backbone.{i}" for i in range(6)] + ["projection_head.0", "prediction_head.0"]
     torch.save({f"{name}.weight": torch.zeros(3) for name in names}, "generator.pt")
@@ -410,8 +412,8 @@ def damaged():
 
 
 def test_what_is_no_checkpoint_gets_one_line_and_runs_nothing():
-    for name, said in damaged():
-        with pytest.raises(UsageError, match=said) as error:
+    for name, message in damaged():
+        with pytest.raises(UsageError, match=message) as error:
             convert(name, out="run")
         assert "\n" not in str(error.value) and len(str(error.value)) < 400
     assert not os.path.exists("executed") and not os.path.exists("run")
@@ -424,10 +426,9 @@ def test_a_release_is_downloaded_once_and_checked(tmp_path, monkeypatch):
     digest = file_sha256(published)
 
     def publish(digits):
-        url, words = published.as_uri(), {"epochs": 100, "batch_size": 256}
-        monkeypatch.setitem(
-            releases.RELEASES, "simsiam_resnet50_100ep", Release(url, digits, words, "CC BY-NC 4.0")
-        )
+        url, settings = published.as_uri(), {"epochs": 100, "batch_size": 256}
+        release = Release(url, digits, settings, "CC BY-NC 4.0")
+        monkeypatch.setitem(releases.RELEASES, "simsiam_resnet50_100ep", release)
 
     publish("0" * 8)
     with pytest.raises(WorkFailed, match=r"cannot be downloaded from file://.*invalid hash"):
@@ -467,13 +468,14 @@ def test_a_backbone_can_start_from_any_of_them(tmp_path):
     torch.save(authors(model.state_dict()), tmp_path / "theirs.pt")
     save_file(state, tmp_path / "backbone.safetensors")
     run = convert(tmp_path / "theirs.pt", out=tmp_path / "run")
-    for given in (
+    for path in (
         tmp_path / "theirs.pt",
         tmp_path / "backbone.safetensors",
         run,
         run / "checkpoints" / "last.pt",
     ):
-        found = load_backbone_weights(given, "resnet10")
-        assert found.keys() == state.keys() and all(torch.equal(found[k], state[k]) for k in state)
+        loaded = load_backbone_weights(path, "resnet10")
+        assert loaded.keys() == state.keys()
+        assert all(torch.equal(loaded[name], state[name]) for name in state)
     with pytest.raises(UsageError, match="its backbone is a resnet10, not a resnet50"):
         load_backbone_weights(run, "resnet50")

@@ -1,4 +1,7 @@
-"""Exports agree with eager features in the format's own library, or are not there; cards and comparisons tell facts."""
+"""An export has the same features in the format's own library, or it is not written.
+
+Model cards and comparisons contain what the run folders contain.
+"""
 
 import json
 import pickle
@@ -30,7 +33,7 @@ def trained(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def standard(tmp_path_factory):
-    """A finished run of the published ResNet-18, without the training."""
+    """A run folder as if a standard ResNet-18 had been trained."""
     words = {
         "backbone": "resnet18",
         "image_size": 72,
@@ -41,9 +44,7 @@ def standard(tmp_path_factory):
     torch.manual_seed(0)
     network = build_backbone(run.recipe).eval()
     for module in network.modules():
-        if isinstance(
-            module, torch.nn.BatchNorm2d
-        ):  # as different from its initial state as training makes it
+        if isinstance(module, torch.nn.BatchNorm2d):  # make it different from its initial state
             torch.nn.init.uniform_(module.weight, 0.5, 1.5)
             torch.nn.init.normal_(module.running_mean, std=0.1)
     run.finish(network.state_dict(), {"verdict": "healthy", "steps": 7})
@@ -61,28 +62,27 @@ def needs(format: str) -> None:
 
 
 @pytest.mark.parametrize("format", ["safetensors", "torch_export", "onnx", "huggingface"])
-def test_a_narrow_network_goes_where_graphs_go(format, trained, tmp_path, capsys):
+def test_a_narrow_network_has_formats_too(format, trained, tmp_path, capsys):
     needs(format)
     assert main(["export", str(trained), "--format", format, "--out", str(tmp_path / "out")]) == 0
     assert "largest difference to the features of the run: " in capsys.readouterr().out
-    said = json.loads((tmp_path / "out" / "preprocessing.json").read_text())
+    config = json.loads((tmp_path / "out" / "preprocessing.json").read_text())
     recipe = Run(trained).recipe
-    assert said["center_crop"] == recipe.image_size and said["mean"] == list(recipe.mean)
+    assert config["center_crop"] == recipe.image_size and config["mean"] == list(recipe.mean)
 
 
 @pytest.mark.parametrize("format", ["torchvision", "timm", "huggingface"])
-def test_a_published_network_is_that_of_the_library(format, standard, tmp_path):
-    """The library is asked here in its own words, so what `export` compares is the right thing."""
+def test_a_standard_network_is_that_of_the_library(format, standard, tmp_path):
+    """The library is called here directly, to check that `export` compares the right things."""
     folder = export(standard, format=format, out=tmp_path / "out").path
     x = torch.randn(2, 3, 72, 72)
     if format == "torchvision":
         import torchvision
 
         model = torchvision.models.resnet18()
-        found = model.load_state_dict(
-            torch.load(folder / "backbone.pth", weights_only=True), strict=False
-        )
-        assert set(found.missing_keys) == {"fc.weight", "fc.bias"} and not found.unexpected_keys
+        state = torch.load(folder / "backbone.pth", weights_only=True)
+        keys = model.load_state_dict(state, strict=False)
+        assert set(keys.missing_keys) == {"fc.weight", "fc.bias"} and not keys.unexpected_keys
         model.fc = torch.nn.Identity()
     else:
         import timm
@@ -95,7 +95,10 @@ def test_a_published_network_is_that_of_the_library(format, standard, tmp_path):
 
 
 def names_in_detectron2(depth: int) -> set[str]:
-    """Of a ResNet's tensors, by its documentation: a stem, res2 to res5 of blocks, a norm inside each convolution."""
+    """The names of a ResNet's tensors according to detectron2's documentation.
+
+    There is a stem, res2 to res5 consist of blocks, and each convolution has a norm inside.
+    """
     norm = [f"norm.{name}" for name in ("weight", "bias", "running_mean", "running_var")]
     blocks = {18: (2, 2, 2, 2), 50: (3, 4, 6, 3)}[depth]
     convolutions = ["stem.conv1"]
@@ -117,27 +120,26 @@ def test_detectron2_finds_every_tensor_under_its_own_name_and_reads_rgb(depth, s
     network = build_backbone(run.recipe)
     run.finish(network.state_dict(), {"verdict": "healthy", "steps": 7})
     folder = export(run.path, format="detectron2").path
-    said = pickle.loads((folder / "backbone.pkl").read_bytes())
-    assert said["matching_heuristics"] is True and isinstance(said["__author__"], str)
-    assert said["model"].keys() == names_in_detectron2(depth)
-    stem, last = said["model"]["stem.conv1.weight"], said["model"]["res5.0.conv2.norm.running_var"]
-    assert torch.equal(torch.from_numpy(stem), network.conv1.weight)  # no channel changes its place
+    checkpoint = pickle.loads((folder / "backbone.pkl").read_bytes())
+    assert checkpoint["matching_heuristics"] is True and isinstance(checkpoint["__author__"], str)
+    weights = checkpoint["model"]
+    assert weights.keys() == names_in_detectron2(depth)
+    stem, last = weights["stem.conv1.weight"], weights["res5.0.conv2.norm.running_var"]
+    assert torch.equal(torch.from_numpy(stem), network.conv1.weight)  # the order of channels stays
     assert torch.equal(torch.from_numpy(last), network.layer4[0].bn2.running_var)
     config = yaml.safe_load((folder / "config.yaml").read_text())
-    assert (
-        config["INPUT"]["FORMAT"] == "RGB" and config["MODEL"]["RESNETS"]["STRIDE_IN_1X1"] is False
-    )
-    assert config["MODEL"]["PIXEL_MEAN"] == [127.5, 102.0, 76.5] and config["MODEL"][
-        "PIXEL_STD"
-    ] == [51.0, 76.5, 63.75]
-    assert config["MODEL"]["RESNETS"]["DEPTH"] == depth
-    assert config["MODEL"]["RESNETS"].get("RES2_OUT_CHANNELS", 256) == {18: 64, 50: 256}[depth]
+    section = config["MODEL"]
+    assert config["INPUT"]["FORMAT"] == "RGB" and section["RESNETS"]["STRIDE_IN_1X1"] is False
+    assert section["PIXEL_MEAN"] == [127.5, 102.0, 76.5]
+    assert section["PIXEL_STD"] == [51.0, 76.5, 63.75]
+    assert section["RESNETS"]["DEPTH"] == depth
+    assert section["RESNETS"].get("RES2_OUT_CHANNELS", 256) == {18: 64, 50: 256}[depth]
 
 
-def test_names_that_detectron2_does_not_have_are_not_kept(standard, tmp_path, monkeypatch, capsys):
-    right = detectron2.detectron2_name
+def test_names_that_detectron2_lacks_are_not_kept(standard, tmp_path, monkeypatch, capsys):
+    correct = detectron2.detectron2_name
     monkeypatch.setattr(
-        detectron2, "detectron2_name", lambda name: right(name).replace("res5", "layer4")
+        detectron2, "detectron2_name", lambda name: correct(name).replace("res5", "layer4")
     )
     assert (
         main(["export", str(standard), "--format", "detectron2", "--out", str(tmp_path / "out")])
@@ -164,11 +166,11 @@ def test_an_upload_is_a_run_to_start_from(standard, tmp_path):
     )
 
 
-def test_a_card_has_what_was_measured(trained, tmp_path):
+def test_a_card_has_the_results(trained, tmp_path):
     run = shutil.copytree(trained, tmp_path / "run")
     record = {
-        "protocol": "knn", "name": "k 20", "features": "h", "source": "a|b", "checkpoint": "last", "top1": 61.25,
-        "interval": [60.0, 62.5], "n": 2000,
+        "protocol": "knn", "name": "k 20", "features": "h", "source": "a|b", "checkpoint": "last",
+        "top1": 61.25, "interval": [60.0, 62.5], "n": 2000,
     }  # fmt: skip
     (run / "evaluations" / "knn.json").write_text(json.dumps([record]))
     text = (export(run, format="huggingface").path / "README.md").read_text()
@@ -180,7 +182,7 @@ def test_a_card_has_what_was_measured(trained, tmp_path):
 
 @pytest.mark.parametrize("format", list(FORMATS))
 def test_a_wrong_export_is_not_kept(format, trained, standard, tmp_path, monkeypatch, capsys):
-    """One weight is changed between writing and loading."""
+    """One weight is changed before writing."""
     needs(format)
     kind = FORMATS[format]
 
@@ -221,7 +223,7 @@ def test_an_export_is_not_written_over(trained, tmp_path, capsys):
     assert "not written over" in capsys.readouterr().err and not list((tmp_path / "out").iterdir())
 
 
-def test_nothing_is_pushed_but_what_was_proved_and_only_when_asked(trained, tmp_path, monkeypatch):
+def test_only_verified_exports_are_pushed_and_only_on_request(trained, tmp_path, monkeypatch):
     hub = pytest.importorskip("huggingface_hub")
     calls = []
     monkeypatch.setattr(
@@ -250,7 +252,7 @@ def test_nothing_is_pushed_but_what_was_proved_and_only_when_asked(trained, tmp_
     assert torch.equal(theirs["conv1.weight"], ours["conv1.weight"])
 
 
-def test_compare_tells_what_differs_and_only_that(trained, tmp_path, capsys):
+def test_compare_shows_what_differs_and_only_that(trained, tmp_path, capsys):
     other = shutil.copytree(trained, tmp_path / "other")
     recipe = yaml.safe_load((other / "recipe.yaml").read_text())
     recipe["method"]["dim"], recipe["method"]["views"][0]["blur"] = 99, 0.25

@@ -1,4 +1,4 @@
-"""What goes wrong: a run loses nothing, is never done twice at once, and says in one line what happened."""
+"""Failures: a run loses nothing, is never trained twice at once, and reports in one line."""
 
 import errno
 import json
@@ -52,7 +52,7 @@ def finished(tmp_path_factory):
     return run
 
 
-# --- files ------------------------------------------------------------------------------------------------------------
+# --- files ---
 
 
 def test_a_file_that_cannot_be_written_leaves_what_was_there(tmp_path):
@@ -60,15 +60,15 @@ def test_a_file_that_cannot_be_written_leaves_what_was_there(tmp_path):
     path.write_text("before")
     for error in (OSError(errno.ENOSPC, "no"), RuntimeError("torch hides it")):
         with (
-            pytest.raises(WorkFailed, match=r"cannot write .*a: No space left on device") as told,
+            pytest.raises(WorkFailed, match=r"cannot write .*a: No space left on device") as raised,
             atomic_write(path) as part,
         ):
             part.write_text("half of")
             try:
                 raise OSError(errno.ENOSPC, "full")
             except OSError:
-                raise error  # noqa: B904  as libraries do: the reason is the context
-        assert "\n" not in str(told.value)
+                raise error  # noqa: B904  as libraries do: the reason is in the context
+        assert "\n" not in str(raised.value)
     with pytest.raises(KeyError), atomic_write(path) as part:
         raise KeyError("ours")
     with pytest.raises(WorkFailed), atomic_folder(tmp_path / "b"):
@@ -91,23 +91,23 @@ def test_what_a_killed_process_left_is_cleared_and_what_a_living_one_writes_is_n
 def test_of_two_processes_the_second_is_refused_and_a_killed_one_lets_go(finished, tmp_path):
     run = shutil.copytree(finished, tmp_path / "run")
     code = (
-        "import sys, time, pathlib, simsiam.files\n"
-        "with simsiam.utils.files.file_lock(pathlib.Path(sys.argv[1])) as mine:\n"
-        "    print(mine, flush=True)\n"
+        "import sys, time, pathlib, simsiam.utils.files\n"
+        "with simsiam.utils.files.file_lock(pathlib.Path(sys.argv[1])) as locked:\n"
+        "    print(locked, flush=True)\n"
         "    time.sleep(60)"
     )
-    held = subprocess.Popen(
+    holder = subprocess.Popen(
         [sys.executable, "-c", code, run / ".lock"], stdout=subprocess.PIPE, text=True
     )
-    assert held.stdout.readline() == "True\n"
+    assert holder.stdout.readline() == "True\n"
     with pytest.raises(
-        UsageError, match=f"run is being worked on by process {held.pid} on .*: one at a time"
+        UsageError, match=f"run is being worked on by process {holder.pid} on .*: one at a time"
     ):
         simsiam.resume(run)
-    with file_lock(run / ".lock") as mine:
-        assert not mine
-    held.kill()
-    held.wait()
+    with file_lock(run / ".lock") as locked:
+        assert not locked
+    holder.kill()
+    holder.wait()
     simsiam.resume(run)
     with (
         pytest.raises(UsageError, match="cannot write to"),
@@ -117,11 +117,11 @@ def test_of_two_processes_the_second_is_refused_and_a_killed_one_lets_go(finishe
 
 
 def test_a_signal_in_the_middle_of_a_fork_is_not_lost():
-    """Python drops an exception that is raised there; and what works elsewhere ends quietly with who asked for it."""
+    """Python drops an exception that is raised there. Work in other processes ends quietly, too."""
     code = (
         "import os, signal, time\nfrom simsiam.commands import main as cli\n"
         "from simsiam.utils import workers\nworkers.CPU_CORES = 2\n"
-        "signal.signal(signal.SIGTERM, cli.terminate)\n"
+        "signal.signal(signal.SIGTERM, cli.raise_interrupt)\n"
         "os.register_at_fork(after_in_parent=lambda: os.kill(os.getpid(), signal.SIGTERM))\n"
         "try:\n    print(list(workers.parallel_map(time.sleep, [(5,), (5,)])))\n"
         "except KeyboardInterrupt as error:\n    print('stopped by', *error.args)"
@@ -130,7 +130,7 @@ def test_a_signal_in_the_middle_of_a_fork_is_not_lost():
     assert (done.stdout, done.stderr, done.returncode) == ("stopped by 15\n", "", 0)
 
 
-# --- checkpoints ------------------------------------------------------------------------------------------------------
+# --- checkpoints ---
 
 
 def same(a, b):
@@ -149,9 +149,8 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before_and_it_is_said(
     data = bytearray(last.read_bytes())
     if harm == "bit":
         record = max(zipfile.ZipFile(last).infolist(), key=lambda record: record.file_size)
-        data[record.header_offset + record.file_size // 2 + 128] ^= (
-            1  # not in the padding, where it harms nobody
-        )
+        # Not in the padding, where a flipped bit does no harm.
+        data[record.header_offset + record.file_size // 2 + 128] ^= 1
     last.write_bytes(data[: len(data) // 2] if harm == "cut" else data)
     if harm == "gone":
         last.unlink()
@@ -169,12 +168,12 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before_and_it_is_said(
 
 
 def test_every_flipped_bit_is_seen_or_harmless(tmp_path):
-    """The theorem behind it, on a small file: whatever single bit is flipped, the state is the same or refused."""
+    """On a small file: whichever bit is flipped, the file is refused or the state is the same."""
     state = {"a": torch.arange(50.0), "b": [1, {"c": "text"}], "step": 3}
     torch.save(state, tmp_path / "a.pt")
     save_weights({"w": torch.arange(20.0), "n": torch.tensor(3)}, tmp_path / "a.safetensors")
     for name, load in (("a.pt", load_state), ("a.safetensors", load_weights)):
-        data, seen = (tmp_path / name).read_bytes(), 0
+        data, refused = (tmp_path / name).read_bytes(), 0
         whole = load(tmp_path / name)
         rng = random.Random(0)
         for bit in rng.sample(range(8 * len(data)), 150):
@@ -182,12 +181,12 @@ def test_every_flipped_bit_is_seen_or_harmless(tmp_path):
             flipped[bit // 8] ^= 1 << bit % 8
             (tmp_path / name).write_bytes(flipped)
             try:
-                found = load(tmp_path / name)
+                loaded = load(tmp_path / name)
             except Exception:
-                seen += 1
+                refused += 1
             else:
-                assert str(found) == str(whole), bit
-        assert seen > 15
+                assert str(loaded) == str(whole), bit
+        assert refused > 15
 
 
 def test_weights_carry_their_checksum(finished, tmp_path):
@@ -227,7 +226,7 @@ def test_a_clock_that_jumps_changes_nothing(finished, tmp_path, monkeypatch):
     )
 
 
-# --- data and memory --------------------------------------------------------------------------------------------------
+# --- data and memory ---
 
 
 @pytest.fixture(scope="module")
@@ -283,16 +282,18 @@ def test_a_folder_that_goes_away_is_one_line(photographs, tmp_path):
 
 
 def test_the_least_memory_of_a_step_is_what_autograd_keeps():
-    """Against a real forward pass on the CPU: every tensor it saves, once, and the weights, gradients and momentum."""
+    """Compared with a real forward pass on the CPU.
+
+    Counted are every tensor that autograd saves, once, and the weights, gradients and momentum.
+    """
     recipe = Recipe().replace(**TINY | {"image_size": 32, "precision": "float32"})
     model = simsiam.build(recipe.method, backbone="resnet10", width=4, image_size=32)
     own, kept = {v.data_ptr() for v in model.state_dict().values()}, {}
 
     def keep(tensor):
         if tensor.untyped_storage().data_ptr() not in own:
-            kept[tensor.untyped_storage().data_ptr()] = (
-                tensor  # kept alive, so that no address comes twice
-            )
+            # Kept alive, so that no address is used twice.
+            kept[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
     x = [torch.randn(16, 3, 32, 32) for _ in range(2)]
@@ -336,7 +337,7 @@ def test_too_large_a_batch_is_told_the_one_that_fits(tmp_path, monkeypatch, caps
         raise RuntimeError("another")
 
 
-# --- hostile ----------------------------------------------------------------------------------------------------------
+# --- hostile ---
 
 
 @pytest.mark.parametrize(
@@ -380,7 +381,7 @@ def test_a_run_writes_through_no_link(finished, tmp_path):
         simsiam.resume(run)
 
 
-# --- the campaigns ----------------------------------------------------------------------------------------------------
+# --- the campaigns ---
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The weighted kNN equals a brute-force reference written here, ties and all, however the queries are divided."""
+"""The weighted kNN equals a brute-force reference, with ties and with any division of queries."""
 
 import math
 import random
@@ -12,7 +12,7 @@ from simsiam.monitoring.nearest_neighbors import knn_scores, knn_top1
 
 
 def brute_force(bank, labels, queries, *, classes, k, tau):
-    """Votes relative to the largest weight: a dot product in float64 at a time, and a sort that keeps ties in order."""
+    """Votes relative to the largest weight: dot products in float64, and a stable sort."""
     rows = []
     for query in queries.double():
         cosines = [(torch.dot(query, b) / query.norm() / b.norm()).item() for b in bank.double()]
@@ -24,7 +24,7 @@ def brute_force(bank, labels, queries, *, classes, k, tau):
 
 
 def data(kind: str, dtype=torch.float32):
-    """Random rows; or rows half of which stand in the bank twice; or corners of a cube, tied in most comparisons."""
+    """Random rows; rows half of which are duplicates; or corners of a cube, most of which tie."""
     torch.manual_seed(0)
     if kind == "corners":  # in 16 dimensions their norm is 4, so every cosine is exact
         bank, queries = (torch.randint(0, 2, (n, 16)).to(dtype) * 2 - 1 for n in (150, 12))
@@ -46,8 +46,8 @@ def test_votes_equal_brute_force(k, kind):
         torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_of_equal_rows_the_first_vote():
-    """A bank of one point, a label each: the k votes are those of its first k rows."""
+def test_of_equal_rows_the_first_ones_vote():
+    """All rows of the bank are one point with different labels: the first k rows vote."""
     scores = knn_scores(torch.ones(30, 3), torch.arange(30), torch.ones(2, 3), classes=30, k=9)
     assert scores.tolist() == [[1.0] * 9 + [0.0] * 21] * 2
 
@@ -63,7 +63,7 @@ def test_a_small_tau_does_not_overflow():
 
 @pytest.mark.parametrize("kind", ["random", "corners"])
 def test_similarities_stay_within_the_bytes_that_are_stated(kind, monkeypatch):
-    """However many queries, so many are taken at once; and nothing as large as the bank is made."""
+    """As many queries are taken at once as fit, and nothing as large as the bank is allocated."""
     bank, labels, queries = data(kind)
     largest = 0
 
@@ -79,11 +79,12 @@ def test_similarities_stay_within_the_bytes_that_are_stated(kind, monkeypatch):
     monkeypatch.setattr(knn, "MAX_SIMILARITY_BYTES", 150 * 4 * 11)  # 11 of the 12 queries
     with Watch():
         knn_scores(bank, labels, queries, classes=4, k=7)
-    assert largest == 150 * 4 * 12 < bank.numel() * bank.element_size()  # a row more, see there
+    # 11 queries and one extra row, see iter_nearest.
+    assert largest == 150 * 4 * 12 < bank.numel() * bank.element_size()
 
 
 def test_accuracy_is_percent_and_k_is_capped_for_small_sets():
-    """Ten images of a class of 2 among 18 of a class of 1: with k = 200 the majority would always win."""
+    """18 images of one class and 4 of the other: with k = 200 the majority would always win."""
     bank = torch.cat(
         [torch.tensor([[1.0, 0.1]]).repeat(18, 1), torch.tensor([[0.1, 1.0]]).repeat(4, 1)]
     )

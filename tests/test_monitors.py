@@ -1,4 +1,4 @@
-"""Gauges measure what the paper says, and the verdict tells the failures apart."""
+"""Gauges measure what the paper says, and the verdict distinguishes the failures."""
 
 import math
 from dataclasses import replace
@@ -24,7 +24,7 @@ def test_a_constant_has_no_std_and_a_line_has_all_of_it():
     torch.manual_seed(0)
     v, sign = torch.randn(64), torch.tensor([1.0, -1.0]).repeat(128)[:, None]
     assert z_std(v.expand(256, -1)).item() == pytest.approx(0, abs=1e-6)
-    # The collapse that z_std misses: two antipodal points.
+    # The collapse that z_std does not see: two antipodal points.
     assert z_std(sign * v).item() * 8 == pytest.approx(
         (v.abs() / v.norm()).mean().item() * 8, rel=1e-5
     )
@@ -71,7 +71,7 @@ def test_squared_cosine_is_the_mean_over_pairs():
     [
         ("healthy", -0.9, 0.95, 20.0),
         ("collapsed", -1.0, 0.02, 20.0),
-        ("collapsed", -1.0, 0.99, 1.0),  # rank one: std alone says nothing
+        ("collapsed", -1.0, 0.99, 1.0),  # rank one: the std alone shows nothing
         ("partial collapse", -0.95, 0.4, 20.0),
         ("partial collapse", -0.95, 0.95, 2.9),
         ("not converging", -0.05, 0.95, 20.0),
@@ -94,8 +94,11 @@ def test_one_noisy_batch_decides_nothing():
     assert judge_run(lines, 1000).verdict == "healthy"
 
 
-def test_each_criterion_says_what_a_high_loss_is():
-    """A quarter of the way from unrelated views to the minimum; where labels are the target, only the loss speaks."""
+def test_each_criterion_defines_a_high_loss():
+    """The threshold is a quarter of the way from unrelated views to the minimum.
+
+    If the targets are labels, the verdict depends on the loss alone.
+    """
     lines = [
         {"step": s, "loss": 4.0, "z_std_sqrt_d": 0.9, "z_rank": 20.0} for s in range(0, 1000, 10)
     ]

@@ -1,4 +1,4 @@
-"""Pretraining end to end: the run folder keeps its contract, and a killed run goes on bit for bit."""
+"""Pretraining end to end: the run folder keeps its contract, and a killed run continues exactly."""
 
 import importlib
 import json
@@ -25,7 +25,7 @@ TIMES = {"images_per_second", "data_wait"}
 
 
 def lines(run) -> list[dict]:
-    """metrics.jsonl without what no two runs share."""
+    """metrics.jsonl without the numbers that differ between any two runs."""
     return [{k: v for k, v in line.items() if k not in TIMES} for line in Run(run).metrics()]
 
 

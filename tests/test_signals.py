@@ -1,4 +1,7 @@
-"""Each signal equals its definition, written here in numpy's float64, and tells a collapse from a spread."""
+"""Each signal equals its definition, computed here in float64 with NumPy.
+
+It also distinguishes a collapse from a spread.
+"""
 
 import math
 
@@ -24,12 +27,12 @@ def normal(n: int, d: int, seed: int = 0, dtype: torch.dtype = torch.float64) ->
 
 
 def two_views(n: int, d: int) -> tuple[Tensor, Tensor]:
-    """So much noise that some views find each other and some do not."""
+    """Views with so much noise that some find each other and some do not."""
     return normal(n, d), normal(n, d) + normal(n, d, 1)
 
 
 def signs(n: int, d: int) -> Tensor:
-    """Cosines of these float32 rows are multiples of 2 / d, computed without rounding, and many of them tie."""
+    """Float32 rows of ±1. Cosines are multiples of 2 / d without rounding, and many of them tie."""
     return normal(n, d).sign().float()
 
 
@@ -85,7 +88,7 @@ def test_view_retrieval_counts_the_views_that_find_each_other(chunk):
     found = [max(range(61), key=lambda j: row[j]) == i for i, row in enumerate(unit(a) @ unit(b).T)]
     assert 10 < sum(found) < 50
     assert view_retrieval(a, b, chunk=chunk) == pytest.approx(100 * sum(found) / 61, rel=1e-6)
-    h = signs(61, 6)  # of 64 kinds of rows, so some are the only one of theirs
+    h = signs(61, 6)  # 64 rows are possible, so some occur once
     rows = [tuple(row) for row in h.tolist()]
     alone = sum(rows.count(row) == 1 for row in rows)
     assert 10 < alone < 50
@@ -165,7 +168,7 @@ def test_uniformity_of_a_point_a_sphere_and_a_basis():
         assert uniformity(normal(3000, d)) == pytest.approx(-4 + math.log(mean), abs=0.01)
 
 
-def test_no_signal_sees_a_rotation_and_only_rankme_the_norms():
+def test_no_signal_depends_on_a_rotation_and_only_rankme_on_the_norms():
     a, b = two_views(61, 8)
     q, c = torch.linalg.qr(normal(8, 8, 2)).Q, normal(61, 1, 3).abs() + 0.1
     kept = nearest_neighbors(a)

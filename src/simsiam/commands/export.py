@@ -4,6 +4,7 @@ import argparse
 
 from simsiam.commands.arguments import add_run
 from simsiam.commands.output import print_lines
+from simsiam.exports import format_names
 
 HELP = "write the backbone in another program's format, and check that it gives the same output"
 GROUP = "checkpoints"
@@ -17,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser: The verb's parser.
     """
     add_run(parser)
-    note = "torchvision, timm, detectron2, safetensors, onnx, torch_export or huggingface"
+    note = ", ".join(format_names())
     parser.add_argument("--format", metavar="NAME", required=True, help=note)
     parser.add_argument("--out", metavar="FOLDER", help="a new folder [RUN/exports/FORMAT]")
     note = "huggingface: license of the weights, for the model card"

@@ -1,7 +1,7 @@
 """Composing a recipe: from a source, a recipe and single settings to a resolved recipe.
 
-What recipe and settings leave open is chosen from the images; see `simsiam.runs.choose`. If mean and
-standard deviation of the channels are not known, they are measured on a sample.
+What recipe and settings leave open is chosen from the images; see `simsiam.runs.choose`. If the
+mean and the standard deviation of the channels are not known, they are measured on a sample.
 """
 
 import os
