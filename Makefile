@@ -1,4 +1,4 @@
-# `make demo` and `make test` set everything up themselves: all they need is Python, make and a package index.
+# `make demo` and `make test` set up .venv themselves. They need Python, make and a package index.
 PYTHON ?= python3
 BIN := .venv/bin
 

@@ -1,6 +1,7 @@
 #!/bin/bash
-# Two "hosts" on one machine: network namespaces joined by a virtual cable, a torchrun in each, one run. Then a process
-# of the second host is killed, and the run goes on. As root, with iproute2:  docs/two_hosts.sh [FOLDER]
+# Trains one run on two "hosts": network namespaces of this machine, connected by a virtual cable, with
+# a torchrun in each. Then it kills a process of the second host, and the run continues.
+# Needs root and iproute2:  docs/two_hosts.sh [FOLDER]
 set -euo pipefail
 folder=${1:-$(mktemp -d)}
 python=${PYTHON:-python3}
@@ -8,20 +9,22 @@ run=$folder/run
 mkdir -p "$folder"
 
 hosts() { for host in a b; do "$@" $host; done; }
-forget() {
+clean() {
     ip netns pids "simsiam-$1" 2> /dev/null | xargs -r kill 2> /dev/null || true
     ip netns del "simsiam-$1" 2> /dev/null || true
     rm -rf "/etc/netns/simsiam-$1"
 }
-trap 'hosts forget' EXIT
-hosts forget
+trap 'hosts clean' EXIT
+hosts clean
 ip netns add simsiam-a
 ip netns add simsiam-b
 ip link add cable-a netns simsiam-a type veth peer name cable-b netns simsiam-b
 address() { [ "$1" = a ] && echo 10.77.0.1 || echo 10.77.0.2; }
 plug() {
-    mkdir -p "/etc/netns/simsiam-$1" # what `ip netns exec` shows as /etc: names for the addresses, and no name server
-    printf '%s\n' '127.0.0.1 localhost' {,::ffff:}'10.77.0.1 simsiam-a' {,::ffff:}'10.77.0.2 simsiam-b' > "/etc/netns/simsiam-$1/hosts"
+    # `ip netns exec` shows these files in /etc: names for the addresses, and no name server.
+    mkdir -p "/etc/netns/simsiam-$1"
+    printf '%s\n' '127.0.0.1 localhost' {,::ffff:}'10.77.0.1 simsiam-a' \
+        {,::ffff:}'10.77.0.2 simsiam-b' > "/etc/netns/simsiam-$1/hosts"
     echo > "/etc/netns/simsiam-$1/resolv.conf"
     ip -n "simsiam-$1" addr add "$(address "$1")/24" dev "cable-$1"
     ip -n "simsiam-$1" link set "cable-$1" up
@@ -29,12 +32,15 @@ plug() {
 }
 hosts plug
 
-start() { # the same on each host, but for its name and address; is_host, for both have the machine's one host name
+# The same command on each host, except for its name and address. is_host is set because both have
+# the same host name.
+start() {
     GLOO_SOCKET_IFNAME=cable-$1 OMP_NUM_THREADS=1 ip netns exec "simsiam-$1" "$python" -m torch.distributed.run \
         --nnodes=2 --nproc-per-node=1 --max-restarts=3 --local-addr="$(address "$1")" \
         --rdzv-backend=c10d --rdzv-endpoint=10.77.0.1:29400 --rdzv-id=two-hosts \
         --rdzv-conf="is_host=$([ "$1" = a ] && echo 1 || echo 0)" \
-        -m simsiam pretrain shapes --out "$run" --device cpu --limit 2048 --epochs 8 --log-every 1 --save-seconds 5 \
+        -m simsiam pretrain shapes --out "$run" --device cpu --limit 2048 --epochs 8 --log-every 1 \
+        --save-seconds 5 \
         > "$folder/host-$1.log" 2>&1 &
     agents+=($!)
 }
@@ -42,7 +48,10 @@ agents=()
 hosts start
 echo "two hosts, simsiam-a and simsiam-b, train shapes together"
 
-logged() { [ -f "$run/metrics.jsonl" ] && tail -n 1 "$run/metrics.jsonl" | grep -o '"step": [0-9]*' | grep -o '[0-9]*' || echo 0; }
+logged() {
+    [ -f "$run/metrics.jsonl" ] && tail -n 1 "$run/metrics.jsonl" |
+        grep -o '"step": [0-9]*' | grep -o '[0-9]*' || echo 0
+}
 until [ "$(logged)" -ge 40 ]; do
     kill -0 "${agents[0]}" || { cat "$folder"/host-*.log; exit 1; }
     sleep 0.2
@@ -65,8 +74,9 @@ from pathlib import Path
 
 run = Path(sys.argv[1])
 steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
-here = json.loads((run / "environment.json").read_text())
-print(f"{len(steps)} lines, steps {steps[0]} to {steps[-1]}, each {'once' if len(set(steps)) == len(steps) else 'NOT ONCE'};",
-      f"{here['processes']} processes")
-assert steps == sorted(set(steps)), "a step is missing its place"
+environment = json.loads((run / "environment.json").read_text())
+once = "once" if len(set(steps)) == len(steps) else "NOT ONCE"
+print(f"{len(steps)} lines, steps {steps[0]} to {steps[-1]}, each {once};",
+      f"{environment['processes']} processes")
+assert steps == sorted(set(steps)), "steps are repeated or out of order"
 PYTHON

@@ -104,7 +104,7 @@ def load(split, limit=None):
     return torch.from_numpy(images[:limit]).float() / 255, torch.from_numpy(labels[:limit])
 
 
-def train(model, images, epochs=28, batch_size=128, base_lr=0.7):
+def train(model, images, epochs=15, batch_size=128, base_lr=0.7):
     """Train with SGD; the encoder's learning rate follows a cosine, the predictor's is constant."""
     lr = base_lr * batch_size / 256  # the linear scaling rule
     encoder = [*model.backbone.parameters(), *model.projector.parameters()]

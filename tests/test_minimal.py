@@ -45,12 +45,12 @@ def test_loss_and_gradients_are_the_packages(minimal):
 
 
 def test_it_learns(minimal, capsys):
-    """A short run on 1,000 images: kNN on 500 test images, against the network it started from."""
+    """A short run on 1,000 images; kNN on 1,000 test images, compared with the start."""
     torch.manual_seed(0)
     model = minimal.SimSiam(width=8, hidden=128, d=256)
-    train, test = minimal.load("train", 1000), minimal.load("test", 500)
+    train, test = minimal.load("train", 1000), minimal.load("test", 1000)
     before = minimal.knn_accuracy(model.backbone, train, test)
-    minimal.train(model, train[0], epochs=10, batch_size=64)
+    minimal.train(model, train[0], epochs=8, batch_size=64)
     after = minimal.knn_accuracy(model.backbone, train, test)
-    assert after > before + 8, (before, after)
-    assert capsys.readouterr().out.count("z std") == 10
+    assert after > before + 5, (before, after)
+    assert capsys.readouterr().out.count("z std") == 8

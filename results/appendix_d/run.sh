@@ -1,7 +1,8 @@
 #!/bin/sh
-# CIFAR-10 as in appendix D, on one GPU: sh results/appendix_d/run.sh SOURCE OUT SECONDS [WORDS...]
-# Ends in time whatever is not finished; the same command goes on, bit for bit. WORDS are added to every run:
-# `--limit 600 --batch-size 64 --width 8 --epochs 1 --no-compile` tries all of it in minutes on a laptop.
+# CIFAR-10 as in appendix D, on one GPU: sh results/appendix_d/run.sh SOURCE OUT SECONDS [FLAGS...]
+# Stops when the time is over; the same command continues, bit for bit. FLAGS are added to every run:
+# `--limit 600 --batch-size 64 --width 8 --epochs 1 --no-compile` tries everything in minutes on a
+# laptop.
 source=$1 out=$2 end=$(($(date +%s) + $3))
 shift 3
 left() { echo $((end - $(date +%s))); }
