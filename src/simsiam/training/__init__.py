@@ -1,5 +1,6 @@
-"""The one training loop, and pretraining on it.
+"""The training loop, and pretraining on it.
 
-This package owns preparing a run, the step, the loop with its signals and progress line, and the verbs that measure
-steps (`inspect`, `plan`). It imports everything below it. Start with `pretrain`, then `loop`.
+This package owns preparing a run, the training step, the loop with its signals and progress line,
+and the verbs that run training steps to measure them (`inspect`, `plan`). It imports everything
+below it. Start with `pretrain`, then `loop`.
 """

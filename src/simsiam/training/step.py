@@ -104,5 +104,6 @@ def compile_backbone(model: Siamese) -> Siamese:
     if not compile_works(next(model.parameters()).device):
         return model
     fast = copy(model)
-    fast._modules = {**model._modules, "backbone": torch.compile(model.backbone)}  # type: ignore[dict-item]
+    backbone: nn.Module = torch.compile(model.backbone)  # type: ignore[assignment]
+    fast._modules = {**model._modules, "backbone": backbone}
     return fast
