@@ -109,8 +109,7 @@ def finetune(
         train: Labeled images to train on.
         test: Labeled images to test on, once, at the end.
         out: The folder of this fine-tuning.
-        val: Labeled images for the curve; by default a tenth of the training images, which are then
-            not trained on.
+        val: Labeled images for the curve; by default a tenth of `train`, which is held out.
         epochs: Passes over the training images.
         labels: How many of the labeled images to use, each class in proportion; by default all.
         from_scratch: Start from a new backbone like the run's instead of its weights.
@@ -141,31 +140,16 @@ def finetune(
     val, unreadable_val = load_into_memory(val, max_bytes)
     recipe = replace(recipe, batch_size=min(batch_size, len(train)))
     compute = Compute.pick(device, precision)
-    settings = {
-        "start": f"random, seed {seed}" if from_scratch else _describe_weights(pretrained),
-        "backbone": f"{recipe.backbone}, width {recipe.width}, {recipe.image_size} px",
-        "epochs": epochs,
-        "epoch": "last",
-        "train_images": len(train),
-        "val_images": len(val),
-        "val": val_origin,
-        **_describe_optimization(recipe, head_lr),
-        "seed": seed,
-        "precision": compute.precision,
-    }
+    start = f"random, seed {seed}" if from_scratch else _describe_weights(pretrained)
+    images = {"train_images": len(train), "val_images": len(val), "val": val_origin}
+    settings = _describe_settings(start, recipe, images, head_lr, compute)
     model = build_classifier(pretrained, len(train.classes), seed=seed, from_scratch=from_scratch)
     if world_size() > 1:
         convert_sync_batchnorm(model, compute.device)
-    compute.place(model)
-    optimizer = build_optimizer(model, recipe.method, head_lr)
+    optimizer = build_optimizer(compute.place(model), recipe.method, head_lr)
     training = FineTuning(model, optimizer, train, val, recipe, compute, out, settings)
     training.unreadable |= {key for key, _ in unreadable_train + unreadable_val}
-    with rank_zero_context(exclusive_lock(out / ".lock", str(out))):
-        outcome = run_training(training)
-    if outcome.diverged:
-        epoch = -(-outcome.step // training.steps_per_epoch)
-        raise WorkFailed(f"diverged in epoch {epoch}: take a base_lr smaller than {base_lr:g}")
-    outcome.raise_if_stopped("saved; the same command continues")
+    training.run()
     curve = [row["val_top1"] for row in training.rows]
     name = "from scratch" if from_scratch else "pretrained"
     plot_accuracy_curves({name: [curve]}, out / "curve.png")
@@ -200,9 +184,21 @@ def _describe_weights(run: Run) -> str:
     return f"{weights.name} {file_sha256(weights)[:16] if weights.exists() else ''}"
 
 
-def _describe_optimization(recipe: ResolvedRecipe, head_lr: float) -> dict[str, object]:
+def _describe_settings(
+    start: str,
+    recipe: ResolvedRecipe,
+    images: Mapping[str, object],
+    head_lr: float,
+    compute: Compute,
+) -> dict[str, object]:
+    """What determines the training: a saved state must agree with it."""
     method = recipe.method
     return {
+        "start": start,
+        "backbone": f"{recipe.backbone}, width {recipe.width}, {recipe.image_size} px",
+        "epochs": recipe.epochs,
+        "epoch": "last",
+        **images,
         "base_lr": method.base_lr,
         "head_lr": head_lr,
         "batch_size": recipe.batch_size,
@@ -210,6 +206,8 @@ def _describe_optimization(recipe: ResolvedRecipe, head_lr: float) -> dict[str, 
         "weight_decay": method.weight_decay,
         "crop_min": method.views[0].crop_min,
         "flip": method.views[0].flip,
+        "seed": recipe.seed,
+        "precision": compute.precision,
     }
 
 
@@ -254,6 +252,22 @@ class FineTuning(Training):
         self.step, self.seconds, self.rows = state["step"], state["seconds"], state["rows"]
         self.loss_sum = state["loss_sum"].to(compute.device)  # over the steps of the current epoch
         self.unreadable = set(state["unreadable"])
+
+    def run(self) -> None:
+        """Train to the end.
+
+        Raises:
+            UsageError: If another process is training in this folder.
+            WorkFailed: If the loss diverged.
+            Stopped: After SIGINT or SIGTERM; the state is saved.
+        """
+        with rank_zero_context(exclusive_lock(self.out / ".lock", str(self.out))):
+            outcome = run_training(self)
+        if outcome.diverged:
+            epoch = -(-outcome.step // self.steps_per_epoch)
+            base_lr = self.recipe.method.base_lr
+            raise WorkFailed(f"diverged in epoch {epoch}: take a base_lr smaller than {base_lr:g}")
+        outcome.raise_if_stopped("saved; the same command continues")
 
     def batches(self) -> Iterator[ViewBatch]:
         """Yield the batches of the remaining steps."""
@@ -385,7 +399,7 @@ def build_classifier(run: Run, classes: int, *, seed: int, from_scratch: bool) -
     return nn.Sequential(OrderedDict(backbone=backbone, head=head)).train()
 
 
-def build_optimizer(model: nn.Sequential, method: Method, head_lr: float) -> Optimizer:
+def build_optimizer(model: nn.Module, method: Method, head_lr: float) -> Optimizer:
     """Build SGD with a learning rate for each part, and weight decay on every parameter.
 
     Args:
