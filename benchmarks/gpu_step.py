@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 from simsiam.config.recipes import Recipe, cifar_recipe
 from simsiam.data.batches import iter_batches
 from simsiam.data.images import from_arrays
-from simsiam.laboratory.bench import MEAN, STD
+from simsiam.laboratory.bench_cases import MEAN, STD
 from simsiam.model.precision import Compute, pick_device
 from simsiam.runs.environment import collect_environment
 from simsiam.training.prepare import build_training_setup

@@ -664,8 +664,8 @@ MUTATIONS = [
     m(
         "believe any catalog",
         "sources/catalog",
-        "if not inside.all() or",
-        "if",
+        "if not (inside.all() and",
+        "if not (",
         "shards.py::test_a_lying_catalog_is_not_believed",
     ),
     m(
@@ -685,7 +685,7 @@ MUTATIONS = [
     m(
         "write all shards again",
         "sources/write_shards",
-        "if not (path.exists() and",
+        "if not (shard.path.exists() and",
         "if not (False and",
         "shards.py::test_killed_and_started_anew_it_is_the_same_folder",
     ),
@@ -969,8 +969,8 @@ MUTATIONS = [
     m(
         "draw from whatever was drawn before",
         "detection/train_detector",
-        "            seed_step(seed, step)\n",
-        "            pass\n",
+        "        seed_step(self.seed, self.step)\n",
+        "        pass\n",
         "transfer.py::test_a_stopped_transfer_continues_bit_for_bit",
     ),
     m(

@@ -1,4 +1,4 @@
-"""The benchmark measures fairly and says what it measured; how fast anything is, no test asks."""
+"""The benchmark measures fairly and records what it measured; speed itself is not tested."""
 
 import json
 import runpy
@@ -14,16 +14,9 @@ from rich.console import Console
 from simsiam.commands.main import main
 from simsiam.config.methods import METHODS
 from simsiam.laboratory import bench
-from simsiam.laboratory.bench import (
-    CASES,
-    Case,
-    Comparison,
-    make_photographs,
-    measure_case,
-    result_table,
-    time_interleaved,
-)
-from simsiam.model.precision import autocast
+from simsiam.laboratory.bench import measure_case, result_table, time_interleaved
+from simsiam.laboratory.bench_cases import CASES, Case, Comparison, make_photographs
+from simsiam.model.precision import Compute
 from simsiam.model.siamese import build
 
 CPU = torch.device("cpu")
@@ -31,7 +24,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that only the contestants move."""
+    """A clock that only the variants move."""
     now = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     return now
@@ -41,83 +34,76 @@ def spend(clock, seconds):
     clock[0] += next(seconds)
 
 
-def test_contestants_take_turns_and_the_first_round_is_not_told():
+def case_of(comparison):
+    return Case(description="it", unit="images/s", prepare=lambda context: comparison)
+
+
+def test_variants_take_turns_and_the_first_round_does_not_count():
     calls = []
-    ways = {name: partial(calls.append, name) for name in "abc"}
-    seconds, peaks = time_interleaved(ways, CPU, rounds=3)
+    variants = {name: partial(calls.append, name) for name in "abc"}
+    seconds, peaks = time_interleaved(variants, CPU, rounds=3)
     assert "".join(calls) == "abc" * 4
-    assert all(len(v) == 3 for found in (seconds, peaks) for v in found.values())
+    assert all(len(v) == 3 for numbers in (seconds, peaks) for v in numbers.values())
 
 
 def test_a_ratio_is_the_median_of_times_next_to_each_other(clock):
-    """Here the machine is ten times slower for two rounds. The ratio of the medians is 1.5."""
+    """The machine is ten times slower for two rounds, so the ratio of the medians would be 1.5."""
     plain, ours = iter([99, 2, 20, 20, 2, 3]), iter([99, 1, 10, 10, 1, 2])
-    contest = Comparison(
+    comparison = Comparison(
         num_items=6,
         variants={"plain": partial(spend, clock, plain), "simsiam": partial(spend, clock, ours)},
     )
-    found = measure_case(
-        Case(description="it", unit="images/s", prepare=lambda scene: contest), contest, CPU
-    )
-    assert found["ways"]["simsiam"] | {"peak_mib": 0} == {
+    result = measure_case(case_of(comparison), comparison, CPU)
+    assert result["ways"]["simsiam"] | {"peak_mib": 0} == {
         "seconds": 2, "rate": 3, "ratio": 2, "ratios": [1.5, 2, 2, 2, 2], "peak_mib": 0,
     }  # fmt: skip
-    assert found["ways"]["plain"]["ratio"] == 1
+    assert result["ways"]["plain"]["ratio"] == 1
 
 
 def test_the_share_of_the_limit_is_work_over_time(clock, monkeypatch):
     monkeypatch.setattr(bench, "matmul_throughput", lambda device, precision: 100.0)
-    ways = {
+    variants = {
         "plain": partial(spend, clock, iter([4] * 6)),
         "simsiam": partial(spend, clock, iter([2] * 6)),
     }
-    contest = Comparison(num_items=1, variants=ways, flops=50.0, precision="bfloat16")
-    found = measure_case(
-        Case(description="it", unit="images/s", prepare=lambda scene: contest), contest, CPU
-    )
-    assert found["limit"] == {"of": "FLOP/s of a bfloat16 product", "machine": 100, "achieved": 25}
+    comparison = Comparison(num_items=1, variants=variants, flops=50.0, precision="bfloat16")
+    result = measure_case(case_of(comparison), comparison, CPU)
+    limit = {"of": "FLOP/s of a bfloat16 product", "machine": 100, "achieved": 25}
+    assert result["limit"] == limit
     console = Console(width=200, record=True)
-    console.print(result_table("case", found))
+    console.print(result_table("case", result))
     text = console.export_text()
     assert "25% of" in text and max(map(len, text.splitlines())) <= 80
 
 
 def test_bench_writes_what_it_measured(monkeypatch, capsys):
-    ways = {"plain": lambda: time.sleep(0.002), "simsiam": lambda: None}
-    tiny = Case(
-        description="it",
-        unit="images/s",
-        prepare=lambda scene: Comparison(num_items=1, variants=ways),
-        threads=1,
-    )
+    variants = {"plain": lambda: time.sleep(0.002), "simsiam": lambda: None}
+    tiny = replace(case_of(Comparison(num_items=1, variants=variants)), threads=1)
     monkeypatch.setitem(CASES, "tiny", tiny)
-    assert main(["bench", "--only", "tiny", "--device", "cpu", "--out", "found.json"]) == 0
-    found = json.loads(Path("found.json").read_text())
-    assert found["cases"].keys() == {"tiny"} and found["cases"]["tiny"]["threads"] == 1
-    assert (
-        found["cases"]["tiny"]["ways"]["simsiam"]["ratio"] > 1
-        and found["versions"]["torch"]
-        and "command" not in found
-    )
+    assert main(["bench", "--only", "tiny", "--device", "cpu", "--out", "report.json"]) == 0
+    report = json.loads(Path("report.json").read_text())
+    assert report["cases"].keys() == {"tiny"} and report["cases"]["tiny"]["threads"] == 1
+    assert report["cases"]["tiny"]["ways"]["simsiam"]["ratio"] > 1
+    assert report["versions"]["torch"] and "command" not in report
     assert "images/s" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    "wrong, word", [(["--only", "knm"], "'knn'"), (["--out", "no/where.json"], "not a folder")]
+    "arguments, text", [(["--only", "knm"], "'knn'"), (["--out", "no/where.json"], "not a folder")]
 )
-def test_wrong_requests_are_refused_before_any_work(wrong, word, capsys, monkeypatch):
+def test_wrong_requests_are_refused_before_any_work(arguments, text, capsys, monkeypatch):
     monkeypatch.setattr(bench, "measure_case", None)
-    assert main(["bench", *wrong]) == 2
-    assert word in capsys.readouterr().err
+    assert main(["bench", *arguments]) == 2
+    assert text in capsys.readouterr().err
 
 
-def test_photographs_are_the_same_everywhere_and_weigh_as_much_as_photographs():
+def test_photographs_are_reproducible_and_as_large_as_real_ones():
     files = make_photographs(3, 95, 115)
     assert files == make_photographs(3, 95, 115) and len(set(files)) == 3
-    assert 1 < 8 * len(files[0]) / (95 * 115) < 4  # bits a pixel
+    assert 1 < 8 * len(files[0]) / (95 * 115) < 4  # bits per pixel
 
 
-def test_the_page_on_performance_tells_what_was_measured():
+def test_the_page_on_performance_shows_what_was_measured():
     root = Path(__file__).parents[1]
     page = runpy.run_path(str(root / "benchmarks" / "performance.py"))
     parts = page["tables"](*page["measured"](), page["read"]("profile"))
@@ -126,15 +112,19 @@ def test_the_page_on_performance_tells_what_was_measured():
     assert all(f"<!-- {name} -->\n\n{part}" in text for name, part in parts.items())
 
 
-def test_the_fast_step_is_the_plain_one():
-    """Channels last and compiled: the same loss and gradients up to summation order; in bfloat16, to its rounding."""
+def test_the_fast_step_equals_the_plain_one():
+    """Channels last and compiled steps differ by summation order, bfloat16 by its rounding."""
     x1, x2 = torch.randn(2, 8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
-    def step(wrap, form, precision):
+    def step(wrap, memory_format, precision):
         method = replace(METHODS["simsiam"], dim=32, proj_hidden=32, pred_dim=8)
-        model = build(method, backbone="resnet10", image_size=32, width=8).to(memory_format=form)
-        with autocast(CPU, precision):
-            loss = wrap(model)(x1.to(memory_format=form), x2.to(memory_format=form)).loss
+        model = build(method, backbone="resnet10", image_size=32, width=8).to(
+            memory_format=memory_format
+        )
+        with Compute(CPU, precision).autocast():
+            loss = wrap(model)(
+                x1.to(memory_format=memory_format), x2.to(memory_format=memory_format)
+            ).loss
         loss.backward()
         return loss.detach(), torch.cat([w.grad.flatten() for w in model.parameters()])
 

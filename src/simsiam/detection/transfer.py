@@ -33,7 +33,7 @@ from simsiam.detection.splits import (
     open_transfer_source,
     split_source,
 )
-from simsiam.detection.train_detector import detect_objects, train_detector
+from simsiam.detection.train_detector import DetectorTrainingSummary, detect_objects, train_detector
 from simsiam.detection.transfer_record import TransferRecord, print_record, save_record
 from simsiam.distributed.process_group import (
     distributed_entry_point,
@@ -269,7 +269,7 @@ class TransferPlan:
 
     def train(
         self, dataset: DetectionDataset, lr: float, out: Path
-    ) -> tuple[GeneralizedRCNN, dict[str, Any]]:
+    ) -> tuple[GeneralizedRCNN, DetectorTrainingSummary]:
         """Train a detector, or continue its training.
 
         Args:
@@ -278,7 +278,7 @@ class TransferPlan:
             out: The folder of this training.
 
         Returns:
-            The detector, and what `train_detector` returns.
+            The detector, and a summary of its training.
         """
         own = {"lr": lr, "train_images": len(dataset)}
         settings = self.description | self.schedule.to_dict() | own
@@ -353,19 +353,19 @@ class TransferPlan:
             record = TransferRecord(
                 protocol=f"{self.task}, {self.schedule.architecture}, {self.schedule.steps} steps",
                 **self.description,
-                parameters=self.schedule.to_dict() | {"epochs": round(training["epochs"], 2)},
+                parameters=self.schedule.to_dict() | {"epochs": round(training.epochs, 2)},
                 chosen=chosen,
                 tested_by=main_metric(self.source.metric, self.task),
                 metrics=compute_metrics(predictions, truth, test.classes, self.task),
                 n=len(rows),
-                unreadable=len({*training["unreadable"], *skipped}),
+                unreadable=len({*training.unreadable, *skipped}),
                 faults=dict(self.source.faults.counts),
                 folder=self.folder.name,
                 picture=f"{self.folder.name}/picture.png",
                 asked=self.arguments,
                 environment=environment | {"torch": self.environment["versions"]["torch"]},
                 measured=utc_now(),
-                training_seconds=training["seconds"],
+                training_seconds=training.seconds,
             )
             save_record(self.run, record)
             return record

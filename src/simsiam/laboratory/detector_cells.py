@@ -1,11 +1,11 @@
-"""Table 5: every run of an experiment fine-tuned as a detector, each on the annotated sets that the user has."""
+"""Table 5: every run of an experiment is fine-tuned as a detector on the user's annotated sets."""
 
 import io
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from statistics import fmean
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from simsiam.detection.annotations import find_voc_folders
 from simsiam.detection.transfer import transfer
@@ -17,88 +17,136 @@ from simsiam.runs.run_folder import Run
 AP_METRICS = ("AP50", "AP", "AP75")  # in the paper's order
 
 
-class FineTuning(NamedTuple):
-    """One fine-tuning, and the columns of the table that it fills: heading to metric."""
+class DetectorSetting(NamedTuple):
+    """One fine-tuning of a run, and the columns of the table that it fills."""
 
     source: tuple[str, ...]
-    task: str
+    task: Literal["detection", "segmentation"]
     schedule: str
-    columns: Mapping[str, str]
-    overrides: Mapping[str, Any] = {}  # of the schedule, moved
+    columns: Mapping[str, str]  # metric by heading
+    overrides: Mapping[str, Any] = {}  # of the schedule
 
 
-def list_fine_tunings(annotated: Sequence[str]) -> list[FineTuning]:
-    """What is fine-tuned on: VOCdevkit as VOC07 and VOC07+12, a folder of COCO's, shapes; another VOC set as it is.
+def list_detector_settings(annotated: Sequence[str]) -> list[DetectorSetting]:
+    """Choose how detectors are fine-tuned.
 
-    Raises UsageError for what is none of these.
+    Args:
+        annotated: Annotated sets: VOCdevkit (used as VOC07 and VOC07+12), another VOC set, a folder
+            in COCO format, or "shapes".
+
+    Returns:
+        The fine-tunings.
+
+    Raises:
+        UsageError: If a set is none of these.
     """
-    found = []
+    settings = []
     for text in annotated:
         if text == "shapes":
             columns = {"shapes detection": "coco_box", "shapes instance segmentation": "coco_mask"}
-            found.append(FineTuning((text,), "segmentation", "auto", columns))
+            settings.append(DetectorSetting((text,), "segmentation", "auto", columns))
             continue
         folders = {folder.name: str(folder) for folder, _ in find_voc_folders(text)}
         if "VOC2007" in folders:
-            seven = folders["VOC2007"]
-            found.append(FineTuning((seven,), "detection", "voc07", {"VOC07 detection": "voc_box"}))
+            voc07 = (folders["VOC2007"],)
+            columns = {"VOC07 detection": "voc_box"}
+            settings.append(DetectorSetting(voc07, "detection", "voc07", columns))
             if "VOC2012" in folders:
-                both = (seven, f"{folders['VOC2012']}:train")
-                found.append(
-                    FineTuning(both, "detection", "voc0712", {"VOC07+12 detection": "voc_box"})
-                )
+                voc0712 = (*voc07, f"{folders['VOC2012']}:train")
+                columns = {"VOC07+12 detection": "voc_box"}
+                settings.append(DetectorSetting(voc0712, "detection", "voc0712", columns))
         elif folders:
-            found.append(
-                FineTuning(
-                    (text,), "detection", "auto", {f"{Path(text).name} detection": "voc_box"}
-                )
-            )
+            columns = {f"{Path(text).name} detection": "voc_box"}
+            settings.append(DetectorSetting((text,), "detection", "auto", columns))
         elif (Path(text) / "annotations" / "instances_train2017.json").is_file():
             columns = {"COCO detection": "coco_box", "COCO instance segmentation": "coco_mask"}
-            found.append(FineTuning((text,), "segmentation", "coco", columns))
+            settings.append(DetectorSetting((text,), "segmentation", "coco", columns))
         else:
             raise UsageError(
                 f"annotated is {text}; it takes VOCdevkit, a folder of COCO 2017, or shapes"
             )
-    return found
+    return settings
 
 
 def measure_detectors(
-    run: Run, fine_tunings: Sequence[FineTuning], *, from_scratch: bool, device: str
-) -> dict[str, Any]:
-    """`detectors`, AP50, AP and AP75 by column, and `ap50`, its mean over columns. What is there is not done again."""
-    seed = run.recipe.seed
+    run: Run, settings: Sequence[DetectorSetting], *, from_scratch: bool, device: str
+) -> dict[str, object]:
+    """Fine-tune a run as a detector in every setting, unless that was done before.
+
+    Args:
+        run: The run.
+        settings: The fine-tunings.
+        from_scratch: Whether to start from random weights instead of the run's.
+        device: "auto", "cpu", "cuda", ...
+
+    Returns:
+        `detectors`, with AP50, AP and AP75 in percent by column, and `ap50`, the mean of AP50 over
+        columns.
+    """
     columns: dict[str, list[float]] = {}
-    for tuning in fine_tunings:
-        how: dict[str, Any] = {"schedule": tuning.schedule, "from_scratch": from_scratch}
-        asked = how | {"source": list(tuning.source), "init": None, "words": dict(tuning.overrides)}
-        known = [
-            r
-            for r in run.transfers()
-            if (r["task"], r["seed"], r["asked"]) == (tuning.task, seed, asked)
-        ]
-        if not known:
-            how |= {"task": tuning.task, "seed": seed, "device": device, **tuning.overrides}
+    for setting in settings:
+        record = find_record(run, setting, from_scratch)
+        if record is None:
             with redirect_stdout(io.StringIO()):
-                known = [transfer(run.path, tuning.source, **how)]
-        for column, metric in tuning.columns.items():
-            columns[column] = [known[0]["metrics"][metric][key] for key in AP_METRICS]
+                transfer(
+                    run.path,
+                    setting.source,
+                    task=setting.task,
+                    schedule=setting.schedule,
+                    from_scratch=from_scratch,
+                    seed=run.recipe.seed,
+                    device=device,
+                    **setting.overrides,
+                )
+            record = find_record(run, setting, from_scratch)
+            assert record is not None
+        for column, metric in setting.columns.items():
+            columns[column] = [record["metrics"][metric][key] for key in AP_METRICS]
     return {"detectors": columns, "ap50": fmean(values[0] for values in columns.values())}
 
 
+def find_record(run: Run, setting: DetectorSetting, from_scratch: bool) -> dict[str, Any] | None:
+    """Look for the record of a fine-tuning.
+
+    Args:
+        run: The run.
+        setting: The fine-tuning.
+        from_scratch: Whether it started from random weights.
+
+    Returns:
+        The record, or None if there is none with these arguments.
+    """
+    arguments = {
+        "source": list(setting.source),
+        "schedule": setting.schedule,
+        "init": None,
+        "from_scratch": from_scratch,
+        "words": dict(setting.overrides),
+    }
+    for record in run.transfers():
+        same_task = (record["task"], record["seed"]) == (setting.task, run.recipe.seed)
+        if same_task and record.get("asked") == arguments:
+            return record
+    return None
+
+
 def detector_table(name: str, values: MetricValues) -> list[list[str]]:
-    """The heading, then a row for each cell: our columns, AP50 / AP / AP75 in each, and then the paper's."""
-    seen = [v["detectors"] for seeds in values.values() for v in seeds.values() if "detectors" in v]
-    ours, paper = list(seen[0]) if seen else [], PAPER_RESULTS[name]["columns"]
-    order = " / ".join(AP_METRICS)
-    rows = [
-        [
-            "",
-            *(f"ours: {column}, {order}" for column in ours),
-            "seeds",
-            *(f"paper: {column}" for column in paper),
-        ]
-    ]
+    """Build the main table: AP50 / AP / AP75 in each of our columns, and then the paper's.
+
+    Args:
+        name: The experiment.
+        values: The measured metrics.
+
+    Returns:
+        The heading, then a row for each cell.
+    """
+    first: Mapping[str, object] = next(
+        (v["detectors"] for seeds in values.values() for v in seeds.values() if "detectors" in v),
+        {},
+    )
+    ours, paper = list(first), PAPER_RESULTS[name]["columns"]
+    headings = [f"ours: {column}, {' / '.join(AP_METRICS)}" for column in ours]
+    rows = [["", *headings, "seeds", *(f"paper: {column}" for column in paper)]]
     for cell, seeds in values.items():
         cells = []
         for column in ours:
@@ -108,10 +156,7 @@ def detector_table(name: str, values: MetricValues) -> list[list[str]]:
                 if "detectors" in v
             }
             cells.append(" / ".join(format_mean_std(numbers, key, 1) for key in AP_METRICS))
-        printed = PAPER_RESULTS[name]["cells"].get(cell, {})
-        there = [
-            " / ".join(f"{v:.1f}" for v in printed[column]) if column in printed else ""
-            for column in paper
-        ]
-        rows.append([cell, *cells, str(len(seeds)), *there])
+        numbers_of = PAPER_RESULTS[name]["cells"].get(cell, {})
+        published = [" / ".join(f"{x:.1f}" for x in numbers_of.get(column, ())) for column in paper]
+        rows.append([cell, *cells, str(len(seeds)), *published])
     return rows

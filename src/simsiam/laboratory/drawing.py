@@ -1,15 +1,22 @@
-"""Figures: curves over epochs, or accuracies beside the paper's. Seeds light, means bold; told apart in gray too."""
+"""Figures: curves over epochs, and accuracies next to the paper's.
+
+Seeds are light and means are bold. Lines differ in dashes and markers, not only in color.
+"""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from simsiam.evaluation import finetune
-from simsiam.laboratory.claims import MetricValues
+from simsiam.laboratory.claims import MetricValues, SeedValues
 from simsiam.utils.files import atomic_write
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 COLORS = (*finetune.COLORS, "black")
 LINE_STYLES: tuple[Any, ...] = (*finetune.DASHES, (0, (6, 1)))
@@ -31,18 +38,24 @@ Curve = Sequence[tuple[float, float]]
 def plot_curves(
     curves: Mapping[str, Mapping[str, Sequence[Curve]]], path: Path, title: str
 ) -> None:
-    """A panel for each metric of `found`, with a curve for each seed of each cell and their mean."""
+    """Draw a panel for each metric, with a curve for each seed of each cell, and their mean.
+
+    Args:
+        curves: The curves of all seeds, by metric and cell.
+        path: The files to write, without extension.
+        title: The title of the figure.
+    """
     figure = new_figure(4.2 * len(curves), 3.6)
     for axes, (metric, cells) in zip(
         figure.subplots(1, len(curves), squeeze=False)[0], curves.items()
     ):
         for (cell, seeds), color, dash in zip(cells.items(), cycle(COLORS), cycle(LINE_STYLES)):
-            at: dict[float, list[float]] = defaultdict(list)
+            ys_at: dict[float, list[float]] = defaultdict(list)
             for curve in seeds:
                 axes.plot(*zip(*curve), color=color, linewidth=0.8, alpha=0.35)
                 for x, y in curve:
-                    at[x].append(y)
-            mean = [(x, fmean(ys)) for x, ys in sorted(at.items())]
+                    ys_at[x].append(y)
+            mean = [(x, fmean(ys)) for x, ys in sorted(ys_at.items())]
             axes.plot(*zip(*mean), linestyle=dash, color=color, linewidth=2, label=cell)
         if metric == "z_std_sqrt_d":
             axes.axhline(1, color="gray", linewidth=0.8, linestyle=":", label="1/√d: isotropic z")
@@ -54,14 +67,25 @@ def plot_curves(
 
 def plot_accuracies(
     values: MetricValues,
-    paper: Mapping[str, Any],
+    paper: Mapping[str, Mapping[str, Any]],
+    *,
     our_label: str,
     paper_label: str,
     path: Path,
     title: str,
     metric: str = "linear",
 ) -> None:
-    """Accuracies of every cell, ours and the paper's in a panel each: their metrics differ."""
+    """Draw the accuracy of every cell, ours and the paper's in separate panels.
+
+    Args:
+        values: Our metrics.
+        paper: The paper's numbers by cell.
+        our_label: What we measure.
+        paper_label: What the paper measures.
+        path: The files to write, without extension.
+        title: The title of the figure.
+        metric: The metric: "linear", or "ap50" for detectors.
+    """
     cells = list(values)
     figure = new_figure(9, 1.6 + 0.4 * len(cells))
     left, right = figure.subplots(1, 2, sharey=True)
@@ -70,13 +94,13 @@ def plot_accuracies(
         left.scatter(accuracies, [y] * len(accuracies), color=COLORS[0], alpha=0.35, s=25)
         if accuracies:
             left.scatter(fmean(accuracies), y, color=COLORS[0], marker="|", s=250, linewidths=2.5)
-        printed = paper.get(cell, {})
-        if (
-            top1 := fmean(v[0] for v in printed.values())
-            if metric == "ap50"
-            else printed.get("top1")
-        ) is not None:
-            right.scatter(top1, y, color=COLORS[1], marker="D", s=35)
+        numbers = paper.get(cell, {})
+        if metric == "ap50":  # the first number of each column
+            published = fmean(aps[0] for aps in numbers.values()) if numbers else None
+        else:
+            published = numbers.get("top1")
+        if published is not None:
+            right.scatter(published, y, color=COLORS[1], marker="D", s=35)
     left.set(yticks=range(len(cells)), yticklabels=cells, ylim=(len(cells) - 0.5, -0.5))
     format_axes(left, wrap_label(our_label), "")
     format_axes(right, wrap_label(paper_label), "")
@@ -85,37 +109,55 @@ def plot_accuracies(
 
 
 def plot_accuracy_lines(
-    values: MetricValues, x: Mapping[str, float], paper: Mapping[str, Any], setting: str, our_label: str, paper_label: str, path: Path,
+    values: MetricValues,
+    x: Mapping[str, float],
+    paper: Mapping[str, Mapping[str, Any]],
+    *,
+    setting: str,
+    our_label: str,
+    paper_label: str,
+    path: Path,
     title: str,
-) -> None:  # fmt: skip
-    """Accuracies against a word of the recipe, `x` of each cell; cells that differ in their last number are a line."""
+) -> None:
+    """Draw accuracies against a setting; cells that differ only in their last number form a line.
+
+    Args:
+        values: Our metrics.
+        x: Our value of the setting in each cell.
+        paper: The paper's numbers by cell; a cell's last number is the paper's setting.
+        setting: The name of the setting.
+        our_label: What we measure.
+        paper_label: What the paper measures.
+        path: The files to write, without extension.
+        title: The title of the figure.
+    """
     figure = new_figure(9, 4)
     left, right = figure.subplots(1, 2)
-    series, there = defaultdict[str, list[str]](list), set[int]()
+    series, paper_ticks = defaultdict[str, list[str]](list), set[int]()
     for cell in values:
         series[cell.rstrip("0123456789").rstrip(" =,")].append(cell)
-    for (name, cells), color, dash, mark in zip(
+    for (name, cells), color, dash, marker in zip(
         series.items(), cycle(COLORS), cycle(LINE_STYLES), cycle(MARKERS)
     ):
-        style = {"color": color, "linestyle": dash, "marker": mark}
-        measured = [
-            (x[cell], known_values(values[cell])) for cell in cells if known_values(values[cell])
-        ]
-        for at, accuracies in measured:
-            left.scatter([at] * len(accuracies), accuracies, color=color, alpha=0.35, s=15)
-        if measured:
-            left.plot(
-                [at for at, _ in measured], [fmean(a) for _, a in measured], **style, label=name
-            )
-        printed = [
+        style = {"color": color, "linestyle": dash, "marker": marker, "label": name}
+        means = []
+        for cell in cells:
+            if accuracies := known_values(values[cell]):
+                positions = [x[cell]] * len(accuracies)
+                left.scatter(positions, accuracies, color=color, alpha=0.35, s=15)
+                means.append((x[cell], fmean(accuracies)))
+        if means:
+            left.plot(*zip(*means), **style)
+        published = [
             (int(cell.split()[-1]), paper[cell]["top1"])
             for cell in cells
             if paper.get(cell, {}).get("top1")
         ]
-        if printed:
-            right.plot(*zip(*printed), **style, label=name)
-            there |= {at for at, _ in printed}
-    for axes, metric, ticks in ((left, our_label, set(x.values())), (right, paper_label, there)):
+        if published:
+            right.plot(*zip(*published), **style)
+            paper_ticks |= {position for position, _ in published}
+    panels = ((left, our_label, set(x.values())), (right, paper_label, paper_ticks))
+    for axes, metric, ticks in panels:
         axes.set_xscale("log", base=2)
         axes.set_xticks(sorted(ticks), labels=map(str, sorted(ticks)))
         format_axes(axes, setting.replace("_", " "), wrap_label(metric))
@@ -123,32 +165,70 @@ def plot_accuracy_lines(
     save_figure(figure, path)
 
 
-def format_axes(axes: Any, x: str, y: str) -> None:
+def format_axes(axes: "Axes", x: str, y: str) -> None:
+    """Add labels, a grid and a legend.
+
+    Args:
+        axes: The panel.
+        x: The label of the x axis.
+        y: The label of the y axis.
+    """
     axes.set(xlabel=x, ylabel=y)
     axes.grid(alpha=0.3)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize=8)
 
 
-def known_values(seeds: Mapping[int, Mapping[str, Any]], metric: str = "linear") -> list[float]:
+def known_values(seeds: SeedValues, metric: str = "linear") -> list[float]:
+    """Collect a metric over seeds.
+
+    Args:
+        seeds: Metrics by seed.
+        metric: The metric.
+
+    Returns:
+        The values of the seeds that have it.
+    """
     return [v[metric] for v in seeds.values() if v.get(metric) is not None]
 
 
 def wrap_label(label: str) -> str:
+    """Break a long label into two lines.
+
+    Args:
+        label: The label.
+
+    Returns:
+        The label with a line break before "linear".
+    """
     return label.replace(", linear", ",\nlinear")
 
 
-def new_figure(width: float, height: float) -> Any:
-    from matplotlib.figure import Figure  # not pyplot: no display, no global state
+def new_figure(width: float, height: float) -> "Figure":
+    """Create a figure without a display and without pyplot's global state.
+
+    Args:
+        width: Inches.
+        height: Inches.
+
+    Returns:
+        The figure.
+    """
+    from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), dpi=150, layout="constrained")
 
 
-def save_figure(figure: Any, path: Path) -> None:
-    """As PNG and as SVG, the same bytes for the same numbers."""
+def save_figure(figure: "Figure", path: Path) -> None:
+    """Write a figure as PNG and as SVG, with the same bytes for the same numbers.
+
+    Args:
+        figure: The figure.
+        path: The files to write, without extension.
+    """
     from matplotlib import rc_context
 
     with rc_context({"svg.hashsalt": "simsiam"}):
-        for kind, about in (("png", {"Software": None}), ("svg", {"Date": None})):
+        for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
             with atomic_write(path.with_suffix(f".{kind}")) as part:
-                figure.savefig(part, format=kind, metadata=about)
+                figure.savefig(part, format=kind, metadata=metadata)

@@ -1,8 +1,9 @@
-"""Every table and figure of the paper as data: cells in the paper's words, claims with their margins. Loads no torch.
+"""The tables and figures of the paper as data: cells and claims with margins. Loads no torch.
 
-A cell says what differs from the paper's baseline (section 3, with the constant predictor lr of section 4.3 on); a
-scale turns it into a recipe. Margins are points of accuracy unless a metric is named, and were chosen before any run:
-2 for "the same", 10 for "fails". The paper's own numbers are in paper.json, under the same names.
+A cell lists the settings that differ from the paper's baseline (section 3, with the constant
+predictor lr that section 4.3 introduces); a scale turns it into a recipe. Margins are percentage
+points of accuracy unless a metric is named, and were chosen before any run: 2 for "the same", 10
+for "fails". The paper's own numbers are in paper.json, under the same names.
 """
 
 from collections.abc import Mapping
@@ -24,34 +25,49 @@ SAME_MARGIN, FAILURE_MARGIN = 2.0, 10.0
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """One table or figure: its runs are cells x seeds. Without cells it is drawn from METHODS."""
+    """One table or figure, with a run for each cell and seed.
+
+    Attributes:
+        title: Its title.
+        section: Where it is in the paper.
+        cells: The settings of each cell; without cells, the figure is drawn from METHODS.
+        claims: What the paper says of the cells.
+        common: Settings of all cells.
+        seeds: The number of seeds.
+        epochs: Epochs of its runs in the paper, except for cells that set their own.
+        curve_metrics: Metrics to draw over epochs; "linear" keeps checkpoints and evaluates each.
+        plot_against: A setting to draw accuracies against instead; cells whose names differ only
+            in the last number form a line.
+        measure_predictor: Whether to measure what the predictor predicts (section 5.1).
+        train_detectors: Whether to fine-tune every run as a detector (Table 5).
+        scratch_cells: Cells whose detectors start from random weights.
+    """
 
     title: str
-    section: str  # in the paper
+    section: str
     cells: Mapping[str, Overrides] = field(default_factory=dict)
     claims: tuple[Claim, ...] = ()
-    common: Overrides = field(default_factory=dict)  # words of all cells
+    common: Overrides = field(default_factory=dict)
     seeds: int = 3
-    epochs: int = 100  # of its runs in the paper, but for cells that say theirs
-    curve_metrics: tuple[
-        str, ...
-    ] = ()  # metrics to draw over epochs; "linear" keeps checkpoints and classifies from each
-    plot_against: str = ""  # or a word to draw accuracies against; cells that differ in their last number are a line
-    measure_predictor: bool = False  # measure what the predictor predicts (section 5.1)
-    train_detectors: bool = False  # fine-tune every run as a detector (Table 5)
-    scratch_cells: tuple[str, ...] = ()  # cells whose detectors forget what the run has learned
+    epochs: int = 100
+    curve_metrics: tuple[str, ...] = ()
+    plot_against: str = ""
+    measure_predictor: bool = False
+    train_detectors: bool = False
+    scratch_cells: tuple[str, ...] = ()
 
 
 COSINE_PREDICTOR_LR = {"predictor_lr": "cosine"}  # Figure 2, and the baseline of Table 1
 NO_PREDICTOR = COSINE_PREDICTOR_LR | {"predictor": "none"}  # Table 1a
 NO_BN = {"head_bn": (), "output_bn_affine": False}
 WARMUP = {"warmup_epochs": 10}
+# The paper does not give LARS's settings; these are SimCLR's.
 LARS = {
     "optimizer": "lars",
     "base_lr": 0.3,
     "weight_decay": 1e-6,
     "exclude": "bias_and_norm",
-}  # SimCLR's; ours to say
+}
 OUTPUT_DIMS = (256, 512, 1024, 2048)
 EPOCH_COUNTS = (100, 200, 400, 800)
 METHOD_NAMES = ("simclr", "moco_v2_plus", "byol", "swav", "simsiam")

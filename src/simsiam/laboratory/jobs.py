@@ -1,7 +1,7 @@
-"""From an experiment to run folders: which it needs, which are there, and how long the rest takes. Loads no torch.
+"""The run folders of an experiment: which are needed, finished or missing. Loads no torch.
 
-A run's folder is named by its recipe, so experiments that ask for the same run share it, today or next year. A page's
-JSON keeps the numbers of its runs, so a run whose folder is gone need not be repeated.
+A run's folder is named by its recipe, so experiments that need the same run share it. The JSON file
+of a page keeps the numbers of its runs, so a run whose folder was deleted need not be repeated.
 """
 
 import json
@@ -25,22 +25,20 @@ class Job:
 
     recipe: Recipe
     path: Path
-    saved_record: Mapping[str, Any] | None = (
-        None  # what a page says of it, where the folder is gone
-    )
+    saved_record: Mapping[str, Any] | None = None  # from a page, if the folder was deleted
 
     @property
     def summary(self) -> dict[str, Any]:
-        """The run's summary.json, {} where there is none."""
+        """The content of the run's summary.json, {} if there is none."""
         path = self.path / "summary.json"
         return json.loads(path.read_text()) if path.exists() else {}
 
     @property
     def state(self) -> str:
-        """FINISHED if it took all its epochs or diverged; a run that was stopped has a summary too."""
+        """FINISHED after all epochs or divergence, INTERRUPTED, or MISSING."""
         if self.saved_record:
             return FINISHED
-        summary = self.summary
+        summary = self.summary  # an interrupted run has one too
         if summary and (
             summary["verdict"] == "diverged" or summary["epochs"] >= self.recipe.epochs
         ):
@@ -49,11 +47,12 @@ class Job:
 
     @property
     def view_epochs(self) -> float:
-        """Views of an image that it makes in an epoch, times epochs."""
+        """The number of views that are made of each image."""
         return self.recipe.method.view_count * self.recipe.epochs
 
 
 JobGrid = Mapping[str, Mapping[int, Job]]  # cell -> seed -> job
+SavedRecords = Mapping[tuple[str, str], Mapping[str, Any]]  # (name of run, cell or "") -> record
 
 
 def plan_jobs(
@@ -62,87 +61,130 @@ def plan_jobs(
     folder: Path,
     seeds: int | None,
     user_epochs: int | None,
-    saved_records: Mapping[tuple[str, str], Mapping[str, Any]] | None = None,
+    saved_records: SavedRecords | None = None,
     detector_columns: Set[str] = frozenset(),
-    **recipe_settings: Any,
+    **recipe_settings: object,
 ) -> JobGrid:
-    """Every run of an experiment; `kept` are the runs of pages, `detected` the columns that detectors are to fill.
+    """List the runs of an experiment.
 
-    Raises UsageError for contradicting words.
+    Args:
+        experiment: The experiment.
+        scale: The scale at which it is repeated.
+        folder: The folder of the runs.
+        seeds: The number of seeds; None takes the experiment's.
+        user_epochs: What 100 epochs of the paper become; None takes the scale's.
+        saved_records: The runs of pages, from `load_saved_records`.
+        detector_columns: The columns that detectors fill (Table 5).
+        **recipe_settings: Settings of every recipe.
+
+    Returns:
+        The jobs by cell and seed.
+
+    Raises:
+        UsageError: If settings contradict each other.
     """
-    recipe_settings |= {
-        "common": experiment.common,
-        "epochs": experiment.epochs,
-        "given": user_epochs,
-    }
-    found: dict[str, dict[int, Job]] = {}
-    for cell, words in experiment.cells.items():
-        recipe = scale.recipe(words, **recipe_settings)
+    grid: dict[str, dict[int, Job]] = {}
+    for cell, overrides in experiment.cells.items():
+        recipe = scale.recipe(
+            overrides,
+            common=experiment.common,
+            epochs=experiment.epochs,
+            user_epochs=user_epochs,
+            **recipe_settings,
+        )
         if "linear" in experiment.curve_metrics:
             recipe = recipe.replace(save_every=recipe.knn_every)
-        paths = {
-            s: folder / f"{recipe.method.name}-{recipe_digest(recipe)}-{s}"
-            for s in range(seeds or experiment.seeds)
-        }
-        found[cell] = {seed: Job(recipe.replace(seed=seed), path) for seed, path in paths.items()}
-        for seed, job in found[cell].items():
-            record = (saved_records or {}).get(
-                (job.path.name, cell if experiment.train_detectors else ""), {}
-            )
+        prefix = f"{recipe.method.name}-{recipe_digest(recipe)}"
+        key_cell = cell if experiment.train_detectors else ""
+        grid[cell] = {}
+        for seed in range(seeds or experiment.seeds):
+            job = Job(recipe.replace(seed=seed), folder / f"{prefix}-{seed}")
+            record = (saved_records or {}).get((job.path.name, key_cell), {})
             if job.state == MISSING and is_complete(record, experiment, recipe, detector_columns):
-                found[cell][seed] = replace(job, saved_record=record)
-    return found
+                job = replace(job, saved_record=record)
+            grid[cell][seed] = job
+    return grid
 
 
-def load_saved_records(pages: Path) -> dict[tuple[str, str], dict[str, Any]]:
-    """The finished runs of all pages in a folder, by name, with the values and curves of all of them.
+def load_saved_records(pages: Path) -> SavedRecords:
+    """Read the finished runs of all pages in a folder.
 
-    Cells may start their detectors from one run in several ways, so those pages' go by cell too; else that is "". Of a
-    run that was made twice, perhaps on two machines, the later one counts, and all pages agree.
+    Cells of one experiment may train different detectors from the same run, so those are kept by
+    cell. If a run was made twice, perhaps on two machines, the later one counts on all pages.
+
+    Args:
+        pages: The folder of the pages.
+
+    Returns:
+        Records by the run's name and its cell ("" without detectors); a record has the values and
+        curves of all pages.
     """
-    found: dict[tuple[str, str], dict[str, Any]] = {}
+    records: dict[tuple[str, str], dict[str, Any]] = {}
     for page in sorted(pages.glob("*.json")):
         by_cell = page.stem in EXPERIMENTS and EXPERIMENTS[page.stem].train_detectors
         for run in json.loads(page.read_text(encoding="utf-8")).get("runs", []):
             if "values" in run:
                 key = Path(run["run"]).name, run["cell"] if by_cell else ""
-                start, known = run["environment"]["start"], found.get(key)
-                if known is None or known["environment"]["start"] < start:
-                    known = found[key] = dict(run)
-                if known["environment"]["start"] == start:
+                start, record = run["environment"]["start"], records.get(key)
+                if record is None or record["environment"]["start"] < start:
+                    record = records[key] = dict(run)
+                if record["environment"]["start"] == start:
                     for part in ("values", "curves"):
-                        known[part] = {**known.get(part, {}), **run.get(part, {})}
-    return found
+                        record[part] = {**record.get(part, {}), **run.get(part, {})}
+    return records
 
 
 def is_complete(
     record: Mapping[str, Any], experiment: Experiment, recipe: Recipe, detector_columns: Set[str]
 ) -> bool:
-    """Whether a record has all that an experiment asks of a run."""
+    """Check whether a record has all that an experiment needs of a run.
+
+    Args:
+        record: The record of a page, or {}.
+        experiment: The experiment.
+        recipe: The recipe of the run.
+        detector_columns: The columns that detectors fill.
+
+    Returns:
+        Whether the run need not be repeated.
+    """
     if not record or record["values"]["diverged"]:
         return bool(record)
-    values, reads_h = (
-        record["values"],
-        experiment.measure_predictor and recipe.method.predictor != "none",
-    )
-    read = not reads_h or "h_gain" in values
-    transferred = (
-        not experiment.train_detectors or values.get("detectors", {}).keys() == detector_columns
-    )
-    return read and transferred and record["curves"].keys() >= set(experiment.curve_metrics)
+    values = record["values"]
+    has_predictor = recipe.method.predictor != "none"
+    if experiment.measure_predictor and has_predictor and "h_gain" not in values:
+        return False
+    if experiment.train_detectors and values.get("detectors", {}).keys() != detector_columns:
+        return False
+    return record["curves"].keys() >= set(experiment.curve_metrics)
 
 
 def recipe_digest(recipe: Recipe) -> str:
-    """What tells recipes apart, but for the seed and the device.
+    """Hash a recipe without its seed and device.
 
-    Words that have their default value are left out: a word that is new tomorrow leaves today's names as they are.
+    Settings with their default value are left out, so that a setting added later does not change
+    the names of existing runs.
+
+    Args:
+        recipe: The recipe.
+
+    Returns:
+        10 hexadecimal digits.
     """
-    told = drop_defaults(recipe.replace(seed=0, device="auto").to_dict(), Recipe().to_dict())
-    return sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:10]
+    settings = drop_defaults(recipe.replace(seed=0, device="auto").to_dict(), Recipe().to_dict())
+    return sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
 
 
-def drop_defaults(value: Any, default: Any) -> Any:
-    """A recipe's plain data without what is as in another."""
+def drop_defaults(value: object, default: Any) -> object:
+    """Remove the parts of a recipe's plain data that equal another's.
+
+    Args:
+        value: The plain data.
+        default: The plain data of the other recipe.
+
+    Returns:
+        The parts that differ.
+    """
     if isinstance(value, dict):
         return {k: drop_defaults(v, default[k]) for k, v in value.items() if v != default[k]}
     if isinstance(value, list) and value and isinstance(value[0], dict):  # views
@@ -151,12 +193,28 @@ def drop_defaults(value: Any, default: Any) -> Any:
 
 
 def unique_jobs(plans: Iterable[JobGrid]) -> dict[Path, Job]:
-    """The jobs of all experiments, each once."""
+    """Collect the jobs of several experiments, each once.
+
+    Args:
+        plans: The jobs of each experiment.
+
+    Returns:
+        The jobs by path.
+    """
     return {job.path: job for plan in plans for seeds in plan.values() for job in seeds.values()}
 
 
 def estimate_hours(jobs: Iterable[Job], scale: Scale, limit: int | None) -> float:
-    """The time of the unfinished jobs, by the speed of the finished ones, or else by the scale's."""
+    """Estimate the time of the unfinished jobs.
+
+    Args:
+        jobs: All jobs; the finished ones give the speed, or else the scale does.
+        scale: The scale.
+        limit: The number of images that runs train on, if it is limited.
+
+    Returns:
+        The time in hours.
+    """
     images, jobs = min(scale.num_images, limit or scale.num_images), list(jobs)
     speeds = [
         job.summary["images_per_second"] * job.recipe.method.view_count
@@ -164,8 +222,5 @@ def estimate_hours(jobs: Iterable[Job], scale: Scale, limit: int | None) -> floa
         if job.state == FINISHED and not job.saved_record
     ]
     views_per_second = median(speeds) if speeds else 2 * scale.images_per_second
-    return (
-        sum(job.view_epochs * images for job in jobs if job.state != FINISHED)
-        / views_per_second
-        / 3600
-    )
+    views = sum(job.view_epochs * images for job in jobs if job.state != FINISHED)
+    return views / views_per_second / 3600

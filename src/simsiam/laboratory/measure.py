@@ -1,11 +1,14 @@
-"""A finished run to the numbers of tables, figures and claims. What is costly is kept in the run folder."""
+"""The numbers of a finished run for tables, figures and claims.
+
+Results that are expensive to compute are kept in the run folder.
+"""
 
 import io
 from contextlib import redirect_stdout
 from dataclasses import replace
 from itertools import pairwise
 from statistics import fmean, median, pstdev
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -22,80 +25,128 @@ from simsiam.runs.run_folder import Run
 from simsiam.sources.open_source import open_source
 from simsiam.training.prepare import build_training_setup
 
-NUM_IMAGES, NUM_VIEWS = 500, 32  # test images, and views of each that E[z] is the mean over
-VIEW_STEP = 2**62  # whose views they take: no run gets there
+NUM_IMAGES, NUM_VIEWS = 500, 32  # test images, and views of each that E[z] averages over
+VIEW_STEP = 2**62  # the step whose random numbers draw these views; no run gets there
 
 
-def measure_run(run: Run, scale: Scale, experiment: Experiment) -> dict[str, Any]:
-    """All that a page needs of a finished run, as plain data."""
-    found = measure_metrics(run, scale, measure_predictor=experiment.measure_predictor)
-    curves = (
-        {}
-        if found["diverged"]
-        else {metric: metric_curve(run, metric, scale) for metric in experiment.curve_metrics}
-    )
-    where = {
-        k: v for k, v in run.json("environment.json").items() if k != "command"
-    }  # it names paths of a machine
-    return {"values": found, "curves": curves, "environment": where, "recipe": run.recipe.to_dict()}
+class MeasuredRun(TypedDict):
+    """What a page needs of a finished run, as plain data."""
+
+    values: dict[str, Any]  # by metric
+    curves: dict[str, list[tuple[float, float]]]  # pairs of epoch and value, by metric
+    environment: dict[str, Any]
+    recipe: dict[str, Any]
+
+
+def measure_run(run: Run, scale: Scale, experiment: Experiment) -> MeasuredRun:
+    """Collect what a page needs of a finished run.
+
+    Args:
+        run: The run.
+        scale: The scale.
+        experiment: The experiment of the page.
+
+    Returns:
+        Its metrics, curves, environment and recipe.
+    """
+    values = measure_metrics(run, scale, measure_predictor=experiment.measure_predictor)
+    metrics = () if values["diverged"] else experiment.curve_metrics
+    environment = run.json("environment.json")
+    environment.pop("command", None)  # it contains paths of the machine
+    return {
+        "values": values,
+        "curves": {metric: metric_curve(run, metric, scale) for metric in metrics},
+        "environment": environment,
+        "recipe": run.recipe.to_dict(),
+    }
 
 
 def measure_metrics(run: Run, scale: Scale, *, measure_predictor: bool = False) -> dict[str, Any]:
-    """Metrics of a run at its end; a diverged one has no accuracy. Measures what has not been measured yet."""
+    """Compute the metrics of a run at its end, evaluating it if that was not done yet.
+
+    Args:
+        run: The run.
+        scale: The scale.
+        measure_predictor: Whether to measure what the predictor predicts.
+
+    Returns:
+        Numbers by metric, and the verdict; a diverged run has no accuracy.
+    """
     lines = [line for line in run.metrics() if "loss" in line]
     summary = run.json("summary.json")
-    found = {"verdict": summary["verdict"], "seconds": summary["training_seconds"], "diverged": 0.0}
+    values: dict[str, Any] = {
+        "verdict": summary["verdict"],
+        "seconds": summary["training_seconds"],
+        "diverged": 0.0,
+    }
     if summary["verdict"] == "diverged":
-        return found | {"diverged": 1.0, "collapsed": 0.0}
+        return values | {"diverged": 1.0, "collapsed": 0.0}
     recent = lines[-max(3, len(lines) // 10) :]
-    found |= {
-        key: median(line[key] for line in recent) for key in ("loss", "z_std_sqrt_d", "z_rank")
-    }
+    for key in ("loss", "z_std_sqrt_d", "z_rank"):
+        values[key] = median(line[key] for line in recent)
     late = [line["loss"] for line in lines[len(lines) // 2 :]]
-    found["loss_swing"] = pstdev(b - a for a, b in pairwise(late)) if len(late) > 2 else None
-    found["collapsed"] = float(
-        judge_run(lines, MIN_VERDICT_STEPS, high_loss_threshold=None).verdict == "collapsed"
-    )  # however few its steps
-    monitor = [line["knn_top1"] for line in run.metrics() if "knn_top1" in line]
-    found |= {"knn": measure_top1(run, "knn", scale), "linear": measure_top1(run, "linear", scale)}
-    found |= {
-        "knn_mean": fmean(monitor) if monitor else None,
-        "above_chance": found["linear"] - scale.chance,
-    }
+    values["loss_swing"] = pstdev(b - a for a, b in pairwise(late)) if len(late) > 2 else None
+    # With the minimum number of steps, so that short runs get a verdict too.
+    verdict = judge_run(lines, MIN_VERDICT_STEPS, high_loss_threshold=None).verdict
+    values["collapsed"] = float(verdict == "collapsed")
+    monitored = [line["knn_top1"] for line in run.metrics() if "knn_top1" in line]
+    values["knn"] = measure_top1(run, "knn", scale)
+    values["linear"] = measure_top1(run, "linear", scale)
+    values["knn_mean"] = fmean(monitored) if monitored else None
+    values["above_chance"] = values["linear"] - scale.chance
     if measure_predictor and run.recipe.method.predictor != "none":
-        found |= predictor_cosines(run)
-    return found
+        values |= predictor_cosines(run)
+    return values
 
 
 def measure_top1(run: Run, protocol: str, scale: Scale, checkpoint: str = "last") -> float:
-    """Test accuracy on h in percent, knn or linear, from the run's evaluations; measures both where it is not there."""
+    """Look up the test accuracy on h in the run's evaluations, evaluating the run if needed.
 
-    def known() -> list[float]:
-        mine = [
-            r
-            for r in run.read_records(f"evaluations/{protocol}.json")
-            if r["checkpoint"] == checkpoint and r["features"] == "h"
-        ]
+    Args:
+        run: The run.
+        protocol: "knn" or "linear".
+        scale: The scale, which determines the linear protocol.
+        checkpoint: The checkpoint to evaluate.
+
+    Returns:
+        Top-1 accuracy in percent.
+    """
+
+    def recorded() -> list[float]:
+        linear = scale.linear_protocol
         return [
-            r["top1"]
-            for r in mine
-            if r["parameters"].get("linear", scale.linear_protocol) == scale.linear_protocol
+            record["top1"]
+            for record in run.read_records(f"evaluations/{protocol}.json")
+            if record["checkpoint"] == checkpoint
+            and record["features"] == "h"
+            and record["parameters"].get("linear", linear) == linear
         ]
 
-    if not known():
+    if not recorded():
         with redirect_stdout(io.StringIO()):
-            how: dict[str, Any] = {
-                "device": run.recipe.device,
-                "linear": scale.linear_protocol,
-                "baselines": False,
-            }
-            how["limit"] = run.recipe.limit  # a trial is one in all its parts
-            evaluate(run.path, protocols=("knn", "linear"), checkpoint=checkpoint, **how)
-    return known()[0]
+            evaluate(
+                run.path,
+                protocols=("knn", "linear"),
+                checkpoint=checkpoint,
+                device=run.recipe.device,
+                linear=scale.linear_protocol,
+                baselines=False,
+                limit=run.recipe.limit,  # a run on few images is evaluated on few
+            )
+    return recorded()[0]
 
 
 def metric_curve(run: Run, metric: str, scale: Scale) -> list[tuple[float, float]]:
-    """(epoch, value) of a metric of metrics.jsonl, or of the linear accuracy."""
+    """Read a metric over epochs.
+
+    Args:
+        run: The run.
+        metric: A metric of metrics.jsonl, or "linear" for the linear accuracy.
+        scale: The scale.
+
+    Returns:
+        Pairs of epoch and value.
+    """
     if metric == "linear":
         return linear_curve(run, scale)
     return [
@@ -106,44 +157,60 @@ def metric_curve(run: Run, metric: str, scale: Scale) -> list[tuple[float, float
 
 
 def linear_curve(run: Run, scale: Scale) -> list[tuple[float, float]]:
-    """(epoch, linear top-1) at every checkpoint that was kept."""
-    kept = sorted((run.path / "checkpoints").glob("epoch-*.pt"))
-    curve = [(float(path.stem[6:]), measure_top1(run, "linear", scale, path.stem)) for path in kept]
-    if not kept or curve[-1][0] < run.recipe.epochs:
+    """Evaluate every checkpoint that was kept.
+
+    Args:
+        run: The run.
+        scale: The scale.
+
+    Returns:
+        Pairs of epoch and linear top-1 in percent.
+    """
+    names = sorted(path.stem for path in (run.path / "checkpoints").glob("epoch-*.pt"))
+    curve = [
+        (float(name.removeprefix("epoch-")), measure_top1(run, "linear", scale, name))
+        for name in names
+    ]
+    if not curve or curve[-1][0] < run.recipe.epochs:
         curve.append((run.recipe.epochs, measure_top1(run, "linear", scale)))
     return curve
 
 
 def predictor_cosines(run: Run) -> dict[str, float]:
-    """Section 5.1: cosines of p1 and of z1 with E[z], the mean of z/|z| over other views of the same image.
+    """Measure whether the predictor predicts E[z] (section 5.1).
 
-    `h_gain` is by how much p1 is nearer; on test images, with the network in eval mode.
+    E[z] is the mean of z/|z| over other views of the same image. Uses test images, with the network
+    in evaluation mode.
+
+    Args:
+        run: The run.
+
+    Returns:
+        The mean cosines of p1 and of z1 with E[z], and their difference `h_gain`.
     """
-    if not (found := run.json("laboratory.json")):
-        recipe = run.recipe
-        model, _, (device, _) = build_training_setup(replace(recipe, init=None))
-        state: Any = run.checkpoint()
-        model.load_state_dict(state["model"])
-        _, test, _ = split_train_test(
-            open_source(recipe.source, recipe.channels), require_labels=True
+    if cosines := run.json("laboratory.json"):
+        return cosines
+    recipe = run.recipe
+    model, _, (device, _) = build_training_setup(replace(recipe, init=None))
+    state: Any = run.checkpoint()
+    model.load_state_dict(state["model"])
+    model.eval()
+    source = open_source(recipe.source, recipe.channels)
+    _, test, _ = split_train_test(source, require_labels=True)
+    test = sample(test, min(NUM_IMAGES, len(test)))
+    test, _ = load_into_memory(test, int(recipe.cache_gib * 2**30))
+    with torch.no_grad():
+        views = make_training_views(
+            test, np.arange(len(test)), recipe, VIEW_STEP, device, view_count=1 + NUM_VIEWS
         )
-        test, _ = load_into_memory(
-            sample(test, min(NUM_IMAGES, len(test))), int(recipe.cache_gib * 2**30)
-        )
-        model.eval()
-        with torch.no_grad():
-            views = make_training_views(
-                test, np.arange(len(test)), recipe, VIEW_STEP, device, view_count=1 + NUM_VIEWS
-            )
-            z = [model.projector(model.backbone(x)) for x in views]
-            mean = torch.stack([F.normalize(other, dim=1) for other in z[1:]]).mean(0)
-            of_p, of_z = (
-                F.cosine_similarity(x, mean).mean().item() for x in (model.predictor(z[0]), z[0])
-            )
-        found = {
-            "cos_p_mean": round(of_p, 5),
-            "cos_z_mean": round(of_z, 5),
-            "h_gain": round(of_p - of_z, 5),
-        }
-        run.write("laboratory.json", found)
-    return found
+        z = [model.projector(model.backbone(x)) for x in views]
+        mean = torch.stack([F.normalize(other, dim=1) for other in z[1:]]).mean(0)
+        p1, z1 = model.predictor(z[0]), z[0]
+        cos_p, cos_z = (F.cosine_similarity(x, mean).mean().item() for x in (p1, z1))
+    cosines = {
+        "cos_p_mean": round(cos_p, 5),
+        "cos_z_mean": round(cos_z, 5),
+        "h_gain": round(cos_p - cos_z, 5),
+    }
+    run.write("laboratory.json", cosines)
+    return cosines

@@ -1,12 +1,13 @@
-"""`simsiam reproduce`: plan, run what is missing, measure, judge, write. Killed anywhere, it goes on where it was.
+"""`simsiam reproduce`: plan runs, run what is missing, measure, test claims and write pages.
 
-Several processes may work on one folder of runs: whoever starts a run locks it, and the others take another.
+If it is interrupted, the same command continues. Several processes may work on one folder of runs:
+a process locks the run it works on, and the others take another one.
 """
 
 import json
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from simsiam.laboratory import detector_cells as detectors
 from simsiam.laboratory import drawing, measure
 from simsiam.laboratory import experiment_page as pages
 from simsiam.laboratory.claims import MetricValues
-from simsiam.laboratory.detector_cells import FineTuning
+from simsiam.laboratory.detector_cells import DetectorSetting
 from simsiam.laboratory.experiments import EXPERIMENTS, Experiment
 from simsiam.laboratory.jobs import (
     FINISHED,
@@ -51,277 +52,486 @@ def reproduce(
     device: str = "auto",
     plan: bool = False,
 ) -> list[Path]:
-    """Repeat experiments of the paper; returns the page of each.
+    """Repeat experiments of the paper.
 
-    Runs are kept in runs/laboratory/SCALE and shared by all experiments; pages, tables, figures and JSON go to `out`,
-    results/SCALE. `seeds` is how many, `epochs` what the paper's 100 become, `only` the cells to run, and
-    `annotated` what Table 5's detectors are fine-tuned on; with `plan` nothing is run. Raises UsageError for a wrong
-    request, WorkFailed at the end if a run failed, Stopped at a signal.
+    Runs are kept in runs/laboratory/SCALE and shared by all experiments. Pages, tables, figures and
+    JSON files go to `out`.
+
+    Args:
+        experiments: Names of experiments, or "all".
+        scale: One of SCALES.
+        source: The images; by default the scale's own.
+        seeds: The number of seeds; by default the experiment's own.
+        epochs: What 100 epochs of the paper become; by default the scale's own.
+        limit: Train on this many images at most.
+        only: The cells to run; all by default.
+        out: The folder of the pages; results/SCALE by default.
+        annotated: What detectors are fine-tuned on (Table 5).
+        device: "auto", "cpu", "cuda", ...
+        plan: Whether to print the plan and stop.
+
+    Returns:
+        The page of each experiment; none with `plan`.
+
+    Raises:
+        UsageError: If the request is wrong.
+        WorkFailed: At the end, if a run failed.
+        Stopped: After SIGINT or SIGTERM.
     """
     chosen = select_experiments(experiments)
     if scale not in SCALES:
         raise unknown_name("scale", scale, SCALES)
-    size = SCALES[scale]
-    for name, number in {"seeds": seeds, "epochs": epochs, "limit": limit}.items():
-        if number is not None and number < 1:
-            raise UsageError(f"{name} is {number}; it is at least 1")
-    cells = {cell for experiment in chosen.values() for cell in experiment.cells}
-    for cell in only:
-        if cell not in cells:
-            raise unknown_name("cell", cell, cells)
-    results = Path(out or f"results/{scale}")
-    page = results / "README.md"
-    if page.exists() and not page.read_text(encoding="utf-8", errors="replace").startswith(
-        pages.INDEX_TITLE
-    ):
-        raise UsageError(
-            f"{page} is not ours and would be written over; --out takes another folder"
-        )
-    images = tuple(absolute_source(one) for one in source)
-    words: dict[str, Any] = {
-        "source": images or (size.source or "",),
-        "limit": limit,
-        "device": device,
-    }
-    folder = Path("runs") / "laboratory" / scale
-    sets = [one if one == "shapes" else str(Path(one).expanduser().resolve()) for one in annotated]
-    tunings = detectors.list_fine_tunings(sets)
-    known, words["detected"] = (
-        load_saved_records(results),
-        {column for tuning in tunings for column in tuning.columns},
+    flags = {"seeds": seeds, "epochs": epochs, "limit": limit}
+    check_counts(flags)
+    check_cells(only, chosen)
+    pages_folder = Path(out or f"results/{scale}")
+    check_index(pages_folder / "README.md")
+    images = tuple(absolute_source(path) for path in source)
+    sets = [
+        name if name == "shapes" else str(Path(name).expanduser().resolve()) for name in annotated
+    ]
+    campaign = Campaign(
+        scale=SCALES[scale],
+        detector_settings=detectors.list_detector_settings(sets),
+        pages_folder=pages_folder,
+        flags="".join(
+            f" --{flag} {value}"
+            for flag, value in {"scale": scale, **flags}.items()
+            if value is not None
+        ),
     )
-    plans = {
-        n: plan_jobs(e, size, folder, seeds, epochs, known, **words) for n, e in chosen.items()
+    grids = campaign.plan(
+        chosen,
+        Path("runs") / "laboratory" / scale,
+        seeds=seeds,
+        epochs=epochs,
+        source=images or (campaign.scale.source or "",),
+        limit=limit,
+        device=device,
+    )
+    pending = {
+        name: {cell: jobs for cell, jobs in grid.items() if not only or cell in only}
+        for name, grid in grids.items()
     }
-    wanted = {n: {c: s for c, s in p.items() if not only or c in only} for n, p in plans.items()}
-
-    console = Console(highlight=False, markup=False)
-    console.print(format_plan(wanted, size, limit), soft_wrap=True)
+    campaign.console.print(format_plan(pending, campaign.scale, limit), soft_wrap=True)
     if plan:
         return []
-    if not images and size.source is None:
+    if not images and campaign.scale.source is None:
         raise UsageError(
             f"scale {scale} needs the data: --source FOLDER, with train/CLASS/ and val/CLASS/ in it"
         )
-    if unique_jobs(wanted.values()):
-        opened = open_source(images or size.source or "")  # now rather than once for every run
-        if images:  # they may have other classes than the scale's own
-            data = f"{size.dataset} from {', '.join(Path(one).name for one in images)}"
-            size = replace(
-                size, dataset=data, num_classes=len(opened.train.classes) or size.num_classes
-            )
-
-    failures, written = dict[Path, str](), list[Path]()
-    results.mkdir(parents=True, exist_ok=True)
-    asked = {"scale": scale, "seeds": seeds, "epochs": epochs, "limit": limit}
-    flags = "".join(f" --{flag} {value}" for flag, value in asked.items() if value is not None)
+    if unique_jobs(pending.values()):
+        campaign.check_source(images)
+    pages_folder.mkdir(parents=True, exist_ok=True)
+    written = []
     for name, experiment in chosen.items():
-        pending = {
-            job.path: job
-            for made in wanted[name].values()
-            for job in made.values()
-            if not job.saved_record
-        }
-        for wait in (False, True):  # first whatever nobody else is at
-            for path, job in list(pending.items()):
-                with file_lock(path.with_name(f"{path.name}.lock"), wait=wait) as mine:
-                    if mine:
-                        del pending[path]
-                        mine_in = [
-                            cell for cell, made in wanted[name].items() if job in made.values()
-                        ]
-                        if path not in failures and (
-                            reason := run_job(job, size, experiment, mine_in, tunings)
-                        ):
-                            failures[path] = reason
-                            console.print(f"failed   {path}: {reason}", soft_wrap=True)
-        written.append(
-            write_results(
-                name,
-                experiment,
-                size,
-                plans[name],
-                f"simsiam reproduce {name}{flags}",
-                failures,
-                results,
-                tunings,
-            )
-        )
-        console.print(f"wrote    {written[-1]}", soft_wrap=True)
-    write_text(page, pages.render_index(results, size))
-    if failures:
-        path, reason = next(iter(failures.items()))
-        raise WorkFailed(
-            f"{len(failures)} runs failed and the rest is done; the same command goes on: {path}: {reason}"
-        )
+        campaign.run_jobs(experiment, pending[name])
+        written.append(campaign.write_results(name, experiment, grids[name]))
+        campaign.console.print(f"wrote    {written[-1]}", soft_wrap=True)
+    write_text(pages_folder / "README.md", pages.render_index(pages_folder, campaign.scale))
+    campaign.raise_failures()
     return written
 
 
 def select_experiments(experiments: Sequence[str]) -> dict[str, Experiment]:
-    """Experiments by name; `all` is every one."""
+    """Look up experiments.
+
+    Args:
+        experiments: Names, or "all".
+
+    Returns:
+        The experiments by name.
+
+    Raises:
+        UsageError: If a name is unknown.
+    """
     for name in experiments:
         if name not in (*EXPERIMENTS, "all"):
             raise unknown_name("experiment", name, [*EXPERIMENTS, "all"])
     return {n: e for n, e in EXPERIMENTS.items() if n in experiments or "all" in experiments}
 
 
-def format_plan(plans: Mapping[str, JobGrid], scale: Scale, limit: int | None) -> str:
-    """The plan in words: each experiment's runs, how many are there, and the time that the others take together."""
-    lines = []
-    for name, plan in plans.items():
-        states = [job.state for job in unique_jobs([plan]).values()]
-        there, begun = states.count(FINISHED), states.count(INTERRUPTED)
-        lines.append(f"{name:<22} {len(states):>3} runs, {there} finished, {begun} to continue")
-    together = unique_jobs(plans.values()).values()
-    missing, time = (
-        sum(job.state != FINISHED for job in together),
-        estimate_hours(together, scale, limit),
-    )
-    on = "at the speed of the finished ones" if missing < len(together) else f"on {scale.hardware}"
-    unit = "GPU-hours" if scale.source is None else "hours"
-    return "\n".join(
-        [
-            *lines,
-            f"{'together':<22} {len(together):>3} runs, {missing} to do: {time:,.2f} {unit} of training {on}",
-        ]
-    )
+def check_counts(counts: Mapping[str, int | None]) -> None:
+    """Check numbers of the request.
+
+    Args:
+        counts: Numbers by flag; None if a flag is not given.
+
+    Raises:
+        UsageError: If one is below 1.
+    """
+    for name, number in counts.items():
+        if number is not None and number < 1:
+            raise UsageError(f"{name} is {number}; it is at least 1")
 
 
-def run_job(
-    job: Job,
-    scale: Scale,
-    experiment: Experiment,
-    cells: Sequence[str],
-    fine_tunings: Sequence[FineTuning],
-) -> str:
-    """Start, continue and measure a run, whatever of it is missing; why that failed, or ""."""
-    try:
-        try:
-            if job.state == INTERRUPTED:
-                resume(job.path)
-            elif job.state != FINISHED:
-                pretrain(job.recipe.source, recipe=job.recipe, out=job.path)
-        except WorkFailed:
-            if job.state != FINISHED:  # to diverge is a result
-                raise
-        measured = measure.measure_run(
-            Run(job.path), scale, experiment
-        )  # what is costly stays in the run folder
-        for cell in (
-            cells if experiment.train_detectors and not measured["values"]["diverged"] else ()
-        ):
-            detector_metrics(job, cell, experiment, fine_tunings)
-    except Stopped:
-        raise
-    except (
-        Exception
-    ) as error:  # whatever it is, the other runs go on; it is said, and the exit code is 1
-        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    return ""
+def check_cells(only: Sequence[str], experiments: Mapping[str, Experiment]) -> None:
+    """Check the names of cells.
+
+    Args:
+        only: The cells to run.
+        experiments: The experiments.
+
+    Raises:
+        UsageError: If no experiment has such a cell.
+    """
+    cells = {cell for experiment in experiments.values() for cell in experiment.cells}
+    for cell in only:
+        if cell not in cells:
+            raise unknown_name("cell", cell, cells)
 
 
-def detector_metrics(
-    job: Job, cell: str, experiment: Experiment, fine_tunings: Sequence[FineTuning]
-) -> dict[str, Any]:
-    """What the detectors made of a run are worth."""
-    scratch, device = cell in experiment.scratch_cells, job.recipe.device
-    return detectors.measure_detectors(
-        Run(job.path), fine_tunings, from_scratch=scratch, device=device
-    )
+def check_index(path: Path) -> None:
+    """Refuse to overwrite a file that is not an index of experiments.
 
+    Args:
+        path: Where the index will be written.
 
-def write_results(
-    name: str, experiment: Experiment, scale: Scale, plan: JobGrid, command: str, failures: Mapping[Path, str], out: Path,
-    fine_tunings: Sequence[FineTuning],
-) -> Path:  # fmt: skip
-    """An experiment's page, table, figure and JSON, from the runs that are finished; returns the page."""
-    page, title = out / f"{name}.md", f"{experiment.title} ({scale.name})"
-    if not experiment.cells:
-        write_text(out / f"{name}.svg", figure3.draw_methods_svg())
-        write_text(
-            page,
-            f"# {name}: {experiment.title}\n\n![{experiment.title}]({name}.svg)\n\n{figure3.format_methods_markdown()}\n",
+    Raises:
+        UsageError: If another file is there.
+    """
+    if not path.exists():
+        return
+    if not path.read_text(encoding="utf-8", errors="replace").startswith(pages.INDEX_TITLE):
+        raise UsageError(
+            f"{path} is not an index of experiments and would be overwritten; "
+            "choose another folder with --out"
         )
-        return page
-    values: dict[str, dict[int, Any]] = {cell: {} for cell in plan}
-    curves: dict[str, dict[int, Any]] = {cell: {} for cell in plan}
-    runs = []
-    for cell, seed, job in (
-        (cell, seed, job) for cell, seeds in plan.items() for seed, job in seeds.items()
-    ):
-        told = {
-            "cell": cell,
-            "seed": seed,
-            "run": str(job.path),
-            "state": failures.get(job.path, job.state),
+
+
+def format_plan(grids: Mapping[str, JobGrid], scale: Scale, limit: int | None) -> str:
+    """Format the number of runs of each experiment, and the time that the unfinished ones take.
+
+    Args:
+        grids: The jobs of each experiment.
+        scale: The scale.
+        limit: The number of images that runs train on, if it is limited.
+
+    Returns:
+        A line for each experiment, and one for all of them.
+    """
+    lines = []
+    for name, grid in grids.items():
+        states = [job.state for job in unique_jobs([grid]).values()]
+        finished, interrupted = states.count(FINISHED), states.count(INTERRUPTED)
+        lines.append(
+            f"{name:<22} {len(states):>3} runs, {finished} finished, {interrupted} to continue"
+        )
+    jobs = unique_jobs(grids.values()).values()
+    missing = sum(job.state != FINISHED for job in jobs)
+    hours = f"{estimate_hours(jobs, scale, limit):,.2f}"
+    unit = "GPU-hours" if scale.source is None else "hours"
+    speed = "at the speed of the finished runs" if missing < len(jobs) else f"on {scale.hardware}"
+    total = f"{len(jobs):>3} runs, {missing} to do: {hours} {unit} of training {speed}"
+    return "\n".join([*lines, f"{'together':<22} {total}"])
+
+
+@dataclass
+class Campaign:
+    """What is shared by all experiments of one call of `reproduce`.
+
+    Attributes:
+        scale: The scale.
+        detector_settings: How detectors are fine-tuned (Table 5).
+        pages_folder: The folder of the pages.
+        flags: The flags of the command, for the pages.
+        failures: Why runs failed, by path.
+        console: Where progress is printed.
+    """
+
+    scale: Scale
+    detector_settings: Sequence[DetectorSetting]
+    pages_folder: Path
+    flags: str
+    failures: dict[Path, str] = field(default_factory=dict)
+    console: Console = field(default_factory=lambda: Console(highlight=False, markup=False))
+
+    def plan(
+        self,
+        experiments: Mapping[str, Experiment],
+        runs_folder: Path,
+        *,
+        seeds: int | None,
+        epochs: int | None,
+        **recipe_settings: object,
+    ) -> dict[str, JobGrid]:
+        """List the runs of all experiments.
+
+        Args:
+            experiments: The experiments by name.
+            runs_folder: The folder of the runs.
+            seeds: The number of seeds.
+            epochs: What 100 epochs of the paper become.
+            **recipe_settings: Settings of every recipe.
+
+        Returns:
+            The jobs of each experiment.
+
+        Raises:
+            UsageError: If settings contradict each other.
+        """
+        saved_records = load_saved_records(self.pages_folder)
+        columns = {column for setting in self.detector_settings for column in setting.columns}
+        return {
+            name: plan_jobs(
+                experiment,
+                self.scale,
+                runs_folder,
+                seeds,
+                epochs,
+                saved_records=saved_records,
+                detector_columns=columns,
+                **recipe_settings,
+            )
+            for name, experiment in experiments.items()
         }
-        if job.state == FINISHED and job.path not in failures:
-            told = {
-                **(job.saved_record or measure.measure_run(Run(job.path), scale, experiment)),
-                **told,
-            }
-            values[cell][seed], curves[cell][seed] = told["values"], told["curves"]
-            if (
-                experiment.train_detectors
-                and not job.saved_record
-                and not values[cell][seed]["diverged"]
-            ):
-                values[cell][seed] |= detector_metrics(job, cell, experiment, fine_tunings)
-        runs.append(told)
-    rulings = [(claim, claim.evaluate(values)) for claim in experiment.claims]
-    paper = pages.PAPER_RESULTS.get(name, pages.NO_PAPER_RESULTS)
-    about = {
-        "experiment": name, "title": experiment.title, "where": experiment.section, "command": command,
-        "scale": scale.name, "mapping": scale.mapping, "metric": scale.metric, "paper": paper,
-        "claims": [pages.claim_to_dict(claim, ruling) for claim, ruling in rulings], "runs": runs,
-    }  # fmt: skip
-    draw_figure(experiment, scale, plan, values, curves, paper, out / name, title)
-    table = (
-        detectors.detector_table(name, values)
-        if experiment.train_detectors
-        else pages.metrics_table(name, experiment, scale, values)
-    )
-    write_text(out / f"{name}.csv", pages.to_csv(table))
-    write_text(out / f"{name}.json", json.dumps(about, indent=2) + "\n")
-    write_text(page, pages.render_page(name, experiment, scale, values, rulings, about, table))
-    return page
+
+    def check_source(self, images: Sequence[str]) -> None:
+        """Open the images once before any run, and adapt the scale to a user's own images.
+
+        Args:
+            images: The user's sources; the scale's own if empty.
+
+        Raises:
+            UsageError: If the source cannot be opened.
+        """
+        source = open_source(images or self.scale.source or "")
+        if images:
+            self.scale = replace(
+                self.scale,
+                dataset=f"{self.scale.dataset} from {', '.join(Path(p).name for p in images)}",
+                num_classes=len(source.train.classes) or self.scale.num_classes,
+            )
+
+    def run_jobs(self, experiment: Experiment, grid: JobGrid) -> None:
+        """Run the jobs of an experiment; other processes may work on some of them.
+
+        Args:
+            experiment: The experiment.
+            grid: Its jobs.
+        """
+        pending = unique_jobs([grid])
+        for wait in (False, True):  # first those that no other process works on
+            for path, job in list(pending.items()):
+                if job.saved_record:
+                    continue
+                with file_lock(path.with_name(f"{path.name}.lock"), wait=wait) as locked:
+                    if not locked:
+                        continue
+                    del pending[path]
+                    if path in self.failures:
+                        continue
+                    cells = [cell for cell, jobs in grid.items() if job in jobs.values()]
+                    if reason := self.run_job(job, experiment, cells):
+                        self.failures[path] = reason
+                        self.console.print(f"failed   {path}: {reason}", soft_wrap=True)
+
+    def run_job(self, job: Job, experiment: Experiment, cells: Sequence[str]) -> str:
+        """Start, continue or measure a run, whatever is missing.
+
+        Args:
+            job: The run.
+            experiment: The experiment that needs it.
+            cells: The cells that need it.
+
+        Returns:
+            Why it failed, or "".
+
+        Raises:
+            Stopped: After SIGINT or SIGTERM.
+        """
+        try:
+            try:
+                if job.state == INTERRUPTED:
+                    resume(job.path)
+                elif job.state != FINISHED:
+                    pretrain(job.recipe.source, recipe=job.recipe, out=job.path)
+            except WorkFailed:
+                if job.state != FINISHED:  # a diverged run is a result
+                    raise
+            # Expensive results are kept in the run folder, for write_results.
+            measured = measure.measure_run(Run(job.path), self.scale, experiment)
+            if experiment.train_detectors and not measured["values"]["diverged"]:
+                for cell in cells:
+                    self.measure_detectors(job, experiment, cell)
+        except Stopped:
+            raise
+        except Exception as error:  # the other runs continue, and the exit code is 1
+            return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        return ""
+
+    def measure_detectors(self, job: Job, experiment: Experiment, cell: str) -> dict[str, object]:
+        """Fine-tune a run as a detector, unless that was done before.
+
+        Args:
+            job: The run.
+            experiment: The experiment that needs it.
+            cell: The cell, which may start from random weights.
+
+        Returns:
+            The average precision of the detectors.
+        """
+        return detectors.measure_detectors(
+            Run(job.path),
+            self.detector_settings,
+            from_scratch=cell in experiment.scratch_cells,
+            device=job.recipe.device,
+        )
+
+    def write_results(self, name: str, experiment: Experiment, grid: JobGrid) -> Path:
+        """Write the page, table, figure and JSON file of an experiment from its finished runs.
+
+        Args:
+            name: The experiment's name.
+            experiment: The experiment.
+            grid: All of its jobs.
+
+        Returns:
+            The page.
+        """
+        path, title = self.pages_folder / name, f"{experiment.title} ({self.scale.name})"
+        page = path.with_suffix(".md")
+        if not experiment.cells:
+            write_text(path.with_suffix(".svg"), figure3.draw_methods_svg())
+            picture = f"![{experiment.title}]({name}.svg)"
+            table = figure3.format_methods_markdown()
+            write_text(page, f"# {name}: {experiment.title}\n\n{picture}\n\n{table}\n")
+            return page
+        runs = list(self.list_runs(experiment, grid))
+        values: dict[str, dict[int, Any]] = {cell: {} for cell in grid}
+        curves: dict[str, dict[int, Any]] = {cell: {} for cell in grid}
+        for run in runs:
+            if "values" in run:
+                values[run["cell"]][run["seed"]] = run["values"]
+                curves[run["cell"]][run["seed"]] = run["curves"]
+        results = [(claim, claim.evaluate(values)) for claim in experiment.claims]
+        paper = pages.PAPER_RESULTS.get(name, pages.NO_PAPER_RESULTS)
+        metadata = {
+            "experiment": name,
+            "title": experiment.title,
+            "where": experiment.section,
+            "command": f"simsiam reproduce {name}{self.flags}",
+            "scale": self.scale.name,
+            "mapping": self.scale.mapping,
+            "metric": self.scale.metric,
+            "paper": paper,
+            "claims": [pages.claim_to_dict(claim, result) for claim, result in results],
+            "runs": runs,
+        }
+        draw_figure(experiment, self.scale, grid, values, curves, paper, path, title)
+        if experiment.train_detectors:
+            rows = detectors.detector_table(name, values)
+        else:
+            rows = pages.metrics_table(name, experiment, self.scale, values)
+        write_text(path.with_suffix(".csv"), pages.to_csv(rows))
+        write_text(path.with_suffix(".json"), json.dumps(metadata, indent=2) + "\n")
+        text = pages.render_page(
+            name, experiment, self.scale, values, results=results, metadata=metadata, rows=rows
+        )
+        write_text(page, text)
+        return page
+
+    def list_runs(self, experiment: Experiment, grid: JobGrid) -> Iterator[dict[str, Any]]:
+        """Collect the record of every run.
+
+        Args:
+            experiment: The experiment.
+            grid: All of its jobs.
+
+        Yields:
+            The cell, seed, folder and state of a run; and if it is finished, its values, curves,
+            environment and recipe.
+        """
+        for cell, jobs in grid.items():
+            for seed, job in jobs.items():
+                record: dict[str, Any] = {
+                    "cell": cell,
+                    "seed": seed,
+                    "run": str(job.path),
+                    "state": self.failures.get(job.path, job.state),
+                }
+                if job.state == FINISHED and job.path not in self.failures:
+                    measured = job.saved_record or measure.measure_run(
+                        Run(job.path), self.scale, experiment
+                    )
+                    record = {**measured, **record}
+                    diverged = record["values"]["diverged"]
+                    if experiment.train_detectors and not job.saved_record and not diverged:
+                        record["values"] |= self.measure_detectors(job, experiment, cell)
+                yield record
+
+    def raise_failures(self) -> None:
+        """Report the failures of all experiments.
+
+        Raises:
+            WorkFailed: If a run failed.
+        """
+        if self.failures:
+            path, reason = next(iter(self.failures.items()))
+            raise WorkFailed(
+                f"{len(self.failures)} runs failed and the others are done; "
+                f"the same command continues; the first, {path}: {reason}"
+            )
 
 
 def draw_figure(
-    experiment: Experiment, scale: Scale, plan: JobGrid, values: MetricValues, curves: MetricValues, paper: Mapping[str, Any],
-    path: Path, title: str,
-) -> None:  # fmt: skip
-    """The experiment's figure, as PNG and SVG."""
-    metrics = (f"ours: {scale.metric}", f"paper: {paper['metric']}")
+    experiment: Experiment,
+    scale: Scale,
+    grid: JobGrid,
+    values: MetricValues,
+    curves: MetricValues,
+    paper: Mapping[str, Any],
+    path: Path,
+    title: str,
+) -> None:
+    """Draw the figure of an experiment as PNG and SVG.
+
+    Args:
+        experiment: The experiment.
+        scale: The scale.
+        grid: Its jobs.
+        values: The measured metrics.
+        curves: The measured curves.
+        paper: The paper's metric and numbers.
+        path: The files to write, without extension.
+        title: The title of the figure.
+    """
+    labels = {"our_label": f"ours: {scale.metric}", "paper_label": f"paper: {paper['metric']}"}
     if experiment.curve_metrics:
-        found = {
+        curves_of = {
             metric: {
                 cell: [c[metric] for c in seeds.values() if metric in c]
                 for cell, seeds in curves.items()
             }
             for metric in experiment.curve_metrics
         }
-        drawing.plot_curves(found, path, title)
-    elif experiment.plot_against:
-        first = {cell: next(iter(seeds.values())).recipe for cell, seeds in plan.items()}
-        x = {cell: (vars(r) | vars(r.method))[experiment.plot_against] for cell, r in first.items()}
+        drawing.plot_curves(curves_of, path, title)
+    elif setting := experiment.plot_against:
+        recipes = {cell: next(iter(jobs.values())).recipe for cell, jobs in grid.items()}
+        x = {cell: (vars(r) | vars(r.method))[setting] for cell, r in recipes.items()}
         drawing.plot_accuracy_lines(
-            values, x, paper["cells"], experiment.plot_against, *metrics, path, title
+            values, x, paper["cells"], setting=setting, **labels, path=path, title=title
         )
     elif experiment.train_detectors:
         drawing.plot_accuracies(
             values,
             paper["cells"],
-            "ours: AP50, mean of all columns",
-            "paper: AP50, mean",
-            path,
-            title,
-            "ap50",
+            our_label="ours: AP50, mean of all columns",
+            paper_label="paper: AP50, mean",
+            path=path,
+            title=title,
+            metric="ap50",
         )
     else:
-        drawing.plot_accuracies(values, paper["cells"], *metrics, path, title)
+        drawing.plot_accuracies(values, paper["cells"], **labels, path=path, title=title)
 
 
 def write_text(path: Path, content: str) -> None:
+    """Write a text file atomically.
+
+    Args:
+        path: The file.
+        content: Its content.
+    """
     with atomic_write(path) as part:
         part.write_text(content, encoding="utf-8")
