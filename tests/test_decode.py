@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageFile
-from torchvision.io import ImageReadMode, decode_image
+from torchvision import io as torchvision_io
 
 from simsiam.data import decode as module
 from simsiam.data.decode import EXTENSIONS, FORMATS, Unreadable, decode_image, read_header
@@ -105,8 +105,8 @@ def tiff(pixels, photometric=None, size=None):
 
 def reference(data):
     """What torchvision decodes, RGB (H, W, 3); of 16 bits the upper eight; of an animation the first frame."""
-    image = decode_image(
-        torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB, True
+    image = torchvision_io.decode_image(
+        torch.frombuffer(bytearray(data), dtype=torch.uint8), torchvision_io.ImageReadMode.RGB, True
     )
     image = image[0] if image.ndim == 4 else image
     pixels = image.numpy()
@@ -530,10 +530,10 @@ def test_odd_files_leave_no_line_on_the_terminal(tmp_path):
     (tmp_path / "cut.tif").write_bytes(encode(picture(0), "TIFF")[:-150])
     (tmp_path / "bomb.png").write_bytes(png(np.zeros((0, 0), np.uint8), size=(10_000, 10_000)))
     code = (
-        "import sys\nfrom pathlib import Path\nfrom simsiam.decode import Unreadable, decode\n"
+        "import sys\nfrom pathlib import Path\nfrom simsiam.data.decode import Unreadable, decode_image\n"
         "for file in sorted(Path(sys.argv[1]).iterdir()):\n"
         "    for channels in (3, 16):\n"
-        "        try: decode(file, channels)\n"
+        "        try: decode_image(file, channels)\n"
         "        except Unreadable: pass\n"
     )
     done = subprocess.run(

@@ -437,7 +437,7 @@ def test_what_a_tar_may_not_hold_is_ignored_in_one_line(tmp_path):
         "a.tar/c\n\x1b[31m.png",
     ]
     assert source.damage == (
-        ("a.tar", "5 links, devices, giants or paths that lead outside are ignored"),
+        ("a.tar", "5 links, devices, too large files or paths that lead outside are ignored"),
     )
     assert same(source.train.read(0), picture(1))
 

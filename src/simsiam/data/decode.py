@@ -1,7 +1,8 @@
-"""One image file to pixels: uint8 (H, W, C), upright, whatever the format, or `Unreadable` with a short reason.
+"""Decode an image file of any supported format to pixels, uint8 (H, W, C), upright.
 
-Pillow decodes photographs, NumPy its own arrays, tifffile (where installed) the TIFFs that Pillow does not know.
-A broken file is an ordinary event in a pile of photographs, so it has its own exception, and need not stop a run.
+Pillow decodes photographs, NumPy its own arrays, and tifffile, if installed, the TIFFs that Pillow
+does not support. Broken files are common in large collections, so they have their own exception,
+`Unreadable`, with a short reason, and do not stop a run.
 """
 
 import logging
@@ -12,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from io import BytesIO
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, TypeAlias
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -27,24 +28,32 @@ from PIL.WebPImagePlugin import WebPImageFile
 from simsiam.errors import printable
 
 EXTENSIONS = {
-    ".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".npy",
+    ".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm",
+    ".npy",
 }  # fmt: skip
 MAX_PIXELS = 2**28 // 3  # of one image: 256 MiB in RGB
-MAX_SCANS = 100  # of a progressive JPEG; encoders make ten
-PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # channels to the mode of Pillow's that has as many
+MAX_SCANS = 100  # of a progressive JPEG; encoders make about ten
+PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # the Pillow mode for a number of channels
 
-# The decoders' own remarks on odd metadata would fall into the progress of a run; what matters becomes Unreadable.
+# Warnings of the decoders about metadata would disturb the output of a run; real damage becomes
+# Unreadable.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 for name in ("PIL", "tifffile"):
     logging.getLogger(name).addHandler(logging.NullHandler())
 
 
 class Unreadable(Exception):
-    """One image could not be decoded; str(error) is a short reason in one line."""
+    """An image could not be decoded; str(error) is a short reason in one line."""
 
 
 class ImageHeader(NamedTuple):
-    """What a file says of itself before its pixels are decoded."""
+    """What a file declares before its pixels are decoded.
+
+    Attributes:
+        height: Height in pixels.
+        width: Width in pixels.
+        format: A key of FORMATS, or "pixels" for images in memory.
+    """
 
     height: int
     width: int
@@ -54,12 +63,23 @@ class ImageHeader(NamedTuple):
 def decode_image(
     file: str | os.PathLike[str] | bytes, channels: int = 3, min_side: int = 0
 ) -> np.ndarray:
-    """Pixels uint8 (H, W, channels) of a path or a file's bytes: the first frame, turned upright as EXIF says.
+    """Decode the first frame of an image file and rotate it as its EXIF data says.
 
-    RGB for three channels, gray for one, RGBA for four; 16 bits a channel keep the upper eight; otherwise alpha is
-    dropped, not blended. NumPy and TIFF arrays may have any number of channels, first or last; floats lie in 0..1.
-    A JPEG may be decoded at 1/2, 1/4 or 1/8 of its size as long as its shorter side keeps `least` pixels (0: only where
-    it would be too large).
+    Three channels are RGB, one is gray, four are RGBA. Unless there are four channels, alpha is
+    dropped, not blended. Of 16 bits per channel, the upper eight are kept. NumPy and TIFF arrays
+    may have any number of channels, first or last; floats must be from 0 to 1.
+
+    Args:
+        file: A path, or the content of a file.
+        channels: Number of channels of the result.
+        min_side: A JPEG may be decoded at 1/2, 1/4 or 1/8 of its size if its shorter side keeps at
+            least this many pixels; with 0, only if it would be too large otherwise.
+
+    Returns:
+        uint8 (H, W, channels).
+
+    Raises:
+        Unreadable: The file is missing, damaged, too large or not supported.
     """
     with _open_image(file, channels) as opened:
         if isinstance(opened, Image.Image):
@@ -68,13 +88,24 @@ def decode_image(
 
 
 def read_header(file: str | os.PathLike[str] | bytes, channels: int = 3) -> ImageHeader:
-    """Size and format of an image; decodes nothing. The size is the stored one, before any EXIF rotation."""
+    """Read the size and the format of an image; decodes nothing.
+
+    Args:
+        file: A path, or the content of a file.
+        channels: Number of channels that the image would be decoded to.
+
+    Returns:
+        The header; its size is the stored one, before any EXIF rotation.
+
+    Raises:
+        Unreadable: The file is missing, damaged or not supported.
+    """
     with _open_image(file, channels) as opened:
         return ImageHeader(opened.height, opened.width, str(opened.format))
 
 
 class _ArrayImage(NamedTuple):
-    """An image that is stored as an array, before it is read."""
+    """An image that is stored as an array and has not been read yet."""
 
     height: int
     width: int
@@ -82,53 +113,54 @@ class _ArrayImage(NamedTuple):
     read_pixels: Callable[[], np.ndarray]
 
 
+_OpenedImage: TypeAlias = Image.Image | _ArrayImage
+
+
 def _make_array_image(
     shape: tuple[int, ...], channels: int, format: str, read_array: Callable[[], np.ndarray]
 ) -> _ArrayImage:
-    """The array that `read` returns, of this shape, as an image; its channels are first or last, or one and left out.
+    """Make an image of the array that `read_array` returns.
 
-    Raises Unreadable if they are not as many as wanted, or the image is too large.
+    Its channels may be the first or the last axis; a single channel may have no axis. Raises
+    Unreadable if the number of channels is another one, or the image is too large.
     """
-    whole = (*shape, 1) if len(shape) == 2 else shape
-    if len(whole) != 3 or 0 in whole or channels not in (whole[2], whole[0]):
-        few = min(whole[0], whole[-1]) if len(whole) == 3 else 0
-        hint = f"; give --channels {few}" if 0 < few <= 16 and few != channels else ""
+    shape_3d = (*shape, 1) if len(shape) == 2 else shape
+    if len(shape_3d) != 3 or 0 in shape_3d or channels not in (shape_3d[2], shape_3d[0]):
+        fewest = min(shape_3d[0], shape_3d[-1]) if len(shape_3d) == 3 else 0
+        hint = f"; give --channels {fewest}" if 0 < fewest <= 16 and fewest != channels else ""
         raise Unreadable(f"an array of shape {shape}, not an image of {channels} channels{hint}")
-    axes = (0, 1, 2) if whole[2] == channels else (1, 2, 0)
-    height, width = whole[axes[0]], whole[axes[1]]
+    axes = (0, 1, 2) if shape_3d[2] == channels else (1, 2, 0)
+    height, width = shape_3d[axes[0]], shape_3d[axes[1]]
     _check_pixel_count(height, width, MAX_PIXELS)
 
-    def pixels() -> np.ndarray:
-        return np.ascontiguousarray(_to_uint8(read_array()).reshape(whole).transpose(axes))
+    def read_pixels() -> np.ndarray:
+        return np.ascontiguousarray(_to_uint8(read_array()).reshape(shape_3d).transpose(axes))
 
-    return _ArrayImage(height, width, format, pixels)
+    return _ArrayImage(height, width, format, read_pixels)
 
 
 def _open_npy(stream: BinaryIO, channels: int) -> _ArrayImage:
-    """A .npy file that holds what its header announces. Never unpickles."""
-    version = np.lib.format.read_magic(stream)
-    read = (
-        np.lib.format.read_array_header_1_0
-        if version == (1, 0)
-        else np.lib.format.read_array_header_2_0
-    )
-    shape, _, kind = read(stream)
-    if kind.hasobject:
+    """Open a .npy file after checking that its size matches its header. Never unpickles."""
+    if np.lib.format.read_magic(stream) == (1, 0):
+        shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+    else:
+        shape, _, dtype = np.lib.format.read_array_header_2_0(stream)
+    if dtype.hasobject:
         raise Unreadable("an array of Python objects, not of numbers")
     start, end = stream.tell(), stream.seek(0, os.SEEK_END)
-    size = int(np.prod(shape, dtype=object)) * kind.itemsize
+    size = int(np.prod(shape, dtype=object)) * dtype.itemsize
     if end - start != size:
         raise Unreadable(
-            f"damaged NPY: {kind} {shape} takes {size:,} bytes, and there are {end - start:,}"
+            f"damaged NPY: {dtype} {shape} takes {size:,} bytes, and there are {end - start:,}"
         )
     stream.seek(0)
     return _make_array_image(shape, channels, "NPY", lambda: np.load(stream, allow_pickle=False))
 
 
-def _open_tiff(stream: BinaryIO, channels: int) -> Image.Image | _ArrayImage:
-    """By Pillow where it knows the kind; it takes only the colors of a TIFF with more channels."""
+def _open_tiff(stream: BinaryIO, channels: int) -> _OpenedImage:
+    """Open a TIFF with Pillow if it can; it reads only the colors of a TIFF with more channels."""
     if channels in (1, 3):
-        with suppress(SyntaxError):  # Pillow's word for a kind that it does not know
+        with suppress(SyntaxError):  # what Pillow raises for a TIFF that it does not support
             return TiffImageFile(stream)
         stream.seek(0)
     try:
@@ -139,8 +171,9 @@ def _open_tiff(stream: BinaryIO, channels: int) -> Image.Image | _ArrayImage:
     return _make_array_image(series.shape, channels, "TIFF", series.asarray)
 
 
-# How a file of each format begins, and what opens it. Not Image.open: it has limits of its own, and no reasons.
-FORMATS: dict[str, tuple[bytes, Callable[[BinaryIO, int], Any]]] = {
+# The first bytes of each format (a regular expression), and what opens it. `Image.open` is not used
+# because it has its own limits and gives no reasons.
+FORMATS: dict[str, tuple[bytes, Callable[[BinaryIO, int], _OpenedImage]]] = {
     "JPEG": (rb"\xff\xd8\xff", lambda stream, _: JpegImageFile(stream)),
     "PNG": (rb"\x89PNG\r\n\x1a\n", lambda stream, _: PngImageFile(stream)),
     "BMP": (rb"BM", lambda stream, _: BmpImageFile(stream)),
@@ -153,8 +186,23 @@ FORMATS: dict[str, tuple[bytes, Callable[[BinaryIO, int], Any]]] = {
 
 
 def open_regular_file(file: str | os.PathLike[str]) -> BinaryIO:
-    """A file opened to be read. Raises Unreadable for a pipe or a device, which would keep whoever reads it waiting."""
-    stream = open(file, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK))  # noqa: SIM115
+    """Open a file to read from, without blocking on a pipe or a device.
+
+    Args:
+        file: Its path.
+
+    Returns:
+        The open file.
+
+    Raises:
+        Unreadable: The path is not a regular file.
+        OSError: The file cannot be opened.
+    """
+
+    def open_nonblocking(path: str, flags: int) -> int:
+        return os.open(path, flags | os.O_NONBLOCK)
+
+    stream = open(file, "rb", opener=open_nonblocking)  # noqa: SIM115
     if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
         stream.close()
         raise Unreadable("not a regular file")
@@ -162,10 +210,8 @@ def open_regular_file(file: str | os.PathLike[str]) -> BinaryIO:
 
 
 @contextmanager
-def _open_image(
-    file: str | os.PathLike[str] | bytes, channels: int
-) -> Iterator[Image.Image | _ArrayImage]:
-    """An image opened and not yet decoded. Whatever goes wrong, here or within, is Unreadable."""
+def _open_image(file: str | os.PathLike[str] | bytes, channels: int) -> Iterator[_OpenedImage]:
+    """Open an image without decoding it; any error, here or in the body, becomes Unreadable."""
     format = "file"
     try:
         with BytesIO(file) if isinstance(file, bytes) else open_regular_file(file) as stream:
@@ -173,15 +219,12 @@ def _open_image(
             stream.seek(0)
             if not start:
                 raise Unreadable("an empty file")
-            found = [
-                name
-                for name, (pattern, _) in FORMATS.items()
-                if re.match(pattern, start, re.DOTALL)
-            ]
-            if not found:
+            for format, (pattern, open_format) in FORMATS.items():  # noqa: B007  used by except
+                if re.match(pattern, start, re.DOTALL):
+                    break
+            else:
                 raise Unreadable(f"not one of {', '.join(FORMATS)}")
-            format = found[0]
-            yield FORMATS[format][1](stream, channels)
+            yield open_format(stream, channels)
     except Unreadable:
         raise
     except Exception as error:  # a damaged file makes decoders raise anything
@@ -192,27 +235,28 @@ def _open_image(
 
 
 def _apply_draft(image: Image.Image, min_side: int) -> Image.Image:
-    """The image, a JPEG set to decode at a smaller scale where that suffices; refuses what is too large."""
+    """Let a JPEG be decoded at a smaller scale if that is enough; reject images too large."""
     width, height = image.size
-    if "progressive" in image.info:  # at any scale its coefficients are held all at once
+    if "progressive" in image.info:  # at any scale, all its coefficients are in memory at once
         _check_pixel_count(height, width, 2 * MAX_PIXELS)
         if (scans := _count_scans(image)) > MAX_SCANS:
             raise Unreadable(f"{scans:,} scans of a progressive JPEG; at most {MAX_SCANS}")
-    suffices = min(width, height) // min_side if min_side else 1
-    fits = next((s for s in (1, 2, 4) if -(-width // s) * -(-height // s) <= MAX_PIXELS), 8)
-    scale = max(suffices, fits)
+    # The largest scale that keeps `min_side`, and the smallest that keeps MAX_PIXELS.
+    largest = min(width, height) // min_side if min_side else 1
+    smallest = next((s for s in (1, 2, 4) if -(-width // s) * -(-height // s) <= MAX_PIXELS), 8)
+    scale = max(largest, smallest)
     image.draft(None, (max(1, width // scale), max(1, height // scale)))
     _check_pixel_count(image.height, image.width, MAX_PIXELS)
     return image
 
 
 def _count_scans(image: Image.Image) -> int:
-    """How often a progressive JPEG goes over its coefficients: a small file can ask for it a thousand times."""
+    """Count the scans of a progressive JPEG: a small file can have thousands, all slow."""
     stream: BinaryIO = vars(image)["fp"]
-    here = stream.tell()
+    position = stream.tell()
     stream.seek(0)
     count = stream.read().count(b"\xff\xda")
-    stream.seek(here)
+    stream.seek(position)
     return count
 
 
@@ -228,20 +272,19 @@ def _image_to_array(image: Image.Image, channels: int) -> np.ndarray:
             f"{image.format} in {image.mode}, not {channels} channels; give --channels {fewer}"
         )
     image.load()
-    with suppress(Exception):  # broken EXIF is no reason to lose good pixels
+    with suppress(Exception):  # the pixels are good even if the EXIF data is broken
         ImageOps.exif_transpose(image, in_place=True)
     if image.mode == "F":
         image = Image.fromarray(_to_uint8(np.asarray(image)))
     elif image.mode.startswith("I"):  # 16-bit gray, which `convert` would clip at 255
         image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
-    pixels = np.array(
-        image if image.mode == PIL_MODES[channels] else image.convert(PIL_MODES[channels])
-    )
+    mode = PIL_MODES[channels]
+    pixels = np.array(image if image.mode == mode else image.convert(mode))
     return pixels[..., None] if channels == 1 else pixels
 
 
 def _to_uint8(pixels: np.ndarray) -> np.ndarray:
-    """Any type's pixels as uint8: the upper byte of uint16, floats and booleans from 0..1."""
+    """Convert pixels to uint8: the upper byte of uint16; floats and booleans are from 0 to 1."""
     kind = pixels.dtype.kind
     if pixels.dtype == np.uint8:
         return pixels

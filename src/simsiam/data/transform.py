@@ -1,4 +1,4 @@
-"""The preprocessing of evaluation: an image to the tensor that a backbone expects, without randomness."""
+"""The preprocessing of evaluation: from an image to the input of a backbone, without randomness."""
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +17,14 @@ from simsiam.utils.workers import CPU_CORES
 
 @dataclass(frozen=True)
 class Transform:
-    """An image to what the backbone expects: shorter side to `resize` pixels (bilinear), center crop, normalization."""
+    """Resize the shorter side of an image to `resize` pixels, crop its center, and normalize it.
+
+    Attributes:
+        size: Side of the result in pixels.
+        mean: Mean of each channel, of pixels from 0 to 1.
+        std: Standard deviation of each channel.
+        interpolation: How images are resized; always "bilinear".
+    """
 
     size: int
     mean: tuple[float, ...]
@@ -26,19 +33,36 @@ class Transform:
 
     @property
     def resize(self) -> int:
-        """256 for a crop of 224 and in proportion for others; small images are not cropped (section A, appendix D)."""
+        """256 for a crop of 224, in proportion for others; equal to `size` up to 64 pixels.
+
+        Appendices A and D of the paper: small images are not cropped.
+        """
         return self.size if self.size <= 64 else round(self.size * 256 / 224)
 
     def __call__(
         self, image: Image.Image | np.ndarray | Sequence[Image.Image | np.ndarray]
     ) -> Tensor:
-        """One image or several to a batch (N, C, size, size), float32. An array is uint8 (H, W, C)."""
+        """Transform images.
+
+        Args:
+            image: One image or several: Pillow images, or uint8 arrays (H, W, C).
+
+        Returns:
+            (N, C, size, size) float32.
+        """
         images = [image] if isinstance(image, Image.Image | np.ndarray) else image
         arrays = [np.asarray(i.convert("RGB")) if isinstance(i, Image.Image) else i for i in images]
         return self.normalize(torch.cat([self.crop(image_to_tensor(array)) for array in arrays]))
 
     def crop(self, pixels: Tensor) -> Tensor:
-        """uint8 (N, C, H, W) to uint8 (N, C, size, size)."""
+        """Resize images and crop their centers.
+
+        Args:
+            pixels: uint8 (N, C, H, W).
+
+        Returns:
+            uint8 (N, C, size, size).
+        """
         if pixels.shape[-2:] == (self.size, self.size) == (self.resize, self.resize):
             return pixels
         return TF.center_crop(
@@ -46,7 +70,14 @@ class Transform:
         )
 
     def normalize(self, pixels: Tensor) -> Tensor:
-        """uint8 (N, C, size, size) to float32, (x / 255 - mean) / std."""
+        """Normalize crops: (x / 255 - mean) / std.
+
+        Args:
+            pixels: uint8 (N, C, size, size).
+
+        Returns:
+            float32, of the same shape.
+        """
         mean, std = (
             torch.tensor(v, device=pixels.device).view(-1, 1, 1) for v in (self.mean, self.std)
         )
@@ -54,40 +85,54 @@ class Transform:
 
 
 def image_to_tensor(pixels: np.ndarray) -> Tensor:
-    """uint8 (H, W, C) to (1, C, H, W)."""
+    """Convert an image to a batch of one.
+
+    Args:
+        pixels: uint8 (H, W, C).
+
+    Returns:
+        uint8 (1, C, H, W).
+    """
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))[None]
 
 
 def iter_crops(
     images: Images, transform: Transform, skipped: list[tuple[str, str]], chunk_size: int = 256
 ) -> Iterator[tuple[np.ndarray, Tensor]]:
-    """Positions and cropped pixels, uint8, of up to `size` readable images at a time; the others go into `skipped`."""
+    """Read and crop all images, a chunk at a time.
+
+    Args:
+        images: The images.
+        transform: Crops them; does not normalize.
+        skipped: A list to which the (key, reason) of each unreadable image is appended.
+        chunk_size: Number of images in a chunk.
+
+    Yields:
+        Positions (n,) of the readable images of a chunk, and their pixels, uint8 (n, C, size,
+        size).
+
+    Raises:
+        WorkFailed: A shard can no longer be read.
+    """
 
     def read(i: int) -> Tensor | None:
         try:
-            return transform.crop(image_to_tensor(near.read(i, min_side=2 * transform.resize)))
+            return transform.crop(image_to_tensor(loaded.read(i, min_side=2 * transform.resize)))
         except Unreadable as error:
             skipped.append((images.keys[i], str(error)))
             return None
 
-    near = images
+    loaded = images
     with ThreadPoolExecutor(CPU_CORES) as pool:
         for start in range(0, len(images), chunk_size):
             index = np.arange(start, min(start + chunk_size, len(images)))
             if images.pixels is not None:
-                yield (
-                    index,
-                    transform.crop(torch.from_numpy(images.pixels[start : start + chunk_size])),
-                )
+                chunk = torch.from_numpy(images.pixels[start : start + chunk_size])
+                yield index, transform.crop(chunk)
                 continue
-            near = near.prefetch(
-                index, 0.25
-            )  # all of a block is read where much of it is asked for
-            found = [
-                (i, pixels)
-                for i, pixels in zip(index, pool.map(read, index), strict=True)
-                if pixels is not None
-            ]
-            if found:
-                kept, pixels = zip(*found, strict=True)
-                yield np.array(kept), torch.cat(pixels)
+            loaded = loaded.prefetch(index, 0.25)  # a block is read if enough of it is needed
+            results = zip(index, pool.map(read, index), strict=True)
+            readable = [(i, pixels) for i, pixels in results if pixels is not None]
+            if readable:
+                positions, crops = zip(*readable, strict=True)
+                yield np.array(positions), torch.cat(crops)

@@ -1,8 +1,9 @@
-"""The catalog of a set of shards: where each image lies, found once and kept, so that a set of any size opens at once.
+"""The catalog of a set of shards: where each image is, so that a set of any size opens quickly.
 
-A tar is scanned header by header; of Parquet the footers suffice. The catalog is an Arrow file in the user's cache
-folder, mapped rather than read, and holds as long as no shard changes its size or its time. `simsiam shard` leaves one
-beside the tars, so that nobody has to scan them. Loads no torch.
+Scanning a tar reads all its headers; for Parquet the footers are enough. The result is kept as an
+Arrow file in the user's cache folder, which is memory-mapped and valid until a shard changes its
+size or modification time. `simsiam shard` also writes a catalog next to the tars, so that they need
+no scan. This module does not import torch.
 """
 
 import json
@@ -15,7 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import BinaryIO, NamedTuple, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -25,7 +26,6 @@ import pyarrow.parquet as pq
 from simsiam.data.decode import EXTENSIONS
 from simsiam.data.images import Images
 from simsiam.data.shards import (
-    MAX_FILE_BYTES,
     ROW_GROUP_STRIDE,
     ImageLocations,
     Shards,
@@ -37,86 +37,116 @@ from simsiam.data.shards import (
     read_error,
     uncompressed_sizes,
 )
-from simsiam.data.storage import Names
+from simsiam.data.storage import MAX_FILE_BYTES, Names
 from simsiam.errors import UsageError, WorkFailed, printable
 from simsiam.utils.files import atomic_write, cache_dir, file_lock
 from simsiam.utils.workers import parallel_map_with_progress
 
 CATALOG_VERSION = 1  # of the files in the cache
-CATALOG_FILE = "index.arrow"  # a catalog beside the shards
-LABEL_NAMES = ("label", "labels", "fine_label")  # usual names of a label
+CATALOG_FILE = "index.arrow"  # a catalog next to the shards
+LABEL_NAMES = ("label", "labels", "fine_label")  # usual names of a label column
 IMAGE_SUFFIXES = tuple(extension.encode() for extension in EXTENSIONS)
-MAX_METADATA_BYTES = 2**20  # bytes of a .cls, a .json or a tar's long name
-# One record batch a shard, one row an image.
+MAX_METADATA_BYTES = 2**20  # limit for a .cls, a .json, and a long name in a tar
+# One record batch per shard, one row per image.
 CATALOG_SCHEMA = pa.schema(
     {"key": pa.large_binary(), "start": pa.int64(), "size": pa.int64(), "label": pa.int64()}
 )
-# What is found in one shard, before all labels are known.
+# What scanning one shard shows, before the set of all labels is known.
 SCAN_SCHEMA = pa.schema(
     {"key": pa.large_binary(), "start": pa.int64(), "size": pa.int64(), "label": pa.large_binary()}
 )
 
 
 class ShardFile(NamedTuple):
-    """A shard, as it is listed."""
+    """A shard in a list of files.
 
-    path: str  # or URL
+    Attributes:
+        path: Its path or URL.
+        size: Its size in bytes.
+        stamp: A text that changes when the file does: its time in ns, or the ETag of a store.
+        split: "train", "val" or "test".
+    """
+
+    path: str
     size: int
-    stamp: str  # changes when the file does: its time in ns, or a store's ETag
+    stamp: str
     split: str
+
+
+CacheKey: TypeAlias = list[int | list[str | int]]  # version, and fields of each ShardFile
 
 
 @dataclass(frozen=True, eq=False)
 class Catalog:
+    """Where the images of a set of shards are.
+
+    Attributes:
+        files: The shards.
+        batches: For each shard, a record batch of CATALOG_SCHEMA; a label is a position in
+            `classes`, or -1.
+        classes: Class names.
+        damage: (shard, what is lost with it) of each damaged shard.
+        column: Parquet: the column of image files.
+    """
+
     files: Sequence[ShardFile]
-    batches: Iterable[
-        pa.RecordBatch
-    ]  # of SCHEMA, one a file; a label is a position in `classes`, or -1
+    batches: Iterable[pa.RecordBatch]
     classes: tuple[str, ...]
-    damage: tuple[tuple[str, str], ...]  # files, and what is lost with them
-    column: str | None  # of Parquet
+    damage: tuple[tuple[str, str], ...]
+    column: str | None
 
     def load_split(self, split: str) -> tuple[Images, np.ndarray | None]:
-        """The images of a split, in the order of files, and their labels if each has one."""
-        mine = [batch for file, batch in zip(self.files, self.batches) if file.split == split]
+        """Return the images of a split, in the order of files.
+
+        Args:
+            split: "train", "val" or "test".
+
+        Returns:
+            The images, and their labels, int64 (N,), or None unless every image has one.
+        """
+        batches = [batch for file, batch in zip(self.files, self.batches) if file.split == split]
         starts, sizes, labels = (
-            [batch[name].to_numpy() for batch in mine] for name in ("start", "size", "label")
+            [batch[name].to_numpy() for batch in batches] for name in ("start", "size", "label")
         )
-        keys = Names(pa.chunked_array([batch["key"] for batch in mine], pa.large_binary()))
+        keys = Names(pa.chunked_array([batch["key"] for batch in batches], pa.large_binary()))
         files = tuple(file.path for file in self.files if file.split == split)
         images = Images(keys, Shards(ImageLocations(files, starts, sizes, self.column)))
         complete = bool(self.classes) and all((part >= 0).all() for part in labels)
         return images, np.concatenate(labels) if complete else None
 
 
-# --- what is there ----------------------------------------------------------------------------------------------------
+# --- listing files ------------------------------------------------------------------------------
 
 
 def list_files(folder: str) -> dict[str, tuple[int, str]]:
-    """Size and stamp of each visible file in a folder or under a URL, by path; {} where there is no such folder."""
+    """List the visible files in a folder or under a URL.
+
+    Args:
+        folder: A folder or a URL.
+
+    Returns:
+        (size in bytes, stamp) of each file by its path, sorted; {} if there is no such folder.
+
+    Raises:
+        WorkFailed: A remote folder cannot be listed.
+    """
     if not is_url(folder):
         with suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
-            found = {
-                e.path: e.stat() for e in entries if not e.name.startswith(".") and e.is_file()
-            }
-            return {
-                path: (status.st_size, str(status.st_mtime_ns))
-                for path, status in sorted(found.items())
-            }
+            visible = [e for e in entries if not e.name.startswith(".") and e.is_file()]
+            stats = sorted((e.path, e.stat()) for e in visible)
+            return {path: (status.st_size, str(status.st_mtime_ns)) for path, status in stats}
         return {}
     system, path = filesystem(folder)
     try:
         entries = system.ls(path, detail=True)
     except FileNotFoundError:
         return {}
-    except Exception as error:  # a store's client raises what it likes
+    except Exception as error:  # the client of a store may raise anything
         raise read_error(folder, error) from None
     files = {system.unstrip_protocol(e["name"]): e for e in entries if e["type"] == "file"}
+    stamp_names = ("ETag", "mtime", "LastModified", "created")  # names differ between stores
     return {
-        url: (
-            e["size"],
-            str(e.get("ETag") or e.get("mtime") or e.get("LastModified") or e.get("created")),
-        )
+        url: (e["size"], str(next((e[name] for name in stamp_names if e.get(name)), None)))
         for url, e in sorted(files.items())
         if not url.rsplit("/", 1)[-1].startswith(".")
     }
@@ -125,81 +155,101 @@ def list_files(folder: str) -> dict[str, tuple[int, str]]:
 def load_catalog(
     location: str, files: Sequence[ShardFile], layout: "ParquetLayout | None" = None
 ) -> Catalog:
-    """The catalog of tar shards, or of Parquet in a layout: the one that is kept, the one beside them, or a new one.
+    """Load the catalog of shards: from the cache, from the file next to them, or by a scan.
 
-    A new one is made by all cores; stopped, it goes on where it was. Raises WorkFailed where a shard cannot be read.
+    A scan uses all cores. If it is interrupted, the next one continues it.
+
+    Args:
+        location: The folder or URL of the shards.
+        files: The shards.
+        layout: The columns of Parquet shards; None for tars.
+
+    Returns:
+        The catalog, memory-mapped.
+
+    Raises:
+        UsageError: Parquet files have different columns, or are implausible.
+        WorkFailed: A shard cannot be read.
     """
-    about = [CATALOG_VERSION, *map(list, files)]
-    kept = cache_dir("catalogs") / f"{blake2b(location.encode(), digest_size=16).hexdigest()}.arrow"
-    if (found := _read_cached(kept, files, about)) is not None:
-        return found
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    with file_lock(
-        kept.with_suffix(".lock"), wait=True
-    ):  # the processes of a run open their source at the same time
-        if (found := _read_cached(kept, files, about)) is not None:
-            return found
+    cache_key: CacheKey = [CATALOG_VERSION]
+    cache_key += [[file.path, file.size, file.stamp, file.split] for file in files]
+    name = blake2b(location.encode(), digest_size=16).hexdigest()
+    path = cache_dir("catalogs") / f"{name}.arrow"
+    if (catalog := _read_cached(path, files, cache_key)) is not None:
+        return catalog
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The processes of a run open their source at the same time: one scans, the others wait.
+    with file_lock(path.with_suffix(".lock"), wait=True):
+        if (catalog := _read_cached(path, files, cache_key)) is not None:
+            return catalog
         notes: list[tuple[str, str]] = []
-        shipped = _read_sidecar(location, files, notes) if layout is None else None
-        if shipped is None:
-            _build_catalog(kept, files, about, layout, notes)
+        sidecar = _read_sidecar(location, files, notes) if layout is None else None
+        if sidecar is None:
+            _build_catalog(path, files, cache_key, layout, notes)
         else:
-            _write_catalog(kept, shipped, about)
-        found = _read_cached(kept, files, about)
-    assert found is not None
-    return found
+            _write_catalog(path, sidecar, cache_key)
+        catalog = _read_cached(path, files, cache_key)
+    assert catalog is not None
+    return catalog
 
 
 def write_sidecar_catalog(folder: Path, files: Sequence[ShardFile]) -> None:
-    """Leave the catalog of these tars beside them, for whoever opens them."""
-    about = [
-        CATALOG_VERSION,
-        *([printable_name(file.path), file.size, "", file.split] for file in files),
-    ]
-    _build_catalog(folder / CATALOG_FILE, files, about, None, [])
+    """Write the catalog of tars next to them, so that opening them needs no scan.
+
+    Args:
+        folder: The folder of the tars.
+        files: The tars.
+
+    Raises:
+        WorkFailed: A tar cannot be read.
+    """
+    cache_key: CacheKey = [CATALOG_VERSION]
+    cache_key += [[printable_name(file.path), file.size, "", file.split] for file in files]
+    _build_catalog(folder / CATALOG_FILE, files, cache_key, None, [])
 
 
 def _build_catalog(
     path: Path,
     files: Sequence[ShardFile],
-    cache_key: list[Any],
+    cache_key: CacheKey,
     layout: "ParquetLayout | None",
     notes: list[tuple[str, str]],
 ) -> None:
-    """Scan the shards that have not been scanned, and put together what was found."""
+    """Scan the shards that have not been scanned, and merge the results."""
     folder = path.with_suffix(".parts")
     folder.mkdir(exist_ok=True)
-    parts = [
-        folder / f"{blake2b(repr(file).encode(), digest_size=16).hexdigest()}.arrow"
-        for file in files
-    ]
-    parallel_map_with_progress(
-        _scan_shard,
-        [(file, part, layout) for file, part in zip(files, parts) if not part.exists()],
-        "scanning",
-    )
+    digests = [blake2b(repr(file).encode(), digest_size=16).hexdigest() for file in files]
+    parts = [folder / f"{digest}.arrow" for digest in digests]
+    jobs = [(file, part, layout) for file, part in zip(files, parts) if not part.exists()]
+    parallel_map_with_progress(_scan_shard, jobs, "scanning")
     _write_catalog(path, _merge_parts(files, parts, layout, notes), cache_key)
     shutil.rmtree(folder)
 
 
-# --- keeping ----------------------------------------------------------------------------------------------------------
+# --- reading and writing catalogs ---------------------------------------------------------------
 
 
-def _read_cached(path: Path, files: Sequence[ShardFile], cache_key: list[Any]) -> Catalog | None:
-    """The catalog in the cache, mapped; None where there is none of exactly these files."""
+def _read_cached(path: Path, files: Sequence[ShardFile], cache_key: CacheKey) -> Catalog | None:
+    """Map the catalog in the cache; return None if there is none of exactly these files."""
     with suppress(OSError, ValueError, LookupError, TypeError, pa.ArrowException):
         reader = pa.ipc.open_file(pa.memory_map(str(path)))
-        known = json.loads(reader.schema.metadata[b"simsiam"])
-        if known["files"] == cache_key and reader.num_record_batches == len(files):
+        metadata = json.loads(reader.schema.metadata[b"simsiam"])
+        if metadata["files"] == cache_key and reader.num_record_batches == len(files):
             batches = [reader.get_batch(i) for i in range(len(files))]
-            damage = tuple((name, what) for name, what in known["damage"])
-            return Catalog(files, batches, tuple(known["classes"]), damage, known["column"])
+            damage = tuple((name, reason) for name, reason in metadata["damage"])
+            classes = tuple(metadata["classes"])
+            return Catalog(files, batches, classes, damage, metadata["column"])
     return None
 
 
-def _write_catalog(path: Path, catalog: Catalog, cache_key: list[Any]) -> None:
-    facts = {"classes": catalog.classes, "damage": catalog.damage, "column": catalog.column}
-    schema = CATALOG_SCHEMA.with_metadata({"simsiam": json.dumps({"files": cache_key} | facts)})
+def _write_catalog(path: Path, catalog: Catalog, cache_key: CacheKey) -> None:
+    metadata = {
+        "files": cache_key,
+        "classes": catalog.classes,
+        "damage": catalog.damage,
+        "column": catalog.column,
+    }
+    schema = CATALOG_SCHEMA.with_metadata({"simsiam": json.dumps(metadata)})
     with (
         atomic_write(path) as part,
         pa.OSFile(str(part), "wb") as file,
@@ -212,7 +262,11 @@ def _write_catalog(path: Path, catalog: Catalog, cache_key: list[Any]) -> None:
 def _read_sidecar(
     location: str, files: Sequence[ShardFile], notes: list[tuple[str, str]]
 ) -> Catalog | None:
-    """The catalog beside the shards, believed only as far as it can do no harm; a note where it does not fit."""
+    """Read the catalog next to the shards, after checking it.
+
+    If it does not match the shards or is damaged, append to `notes` and return None: the shards are
+    then scanned.
+    """
     path = f"{location.rstrip('/')}/{CATALOG_FILE}"
     if path not in list_files(location):
         return None
@@ -220,34 +274,10 @@ def _read_sidecar(
         with tempfile.TemporaryDirectory(dir=cache_dir("catalogs")) as folder:
             copy = path
             if is_url(path):
-                copy, (system, there) = f"{folder}/{CATALOG_FILE}", filesystem(path)
-                system.get_file(there, copy)
+                copy, (system, remote_path) = f"{folder}/{CATALOG_FILE}", filesystem(path)
+                system.get_file(remote_path, copy)
             reader = pa.ipc.open_file(pa.memory_map(copy))
-            known = json.loads(reader.schema.metadata[b"simsiam"])
-            batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
-            counts = {
-                name: (size, len(batch))
-                for (name, size, *_), batch in zip(known["files"][1:], batches)
-            }
-            here = {file.path.rsplit("/", 1)[-1]: file.size for file in files}
-            for name, (size, count) in counts.items():
-                if here.get(name) != size:
-                    now = (
-                        f"has {here[name]:,} bytes, not {size:,}"
-                        if name in here
-                        else "is not there"
-                    )
-                    notes.append(
-                        (printable(name), f"{now}: of its {count:,} images, some or all are lost")
-                    )
-            if notes or counts.keys() != here.keys() or known["files"][0] != CATALOG_VERSION:
-                return None
-            ordered = [batches[list(counts).index(name)] for name in here]
-            classes = tuple(known["classes"])
-            for file, batch in zip(files, ordered):
-                _check_batch(file, batch, classes)
-            damage = tuple((str(name), str(what)) for name, what in known["damage"])
-            return Catalog(files, ordered, classes, damage, None)
+            return _check_sidecar(reader, files, notes)
     except (
         OSError,
         ValueError,
@@ -262,12 +292,38 @@ def _read_sidecar(
         return None
 
 
+def _check_sidecar(
+    reader: pa.RecordBatchFileReader, files: Sequence[ShardFile], notes: list[tuple[str, str]]
+) -> Catalog | None:
+    """Return the catalog if it is of exactly these shards; see `_read_sidecar`."""
+    metadata = json.loads(reader.schema.metadata[b"simsiam"])
+    version, *listed = metadata["files"]
+    batches = {
+        name: (size, reader.get_batch(i))
+        for i, (name, size, *_) in zip(range(reader.num_record_batches), listed)
+    }
+    sizes = {file.path.rsplit("/", 1)[-1]: file.size for file in files}
+    for name, (size, batch) in batches.items():
+        if sizes.get(name) != size:
+            state = f"has {sizes[name]:,} bytes, not {size:,}" if name in sizes else "is not there"
+            notes.append(
+                (printable(name), f"{state}: of its {len(batch):,} images, some or all are lost")
+            )
+    if notes or batches.keys() != sizes.keys() or version != CATALOG_VERSION:
+        return None
+    ordered = [batches[name][1] for name in sizes]
+    classes = tuple(metadata["classes"])
+    for file, batch in zip(files, ordered):
+        _check_batch(file, batch, classes)
+    damage = tuple((str(name), str(reason)) for name, reason in metadata["damage"])
+    return Catalog(files, ordered, classes, damage, None)
+
+
 def _check_batch(file: ShardFile, batch: pa.RecordBatch, classes: tuple[str, ...]) -> None:
-    """Raises ValueError where a batch says what cannot be."""
+    """Raise ValueError if a batch has impossible values."""
     batch.validate(full=True)
-    if not batch.schema.equals(CATALOG_SCHEMA) or not all(
-        isinstance(name, str) for name in classes
-    ):
+    all_text = all(isinstance(name, str) for name in classes)
+    if not batch.schema.equals(CATALOG_SCHEMA) or not all_text:
         raise ValueError("schema")
     start, size, label = (batch[name].to_numpy() for name in ("start", "size", "label"))
     inside = (
@@ -277,31 +333,45 @@ def _check_batch(file: ShardFile, batch: pa.RecordBatch, classes: tuple[str, ...
         & (start <= file.size)
         & (start + size <= file.size)
     )
-    if (
-        not inside.all()
-        or (np.diff(start) <= 0).any()
-        or (label < -1).any()
-        or (label >= len(classes)).any()
-    ):
+    increasing = (np.diff(start) > 0).all()
+    known_labels = ((label >= -1) & (label < len(classes))).all()
+    if not (inside.all() and increasing and known_labels):
         raise ValueError("places")
 
 
-# --- scanning ---------------------------------------------------------------------------------------------------------
+# --- scanning -----------------------------------------------------------------------------------
 
 
 class ParquetLayout(NamedTuple):
-    """What the columns of a Parquet file are."""
+    """What the columns of a Parquet file are.
 
-    image_column: str  # the column of image files, "image.bytes"
-    label_column: str | None  # a column of whole numbers
-    class_names: tuple[str, ...]  # of the classes; () where the file does not say
+    Attributes:
+        image_column: The column of image files, such as "image.bytes".
+        label_column: A column of integers, or None.
+        class_names: Class names; () if the file has none.
+    """
+
+    image_column: str
+    label_column: str | None
+    class_names: tuple[str, ...]
 
 
 def detect_parquet_layout(parquet: pq.ParquetFile, file: str) -> ParquetLayout:
-    """Raises UsageError where there is no column of image files."""
+    """Find the columns of images and labels.
+
+    Args:
+        parquet: The open file.
+        file: Its path or URL.
+
+    Returns:
+        The columns and the class names.
+
+    Raises:
+        UsageError: There is no column of image files.
+    """
     schema = parquet.schema_arrow
-    about = _huggingface_features(schema.metadata or {})
-    kinds = {name: feature.get("_type") for name, feature in about.items()}
+    features = _huggingface_features(schema.metadata or {})
+    kinds = {name: feature.get("_type") for name, feature in features.items()}
     images = sorted(
         (f for f in schema if _is_bytes_type(f.type)), key=lambda f: kinds.get(f.name) != "Image"
     )
@@ -310,21 +380,18 @@ def detect_parquet_layout(parquet: pq.ParquetFile, file: str) -> ParquetLayout:
     labels = [f.name for f in schema if pa.types.is_integer(f.type)]
     labels = [name for name in labels if kinds.get(name) == "ClassLabel" or name in LABEL_NAMES]
     labels.sort(key=lambda name: (kinds.get(name) != "ClassLabel", name not in LABEL_NAMES))
-    names = about.get(labels[0], {}).get("names") if labels else None
-    names = (
-        tuple(names)
-        if isinstance(names, list) and all(isinstance(name, str) for name in names)
-        else ()
-    )
+    names = features.get(labels[0], {}).get("names") if labels else None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        names = []
     image = images[0].name + ".bytes" * pa.types.is_struct(images[0].type)
-    return ParquetLayout(image, labels[0] if labels else None, names)
+    return ParquetLayout(image, labels[0] if labels else None, tuple(names))
 
 
-def _huggingface_features(metadata: Mapping[bytes, bytes]) -> dict[str, dict[str, Any]]:
-    """What Hugging Face says of the columns, as far as it makes sense."""
+def _huggingface_features(metadata: Mapping[bytes, bytes]) -> dict[str, dict]:
+    """Read Hugging Face's description of each column, as far as it is valid."""
     try:
-        about = json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"]
-        return {name: feature for name, feature in about.items() if isinstance(feature, dict)}
+        features = json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"]
+        return {name: feature for name, feature in features.items() if isinstance(feature, dict)}
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return {}
 
@@ -336,7 +403,7 @@ def _is_bytes_type(dtype: pa.DataType) -> bool:
 
 
 def _scan_shard(file: ShardFile, part: Path, layout: ParquetLayout | None) -> None:
-    """Look through one shard, and keep what was found."""
+    """Scan one shard and write the result."""
     table, notes = _scan_tar(file) if layout is None else (_scan_parquet(file, layout), [])
     schema = SCAN_SCHEMA.with_metadata({"simsiam": json.dumps(notes)})
     with (
@@ -348,129 +415,133 @@ def _scan_shard(file: ShardFile, part: Path, layout: ParquetLayout | None) -> No
 
 
 def _scan_parquet(file: ShardFile, layout: ParquetLayout) -> pa.Table:
-    """Rows by row group and row; keys are given when all are counted."""
+    """List the rows of a Parquet file; keys are assigned when all rows are counted."""
     try:
         with open_file(file.path) as opened:
             parquet = pq.ParquetFile(opened)
-            if (theirs := detect_parquet_layout(parquet, file.path)) != layout:
+            if (file_layout := detect_parquet_layout(parquet, file.path)) != layout:
                 raise UsageError(
-                    f"{printable_name(file.path)} has other columns or class names than the first: {theirs}"
+                    f"{printable_name(file.path)} has other columns or class names than the first: "
+                    f"{file_layout}"
                 )
             starts, sizes = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
-            for group, size in enumerate(
-                uncompressed_sizes(parquet, layout.image_column, file.path, file.size)
-            ):
+            group_sizes = uncompressed_sizes(parquet, layout.image_column, file.path, file.size)
+            for group, size in enumerate(group_sizes):
                 rows = np.arange(parquet.metadata.row_group(group).num_rows)
                 starts.append(group * ROW_GROUP_STRIDE + rows)
                 sizes.append(size * (rows + 1) // len(rows) - size * rows // len(rows))
             labels = pa.nulls(parquet.metadata.num_rows, pa.large_binary())
             if layout.label_column:
-                labels = (
-                    parquet.read([layout.label_column])[layout.label_column]
-                    .cast(pa.string())
-                    .cast(pa.large_binary())
-                )
+                column = parquet.read([layout.label_column])[layout.label_column]
+                labels = column.cast(pa.string()).cast(pa.large_binary())
     except (pa.ArrowException, OSError) as error:
         raise read_error(file.path, error) from None
     keys = pa.nulls(len(labels), pa.large_binary())
     return pa.table([keys, np.concatenate(starts), np.concatenate(sizes), labels], SCAN_SCHEMA)
 
 
-def _scan_tar(file: ShardFile) -> tuple[pa.Table, list[tuple[str, str]]]:
-    """The images in a tar, with the label that stands beside them, and what is wrong with the tar.
+class _TarScan:
+    """The images of a tar and their labels, collected member by member."""
 
-    As WebDataset has it: files that follow each other and have one name up to the first dot are one sample; `.cls` is
-    its label; `.json` may hold `label`, and `path` and `class`, which `simsiam shard` writes. Without, a folder in the
-    tar is the label.
-    """
-    keys, starts, sizes, labels = list[bytes](), list[int](), list[int](), list[bytes | None]()
-    shard, notes, odd = os.fsencode(file.path.rsplit("/", 1)[-1]), list[tuple[str, str]](), 0
-    sample, about, images = b"", dict[str, bytes](), list[tuple[bytes, int, int]]()
+    def __init__(self, shard: bytes):
+        self.shard = shard  # file name
+        self.keys, self.labels = list[bytes](), list[bytes | None]()
+        self.starts, self.sizes = list[int](), list[int]()
+        self.ignored = 0  # members that are neither folders nor plain files inside
+        # The current sample: its name, its images (name, start, size), and its metadata.
+        self.sample = b""
+        self.images = list[tuple[bytes, int, int]]()
+        self.metadata = dict[str, bytes]()
 
-    def close() -> None:
-        for name, start, size in images:
+    def add(self, info: tarfile.TarInfo, opened: BinaryIO) -> None:
+        """Take a member into the current sample, or begin the next one."""
+        name = normalize_member_path(info.name)
+        too_large = info.size > MAX_FILE_BYTES
+        if not info.isfile() or info.issparse() or name is None or too_large:
+            self.ignored += not info.isdir()
+            return
+        stem, _, extension = name.rpartition(b"/")[2].partition(b".")
+        sample = name.rpartition(b"/")[0] + b"/" + stem
+        if sample != self.sample:
+            self.close_sample()
+            self.sample = sample
+        if is_image_path(name):
+            self.images.append((name, info.offset_data, info.size))
+        elif extension.lower() in (b"cls", b"json") and info.size <= MAX_METADATA_BYTES:
+            opened.seek(info.offset_data)
+            self.metadata |= _parse_sample_metadata(extension.lower(), opened.read(info.size))
+
+    def close_sample(self) -> None:
+        """Record the images of the current sample."""
+        for name, start, size in self.images:
             folder = name.split(b"/")[0] if b"/" in name else None
-            keys.append(
-                about.get("path", b"")
-                if len(images) == 1 and "path" in about
-                else shard + b"/" + name
-            )
-            labels.append(about.get("class") or about.get("label") or folder)
-            starts.append(start)
-            sizes.append(size)
+            has_path = len(self.images) == 1 and "path" in self.metadata
+            self.keys.append(self.metadata["path"] if has_path else self.shard + b"/" + name)
+            self.labels.append(self.metadata.get("class") or self.metadata.get("label") or folder)
+            self.starts.append(start)
+            self.sizes.append(size)
+        self.images, self.metadata = [], {}
 
-    end = 0
+    def table(self) -> pa.Table:
+        columns = zip((self.keys, self.starts, self.sizes, self.labels), SCAN_SCHEMA.types)
+        return pa.table([pa.array(column, kind) for column, kind in columns], SCAN_SCHEMA)
+
+
+def _scan_tar(file: ShardFile) -> tuple[pa.Table, list[tuple[str, str]]]:
+    """List the images in a tar with their labels, and what is wrong with the tar.
+
+    As in WebDataset, consecutive files with the same name up to the first dot are one sample. Its
+    `.cls` is the label; its `.json` may have `label`, and `path` and `class`, which `simsiam shard`
+    writes. Without these, a folder in the tar is the label.
+    """
+    scan, notes = _TarScan(os.fsencode(file.path.rsplit("/", 1)[-1])), list[tuple[str, str]]()
+    name, end = printable_name(file.path), 0
     try:
         with open_file(file.path) as opened:
             for info in iter_tar_members(opened):
                 end = info.offset_data + info.size
                 if end > file.size:
                     raise tarfile.ReadError("cut off")
-                name = normalize_member_path(info.name)
-                if (
-                    not info.isfile()
-                    or info.issparse()
-                    or name is None
-                    or info.size > MAX_FILE_BYTES
-                ):
-                    odd += not info.isdir()
-                    continue
-                stem, _, extension = name.rpartition(b"/")[2].partition(b".")
-                key = name.rpartition(b"/")[0] + b"/" + stem
-                if key != sample:
-                    close()
-                    sample, about, images = key, {}, []
-                if is_image_path(name):
-                    images.append((name, info.offset_data, info.size))
-                elif extension.lower() in (b"cls", b"json") and info.size <= MAX_METADATA_BYTES:
-                    opened.seek(info.offset_data)
-                    about |= _parse_sample_metadata(extension.lower(), opened.read(info.size))
+                scan.add(info, opened)
     except (tarfile.TarError, ValueError, EOFError, OverflowError, RuntimeError, OSError) as error:
         if not is_corruption(error):
             raise read_error(file.path, error) from None
-        close()
-        notes.append((
-            printable_name(file.path),
-            f"damaged or cut off near byte {min(end, file.size):,} of {file.size:,}: the {len(keys):,} images before "
-            "it are used, what follows is lost",
-        ))  # fmt: skip
-    else:
-        close()
-    if odd:
-        notes.append(
-            (
-                printable_name(file.path),
-                f"{odd:,} links, devices, giants or paths that lead outside are ignored",
-            )
+        scan.close_sample()
+        reason = (
+            f"damaged or cut off near byte {min(end, file.size):,} of {file.size:,}: "
+            f"the {len(scan.keys):,} images before it are used, what follows is lost"
         )
-    return pa.table(
-        [
-            pa.array(column, kind)
-            for column, kind in zip((keys, starts, sizes, labels), SCAN_SCHEMA.types)
-        ],
-        SCAN_SCHEMA,
-    ), notes
+        notes.append((name, reason))
+    else:
+        scan.close_sample()
+    if scan.ignored:
+        reason = (
+            f"{scan.ignored:,} links, devices, too large files or paths that lead outside "
+            "are ignored"
+        )
+        notes.append((name, reason))
+    return scan.table(), notes
 
 
 def _parse_sample_metadata(extension: bytes, data: bytes) -> dict[str, bytes]:
-    """What a sample's .cls or .json says of its image."""
+    """Read `label`, `path` and `class` from the .cls or .json of a sample."""
     if extension == b"cls":
         return {"label": data.strip()} if data.strip() else {}
     try:
-        said = json.loads(data)
+        content = json.loads(data)
     except (ValueError, RecursionError):
         return {}
-    said = said if isinstance(said, dict) else {}
-    label = next(
-        (said[name] for name in LABEL_NAMES if isinstance(said.get(name), int | str)), None
-    )
-    found = {name: said[name] for name in ("path", "class") if isinstance(said.get(name), str)}
-    found |= {} if label is None else {"label": str(label)}
-    return {name: _encode_name(value) for name, value in found.items() if value}
+    content = content if isinstance(content, dict) else {}
+    texts = {key: content[key] for key in ("path", "class") if isinstance(content.get(key), str)}
+    for name in LABEL_NAMES:
+        if isinstance(content.get(name), int | str):
+            texts["label"] = str(content[name])
+            break
+    return {name: _encode_name(text) for name, text in texts.items() if text}
 
 
 def _encode_name(text: str) -> bytes:
-    """As the system has names; what it cannot have, with backslashes."""
+    """Encode a name as the system does; escape what it cannot encode with backslashes."""
     try:
         return os.fsencode(text)
     except UnicodeEncodeError:
@@ -478,19 +549,19 @@ def _encode_name(text: str) -> bytes:
 
 
 def _read_part(path: Path) -> pa.Table:
-    """What was found in one shard; read and closed, as there may be more of them than files may be open."""
+    """Read the result of a scan, and close the file: there may be more than can be open at once."""
     try:
         with pa.OSFile(str(path)) as file:
             return pa.ipc.open_file(file).read_all()
     except (OSError, pa.ArrowException) as error:
         path.unlink(missing_ok=True)
         raise WorkFailed(
-            f"the cache held something damaged, which is gone now; try again: {error}"
+            f"a file in the cache was damaged and is deleted now; try again: {error}"
         ) from None
 
 
 def _label_sort_key(label: bytes) -> tuple[int, int, bytes]:
-    """Numbers as numbers, before everything else."""
+    """Sort numbers by value, before everything else."""
     return (0, int(label), label) if label.isdigit() and len(label) < 19 else (1, 0, label)
 
 
@@ -500,59 +571,45 @@ def _merge_parts(
     layout: ParquetLayout | None,
     notes: list[tuple[str, str]],
 ) -> Catalog:
-    """All parts as one, with labels as positions among their sorted names; numbers are sorted as numbers."""
-    texts, damage = set[bytes | None](), list(notes)
+    """Merge the results of all scans; labels become positions in the sorted label texts."""
+    label_texts, damage = set[bytes | None](), list(notes)
     for part in parts:
         table = _read_part(part)
-        damage += [(name, what) for name, what in json.loads(table.schema.metadata[b"simsiam"])]
-        texts |= set(pc.unique(table["label"]).to_pylist())
-    named = sorted((text for text in texts if text is not None), key=_label_sort_key)
-    known = (
-        [str(i).encode() for i in range(len(layout.class_names))]
-        if layout and layout.class_names
-        else named
-    )
-    values, numbers = (
-        pa.array(known, pa.large_binary()),
-        {split: 0 for split in {file.split for file in files}},
-    )
-    classes = (
-        layout.class_names if layout and layout.class_names else tuple(map(os.fsdecode, named))
-    )
+        damage += [(name, why) for name, why in json.loads(table.schema.metadata[b"simsiam"])]
+        label_texts |= set(pc.unique(table["label"]).to_pylist())
+    if layout and layout.class_names:
+        classes = layout.class_names
+        label_values = [str(i).encode() for i in range(len(classes))]
+    else:
+        label_values = sorted((t for t in label_texts if t is not None), key=_label_sort_key)
+        classes = tuple(map(os.fsdecode, label_values))
+    value_set = pa.array(label_values, pa.large_binary())
+    row_counts = {file.split: 0 for file in files}
 
-    def batches() -> Iterator[pa.RecordBatch]:
+    def iter_batches() -> Iterator[pa.RecordBatch]:
         for file, part in zip(files, parts):
             table = _read_part(part)
-            labels, keys = (
-                pc.index_in(table["label"], values).fill_null(-1).cast(pa.int64()),
-                table["key"],
-            )
+            keys = table["key"]
+            labels = pc.index_in(table["label"], value_set).fill_null(-1).cast(pa.int64())
             if layout:
-                numbers[file.split] += len(table)
-                count = pa.array(
-                    np.arange(numbers[file.split] - len(table), numbers[file.split])
-                ).cast(pa.string())
-                keys = pc.binary_join_element_wise(f"{file.split}#", count, "").cast(
-                    pa.large_binary()
-                )
+                first = row_counts[file.split]
+                row_counts[file.split] += len(table)
+                rows = pa.array(np.arange(first, first + len(table))).cast(pa.string())
+                keys = pc.binary_join_element_wise(f"{file.split}#", rows, "")
+                keys = keys.cast(pa.large_binary())
             columns = [keys, table["start"], table["size"], labels]
-            whole_table = pa.table(columns, CATALOG_SCHEMA).combine_chunks()
-            yield (
-                whole_table.to_batches()[0]
-                if len(table)
-                else pa.RecordBatch.from_pylist([], CATALOG_SCHEMA)
-            )
+            batches = pa.table(columns, CATALOG_SCHEMA).combine_chunks().to_batches()
+            yield batches[0] if len(table) else pa.RecordBatch.from_pylist([], CATALOG_SCHEMA)
 
-    return Catalog(
-        files, batches(), classes, tuple(damage), layout.image_column if layout else None
-    )
+    column = layout.image_column if layout else None
+    return Catalog(files, iter_batches(), classes, tuple(damage), column)
 
 
-# --- tar --------------------------------------------------------------------------------------------------------------
+# --- tar ----------------------------------------------------------------------------------------
 
 
 class _CheckedTarInfo(tarfile.TarInfo):
-    """A member whose header is not believed blindly: a long name may not be gigabytes, and nothing leads backwards."""
+    """A member with a checked header: no name of gigabytes, and no negative size."""
 
     def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
         long = self.type in (
@@ -566,25 +623,50 @@ class _CheckedTarInfo(tarfile.TarInfo):
         return super()._proc_member(archive)  # type: ignore[misc]
 
 
-def iter_tar_members(opened: Any) -> Iterator[tarfile.TarInfo]:
-    """The members of an open .tar; raises what tarfile does, and ReadError where it does not end in zeros."""
+def iter_tar_members(opened: BinaryIO) -> Iterator[tarfile.TarInfo]:
+    """Read the headers of a .tar.
+
+    Args:
+        opened: The open file.
+
+    Yields:
+        Its members, in order.
+
+    Raises:
+        tarfile.TarError: The file is damaged, or does not end in zeros. `tarfile` may raise other
+            errors for damaged files.
+    """
     with tarfile.open(fileobj=opened, mode="r:", tarinfo=_CheckedTarInfo) as archive:
         while (info := archive.next()) is not None:
-            archive.members = []  # type: ignore[attr-defined]  # it would keep a kilobyte a file
+            archive.members = []  # type: ignore[attr-defined]  # it would keep a kilobyte per file
             yield info
-        opened.seek(archive.offset)  # tarfile takes a damaged header for the end
+        opened.seek(archive.offset)  # tarfile stops at a damaged header as if at the end
         if opened.read(tarfile.BLOCKSIZE).strip(b"\0"):
             raise tarfile.ReadError(f"damaged at byte {archive.offset:,}")
 
 
 def normalize_member_path(name: str) -> bytes | None:
-    """The path of a member of an archive, without "." and empty parts; None where it leads outside."""
+    """Normalize the path of a member of an archive.
+
+    Args:
+        name: Its name in the archive.
+
+    Returns:
+        The path without "." and empty parts; None if it is empty or leads outside the archive.
+    """
     parts = [part for part in os.fsencode(name).split(b"/") if part not in (b"", b".")]
     return b"/".join(parts) if parts and b".." not in parts else None
 
 
 def is_image_path(name: bytes) -> bool:
-    """Whether a path is that of a visible image file."""
+    """Return whether a path is that of an image file that is not hidden.
+
+    Args:
+        name: The path, with "/".
+
+    Returns:
+        Whether it has an extension of an image, and no part starts with a dot.
+    """
     return name.lower().endswith(IMAGE_SUFFIXES) and not any(
         part.startswith(b".") for part in name.split(b"/")
     )

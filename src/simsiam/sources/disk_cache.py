@@ -85,8 +85,8 @@ class PixelFile:
         with suppress(OSError):
             self.path.unlink()  # only one process succeeds, so only one prints the message
             print(
-                f"simsiam: {printable(str(self.path))} was damaged and is deleted; this run decodes "
-                "the images that were in it, and the next run writes it again",
+                f"simsiam: {printable(str(self.path))} was damaged and is deleted; this run "
+                "decodes the images that were in it, and the next run writes it again",
                 file=sys.stderr,
             )
         return None

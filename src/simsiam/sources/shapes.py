@@ -1,12 +1,14 @@
-"""The embedded data set: ten shapes, drawn by a program, so that the demo needs no file and no network.
+"""The embedded data set: ten shapes, drawn by this program, so the demo needs no file or network.
 
-An image holds four to six bright copies of one shape on a dark, noisy ground, each copy with its own place, angle,
-size and gray level; the label is the shape. The shape is what the copies share, so it is what two crops of an image
-share. Nothing else tells images apart: there is no color, the ground is the same everywhere, and no copy is darker than
-the ground (a mixture of dark and bright copies turned out to be a signature of the image that a network learns
-instead of shapes). Raw pixels say little about the label, since every copy moves and turns.
+An image has four to six bright copies of one shape on a dark, noisy background. Each copy has its
+own position, angle, size and gray level; the label is the shape. The shape is what all copies share
+and therefore what two crops of an image share. Nothing else distinguishes images: there is no
+color, the background is the same everywhere, and no copy is darker than the background (a mixture
+of dark and bright copies turned out to identify an image, and networks learned that instead of
+shapes). Raw pixels say little about the label, because every copy is moved and rotated.
 
-The drawing is frozen: tests hold a hash of it, because every number measured on `shapes` depends on it.
+The drawing must not change: tests check a hash of it, because every number measured on `shapes`
+depends on it.
 """
 
 from functools import lru_cache
@@ -28,17 +30,22 @@ CLASSES = (
 )
 IMAGE_SIZE = 32
 PIXEL_GRID = np.arange(IMAGE_SIZE, dtype=np.float64)
-MAX_TRIES = 200  # to place a copy; a crowded image may end with fewer than wanted
-SPLIT_SPECS = {
-    "train": (0, 4000),
-    "val": (1, 1000),
-    "test": (2, 2000),
-}  # generator seed, number of images
+MAX_TRIES = 200  # to place the copies; a crowded image may get fewer than intended
+# Seed of the generator, and number of images.
+SPLIT_SPECS = {"train": (0, 4000), "val": (1, 1000), "test": (2, 2000)}
 
 
 @lru_cache
 def draw_split(split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels, uint8 (N, 3, 32, 32), three equal channels; labels, int64 (N,), classes in turn."""
+    """Draw a split.
+
+    Args:
+        split: "train", "val" or "test".
+
+    Returns:
+        Pixels, uint8 (N, 3, 32, 32) with three equal channels, and labels, int64 (N,), which go
+        through the classes in turn.
+    """
     seed, n = SPLIT_SPECS[split]
     rng = np.random.Generator(np.random.Philox(key=[seed, IMAGE_SIZE]))
     labels = np.arange(n, dtype=np.int64) % len(CLASSES)
@@ -47,7 +54,10 @@ def draw_split(split: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _draw_image(rng: np.random.Generator, shape: str) -> np.ndarray:
-    """One image, uint8 (32, 32). Uses rng.random only: its stream is the same in every version of numpy."""
+    """Draw an image, uint8 (32, 32).
+
+    Uses only rng.random, whose stream is the same in every version of NumPy.
+    """
     image = 0.3 + 0.1 * (rng.random((IMAGE_SIZE, IMAGE_SIZE)) - 0.5)
     for x, y, radius in _sample_circles(rng):
         angle = 2 * np.pi * rng.random()
@@ -67,23 +77,25 @@ def _draw_image(rng: np.random.Generator, shape: str) -> np.ndarray:
 
 
 def _sample_circles(rng: np.random.Generator) -> list[tuple[float, float, float]]:
-    """Centers and radii in pixels of four to six circles that touch neither each other nor the image's edge."""
-    wanted = 4 + int(3 * rng.random())
+    """Return x, y and radius in pixels of four to six circles.
+
+    They touch neither each other nor the edge of the image.
+    """
+    circle_count = 4 + int(3 * rng.random())
     before = rng.bit_generator.state
     u = rng.random((MAX_TRIES, 3))
     radii = 4.4 + 1.8 * u[:, :1]
-    circles = np.hstack(
-        [radii + (IMAGE_SIZE - 1 - 2 * radii) * u[:, 1:], radii]
-    ).tolist()  # plain numbers are faster in a loop
+    centers = radii + (IMAGE_SIZE - 1 - 2 * radii) * u[:, 1:]
+    circles = np.hstack([centers, radii]).tolist()  # Python numbers are faster in a loop
     places: list[tuple[float, float, float]] = []
     for tried in range(MAX_TRIES):
         x, y, radius = circles[tried]
         if all(hypot(x - a, y - b) > radius + r + 0.5 for a, b, r in places):
             places.append((x, y, radius))
-            if len(places) == wanted:
+            if len(places) == circle_count:
                 break
     rng.bit_generator.state = before
-    rng.random((tried + 1, 3))  # what was not tried counts as not drawn
+    rng.random((tried + 1, 3))  # advance past the circles that were tried, and no further
     return places
 
 
@@ -92,17 +104,17 @@ def _box_distance(u, v, half_width, half_height, center=(0.0, 0.0)):
 
 
 def _star_distance(u, v):
-    """Five points: the nearest of ten edges, found by folding the plane into one tenth of it."""
+    """Return the distance to the nearest of ten edges, after folding the plane into a tenth."""
     angle = np.abs((np.arctan2(u, v) + np.pi / 5) % (2 * np.pi / 5) - np.pi / 5)
     a, b = np.hypot(u, v) * np.sin(angle), np.hypot(u, v) * np.cos(angle)
-    inner = 0.42 * np.array(
-        [np.sin(np.pi / 5), np.cos(np.pi / 5)]
-    )  # a dent; the point is at (0, 1)
+    # An inner corner; the outer corner next to it is at (0, 1).
+    inner = 0.42 * np.array([np.sin(np.pi / 5), np.cos(np.pi / 5)])
     edge = (inner - [0, 1]) / np.hypot(*(inner - [0, 1]))
     return edge[0] * (b - 1) - edge[1] * a
 
 
-# Signed distance to each outline, about 1 at most across; negative inside. Coordinates are in radii of the copy.
+# Signed distance to each outline, negative inside. Coordinates are in radii of the copy; a shape
+# reaches to a distance of about 1.
 SIGNED_DISTANCES = {
     "bar": lambda u, v: _box_distance(u, v, 0.95, 0.26),
     "crescent": lambda u, v: np.maximum(np.hypot(u, v) - 0.95, 0.75 - np.hypot(u - 0.5, v)),

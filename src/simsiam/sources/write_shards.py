@@ -1,7 +1,7 @@
-"""Any source as shards: few large files that are quick to copy and to read, from anywhere.
+"""Write any source as shards: few large files that are quick to copy and to read from anywhere.
 
-What is written is a function of the images and the arguments, byte for byte. The folder appears when it is complete;
-killed and started anew, the work goes on with the first shard that is missing.
+Every byte written is a function of the images and the arguments. The folder appears when it is
+complete; if the work is killed and started again, it continues with the first missing shard.
 """
 
 import io
@@ -9,14 +9,13 @@ import json
 import os
 import shutil
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
 
 from simsiam.data.decode import Unreadable, read_header
 from simsiam.data.images import Images, fingerprint
@@ -28,12 +27,9 @@ from simsiam.utils.files import atomic_write, exclusive_lock, start_or_continue_
 from simsiam.utils.workers import parallel_map_with_progress
 
 SHARD_FORMATS = ("tar", "parquet")
-FORMAT_SUFFIXES = {
-    "JPEG": "jpg",
-    "TIFF": "tif",
-    "NumPy": "npy",
-}  # others end like the name of their format
-LEFT_OUT_FILE = "left_out.txt"  # beside the shards: images that are not in them, with the reason
+# File name extensions that are not the name of the format.
+FORMAT_SUFFIXES = {"JPEG": "jpg", "TIFF": "tif", "NumPy": "npy"}
+LEFT_OUT_FILE = "left_out.txt"  # lists images that are not in the shards, with the reason
 
 
 def write_shards(
@@ -44,111 +40,132 @@ def write_shards(
     per_shard: int = 10_000,
     channels: int = 3,
 ) -> Path:
-    """Write the images of a source, in its order, as shards of `per_shard` images into a new folder, which is returned.
+    """Write the images of a source, in its order, as shards into a new folder.
 
-    Files of images are copied as they are; decoded ones become PNG. An image whose header does not parse is left out
-    and listed. tar: WebDataset's layout, with a catalog beside it; parquet: Hugging Face's. Raises UsageError where
-    `out` exists or was begun for something else, WorkFailed where no image is left.
+    Image files are copied as they are; decoded images become PNG. An image whose header cannot be
+    parsed is left out and listed. Tar shards have the layout of WebDataset, with a catalog next to
+    them; Parquet shards have that of Hugging Face.
+
+    Args:
+        sources: What `open_source` accepts.
+        out: The folder to write.
+        format: "tar" or "parquet".
+        per_shard: Number of images in a shard.
+        channels: Number of channels that images will be decoded to.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UsageError: `out` exists or was started with other arguments, or an argument is not allowed.
+        WorkFailed: No image can be read, or the source cannot be read.
     """
     if format not in SHARD_FORMATS:
         raise unknown_name("format", format, SHARD_FORMATS)
     if per_shard < 1:
         raise UsageError(f"per_shard is {per_shard}; it is at least 1")
-    path = Path(out)
-    if path.exists():
+    folder = Path(out)
+    if folder.exists():
         raise UsageError(
-            f"{printable(str(path))} exists and is not written over: choose another --out"
+            f"{printable(str(folder))} exists and is not written over: choose another --out"
         )
-    source = open_source(sources, channels)
-    splits = source.splits
-    work = path.with_name(path.name + ".parts")
+    splits = open_source(sources, channels).splits
+    work = folder.with_name(folder.name + ".parts")
     job = {
         "format": format,
         "per_shard": per_shard,
         "channels": channels,
         "images": fingerprint(list(splits.values())),
     }
-    with exclusive_lock(work / ".lock", str(path)):
+    with exclusive_lock(work / ".lock", str(folder)):
         start_or_continue_job(work, job)
-        jobs: list[tuple[Images, Path, str, int]] = []
-        for split, images in splits.items():
-            count = -(-len(images) // per_shard)
-            for n in range(count):
-                name = (
-                    f"{split}-{n:06}.tar"
-                    if format == "tar"
-                    else f"{split}-{n:05}-of-{count:05}.parquet"
-                )
-                jobs.append(
-                    (
-                        images.take(slice(n * per_shard, (n + 1) * per_shard)),
-                        work / name,
-                        split,
-                        n * per_shard,
-                    )
-                )
+        shards = _plan_shards(splits, work, format, per_shard)
         missing = [
-            (part, path, first)
-            for part, path, _, first in jobs
-            if not (path.exists() and _left_out_path(path).exists())
+            (shard.images, shard.path, shard.start)
+            for shard in shards
+            if not (shard.path.exists() and _left_out_path(shard.path).exists())
         ]
-        parallel_map_with_progress(
-            _write_tar if format == "tar" else _write_parquet, missing, "writing shards"
-        )
+        write = _write_tar if format == "tar" else _write_parquet
+        parallel_map_with_progress(write, missing, "writing shards")
+        _finish_shards(shards, work, format)
+        os.replace(work, folder)
+    return folder
 
-        lost = [
-            line
-            for _, path, *_ in jobs
-            for line in _left_out_path(path).read_text().splitlines(keepends=True)
-        ]
-        if len(lost) == sum(map(len, splits.values())):
-            shutil.rmtree(work)
-            raise WorkFailed(
-                f"none of the {len(lost)} images can be read; the first, {' '.join(lost[0].split())}"
-            )
-        if format == "tar":
-            write_sidecar_catalog(
-                work,
-                [
-                    ShardFile(str(path), path.stat().st_size, "", split)
-                    for _, path, split, _ in jobs
-                ],
-            )
-        if lost:
-            with atomic_write(work / LEFT_OUT_FILE) as part:
-                part.write_text("".join(lost))
-        for _, path, *_ in jobs:
-            _left_out_path(path).unlink()
-        (work / "job.json").unlink()
-        (work / ".lock").unlink()
-        os.replace(work, out)
-    return Path(out)
+
+class _Shard(NamedTuple):
+    """A shard to write."""
+
+    images: Images
+    path: Path
+    split: str
+    start: int  # position of its first image in the split
+
+
+def _plan_shards(
+    splits: Mapping[str, Images], work: Path, format: str, per_shard: int
+) -> list[_Shard]:
+    shards = []
+    for split, images in splits.items():
+        count = -(-len(images) // per_shard)
+        for n in range(count):
+            parquet_name = f"{split}-{n:05}-of-{count:05}.parquet"
+            path = work / (f"{split}-{n:06}.tar" if format == "tar" else parquet_name)
+            start = n * per_shard
+            shards.append(_Shard(images.take(slice(start, start + per_shard)), path, split, start))
+    return shards
+
+
+def _finish_shards(shards: Sequence[_Shard], work: Path, format: str) -> None:
+    """Write the catalog and the list of images left out, and remove the temporary files."""
+    lists = [_left_out_path(shard.path) for shard in shards]
+    lines = [line for file in lists for line in file.read_text().splitlines(keepends=True)]
+    if len(lines) == sum(len(shard.images) for shard in shards):
+        shutil.rmtree(work)
+        raise WorkFailed(
+            f"none of the {len(lines)} images can be read; the first, {' '.join(lines[0].split())}"
+        )
+    if format == "tar":
+        files = [ShardFile(str(s.path), s.path.stat().st_size, "", s.split) for s in shards]
+        write_sidecar_catalog(work, files)
+    if lines:
+        with atomic_write(work / LEFT_OUT_FILE) as part:
+            part.write_text("".join(lines))
+    for file in (*lists, work / "job.json", work / ".lock"):
+        file.unlink()
 
 
 def format_shard_summary(path: Path) -> str:
-    """What was written, in a few words."""
+    """Summarize what was written.
+
+    Args:
+        path: The folder of shards.
+
+    Returns:
+        One line: number and size of the shards, and of the images that are left out.
+    """
     shards = [file for file in path.iterdir() if file.suffix in (".tar", ".parquet")]
     size = sum(file.stat().st_size for file in shards)
     text = f"{path}: {len(shards):,} shards, {size / 1e9:,.3g} GB"
-    lost = path / LEFT_OUT_FILE
-    if lost.exists():
-        lines = lost.read_text().splitlines()
-        text += f"; {len(lines):,} images cannot be read and are left out: {lost}"
+    left_out = path / LEFT_OUT_FILE
+    if left_out.exists():
+        lines = left_out.read_text().splitlines()
+        text += f"; {len(lines):,} images cannot be read and are left out: {left_out}"
     return text
 
 
 def _left_out_path(shard_path: Path) -> Path:
-    """Where the images are listed that did not come into a shard: it is written first."""
+    """Return the file that lists the images left out of a shard; it is written before that."""
     return shard_path.with_suffix(".lost")
 
 
 def _iter_readable(images: Images, left_out_path: Path) -> Iterator[tuple[int, bytes, str]]:
-    """Position, file and the ending of its name of each image; in the end, the others are listed in `lost`."""
-    lines, near = list[str](), images
+    """Yield position, content and file name extension of each image; then list the unreadable."""
+    lines, loaded = list[str](), images
     for i in range(len(images)):
-        near = near.prefetch(np.arange(i, min(i + 64, len(images))), 0.25) if i % 64 == 0 else near
+        if i % 64 == 0:
+            loaded = loaded.prefetch(np.arange(i, min(i + 64, len(images))), 0.25)
         try:
-            data = near.storage.read_bytes(i)
+            data = loaded.storage.read_bytes(i)
             kind = read_header(data, images.channels).format
         except (Unreadable, OSError) as error:
             reason = getattr(error, "strerror", None) or str(error)
@@ -159,54 +176,43 @@ def _iter_readable(images: Images, left_out_path: Path) -> Iterator[tuple[int, b
         part.write_text("".join(lines))
 
 
-def encode_pixels(pixels: np.ndarray) -> bytes:
-    """A file of decoded pixels (H, W, channels): PNG, or NumPy's where that knows no such number of channels."""
-    file = io.BytesIO()
-    if pixels.shape[2] in (1, 3, 4):
-        Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels).save(file, "PNG")
-    else:
-        np.save(file, pixels)
-    return file.getvalue()
-
-
 def _write_tar(images: Images, path: Path, start_index: int) -> None:
-    """`000000017.jpg`, its label in `.cls`, its path in the source and its class in `.json`."""
+    """Write `000000017.jpg`, its label as `.cls`, its path and its class as `.json`."""
 
     def add(name: str, data: bytes) -> None:
-        info = tarfile.TarInfo(name)  # as of 1970, of nobody
+        info = tarfile.TarInfo(name)  # without time and owner
         info.size = len(data)
         archive.addfile(info, io.BytesIO(data))
 
     with atomic_write(path) as part, tarfile.open(part, "w", format=tarfile.GNU_FORMAT) as archive:
-        for i, data, ending in _iter_readable(images, _left_out_path(path)):
-            stem, about = f"{start_index + i:09}", {"path": images.keys[i]}
-            add(f"{stem}.{ending}", data)
+        for i, data, extension in _iter_readable(images, _left_out_path(path)):
+            stem, metadata = f"{start_index + i:09}", {"path": images.keys[i]}
+            add(f"{stem}.{extension}", data)
             if images.labels is not None:
                 add(f"{stem}.cls", str(images.labels[i]).encode())
-                about["class"] = images.classes[images.labels[i]]
-            add(f"{stem}.json", json.dumps(about).encode())
+                metadata["class"] = images.classes[images.labels[i]]
+            add(f"{stem}.json", json.dumps(metadata).encode())
 
 
 def _write_parquet(images: Images, path: Path, start_index: int) -> None:
-    """Rows of {bytes, path} and a label; a row group is what is read at once."""
-    features: dict[str, Any] = {"image": {"_type": "Image"}}
-    kinds = {"image": pa.struct({"bytes": pa.binary(), "path": pa.string()})}
+    """Write rows of {bytes, path} and a label; a row group is what will be read at once."""
+    features: dict[str, dict[str, object]] = {"image": {"_type": "Image"}}
+    types = {"image": pa.struct({"bytes": pa.binary(), "path": pa.string()})}
     if images.classes:
-        kinds["label"], features["label"] = (
-            pa.int64(),
-            {"_type": "ClassLabel", "names": list(map(printable, images.classes))},
-        )
-    schema = pa.schema(
-        kinds, metadata={"huggingface": json.dumps({"info": {"features": features}})}
-    )
-    rows, size = list[dict[str, Any]](), 0
+        names = list(map(printable, images.classes))
+        types["label"], features["label"] = pa.int64(), {"_type": "ClassLabel", "names": names}
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+    schema = pa.schema(types, metadata=metadata)
+    rows, size = list[dict[str, object]](), 0
     with (
         atomic_write(path) as part,
         pq.ParquetWriter(part, schema, compression="NONE", use_dictionary=False) as writer,
     ):
         for i, data, _ in _iter_readable(images, _left_out_path(path)):
-            label = {} if images.labels is None else {"label": int(images.labels[i])}
-            rows.append({"image": {"bytes": data, "path": printable(images.keys[i])}} | label)
+            row: dict[str, object] = {"image": {"bytes": data, "path": printable(images.keys[i])}}
+            if images.labels is not None:
+                row["label"] = int(images.labels[i])
+            rows.append(row)
             size += len(data)
             if size >= BLOCK_BYTES:
                 writer.write_table(pa.Table.from_pylist(rows, schema))
