@@ -52,12 +52,12 @@ def test_the_shares_of_a_batch_are_the_batch(kind, monkeypatch):
         image_size=16, mean=(0.5,) * 3, std=(0.25,) * 3, batch_size=11, workers=0
     )
 
-    def made(mine: slice):
-        monkeypatch.setattr(module, "local_slice", lambda n: mine)
+    def first_batch(rows: slice):
+        monkeypatch.setattr(module, "local_slice", lambda n: rows)
         return next(iter_batches(images, recipe, 3, 4, torch.device("cpu")))
 
-    whole = made(slice(0, 11))
-    parts = [made(slice(*ends)) for ends in ((0, 4), (4, 8), (8, 11))]
+    whole = first_batch(slice(0, 11))
+    parts = [first_batch(slice(*ends)) for ends in ((0, 4), (4, 8), (8, 11))]
     assert torch.equal(torch.cat([part.index for part in parts]), whole.index)
     for view in range(2):
         assert torch.equal(torch.cat([part.views[view] for part in parts]), whole.views[view])
@@ -83,7 +83,7 @@ def test_timms_batch_norms_keep_their_activation():
 
 
 def test_under_torchrun_a_run_of_the_same_recipe_is_gone_on_with(tmp_path, monkeypatch):
-    recipe = Recipe()
+    recipe = Recipe().replace(image_size=16, mean=(0.5,) * 3, std=(0.25,) * 3).resolve()
     path = Run.create(tmp_path / "run", recipe).path
     with pytest.raises(UsageError, match="not written over"):
         choose_run_path(path, "", recipe)
@@ -106,16 +106,16 @@ def test_other_verbs_are_for_one_process(monkeypatch, capsys):
 # --- whole programs -------------------------------------------------------------------------------
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-WORDS = TINY | {"precision": "bfloat16", "save_seconds": 0.05, "knn_every": 2}
+SETTINGS = TINY | {"precision": "bfloat16", "save_seconds": 0.05, "knn_every": 2}
 
 
 def torchrun(*arguments: str) -> subprocess.Popen:
-    how = {
+    options = {
         "env": os.environ | {"OMP_NUM_THREADS": "1"},
         "stdout": subprocess.PIPE,
         "stderr": subprocess.STDOUT,
     }
-    return subprocess.Popen([*TORCHRUN, *arguments], text=True, **how)
+    return subprocess.Popen([*TORCHRUN, *arguments], text=True, **options)
 
 
 def pretraining(run: Path, *, restarts: int = 0) -> subprocess.Popen:
@@ -127,14 +127,14 @@ def pretraining(run: Path, *, restarts: int = 0) -> subprocess.Popen:
         "shapes",
         "--out",
         str(run),
-        *flags(**WORDS),
+        *flags(**SETTINGS),
     )
 
 
 def ended(process: subprocess.Popen) -> str:
-    said, _ = process.communicate()
-    assert process.returncode == 0, said
-    return said
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    return output
 
 
 def hit(process: subprocess.Popen, run: Path, signum: int) -> None:
@@ -173,8 +173,8 @@ def test_a_killed_process_costs_no_step(calm, tmp_path):
 def test_told_to_stop_one_stops_all_and_another_number_goes_on(calm, tmp_path, capfd):
     process = pretraining(tmp_path / "run")
     hit(process, tmp_path / "run", signal.SIGTERM)
-    said, _ = process.communicate()
-    assert said.count("stopped at step") == 2 and process.returncode != 0
+    output, _ = process.communicate()
+    assert output.count("stopped at step") == 2 and process.returncode != 0
     step = Run(tmp_path / "run").checkpoint()["step"]
     assert 9 <= step < 32 and lines(tmp_path / "run") == lines(calm)[:step]
     simsiam.resume(tmp_path / "run")
