@@ -34,10 +34,7 @@ class Siamese(nn.Module):
     def __init__(self, backbone: nn.Module, method: Method):
         """Put a method's parts on a backbone: images (N, C, H, W) to features (N, backbone.dim)."""
         super().__init__()
-        if method.target not in TARGETS:
-            raise unknown_name("target", method.target, TARGETS)
-        if method.criterion not in CRITERIA:
-            raise unknown_name("criterion", method.criterion, CRITERIA)
+        check_names(method)
         self.method = method
         self.backbone = backbone
         self.projector = build_projector(method, feature_dim(backbone))
@@ -106,6 +103,14 @@ class Siamese(nn.Module):
         """
         self.target.after_step(self.f, output.targets, step, index)
         self.criterion.after_step(output.targets)
+
+
+def check_names(method: Method) -> None:
+    """Raise UsageError if a method's target or criterion is not in its table."""
+    if method.target not in TARGETS:
+        raise unknown_name("target", method.target, TARGETS)
+    if method.criterion not in CRITERIA:
+        raise unknown_name("criterion", method.criterion, CRITERIA)
 
 
 def build(

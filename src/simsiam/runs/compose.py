@@ -17,6 +17,7 @@ from simsiam.data.images import Images, quick_sample
 from simsiam.data.transform import Transform, iter_crops
 from simsiam.errors import UsageError, unknown_name
 from simsiam.model.backbones import RESNETS, input_size
+from simsiam.model.siamese import check_names
 from simsiam.runs.choose import choose_recipe
 from simsiam.runs.published_weights import is_published
 from simsiam.runs.recipe_file import read_recipe
@@ -55,6 +56,7 @@ def compose_recipe(
         base = replace(base, width=Recipe.width, stem=None)
     source = [absolute_source(name) for name in names]
     complete = base.replace(**{"source": source} | dict(overrides))
+    check_names(complete.method)
     init = complete.init
     if init is not None and not is_published(init):  # a published name stays as it is
         complete = replace(complete, init=str(Path(init).expanduser().resolve()))
