@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from math import isfinite
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 import numpy as np
 import pyarrow as pa
@@ -44,7 +44,7 @@ SPLIT_ALIASES = {
 MAX_LOST_FRACTION = 0.5  # of the annotated images; losing more is treated as an error
 
 CategoryId = int | str
-Segments = list[object] | dict[str, Any] | None  # one object's COCO polygons or run lengths
+Segments = list[object] | dict[str, object] | None  # one object's COCO polygons or run lengths
 RawObject = tuple[Sequence[float], int, bool, bool, Segments]  # box, label, difficult, crowd, mask
 
 
@@ -509,7 +509,7 @@ def only_dicts(value: object) -> list[dict[str, object]]:
     return [row for row in value if isinstance(row, dict)] if isinstance(value, list) else []
 
 
-def is_valid_segmentation(value: object) -> TypeGuard[list[object] | dict[str, Any]]:
+def is_valid_segmentation(value: object) -> TypeGuard[list[object] | dict[str, object]]:
     """Check for polygons of at least three corners each, or run lengths.
 
     Args:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import count
 from types import ModuleType
-from typing import Any, Literal, TypedDict
+from typing import Literal, TypedDict, cast
 
 import numpy as np
 
@@ -19,7 +19,13 @@ from simsiam.detection.annotations import Objects
 from simsiam.errors import UsageError
 
 IOU_THRESHOLDS = np.arange(50, 100, 5) / 100
-RunLengths = dict[str, Any]  # a mask in COCO's run-length encoding: size and counts
+
+
+class RunLengths(TypedDict):
+    """A mask in COCO's run-length encoding."""
+
+    size: list[int]  # height and width
+    counts: bytes
 
 
 class ApRecord(TypedDict):
@@ -334,7 +340,9 @@ def object_rle(objects: Objects, index: int) -> RunLengths:
     masks, (h, w), segments = import_pycocotools().mask, objects.size, objects.segments[index]
     if not isinstance(segments, dict):
         return masks.merge(masks.frPyObjects(segments, h, w))
-    return masks.frPyObjects(segments, h, w) if isinstance(segments["counts"], list) else segments
+    if isinstance(segments["counts"], list):
+        return masks.frPyObjects(segments, h, w)
+    return cast(RunLengths, segments)
 
 
 def decode_masks(objects: Objects) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""A picture of a few test images: above what is annotated, below what the detector found."""
+"""A picture of a few test images: above what is annotated, below what the detector detected."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,17 +41,17 @@ def draw_detections(
     """
     columns = []
     for i in evenly_spaced(len(rows), NUM_IMAGES):
-        row, found = int(rows[i]), detections[int(i)]
+        row, detected = int(rows[i]), detections[int(i)]
         pixels, objects = read_image(dataset, row).permute(1, 2, 0).numpy(), dataset.objects[row]
         image = Image.fromarray(
             pixels[..., :3] if pixels.shape[2] >= 3 else np.repeat(pixels[..., :1], 3, axis=2)
         )
-        sure = found.scores >= MIN_SCORE
-        encoded = [mask for mask, drawn in zip(found.masks, sure, strict=False) if drawn]
+        sure = detected.scores >= MIN_SCORE
+        encoded = [mask for mask, drawn in zip(detected.masks, sure, strict=False) if drawn]
         decode = import_pycocotools().mask.decode
         masks = np.stack([decode(mask) for mask in encoded]) if encoded else None
         truth = decode_masks(objects) if objects.segments else None
-        boxes, labels, scores = found.boxes[sure], found.labels[sure], found.scores[sure]
+        boxes, labels, scores = detected.boxes[sure], detected.labels[sure], detected.scores[sure]
         above = draw_boxes(image, objects.boxes, objects.labels, None, truth)
         columns.append((above, draw_boxes(image, boxes, labels, scores, masks)))
     with atomic_write(path) as part:

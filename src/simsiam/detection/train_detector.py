@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -383,7 +383,7 @@ class DetectorTraining(Training):
         total = {"loss": float(sum(losses.values()))}
         return total | losses | {"lr": self.step_lr, "grad_norm": grad_norm(self.model)}
 
-    def log(self, record: dict[str, Any]) -> None:
+    def log(self, record: dict[str, float | None]) -> None:
         """Write a record to metrics.jsonl.
 
         Args:

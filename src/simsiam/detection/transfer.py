@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 import torch
@@ -48,6 +48,16 @@ from simsiam.runs.run_folder import Run
 from simsiam.utils.files import atomic_write
 
 TASKS = ("detection", "segmentation")
+
+
+class TransferArguments(TypedDict):
+    """Arguments of `transfer` as they are recorded."""
+
+    source: list[str]
+    schedule: str
+    init: str | None
+    from_scratch: bool
+    words: Mapping[str, object]  # the overrides
 
 
 @distributed_entry_point
@@ -90,12 +100,12 @@ def transfer(
         Stopped: After SIGINT or SIGTERM.
     """
     check_request(task, init, from_scratch, seed, overrides)
-    arguments = {
+    arguments: TransferArguments = {
         "source": [os.fspath(path) for path in list_sources(source)],
         "schedule": schedule,
         "init": init,
         "from_scratch": from_scratch,
-        "words": overrides,
+        "words": {**overrides},
     }
     plan = TransferPlan.create(
         Run(run), task, arguments, seed=seed, compute=Compute.pick(device, precision)
@@ -157,7 +167,7 @@ class TransferPlan:
 
     run: Run
     task: str
-    arguments: Mapping[str, object]
+    arguments: TransferArguments
     source: AnnotatedSource
     splits: TransferSplits
     schedule: Schedule
@@ -170,14 +180,14 @@ class TransferPlan:
 
     @classmethod
     def create(
-        cls, run: Run, task: str, arguments: Mapping[str, Any], *, seed: int, compute: Compute
+        cls, run: Run, task: str, arguments: TransferArguments, *, seed: int, compute: Compute
     ) -> "TransferPlan":
         """Read the images and choose splits, schedule and weights.
 
         Args:
             run: The run whose backbone is fine-tuned.
             task: "detection" or "segmentation".
-            arguments: The source, schedule, init, from_scratch and words of `transfer`.
+            arguments: The other arguments of `transfer`.
             seed: The seed of new weights and of every step.
             compute: The device and the precision.
 
@@ -221,7 +231,7 @@ class TransferPlan:
         return self.task == "segmentation"
 
     @property
-    def description(self) -> dict[str, Any]:
+    def _description(self) -> dict[str, Any]:
         """What the record says of data, weights and computing."""
         train, test = self.splits.train, self.splits.test
         return {
@@ -241,7 +251,7 @@ class TransferPlan:
     @property
     def folder(self) -> Path:
         """The folder of this fine-tuning, named by everything that determines it."""
-        settings = self.description | self.schedule.to_dict()
+        settings = self._description | self.schedule.to_dict()
         text = json.dumps(settings, sort_keys=True, default=str)
         digest = sha256(text.encode()).hexdigest()[:8]
         name = f"{self.task}-{self.source.name}-{self.init.kind}-{digest}"
@@ -281,7 +291,7 @@ class TransferPlan:
             The detector, and a summary of its training.
         """
         own = {"lr": lr, "train_images": len(dataset)}
-        settings = self.description | self.schedule.to_dict() | own
+        settings = self._description | self.schedule.to_dict() | own
         model = self.init.build_model(
             len(dataset.classes), self.schedule, masks=self.masks, seed=self.seed
         )
@@ -352,7 +362,7 @@ class TransferPlan:
             environment = {key: self.environment[key] for key in ("commit", "device", "threads")}
             record = TransferRecord(
                 protocol=f"{self.task}, {self.schedule.architecture}, {self.schedule.steps} steps",
-                **self.description,
+                **self._description,
                 parameters=self.schedule.to_dict() | {"epochs": round(training.epochs, 2)},
                 chosen=chosen,
                 tested_by=main_metric(self.source.metric, self.task),
@@ -362,7 +372,7 @@ class TransferPlan:
                 faults=dict(self.source.faults.counts),
                 folder=self.folder.name,
                 picture=f"{self.folder.name}/picture.png",
-                asked=self.arguments,
+                asked={**self.arguments},
                 environment=environment | {"torch": self.environment["versions"]["torch"]},
                 measured=utc_now(),
                 training_seconds=training.seconds,

@@ -15,11 +15,12 @@ from functools import cache
 from math import isnan, nan
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TypedDict
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from typing_extensions import NotRequired
 
 from simsiam.errors import UsageError, unknown_name
 from simsiam.laboratory.bench_cases import CASES, BenchContext, Case, Comparison, is_installed
@@ -29,6 +30,34 @@ from simsiam.utils.files import atomic_write
 from simsiam.utils.workers import CPU_CORES
 
 ROUNDS = 5
+
+
+class VariantResult(TypedDict):
+    """The measurements of one variant; numbers have four digits."""
+
+    seconds: float  # the median over rounds
+    rate: float  # items per second
+    ratio: float  # the standard variant's time over this one's, the median over rounds
+    ratios: list[float]  # of all rounds, sorted
+    peak_mib: float | None  # memory above the start; None if it is unknown
+
+
+class Limit(TypedDict):
+    """What arithmetic or memory limits a case to."""
+
+    of: str  # what is counted
+    machine: float  # what the machine reaches
+    achieved: float  # what simsiam reaches
+
+
+class CaseResult(TypedDict):
+    """The measurements of a case."""
+
+    what: str
+    unit: str
+    threads: int
+    ways: dict[str, VariantResult]
+    limit: NotRequired[Limit]
 
 
 def bench(
@@ -55,7 +84,7 @@ def bench(
     compute = Compute.pick(device)
     console = Console(highlight=False)
     names = only or [n for n, c in CASES.items() if c.device in (None, compute.device.type)]
-    results: dict[str, Any] = {}
+    results: dict[str, CaseResult] = {}
     for name in names:
         case = CASES[name]
         with tempfile.TemporaryDirectory() as folder, torch_threads(case.threads):
@@ -78,7 +107,7 @@ def bench(
     return report
 
 
-def measure_case(case: Case, comparison: Comparison, device: torch.device) -> dict[str, Any]:
+def measure_case(case: Case, comparison: Comparison, device: torch.device) -> CaseResult:
     """Time the variants of a case.
 
     Args:
@@ -87,12 +116,10 @@ def measure_case(case: Case, comparison: Comparison, device: torch.device) -> di
         device: The device that they run on.
 
     Returns:
-        For each variant: seconds, items per second, the ratio to the first variant (the standard
-        one) and the peak memory in MiB. Where arithmetic or memory is the limit, also what the
-        machine reaches and what simsiam reaches.
+        The measurements of each variant, and the limit if the comparison has one.
     """
     seconds, peaks = time_interleaved(comparison.variants, device)
-    standard, ways = next(iter(seconds.values())), {}
+    standard, ways = next(iter(seconds.values())), dict[str, VariantResult]()
     for name, times in seconds.items():
         ratios = sorted(s / t for s, t in zip(standard, times, strict=True))
         unknown = any(map(isnan, peaks[name]))
@@ -103,7 +130,7 @@ def measure_case(case: Case, comparison: Comparison, device: torch.device) -> di
             "ratios": [round_to_four_digits(ratio) for ratio in ratios],
             "peak_mib": None if unknown else round_to_four_digits(max(peaks[name])),
         }
-    result: dict[str, Any] = {
+    result: CaseResult = {
         "what": case.description,
         "unit": case.unit,
         "threads": torch.get_num_threads(),
@@ -240,7 +267,7 @@ def torch_threads(num_threads: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def result_table(name: str, result: Mapping[str, Any]) -> Table:
+def result_table(name: str, result: CaseResult) -> Table:
     """Format a case in at most 80 columns.
 
     Args:

@@ -257,7 +257,7 @@ def bench_training(
     device = compute.device
     # Long enough that the start of a loader does not count.
     steps = 20 if device.type == "cuda" else max(1, 64 // width)
-    settings = cifar_recipe() | step_settings(backbone, width, batch_size)
+    settings = cifar_recipe() | _step_settings(backbone, width, batch_size)
     recipe = Recipe().replace(**settings, device=device.type).resolve()
     views = recipe.method.views[0]
     files = make_photographs(batch_size, 32, 32) * steps
@@ -322,7 +322,7 @@ def make_training_steps(recipe: ResolvedRecipe, train: Images, steps: int) -> Ca
     return make_steps
 
 
-def step_settings(backbone: str, width: int, batch_size: int) -> dict[str, Any]:
+def _step_settings(backbone: str, width: int, batch_size: int) -> dict[str, Any]:
     """Collect the settings of a recipe that cases choose.
 
     Args:
@@ -396,7 +396,7 @@ def make_synthetic_steps(
         The function.
     """
     pixels = np.random.default_rng(0).integers(0, 256, (1024, 3, 32, 32), dtype=np.uint8)
-    settings = shapes_recipe() | step_settings(backbone, width, batch_size)
+    settings = shapes_recipe() | _step_settings(backbone, width, batch_size)
     recipe = Recipe().replace(**settings, device="cpu", precision="float32").resolve()
     return make_training_steps(recipe, from_arrays("train", pixels), steps)
 

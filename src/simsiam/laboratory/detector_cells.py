@@ -85,7 +85,7 @@ def measure_detectors(
     """
     columns: dict[str, list[float]] = {}
     for setting in settings:
-        record = find_record(run, setting, from_scratch)
+        record = _find_record(run, setting, from_scratch)
         if record is None:
             with redirect_stdout(io.StringIO()):
                 transfer(
@@ -98,14 +98,14 @@ def measure_detectors(
                     device=device,
                     **setting.overrides,
                 )
-            record = find_record(run, setting, from_scratch)
+            record = _find_record(run, setting, from_scratch)
             assert record is not None
         for column, metric in setting.columns.items():
             columns[column] = [record["metrics"][metric][key] for key in AP_METRICS]
     return {"detectors": columns, "ap50": fmean(values[0] for values in columns.values())}
 
 
-def find_record(run: Run, setting: DetectorSetting, from_scratch: bool) -> dict[str, Any] | None:
+def _find_record(run: Run, setting: DetectorSetting, from_scratch: bool) -> dict[str, Any] | None:
     """Look for the record of a fine-tuning.
 
     Args:

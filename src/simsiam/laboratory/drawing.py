@@ -67,7 +67,7 @@ def plot_curves(
 
 def plot_accuracies(
     values: MetricValues,
-    paper: Mapping[str, Mapping[str, Any]],
+    published: Mapping[str, float],
     *,
     our_label: str,
     paper_label: str,
@@ -79,7 +79,7 @@ def plot_accuracies(
 
     Args:
         values: Our metrics.
-        paper: The paper's numbers by cell.
+        published: The paper's numbers by cell, for the cells that have one.
         our_label: What we measure.
         paper_label: What the paper measures.
         path: The files to write, without extension.
@@ -94,13 +94,8 @@ def plot_accuracies(
         left.scatter(accuracies, [y] * len(accuracies), color=COLORS[0], alpha=0.35, s=25)
         if accuracies:
             left.scatter(fmean(accuracies), y, color=COLORS[0], marker="|", s=250, linewidths=2.5)
-        numbers = paper.get(cell, {})
-        if metric == "ap50":  # the first number of each column
-            published = fmean(aps[0] for aps in numbers.values()) if numbers else None
-        else:
-            published = numbers.get("top1")
-        if published is not None:
-            right.scatter(published, y, color=COLORS[1], marker="D", s=35)
+        if cell in published:
+            right.scatter(published[cell], y, color=COLORS[1], marker="D", s=35)
     left.set(yticks=range(len(cells)), yticklabels=cells, ylim=(len(cells) - 0.5, -0.5))
     format_axes(left, wrap_label(our_label), "")
     format_axes(right, wrap_label(paper_label), "")
@@ -111,7 +106,7 @@ def plot_accuracies(
 def plot_accuracy_lines(
     values: MetricValues,
     x: Mapping[str, float],
-    paper: Mapping[str, Mapping[str, Any]],
+    published: Mapping[str, float],
     *,
     setting: str,
     our_label: str,
@@ -124,7 +119,8 @@ def plot_accuracy_lines(
     Args:
         values: Our metrics.
         x: Our value of the setting in each cell.
-        paper: The paper's numbers by cell; a cell's last number is the paper's setting.
+        published: The paper's numbers by cell, for the cells that have one. The last number in a
+            cell's name is the paper's setting.
         setting: The name of the setting.
         our_label: What we measure.
         paper_label: What the paper measures.
@@ -148,14 +144,10 @@ def plot_accuracy_lines(
                 means.append((x[cell], fmean(accuracies)))
         if means:
             left.plot(*zip(*means), **style)
-        published = [
-            (int(cell.split()[-1]), paper[cell]["top1"])
-            for cell in cells
-            if paper.get(cell, {}).get("top1")
-        ]
-        if published:
-            right.plot(*zip(*published), **style)
-            paper_ticks |= {position for position, _ in published}
+        points = [(int(cell.split()[-1]), published[cell]) for cell in cells if cell in published]
+        if points:
+            right.plot(*zip(*points), **style)
+            paper_ticks |= {position for position, _ in points}
     panels = ((left, our_label, set(x.values())), (right, paper_label, paper_ticks))
     for axes, metric, ticks in panels:
         axes.set_xscale("log", base=2)

@@ -7,11 +7,13 @@ add an interpretation as NAME.reading.md next to a page; the index includes it.
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from math import isfinite
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, TypedDict
+
+from typing_extensions import NotRequired
 
 from simsiam.laboratory.claims import (
     DOES_NOT_HOLD,
@@ -23,15 +25,26 @@ from simsiam.laboratory.claims import (
     SeedValues,
 )
 from simsiam.laboratory.experiments import EXPERIMENTS, Experiment
+from simsiam.laboratory.jobs import RunRecord
 from simsiam.laboratory.scales import Scale
 
 # An index begins with this; a README.md that does not is never overwritten.
 INDEX_TITLE = "# The paper at scale"
-PAPER_RESULTS: dict[str, Any] = json.loads(
+
+
+class PaperResults(TypedDict):
+    """The paper's results of one experiment."""
+
+    metric: str
+    cells: dict[str, dict[str, Any]]  # numbers by cell
+    columns: NotRequired[list[str]]  # of Table 5
+
+
+PAPER_RESULTS: dict[str, PaperResults] = json.loads(
     Path(__file__).with_name("paper.json").read_text(encoding="utf-8")
 )
 # For experiments that are not in the paper.
-NO_PAPER_RESULTS: dict[str, Any] = {"metric": "none", "cells": {}}
+NO_PAPER_RESULTS: PaperResults = {"metric": "none", "cells": {}}
 # Columns of a table between the main metric and the number of seeds: metric and heading.
 METRIC_COLUMNS = {
     "knn": "kNN (%)",
@@ -52,10 +65,28 @@ def format_paper_number(name: str, cell: str) -> str:
     Returns:
         The number with its deviation and note; empty if the paper has none.
     """
-    result = PAPER_RESULTS.get(name, {}).get("cells", {}).get(cell, {})
+    result = PAPER_RESULTS.get(name, NO_PAPER_RESULTS)["cells"].get(cell, {})
     top1, deviation = result.get("top1"), f" ± {result['std']}" if "std" in result else ""
     text = "" if top1 is None else f"{top1:.1f}{deviation}"
     return f"{text} ({result['note']})".strip() if "note" in result else text
+
+
+def published_numbers(paper: PaperResults) -> dict[str, float]:
+    """Select the paper's main numbers.
+
+    Args:
+        paper: The paper's results of one experiment.
+
+    Returns:
+        Top-1 accuracy by cell, or the mean of AP50 over columns, for the cells that have it.
+    """
+    numbers = {}
+    for cell, results in paper["cells"].items():
+        if "columns" in paper:  # Table 5; the first number of each column is AP50
+            numbers[cell] = fmean(aps[0] for aps in results.values())
+        elif results.get("top1") is not None:
+            numbers[cell] = results["top1"]
+    return numbers
 
 
 def format_mean_std(seeds: SeedValues, metric: str, digits: int) -> str:
@@ -178,7 +209,8 @@ def render_page(
     values: MetricValues,
     *,
     results: Sequence[tuple[Claim, ClaimResult]],
-    metadata: Mapping[str, Any],
+    command: str,
+    runs: Sequence[RunRecord],
     rows: Sequence[Sequence[str]],
 ) -> str:
     """Write the page of an experiment: table, figure, claims, and how it was made.
@@ -189,13 +221,13 @@ def render_page(
         scale: The scale.
         values: The measured metrics.
         results: The claims and their outcomes.
-        metadata: The command, and the runs with their environments.
+        command: The command that made the page.
+        runs: The runs.
         rows: The main table.
 
     Returns:
         The page as Markdown.
     """
-    runs = metadata["runs"]
     failed = [
         f"- not finished: {run['cell']}, seed {run['seed']}: {run['state']}"
         for run in runs
@@ -217,7 +249,7 @@ def render_page(
         "does not hold if it lies outside; otherwise it is within noise.",
         *(["\n".join(failed)] if failed else []),
         f"Settings: {'; '.join(scale.mapping)}.",
-        f"Made by `{metadata['command']}`; code {commits}; "
+        f"Made by `{command}`; code {commits}; "
         f"on {'; '.join(sorted(devices)) or 'none'}; {seconds / 3600:.2f} hours of training, runs "
         f"shared with other experiments included. Every run and its recipe: {name}.json.",
     ]

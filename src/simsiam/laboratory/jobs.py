@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypedDict
 
 from simsiam.config.recipes import Recipe
 from simsiam.laboratory.experiments import EXPERIMENTS, Experiment
@@ -19,16 +19,37 @@ from simsiam.laboratory.scales import Scale
 FINISHED, INTERRUPTED, MISSING = "finished", "interrupted", "missing"
 
 
+class RunSummary(TypedDict, total=False):
+    """What is used of a run's summary.json."""
+
+    verdict: str
+    epochs: float
+    images_per_second: float
+
+
+class RunRecord(TypedDict, total=False):
+    """A run in the JSON file of a page; one that is not finished lacks the first four keys."""
+
+    values: dict[str, Any]  # by metric
+    curves: dict[str, Any]  # pairs of epoch and value, by metric
+    environment: dict[str, Any]
+    recipe: dict[str, Any]
+    cell: str
+    seed: int
+    run: str  # its folder
+    state: str  # FINISHED, INTERRUPTED or MISSING, or why it failed
+
+
 @dataclass(frozen=True)
 class Job:
     """One run that an experiment needs."""
 
     recipe: Recipe
     path: Path
-    saved_record: Mapping[str, Any] | None = None  # from a page, if the folder was deleted
+    saved_record: RunRecord | None = None  # from a page, if the folder was deleted
 
     @property
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> RunSummary:
         """The content of the run's summary.json, {} if there is none."""
         path = self.path / "summary.json"
         return json.loads(path.read_text()) if path.exists() else {}
@@ -52,7 +73,7 @@ class Job:
 
 
 JobGrid = Mapping[str, Mapping[int, Job]]  # cell -> seed -> job
-SavedRecords = Mapping[tuple[str, str], Mapping[str, Any]]  # (name of run, cell or "") -> record
+SavedRecords = Mapping[tuple[str, str], RunRecord]  # by name of run, and cell or ""
 
 
 def plan_jobs(
@@ -119,7 +140,7 @@ def load_saved_records(pages: Path) -> SavedRecords:
         Records by the run's name and its cell ("" without detectors); a record has the values and
         curves of all pages.
     """
-    records: dict[tuple[str, str], dict[str, Any]] = {}
+    records: dict[tuple[str, str], RunRecord] = {}
     for page in sorted(pages.glob("*.json")):
         by_cell = page.stem in EXPERIMENTS and EXPERIMENTS[page.stem].train_detectors
         for run in json.loads(page.read_text(encoding="utf-8")).get("runs", []):
@@ -127,15 +148,15 @@ def load_saved_records(pages: Path) -> SavedRecords:
                 key = Path(run["run"]).name, run["cell"] if by_cell else ""
                 start, record = run["environment"]["start"], records.get(key)
                 if record is None or record["environment"]["start"] < start:
-                    record = records[key] = dict(run)
+                    record = records[key] = RunRecord(**run)
                 if record["environment"]["start"] == start:
-                    for part in ("values", "curves"):
-                        record[part] = {**record.get(part, {}), **run.get(part, {})}
+                    record["values"] = {**record.get("values", {}), **run.get("values", {})}
+                    record["curves"] = {**record.get("curves", {}), **run.get("curves", {})}
     return records
 
 
 def is_complete(
-    record: Mapping[str, Any], experiment: Experiment, recipe: Recipe, detector_columns: Set[str]
+    record: RunRecord, experiment: Experiment, recipe: Recipe, detector_columns: Set[str]
 ) -> bool:
     """Check whether a record has all that an experiment needs of a run.
 
@@ -171,11 +192,11 @@ def recipe_digest(recipe: Recipe) -> str:
     Returns:
         10 hexadecimal digits.
     """
-    settings = drop_defaults(recipe.replace(seed=0, device="auto").to_dict(), Recipe().to_dict())
+    settings = _drop_defaults(recipe.replace(seed=0, device="auto").to_dict(), Recipe().to_dict())
     return sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:10]
 
 
-def drop_defaults(value: object, default: Any) -> object:
+def _drop_defaults(value: object, default: Any) -> object:
     """Remove the parts of a recipe's plain data that equal another's.
 
     Args:
@@ -186,9 +207,9 @@ def drop_defaults(value: object, default: Any) -> object:
         The parts that differ.
     """
     if isinstance(value, dict):
-        return {k: drop_defaults(v, default[k]) for k, v in value.items() if v != default[k]}
+        return {k: _drop_defaults(v, default[k]) for k, v in value.items() if v != default[k]}
     if isinstance(value, list) and value and isinstance(value[0], dict):  # views
-        return [drop_defaults(v, default[0]) for v in value]
+        return [_drop_defaults(v, default[0]) for v in value]
     return value
 
 

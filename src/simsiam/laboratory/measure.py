@@ -49,7 +49,7 @@ def measure_run(run: Run, scale: Scale, experiment: Experiment) -> MeasuredRun:
     Returns:
         Its metrics, curves, environment and recipe.
     """
-    values = measure_metrics(run, scale, measure_predictor=experiment.measure_predictor)
+    values = _measure_metrics(run, scale, measure_predictor=experiment.measure_predictor)
     metrics = () if values["diverged"] else experiment.curve_metrics
     environment = run.json("environment.json")
     environment.pop("command", None)  # it contains paths of the machine
@@ -61,7 +61,7 @@ def measure_run(run: Run, scale: Scale, experiment: Experiment) -> MeasuredRun:
     }
 
 
-def measure_metrics(run: Run, scale: Scale, *, measure_predictor: bool = False) -> dict[str, Any]:
+def _measure_metrics(run: Run, scale: Scale, *, measure_predictor: bool = False) -> dict[str, Any]:
     """Compute the metrics of a run at its end, evaluating it if that was not done yet.
 
     Args:

@@ -26,6 +26,7 @@ from simsiam.laboratory.jobs import (
     INTERRUPTED,
     Job,
     JobGrid,
+    RunRecord,
     estimate_hours,
     load_saved_records,
     plan_jobs,
@@ -78,28 +79,11 @@ def reproduce(
         WorkFailed: At the end, if a run failed.
         Stopped: After SIGINT or SIGTERM.
     """
-    chosen = select_experiments(experiments)
-    if scale not in SCALES:
-        raise unknown_name("scale", scale, SCALES)
-    flags = {"seeds": seeds, "epochs": epochs, "limit": limit}
-    check_counts(flags)
-    check_cells(only, chosen)
-    pages_folder = Path(out or f"results/{scale}")
-    check_index(pages_folder / "README.md")
-    images = tuple(absolute_source(path) for path in source)
-    sets = [
-        name if name == "shapes" else str(Path(name).expanduser().resolve()) for name in annotated
-    ]
-    campaign = Campaign(
-        scale=SCALES[scale],
-        detector_settings=detectors.list_detector_settings(sets),
-        pages_folder=pages_folder,
-        flags="".join(
-            f" --{flag} {value}"
-            for flag, value in {"scale": scale, **flags}.items()
-            if value is not None
-        ),
+    chosen = select_experiments(experiments, only)
+    campaign = open_campaign(
+        scale, out, annotated, {"seeds": seeds, "epochs": epochs, "limit": limit}
     )
+    images = tuple(absolute_source(path) for path in source)
     grids = campaign.plan(
         chosen,
         Path("runs") / "laboratory" / scale,
@@ -122,63 +106,74 @@ def reproduce(
         )
     if unique_jobs(pending.values()):
         campaign.check_source(images)
-    pages_folder.mkdir(parents=True, exist_ok=True)
     written = []
     for name, experiment in chosen.items():
         campaign.run_jobs(experiment, pending[name])
         written.append(campaign.write_results(name, experiment, grids[name]))
         campaign.console.print(f"wrote    {written[-1]}", soft_wrap=True)
-    write_text(pages_folder / "README.md", pages.render_index(pages_folder, campaign.scale))
+    campaign.write_index()
     campaign.raise_failures()
     return written
 
 
-def select_experiments(experiments: Sequence[str]) -> dict[str, Experiment]:
+def select_experiments(names: Sequence[str], only: Sequence[str]) -> dict[str, Experiment]:
     """Look up experiments.
 
     Args:
-        experiments: Names, or "all".
+        names: Names of experiments, or "all".
+        only: The cells to run; all if empty.
 
     Returns:
         The experiments by name.
 
     Raises:
-        UsageError: If a name is unknown.
+        UsageError: If a name is unknown, or no experiment has such a cell.
     """
-    for name in experiments:
+    for name in names:
         if name not in (*EXPERIMENTS, "all"):
             raise unknown_name("experiment", name, [*EXPERIMENTS, "all"])
-    return {n: e for n, e in EXPERIMENTS.items() if n in experiments or "all" in experiments}
-
-
-def check_counts(counts: Mapping[str, int | None]) -> None:
-    """Check numbers of the request.
-
-    Args:
-        counts: Numbers by flag; None if a flag is not given.
-
-    Raises:
-        UsageError: If one is below 1.
-    """
-    for name, number in counts.items():
-        if number is not None and number < 1:
-            raise UsageError(f"{name} is {number}; it is at least 1")
-
-
-def check_cells(only: Sequence[str], experiments: Mapping[str, Experiment]) -> None:
-    """Check the names of cells.
-
-    Args:
-        only: The cells to run.
-        experiments: The experiments.
-
-    Raises:
-        UsageError: If no experiment has such a cell.
-    """
+    experiments = {n: e for n, e in EXPERIMENTS.items() if n in names or "all" in names}
     cells = {cell for experiment in experiments.values() for cell in experiment.cells}
     for cell in only:
         if cell not in cells:
             raise unknown_name("cell", cell, cells)
+    return experiments
+
+
+def open_campaign(
+    scale: str,
+    out: str | os.PathLike[str] | None,
+    annotated: Sequence[str],
+    counts: Mapping[str, int | None],
+) -> "Campaign":
+    """Check the request, and collect what all experiments share.
+
+    Args:
+        scale: One of SCALES.
+        out: The folder of the pages; results/SCALE by default.
+        annotated: What detectors are fine-tuned on.
+        counts: Numbers by flag; None if a flag is not given.
+
+    Returns:
+        The campaign.
+
+    Raises:
+        UsageError: If the scale is unknown, a number is below 1, the folder is not one of pages,
+            or an annotated set is unknown.
+    """
+    if scale not in SCALES:
+        raise unknown_name("scale", scale, SCALES)
+    for name, number in counts.items():
+        if number is not None and number < 1:
+            raise UsageError(f"{name} is {number}; it is at least 1")
+    pages_folder = Path(out or f"results/{scale}")
+    check_index(pages_folder / "README.md")
+    sets = [
+        text if text == "shapes" else str(Path(text).expanduser().resolve()) for text in annotated
+    ]
+    settings = detectors.list_detector_settings(sets)
+    flags = [f" --{flag} {n}" for flag, n in {"scale": scale, **counts}.items() if n is not None]
+    return Campaign(SCALES[scale], settings, pages_folder, "".join(flags))
 
 
 def check_index(path: Path) -> None:
@@ -389,6 +384,7 @@ class Campaign:
         Returns:
             The page.
         """
+        self.pages_folder.mkdir(parents=True, exist_ok=True)
         path, title = self.pages_folder / name, f"{experiment.title} ({self.scale.name})"
         page = path.with_suffix(".md")
         if not experiment.cells:
@@ -406,11 +402,12 @@ class Campaign:
                 curves[run["cell"]][run["seed"]] = run["curves"]
         results = [(claim, claim.evaluate(values)) for claim in experiment.claims]
         paper = pages.PAPER_RESULTS.get(name, pages.NO_PAPER_RESULTS)
+        command = f"simsiam reproduce {name}{self.flags}"
         metadata = {
             "experiment": name,
             "title": experiment.title,
             "where": experiment.section,
-            "command": f"simsiam reproduce {name}{self.flags}",
+            "command": command,
             "scale": self.scale.name,
             "mapping": self.scale.mapping,
             "metric": self.scale.metric,
@@ -418,7 +415,11 @@ class Campaign:
             "claims": [pages.claim_to_dict(claim, result) for claim, result in results],
             "runs": runs,
         }
-        draw_figure(experiment, self.scale, grid, values, curves, paper, path, title)
+        if experiment.curve_metrics:
+            metrics = experiment.curve_metrics
+            drawing.plot_curves({m: select_curves(curves, m) for m in metrics}, path, title)
+        else:
+            self.draw_accuracies(experiment, grid, values, paper, path, title)
         if experiment.train_detectors:
             rows = detectors.detector_table(name, values)
         else:
@@ -426,12 +427,59 @@ class Campaign:
         write_text(path.with_suffix(".csv"), pages.to_csv(rows))
         write_text(path.with_suffix(".json"), json.dumps(metadata, indent=2) + "\n")
         text = pages.render_page(
-            name, experiment, self.scale, values, results=results, metadata=metadata, rows=rows
+            name,
+            experiment,
+            self.scale,
+            values,
+            results=results,
+            command=command,
+            runs=runs,
+            rows=rows,
         )
         write_text(page, text)
         return page
 
-    def list_runs(self, experiment: Experiment, grid: JobGrid) -> Iterator[dict[str, Any]]:
+    def draw_accuracies(
+        self,
+        experiment: Experiment,
+        grid: JobGrid,
+        values: MetricValues,
+        paper: pages.PaperResults,
+        path: Path,
+        title: str,
+    ) -> None:
+        """Draw our accuracies and the paper's as PNG and SVG.
+
+        Args:
+            experiment: The experiment.
+            grid: Its jobs.
+            values: The measured metrics.
+            paper: The paper's metric and numbers.
+            path: The files to write, without extension.
+            title: The title of the figure.
+        """
+        published = pages.published_numbers(paper)
+        labels = {
+            "our_label": f"ours: {self.scale.metric}",
+            "paper_label": f"paper: {paper['metric']}",
+        }
+        if setting := experiment.plot_against:
+            recipes = {cell: next(iter(jobs.values())).recipe for cell, jobs in grid.items()}
+            x = {cell: (vars(r) | vars(r.method))[setting] for cell, r in recipes.items()}
+            drawing.plot_accuracy_lines(
+                values, x, published, setting=setting, **labels, path=path, title=title
+            )
+            return
+        metric = "linear"
+        if experiment.train_detectors:
+            metric = "ap50"
+            labels = {
+                "our_label": "ours: AP50, mean of all columns",
+                "paper_label": "paper: AP50, mean",
+            }
+        drawing.plot_accuracies(values, published, **labels, path=path, title=title, metric=metric)
+
+    def list_runs(self, experiment: Experiment, grid: JobGrid) -> Iterator[RunRecord]:
         """Collect the record of every run.
 
         Args:
@@ -444,21 +492,28 @@ class Campaign:
         """
         for cell, jobs in grid.items():
             for seed, job in jobs.items():
-                record: dict[str, Any] = {
-                    "cell": cell,
-                    "seed": seed,
-                    "run": str(job.path),
-                    "state": self.failures.get(job.path, job.state),
-                }
+                state = self.failures.get(job.path, job.state)
+                record = RunRecord(cell=cell, seed=seed, run=str(job.path), state=state)
                 if job.state == FINISHED and job.path not in self.failures:
                     measured = job.saved_record or measure.measure_run(
                         Run(job.path), self.scale, experiment
                     )
-                    record = {**measured, **record}
+                    record = RunRecord(
+                        values=measured["values"],
+                        curves=measured["curves"],
+                        environment=measured["environment"],
+                        recipe=measured["recipe"],
+                        **record,
+                    )
                     diverged = record["values"]["diverged"]
                     if experiment.train_detectors and not job.saved_record and not diverged:
                         record["values"] |= self.measure_detectors(job, experiment, cell)
                 yield record
+
+    def write_index(self) -> None:
+        """Write the index of all pages in the folder."""
+        text = pages.render_index(self.pages_folder, self.scale)
+        write_text(self.pages_folder / "README.md", text)
 
     def raise_failures(self) -> None:
         """Report the failures of all experiments.
@@ -474,56 +529,20 @@ class Campaign:
             )
 
 
-def draw_figure(
-    experiment: Experiment,
-    scale: Scale,
-    grid: JobGrid,
-    values: MetricValues,
-    curves: MetricValues,
-    paper: Mapping[str, Any],
-    path: Path,
-    title: str,
-) -> None:
-    """Draw the figure of an experiment as PNG and SVG.
+def select_curves(curves: MetricValues, metric: str) -> dict[str, list[drawing.Curve]]:
+    """Select the curves of one metric.
 
     Args:
-        experiment: The experiment.
-        scale: The scale.
-        grid: Its jobs.
-        values: The measured metrics.
-        curves: The measured curves.
-        paper: The paper's metric and numbers.
-        path: The files to write, without extension.
-        title: The title of the figure.
+        curves: Curves by cell, seed and metric.
+        metric: The metric.
+
+    Returns:
+        The curves of all seeds that have it, by cell.
     """
-    labels = {"our_label": f"ours: {scale.metric}", "paper_label": f"paper: {paper['metric']}"}
-    if experiment.curve_metrics:
-        curves_of = {
-            metric: {
-                cell: [c[metric] for c in seeds.values() if metric in c]
-                for cell, seeds in curves.items()
-            }
-            for metric in experiment.curve_metrics
-        }
-        drawing.plot_curves(curves_of, path, title)
-    elif setting := experiment.plot_against:
-        recipes = {cell: next(iter(jobs.values())).recipe for cell, jobs in grid.items()}
-        x = {cell: (vars(r) | vars(r.method))[setting] for cell, r in recipes.items()}
-        drawing.plot_accuracy_lines(
-            values, x, paper["cells"], setting=setting, **labels, path=path, title=title
-        )
-    elif experiment.train_detectors:
-        drawing.plot_accuracies(
-            values,
-            paper["cells"],
-            our_label="ours: AP50, mean of all columns",
-            paper_label="paper: AP50, mean",
-            path=path,
-            title=title,
-            metric="ap50",
-        )
-    else:
-        drawing.plot_accuracies(values, paper["cells"], **labels, path=path, title=title)
+    return {
+        cell: [by_metric[metric] for by_metric in seeds.values() if metric in by_metric]
+        for cell, seeds in curves.items()
+    }
 
 
 def write_text(path: Path, content: str) -> None:
