@@ -1,4 +1,4 @@
-"""A file's pixels are those of a reference decoder, turned upright, or there is one short reason why there are none."""
+"""Decoded pixels equal a reference decoder's, upright; else there is one short reason."""
 
 import os
 import struct
@@ -45,7 +45,7 @@ def npy(array, **options):
 
 
 def png(pixels, interlaced=False, size=None):
-    """Gray or RGB, uint8 or uint16, as Pillow cannot write it: interlaced, 16-bit RGB, with a size that is a lie."""
+    """Write PNGs that Pillow cannot: interlaced, 16-bit RGB, or with a wrong size in the header."""
     passes = [
         (0, 0, 8, 8),
         (0, 4, 8, 8),
@@ -80,15 +80,26 @@ def png(pixels, interlaced=False, size=None):
 
 
 def tiff(pixels, photometric=None, size=None):
-    """(H, W, C) uncompressed in one strip, little-endian; gray with extra samples unless photometric says otherwise."""
+    """Write (H, W, C) uncompressed in one strip, little-endian.
+
+    Gray with extra samples, unless `photometric` says otherwise.
+    """
     height, width = size or pixels.shape[:2]
     count, data = pixels.shape[2], pixels.astype(pixels.dtype.newbyteorder("<")).tobytes()
     colors = 3 if photometric == 2 else 1
     tags = [
-        (256, [width]), (257, [height]), (258, [8 * pixels.itemsize] * count), (259, [1]), (262, [photometric or 1]),
-        (273, [8]), (277, [count]), (278, [height]), (279, [len(data)]), (338, [0] * (count - colors)),
+        (256, [width]),
+        (257, [height]),
+        (258, [8 * pixels.itemsize] * count),
+        (259, [1]),
+        (262, [photometric or 1]),
+        (273, [8]),
+        (277, [count]),
+        (278, [height]),
+        (279, [len(data)]),
+        (338, [0] * (count - colors)),
         (339, [3 if pixels.dtype.kind == "f" else 1] * count),
-    ]  # fmt: skip
+    ]
     entries, beyond = b"", b""
     start = 8 + len(data) + 2 + 12 * sum(bool(values) for _, values in tags) + 4
     for tag, values in tags:
@@ -104,7 +115,7 @@ def tiff(pixels, photometric=None, size=None):
 
 
 def reference(data):
-    """What torchvision decodes, RGB (H, W, 3); of 16 bits the upper eight; of an animation the first frame."""
+    """Decode with torchvision to RGB (H, W, 3): the upper 8 of 16 bits, the first frame."""
     image = torchvision_io.decode_image(
         torch.frombuffer(bytearray(data), dtype=torch.uint8), torchvision_io.ImageReadMode.RGB, True
     )
@@ -173,7 +184,7 @@ def test_every_odd_format_is_what_torchvision_decodes(tmp_path, name):
     (tmp_path / name).write_bytes(data)
     pixels = decode_image(tmp_path / name)
     assert pixels.dtype == np.uint8 and pixels.shape == (9, 14, 3) and pixels.flags.writeable
-    # How four inks become three lights is not laid down: both multiply by the black ink, and round differently.
+    # No standard converts CMYK to RGB: both decoders multiply by black, and round differently.
     tolerance = 1 if name in ("cmyk.jpg", "ycck.jpg") else 0
     assert np.abs(pixels.astype(int) - reference(data)).max() <= tolerance
     assert same(decode_image(data), pixels)
@@ -188,11 +199,17 @@ def test_every_exif_orientation_is_turned_upright(kind, suffix, orientation):
     data = encode(smooth(6, 10), kind, exif=exif)
     assert same(decode_image(data), reference(data))
     assert read_header(data) == (6, 10, kind)  # as stored
-    # EXIF 2.32, tag Orientation: the row and column of the stored array where the visual top and left are.
+    # EXIF 2.32, tag Orientation: which row and column of the stored array are at the top and left.
     turn = {
-        1: lambda x: x, 2: np.fliplr, 3: lambda x: np.rot90(x, 2), 4: np.flipud, 5: lambda x: x.transpose(1, 0, 2),
-        6: lambda x: np.rot90(x, -1), 7: lambda x: np.rot90(x, 2).transpose(1, 0, 2), 8: np.rot90,
-    }  # fmt: skip
+        1: lambda x: x,
+        2: np.fliplr,
+        3: lambda x: np.rot90(x, 2),
+        4: np.flipud,
+        5: lambda x: x.transpose(1, 0, 2),
+        6: lambda x: np.rot90(x, -1),
+        7: lambda x: np.rot90(x, 2).transpose(1, 0, 2),
+        8: np.rot90,
+    }
     assert same(decode_image(data), turn[orientation](decode_image(encode(smooth(6, 10), kind))))
 
 
@@ -202,10 +219,17 @@ def test_formats_that_torchvision_does_not_know_keep_their_pixels():
     white = np.dstack([rgb, np.full((9, 14, 1), 255, np.uint8)])
     frames = {"save_all": True, "append_images": [Image.fromarray(picture(3, 9, 14))]}
     for data in (
-        encode(rgb, "BMP"), encode(rgb, "PPM"), encode(rgb, "TIFF"), encode(rgb, "TIFF", compression="tiff_lzw"),
-        encode(rgb, "TIFF", **frames), encode(rgb, "WEBP", lossless=True), encode(white, "WEBP", lossless=True),
-        encode(rgb, "WEBP", lossless=True, **frames), tiff(rgb, photometric=2), tiff(deep, photometric=2),
-    ):  # fmt: skip
+        encode(rgb, "BMP"),
+        encode(rgb, "PPM"),
+        encode(rgb, "TIFF"),
+        encode(rgb, "TIFF", compression="tiff_lzw"),
+        encode(rgb, "TIFF", **frames),
+        encode(rgb, "WEBP", lossless=True),
+        encode(white, "WEBP", lossless=True),
+        encode(rgb, "WEBP", lossless=True, **frames),
+        tiff(rgb, photometric=2),
+        tiff(deep, photometric=2),
+    ):
         assert same(decode_image(data), rgb)
     for data in (
         encode(gray[..., 0], "PPM"),
@@ -275,9 +299,15 @@ def test_numpy_arrays_of_any_number_of_channels_first_or_last(channels):
     pixels = picture(0, 20, 30, channels)
     first = pixels.transpose(2, 0, 1)
     everything = [
-        pixels, first, np.asfortranarray(pixels), pixels.astype("<u2") * 257, (first.astype("<u2") * 257).astype(">u2"),
-        pixels / 255, (first / 255).astype(np.float32), (pixels / 255).astype(np.float16),
-    ]  # fmt: skip
+        pixels,
+        first,
+        np.asfortranarray(pixels),
+        pixels.astype("<u2") * 257,
+        (first.astype("<u2") * 257).astype(">u2"),
+        pixels / 255,
+        (first / 255).astype(np.float32),
+        (pixels / 255).astype(np.float16),
+    ]
     for array in everything + [pixels[..., 0]] * (channels == 1):
         data = npy(array)
         assert same(decode_image(data, channels), pixels) and read_header(data, channels) == (
@@ -530,7 +560,8 @@ def test_odd_files_leave_no_line_on_the_terminal(tmp_path):
     (tmp_path / "cut.tif").write_bytes(encode(picture(0), "TIFF")[:-150])
     (tmp_path / "bomb.png").write_bytes(png(np.zeros((0, 0), np.uint8), size=(10_000, 10_000)))
     code = (
-        "import sys\nfrom pathlib import Path\nfrom simsiam.data.decode import Unreadable, decode_image\n"
+        "import sys\nfrom pathlib import Path\n"
+        "from simsiam.data.decode import Unreadable, decode_image\n"
         "for file in sorted(Path(sys.argv[1]).iterdir()):\n"
         "    for channels in (3, 16):\n"
         "        try: decode_image(file, channels)\n"

@@ -1,4 +1,4 @@
-"""Decoded pixels on disk change nothing but the time: not one bit of a batch, whatever happens to the file."""
+"""The disk cache changes only the time, not one bit of a batch, whatever happens to its file."""
 
 import pickle
 import resource
@@ -42,7 +42,7 @@ def kept(tmp_path, monkeypatch):
 
 @pytest.fixture
 def photos(tmp_path):
-    """Large JPEGs, which are decoded at a half or a quarter, small PNGs, one unreadable file: all of other sizes."""
+    """Make JPEGs that are decoded at 1/2 or 1/4, small PNGs, an unreadable file; sizes differ."""
     rng, folder = np.random.default_rng(0), tmp_path / "photos"
     folder.mkdir()
     for i in range(N):

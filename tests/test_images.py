@@ -1,4 +1,4 @@
-"""Images by position, whatever holds them: chosen, pickled, forked, decoded into memory they stay the same images."""
+"""Images by position: selected, pickled, forked or decoded, they stay the same in every storage."""
 
 import pickle
 
@@ -138,9 +138,13 @@ def kinds(tmp_path):
         "".join(f"folder/{c}/{i}.png\t{c}\n" for c in "ab" for i in range(3))
     )
     sources = [
-        folder, [folder, folder / "a"], tmp_path / "list.txt", tmp_path / "rows",
-        zipped(tmp_path / "files.zip", files_below(folder)), tarred(tmp_path / "files.tar", files_below(folder)),
-    ]  # fmt: skip
+        folder,
+        [folder, folder / "a"],
+        tmp_path / "list.txt",
+        tmp_path / "rows",
+        zipped(tmp_path / "files.zip", files_below(folder)),
+        tarred(tmp_path / "files.tar", files_below(folder)),
+    ]
     found = [open_source(source).train for source in sources]
     return [*found, load_into_memory(found[-1], 10**6)[0]]
 
@@ -191,7 +195,9 @@ def test_a_new_kind_of_storage_is_one_class(tmp_path, monkeypatch):
     agree(images, range(6))
     agree(images.take([5, 2]), [5, 2])
     agree(load_into_memory(images, 10**6)[0], range(6))
-    assert images.prefetch(np.arange(3)) is images and measure_sizes(images).tolist() == [[8, 8]] * 6
+    assert (
+        images.prefetch(np.arange(3)) is images and measure_sizes(images).tolist() == [[8, 8]] * 6
+    )
     table = load_index(["new"], Source("new", images)).table
     assert table["reason"].to_pylist() == [""] * 6 and len(set(table["digest"].to_pylist())) == 6
     monkeypatch.setattr("simsiam.sources.write_shards.open_source", lambda *_: Source("", images))
@@ -260,9 +266,7 @@ def test_a_sample_is_spread_and_keeps_the_proportions():
     some = sample(labeled(labels), 100)
     positions = [int(key.split("#")[1]) for key in some.keys]
     assert np.bincount(some.labels).tolist() == [50, 30, 20] and positions == sorted(positions)
-    assert list(sample(unlabeled(10), 5).keys) == [
-        f"train#{i}" for i in (0, 2, 4, 6, 8)
-    ]
+    assert list(sample(unlabeled(10), 5).keys) == [f"train#{i}" for i in (0, 2, 4, 6, 8)]
     assert len(sample(labeled(labels), None)) == len(sample(labeled(labels), 5000)) == 1000
 
 

@@ -1,4 +1,4 @@
-"""Shards: whatever holds them, the images are those of the folder; each is seen once an epoch; damage is one line."""
+"""Shards have the images of the folder, each used once an epoch; damage is reported in one line."""
 
 import io
 import json
@@ -32,8 +32,8 @@ from simsiam.sources.catalog import CATALOG_FILE
 from simsiam.sources.file_index import load_index
 from simsiam.sources.open_source import open_source
 from simsiam.sources.write_shards import format_shard_summary, write_shards
-from simsiam.training.prepare import prepare_data
 from simsiam.training.launch import pretrain
+from simsiam.training.prepare import prepare_data
 
 CPU = torch.device("cpu")
 
@@ -48,7 +48,7 @@ def small(monkeypatch):
 
 @pytest.fixture
 def photos(tmp_path):
-    """60 images of two classes and many sizes, and their folder; a name that is not UTF-8 among them."""
+    """Make a folder of 60 images of two classes and many sizes; one name is not UTF-8."""
     folder = tmp_path / "photos"
     for i in range(60):
         tree(folder / ("cat", "dog")[i % 2], f"{i:03}.png", size=(20 + i % 5, 24))
@@ -72,7 +72,7 @@ def recipe(**words) -> Recipe:
 
 
 def test_shards_of_a_folder_are_the_folder(photos, tmp_path):
-    """Same images, order, labels, class names and keys; in tars, from the catalog beside them or without it."""
+    """Same images, order, labels, class names and keys; tars with and without their catalog."""
     folder = open_source(photos)
     out = write_shards(photos, out=tmp_path / "tars", per_shard=17)
     assert sorted(path.name for path in out.iterdir()) == [
@@ -118,7 +118,7 @@ def test_the_bytes_are_a_function_of_the_images(photos, tmp_path, format):
 
 
 def test_webdataset_reads_what_is_written(photos, tmp_path):
-    """Its rules, written down here: one sample is what has one name up to the first dot, one file after the other."""
+    """The rules of WebDataset: consecutive files with one name up to the first dot are a sample."""
     out, folder, n = (
         write_shards(photos, out=tmp_path / "out", per_shard=17),
         open_source(photos).train,
@@ -145,7 +145,8 @@ def test_webdataset_reads_what_is_written(photos, tmp_path):
 def test_killed_and_started_anew_it_is_the_same_folder(photos, tmp_path):
     whole, out = write_shards(photos, out=tmp_path / "whole", per_shard=4), tmp_path / "out"
     code = (
-        "import sys, time\nfrom simsiam.sources import write_shards as m\nreadable = m._iter_readable\n"
+        "import sys, time\nfrom simsiam.sources import write_shards as m\n"
+        "readable = m._iter_readable\n"
         "def slow(*a):\n    for x in readable(*a):\n        time.sleep(0.05)\n        yield x\n"
         "m._iter_readable = slow\nm.write_shards(sys.argv[1], out=sys.argv[2], per_shard=4)\n"
     )
@@ -231,9 +232,11 @@ def test_a_url_is_a_folder(photos, memory, tmp_path):
 
 def test_what_vanishes_stops_the_work_in_one_line(photos, memory, tmp_path):
     r = recipe()
-    for place, vanish in [("memory://tar", lambda: memory.rm("/tar", recursive=True)),
-                          (str(tmp_path / "tar"), lambda: [p.unlink() for p in (tmp_path / "tar").iterdir()]),
-                          ("memory://parquet", lambda: memory.rm("/parquet", recursive=True))]:  # fmt: skip
+    for place, vanish in [
+        ("memory://tar", lambda: memory.rm("/tar", recursive=True)),
+        (str(tmp_path / "tar"), lambda: [p.unlink() for p in (tmp_path / "tar").iterdir()]),
+        ("memory://parquet", lambda: memory.rm("/parquet", recursive=True)),
+    ]:
         images = open_source(place).train
         vanish()
         for workers in (0, 2) if place == "memory://tar" else (0,):
@@ -270,7 +273,7 @@ def test_interleaving_is_a_permutation_of_blocks_and_within_them():
 
 @pytest.mark.parametrize("format", ["tar", "parquet"])
 def test_each_image_is_seen_once_an_epoch(photos, tmp_path, format):
-    """By 1, 2 or 3 processes, each with any number of workers, with places of the batch shared out in any way."""
+    """By 1, 2 or 3 processes with any number of workers, however the positions are divided."""
     images = open_source(
         write_shards(photos, out=tmp_path / "out", format=format, per_shard=17)
     ).train
@@ -322,7 +325,7 @@ def test_the_images_of_shards_are_those_of_the_folder_in_a_batch(photos, tmp_pat
 
 @pytest.mark.parametrize("workers", [1, 3])
 def test_each_block_is_read_about_once_an_epoch(photos, tmp_path, monkeypatch, workers):
-    """By whoever makes the places of the batch that go through it: two, where a part of the sequence ends inside it."""
+    """By the worker of its positions; by two if a part of the sequence ends inside it."""
     images = open_source(write_shards(photos, out=tmp_path / "out", per_shard=17)).train
     r, read = recipe(batch_size=6), []
     monkeypatch.setattr(
@@ -422,10 +425,19 @@ def test_what_a_tar_may_not_hold_is_ignored_in_one_line(tmp_path):
     path, png = tmp_path / "set" / "a.tar", encode(picture(1))
     path.parent.mkdir()
     with tarfile.open(path, "w") as archive:
-        for name, kind in [("../up.png", tarfile.REGTYPE), ("/etc/abs.png", tarfile.REGTYPE), ("x/../../y.png", b"0"),
-                           ("link.png", tarfile.SYMTYPE), ("hard.png", tarfile.LNKTYPE), ("dev.png", tarfile.CHRTYPE),
-                           ("dir.png", tarfile.DIRTYPE), ("notes.txt", tarfile.REGTYPE), (".hidden.png", b"0"),
-                           ("a.b.png", tarfile.REGTYPE), ("c\n\x1b[31m.png", tarfile.REGTYPE)]:  # fmt: skip
+        for name, kind in [
+            ("../up.png", tarfile.REGTYPE),
+            ("/etc/abs.png", tarfile.REGTYPE),
+            ("x/../../y.png", b"0"),
+            ("link.png", tarfile.SYMTYPE),
+            ("hard.png", tarfile.LNKTYPE),
+            ("dev.png", tarfile.CHRTYPE),
+            ("dir.png", tarfile.DIRTYPE),
+            ("notes.txt", tarfile.REGTYPE),
+            (".hidden.png", b"0"),
+            ("a.b.png", tarfile.REGTYPE),
+            ("c\n\x1b[31m.png", tarfile.REGTYPE),
+        ]:
             info = tarfile.TarInfo(name)
             info.type, info.linkname = kind, "/etc/passwd"
             info.size = len(png) if kind in (tarfile.REGTYPE, b"0") else 0
@@ -569,7 +581,7 @@ def test_a_footer_that_lies_about_rows_or_columns(photos, tmp_path):
 def test_parquet_that_unpacks_to_gigabytes_is_refused_or_read_a_block_at_a_time(
     tmp_path, monkeypatch
 ):
-    """zstd makes a few bytes of a MiB of zeros; a dictionary, of 300 of them; a footer claims any number of rows."""
+    """A few bytes: a MiB of zeros with zstd; 300 equal images; a footer with a false row count."""
     monkeypatch.setattr(sources, "MAX_RESIDENT_BYTES", 2**24)
     for name, rows, per_group in [("bomb", 17, 17), ("blocks", 17, 1), ("same", 300, 300)]:
         image = os.urandom(2**20) if name == "same" else bytes(2**20)
@@ -609,14 +621,34 @@ def test_parquet_that_unpacks_to_gigabytes_is_refused_or_read_a_block_at_a_time(
 def test_labels_are_numbers_words_or_folders(tmp_path):
     png = encode(picture(0))
     for name, files, classes, labels in [
-        ("cls", {f"{i}.{e}": png if e == "png" else b" %d\n" % label
-                 for i, label in enumerate((10, 2, 10)) for e in ("png", "cls")},
-         ("2", "10"), [1, 0, 1]),
-        ("json", {f"{i}.{e}": png if e == "png" else json.dumps({"label": label}).encode()
-                  for i, label in enumerate(("b", "a")) for e in ("json", "png")}, ("a", "b"), [1, 0]),
-        ("folders", {"dog/1.png": png, "cat/1.png": png, "cat/2.png": png}, ("cat", "dog"), [1, 0, 0]),
+        (
+            "cls",
+            {
+                f"{i}.{e}": png if e == "png" else b" %d\n" % label
+                for i, label in enumerate((10, 2, 10))
+                for e in ("png", "cls")
+            },
+            ("2", "10"),
+            [1, 0, 1],
+        ),
+        (
+            "json",
+            {
+                f"{i}.{e}": png if e == "png" else json.dumps({"label": label}).encode()
+                for i, label in enumerate(("b", "a"))
+                for e in ("json", "png")
+            },
+            ("a", "b"),
+            [1, 0],
+        ),
+        (
+            "folders",
+            {"dog/1.png": png, "cat/1.png": png, "cat/2.png": png},
+            ("cat", "dog"),
+            [1, 0, 0],
+        ),
         ("none", {"1.png": png, "2.png": png, "2.cls": b"1"}, (), None),
-    ]:  # fmt: skip
+    ]:
         (tmp_path / name).mkdir()
         tarred(tmp_path / name / "0.tar", files)
         images = open_source(tmp_path / name).train
@@ -641,7 +673,18 @@ def test_inspect_and_pretrain_take_shards(photos, tmp_path):
         == load_index([photos], open_source(photos)).table["bytes"].to_pylist()
     )
     assert index.table["digest"].equals(load_index([photos], open_source(photos)).table["digest"])
-    words = {"backbone": "resnet10", "width": 4, "dim": 16, "proj_hidden": 16, "pred_dim": 4, "image_size": 16,
-             "batch_size": 8, "epochs": 1, "knn_every": 9, "holdout": 0, "workers": 2}  # fmt: skip
+    words = {
+        "backbone": "resnet10",
+        "width": 4,
+        "dim": 16,
+        "proj_hidden": 16,
+        "pred_dim": 4,
+        "image_size": 16,
+        "batch_size": 8,
+        "epochs": 1,
+        "knn_every": 9,
+        "holdout": 0,
+        "workers": 2,
+    }
     run = pretrain(out, out=tmp_path / "run", **words)
     assert json.loads((run / "summary.json").read_text())["steps"] == 7

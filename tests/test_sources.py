@@ -1,4 +1,4 @@
-"""Whatever the source, image i is the same picture with the same label: any layout equals the folder of its files."""
+"""In every kind of source, image i is the same picture with the same label as in the folder."""
 
 import json
 import os
@@ -78,7 +78,7 @@ def tarred(path, files, kind=tarfile.GNU_FORMAT):
 
 
 def is_the_same(a, b, prefix=""):
-    """The same splits of the same images in the same order with the same labels; their keys differ by a prefix."""
+    """Check for the same splits, images, order and labels; keys differ by a prefix."""
     assert a.splits.keys() == b.splits.keys()
     for one, other in zip(a.splits.values(), b.splits.values(), strict=True):
         assert (
@@ -263,7 +263,7 @@ def test_links_are_followed_and_loops_end(tmp_path):
 
 
 def test_what_a_link_leads_to_keeps_its_own_name(tmp_path):
-    """Not the link's, though that may come first; of two links out of the folder, the first in order has it."""
+    """The real path is preferred to a link's; of two links to the outside, the first in order."""
     tree(tmp_path, "photos/cat/1.png", "photos/dog/deep/1.png", "outside/1.png")
     photos = tmp_path / "photos"
     (photos / "best").symlink_to(photos / "cat")
@@ -486,12 +486,18 @@ def test_an_archive_gives_only_its_visible_regular_files(tmp_path):
         "p.png", tarfile.REGTYPE, pax_headers={"GNU.sparse.map": "0,8", "GNU.sparse.size": "8"}
     )
     files = {
-        "a.png": data, "../../x.png": data, "a/../y.png": data, "/abs.png": data, "d.png/b.png": data,
+        "a.png": data,
+        "../../x.png": data,
+        "a/../y.png": data,
+        "/abs.png": data,
+        "d.png/b.png": data,
         member("s.png", tarfile.SYMTYPE, linkname="a.png"): b"",
         member("l.png", tarfile.LNKTYPE, linkname="a.png"): b"",
-        member("f.png", tarfile.FIFOTYPE): b"", member("d.png", tarfile.DIRTYPE): b"",
-        member("g.png", tarfile.GNUTYPE_SPARSE): b"", sparse: data,
-    }  # fmt: skip
+        member("f.png", tarfile.FIFOTYPE): b"",
+        member("d.png", tarfile.DIRTYPE): b"",
+        member("g.png", tarfile.GNUTYPE_SPARSE): b"",
+        sparse: data,
+    }
     tarred(tmp_path / "a.tar", files, tarfile.PAX_FORMAT)
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         for name, content in files.items():
@@ -746,7 +752,8 @@ def test_cifar10_jpeg(shared):
 
 def test_opening_and_reading_loads_no_torch(tmp_path):
     tree(tmp_path, "a/1.png", "b/1.png")
-    code = "import sys\nfrom simsiam.sources.open_source import open_source\nopen_source(sys.argv[1]).train.read(0)\n"
+    code = "import sys\nfrom simsiam.sources.open_source import open_source\n"
+    code += "open_source(sys.argv[1]).train.read(0)\n"
     subprocess.run(
         [sys.executable, "-c", code + "assert 'torch' not in sys.modules", str(tmp_path)],
         check=True,

@@ -1,4 +1,4 @@
-"""Views are pure functions of (seed, step, view, position); their pixels and distributions are torchvision's."""
+"""Views are pure functions of (seed, step, view, position), with torchvision's distributions."""
 
 from dataclasses import fields, replace
 from functools import partial
@@ -36,7 +36,7 @@ HALF = (0.5, 0.5, 0.5)
 
 
 def photos(n, h, w, channels=3, seed=0):
-    """uint8 noise with large patches in it, so that blurring, resizing and contrast all have something to do."""
+    """Make uint8 noise with large patches, so that blur, resizing and contrast have an effect."""
     g = torch.Generator().manual_seed(seed)
     patches = F.resize(
         torch.rand(n, channels, 3, 3, generator=g), [h, w], F.InterpolationMode.NEAREST
@@ -131,7 +131,7 @@ def test_only_the_crop_depends_on_the_size_of_the_image():
 
 
 def test_pixels_are_never_read_back():
-    """On the meta device there are none to read: whatever asks a GPU for a value, and so waits for it, fails here."""
+    """The meta device has no values: code that would wait for a value from a GPU fails on it."""
     views = two_views(
         photos(64, 32, 32).to("meta"), np.arange(64), recipes=(replace(EVERYTHING, blur=1.0),)
     )
@@ -230,7 +230,7 @@ def test_gray_and_solarize_are_torchvisions_and_touch_only_those_who_drew_them()
 
 
 def box_blurs(image, sigma, after_each_pass):
-    """Pillow's blur of an image (C, H, W) in 0..255: three box filters along the rows, three along the columns."""
+    """Blur an image (C, H, W) in 0..255 like Pillow: three box filters along rows and columns."""
     variance = sigma**2 / 3
     whole = int((np.sqrt(12 * variance + 1) - 1) / 2)
     part = (
@@ -330,7 +330,8 @@ def test_make_views_gives_each_view_its_recipe_and_its_form():
             and view.max() <= 1
         )
     first, second, third = (
-        two_views(images, positions, recipes=(r,), view_count=3) for r in (OFF, EVERYTHING, EVERYTHING)
+        two_views(images, positions, recipes=(r,), view_count=3)
+        for r in (OFF, EVERYTHING, EVERYTHING)
     )
     assert views[0].equal(first[0]) and views[1].equal(second[1]) and views[2].equal(third[2])
 
@@ -357,7 +358,7 @@ def test_cropping_in_workers_gives_the_views_of_the_batch():
 
 @pytest.mark.parametrize("at_once", [1, 3 * 24 * 24 * 7, 2**30])
 def test_parts_of_any_size_give_the_same_view(at_once, monkeypatch):
-    """One image at a time is the plain way: nothing to sort, and no neighbor to be mixed up with."""
+    """One image at a time is the reference: no sorting, and no other image to be confused with."""
     images, positions = photos(30, 40, 28), np.arange(30)
     monkeypatch.setattr(views, "CHUNK_NUMEL", 1)
     plain = two_views(images, positions)
@@ -398,7 +399,7 @@ def test_a_compiled_kernel_is_the_eager_one(monkeypatch):
 
 
 def test_kernels_are_compiled_for_a_few_cases_whatever_is_drawn(monkeypatch, caplog):
-    """After eight torch gives up on a function: it runs as it is, no faster, and only a log says so."""
+    """After eight compilations, torch runs a function uncompiled, and only a log says so."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     monkeypatch.setattr(views, "CHUNK_NUMEL", 3 * 24 * 24 * 5)
     views._get_kernels.cache_clear()
@@ -550,7 +551,8 @@ def test_a_recipe_in_words_has_a_line_for_each_operation_that_is_on():
     assert describe_augmentation(Views()) == [
         "crop 20% to 100% of the area and resize",
         "flip left to right, with probability 0.5",
-        "jitter brightness by 0.4, contrast by 0.4, saturation by 0.4, hue by 0.1, in random order, "
+        "jitter brightness by 0.4, contrast by 0.4, saturation by 0.4, hue by 0.1, "
+        "in random order, "
         "with probability 0.8",
         "turn gray, with probability 0.2",
         "blur with sigma 0.1 to 2 pixels, with probability 0.5",
