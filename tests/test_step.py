@@ -20,7 +20,7 @@ from simsiam.model.siamese import build
 from simsiam.monitoring.nearest_neighbors import knn_scores
 from simsiam.runs.run_folder import Run
 from simsiam.training import step
-from simsiam.training.pretrain import pretrain, resume
+from simsiam.training.launch import pretrain, resume
 from simsiam.training.step import GradientStep, compile_backbone
 
 CPU = torch.device("cpu")
