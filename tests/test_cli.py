@@ -22,9 +22,9 @@ def run_main(capsys, *arguments: object) -> tuple[int, str]:
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["pretrian"], "simsiam: unknown verb 'pretrian': did you mean 'pretrain'?"),
-        (["xyzzy"], "unknown verb 'xyzzy': choose from bench, cluster, "),
-        ([""], "unknown verb ''"),
+        (["pretrian"], "simsiam: unknown command 'pretrian': did you mean 'pretrain'?"),
+        (["xyzzy"], "unknown command 'xyzzy': choose from bench, cluster, "),
+        ([""], "unknown command ''"),
         (["--epochs", "3"], "unknown argument '--epochs'"),
         (["compare", "a", "b", "--colour"], "unknown argument '--colour'"),
         (["pretrain", "shaeps"], "unknown source 'shaeps': did you mean 'shapes'?"),

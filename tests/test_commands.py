@@ -97,7 +97,7 @@ def test_a_verb_builds_its_own_flags_only():
 def test_without_arguments_the_help_is_printed(capsys):
     assert main([]) == 0
     output = capsys.readouterr().out
-    assert "usage: simsiam VERB" in output and "pretrain" in output
+    assert "usage: simsiam COMMAND" in output and "pretrain" in output
 
 
 @pytest.mark.parametrize("argument", ["--help", "--version"])

@@ -100,7 +100,7 @@ def test_other_verbs_are_for_one_process(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     assert main(["compare", "a", "b"]) == 2
-    assert capsys.readouterr().err.startswith("simsiam, process 1: compare is work for one process")
+    assert capsys.readouterr().err.startswith("simsiam, process 1: compare runs in one process")
 
 
 # --- whole programs -------------------------------------------------------------------------------

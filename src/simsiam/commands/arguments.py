@@ -10,6 +10,14 @@ from simsiam.config.recipes import RECIPES, SETTING_TYPES, Recipe
 from simsiam.errors import UsageError
 
 NOT_FLAGS = ("source", "name", "views")  # fields that no flag sets
+PAPER_NOTE = (
+    "Sections, appendices, tables, figures, equations and footnotes are those of the SimSiam paper "
+    "(Chen & He, 2021)."
+)
+SETTINGS_NOTE = (
+    "Values in brackets are the defaults for --method simsiam. Another method, the source or "
+    f"--recipe changes some of them; a flag overrides all of these. {PAPER_NOTE}"
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -58,8 +66,9 @@ def add_source(parser: argparse.ArgumentParser, nargs: str, default: str = "") -
         default: What is used where the argument is missing, for the help text.
     """
     text = (
-        "images: shapes (embedded), cifar10, cifar100, stl10, folders, a .txt that lists files, "
-        "a .zip or .tar archive, Parquet or .tar shards (local files or URLs)"
+        "images: shapes (built-in data set), cifar10, cifar100, stl10, a folder, an image file, "
+        "a .txt that lists files, a .zip or .tar archive, Parquet or .tar shards (local or URL); "
+        "several only if they are folders or image files"
     )
     note = f"{text} [{default}]" if default else text
     parser.add_argument("source", nargs=nargs, metavar="SOURCE", help=note)
@@ -102,7 +111,7 @@ def add_embeddings(parser: argparse.ArgumentParser) -> None:
     Args:
         parser: The verb's parser.
     """
-    note = "a file or folder that `simsiam embed` wrote"
+    note = "a .parquet file, or folder of such files, that `simsiam embed` wrote"
     parser.add_argument("file", metavar="FILE.parquet", help=note)
 
 
@@ -136,12 +145,15 @@ def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
     Args:
         parser: The verb's parser.
     """
-    note = f"a named recipe ({', '.join(RECIPES)}) or a recipe.yaml file [chosen by the source]"
+    note = f"a named recipe ({', '.join(RECIPES)}) or a recipe.yaml file [depends on the source]"
     parser.add_argument("--recipe", metavar="NAME or FILE", help=note)
     add_setting_flags(parser, Recipe, "run settings", SETTING_TYPES)
     add_setting_flags(parser, Method, "method settings", SETTING_TYPES)
     add_setting_flags(parser, Views, "augmentation settings", SETTING_TYPES)
-    note = f"give the method the settings of simsiam for {', '.join(EQUAL_TERMS)}"
+    note = (
+        f"take {', '.join(EQUAL_TERMS)} from the method simsiam, so that methods differ in "
+        "nothing else (appendix D)"
+    )
     parser.add_argument("--equal-terms", action="store_true", default=argparse.SUPPRESS, help=note)
 
 

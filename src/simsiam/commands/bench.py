@@ -4,7 +4,7 @@ import argparse
 
 from simsiam.commands.arguments import add_device
 
-HELP = "measure speed, and compare it with the common way to do the same"
+HELP = "measure speed, and compare it with plain implementations of the same work"
 GROUP = "laboratory"
 
 
@@ -14,10 +14,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     Args:
         parser: The verb's parser.
     """
-    note = "run only these cases; an unknown name prints the list of cases [all]"
+    note = "measure only these cases; an unknown name, such as x, prints all names [all]"
     parser.add_argument("--only", metavar="CASE", nargs="+", default=(), help=note)
     add_device(parser)
-    parser.add_argument("--out", metavar="FILE.json", help="write all measurements to this file")
+    parser.add_argument(
+        "--out",
+        metavar="FILE.json",
+        help="write all measurements to this JSON file; `simsiam plan --bench` reads it",
+    )
 
 
 def run(options: argparse.Namespace) -> None:

@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     note = "random seed of the initial centers [0]"
     parser.add_argument("--seed", metavar="N", type=int, default=0, help=note)
     add_csv(parser, "path, cluster and distance")
-    add_html(parser, "every cluster")
+    add_html(parser, "images of each cluster")
 
 
 def run(options: argparse.Namespace) -> None:

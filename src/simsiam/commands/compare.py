@@ -2,8 +2,9 @@
 
 import argparse
 
-HELP = "show how runs differ, in settings and in results"
+HELP = "show how runs differ in settings and results"
 GROUP = "run folders"
+USAGE = "simsiam compare RUN RUN [RUN ...]"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

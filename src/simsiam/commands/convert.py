@@ -4,13 +4,13 @@ import argparse
 
 from simsiam.commands.output import print_lines
 
-HELP = "make a run folder of a checkpoint from another program"
+HELP = "convert a checkpoint of another program into a run folder"
 GROUP = "checkpoints"
 EPILOG = (
-    "Known layouts: the SimSiam authors' code, MoCo, lightly, mmselfsup, PatrickHua's SimSiam, "
-    "solo-learn, torchvision, timm. Known names: simsiam_resnet50_100ep, "
-    "simsiam_resnet50_100ep_256bs, simsiam_resnet50_200ep_256bs, and those of torchvision, such as "
-    "ResNet50_Weights.IMAGENET1K_V2."
+    "Checkpoints of these programs can be converted: the SimSiam authors' code, MoCo, lightly, "
+    "mmselfsup, PatrickHua's SimSiam, solo-learn, torchvision, timm. Published weights: "
+    "simsiam_resnet50_100ep, simsiam_resnet50_100ep_256bs, simsiam_resnet50_200ep_256bs, and those "
+    "of torchvision, such as ResNet50_Weights.IMAGENET1K_V2."
 )
 
 
@@ -20,11 +20,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     Args:
         parser: The verb's parser.
     """
-    note = "a file, or the name of published weights"
+    note = "a checkpoint file, or the name of published weights"
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help=note)
     note = "the run folder, which must not exist yet"
     parser.add_argument("--out", metavar="RUN", required=True, help=note)
-    note = "the torchvision model of the checkpoint; needed if it is no ResNet"
+    note = "the torchvision model of the checkpoint; needed if it is not a ResNet"
     parser.add_argument("--backbone", metavar="NAME", help=note)
     note = "side of its input images in pixels [224; 32 for a small stem]"
     parser.add_argument("--image-size", metavar="N", type=int, help=note)

@@ -2,7 +2,10 @@
 
 import argparse
 
-HELP = "pretrain on the embedded images and compare with baselines and an upper bound"
+HELP = (
+    "pretrain on the built-in data set `shapes`, and compare kNN accuracy with that of raw pixels, "
+    "an untrained network and supervised training"
+)
 GROUP = "laboratory"
 
 
@@ -12,9 +15,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     Args:
         parser: The verb's parser.
     """
-    note = "number of runs to average over [1]"
+    note = "number of random seeds to average over [1]"
     parser.add_argument("--seeds", metavar="N", type=int, default=1, help=note)
-    note = "folder that the run folders go into [runs/demo-N]"
+    note = "folder for the run folders [runs/demo-N]"
     parser.add_argument("--out", metavar="FOLDER", help=note)
 
 

@@ -5,7 +5,7 @@ import argparse
 from simsiam.commands.arguments import add_csv, add_embeddings, add_html
 from simsiam.commands.output import print_lines
 
-HELP = "find groups of copies of one image, also resized or recompressed ones"
+HELP = "find groups of copies of the same image, including resized and recompressed copies"
 GROUP = "embeddings"
 
 
@@ -17,7 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """
     add_embeddings(parser)
     note = (
-        "largest difference between the thumbnails of two copies, relative to their contrast [0.28]"
+        "largest distance between two copies: the RMS difference of their thumbnails, divided by "
+        "their contrast; about 1.4 for unrelated images [0.28]"
     )
     parser.add_argument(
         "--threshold", metavar="X", type=float, default=argparse.SUPPRESS, help=note

@@ -6,8 +6,8 @@ from simsiam.commands.arguments import add_device, add_precision, add_run, add_s
 from simsiam.commands.output import print_lines
 
 HELP = (
-    "write a backbone's features of every image to a Parquet file; "
-    "if interrupted, run it again to go on"
+    "compute the backbone's features of all images, and write them to a Parquet file; "
+    "if interrupted, the same command continues"
 )
 GROUP = "embeddings"
 USAGE = "simsiam embed RUN [SOURCE ...] --out FILE.parquet [--device NAME] [--precision NAME]"
@@ -23,8 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run(parser)
     add_source(parser, "*", "the source of the run")
     note = (
-        "a new .parquet file, a folder for many files of 100,000 images each, "
-        "or a .npy file (the paths go into a .csv of the same name)"
+        "a new .parquet file; or a folder, for files of about 100,000 images each; or a .npy file, "
+        "with the paths in a .csv of the same name. neighbors, duplicates, cluster, outliers and "
+        "probe cannot read .npy"
     )
     parser.add_argument("--out", metavar="FILE.parquet", required=True, help=note)
     add_device(parser)

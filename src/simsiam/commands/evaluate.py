@@ -4,6 +4,7 @@ import argparse
 from typing import get_type_hints
 
 from simsiam.commands.arguments import (
+    PAPER_NOTE,
     add_device,
     add_precision,
     add_run,
@@ -13,12 +14,16 @@ from simsiam.commands.arguments import (
 from simsiam.config.protocols import FROZEN_PROTOCOLS, PROTOCOLS, Settings
 
 HELP = (
-    "measure the quality of a backbone by one or more protocols; "
-    "writes RUN/evaluations/PROTOCOL.json"
+    "measure the quality of a backbone with one or more protocols, "
+    "and write RUN/evaluations/PROTOCOL.json"
 )
 GROUP = "evaluation"
 USAGE = "simsiam evaluate RUN [SOURCE ...] [--protocol NAME ...] [--FLAG VALUE ...]"
-EPILOG = "Brackets show the defaults. Sources need labels, except for the protocol label_free."
+EPILOG = (
+    "Values in brackets are the defaults. The source needs labels, except for the protocol "
+    "label_free. Test images are the split test of the source; without it, val; without both, a "
+    f"fifth of the training images. {PAPER_NOTE}"
+)
 MULTI_PROCESS = True
 
 
@@ -38,11 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=FROZEN_PROTOCOLS,
         help=f"protocols: {', '.join(PROTOCOLS)} [{' '.join(FROZEN_PROTOCOLS)}]",
     )
-    note = "last, best or epoch-NNNN [last]"
+    note = "last, best (highest kNN accuracy during training) or epoch-NNNN [last]"
     parser.add_argument("--checkpoint", metavar="NAME", default="last", help=note)
     add_device(parser)
     add_precision(parser)
-    note = "use only N training and N test images, evenly spaced in the source [all]"
+    note = "use only N training images and N test images, evenly spaced in the source [all]"
     parser.add_argument("--limit", metavar="N", type=int, help=note)
     add_setting_flags(parser, Settings, "protocol settings", get_type_hints(Settings))
 

@@ -6,7 +6,10 @@ from simsiam.commands.arguments import add_run
 from simsiam.commands.output import print_lines
 from simsiam.exports import format_names
 
-HELP = "write the backbone in another program's format, and check that it gives the same output"
+HELP = (
+    "write the backbone in the format of another program, load the exported file again, and check "
+    "that both give the same output"
+)
 GROUP = "checkpoints"
 USAGE = "simsiam export RUN --format NAME [--out FOLDER] [--license NAME] [--push OWNER/NAME]"
 
@@ -18,14 +21,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser: The verb's parser.
     """
     add_run(parser)
-    note = ", ".join(format_names())
+    note = f"the format: {', '.join(format_names())}"
     parser.add_argument("--format", metavar="NAME", required=True, help=note)
     parser.add_argument("--out", metavar="FOLDER", help="a new folder [RUN/exports/FORMAT]")
-    note = "huggingface: license of the weights, for the model card"
+    note = "with --format huggingface: license of the weights, for the model card"
     parser.add_argument("--license", metavar="NAME", help=note)
     note = (
-        "huggingface: also upload to this repository, which is created as private if it does not "
-        "exist; without this flag nothing is uploaded"
+        "with --format huggingface: also upload to this repository; if it does not exist, it is "
+        "created as private. Without this flag nothing is uploaded"
     )
     parser.add_argument("--push", metavar="OWNER/NAME", help=note)
 

@@ -5,8 +5,8 @@ import argparse
 from simsiam.commands.arguments import add_channels, add_source
 
 HELP = (
-    "show what a source contains: image sizes, formats, labels, duplicates, broken files, "
-    "the recipe it gets, and how long training takes"
+    "show what a source contains (image sizes, formats, labels, duplicates, broken files), which "
+    "recipe `simsiam pretrain` would choose for it, and how long training would take"
 )
 GROUP = "data"
 USAGE = "simsiam inspect SOURCE [SOURCE ...] [--channels N] [--out FILE.json]"
@@ -20,7 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """
     add_source(parser, "+")
     add_channels(parser)
-    parser.add_argument("--out", metavar="FILE.json", help="also write the facts to this file")
+    parser.add_argument(
+        "--out", metavar="FILE.json", help="also write the results to this JSON file"
+    )
 
 
 def run(options: argparse.Namespace) -> None:

@@ -45,7 +45,7 @@ def find_verb(name: str) -> ModuleType:
         UsageError: There is no such verb; the message names the nearest.
     """
     if name not in (names := verb_names()):
-        raise unknown_name("verb", name, names)
+        raise unknown_name("command", name, names)
     return import_module(f"simsiam.commands.{name}")
 
 
@@ -53,9 +53,9 @@ def build_parser() -> Parser:
     """Build the parser of `simsiam` without a verb. Its help lists the verbs."""
     parser = Parser(
         "simsiam",
-        usage="simsiam VERB [ARGUMENT ...]",
+        usage="simsiam COMMAND [ARGUMENT ...]",
         description=_format_verbs(),
-        epilog="`simsiam VERB --help` lists the arguments of a verb. Documentation: README.md.",
+        epilog="`simsiam COMMAND --help` lists the arguments of a command.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"simsiam {__version__}")
@@ -86,7 +86,7 @@ def _format_verbs() -> str:
     """Make the list of verbs, in groups."""
     verbs = {name: find_verb(name) for name in verb_names()}
     width = shutil.get_terminal_size().columns - 2
-    lines = ["Visual representations from images without labels."]
+    lines = ["Learn image features without labels, with SimSiam (Chen & He, 2021)."]
     for group in GROUPS:
         lines += ["", f"{group}:"]
         for name, verb in verbs.items():
@@ -131,15 +131,15 @@ def run_command(arguments: Sequence[str]) -> None:
         return
     if arguments[0].startswith("-"):
         parse(build_parser(), arguments)
-        raise UsageError("a verb comes first: `simsiam --help` lists them")
+        raise UsageError("a command comes first: `simsiam --help` lists them")
     name, *rest = arguments
     options = parse(build_verb_parser(name), rest)
     verb = find_verb(name)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not hasattr(verb, "MULTI_PROCESS"):
         allowed = [other for other in verb_names() if hasattr(find_verb(other), "MULTI_PROCESS")]
         raise UsageError(
-            f"{name} is work for one process: start it without torchrun. "
-            f"Verbs that torchrun may start: {', '.join(allowed)}"
+            f"{name} runs in one process: start it without torchrun. "
+            f"Commands that torchrun can start: {', '.join(allowed)}"
         )
     verb.run(options)
 

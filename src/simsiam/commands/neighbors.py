@@ -16,11 +16,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser: The verb's parser.
     """
     add_embeddings(parser)
-    note = "path or name of an embedded image, or another image file"
+    note = "path or file name of an image in FILE.parquet, or any other image file"
     parser.add_argument("query", metavar="QUERY", help=note)
     note = "number of images to find [10]"
     parser.add_argument("--k", metavar="N", type=int, default=10, help=note)
-    add_html(parser, "these images")
+    add_html(parser, "the images found")
 
 
 def run(options: argparse.Namespace) -> None:

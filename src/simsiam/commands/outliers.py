@@ -5,7 +5,7 @@ import argparse
 from simsiam.commands.arguments import add_csv, add_embeddings, add_html
 from simsiam.commands.output import print_lines
 
-HELP = "find the images that are least similar to all others"
+HELP = "list the images that are farthest from their nearest neighbors"
 GROUP = "embeddings"
 
 
@@ -16,10 +16,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser: The verb's parser.
     """
     add_embeddings(parser)
-    note = "number of nearest neighbors that the distance is averaged over [10]"
+    note = "number of nearest neighbors to average the distance over [10]"
     parser.add_argument("--k", metavar="N", type=int, default=10, help=note)
     add_csv(parser, "path, label and distance")
-    add_html(parser, "the first of them")
+    add_html(parser, "the 60 farthest images")
 
 
 def run(options: argparse.Namespace) -> None:

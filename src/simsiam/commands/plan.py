@@ -2,18 +2,18 @@
 
 import argparse
 
-from simsiam.commands.arguments import add_recipe_flags, add_source
+from simsiam.commands.arguments import SETTINGS_NOTE, add_recipe_flags, add_source
 
 HELP = (
-    "estimate what pretraining needs: steps, hours, memory, checkpoints, storage and reading, "
-    "with the assumptions made"
+    "estimate the steps, hours, memory, disk space and reading speed that pretraining needs, "
+    "and print the assumptions"
 )
 GROUP = "data"
 USAGE = (
     "simsiam plan SOURCE [SOURCE ...] [--gpus N] [--images N] [--bench FILE.json ...] "
     "[--FLAG VALUE ...]"
 )
-EPILOG = "The settings are those of `simsiam pretrain`, with the same values by default."
+EPILOG = f"The settings are those of `simsiam pretrain`. {SETTINGS_NOTE}"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,15 +23,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser: The verb's parser.
     """
     add_source(parser, "+")
-    note = "number of processes, one for each device [1]"
+    note = "number of training processes; each uses one GPU [1]"
     parser.add_argument("--gpus", metavar="N", type=int, default=1, help=note)
-    note = "plan for N images like those of the source [as many as the source has]"
+    note = "plan for N images like those of the source [number of images in the source]"
     parser.add_argument("--images", metavar="N", type=int, help=note)
-    note = "CPU cores of each process, for preparing images [those of this machine]"
+    note = "CPU cores per process, for decoding images [cores of this machine]"
     parser.add_argument("--cores", metavar="N", type=int, help=note)
-    note = "results of `simsiam bench --out` on the machine that will train"
+    note = (
+        "files that `simsiam bench --out` wrote on the machine that will train [the speed is "
+        "measured here]"
+    )
     parser.add_argument("--bench", metavar="FILE.json", nargs="+", help=note)
-    parser.add_argument("--out", metavar="FILE.json", help="also write the facts to this file")
+    parser.add_argument(
+        "--out", metavar="FILE.json", help="also write the results to this JSON file"
+    )
     add_recipe_flags(parser)
 
 

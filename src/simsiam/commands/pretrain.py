@@ -2,16 +2,13 @@
 
 import argparse
 
-from simsiam.commands.arguments import add_recipe_flags, add_source
+from simsiam.commands.arguments import SETTINGS_NOTE, add_recipe_flags, add_source
 from simsiam.commands.output import print_run_summary
 
-HELP = "train a backbone on images without labels; writes a run folder"
+HELP = "train a backbone on images without labels, and write a run folder"
 GROUP = "training"
 USAGE = "simsiam pretrain [SOURCE ...] [--out RUN] [--FLAG VALUE ...]"
-EPILOG = (
-    "Brackets show the paper's baseline. The source or --recipe replaces some of these values; "
-    "a flag overrides both."
-)
+EPILOG = SETTINGS_NOTE
 MULTI_PROCESS = True
 
 

@@ -2,13 +2,16 @@
 
 import argparse
 
-from simsiam.commands.arguments import add_recipe_flags, add_source
+from simsiam.commands.arguments import SETTINGS_NOTE, add_recipe_flags, add_source
 from simsiam.commands.output import print_lines
 
-HELP = "draw images and the views that training makes of them"
+HELP = "draw some images and the views that training would make of them"
 GROUP = "data"
 USAGE = "simsiam preview SOURCE [SOURCE ...] --out FILE.png [--FLAG VALUE ...]"
-EPILOG = "The settings are those of `simsiam pretrain`, with the same values by default."
+EPILOG = (
+    "The settings are those of `simsiam pretrain`. Settings that do not change the views, such as "
+    f"--optimizer, have no effect here. {SETTINGS_NOTE}"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser: The verb's parser.
     """
     add_source(parser, "+")
-    note = "the picture; an existing file of this name is replaced"
+    note = "the picture; an existing file is replaced"
     parser.add_argument("--out", metavar="FILE.png", required=True, help=note)
     parser.add_argument("--rows", metavar="N", type=int, default=8, help="number of images [8]")
     add_recipe_flags(parser)

@@ -5,7 +5,7 @@ import argparse
 from simsiam.commands.arguments import add_csv, add_embeddings
 from simsiam.commands.output import print_lines
 
-HELP = "label all images from the labels of a few"
+HELP = "predict labels for all images from a few labeled ones (logistic regression)"
 GROUP = "embeddings"
 
 
@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser: The verb's parser.
     """
     add_embeddings(parser)
-    note = "a table with the columns path and label, one row for each labeled image"
+    note = "a table with the columns path and label, and one row for each labeled image"
     parser.add_argument("labels", metavar="LABELS.csv", help=note)
     add_csv(parser, "path, label, predicted and confidence", required=True)
 

@@ -4,7 +4,10 @@ import argparse
 
 from simsiam.commands.output import print_lines
 
-HELP = "write one web page about one or several runs: verdict, results, curves, a map of the images"
+HELP = (
+    "write a web page about one or more runs: verdict, results, curves, views, and a 2-D map that "
+    "places images by their features"
+)
 GROUP = "run folders"
 USAGE = "simsiam report RUN [RUN ...] [--out FILE.html] [--limit N] [--no-map]"
 
@@ -16,11 +19,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser: The verb's parser.
     """
     parser.add_argument("runs", metavar="RUN", nargs="+", help="one or more run folders")
-    note = "the page; an existing file of this name is replaced [report.html in the first RUN]"
+    note = "the page; an existing file is replaced [report.html in the first RUN]"
     parser.add_argument("--out", metavar="FILE.html", help=note)
     note = "number of images on the map, evenly spaced in the source [3000]"
     parser.add_argument("--limit", metavar="N", type=int, default=3000, help=note)
-    note = "read no images: the page has no views and no map"
+    note = "do not read images; the page then has no views and no map"
     parser.add_argument("--no-map", dest="images", action="store_false", help=note)
 
 

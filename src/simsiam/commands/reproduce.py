@@ -2,19 +2,20 @@
 
 import argparse
 
-from simsiam.commands.arguments import add_device
+from simsiam.commands.arguments import PAPER_NOTE, add_device
 from simsiam.laboratory.experiments import EXPERIMENTS
 from simsiam.laboratory.scales import SCALES
 
 HELP = (
-    "repeat tables and figures of the paper; "
-    "writes results/SCALE/EXPERIMENT.md, .csv, .svg, .png and .json"
+    "repeat tables and figures of the paper, and write "
+    "results/SCALE/EXPERIMENT.md, .csv, .svg, .png and .json"
 )
 GROUP = "laboratory"
 USAGE = "simsiam reproduce EXPERIMENT [EXPERIMENT ...] [--scale NAME] [--FLAG VALUE ...]"
 EPILOG = (
     "The plan is printed first. Experiments share runs, and finished runs are reused. If "
-    "interrupted, run the same command again to go on; two processes of it share the work."
+    "interrupted, the same command continues. Several processes that run the same command at the "
+    f"same time divide the runs among themselves. {PAPER_NOTE}"
 )
 
 
@@ -24,23 +25,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     Args:
         parser: The verb's parser.
     """
-    note = f"{', '.join(EXPERIMENTS)}, or all"
+    note = f"experiments: {', '.join(EXPERIMENTS)}, or all"
     parser.add_argument("experiments", metavar="EXPERIMENT", nargs="+", help=note)
-    note = f"{', '.join(SCALES)} [tiny]"
+    lengths = {
+        name: f"{s.epochs} epochs" if s.epochs else "the paper's epochs"
+        for name, s in SCALES.items()
+    }
+    scales = (f"{name} ({SCALES[name].dataset}, {text})" for name, text in lengths.items())
+    note = f"data set, network and length of training: {', '.join(scales)} [tiny]"
     parser.add_argument("--scale", metavar="NAME", default="tiny", help=note)
-    note = "the images [those of the scale]"
+    note = "the images to train on [those of the scale]"
     parser.add_argument("--source", metavar="SOURCE", nargs="+", default=(), help=note)
-    note = "number of runs of each cell [3; 5 for figure2]"
+    note = "number of runs of each configuration, with different random seeds [3; 5 for figure2]"
     parser.add_argument("--seeds", metavar="N", type=int, help=note)
-    note = "epochs that stand for 100 epochs of the paper [those of the scale]"
+    note = (
+        "epochs of each run; in table4 and table_c1, which compare lengths of training: epochs "
+        "that replace 100 epochs of the paper [those of the scale]"
+    )
     parser.add_argument("--epochs", metavar="N", type=int, help=note)
     note = "train on N images only [all]"
     parser.add_argument("--limit", metavar="N", type=int, help=note)
-    note = "run only these cells [all]"
+    note = (
+        "run only these configurations of an experiment; an unknown name, such as x, prints "
+        "their names [all]"
+    )
     parser.add_argument("--only", metavar="CELL", nargs="+", default=(), help=note)
-    note = "table5: VOCdevkit, a folder of COCO 2017, any VOC folder, or shapes (embedded) [shapes]"
+    note = (
+        "annotated images for table5: VOCdevkit, another folder in Pascal VOC format, a folder "
+        "of COCO 2017, or shapes (built-in data set) [shapes]"
+    )
     parser.add_argument("--annotated", metavar="FOLDER", nargs="+", default=("shapes",), help=note)
-    note = "folder that pages and figures go into [results/SCALE]"
+    note = "folder for pages and figures [results/SCALE]"
     parser.add_argument("--out", metavar="FOLDER", help=note)
     add_device(parser)
     parser.add_argument("--plan", action="store_true", help="print the plan and stop")

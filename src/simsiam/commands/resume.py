@@ -5,7 +5,10 @@ import argparse
 from simsiam.commands.arguments import add_run
 from simsiam.commands.output import print_run_summary
 
-HELP = "continue a run from its last checkpoint, bit for bit"
+HELP = (
+    "continue a run from its last checkpoint; the result is bit-identical to that of an "
+    "uninterrupted run"
+)
 GROUP = "training"
 MULTI_PROCESS = True
 
@@ -17,7 +20,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser: The verb's parser.
     """
     add_run(parser)
-    note = "extend the run to N epochs; prints how this changes the schedule"
+    note = (
+        "extend the run to N epochs; this changes the lr schedule, so the result is not that of "
+        "a run with N epochs from the start"
+    )
     parser.add_argument("--epochs", metavar="N", type=int, help=note)
 
 

@@ -4,7 +4,10 @@ import argparse
 
 from simsiam.commands.arguments import add_channels, add_source
 
-HELP = "pack a source into a few large files, tar or Parquet; if interrupted, run it again to go on"
+HELP = (
+    "pack the images of a source into a few large files, tar or Parquet; "
+    "if interrupted, the same command continues"
+)
 GROUP = "data"
 USAGE = (
     "simsiam shard SOURCE [SOURCE ...] --out FOLDER [--format NAME] [--per-shard N] [--channels N]"
@@ -18,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser: The verb's parser.
     """
     add_source(parser, "+")
-    note = "a new folder; it appears under this name when it is complete"
+    note = "a new folder; it gets this name when all images are written"
     parser.add_argument("--out", metavar="FOLDER", required=True, help=note)
     note = "tar (as in WebDataset) or parquet (as in Hugging Face datasets) [tar]"
     parser.add_argument("--format", metavar="NAME", default="tar", help=note)

@@ -3,20 +3,27 @@
 import argparse
 from typing import get_type_hints
 
-from simsiam.commands.arguments import add_device, add_precision, add_run, add_setting_flags
+from simsiam.commands.arguments import (
+    PAPER_NOTE,
+    add_device,
+    add_precision,
+    add_run,
+    add_setting_flags,
+)
 from simsiam.detection.schedules import SCHEDULES, Schedule
 
 HELP = (
-    "fine-tune a backbone as a detector on annotated images; "
-    "writes RUN/transfers/TASK.json and a picture"
+    "fine-tune a backbone as a detector on annotated images, "
+    "and write RUN/transfers/TASK.json and a picture"
 )
 GROUP = "evaluation"
 USAGE = (
     "simsiam transfer RUN SOURCE [SOURCE ...] [--task NAME] [--schedule NAME] [--FLAG VALUE ...]"
 )
 EPILOG = (
-    "Brackets show the values for VOC07+12, the paper's. The schedule replaces some of them; "
-    "a flag overrides it. If interrupted, run the same command again to go on."
+    "Values in brackets are the paper's for VOC07+12 (--schedule voc0712). Another schedule, also "
+    "auto, changes some of them; a flag overrides all of these. If interrupted, the same command "
+    f"continues. {PAPER_NOTE}"
 )
 MULTI_PROCESS = True
 
@@ -29,18 +36,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """
     add_run(parser)
     note = (
-        "Pascal VOC folders (VOC2007, VOC2012:train), a folder of COCO's JSON files and images, "
-        "or shapes (embedded)"
+        "annotated images: one or more folders in Pascal VOC format (FOLDER:train: only the "
+        "images of its list train), a folder in COCO format, or shapes (built-in data set)"
     )
     parser.add_argument("source", metavar="SOURCE", nargs="+", help=note)
     note = "detection or segmentation [detection]"
     parser.add_argument("--task", metavar="NAME", default="detection", help=note)
-    note = f"{', '.join(SCHEDULES)} (the paper's), or auto: chosen by the number of images [auto]"
+    note = (
+        f"settings for a data set: {', '.join(SCHEDULES)}, or auto, which depends on the number "
+        "of images [auto]"
+    )
     parser.add_argument("--schedule", metavar="NAME", default="auto", help=note)
-    note = "start from a run folder, a checkpoint or published weights [RUN's backbone]"
+    note = (
+        "start from these weights: a run folder, a checkpoint or published weights; RUN still "
+        "defines the network and receives the results [the weights of RUN]"
+    )
     parser.add_argument("--init", metavar="WEIGHTS", help=note)
     parser.add_argument("--from-scratch", action="store_true", help="start from random weights")
-    note = "random seed of new weights and of all training steps [0]"
+    note = "random seed of new weights and of training [0]"
     parser.add_argument("--seed", metavar="N", type=int, default=0, help=note)
     add_device(parser)
     add_precision(parser)

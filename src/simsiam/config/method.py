@@ -1,7 +1,8 @@
 """What a method consists of: the fields of `Method`, with SimSiam's values (section 3) as defaults.
 
-The letters are the paper's: x is a view, h the backbone's feature, z = f(x) the projection, p the
-prediction, t the target; D(p, t) is the loss that a method minimizes. Plain data; loads no torch.
+x is a view, h the backbone's feature, z the projector's output, p the predictor's output, t the
+target, and D(p, t) the loss that a method minimizes. x, z, p and D are the paper's letters. In the
+paper h is the predictor, and t is eta (section 5). Plain data; loads no torch.
 """
 
 from dataclasses import dataclass
@@ -14,15 +15,27 @@ from simsiam.errors import UsageError, check_ranges
 HeadBN = Literal["proj_hidden", "proj_out", "pred_hidden", "pred_out"]
 Pairs = Literal["symmetric", "asymmetric", "asymmetric_2x", "single"]
 
-# Names that come with this package, for help and messages. What is allowed is decided by the tables
-# model.targets.TARGETS and model.losses.CRITERIA, which users may extend.
-BUILTIN_TARGETS = (
-    "shared", "momentum", "alternation", "moving_average", "expectation", "labels",
-)  # fmt: skip
-BUILTIN_CRITERIA = (
-    "cosine", "cross_entropy", "nt_xent", "info_nce", "swapped", "barlow_twins", "vicreg",
-    "classification",
-)  # fmt: skip
+# Names that come with this package, each with its meaning, for help and messages: help must not
+# load torch. What is allowed is decided by the tables model.targets.TARGETS and
+# model.losses.CRITERIA, which users may extend; a test compares the names.
+BUILTIN_TARGETS = {
+    "shared": "z of the same encoder, as in SimSiam",
+    "momentum": "z of a second encoder, the moving average of the first",
+    "alternation": "z of an earlier copy of the encoder, section 5.2",
+    "moving_average": "the average of the image's z over past epochs, section 5.2",
+    "expectation": "the mean of z over several views, equation 9",
+    "labels": "the image's label",
+}
+BUILTIN_CRITERIA = {
+    "cosine": "equation 1",
+    "cross_entropy": "section 4.5",
+    "nt_xent": "SimCLR",
+    "info_nce": "MoCo",
+    "swapped": "SwAV",
+    "barlow_twins": "Barlow Twins",
+    "vicreg": "VICReg",
+    "classification": "cross-entropy with labels",
+}
 SECOND_ENCODER_TARGETS = ("momentum", "alternation")  # targets that a second encoder computes
 
 # The terms of the loss, each (view of p, view of t). Views are counted from 0 (section 4.6).
@@ -35,12 +48,16 @@ PAIRS = {
 BN_SPLITS = 8  # parts of a batch with batch norm "split": the number of GPUs that MoCo uses
 
 
+def _list_meanings(names: dict[str, str]) -> str:
+    return "; ".join(f"{name} ({meaning})" for name, meaning in names.items())
+
+
 @dataclass(frozen=True, kw_only=True)
 class Views:
     """How one view x is made from an image (appendix A). Probability 0 turns an operation off."""
 
     crop_min: float = setting(
-        0.2, "smallest area of a crop, as a fraction of the image; the largest is 1 (appendix A)"
+        0.2, "smallest area of a random crop, as a fraction of the image's area (appendix A)"
     )
     flip: float = setting(0.5, "probability of a horizontal flip (appendix A)")
     jitter: tuple[float, float, float, float] = setting(
@@ -50,14 +67,16 @@ class Views:
     jitter_p: float = setting(0.8, "probability of the color jitter (appendix A)")
     gray: float = setting(0.2, "probability of conversion to gray (appendix A)")
     blur: float = setting(
-        0.5, "probability of a Gaussian blur (from the authors' code; the paper gives none)"
+        0.5,
+        "probability of a Gaussian blur (value of the authors' code; the paper does not give it)",
     )
     blur_sigma: tuple[float, float] = setting(
         (0.1, 2.0),
         "smallest and largest standard deviation of the blur, in pixels of the view (appendix A)",
     )
     solarize: float = setting(
-        0.0, "probability of solarization; SimSiam does not use it, BYOL's second view does"
+        0.0,
+        "probability of solarization, which inverts bright pixels (used by BYOL, not by SimSiam)",
     )
 
     def __post_init__(self) -> None:
@@ -70,112 +89,128 @@ class Views:
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """One row of Figure 3. The defaults are SimSiam's, so a row gives only what differs."""
+    """A method of Figure 3. The defaults are SimSiam's; another method sets what differs."""
 
     name: str
     # The encoder f is the backbone and the projector.
-    dim: int = setting(2048, "d, the width of z and p (appendix B)")
-    proj_layers: int = setting(3, "fc layers of the projector; 2 for CIFAR-10 (appendix D)")
-    proj_hidden: int = setting(
-        2048, "width of the projector's hidden layers, whatever the backbone and d (section 3)"
-    )
+    dim: int = setting(2048, "output width of projector and predictor (d in appendix B)")
+    proj_layers: int = setting(3, "linear layers of the projector; 2 for CIFAR-10 (appendix D)")
+    proj_hidden: int = setting(2048, "width of the projector's hidden layers (section 3)")
     # The predictor h.
     predictor: Literal["mlp", "none", "fixed"] = setting(
         "mlp",
-        "mlp, none (Table 1a), or fixed at its random initialization (Table 1b)",
+        "mlp: two layers; none: no predictor (Table 1a); fixed: its random weights are not trained "
+        "(Table 1b)",
     )
-    pred_dim: int = setting(
-        512, "width of the predictor's hidden layer, the bottleneck (appendix B)"
-    )
+    pred_dim: int = setting(512, "width of the predictor's hidden layer, a bottleneck (appendix B)")
     predictor_lr: Literal["constant", "cosine"] = setting(
-        "constant", "schedule of the predictor's lr; constant from section 4.3 on (Table 1c)"
+        "constant", "schedule of the predictor's lr; Table 1 compares the two"
     )
     predictor_lr_scale: float = setting(
-        1.0, "the predictor's peak lr, relative to the encoder's (footnote 2 tries 10 on BYOL)"
+        1.0, "peak lr of the predictor divided by that of the encoder"
     )
     # Both heads.
     head_bn: tuple[HeadBN, ...] = setting(
         ("proj_hidden", "proj_out", "pred_hidden"),
-        "layers of the heads with batch norm (Table 3)",
+        "layers of projector and predictor that have batch norm (Table 3)",
     )
     output_bn_affine: bool = setting(
         False,
-        "scale and shift in the projector's output batch norm: 68.1 with, 68.2 without "
-        "(section 4.4)",
+        "learn scale and shift in the batch norm of the projector's output; the paper's ImageNet "
+        "accuracy is 68.1% with them, 68.2% without (section 4.4)",
     )
     output_bias: bool = setting(
-        True, "a bias in the last layer of each head, if no batch norm follows it"
+        True, "bias in the last layer of projector and predictor, unless batch norm follows"
     )
     bn: Literal["per_view", "joint", "split"] = setting(
         "per_view",
-        "images that share batch norm's statistics: those of one view, all views together, or "
-        "an eighth of the batch (MoCo)",
+        "what batch norm computes its statistics over: per_view: the batch of each view; joint: "
+        "all views together; split: each eighth of a view's batch, as on MoCo's 8 GPUs",
     )
     # The target t.
-    target: str = setting(
-        "shared", f"how the target t (eta in section 5) is computed: {', '.join(BUILTIN_TARGETS)}"
-    )
+    target: str = setting("shared", f"the target of the loss: {_list_meanings(BUILTIN_TARGETS)}")
     target_decay: float | None = setting(
         None,
-        "momentum, moving_average: m, the share of the old value that is kept "
-        "[0.99 (BYOL); 0.8 (section 5.2)]",
+        "with --target momentum or moving_average: share of the old value that each update keeps "
+        "[momentum: 0.99 (BYOL); moving_average: 0.8 (section 5.2)]",
     )
     target_schedule: Literal["constant", "cosine"] = setting(
-        "constant", "momentum: schedule of m; cosine raises it to 1 (BYOL)"
+        "constant",
+        "with --target momentum: --target-decay is constant, or rises to 1 (cosine, BYOL)",
     )
     target_steps: int = setting(
         1,
-        "alternation: steps between two updates of eta; 0 is an epoch, 1 is SimSiam (section 5.2)",
+        "with --target alternation: steps between two updates of the copy; 0: one epoch; "
+        "1: the same as SimSiam (section 5.2)",
     )
     target_views: int = setting(
-        1, "expectation: number of views that eta averages over; 1 is SimSiam (equation 9)"
+        1,
+        "with --target expectation: number of views to average over; 1: the same as SimSiam "
+        "(equation 9)",
     )
-    stop_gradient: bool = setting(True, "treat t as a constant (equation 3)")
+    stop_gradient: bool = setting(
+        True, "treat the target as a constant, so that it gets no gradient (equation 3)"
+    )
     # The loss: `loss_scale` times the mean of D(p_i, t_j) over `pairs`.
-    criterion: str = setting(
-        "cosine", f"the loss D: {', '.join(BUILTIN_CRITERIA)} (cosine: equation 1)"
-    )
+    criterion: str = setting("cosine", f"the loss: {_list_meanings(BUILTIN_CRITERIA)}")
     loss_scale: float = setting(
         1.0,
-        "factor of the loss; matters for weight decay and for parameters that LARS does not adapt",
+        "factor of the loss; with sgd it acts like a factor of the lr; with lars it matters only "
+        "relative to weight decay, and for parameters that --exclude excludes",
     )
     pairs: Pairs = setting(
         "symmetric",
-        "pairs of views in the loss: (1,2) and (2,1); (1,2); (1,2) and (3,4); or one view and its "
-        "label (section 4.6)",
+        "pairs (view of the prediction, view of the target) in the loss. symmetric: (1,2), (2,1); "
+        "asymmetric: (1,2); asymmetric_2x: (1,2), (3,4) (section 4.6); single: one view and its "
+        "label",
     )
-    tau: float = setting(0.1, "nt_xent, info_nce, swapped: temperature")
-    queue: int = setting(65536, "info_nce: number of past targets used as negatives")
-    barlow_lambda: float = setting(5e-3, "barlow_twins: weight of the off-diagonal correlations")
+    tau: float = setting(0.1, "with --criterion nt_xent, info_nce or swapped: temperature")
+    queue: int = setting(
+        65536, "with --criterion info_nce: number of past targets used as negatives"
+    )
+    barlow_lambda: float = setting(
+        5e-3, "with --criterion barlow_twins: weight of the off-diagonal correlations"
+    )
     vicreg_weights: tuple[float, float, float] = setting(
-        (25.0, 25.0, 1.0), "vicreg: weights of invariance, variance and covariance"
+        (25.0, 25.0, 1.0),
+        "with --criterion vicreg: weights of invariance, variance and covariance",
     )
-    prototypes: int = setting(3000, "swapped: number of prototypes")
+    prototypes: int = setting(3000, "with --criterion swapped: number of prototypes")
     prototype_norm: Literal["inside", "outside"] = setting(
         "inside",
-        "swapped: normalize prototypes inside the gradient (footnote 8) or outside (SwAV)",
+        "with --criterion swapped: normalize the prototypes in the forward pass, with gradients "
+        "(inside, footnote 8), or after each step, without gradients (outside, SwAV)",
     )
-    freeze_prototypes: int = setting(313, "swapped: steps before the prototypes are trained")
-    sinkhorn_epsilon: float = setting(0.05, "swapped: smoothness of the codes")
-    sinkhorn_iterations: int = setting(3, "swapped: iterations that balance the codes")
+    freeze_prototypes: int = setting(
+        313, "with --criterion swapped: train the prototypes only after this many steps"
+    )
+    sinkhorn_epsilon: float = setting(
+        0.05, "with --criterion swapped: Sinkhorn's epsilon; larger values give softer codes"
+    )
+    sinkhorn_iterations: int = setting(3, "with --criterion swapped: number of Sinkhorn iterations")
     # How a batch becomes views. The last entry is used for every later view.
     views: tuple[Views, ...] = (Views(),)
     # How the weights are updated (section 3).
     optimizer: Literal["sgd", "lars", "adamw"] = setting(
-        "sgd", "the optimizer; SimSiam does not need lars, even for large batches (section 3)"
+        "sgd", "the optimizer; for SimSiam the paper uses sgd at every batch size (section 3)"
     )
-    base_lr: float = setting(0.05, "the peak lr is base_lr * batch_size / 256")
-    momentum: float = setting(0.9, "momentum of the optimizer; the first beta of AdamW")
+    base_lr: float = setting(
+        0.05,
+        "learning rate for a batch of 256; the peak lr is base_lr * batch_size / 256 (section 3)",
+    )
+    momentum: float = setting(0.9, "momentum of sgd and lars; beta1 of adamw")
     weight_decay: float = setting(
-        1e-4, "weight decay of every parameter, with biases and batch norm (appendix A)"
+        1e-4, "weight decay (appendix A); see --exclude for its parameters"
     )
     exclude: Literal["none", "bias_and_norm"] = setting(
-        "none", "parameters without weight decay and LARS adaptation (appendix A)"
+        "none",
+        "parameters without weight decay and without LARS adaptation: none, or biases and the "
+        "parameters of norm layers (appendix A)",
     )
     warmup_epochs: int = setting(
         0,
-        "epochs of linear warmup; 10 for batches of 1024 and more (Table 2) and without batch "
-        "norm (Table 3a)",
+        "epochs of linear lr warmup; the paper uses 10 for batches of 1024 and more (Table 2) "
+        "and without batch norm (Table 3a)",
     )
 
     def __post_init__(self) -> None:

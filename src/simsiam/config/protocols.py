@@ -37,50 +37,57 @@ class Settings:
     """The settings of all protocols."""
 
     features: Literal["h", "z"] = setting(
-        "h", "features to classify: the backbone's h or the projector's z"
+        "h", "features to evaluate: h, the backbone's output, or z, the projector's output"
     )
     baselines: bool = setting(
         True,
-        "knn, linear cached, few_label: also evaluate raw pixels and the network before training",
+        "also evaluate raw pixels and the untrained network; protocols knn, few_label, and linear "
+        "with --linear cached",
     )
     k: int | None = setting(
         None,
-        "knn: number of neighbors [200 (Wu et al., 2018), at most a sixth of an average class]",
+        "protocol knn: number of neighbors [200 (Wu et al., 2018), or a sixth of the images of an "
+        "average class, if that is fewer]",
     )
     tau: float = setting(
         0.1,
-        "knn: a neighbor's vote is exp(cosine / tau); 0.1 is the usual monitor, Wu et al. use 0.07",
+        "protocol knn: temperature; a neighbor's vote has the weight exp(cosine similarity / tau). "
+        "Pretraining uses 0.1, Wu et al. (2018) use 0.07",
     )
     linear: Literal["cached", "paper", "sgd"] = setting(
         "cached",
-        "linear: cached trains on stored features with several lr; paper trains on crops with "
-        "LARS (appendix A); sgd trains on crops with SGD",
+        "protocol linear: cached: train on stored features, and choose lr and weight decay; "
+        "paper: train on random crops with LARS (appendix A); sgd: the same with SGD",
     )
     base_lr: float | None = setting(
         None,
-        "linear: peak lr for a batch of 256 [paper: 0.1 (the authors' code; 0.02 in appendix A); "
-        "sgd: 30 and 100]",
+        "protocol linear, paper and sgd: peak lr for a batch of 256 [paper: 0.1, as in the "
+        "authors' code (appendix A: 0.02); sgd: 30 and 100]",
     )
-    linear_epochs: int = setting(90, "linear: passes over the training images (appendix A)")
+    linear_epochs: int = setting(
+        90, "protocol linear: passes over the training images (appendix A)"
+    )
     labels: tuple[str, ...] | None = setting(
         None,
-        "few_label, finetune: labels of each class, as numbers (10) or shares (10%) "
-        "[few_label: 1 5 10 20 1% 10%; finetune: all labels]",
+        "protocols few_label and finetune: how many images of each class are labeled, as a number "
+        "(10) or as a percentage (10%) [few_label: 1 5 10 20 1% 10%; finetune: all]",
     )
     few_label_list: str | None = setting(
         None,
-        "few_label, finetune: a file that lists the labeled training images, instead of a random "
-        "draw",
+        "protocols few_label and finetune: a file that lists the labeled training images; "
+        "replaces the random draws",
     )
     draws: int = setting(
-        5, "few_label, finetune: number of random draws of labels; the result is mean ± std"
+        5,
+        "protocols few_label and finetune: number of random draws of labeled images; results are "
+        "mean ± standard deviation",
     )
-    finetune_epochs: int = setting(200, "finetune: passes over the labeled images")
+    finetune_epochs: int = setting(200, "protocol finetune: passes over the labeled images")
     from_scratch: bool = setting(
-        False, "finetune: start from random weights, to measure what the labels alone achieve"
+        False, "protocol finetune: start from random weights, for comparison"
     )
     seed: int = setting(
-        0, "random seed of held-out images, draws, initial weights and the order of images"
+        0, "random seed of held-out images, draws, initial weights, and order of images"
     )
 
     def __post_init__(self) -> None:

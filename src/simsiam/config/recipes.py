@@ -34,15 +34,17 @@ class Recipe:
     source: tuple[str, ...] = setting(
         ("shapes",), "a name, folders of images, a list of files, an archive, or shards"
     )
-    method: Method = setting(METHODS["simsiam"], "one of `simsiam methods`")
+    method: Method = setting(METHODS["simsiam"], "name of a method; `simsiam methods` lists them")
     backbone: str = setting(
-        "resnet50", "resnet10 to resnet152, a torchvision classification model, or timm/NAME"
+        "resnet50",
+        "a ResNet (resnet10, 18, 34, 50, 101 or 152), a classification model of torchvision, or "
+        "timm/NAME for one of timm",
     )
-    width: int = setting(64, "channels of a ResNet's first stage; 64 is the standard network")
+    width: int = setting(64, "with a ResNet: channels of its first stage; 64 is standard")
     stem: Literal["small", "large"] | None = setting(
         None,
-        "a ResNet's first layers: small is 3x3 without pooling, large is 7x7 with pooling "
-        "[small up to 64 px (appendix D), else large]",
+        "with a ResNet: its first layers; small: 3x3 convolution; large: 7x7 convolution and "
+        "pooling [small for views up to 64 px (appendix D), else large]",
     )
     init: str | None = setting(
         None,
@@ -50,69 +52,77 @@ class Recipe:
         "hf-hub:OWNER/NAME [random]",
     )
     channels: int = setting(
-        3, "channels of an image: 3 RGB, 1 gray, 4 RGBA, or those of NumPy and TIFF files"
+        3, "channels of an image: 1 (gray), 3 (RGB), 4 (RGBA); up to 16 for NumPy and TIFF files"
     )
     image_size: int | None = setting(
         None, "side of a view in pixels [chosen from the images or the backbone]"
     )
     mean: tuple[float, ...] | None = setting(
-        None, "mean of each channel, from 0 to 1 [known for named sources, else measured]"
+        None, "mean of each channel, from 0 to 1 [published for CIFAR, else measured]"
     )
     std: tuple[float, ...] | None = setting(
         None,
-        "standard deviation of each channel, from 0 to 1 [known for named sources, else measured]",
+        "standard deviation of each channel, from 0 to 1 [published for CIFAR, else measured]",
     )
-    limit: int | None = setting(
-        None, "train on this many images, evenly spaced in the source [all]"
-    )
+    limit: int | None = setting(None, "use only N images, evenly spaced in the source [all]")
     holdout: int | None = setting(
         None,
-        "labeled images that are kept out of training for the kNN monitor [a tenth, at most 5000]",
+        "labeled images kept out of training, to measure kNN accuracy during training "
+        "[a tenth, at most 5000]",
     )
     epochs: int = setting(100, "passes over the training images")
-    steps: int | None = setting(None, "number of training steps, instead of --epochs")
+    steps: int | None = setting(None, "number of training steps; replaces --epochs")
     batch_size: int = setting(
-        512, "images (not views) in a batch; the lr is proportional to it (section 3)"
+        512,
+        "images (not views) in a batch, over all processes; the peak lr is proportional to it "
+        "(section 3)",
     )
     seed: int = setting(0, "random seed of the initial weights, the order of images and all views")
     device: str = setting("auto", "cpu, cuda, cuda:1, ...; auto uses a GPU if there is one")
     precision: Literal["auto", "bfloat16", "float32"] = setting(
-        "auto", "precision of training; auto: bfloat16 if the device is fast at it"
+        "auto",
+        "precision of training; auto: bfloat16 on devices that compute it fast, else float32",
     )
     compile: bool = setting(
         False,
-        "compile network and views with torch.compile; takes a minute at the start, and results "
-        "differ from those without it by rounding",
+        "compile network and views with torch.compile: starts a minute later, and results "
+        "change by rounding errors",
     )
     sync_bn: bool = setting(
         True,
-        "share batch norm's statistics between processes (section 3); without it the result "
-        "depends on their number",
+        "compute batch norm's statistics over all processes (section 3); without it, results "
+        "depend on the number of processes",
     )
     order: Literal["auto", "shuffled"] = setting(
         "auto",
-        "order of images in shards: shuffled, or auto, which interleaves blocks of images so that "
-        "each block is read once in an epoch",
+        "order of the images of shards; auto: shards are read in blocks, each once per epoch, "
+        "and a batch mixes images of several blocks; shuffled: fully random, which reads slower",
     )
     workers: int | None = setting(
         None,
-        "processes that decode images, for sources that do not fit in memory [number of CPU cores]",
+        "worker processes that decode images during training; not used for images in memory "
+        "[number of CPU cores]",
     )
     max_unreadable: float = setting(
-        0.5, "stop if more than this share of the images cannot be read"
+        0.5, "stop if more than this fraction of the images cannot be read"
     )
     read_timeout: float = setting(
-        600.0, "stop if a worker needs more than this many seconds for a batch; 0 is no limit"
+        600.0, "stop if a worker needs more than this many seconds for a batch; 0: no limit"
     )
     cache_gib: float = setting(
-        1.0, "keep images of equal size decoded in memory if they fit in this many GiB"
+        1.0,
+        "if all images have the same size and fit in this many GiB, keep them decoded in memory",
     )
     disk_cache_gib: float = setting(
-        0.0, "keep other images decoded on disk, up to this many GiB (0 is off); for slow decoding"
+        0.0, "keep decoded images that are not in memory on disk, up to this many GiB; 0: off"
     )
-    knn_every: int = setting(1, "epochs between two measurements of the kNN monitor")
-    save_every: int = setting(100, "epochs between two checkpoints that are kept")
-    save_seconds: float = setting(60.0, "largest age of the checkpoint last.pt, in seconds")
+    knn_every: int = setting(
+        1, "epochs between two measurements of kNN accuracy and label-free signals"
+    )
+    save_every: int = setting(100, "epochs between two checkpoints that are kept, epoch-NNNN.pt")
+    save_seconds: float = setting(
+        60.0, "seconds between two saves of last.pt, the checkpoint to resume from"
+    )
     log_every: int = setting(10, "steps between two lines of metrics.jsonl")
 
     def __post_init__(self) -> None:
@@ -268,7 +278,7 @@ def cifar_recipe() -> PretrainSettings:
 
 
 def shapes_recipe() -> PretrainSettings:
-    """Return the recipe of the demo: a small ResNet on the embedded images.
+    """Return the recipe of the demo: a small ResNet on the built-in data set `shapes`.
 
     It takes two to three minutes on two cores. Gray images need no changes of color. Few steps
     require a large lr, most of all for the predictor. A wide z keeps more directions than a narrow

@@ -22,42 +22,45 @@ class Schedule:
 
     architecture: Literal["c4", "fpn"] = setting(
         "c4",
-        "c4 (the paper's: RPN on conv4; conv5 and a batch norm are the RoI head) or fpn",
+        "c4 (the paper's): RPN on conv4, conv5 and a batch norm as RoI head; fpn: feature pyramid",
     )
     steps: int = setting(24_000, "steps of SGD with momentum 0.9")
-    batch_size: int = setting(16, "images in a batch")
+    batch_size: int = setting(16, "images in a batch, over all processes")
     lr: tuple[float, ...] = setting(
         (0.02,),
-        "peak lr; of several, the best on val is used, as the paper does for each method",
+        "peak lr; of several values, the best one on validation images is used",
     )
-    warmup_steps: int = setting(100, "steps of linear warmup, from a thousandth of the peak lr")
+    warmup_steps: int = setting(
+        100, "steps of linear lr warmup, which starts at a thousandth of the peak lr"
+    )
     decay_at: tuple[float, ...] = setting(
-        (18 / 24, 22 / 24), "when the lr is divided by 10, as shares of the steps"
+        (18 / 24, 22 / 24), "when the lr is divided by 10, as fractions of --steps"
     )
-    weight_decay: float = setting(1e-4, "weight decay of all parameters except batch norm's")
+    weight_decay: float = setting(1e-4, "weight decay of all parameters except those of batch norm")
     train_sides: tuple[int, ...] = setting(
         tuple(range(480, 801, 32)),
-        "shorter side of a training image in pixels; chosen at random from these",
+        "shorter side of a training image in pixels, chosen at random from these",
     )
     test_side: int = setting(800, "shorter side of a test image in pixels")
-    longest_side: int = setting(1333, "largest longer side of an image in pixels")
+    longest_side: int = setting(
+        1333, "limit of the longer side of an image in pixels; larger images are scaled down"
+    )
     anchors: tuple[int, ...] = setting(
         (32, 64, 128, 256, 512),
-        "sides of the anchors in pixels, each in three shapes; with fpn one for each level",
+        "sides of anchor boxes in pixels, each with three aspect ratios; fpn: one side per level",
     )
     stride: int = setting(
         16,
-        "stride of conv4: 16, or 8 by dilation for small objects (c4 with a large stem only)",
+        "stride of conv4: 16, or 8 for small objects (c4 with a large stem only)",
     )
-    proposals: int = setting(2000, "proposals kept for each image in training")
-    test_proposals: int = setting(1000, "proposals kept for each image in testing")
-    regions: int = setting(512, "regions of each image that the RoI head is trained on")
-    region_size: int = setting(
-        14, "side of a region's features in cells, before conv5 halves it (c4)"
-    )
+    proposals: int = setting(2000, "region proposals kept per image in training")
+    test_proposals: int = setting(1000, "region proposals kept per image in testing")
+    regions: int = setting(512, "regions per image that the RoI head is trained on")
+    region_size: int = setting(14, "output size of RoIAlign, with c4")
     precise_bn: int = setting(
         200,
-        "batches at the end for averages of batch norm's statistics; 0 keeps the moving averages",
+        "after training, average batch norm's statistics over this many batches; 0: keep the "
+        "moving averages",
     )
 
     def __post_init__(self) -> None:
