@@ -7,8 +7,8 @@ SHARED = Path(__file__).parents[2] / "shared"
 
 # A run small enough for a test: 16 steps an epoch, 12 k parameters.
 TINY = {
-    "backbone": "resnet10", "width": 4, "dim": 16, "proj_hidden": 16, "pred_dim": 4, "base_lr": 1.0, "limit": 512,
-    "batch_size": 32, "log_every": 1, "epochs": 2,
+    "backbone": "resnet10", "width": 4, "dim": 16, "proj_hidden": 16, "pred_dim": 4, "base_lr": 1.0,
+    "limit": 512, "batch_size": 32, "log_every": 1, "epochs": 2,
 }  # fmt: skip
 # Three steps and nothing measured.
 QUICK = TINY | {
@@ -32,7 +32,7 @@ def flags(**words) -> list[str]:
 
 @pytest.fixture
 def shared():
-    """The project's shared folder, with data and the contract's checker; nobody else's machine has it."""
+    """A folder with data and a checker of run folders; it exists only where this was developed."""
     if not SHARED.is_dir():
         pytest.skip("needs the shared folder beside the repository")
     return SHARED

@@ -46,7 +46,7 @@ def test_mean_and_std_are_measured_and_what_is_given_is_kept():
 
 
 def test_tiny_images_take_larger_crops_and_large_ones_the_papers(tmp_path):
-    """No crop of a folder's recipe is enlarged more than a fifth of a CIFAR image: 1 / sqrt(0.2) times."""
+    """No crop is enlarged more than one of a fifth of a CIFAR image: 1 / sqrt(0.2) times."""
     for side, size in ((20, 32), (32, 32), (50, 32), (64, 64), (96, 96), (300, 224)):
         words = folder_recipe(1000, side)
         assert words["image_size"] == size

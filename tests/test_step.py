@@ -1,4 +1,4 @@
-"""A step's gradients are Algorithm 1's, however they are computed; what needs a GPU is skipped where there is none."""
+"""The gradients of a step are those of Algorithm 1. Tests that need a GPU are skipped without one."""
 
 from copy import deepcopy
 from dataclasses import replace
@@ -9,13 +9,12 @@ import pytest
 import torch
 from conftest import QUICK, TINY
 
-from simsiam.model.precision import Compute
 from simsiam.config.methods import METHODS
 from simsiam.config.recipes import Recipe
 from simsiam.data.batches import iter_batches
 from simsiam.data.images import from_arrays
 from simsiam.model.optimizers import build_optimizer, set_lr
-from simsiam.model.precision import pick_device
+from simsiam.model.precision import Compute, pick_device
 from simsiam.model.siamese import build
 from simsiam.monitoring.nearest_neighbors import knn_scores
 from simsiam.runs.run_folder import Run
@@ -105,13 +104,13 @@ def test_where_nothing_compiles_the_model_is_taken_as_it_is(monkeypatch):
     assert compile_backbone(model) is model
 
 
-# --- with a GPU -------------------------------------------------------------------------------------------------------
+# --- with a GPU ---
 
 
 @on_gpu
 @pytest.mark.parametrize("name", ROWS)
 def test_a_graph_is_the_step_that_it_recorded(name):
-    """Ten steps, each from the same state with the graph and without: the same loss, gradients and new state."""
+    """Ten steps with and without the graph give the same loss, gradients and state."""
     pick_device("cuda")  # cuDNN chooses kernels as in a run
     models = [model_of(ROWS[name]).to(GPU).to(memory_format=torch.channels_last) for _ in range(2)]
     graphed, plain = (GradientStep(model, Compute(GPU, "float32")) for model in models)

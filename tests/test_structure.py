@@ -1,4 +1,4 @@
-"""The house: imports follow one arrow, help needs no torch, and what a newcomer reads stays short."""
+"""The structure: imports go one way, help loads no torch, and what a newcomer reads is short."""
 
 import ast
 import subprocess
@@ -12,8 +12,8 @@ import simsiam
 ROOT = Path(simsiam.__file__).parent
 # A package imports only packages that stand before it, and itself.
 ARROW = [
-    "errors", "utils", "config", "distributed", "data", "sources", "model", "monitoring", "runs", "exports",
-    "training", "evaluation", "embeddings", "pages", "detection", "laboratory", "commands",
+    "errors", "utils", "config", "distributed", "data", "sources", "model", "monitoring", "runs",
+    "exports", "training", "evaluation", "embeddings", "pages", "detection", "laboratory", "commands",
 ]  # fmt: skip
 MAX_PACKAGES, MAX_MODULES = 16, 12
 

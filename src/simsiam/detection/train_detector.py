@@ -41,7 +41,14 @@ from simsiam.model.precision import Compute
 from simsiam.monitoring.gauges import grad_norm
 from simsiam.runs.journal import MetricsLogger
 from simsiam.runs.run_folder import TrainingFolder
-from simsiam.training.loop import SkippedFiles, Training, load_state, run_training, save_state
+from simsiam.training.loop import (
+    Metrics,
+    SkippedFiles,
+    Training,
+    load_state,
+    run_training,
+    save_state,
+)
 from simsiam.utils.workers import CPU_CORES
 
 RNG_STREAM = 3  # of the seed; the order of images and the views of pretraining use other streams
@@ -294,7 +301,7 @@ def train_detector(
     )
 
 
-class DetectorTraining(Training):
+class DetectorTraining(Training[DetectionBatch]):
     """The training of a detector, for the training loop.
 
     Args:
@@ -383,7 +390,7 @@ class DetectorTraining(Training):
         total = {"loss": float(sum(losses.values()))}
         return total | losses | {"lr": self.step_lr, "grad_norm": grad_norm(self.model)}
 
-    def log(self, record: dict[str, float | None]) -> None:
+    def log(self, record: Metrics) -> None:
         """Write a record to metrics.jsonl.
 
         Args:

@@ -40,7 +40,14 @@ from simsiam.monitoring.features import extract_features
 from simsiam.runs.encoder import build_backbone, eval_transform, load
 from simsiam.runs.run_folder import Run
 from simsiam.runs.weight_files import file_sha256
-from simsiam.training.loop import SkippedFiles, Training, load_state, run_training, save_state
+from simsiam.training.loop import (
+    Metrics,
+    SkippedFiles,
+    Training,
+    load_state,
+    run_training,
+    save_state,
+)
 from simsiam.utils.files import atomic_write, exclusive_lock
 
 # Colors of Okabe and Ito, which color-blind people can distinguish; with these dash patterns the
@@ -211,7 +218,7 @@ def _describe_settings(
     }
 
 
-class FineTuning(Training):
+class FineTuning(Training[ViewBatch]):
     """Cross-entropy training of a classifier, with one validation accuracy per epoch.
 
     Args:
@@ -303,7 +310,7 @@ class FineTuning(Training):
         self.loss_sum = torch.zeros_like(self.loss_sum)
         return {"val_top1": accuracy(self.model, self.val, self.recipe, self.compute)["top1"]}
 
-    def log(self, record: Mapping[str, float]) -> None:
+    def log(self, record: Metrics) -> None:
         """Add a line to the curve at the end of an epoch."""
         if "val_top1" in record:  # once an epoch
             names = ("loss", "lr", "lr_head", "val_top1")

@@ -234,7 +234,7 @@ def train_on_crops(frozen: FrozenNetwork, settings: Settings) -> Iterator[Protoc
         )
 
 
-class LinearOnCrops(Training):
+class LinearOnCrops(Training[ViewBatch]):
     """Training of linear layers on the features of a frozen network.
 
     All layers are given the same crops; each has its own learning rate.

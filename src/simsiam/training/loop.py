@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Generic, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +19,14 @@ from simsiam.distributed.process_group import rank_zero_only
 from simsiam.distributed.sync_batch_norm import synchronize_replicas
 from simsiam.errors import Stopped, UsageError
 from simsiam.monitoring.gauges import all_finite
+from simsiam.runs.records import Record
 from simsiam.runs.run_folder import read_checkpoint
 from simsiam.training.interrupt import InterruptHandler
 from simsiam.training.progress import ProgressLine, Stopwatch
 from simsiam.utils.files import atomic_write
 
-SkippedFiles = Sequence[tuple[str, str]]  # key and reason of each file that cannot be read
+Metrics: TypeAlias = Mapping[str, float | None]  # named numbers; None where there is none yet
+SkippedFiles: TypeAlias = Sequence[tuple[str, str]]  # key and reason of unreadable files
 
 
 class Batch(Protocol):
@@ -39,7 +41,10 @@ class Batch(Protocol):
         """Seconds that the loop waited for the batch."""
 
 
-class Training(ABC):
+B = TypeVar("B", bound=Batch)
+
+
+class Training(ABC, Generic[B]):
     """One training, as the loop sees it.
 
     Attributes:
@@ -66,32 +71,32 @@ class Training(ABC):
     step: int = 0
     seconds: float = 0.0
 
-    def begin(self) -> None:  # noqa: B027  optional
+    def begin(self) -> None:
         """Do what comes before the first batch."""
 
     @abstractmethod
-    def batches(self) -> Iterator[Any]:
-        """Yield the batches of the remaining steps; each is a `Batch`."""
+    def batches(self) -> Iterator[B]:
+        """Yield the batches of the remaining steps."""
 
     @abstractmethod
-    def train_step(self, batch: Any) -> Tensor:
+    def train_step(self, batch: B) -> Tensor:
         """Take one optimizer step and return its loss, a scalar."""
 
     @abstractmethod
-    def metrics(self) -> dict[str, Any]:
+    def metrics(self) -> Metrics:
         """Return named numbers of the latest step."""
 
-    def measure(self) -> dict[str, Any]:
+    def measure(self) -> Metrics:
         """Return named measurements of the model as it is now."""
         return {}
 
-    def log(self, record: dict[str, Any]) -> None:  # noqa: B027  optional
+    def log(self, record: Metrics) -> None:
         """Keep a record: `step`, `epoch`, and what `metrics` and `measure` returned."""
 
-    def save(self, name: str) -> None:  # noqa: B027  optional
+    def save(self, name: str) -> None:
         """Save the state under a name: "last" to resume from, "epoch-NNNN" to keep."""
 
-    def record_unreadable(self, files: SkippedFiles) -> None:  # noqa: B027  optional
+    def record_unreadable(self, files: SkippedFiles) -> None:
         """Keep key and reason of files that could not be read."""
 
 
@@ -116,7 +121,7 @@ class Outcome:
     interrupt: InterruptHandler
 
     def raise_if_stopped(self, hint: str) -> None:
-        """Raise Stopped if a signal ended the training early, and obey a signal that came later.
+        """Raise Stopped if a signal ended the training early; raise a later signal again.
 
         Args:
             hint: What the user can do now, as the end of the message.
@@ -126,7 +131,7 @@ class Outcome:
         self.interrupt.raise_pending()
 
 
-def run_training(training: Training, messages: Sequence[str] = ()) -> Outcome:
+def run_training(training: Training[B], messages: Sequence[str] = ()) -> Outcome:
     """Train to the last step, or until a signal arrives or the loss diverges.
 
     Args:
@@ -166,7 +171,9 @@ def run_training(training: Training, messages: Sequence[str] = ()) -> Outcome:
             with watch.paused():
                 if unreadable:
                     training.record_unreadable(all_gather_objects(batch.skipped))
-                record = training.metrics() | watch.rates() if logged else {}
+                record: dict[str, float | None] = {}
+                if logged:
+                    record |= {**training.metrics(), **watch.rates()}
                 if measured or saved:
                     synchronize_replicas(training.model)
                 if measured:
@@ -186,7 +193,7 @@ def run_training(training: Training, messages: Sequence[str] = ()) -> Outcome:
 @rank_zero_only
 def load_state(
     folder: Path, settings: Mapping[str, object], initial: Mapping[str, object]
-) -> dict[str, Any]:
+) -> Record:
     """Load the state of an unfinished training from FOLDER/last.pt, or start a new one.
 
     Args:
@@ -207,7 +214,7 @@ def load_state(
     try:
         state = read_checkpoint(path)
     except UsageError as error:
-        raise UsageError(f"{error}: delete it to start the training anew") from None
+        raise UsageError(f"{error}: delete it to start the training again") from None
     for name, value in settings.items():
         if (saved := state["settings"].get(name)) != value:
             raise UsageError(

@@ -1,7 +1,6 @@
 """Pretraining: Algorithm 1 once a step, then its gauges and monitors."""
 
 from collections.abc import Iterator
-from typing import Any
 
 from torch import Tensor
 from typing_extensions import override
@@ -15,14 +14,13 @@ from simsiam.monitoring.nearest_neighbors import knn_monitor
 from simsiam.runs.encoder import eval_transform
 from simsiam.runs.journal import MetricsLogger
 from simsiam.runs.records import TrainingState
-from simsiam.runs.records import TrainingState
 from simsiam.runs.run_folder import Run
-from simsiam.training.loop import SkippedFiles, Training
+from simsiam.training.loop import Metrics, SkippedFiles, Training
 from simsiam.training.prepare import RunData, TrainingSetup, initialize_eta
 from simsiam.training.step import build_gradient_step
 
 
-class Pretraining(Training):
+class Pretraining(Training[ViewBatch]):
     """A run as the training loop sees it: Algorithm 1 once a step, its gauges, and its monitors.
 
     Args:
@@ -80,12 +78,12 @@ class Pretraining(Training):
         return self.output.loss
 
     @override
-    def metrics(self) -> dict[str, Any]:
+    def metrics(self) -> Metrics:
         lr = {"lr": self.lr["encoder"], "lr_predictor": self.lr.get("predictor")}
         return lr | compute_gauges(self.output) | {"grad_norm": grad_norm(self.model)}
 
     @override
-    def measure(self) -> dict[str, Any]:
+    def measure(self) -> Metrics:
         recipe, knn = self.run.recipe, self.state["knn"]
         model, transform, compute = self.model, eval_transform(recipe), self.compute
         signals = label_free_monitor(
@@ -106,7 +104,7 @@ class Pretraining(Training):
         return signals.values | top1
 
     @override
-    def log(self, record: dict[str, Any]) -> None:
+    def log(self, record: Metrics) -> None:
         self.logger.log(record)
 
     @override

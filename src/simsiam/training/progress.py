@@ -10,7 +10,6 @@ from rich.progress import BarColumn, Progress, TextColumn
 from simsiam.distributed.process_group import rank
 from simsiam.errors import printable
 
-
 # What the line shows after the time left, in this order, where it is known.
 FORMATS = {
     "images_per_second": "{:.0f}/s",
