@@ -1,4 +1,4 @@
-"""The gradients of a step are those of Algorithm 1. Tests that need a GPU are skipped without one."""
+"""The gradients of a step are those of Algorithm 1. Tests of a GPU are skipped without one."""
 
 from copy import deepcopy
 from dataclasses import replace

@@ -13,7 +13,8 @@ ROOT = Path(simsiam.__file__).parent
 # A package imports only packages that stand before it, and itself.
 ARROW = [
     "errors", "utils", "config", "distributed", "data", "sources", "model", "monitoring", "runs",
-    "exports", "training", "evaluation", "embeddings", "pages", "detection", "laboratory", "commands",
+    "exports", "training", "evaluation", "embeddings", "pages", "detection", "laboratory",
+    "commands",
 ]  # fmt: skip
 MAX_PACKAGES, MAX_MODULES = 16, 12
 
