@@ -1,4 +1,4 @@
-"""The embedded data set is frozen: every number measured on it depends on these pixels."""
+"""The built-in data set is frozen: every number measured on it depends on these pixels."""
 
 import hashlib
 

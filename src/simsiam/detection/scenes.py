@@ -1,4 +1,4 @@
-"""The embedded set for detection and segmentation: several of the demo's shapes in each image.
+"""The built-in set for detection and segmentation: several of the demo's shapes in each image.
 
 It is written as a folder in COCO format and read like any other such set. As in `shapes`, bright
 copies are drawn on a dark, noisy ground, each with its own position, angle, size and gray level.

@@ -41,7 +41,7 @@ def open_transfer_source(sources: Sequence[SourcePath], channels: int) -> Annota
     """Read annotated images.
 
     Args:
-        sources: One of SOURCE_KINDS, or "shapes", the embedded scenes.
+        sources: One of SOURCE_KINDS, or "shapes", the built-in scenes.
         channels: The number of channels that images are read with.
 
     Returns:

@@ -1,4 +1,4 @@
-"""The demo: SimSiam on the embedded set, compared with baselines and with supervised training."""
+"""The demo: SimSiam on the data set `shapes`, compared with baselines and supervised training."""
 
 import json
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""The embedded data set: ten shapes, drawn by this program, so the demo needs no file or network.
+"""The built-in data set `shapes`, drawn by this program: the demo needs no file and no network.
 
 An image has four to six bright copies of one shape on a dark, noisy background. Each copy has its
 own position, angle, size and gray level; the label is the shape. The shape is what all copies share

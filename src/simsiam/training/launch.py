@@ -41,7 +41,7 @@ def pretrain(
 
     Args:
         source: A name, a folder, a list, an archive or shards; several folders are one set. The
-            default is the recipe's own source, else the embedded set "shapes".
+            default is the recipe's own source, else the built-in data set "shapes".
         recipe: The name of a recipe, a YAML file, or a `Recipe`. By default the source decides.
         out: The run folder; it must not exist. The default is runs/SOURCE-METHOD-N.
         **overrides: Any setting of the recipe, under the name of its flag with underscores.
