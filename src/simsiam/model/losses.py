@@ -5,6 +5,7 @@ mean over images of what each process gets is what one process with the complete
 """
 
 import math
+from abc import ABC, abstractmethod
 
 import torch
 import torch.nn.functional as F
@@ -159,7 +160,7 @@ def vicreg(
     return loss
 
 
-class Criterion(nn.Module):
+class Criterion(nn.Module, ABC):
     """D with a row's settings and the state that it keeps; the classes below are CRITERIA.
 
     A new one needs a `forward` and nothing else.
@@ -170,6 +171,7 @@ class Criterion(nn.Module):
         super().__init__()
         self.method = method
 
+    @abstractmethod
     def forward(self, p: Tensor, t: Tensor) -> Tensor:
         """Return D(p, t).
 
@@ -180,7 +182,6 @@ class Criterion(nn.Module):
         Returns:
             A scalar.
         """
-        raise NotImplementedError
 
     def encode_target(self, t: Tensor) -> Tensor:
         """Encode the targets, before the stop-gradient.
