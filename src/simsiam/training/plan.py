@@ -571,7 +571,7 @@ def list_assumptions(
     """
     speed = estimate.speed
     lines = [
-        "the time leaves out the kNN monitor, checkpoints, and waiting for storage",
+        "the time leaves out kNN measurements, checkpoints, and waiting for storage",
         "the memory leaves out workspaces of kernels and fragmentation: add 20 %",
     ]
     if estimate.from_bench:
