@@ -151,8 +151,8 @@ def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
     add_setting_flags(parser, Method, "method settings", SETTING_TYPES)
     add_setting_flags(parser, Views, "augmentation settings", SETTING_TYPES)
     note = (
-        f"take {', '.join(EQUAL_TERMS)} from the method simsiam, so that methods differ in "
-        "nothing else (appendix D)"
+        f"take {', '.join(EQUAL_TERMS)} from the method simsiam, so that these do not differ "
+        "when methods are compared (appendix D)"
     )
     parser.add_argument("--equal-terms", action="store_true", default=argparse.SUPPRESS, help=note)
 

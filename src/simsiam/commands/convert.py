@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help=note)
     note = "the run folder, which must not exist yet"
     parser.add_argument("--out", metavar="RUN", required=True, help=note)
-    note = "the torchvision model of the checkpoint; needed if it is not a ResNet"
+    note = "the model in the checkpoint, a name of torchvision; needed if it is not a ResNet"
     parser.add_argument("--backbone", metavar="NAME", help=note)
     note = "side of its input images in pixels [224; 32 for a small stem]"
     parser.add_argument("--image-size", metavar="N", type=int, help=note)

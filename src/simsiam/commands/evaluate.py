@@ -20,9 +20,9 @@ HELP = (
 GROUP = "evaluation"
 USAGE = "simsiam evaluate RUN [SOURCE ...] [--protocol NAME ...] [--FLAG VALUE ...]"
 EPILOG = (
-    "Values in brackets are the defaults. The source needs labels, except for the protocol "
-    "label_free. Test images are the split test of the source; without it, val; without both, a "
-    f"fifth of the training images. {PAPER_NOTE}"
+    "Values in brackets are the defaults. For a source without labels, give --protocol label_free. "
+    "Test images are those of the split `test` of the source; if there is none, those of `val`; "
+    f"if there is neither, a fifth of the training images. {PAPER_NOTE}"
 )
 MULTI_PROCESS = True
 

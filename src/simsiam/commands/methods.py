@@ -4,7 +4,7 @@ import argparse
 
 from simsiam.commands.output import print_lines
 
-HELP = "print a table of all methods (Figure 3 of the paper)"
+HELP = "print a table of all methods, or draw them as in Figure 3 of the paper"
 GROUP = "laboratory"
 
 

@@ -30,8 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     note = "CPU cores per process, for decoding images [cores of this machine]"
     parser.add_argument("--cores", metavar="N", type=int, help=note)
     note = (
-        "files that `simsiam bench --out` wrote on the machine that will train [the speed is "
-        "measured here]"
+        "files that `simsiam bench --out` wrote on the machine that will train "
+        "[measure the speed on this machine]"
     )
     parser.add_argument("--bench", metavar="FILE.json", nargs="+", help=note)
     parser.add_argument(

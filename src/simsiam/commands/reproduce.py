@@ -39,8 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     note = "number of runs of each configuration, with different random seeds [3; 5 for figure2]"
     parser.add_argument("--seeds", metavar="N", type=int, help=note)
     note = (
-        "epochs of each run; in table4 and table_c1, which compare lengths of training: epochs "
-        "that replace 100 epochs of the paper [those of the scale]"
+        "epochs of each run; table4 and table_c1 compare lengths of training: there N replaces the "
+        "paper's 100 epochs, and other lengths change in proportion [those of the scale]"
     )
     parser.add_argument("--epochs", metavar="N", type=int, help=note)
     note = "train on N images only [all]"

@@ -21,9 +21,9 @@ USAGE = (
     "simsiam transfer RUN SOURCE [SOURCE ...] [--task NAME] [--schedule NAME] [--FLAG VALUE ...]"
 )
 EPILOG = (
-    "Values in brackets are the paper's for VOC07+12 (--schedule voc0712). Another schedule, also "
-    "auto, changes some of them; a flag overrides all of these. If interrupted, the same command "
-    f"continues. {PAPER_NOTE}"
+    "Under `schedule settings`, values in brackets are those of --schedule voc0712, the paper's for "
+    "VOC07+12. Other schedules, and auto, change some of them; a flag overrides the schedule. If "
+    f"interrupted, the same command continues. {PAPER_NOTE}"
 )
 MULTI_PROCESS = True
 
@@ -36,8 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """
     add_run(parser)
     note = (
-        "annotated images: one or more folders in Pascal VOC format (FOLDER:train: only the "
-        "images of its list train), a folder in COCO format, or shapes (built-in data set)"
+        "annotated images: one or more folders in Pascal VOC format (FOLDER:train "
+        "takes only the images in its list train.txt), a folder in COCO format, or shapes (built-in data set)"
     )
     parser.add_argument("source", metavar="SOURCE", nargs="+", help=note)
     note = "detection or segmentation [detection]"

@@ -155,8 +155,8 @@ class Method:
     criterion: str = setting("cosine", f"the loss: {_list_meanings(BUILTIN_CRITERIA)}")
     loss_scale: float = setting(
         1.0,
-        "factor of the loss; with sgd it acts like a factor of the lr; with lars it matters only "
-        "relative to weight decay, and for parameters that --exclude excludes",
+        "factor of the loss; with sgd it acts like a factor of the lr; with lars it changes only "
+        "the balance with weight decay, and the steps of parameters named by --exclude",
     )
     pairs: Pairs = setting(
         "symmetric",
@@ -200,7 +200,7 @@ class Method:
     )
     momentum: float = setting(0.9, "momentum of sgd and lars; beta1 of adamw")
     weight_decay: float = setting(
-        1e-4, "weight decay (appendix A); see --exclude for its parameters"
+        1e-4, "weight decay of all parameters but those named by --exclude (appendix A)"
     )
     exclude: Literal["none", "bias_and_norm"] = setting(
         "none",

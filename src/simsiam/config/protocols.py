@@ -52,7 +52,7 @@ class Settings:
     tau: float = setting(
         0.1,
         "protocol knn: temperature; a neighbor's vote has the weight exp(cosine similarity / tau). "
-        "Pretraining uses 0.1, Wu et al. (2018) use 0.07",
+        "kNN measurements in pretraining use 0.1; Wu et al. (2018) use 0.07",
     )
     linear: Literal["cached", "paper", "sgd"] = setting(
         "cached",
@@ -62,7 +62,7 @@ class Settings:
     base_lr: float | None = setting(
         None,
         "protocol linear, paper and sgd: peak lr for a batch of 256 [paper: 0.1, as in the "
-        "authors' code (appendix A: 0.02); sgd: 30 and 100]",
+        "authors' code (appendix A gives 0.02); sgd: 30 and 100, with a result for each]",
     )
     linear_epochs: int = setting(
         90, "protocol linear: passes over the training images (appendix A)"

@@ -114,7 +114,8 @@ class Recipe:
         "if all images have the same size and fit in this many GiB, keep them decoded in memory",
     )
     disk_cache_gib: float = setting(
-        0.0, "keep decoded images that are not in memory on disk, up to this many GiB; 0: off"
+        0.0,
+        "keep on disk the decoded images that do not fit in memory, up to this many GiB; 0: off",
     )
     knn_every: int = setting(
         1, "epochs between two measurements of kNN accuracy and label-free signals"
