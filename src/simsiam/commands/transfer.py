@@ -21,8 +21,8 @@ USAGE = (
     "simsiam transfer RUN SOURCE [SOURCE ...] [--task NAME] [--schedule NAME] [--FLAG VALUE ...]"
 )
 EPILOG = (
-    "Under `schedule settings`, values in brackets are those of --schedule voc0712, the paper's for "
-    "VOC07+12. Other schedules, and auto, change some of them; a flag overrides the schedule. If "
+    "Under `schedule settings`, values in brackets are those of --schedule voc0712, the paper's "
+    "for VOC07+12. Other schedules, and auto, change some of them; a flag overrides the schedule. If "
     f"interrupted, the same command continues. {PAPER_NOTE}"
 )
 MULTI_PROCESS = True
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """
     add_run(parser)
     note = (
-        "annotated images: one or more folders in Pascal VOC format (FOLDER:train "
+X
         "takes only the images in its list train.txt), a folder in COCO format, or shapes (built-in data set)"
     )
     parser.add_argument("source", metavar="SOURCE", nargs="+", help=note)
