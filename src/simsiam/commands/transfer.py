@@ -36,8 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """
     add_run(parser)
     note = (
-X
-        "takes only the images in its list train.txt), a folder in COCO format, or shapes (built-in data set)"
+        "annotated images: one or more folders in Pascal VOC format (FOLDER:train takes only "
+        "the images in its list train.txt), a folder in COCO format, or shapes (built-in "
+        "data set)"
     )
     parser.add_argument("source", metavar="SOURCE", nargs="+", help=note)
     note = "detection or segmentation [detection]"
