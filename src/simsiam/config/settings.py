@@ -24,7 +24,8 @@ def setting(default: T, help_text: str) -> T:
         The dataclass field. Its type is declared as that of the value, which is how type checkers
         understand a default.
     """
-    return field(default=default, metadata={"help": help_text})  # type: ignore[no-any-return, call-overload]
+    declared = field(default=default, metadata={"help": help_text})  # type: ignore[call-overload]
+    return declared  # type: ignore[no-any-return]
 
 
 def parse_value(value: object, expected_type: object, name: str) -> object:

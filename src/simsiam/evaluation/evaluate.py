@@ -191,7 +191,7 @@ def _run_protocol(
             parameters=result.parameters,
             chosen=result.selected,
             metrics=metrics,
-            unreadable=num_unreadable + int(metrics.get("unreadable", 0)),  # type: ignore[call-overload]
+            unreadable=num_unreadable + int(str(metrics.get("unreadable", 0))),
         )
         for result, metrics in scored
     ]
