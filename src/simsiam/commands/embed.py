@@ -6,8 +6,8 @@ from simsiam.commands.arguments import add_device, add_precision, add_run, add_s
 from simsiam.commands.output import print_lines
 
 HELP = (
-    "compute the backbone's features of all images, and write them to a Parquet file; "
-    "if interrupted, the same command continues"
+    "compute the backbone's features of all images, and write them with thumbnails to a Parquet "
+    "file; if interrupted, the same command continues"
 )
 GROUP = "embeddings"
 USAGE = "simsiam embed RUN [SOURCE ...] --out FILE.parquet [--device NAME] [--precision NAME]"

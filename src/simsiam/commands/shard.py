@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser: The verb's parser.
     """
     add_source(parser, "+")
-    note = "a new folder; it gets this name when all images are written"
+    note = "a new folder; it has a temporary name until all images are written"
     parser.add_argument("--out", metavar="FOLDER", required=True, help=note)
     note = "tar (as in WebDataset) or parquet (as in Hugging Face datasets) [tar]"
     parser.add_argument("--format", metavar="NAME", default="tar", help=note)

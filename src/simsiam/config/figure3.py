@@ -5,7 +5,7 @@ from simsiam.config.methods import METHODS, SIMSIAM
 
 COLUMNS = (
     "method",
-    "heads",
+    "projector",
     "predictor",
     "target",
     "gradient",

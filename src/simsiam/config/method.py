@@ -156,7 +156,7 @@ class Method:
     loss_scale: float = setting(
         1.0,
         "factor of the loss; with sgd it acts like a factor of the lr; with lars it changes only "
-        "the balance with weight decay, and the steps of parameters named by --exclude",
+        "its weight against weight decay, and the lr of parameters named by --exclude",
     )
     pairs: Pairs = setting(
         "symmetric",

@@ -41,8 +41,8 @@ class Settings:
     )
     baselines: bool = setting(
         True,
-        "also evaluate raw pixels and the untrained network; protocols knn, few_label, and linear "
-        "with --linear cached",
+        "protocols knn, few_label, and linear (only with --linear cached): also evaluate raw "
+        "pixels and the untrained network",
     )
     k: int | None = setting(
         None,
@@ -61,8 +61,8 @@ class Settings:
     )
     base_lr: float | None = setting(
         None,
-        "protocol linear, paper and sgd: peak lr for a batch of 256 [paper: 0.1, as in the "
-        "authors' code (appendix A gives 0.02); sgd: 30 and 100, with a result for each]",
+        "protocol linear, with --linear paper or sgd: peak lr for a batch of 256 [paper: 0.1, as "
+        "in the authors' code (appendix A gives 0.02); sgd: 30 and 100, with a result for each]",
     )
     linear_epochs: int = setting(
         90, "protocol linear: passes over the training images (appendix A)"

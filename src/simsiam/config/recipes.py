@@ -115,7 +115,7 @@ class Recipe:
     )
     disk_cache_gib: float = setting(
         0.0,
-        "keep on disk the decoded images that do not fit in memory, up to this many GiB; 0: off",
+        "if images are not kept in memory, keep them decoded on disk, up to this many GiB; 0: off",
     )
     knn_every: int = setting(
         1, "epochs between two measurements of kNN accuracy and label-free signals"
