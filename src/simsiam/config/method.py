@@ -156,7 +156,8 @@ class Method:
     loss_scale: float = setting(
         1.0,
         "factor of the loss; with sgd it acts like a factor of the lr; with lars it changes only "
-        "its weight against weight decay, and the lr of parameters named by --exclude",
+        "the weight of the loss relative to weight decay, and acts like a factor of the lr for "
+        "parameters named by --exclude",
     )
     pairs: Pairs = setting(
         "symmetric",
