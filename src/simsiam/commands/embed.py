@@ -7,7 +7,7 @@ from simsiam.commands.output import print_lines
 
 HELP = (
     "compute the backbone's features of all images, and write them with thumbnails to a Parquet "
-    "file; if interrupted, the same command continues"
+    "file; after an interruption, give the same command again to go on"
 )
 GROUP = "embeddings"
 USAGE = "simsiam embed RUN [SOURCE ...] --out FILE.parquet [--device NAME] [--precision NAME]"

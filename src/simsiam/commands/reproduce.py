@@ -13,9 +13,9 @@ HELP = (
 GROUP = "laboratory"
 USAGE = "simsiam reproduce EXPERIMENT [EXPERIMENT ...] [--scale NAME] [--FLAG VALUE ...]"
 EPILOG = (
-    "The plan is printed first. Experiments share runs, and finished runs are reused. If "
-    "interrupted, the same command continues. Several processes that run the same command at the "
-    f"same time divide the runs among themselves. {PAPER_NOTE}"
+    "The plan is printed first. Experiments share runs, and finished runs are reused. After "
+    "an interruption, give the same command again to go on. Several processes that run the same "
+    f"command at the same time divide the runs among themselves. {PAPER_NOTE}"
 )
 
 
@@ -46,8 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     note = "train on N images only [all]"
     parser.add_argument("--limit", metavar="N", type=int, help=note)
     note = (
-        "run only these configurations of an experiment; an unknown name, such as x, prints "
-        "their names [all]"
+        "run only these configurations of an experiment; --only x, which does not exist, "
+        "prints their names [all]"
     )
     parser.add_argument("--only", metavar="CELL", nargs="+", default=(), help=note)
     note = (

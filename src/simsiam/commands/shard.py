@@ -6,7 +6,7 @@ from simsiam.commands.arguments import add_channels, add_source
 
 HELP = (
     "pack the images of a source into a few large files, tar or Parquet; "
-    "if interrupted, the same command continues"
+    "after an interruption, give the same command again to go on"
 )
 GROUP = "data"
 USAGE = (

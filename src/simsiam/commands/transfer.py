@@ -23,7 +23,7 @@ USAGE = (
 EPILOG = (
     "Under `schedule settings`, values in brackets are those of --schedule voc0712, the paper's "
     "for VOC07+12. Other schedules, and auto, change some of them; a flag overrides the schedule. "
-    f"If interrupted, the same command continues. {PAPER_NOTE}"
+    f"After an interruption, give the same command again to go on. {PAPER_NOTE}"
 )
 MULTI_PROCESS = True
 

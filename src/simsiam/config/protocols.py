@@ -46,8 +46,8 @@ class Settings:
     )
     k: int | None = setting(
         None,
-        "protocol knn: number of neighbors [200 (Wu et al., 2018), or a sixth of the images of an "
-        "average class, if that is fewer]",
+        "protocol knn: number of neighbors [200 (Wu et al., 2018), or a sixth of the mean number "
+        "of images per class, if that is smaller]",
     )
     tau: float = setting(
         0.1,
