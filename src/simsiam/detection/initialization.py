@@ -16,7 +16,7 @@ from simsiam.model.backbones import RESNETS
 from simsiam.runs.convert import sibling_recipe_settings
 from simsiam.runs.encoder import build_backbone, load, load_init_weights, weights_sha256
 from simsiam.runs.published_weights import resolve_checkpoint
-from simsiam.runs.run_folder import Run
+from simsiam.runs.run_folder import HEAD_FILE, Run
 
 
 class Initialization:
@@ -33,6 +33,7 @@ class Initialization:
         network: The backbone and its width.
         kind: "scratch", "init" or "run".
         description: The origin under "from", and the hash of pretrained weights.
+        note: A line about the weights, or "".
 
     Raises:
         UsageError: If the backbone is not a ResNet, or the weights do not fit.
@@ -51,6 +52,8 @@ class Initialization:
         self.kind = "scratch" if from_scratch else "init" if init else "run"
         origin = "random weights" if from_scratch else init or "the run's backbone"
         self.description = {"from": origin}
+        uses_run = self.kind == "run" and run.has_head
+        self.note = f"{HEAD_FILE} is left out: a detector uses the backbone alone" * uses_run
         if init:
             path, release = rank_zero_only(resolve_checkpoint)(init)
             settings: Mapping[str, Any] = (
@@ -67,7 +70,7 @@ class Initialization:
             backbone = build_backbone(self.recipe)
             load_init_weights(backbone, replace(self.recipe, init=self.init))
             return backbone
-        return build_backbone(self.recipe) if self.from_scratch else load(self.run.path)
+        return build_backbone(self.recipe) if self.from_scratch else load(self.run.path, head=False)
 
     def build_model(
         self, num_classes: int, schedule: Schedule, *, masks: bool, seed: int

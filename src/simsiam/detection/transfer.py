@@ -267,6 +267,7 @@ class TransferPlan:
             f"{len(splits.train):,} images with {train_objects:,} objects; "
             f"tests on {splits.descriptions['test']}, {len(splits.test):,} with {test_objects:,}",
             f"init     {self.init.description['from']}",
+            *([f"         {self.init.note}"] if self.init.note else []),
             f"schedule {self.reason}",
             f"         {schedule.steps:,} steps of {schedule.batch_size} images, "
             f"shorter side {schedule.test_side}, anchors {' '.join(map(str, schedule.anchors))}",

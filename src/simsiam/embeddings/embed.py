@@ -1,4 +1,4 @@
-"""The verb `embed`: write a backbone's feature of every image of a source to a file.
+"""The verb `embed`: write an encoder's feature of every image of a source to a file.
 
 The work is done in parts, in a folder next to the output file. A part that is on disk is not
 computed again, and it depends only on its images. So if the process is killed and started again,
@@ -35,9 +35,8 @@ from simsiam.errors import UsageError, WorkFailed, printable
 from simsiam.model.backbones import feature_dim
 from simsiam.model.precision import Compute
 from simsiam.monitoring.features import compute_outputs
-from simsiam.runs.encoder import eval_transform, load
+from simsiam.runs.encoder import eval_transform, load, weight_digests
 from simsiam.runs.run_folder import Run
-from simsiam.runs.weight_files import file_sha256
 from simsiam.sources.open_source import open_source
 from simsiam.utils.files import atomic_write, exclusive_lock, start_or_continue_job, write_csv
 from simsiam.utils.progress_bar import progress_bar
@@ -84,7 +83,7 @@ def embed(
     splits = list(opened.splits.values())
     metadata = {
         "run": str(Path(run).absolute()),
-        "backbone_sha256": file_sha256(Path(run) / "backbone.safetensors"),
+        **weight_digests(run),
         "source": opened.name,
         "transform": {
             name: getattr(transform, name) for name in ("size", "mean", "std", "interpolation")

@@ -18,9 +18,8 @@ from simsiam.embeddings.table import Embeddings, read_embeddings
 from simsiam.errors import UsageError, WorkFailed, check_ranges
 from simsiam.model.precision import Compute
 from simsiam.monitoring.features import compute_outputs
-from simsiam.runs.encoder import eval_transform, load
+from simsiam.runs.encoder import eval_transform, load, weight_digests
 from simsiam.runs.run_folder import Run
-from simsiam.runs.weight_files import file_sha256
 from simsiam.utils.files import check_writable
 
 
@@ -106,9 +105,10 @@ def query_vector(query: str, images: Embeddings) -> tuple[Tensor, int | None]:
             f"{query} is not embedded, and the run with the backbone does not exist: "
             f"{run or 'unknown'}"
         )
-    if file_sha256(Path(run) / "backbone.safetensors") != images.metadata["backbone_sha256"]:
+    names = ("backbone_sha256", "head_sha256")
+    if weight_digests(run) != {n: images.metadata[n] for n in names if n in images.metadata}:
         raise UsageError(
-            f"{query} is not embedded, and the backbone of {run} has changed since the other "
+            f"{query} is not embedded, and the encoder of {run} has changed since the other "
             "images were: run `simsiam embed` again"
         )
     network, recipe = load(run), Run(run).recipe

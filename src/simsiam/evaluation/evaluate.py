@@ -19,7 +19,7 @@ from typing_extensions import Unpack
 from simsiam.config.keyword_settings import EvaluationSettings
 from simsiam.config.protocols import FROZEN_PROTOCOLS, PROTOCOLS, Settings
 from simsiam.data.images import Images, load_into_memory, sample
-from simsiam.distributed.process_group import distributed_entry_point
+from simsiam.distributed.process_group import distributed_entry_point, rank
 from simsiam.errors import UsageError, unknown_name
 from simsiam.evaluation.evaluation_record import EvaluationRecord, print_records, save_records
 from simsiam.evaluation.frozen import FrozenNetwork, ProtocolResult, split_train_test
@@ -29,7 +29,7 @@ from simsiam.evaluation.scores import score_predictions
 from simsiam.model.precision import Compute
 from simsiam.runs.encoder import weights_sha256
 from simsiam.runs.environment import collect_environment, utc_now
-from simsiam.runs.run_folder import Run
+from simsiam.runs.run_folder import HEAD_FILE, Run
 from simsiam.sources.open_source import open_source
 
 FrozenProtocol = Callable[[FrozenNetwork, Settings], Iterator[ProtocolResult]]
@@ -97,6 +97,8 @@ def evaluate(
     frozen = FrozenNetwork(
         folder, checkpoint, data.train, replace(data.test, labels=None), compute=compute
     )
+    if folder.has_head and frozen.encoder is None and rank() == 0:
+        print(f"checkpoint {checkpoint}: {HEAD_FILE} was fitted for other weights and is left out")
     if {"few_label", "finetune"} & set(protocols):
         plan_draws(data.train, settings)  # refuse impossible draws now, not after an hour
     environment = _describe_environment(compute)

@@ -12,13 +12,21 @@ from simsiam.config.protocols import Settings
 from simsiam.data.images import Images, hold_out
 from simsiam.errors import UsageError, unknown_name
 from simsiam.model.backbones import feature_dim
+from simsiam.model.encoder import Encoder
 from simsiam.model.heads import build_projector
 from simsiam.model.precision import Compute
 from simsiam.monitoring.features import extract_features, standardization_stats
-from simsiam.runs.encoder import build_backbone, eval_transform, weights_sha256
+from simsiam.runs.encoder import (
+    add_head,
+    build_backbone,
+    eval_transform,
+    head_fits,
+    weights_sha256,
+)
 from simsiam.runs.run_folder import Run
 from simsiam.sources.open_source import Source
 
+WITH_HEAD = "h after the map"  # a kind of features: those of the whole encoder
 # Kinds of features that the features of a good backbone must beat.
 RAW_PIXELS, UNTRAINED_NETWORK = "raw pixels", "untrained network"
 STANDARDIZATION = "mean 0 and variance 1 / d over all training images, labeled or not"
@@ -51,6 +59,19 @@ class FeatureSet(NamedTuple):
         return self._replace(
             train_features=(self.train_features - mean) / scale,
             test_features=(self.test_features - mean) / scale,
+        )
+
+    @torch.no_grad()
+    def apply(self, network: nn.Module, device: torch.device) -> "FeatureSet":
+        """Return the features that a network computes from these.
+
+        Args:
+            network: The network, from (N, d) to (N, e).
+            device: Where it is.
+        """
+        return self._replace(
+            train_features=network(self.train_features.to(device)).cpu(),
+            test_features=network(self.test_features.to(device)).cpu(),
         )
 
 
@@ -89,6 +110,7 @@ class FrozenNetwork:
     Attributes:
         step: The step of the checkpoint.
         backbone: The backbone, in eval mode and without gradients.
+        encoder: The backbone with the run's head; None if there is none for these weights.
         backbone_sha256: The hash of its weights.
         test_indices: (M,) int64, the positions of the test images that features were computed of.
         unreadable: Key and reason of each image that could not be read.
@@ -112,6 +134,10 @@ class FrozenNetwork:
         self.train, self.test, self.compute = train, test, compute
         self.backbone = self._load_part(build_backbone(self.recipe), "backbone")
         self.backbone_sha256 = weights_sha256(self.backbone)
+        self.encoder: Encoder | None = None
+        if run.has_head and head_fits(run, self.backbone):
+            self.encoder = add_head(run, self.backbone)
+            self._freeze(self.encoder)
         self.test_indices: np.ndarray = np.arange(len(test))
         self.unreadable: list[tuple[str, str]] = []
         self._features: dict[str, FeatureSet] = {}
@@ -140,13 +166,15 @@ class FrozenNetwork:
         """Build the network that computes a kind of features.
 
         Args:
-            kind: "h", "z", RAW_PIXELS or UNTRAINED_NETWORK.
+            kind: "h", "z", WITH_HEAD, RAW_PIXELS or UNTRAINED_NETWORK.
 
         Returns:
             A module: normalized images (N, C, size, size) to features (N, d).
         """
         if kind == "h":
             return self.backbone
+        if kind == WITH_HEAD and self.encoder is not None:
+            return self.encoder
         if kind == "z":
             projector = build_projector(self.recipe.method, feature_dim(self.backbone))
             return nn.Sequential(self.backbone, self._load_part(projector, "projector"))
@@ -163,7 +191,7 @@ class FrozenNetwork:
         """Compute the features of all images that can be read, once for each kind.
 
         Args:
-            kind: "h", "z", RAW_PIXELS or UNTRAINED_NETWORK.
+            kind: "h", "z", WITH_HEAD, RAW_PIXELS or UNTRAINED_NETWORK.
 
         Returns:
             The features and the training labels.
@@ -176,6 +204,9 @@ class FrozenNetwork:
         return self._features[kind]
 
     def _extract(self, kind: str) -> FeatureSet:
+        if kind == WITH_HEAD and self.encoder and self.encoder.patches is None:
+            assert self.encoder.head is not None
+            return self.features("h").apply(self.encoder.head, self.compute.device)
         network, transform = self.network(kind), eval_transform(self.recipe)
         train, test = (
             extract_features(
@@ -195,17 +226,22 @@ class FrozenNetwork:
         )
 
 
-def feature_kinds(settings: Settings) -> tuple[str, ...]:
-    """List the kinds of features to evaluate: the ones asked for, and the baselines.
+def feature_kinds(
+    frozen: FrozenNetwork, settings: Settings, *, baselines: bool = True
+) -> tuple[str, ...]:
+    """List the kinds of features to evaluate: those that were asked for, and the baselines.
 
     Args:
+        frozen: The network. If it has a head, h is also evaluated with it.
         settings: `features` and `baselines` are used.
+        baselines: Whether the protocol evaluates baselines at all.
 
     Returns:
         The kinds.
     """
-    baselines = (RAW_PIXELS, UNTRAINED_NETWORK) if settings.baselines else ()
-    return (settings.features, *baselines)
+    with_head = (WITH_HEAD,) if settings.features == "h" and frozen.encoder is not None else ()
+    others = (RAW_PIXELS, UNTRAINED_NETWORK) if baselines and settings.baselines else ()
+    return (settings.features, *with_head, *others)
 
 
 def top5_classes(scores: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ def evaluate_frozen(frozen: FrozenNetwork, settings: Settings) -> Iterator[Proto
         UsageError: If the labels cannot be drawn or read, or are of one class.
     """
     for name, draws in plan_draws(frozen.train, settings).items():
-        for kind in feature_kinds(settings):
+        for kind in feature_kinds(frozen, settings):
             features = frozen.features(kind).standardize()
             predictions = []
             for positions in draws:

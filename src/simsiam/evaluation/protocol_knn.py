@@ -18,7 +18,7 @@ def evaluate_frozen(frozen: FrozenNetwork, settings: Settings) -> Iterator[Proto
         One result for each kind of features.
     """
     device = frozen.compute.device
-    for kind in feature_kinds(settings):
+    for kind in feature_kinds(frozen, settings):
         features = frozen.features(kind)
         num_train = len(features.train_features)
         k = min(settings.k or cap_k(num_train, features.classes), num_train)

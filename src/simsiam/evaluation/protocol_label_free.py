@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from simsiam.config.protocols import Settings
 from simsiam.data.images import evenly_spaced
-from simsiam.evaluation.frozen import FrozenNetwork, ProtocolResult
+from simsiam.evaluation.frozen import FrozenNetwork, ProtocolResult, feature_kinds
 from simsiam.monitoring.features import extract_features
 from simsiam.monitoring.label_free_monitor import MONITOR_SAMPLE_SIZE, two_view_features
 from simsiam.monitoring.signals import alignment, rankme, spectrum_auc, uniformity, view_retrieval
@@ -19,10 +19,24 @@ def evaluate_frozen(frozen: FrozenNetwork, settings: Settings) -> Iterator[Proto
         settings: `features` is used.
 
     Yields:
-        One result.
+        One result for each kind of features; there are no baselines.
+    """
+    for kind in feature_kinds(frozen, settings, baselines=False):
+        yield compute_label_free(frozen, kind)
+
+
+def compute_label_free(frozen: FrozenNetwork, kind: str) -> ProtocolResult:
+    """Compute the signals of one kind of features.
+
+    Args:
+        frozen: The network and the images.
+        kind: The kind of features.
+
+    Returns:
+        The signals.
     """
     images = frozen.test.take(evenly_spaced(len(frozen.test), MONITOR_SAMPLE_SIZE))
-    network, recipe, compute = frozen.network(settings.features), frozen.recipe, frozen.compute
+    network, recipe, compute = frozen.network(kind), frozen.recipe, frozen.compute
     features = extract_features(network, images, eval_transform(recipe), compute=compute)
     h = features.matrices[0].to(compute.device)
     readable = images.take(features.kept_indices)
@@ -34,9 +48,9 @@ def evaluate_frozen(frozen: FrozenNetwork, settings: Settings) -> Iterator[Proto
         "uniformity": uniformity(h),
         "view_retrieval": view_retrieval(a, b),
     }
-    yield ProtocolResult(
+    return ProtocolResult(
         name=f"{len(h)} images",
-        features=settings.features,
+        features=kind,
         parameters={"images": len(h), "views": "the run's", "alpha": 2, "t": 2},
         metrics={name: round(value, 4) for name, value in signals.items()},
     )

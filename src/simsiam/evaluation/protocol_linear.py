@@ -64,7 +64,7 @@ def evaluate_frozen(frozen: FrozenNetwork, settings: Settings) -> Iterator[Proto
         Stopped: After SIGINT or SIGTERM (paper and sgd).
     """
     if settings.linear == "cached":
-        for kind in feature_kinds(settings):
+        for kind in feature_kinds(frozen, settings):
             features = frozen.features(kind).standardize()
             yield train_on_cached_features(features, kind, settings, frozen.compute.device)
     else:

@@ -66,8 +66,8 @@ def demo(*, seeds: int = 1, out: str | None = None) -> dict[str, list[float]]:
         backbones = {
             RAW_ROW: nn.Flatten(),
             UNTRAINED_ROW: build_training_setup(run.recipe).model.backbone,
-            SIMSIAM_ROW: load(run.path),
-            SUPERVISED_ROW: load(supervised.path),
+            SIMSIAM_ROW: load(run.path, head=False),
+            SUPERVISED_ROW: load(supervised.path, head=False),
         }
         for row, backbone in backbones.items():
             top1[row].append(knn_test_accuracy(backbone, source, run.recipe))

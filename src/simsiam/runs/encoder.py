@@ -1,18 +1,21 @@
-"""The backbone of a run as a module, with its preprocessing: the public function `load`."""
+"""The encoder of a run as a module, with its preprocessing: the public function `load`."""
 
 import os
+from collections.abc import Mapping
 from hashlib import sha256
+from pathlib import Path
 
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
 from simsiam.config.recipes import ResolvedRecipe
 from simsiam.data.transform import Transform
-from simsiam.errors import UsageError
+from simsiam.errors import UsageError, printable
 from simsiam.model.backbones import create_backbone
+from simsiam.model.encoder import Encoder
 from simsiam.runs.foreign_checkpoints import load_backbone_weights
-from simsiam.runs.run_folder import Run
-from simsiam.runs.weight_files import load_weights
+from simsiam.runs.run_folder import BACKBONE_KEY, HEAD_FILE, PATCHES_KEY, Run
+from simsiam.runs.weight_files import file_sha256, load_metadata, load_weights, tensors_sha256
 
 
 def eval_transform(recipe: ResolvedRecipe) -> Transform:
@@ -58,18 +61,21 @@ def load_init_weights(model: nn.Module, recipe: ResolvedRecipe) -> None:
         ) from None
 
 
-def load(run: str | os.PathLike[str]) -> nn.Module:
-    """Load the backbone of a finished run.
+def load(run: str | os.PathLike[str], *, head: bool = True) -> nn.Module:
+    """Load the encoder of a finished run: its backbone, and its head where it has one.
 
     Args:
         run: The run folder.
+        head: Whether to load the head; without it, the result is the backbone alone.
 
     Returns:
         A module in eval mode, from normalized images (N, C, H, W) to features h (N, `.dim`). Its
-        attribute `.transform` turns PIL images into such a batch.
+        attribute `.transform` turns PIL images into such a batch. It is an `Encoder` if there is a
+        head, else the backbone.
 
     Raises:
-        UsageError: There is no backbone, or it does not fit the recipe.
+        UsageError: There is no backbone, or it does not fit the recipe, or the head does not fit
+            the backbone.
     """
     folder = Run(run)
     path = folder.path / "backbone.safetensors"
@@ -83,8 +89,84 @@ def load(run: str | os.PathLike[str]) -> nn.Module:
     except (SafetensorError, RuntimeError, ValueError) as error:
         # ValueError is raised by mnasnet itself, and by a wrong checksum.
         raise UsageError(f"{path} does not fit the recipe: {_one_line(error)}") from None
+    if head and folder.has_head:
+        model = add_head(folder, model)
     model.transform = eval_transform(folder.recipe)  # type: ignore[assignment]
     return model.eval()
+
+
+def add_head(run: Run, backbone: nn.Module) -> Encoder:
+    """Make an encoder of a run's backbone and its head.
+
+    Args:
+        run: The run, which has a head.
+        backbone: The backbone, with the weights that the head was fitted for.
+
+    Raises:
+        UsageError: The head is damaged or belongs to other weights.
+    """
+    if not head_fits(run, backbone):
+        raise _head_error(run, "it was fitted for other weights of the backbone")
+    path = run.path / HEAD_FILE
+    try:
+        tensors, metadata = load_weights(path), load_metadata(path)
+        patches = None
+        if name := metadata.get(PATCHES_KEY):
+            size, channels = run.recipe.image_size, run.recipe.channels
+            patches = create_backbone(name, image_size=size, channels=channels)
+        head, patches_head = (_empty_linear(tensors, name) for name in ("head", "patches_head"))
+        encoder = Encoder(backbone, head, patches, patches_head)
+        own = {f"backbone.{name}": tensor for name, tensor in backbone.state_dict().items()}
+        encoder.load_state_dict(own | tensors)
+    except (SafetensorError, RuntimeError, ValueError) as error:
+        raise _head_error(run, _one_line(error)) from None
+    return encoder
+
+
+def _head_error(run: Run, reason: str) -> UsageError:
+    path = printable(str(run.path / HEAD_FILE))
+    return UsageError(f"{path} cannot be used: {reason}; delete it to use the backbone alone")
+
+
+def head_fits(run: Run, backbone: nn.Module) -> bool:
+    """Tell whether the head of a run was fitted for these weights of its backbone.
+
+    Args:
+        run: The run, which has a head.
+        backbone: The backbone.
+
+    Raises:
+        UsageError: The file of the head is damaged.
+    """
+    try:
+        digest = load_metadata(run.path / HEAD_FILE).get(BACKBONE_KEY)
+    except SafetensorError as error:
+        raise _head_error(run, _one_line(error)) from None
+    return digest == tensors_sha256(backbone.state_dict())
+
+
+def _empty_linear(tensors: Mapping[str, Tensor], name: str) -> nn.Linear | None:
+    """Make the layer that a weight of this name belongs to, without its numbers."""
+    weight = tensors.get(f"{name}.weight")
+    if weight is None:
+        return None
+    if weight.ndim != 2:
+        raise ValueError(f"{name}.weight has {weight.ndim} dimensions")
+    return nn.utils.skip_init(nn.Linear, weight.shape[1], weight.shape[0])
+
+
+def weight_digests(run: str | os.PathLike[str]) -> dict[str, str]:
+    """Compute the digests of the files that determine the features of a run.
+
+    Args:
+        run: The run folder.
+
+    Returns:
+        "backbone_sha256", and "head_sha256" if there is a head.
+    """
+    files = {"backbone_sha256": "backbone.safetensors", "head_sha256": HEAD_FILE}
+    paths = {name: Path(run) / file for name, file in files.items()}
+    return {name: file_sha256(path) for name, path in paths.items() if path.exists()}
 
 
 def weights_sha256(network: nn.Module) -> str:

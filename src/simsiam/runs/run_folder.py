@@ -22,14 +22,18 @@ from torch.optim import Optimizer
 from simsiam.config.recipes import ResolvedRecipe
 from simsiam.distributed.process_group import rank_zero_context, rank_zero_only
 from simsiam.errors import UsageError, WorkFailed, printable
+from simsiam.model.encoder import Encoder
 from simsiam.runs.environment import numerical_conditions, utc_now
 from simsiam.runs.recipe_file import read_recipe, write_recipe
 from simsiam.runs.records import MetricsRecord, Record, TrainingState
-from simsiam.runs.weight_files import ChecksumError, load_state, save_weights
+from simsiam.runs.weight_files import ChecksumError, load_state, save_weights, tensors_sha256
 from simsiam.utils.files import atomic_write, exclusive_lock, remove_stale_parts
 
 CHECKPOINT_FORMAT = 1  # the version that is stored in a checkpoint
 SUBFOLDERS = ("checkpoints", "evaluations")
+HEAD_FILE = "head.safetensors"  # what the encoder has besides its backbone
+# In its metadata: the digest of the backbone that it belongs to, and the name of the second branch.
+BACKBONE_KEY, PATCHES_KEY = "backbone", "patches"
 MIN_IMAGES_SEEN = 20  # with fewer images, the share of unreadable ones says little
 
 # The settings in which a checkpoint's recipe may differ from the run's: where things are, and how
@@ -180,6 +184,11 @@ class Run(TrainingFolder):
         """Whether there is a checkpoint to continue from."""
         folder = self.path / "checkpoints"
         return any((folder / f"{name}.pt").exists() for name in ("last", "previous"))
+
+    @property
+    def has_head(self) -> bool:
+        """Whether the encoder has more than its backbone."""
+        return (self.path / HEAD_FILE).exists()
 
     @contextmanager
     def lock(self) -> Iterator["Run"]:
@@ -342,14 +351,35 @@ class Run(TrainingFolder):
     def finish(self, backbone: Mapping[str, Tensor], summary: Mapping[str, object]) -> None:
         """Write backbone.safetensors, summary.json, and the time of the end.
 
+        The head of an earlier backbone is deleted.
+
         Args:
             backbone: State dict of the backbone.
             summary: What summary.json says.
         """
+        (self.path / HEAD_FILE).unlink(missing_ok=True)
         with atomic_write(self.path / "backbone.safetensors") as part:
             save_weights(backbone, part)
         self.write("summary.json", summary)
         self.write("environment.json", self.json("environment.json") | {"end": utc_now()})
+
+    @rank_zero_only
+    def write_head(self, encoder: Encoder, *, patches: str | None = None) -> None:
+        """Write head.safetensors: what an encoder has besides its backbone.
+
+        Call it after `finish`, which deletes the head of an earlier backbone.
+
+        Args:
+            encoder: The encoder, with the backbone of this run.
+            patches: The name of its second branch, as `create_backbone` takes it, if there is one.
+
+        Raises:
+            WorkFailed: It cannot be written.
+        """
+        digest = tensors_sha256(encoder.backbone.state_dict())
+        metadata = {BACKBONE_KEY: digest} | ({PATCHES_KEY: patches} if patches else {})
+        with atomic_write(self.path / HEAD_FILE) as part:
+            save_weights(encoder.head_state(), part, metadata)
 
     @rank_zero_only
     def quarantine(

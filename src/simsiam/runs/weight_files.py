@@ -95,16 +95,29 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def load_metadata(path: Path) -> dict[str, str]:
+    """Load the metadata of a safetensors file.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Texts, by name.
+    """
+    with safe_open(path, "pt") as file:
+        return file.metadata() or {}
+
+
 def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
     """Compute the sha256 of names, types, shapes and values, in hexadecimal digits.
 
     Args:
-        tensors: Tensors on the CPU, by name.
+        tensors: Tensors, by name.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
