@@ -16,6 +16,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from simsiam.config.recipes import default_stem
 from simsiam.errors import UsageError, unknown_name
+from simsiam.model.patches import PATCHES_PREFIX, Patches, parse_sizes
 
 if TYPE_CHECKING:
     from timm.models import PretrainedCfg
@@ -121,7 +122,8 @@ def create_backbone(
     """Create a network by name, freshly initialized and without its classifier.
 
     Args:
-        name: A name in RESNETS, a classification model of torchvision, or `timm/NAME`.
+        name: A name in RESNETS, a classification model of torchvision, `timm/NAME`, or
+            `patches/SIZES` (empty: `fit_patches` or a file of weights fills it).
         image_size: Height and width of the images, in pixels.
         width: Channels of the first stage (RESNETS only).
         stem: "small" or "large" (RESNETS only); None chooses small up to 64 pixels.
@@ -144,6 +146,8 @@ def create_backbone(
         raise UsageError(f"width and stem belong to {', '.join(RESNETS)}; {name} has neither")
     if name.startswith(TIMM_PREFIX):
         return build_timm_backbone(name, image_size, channels)
+    if name.startswith(PATCHES_PREFIX):
+        return Patches(parse_sizes(name), image_size=image_size, channels=channels)
     if channels != 3:
         raise UsageError(
             f"{name} takes 3 channels, not {channels}; "
@@ -169,6 +173,8 @@ def input_size(name: str) -> int | None:
     """
     if name.startswith(TIMM_PREFIX):
         return min(timm_config(name).input_size[1:])
+    if name.startswith(PATCHES_PREFIX):
+        return max(parse_sizes(name))
     known_names = [*RESNETS, *models.list_models(module=models)]
     if name not in known_names:
         raise unknown_name("backbone", name, known_names)

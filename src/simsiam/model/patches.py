@@ -1,0 +1,260 @@
+"""Patches: features in closed form, learned from small pieces of images by k-means.
+
+Coates, Lee and Ng (2011): the patches of an image are contrast-normalized and whitened, compared
+with a dictionary of centers, and the responses are averaged over the quarters of the image. Nothing
+is trained by gradients and nothing is downloaded, so these features exist for any kind of image
+after a few seconds. `fit_patches` learns the dictionary; `Patches` is a backbone like any other.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from simsiam.errors import UsageError
+
+PATCHES_PREFIX = "patches/"  # begins the names of these backbones: "patches/32", "patches/24+48"
+PATCH_SIDE = 6  # pixels
+CENTERS = 400  # size of the dictionary
+GRID = 2  # responses are averaged over GRID x GRID parts of the image
+THRESHOLD = 0.25  # of a response: smaller inner products count as zero
+CONTRAST_FLOOR = 10 / 255**2  # added to a patch's variance, so that flat patches stay small
+WHITENING_FLOOR = 0.1  # added to the eigenvalues of the patches' covariance
+ROOT_FLOOR = 1e-8  # below the square root, so that its gradient is finite
+FIT_PATCHES = 100_000  # patches that the dictionary is learned from
+FIT_ROUNDS = 10  # of spherical k-means
+
+
+def parse_sizes(name: str) -> tuple[int, ...]:
+    """Read the image sizes in the name of a backbone.
+
+    Args:
+        name: Such as "patches/32" or "patches/24+48".
+
+    Returns:
+        The sizes in pixels.
+
+    Raises:
+        UsageError: The name has another form.
+    """
+    parts = name.removeprefix(PATCHES_PREFIX).split("+")
+    if not all(part.isascii() and part.isdigit() and 12 <= int(part) <= 512 for part in parts):
+        raise UsageError(
+            f"backbone {name}: give sizes between 12 and 512 pixels, such as {PATCHES_PREFIX}32 "
+            f"or {PATCHES_PREFIX}24+48"
+        )
+    return tuple(map(int, parts))
+
+
+def resize_matrix(source_size: int, size: int) -> Tensor:
+    """Make the matrix that resizes a line of pixels, by a triangle filter with antialiasing.
+
+    Args:
+        source_size: Length of the line in pixels.
+        size: Length of the result; at most source_size.
+
+    Returns:
+        (size, source_size), equal to torch's bilinear interpolation with antialiasing.
+    """
+    scale = source_size / size
+    center = (torch.arange(size, dtype=torch.float64)[:, None] + 0.5) * scale
+    distance = (torch.arange(source_size, dtype=torch.float64) + 0.5 - center).abs()
+    weight = (1 - distance / max(scale, 1.0)).clamp(min=0)
+    return (weight / weight.sum(1, keepdim=True)).float()
+
+
+def pooling_matrix(side: int) -> Tensor:
+    """Make the matrix that averages over the parts of a square map, as adaptive pooling does.
+
+    Args:
+        side: Side of the map.
+
+    Returns:
+        (GRID ** 2, side ** 2).
+    """
+    line = torch.zeros(GRID, side)
+    for part in range(GRID):
+        start, stop = part * side // GRID, -(-(part + 1) * side // GRID)
+        line[part, start:stop] = 1 / (stop - start)
+    return torch.einsum("ih,jw->ijhw", line, line).reshape(GRID**2, side**2)
+
+
+class PatchResponses(nn.Module):
+    """The responses of one dictionary to an image at one size.
+
+    With p a patch minus its mean, over the root of its variance plus CONTRAST_FLOOR, the response
+    of center c is max(0, c' W (p - m) - THRESHOLD), where m and W are mean and ZCA whitening of the
+    patches. The product c' W is a convolution whose kernels sum to zero, so the mean of a patch
+    need not be subtracted.
+    """
+
+    resize: Tensor
+    pooling: Tensor
+
+    def __init__(self, size: int, image_size: int, channels: int):
+        """Make the module; its dictionary is zero until `fit`.
+
+        Args:
+            size: Side of the image that the patches are cut from, in pixels.
+            image_size: Side of the input images; larger ones are shrunk to `size`.
+            channels: Channels of the images.
+        """
+        super().__init__()
+        self.size = size
+        self.stride = 1 if size < 48 else 2
+        side = (size - PATCH_SIDE) // self.stride + 1
+        self.weight = nn.Parameter(torch.zeros(CENTERS, channels, PATCH_SIDE, PATCH_SIDE))
+        self.bias = nn.Parameter(torch.zeros(CENTERS))
+        self.register_buffer("resize", resize_matrix(image_size, size), persistent=False)
+        self.register_buffer("pooling", pooling_matrix(side), persistent=False)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Return (N, GRID ** 2 * CENTERS) for pixels (N, C, image_size, image_size) in 0..1."""
+        x = self.shrink(pixels)
+        mean = F.avg_pool2d(x, PATCH_SIDE, self.stride).mean(1, keepdim=True)
+        square = F.avg_pool2d(x * x, PATCH_SIDE, self.stride).mean(1, keepdim=True)
+        contrast = ((square - mean * mean).clamp(min=0) + CONTRAST_FLOOR).rsqrt()
+        product = F.conv2d(x, self.weight, stride=self.stride)
+        response = F.relu(torch.addcmul(self.bias[:, None, None], product, contrast))
+        pooled = self.pooling @ response.permute(0, 2, 3, 1).flatten(1, 2)
+        return (pooled.flatten(1) + ROOT_FLOOR).sqrt()
+
+    def shrink(self, pixels: Tensor) -> Tensor:
+        """Return the images at the size of this module, (N, C, size, size)."""
+        if pixels.shape[-1] == self.size:
+            return pixels.contiguous(memory_format=torch.channels_last)
+        x = self.resize @ pixels @ self.resize.T
+        return x.contiguous(memory_format=torch.channels_last)
+
+
+class Patches(nn.Module):
+    """A backbone of one or several dictionaries, each at its own image size.
+
+    Attributes:
+        dim: Width of the feature h: GRID ** 2 * CENTERS for each size.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, sizes: Sequence[int], *, image_size: int, channels: int = 3):
+        """Make the backbone; its dictionaries are zero until `fit_patches`.
+
+        Args:
+            sizes: Side of the image for each dictionary, in pixels; at most image_size.
+            image_size: Side of the input images, in pixels.
+            channels: Channels of the images.
+
+        Raises:
+            UsageError: A size is above image_size.
+        """
+        super().__init__()
+        if max(sizes) > image_size:
+            raise UsageError(f"patches of {max(sizes)} px images need --image-size {max(sizes)}")
+        self.dim = len(sizes) * GRID**2 * CENTERS
+        self.scales = nn.ModuleList(PatchResponses(size, image_size, channels) for size in sizes)
+        self.register_buffer("mean", torch.zeros(channels, 1, 1))
+        self.register_buffer("std", torch.ones(channels, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return h (N, dim) for normalized images x (N, C, image_size, image_size)."""
+        pixels = x * self.std + self.mean
+        return torch.cat([scale(pixels) for scale in self.scales], dim=1)
+
+
+@torch.no_grad()
+def fit_patches(
+    pixels: Tensor, sizes: Sequence[int], *, seed: int = 0, image_size: int | None = None
+) -> Patches:
+    """Learn dictionaries from images.
+
+    Args:
+        pixels: (N, C, S, S), values in 0..1; S is image_size or more than each of `sizes`.
+        sizes: Side of the image for each dictionary, in pixels.
+        seed: Seed of the choice of patches and first centers.
+        image_size: Side of the images that the backbone will get [S].
+
+    Returns:
+        The backbone, in eval mode.
+    """
+    backbone = Patches(sizes, image_size=pixels.shape[-1], channels=pixels.shape[1])
+    for scale in cast(Iterable[PatchResponses], backbone.scales):
+        generator = torch.Generator().manual_seed(seed)
+        patches = sample_patches(scale.shrink(pixels), generator)
+        m, whitening = zca(patches)
+        centers = spherical_kmeans((patches - m) @ whitening, generator)
+        kernels = whitening @ centers.T
+        kernels -= kernels.mean(0)  # patches have zero mean, so this changes no response
+        scale.weight.copy_(kernels.T.reshape(scale.weight.shape))
+        scale.bias.copy_(-(m @ kernels) - THRESHOLD)
+    return backbone.eval()
+
+
+def sample_patches(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Cut about FIT_PATCHES patches at random places, and normalize their contrast.
+
+    Args:
+        images: (N, C, size, size), values in 0..1.
+        generator: Draws the places.
+
+    Returns:
+        (n, C * PATCH_SIDE ** 2) float32; every image gives the same number of patches.
+    """
+    n, size = len(images), images.shape[-1]
+    per_image = -(-FIT_PATCHES // n)
+    corner = torch.randint(size - PATCH_SIDE + 1, (2, n, per_image, 1, 1), generator=generator)
+    offset = torch.arange(PATCH_SIDE)
+    rows, columns = corner[0] + offset[:, None], corner[1] + offset
+    index = torch.arange(n)[:, None, None, None]
+    patches = images.permute(0, 2, 3, 1)[index, rows, columns]  # (N, per_image, 6, 6, C)
+    patches = patches.permute(0, 1, 4, 2, 3).flatten(2).flatten(0, 1)
+    patches = patches - patches.mean(1, keepdim=True)
+    variance = patches.square().mean(1, keepdim=True)
+    return patches * (variance + CONTRAST_FLOOR).rsqrt()
+
+
+def zca(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute the mean m and the symmetric whitening matrix W of rows; (x - m) W is white.
+
+    Args:
+        x: (n, d).
+
+    Returns:
+        m (d,) and W (d, d) = (covariance + WHITENING_FLOOR * I) ** (-1/2).
+    """
+    m = x.mean(0)
+    values, vectors = torch.linalg.eigh(torch.cov(x.T, correction=0).double())
+    scale = (values.clamp(min=0) + WHITENING_FLOOR).rsqrt()
+    return m, ((vectors * scale) @ vectors.T).float()
+
+
+def spherical_kmeans(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Find CENTERS directions that the rows of x cluster around (Coates & Ng, 2012).
+
+    Each round assigns a row to the center with the largest inner product, and replaces a center by
+    the normalized sum of its rows, weighted by that product. A center without rows becomes a row
+    drawn at random.
+
+    Args:
+        x: (n, d).
+        generator: Draws the first centers.
+
+    Returns:
+        (CENTERS, d), rows of unit length.
+    """
+
+    def draw(count: int) -> Tensor:
+        return x[torch.randint(len(x), (count,), generator=generator)]
+
+    centers = F.normalize(draw(CENTERS), dim=1)
+    for _ in range(FIT_ROUNDS):
+        new, empty = torch.zeros_like(centers), torch.ones(CENTERS, dtype=torch.bool)
+        for rows in x.split(16_384):
+            product, nearest = (rows @ centers.T).max(1)
+            new.index_add_(0, nearest, rows * product[:, None])
+            empty[nearest] = False
+        new[empty] = draw(int(empty.sum()))
+        centers = F.normalize(new, dim=1)
+    return centers
