@@ -21,7 +21,10 @@ class PretrainSettings(TypedDict, total=False):
     image_size: int | None
     mean: tuple[float, ...] | None
     std: tuple[float, ...] | None
+    eval_resize: int | None
+    eval_interpolation: Literal["bilinear", "bicubic"]
     limit: int | None
+    no_labels: bool
     holdout: int | None
     epochs: int
     steps: int | None

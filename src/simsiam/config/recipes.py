@@ -64,7 +64,19 @@ class Recipe:
         None,
         "standard deviation of each channel, from 0 to 1 [published for CIFAR, else measured]",
     )
+    eval_resize: int | None = setting(
+        None,
+        "pixels to which the shorter side of an image is resized before its center is cropped to "
+        "image_size, wherever features are computed [8/7 of image_size above 64 px, else "
+        "image_size]",
+    )
+    eval_interpolation: Literal["bilinear", "bicubic"] = setting(
+        "bilinear", "how images are resized wherever features are computed; views are bilinear"
+    )
     limit: int | None = setting(None, "use only N images, evenly spaced in the source [all]")
+    no_labels: bool = setting(
+        False, "ignore the labels of the source: names of folders are then no classes"
+    )
     holdout: int | None = setting(
         None,
         "labeled images kept out of training, to measure kNN accuracy during training "
@@ -130,6 +142,7 @@ class Recipe:
         """Check the ranges of all fields, and refuse settings that contradict each other."""
         count = (1, inf)
         check_ranges(self, width=count, image_size=(8, 4096), limit=count, holdout=(0, inf))
+        check_ranges(self, eval_resize=(self.image_size or 8, 8192))
         check_ranges(self, epochs=count, steps=count, batch_size=(2, inf), seed=(0, 2**63))
         check_ranges(self, workers=(0, 1024), cache_gib=(0, 1e6), disk_cache_gib=(0, 1e6))
         check_ranges(self, knn_every=count, save_every=count, save_seconds=(0, inf))

@@ -23,20 +23,25 @@ class Transform:
         size: Side of the result in pixels.
         mean: Mean of each channel, of pixels from 0 to 1.
         std: Standard deviation of each channel.
-        interpolation: How images are resized; always "bilinear".
+        interpolation: How images are resized: "bilinear" or "bicubic", with antialiasing.
+        shorter_side: Pixels to resize to; None chooses (see `resize`).
     """
 
     size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
     interpolation: str = "bilinear"
+    shorter_side: int | None = None
 
     @property
     def resize(self) -> int:
-        """256 for a crop of 224, in proportion for others; equal to `size` up to 64 pixels.
+        """Pixels that the shorter side is resized to.
 
+        By default 256 for a crop of 224, in proportion for others; equal to `size` up to 64 pixels.
         Appendices A and D of the paper: small images are not cropped.
         """
+        if self.shorter_side is not None:
+            return self.shorter_side
         return self.size if self.size <= 64 else round(self.size * 256 / 224)
 
     def __call__(
@@ -65,9 +70,9 @@ class Transform:
         """
         if pixels.shape[-2:] == (self.size, self.size) == (self.resize, self.resize):
             return pixels
-        return TF.center_crop(
-            TF.resize(pixels, [self.resize], antialias=True), [self.size, self.size]
-        )
+        mode = TF.InterpolationMode(self.interpolation)
+        resized = TF.resize(pixels, [self.resize], interpolation=mode, antialias=True)
+        return TF.center_crop(resized, [self.size, self.size])
 
     def normalize(self, pixels: Tensor) -> Tensor:
         """Normalize crops: (x / 255 - mean) / std.

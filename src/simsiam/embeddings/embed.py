@@ -86,7 +86,8 @@ def embed(
         **weight_digests(run),
         "source": opened.name,
         "transform": {
-            name: getattr(transform, name) for name in ("size", "mean", "std", "interpolation")
+            name: getattr(transform, name)
+            for name in ("size", "mean", "std", "interpolation", "resize")
         },
     }
     labeled = any(images.labels is not None for images in splits)

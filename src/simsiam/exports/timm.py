@@ -1,11 +1,14 @@
 """Format `timm`: a folder that timm loads from the disk or from the hub."""
 
 import json
+from dataclasses import replace
+from math import nextafter
 from pathlib import Path
 
 from torch import nn
 
 from simsiam.config.recipes import ResolvedRecipe
+from simsiam.data.transform import Transform
 from simsiam.errors import WorkFailed
 from simsiam.exports.format import Format, Network, is_standard_backbone, missing_backbone
 from simsiam.model.backbones import RESNETS, TIMM_PREFIX
@@ -38,7 +41,7 @@ def write(network: nn.Module, run: Run, folder: Path) -> None:
         "pretrained_cfg": {
             "input_size": [recipe.channels, transform.size, transform.size],
             "interpolation": transform.interpolation,
-            "crop_pct": transform.size / transform.resize,
+            "crop_pct": crop_fraction(transform),
             "crop_mode": "center",
             "mean": list(transform.mean),
             "std": list(transform.std),
@@ -65,10 +68,25 @@ def reload(folder: Path, recipe: ResolvedRecipe) -> Network:
     network = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     config = timm.data.resolve_model_data_config(network)
     transform = eval_transform(recipe)
-    preparation = (config["input_size"][1], tuple(config["mean"]), tuple(config["std"]))
-    if preparation != (transform.size, transform.mean, transform.std):
+    size, resize = config["input_size"][1], int(config["input_size"][1] / config["crop_pct"])
+    theirs = Transform(
+        size, tuple(config["mean"]), tuple(config["std"]), config["interpolation"], resize
+    )
+    if theirs != replace(transform, shorter_side=transform.resize):
         raise WorkFailed(f"not kept: timm would prepare images differently: {config}")
     return network
+
+
+def crop_fraction(transform: Transform) -> float:
+    """Compute timm's crop_pct: timm resizes the shorter side to floor(size / crop_pct).
+
+    Args:
+        transform: The preprocessing.
+    """
+    fraction = transform.size / transform.resize
+    while int(transform.size / fraction) < transform.resize:  # the division was rounded up
+        fraction = nextafter(fraction, 0)
+    return fraction
 
 
 def is_in_timm(recipe: ResolvedRecipe) -> bool:

@@ -24,7 +24,13 @@ def eval_transform(recipe: ResolvedRecipe) -> Transform:
     Args:
         recipe: The recipe of the run.
     """
-    return Transform(size=recipe.image_size, mean=recipe.mean, std=recipe.std)
+    return Transform(
+        recipe.image_size,
+        recipe.mean,
+        recipe.std,
+        interpolation=recipe.eval_interpolation,
+        shorter_side=recipe.eval_resize,
+    )
 
 
 def build_backbone(recipe: ResolvedRecipe) -> nn.Module:
