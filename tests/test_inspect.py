@@ -600,7 +600,7 @@ def test_pixels_and_published_colors(tmp_path, capsys, monkeypatch, quick):
         None,
         from_arrays("test", pixels[50:]),
     )
-    monkeypatch.setattr(verb, "open_source", lambda names, channels: Source("cifar10", *parts))
+    monkeypatch.setattr(verb, "open_source", lambda *_, **__: Source("cifar10", *parts))
     for _ in range(2):
         facts = inspect("cifar10")
         assert facts["duplicates"]["shared"] == [["train", "test", 1]]

@@ -85,6 +85,16 @@ def add_channels(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_no_labels(parser: argparse.ArgumentParser) -> None:
+    """Add the flag --no-labels.
+
+    Args:
+        parser: The verb's parser.
+    """
+    note = "ignore the labels of the source: names of folders are then no classes"
+    parser.add_argument("--no-labels", action="store_true", help=note)
+
+
 def add_device(parser: argparse.ArgumentParser) -> None:
     """Add the flag --device.
 
@@ -178,7 +188,8 @@ def add_setting_flags(
         options: dict[str, typing.Any] = {"help": _help(f), "default": argparse.SUPPRESS}
         setting_type = types[f.name]
         if setting_type is bool:
-            options["action"] = argparse.BooleanOptionalAction
+            negative = f.name.startswith("no_")
+            options["action"] = "store_true" if negative else argparse.BooleanOptionalAction
         else:
             options["metavar"] = _metavar(setting_type)
         if any(

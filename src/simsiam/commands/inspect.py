@@ -2,14 +2,14 @@
 
 import argparse
 
-from simsiam.commands.arguments import add_channels, add_source
+from simsiam.commands.arguments import add_channels, add_no_labels, add_source
 
 HELP = (
     "show what a source contains (image sizes, formats, labels, duplicates, broken files), which "
     "recipe `simsiam pretrain` would choose for it, and how long training would take"
 )
 GROUP = "data"
-USAGE = "simsiam inspect SOURCE [SOURCE ...] [--channels N] [--out FILE.json]"
+USAGE = "simsiam inspect SOURCE [SOURCE ...] [--channels N] [--no-labels] [--out FILE.json]"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """
     add_source(parser, "+")
     add_channels(parser)
+    add_no_labels(parser)
     parser.add_argument(
         "--out", metavar="FILE.json", help="also write the results to this JSON file"
     )
@@ -33,4 +34,5 @@ def run(options: argparse.Namespace) -> None:
     """
     from simsiam.training.inspect import inspect
 
-    inspect(options.source, channels=options.channels, out=options.out)
+    settings = vars(options)
+    inspect(settings.pop("source"), **settings)

@@ -2,7 +2,7 @@
 
 import argparse
 
-from simsiam.commands.arguments import add_channels, add_source
+from simsiam.commands.arguments import add_channels, add_no_labels, add_source
 
 HELP = (
     "pack the images of a source into a few large files, tar or Parquet; "
@@ -10,7 +10,8 @@ HELP = (
 )
 GROUP = "data"
 USAGE = (
-    "simsiam shard SOURCE [SOURCE ...] --out FOLDER [--format NAME] [--per-shard N] [--channels N]"
+    "simsiam shard SOURCE [SOURCE ...] --out FOLDER [--format NAME] [--per-shard N] [--channels N] "
+    "[--no-labels]"
 )
 
 
@@ -28,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     note = "images in a shard [10000]"
     parser.add_argument("--per-shard", metavar="N", type=int, default=10_000, help=note)
     add_channels(parser)
+    add_no_labels(parser)
 
 
 def run(options: argparse.Namespace) -> None:

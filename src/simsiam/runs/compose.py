@@ -47,8 +47,9 @@ def compose_recipe(
     """
     base, reasons = _named_recipe(recipe)
     names = _source_names(sources) or (list(base.source) if base else ["shapes"])
-    channels = overrides.get("channels", base.channels if base else 3)
-    opened = open_source(names, Recipe().replace(channels=channels).channels)
+    own = {name: getattr(base or Recipe(), name) for name in ("channels", "no_labels")}
+    settings = Recipe().replace(**{name: overrides.get(name, own[name]) for name in own})
+    opened = open_source(names, settings.channels, no_labels=settings.no_labels)
     if base is None:
         base, reasons = choose_recipe(names, opened)
     backbone = overrides.get("backbone")

@@ -110,7 +110,10 @@ class Source:
 
 
 def open_source(
-    source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], channels: int = 3
+    source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    channels: int = 3,
+    *,
+    no_labels: bool = False,
 ) -> Source:
     """Open a source of images.
 
@@ -135,6 +138,7 @@ def open_source(
     Args:
         source: One name, path or URL, or several folders and image files.
         channels: Number of channels that images are decoded to.
+        no_labels: Whether to ignore the labels: names of folders are then no classes.
 
     Returns:
         The source.
@@ -152,15 +156,10 @@ def open_source(
                 f"the images of {opened.name} have {images.channels} channels, not {channels}"
             )
 
-    def with_channels(images: Images | None) -> Images | None:
-        return None if images is None else replace(images, channels=channels)
-
-    return replace(
-        opened,
-        train=replace(opened.train, channels=channels),
-        val=with_channels(opened.val),
-        test=with_channels(opened.test),
-    )
+    splits = {name: replace(images, channels=channels) for name, images in opened.splits.items()}
+    if no_labels:
+        splits = {name: images.drop_labels() for name, images in splits.items()}
+    return Source(opened.name, **splits, damage=opened.damage)
 
 
 def absolute_source(name: str | os.PathLike[str]) -> str:

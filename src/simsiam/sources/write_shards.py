@@ -39,6 +39,7 @@ def write_shards(
     format: str = "tar",
     per_shard: int = 10_000,
     channels: int = 3,
+    no_labels: bool = False,
 ) -> Path:
     """Write the images of a source, in its order, as shards into a new folder.
 
@@ -52,6 +53,7 @@ def write_shards(
         format: "tar" or "parquet".
         per_shard: Number of images in a shard.
         channels: Number of channels that images will be decoded to.
+        no_labels: Whether to leave out the labels.
 
     Returns:
         The folder.
@@ -69,12 +71,13 @@ def write_shards(
         raise UsageError(
             f"{printable(str(folder))} exists and is not written over: choose another --out"
         )
-    splits = open_source(sources, channels).splits
+    splits = open_source(sources, channels, no_labels=no_labels).splits
     work = folder.with_name(folder.name + ".parts")
     job = {
         "format": format,
         "per_shard": per_shard,
         "channels": channels,
+        "no_labels": no_labels,
         "images": fingerprint(list(splits.values())),
     }
     with exclusive_lock(work / ".lock", str(folder)):

@@ -131,6 +131,7 @@ def inspect(
     sources: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     *,
     channels: int = 3,
+    no_labels: bool = False,
     out: str | os.PathLike[str] | None = None,
 ) -> SourceFacts:
     """Print what a source contains, the recipe it gets, and how long training takes here.
@@ -141,6 +142,7 @@ def inspect(
     Args:
         sources: One or several sources, as for `pretrain`.
         channels: The number of channels that images are decoded to.
+        no_labels: Whether to ignore the labels.
         out: A JSON file for the facts.
 
     Returns:
@@ -153,7 +155,7 @@ def inspect(
     path = check_out_file(out)
     names = source_names(sources)
     channels = Recipe().replace(channels=channels).channels
-    source = open_source(names, channels)
+    source = open_source(names, channels, no_labels=no_labels)
     index = load_index(names, source, channels)
     facts: SourceFacts = {"source": source.name}
 
@@ -166,7 +168,7 @@ def inspect(
     try:
         recipe, (chosen, *reasons) = choose_recipe(names, source)
         add({"recipe": {"chosen": chosen, "because": reasons}})
-        recipe = recipe.replace(source=names, channels=channels)
+        recipe = recipe.replace(source=names, channels=channels, no_labels=no_labels)
         colors = color_statistics(names, source, recipe, index)
         add({"colors": colors})
         recipe = recipe.replace(mean=colors["mean"], std=colors["std"])

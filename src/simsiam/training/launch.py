@@ -90,7 +90,8 @@ def resume(path: str | os.PathLike[str], *, epochs: int | None = None) -> Path:
             run.recipe = run.recipe.replace(epochs=epochs)
         # The checkpoint holds all weights, so `init` is needed only before the first one.
         recipe = run.recipe.replace(init=None) if run.has_checkpoint else run.recipe
-        data = prepare_data(run.recipe, open_source(run.recipe.source, run.recipe.channels))
+        source = open_source(recipe.source, recipe.channels, no_labels=recipe.no_labels)
+        data = prepare_data(run.recipe, source)
         setup = build_training_setup(recipe)
         write_recipe(run.path, run.recipe)
         train_run(run, data, setup, messages=[])
