@@ -232,7 +232,9 @@ def test_test_labels_choose_nothing(run, folder, monkeypatch):
     records, source = evaluate(run, **settings), open_source(folder)
     shuffled = np.random.default_rng(0).permutation(source.test.labels)
     other = Source("few", source.train, None, replace(source.test, labels=shuffled))
-    monkeypatch.setattr(sys.modules["simsiam.evaluation.evaluate"], "open_source", lambda *_, **__: other)
+    monkeypatch.setattr(
+        sys.modules["simsiam.evaluation.evaluate"], "open_source", lambda *_, **__: other
+    )
     again = evaluate(run, **settings)
     scores = {"top1", "top5", "interval", "top1_std", "draws"} | TIMES
     without = [

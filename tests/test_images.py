@@ -200,7 +200,9 @@ def test_a_new_kind_of_storage_is_one_class(tmp_path, monkeypatch):
     )
     table = load_index(["new"], Source("new", images)).table
     assert table["reason"].to_pylist() == [""] * 6 and len(set(table["digest"].to_pylist())) == 6
-    monkeypatch.setattr("simsiam.sources.write_shards.open_source", lambda *_, **__: Source("", images))
+    monkeypatch.setattr(
+        "simsiam.sources.write_shards.open_source", lambda *_, **__: Source("", images)
+    )
     agree(open_source(write_shards("new", out=tmp_path / "shards")).train, range(6))
     recipe = Recipe(image_size=8, batch_size=3, mean=(0.5,) * 3, std=(0.25,) * 3, workers=0)
     decoded = load_into_memory(open_source(tmp_path / "shards").train, 10**6)[0]
