@@ -28,7 +28,13 @@ from simsiam.embeddings.outliers import outliers
 from simsiam.embeddings.probe import probe
 from simsiam.embeddings.search import search_neighbors
 from simsiam.embeddings.table import read_embeddings
+from simsiam.errors import printable
+from simsiam.model.precision import Compute
+from simsiam.runs.encoder import eval_transform
+from simsiam.runs.run_folder import Run
 from simsiam.sources import shapes
+from simsiam.sources.open_source import open_source
+from simsiam.sources.write_shards import write_shards
 
 EVIL = "<img src=x onerror=alert(1)>.png"
 
@@ -127,6 +133,41 @@ def test_all_formats_hold_the_same_rows(run, folder, file, tmp_path, monkeypatch
     assert array.tobytes() == many.vectors.numpy().tobytes()
     rows = [(row["path"], row["label"]) for row in rows_of(tmp_path / "h.csv")]
     assert rows == list(zip(one.paths, one.labels))
+
+
+def test_a_limit_takes_evenly_spaced_images_of_every_split_and_class(run, tmp_path):
+    root = tmp_path / "data"
+    for split, count in (("train", 12), ("test", 4)):
+        for name in "ab":
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                Image.new("RGB", (8, 8), (20 * i, 0, 0)).save(root / split / name / f"{i:02}.png")
+    images = read_embeddings(embed(run, root, out=tmp_path / "some.parquet", limit=8))
+    assert images.paths == [
+        *(f"train/{name}/{i:02}.png" for name in "ab" for i in (0, 4, 8)),
+        *(f"test/{name}/00.png" for name in "ab"),
+    ]
+    assert images.labels == [*"aaabbbab"]
+    without = read_embeddings(embed(run, root, out=tmp_path / "x.parquet", no_labels=True))
+    assert without.labels is None and len(without) == 32
+    few = read_embeddings(embed(run, root, out=tmp_path / "y.parquet", limit=8, no_labels=True))
+    assert few.paths[:2] == ["train/a/00.png", "train/a/04.png"] and len(few) == 8
+
+
+def test_the_progress_bar_moves_by_at_most_64_images(run, folder, monkeypatch):
+    """Also where images cannot be read, and where they lie in shards."""
+    shards = write_shards(folder, out="shards", per_shard=9)
+    for chunk in (64, 16):
+        monkeypatch.setattr(module, "CHUNK_SIZE", chunk)
+        for source in (folder, shards, "shapes"):
+            images, steps = open_source(source).train.take(range(39)), list[int]()
+            transform, compute = eval_transform(Run(run).recipe), Compute.pick("cpu", "float32")
+            part = module.embed_part(
+                simsiam.load(run), images, transform, compute, True, steps.append
+            )
+            assert sum(steps) == 39 and max(steps) <= chunk <= 64
+            expected = [printable(key) for key in images.keys if "broken" not in key]
+            assert part["path"].to_pylist() == expected
 
 
 def test_the_parts_of_another_job_are_not_used(run, folder, tmp_path, capsys, monkeypatch):
@@ -298,6 +339,7 @@ def test_a_few_labels_give_labels_for_all_images_and_an_accuracy(tmp_path, capsy
         ("embed {run} shapes --out x.txt", "ends in .txt: give a .parquet"),
         ("embed nowhere shapes --out x.parquet", "nowhere is not a run folder"),
         ("embed {run} nothing --out x.parquet", "unknown source"),
+        ("embed {run} shapes --out x.parquet --limit 0", "limit is 0; it is at least 1"),
         ("embed {run} shapes --out {file}", "not overwritten"),
         ("embed {run} shapes --out {one_npy}", "one.csv exists and is not overwritten"),
         ("probe {file} {one} --out {one}", "would overwrite the given labels"),

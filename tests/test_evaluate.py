@@ -233,7 +233,7 @@ def test_test_labels_choose_nothing(run, folder, monkeypatch):
     shuffled = np.random.default_rng(0).permutation(source.test.labels)
     other = Source("few", source.train, None, replace(source.test, labels=shuffled))
     monkeypatch.setattr(
-        sys.modules["simsiam.evaluation.evaluate"], "open_source", lambda *_, **__: other
+        sys.modules["simsiam.evaluation.evaluate"], "open_run_source", lambda *_, **__: other
     )
     again = evaluate(run, **settings)
     scores = {"top1", "top5", "interval", "top1_std", "draws"} | TIMES

@@ -57,6 +57,21 @@ def test_resume_keeps_it(run):
     assert "knn_top1" not in run.json("summary.json")
 
 
+def test_protocols_that_need_labels_are_refused_in_one_line(run, labeled, capsys):
+    """The run's own source is opened as in training; a named one only if --no-labels is given."""
+    for given, reason in (
+        ([], "the run was trained with --no-labels"),
+        ([str(labeled), "--no-labels"], "--no-labels was given"),
+    ):
+        assert main(["evaluate", str(run.path), *given]) == 2
+        error = capsys.readouterr().err
+        assert f"{reason}, and knn, linear, few_label need labels: use --protocol" in error
+    (record,) = simsiam.evaluate(run.path, protocols=["label_free"])
+    assert record["classes"] == 0
+    (record,) = simsiam.evaluate(run.path, labeled, protocols=["knn"], baselines=False, limit=32)
+    assert record["classes"] == 2
+
+
 def test_labels_cannot_be_the_target(labeled, tmp_path, capsys):
     code = main(["pretrain", str(labeled), "--method", "supervised", "--no-labels"])
     assert code == 2 and "few has no labels" in capsys.readouterr().err

@@ -2,7 +2,13 @@
 
 import argparse
 
-from simsiam.commands.arguments import add_device, add_precision, add_run, add_source
+from simsiam.commands.arguments import (
+    add_device,
+    add_no_labels,
+    add_precision,
+    add_run,
+    add_source,
+)
 from simsiam.commands.output import print_lines
 
 HELP = (
@@ -10,7 +16,7 @@ HELP = (
     "file; after an interruption, give the same command again to go on"
 )
 GROUP = "embeddings"
-USAGE = "simsiam embed RUN [SOURCE ...] --out FILE.parquet [--device NAME] [--precision NAME]"
+USAGE = "simsiam embed RUN [SOURCE ...] --out FILE.parquet [--limit N] [--FLAG VALUE ...]"
 MULTI_PROCESS = True
 
 
@@ -28,6 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "probe cannot read .npy"
     )
     parser.add_argument("--out", metavar="FILE.parquet", required=True, help=note)
+    note = "use only N images, evenly spaced in the source [all]"
+    parser.add_argument("--limit", metavar="N", type=int, help=note)
+    add_no_labels(parser)
     add_device(parser)
     add_precision(parser)
 

@@ -6,6 +6,7 @@ from typing import get_type_hints
 from simsiam.commands.arguments import (
     PAPER_NOTE,
     add_device,
+    add_no_labels,
     add_precision,
     add_run,
     add_setting_flags,
@@ -49,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_precision(parser)
     note = "use only N training images and N test images, evenly spaced in the source [all]"
     parser.add_argument("--limit", metavar="N", type=int, help=note)
+    add_no_labels(parser)
     add_setting_flags(parser, Settings, "protocol settings", get_type_hints(Settings))
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
 from simsiam.data.decode import Unreadable
-from simsiam.data.images import Images
+from simsiam.data.images import PREFETCH_CHUNK, Images
 from simsiam.utils.workers import CPU_CORES
 
 
@@ -102,7 +102,10 @@ def image_to_tensor(pixels: np.ndarray) -> Tensor:
 
 
 def iter_crops(
-    images: Images, transform: Transform, skipped: list[tuple[str, str]], chunk_size: int = 256
+    images: Images,
+    transform: Transform,
+    skipped: list[tuple[str, str]],
+    chunk_size: int = PREFETCH_CHUNK,
 ) -> Iterator[tuple[np.ndarray, Tensor]]:
     """Read and crop all images, a chunk at a time.
 
@@ -110,7 +113,7 @@ def iter_crops(
         images: The images.
         transform: Crops them; does not normalize.
         skipped: A list to which the (key, reason) of each unreadable image is appended.
-        chunk_size: Number of images in a chunk.
+        chunk_size: Number of images in a chunk; it divides PREFETCH_CHUNK.
 
     Yields:
         Positions (n,) of the readable images of a chunk, and their pixels, uint8 (n, C, size,
@@ -135,7 +138,9 @@ def iter_crops(
                 chunk = torch.from_numpy(images.pixels[start : start + chunk_size])
                 yield index, transform.crop(chunk)
                 continue
-            loaded = loaded.prefetch(index, 0.25)  # a block is read if enough of it is needed
+            if start % PREFETCH_CHUNK == 0:  # a block is read if enough of it is needed
+                ahead = np.arange(start, min(start + PREFETCH_CHUNK, len(images)))
+                loaded = loaded.prefetch(ahead, 0.25)
             results = zip(index, pool.map(read, index), strict=True)
             readable = [(i, pixels) for i, pixels in results if pixels is not None]
             if readable:

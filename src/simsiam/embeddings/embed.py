@@ -11,7 +11,9 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from math import inf
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +23,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as TF
 
-from simsiam.data.images import Images, fingerprint
+from simsiam.data.images import Images, evenly_spaced, fingerprint, sample
 from simsiam.data.transform import Transform, iter_crops
 from simsiam.distributed.collectives import all_reduce_max
 from simsiam.distributed.process_group import (
@@ -31,17 +33,18 @@ from simsiam.distributed.process_group import (
     rank_zero_only,
     world_size,
 )
-from simsiam.errors import UsageError, WorkFailed, printable
+from simsiam.errors import UsageError, WorkFailed, check_ranges, printable
 from simsiam.model.backbones import feature_dim
 from simsiam.model.precision import Compute
 from simsiam.monitoring.features import compute_outputs
+from simsiam.runs.compose import open_run_source
 from simsiam.runs.encoder import eval_transform, load, weight_digests
 from simsiam.runs.run_folder import Run
-from simsiam.sources.open_source import open_source
 from simsiam.utils.files import atomic_write, exclusive_lock, start_or_continue_job, write_csv
 from simsiam.utils.progress_bar import progress_bar
 
 PART_SIZE = 2048  # images per part: the most that is lost if the process is killed; a row group
+CHUNK_SIZE = 64  # images that the network is given at a time, and that the progress bar moves by
 PARTS_PER_FILE = 50  # parts in each file of an output folder
 THUMBNAIL_SIZE = 96  # the largest side of a thumbnail, in pixels
 
@@ -54,6 +57,8 @@ def embed(
     source: str | os.PathLike[str] | Sequence[str] | None = None,
     *,
     out: str | os.PathLike[str],
+    limit: int | None = None,
+    no_labels: bool = False,
     device: str = "auto",
     precision: str = "auto",
 ) -> Path:
@@ -64,6 +69,8 @@ def embed(
         source: The images; by default the run's own source.
         out: A new .parquet file; a new folder, for many files of 100,000 images each; or a new .npy
             file of the vectors alone, with their paths in a .csv file next to it.
+        limit: Use only so many images, evenly spaced in the source, each class in proportion.
+        no_labels: Whether to ignore the labels of the source.
         device: "auto", "cpu", "cuda", "cuda:1", ...
         precision: "auto", "bfloat16" or "float32", of the backbone.
 
@@ -75,12 +82,13 @@ def embed(
             an unfinished job with other arguments is in the way.
         WorkFailed: If no image can be read, or the output cannot be written.
     """
+    check_ranges(SimpleNamespace(limit=limit), limit=(1, inf))
     path = Path(out)
     writer = _choose_writer(path)
     network, recipe = load(run), Run(run).recipe
     transform, compute = eval_transform(recipe), Compute.pick(device, precision)
-    opened = open_source(source or recipe.source, recipe.channels)
-    splits = list(opened.splits.values())
+    opened = open_run_source(recipe, source, no_labels=no_labels)
+    splits = sample_splits(list(opened.splits.values()), limit)
     metadata = {
         "run": str(Path(run).absolute()),
         **weight_digests(run),
@@ -109,6 +117,22 @@ def embed(
         all_reduce_max(0)  # wait until every process has written its parts
         merge_parts(writer, list(parts), path, metadata, sum(map(len, splits)))
     return path
+
+
+def sample_splits(splits: Sequence[Images], limit: int | None) -> list[Images]:
+    """Choose images that are spread evenly over all splits, each class in proportion.
+
+    Args:
+        splits: The images of each split.
+        limit: Number of images to choose; None for all.
+
+    Returns:
+        The chosen images of each split; splits without any are left out.
+    """
+    sizes = [len(images) for images in splits]
+    bounds = np.cumsum([0, *sizes])
+    counts = np.diff(np.searchsorted(evenly_spaced(int(bounds[-1]), limit), bounds))
+    return [sample(images, int(count)) for images, count in zip(splits, counts) if count]
 
 
 def _work_folder(path: Path) -> Path:
@@ -152,11 +176,12 @@ def _write_parts(
     num_images = sum(len(images) for _, images in share)
     with progress_bar("embedding" if rank() == 0 else "", num_images) as advance:
         for part, images in share:
-            if not is_intact(part):
-                table = embed_part(network, images, transform, compute, labeled)
-                with atomic_write(part) as file:
-                    pq.write_table(table, file, write_page_checksum=True)
-            advance(len(images))
+            if is_intact(part):
+                advance(len(images))
+                continue
+            table = embed_part(network, images, transform, compute, labeled, advance)
+            with atomic_write(part) as file:
+                pq.write_table(table, file, write_page_checksum=True)
 
 
 @rank_zero_only
@@ -214,7 +239,12 @@ def is_intact(part: Path) -> bool:
 
 
 def embed_part(
-    network: nn.Module, images: Images, transform: Transform, compute: Compute, labeled: bool
+    network: nn.Module,
+    images: Images,
+    transform: Transform,
+    compute: Compute,
+    labeled: bool,
+    advance: Callable[[int], None],
 ) -> pa.Table:
     """Compute the rows of one part.
 
@@ -224,6 +254,7 @@ def embed_part(
         transform: The preprocessing of the backbone.
         compute: Where to compute, and in which precision.
         labeled: Whether the table has a column of labels.
+        advance: Is called with the number of images that have been done since the last call.
 
     Returns:
         A row for each image that can be read; the path and the reason of each other image are in
@@ -231,10 +262,12 @@ def embed_part(
     """
     unreadable: list[tuple[str, str]] = []
     vectors, thumbnails, rows = [torch.zeros(0, feature_dim(network))], list[bytes](), list[int]()
-    for index, pixels in iter_crops(images, transform, unreadable):
+    for index, pixels in iter_crops(images, transform, unreadable, CHUNK_SIZE):
         vectors += compute_outputs(lambda x: (network(x),), pixels, transform, compute)
         thumbnails += map(encode_jpeg, make_thumbnails(pixels))
         rows += index.tolist()
+        advance(len(index))
+    advance(len(unreadable))
     h = torch.cat(vectors)
     columns = {
         "path": pa.array([printable(images.keys[i]) for i in rows], pa.string()),

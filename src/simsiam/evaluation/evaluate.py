@@ -27,10 +27,11 @@ from simsiam.evaluation.protocol_few_label import plan_draws
 from simsiam.evaluation.protocol_finetune import evaluate_finetune
 from simsiam.evaluation.scores import score_predictions
 from simsiam.model.precision import Compute
+from simsiam.runs.compose import open_run_source
 from simsiam.runs.encoder import weights_sha256
 from simsiam.runs.environment import collect_environment, utc_now
 from simsiam.runs.run_folder import HEAD_FILE, Run
-from simsiam.sources.open_source import open_source
+from simsiam.sources.open_source import Source
 
 FrozenProtocol = Callable[[FrozenNetwork, Settings], Iterator[ProtocolResult]]
 
@@ -63,6 +64,7 @@ def evaluate(
     device: str = "auto",
     precision: str = "auto",
     limit: int | None = None,
+    no_labels: bool = False,
     **overrides: Unpack[EvaluationSettings],
 ) -> list[dict[str, object]]:
     """Measure a run's backbone, write the records to RUN/evaluations, and print them as a table.
@@ -75,13 +77,16 @@ def evaluate(
         device: "auto", "cpu", "cuda", "cuda:1", ...
         precision: "auto", "bfloat16" or "float32", of the backbone.
         limit: Use only so many training and so many test images, evenly spaced.
+        no_labels: Whether to ignore the labels of the source; then only the protocol label_free
+            can be used.
         **overrides: Fields of `simsiam.config.protocols.Settings`.
 
     Returns:
         The records, as they stand in RUN/evaluations/PROTOCOL.json.
 
     Raises:
-        UsageError: If an argument is wrong, or the source has no labels and a protocol needs them.
+        UsageError: If an argument is wrong, or a protocol needs labels that the source does not
+            have or that are ignored.
         WorkFailed: If no image can be read, or a record cannot be written.
         Stopped: After SIGINT or SIGTERM while a classifier was trained on crops.
     """
@@ -92,7 +97,14 @@ def evaluate(
         if protocol not in PROTOCOLS:
             raise unknown_name("protocol", protocol, PROTOCOLS)
     folder = Run(run)
-    data = _load_data(folder, source, limit, require_labels=set(protocols) != {"label_free"})
+    require_labels = set(protocols) != {"label_free"}
+    if require_labels and (no_labels or (not source and folder.recipe.no_labels)):
+        given = "--no-labels was given" if no_labels else "the run was trained with --no-labels"
+        option = "" if no_labels else ", or name a SOURCE whose labels may be used"
+        names = ", ".join(name for name in protocols if name != "label_free")
+        raise UsageError(f"{given}, and {names} need labels: use --protocol label_free{option}")
+    opened = open_run_source(folder.recipe, source, no_labels=no_labels)
+    data = _load_data(folder, opened, limit, require_labels=require_labels)
     compute = Compute.pick(device, precision)
     frozen = FrozenNetwork(
         folder, checkpoint, data.train, replace(data.test, labels=None), compute=compute
@@ -115,13 +127,8 @@ def evaluate(
 
 
 def _load_data(
-    run: Run,
-    source: str | os.PathLike[str] | Sequence[str] | None,
-    limit: int | None,
-    *,
-    require_labels: bool,
+    run: Run, opened: Source, limit: int | None, *, require_labels: bool
 ) -> EvaluationData:
-    opened = open_source(source or run.recipe.source, run.recipe.channels)
     train, test, split = split_train_test(opened, require_labels=require_labels)
     for name, images in {"train": train, "test": test}.items():
         if limit is not None and limit < len(images):

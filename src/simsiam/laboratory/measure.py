@@ -21,8 +21,8 @@ from simsiam.evaluation.frozen import split_train_test
 from simsiam.laboratory.experiments import Experiment
 from simsiam.laboratory.scales import Scale
 from simsiam.monitoring.verdict import MIN_VERDICT_STEPS, judge_run
+from simsiam.runs.compose import open_run_source
 from simsiam.runs.run_folder import Run
-from simsiam.sources.open_source import open_source
 from simsiam.training.prepare import build_training_setup
 
 NUM_IMAGES, NUM_VIEWS = 500, 32  # test images, and views of each that E[z] averages over
@@ -195,8 +195,7 @@ def predictor_cosines(run: Run) -> dict[str, float]:
     state: Any = run.checkpoint()
     model.load_state_dict(state["model"])
     model.eval()
-    source = open_source(recipe.source, recipe.channels)
-    _, test, _ = split_train_test(source, require_labels=True)
+    _, test, _ = split_train_test(open_run_source(recipe), require_labels=True)
     test = sample(test, min(NUM_IMAGES, len(test)))
     test, _ = load_into_memory(test, int(recipe.cache_gib * 2**30))
     with torch.no_grad():

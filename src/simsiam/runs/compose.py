@@ -70,6 +70,27 @@ def compose_recipe(
     return complete.resolve(), opened, reasons
 
 
+def open_run_source(
+    recipe: ResolvedRecipe,
+    source: str | os.PathLike[str] | Sequence[str] | None = None,
+    *,
+    no_labels: bool = False,
+) -> Source:
+    """Open the images that a run was trained on, or others, for its backbone.
+
+    Args:
+        recipe: The recipe of the run.
+        source: Other images; by default the run's own, without labels if it was trained so.
+        no_labels: Whether to ignore the labels.
+
+    Raises:
+        UsageError: The source cannot be opened, or has no images.
+    """
+    if not source:
+        source, no_labels = recipe.source, no_labels or recipe.no_labels
+    return open_source(source, recipe.channels, no_labels=no_labels)
+
+
 def _named_recipe(recipe: str | Recipe | None) -> tuple[Recipe | None, list[str]]:
     """Return the recipe that the user named, and a line that says where it comes from."""
     if recipe is None:

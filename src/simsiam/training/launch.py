@@ -15,12 +15,11 @@ from simsiam.model.memory import catch_out_of_memory
 from simsiam.model.targets import eta_bytes
 from simsiam.monitoring.label_free_monitor import advise_training_length
 from simsiam.monitoring.verdict import Verdict, judge_run
-from simsiam.runs.compose import compose_recipe
+from simsiam.runs.compose import compose_recipe, open_run_source
 from simsiam.runs.environment import collect_environment
 from simsiam.runs.journal import MetricsLogger
 from simsiam.runs.recipe_file import write_recipe
 from simsiam.runs.run_folder import Run, choose_run_path
-from simsiam.sources.open_source import open_source
 from simsiam.training.loop import Outcome, run_training
 from simsiam.training.prepare import RunData, TrainingSetup, build_training_setup, prepare_data
 from simsiam.training.pretrain import Pretraining
@@ -90,8 +89,7 @@ def resume(path: str | os.PathLike[str], *, epochs: int | None = None) -> Path:
             run.recipe = run.recipe.replace(epochs=epochs)
         # The checkpoint holds all weights, so `init` is needed only before the first one.
         recipe = run.recipe.replace(init=None) if run.has_checkpoint else run.recipe
-        source = open_source(recipe.source, recipe.channels, no_labels=recipe.no_labels)
-        data = prepare_data(run.recipe, source)
+        data = prepare_data(run.recipe, open_run_source(run.recipe))
         setup = build_training_setup(recipe)
         write_recipe(run.path, run.recipe)
         train_run(run, data, setup, messages=[])
