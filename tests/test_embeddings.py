@@ -18,6 +18,7 @@ from PIL import Image
 
 import simsiam
 from simsiam.commands.main import main
+from simsiam.data.images import load_into_memory
 from simsiam.embeddings import embed as module
 from simsiam.embeddings import search
 from simsiam.embeddings.cluster import cluster
@@ -155,17 +156,17 @@ def test_a_limit_takes_evenly_spaced_images_of_every_split_and_class(run, tmp_pa
 
 
 def test_the_progress_bar_moves_by_at_most_64_images(run, folder, monkeypatch):
-    """Also where images cannot be read, and where they lie in shards."""
-    shards = write_shards(folder, out="shards", per_shard=9)
+    """Also where an image cannot be read, and where images lie in shards or in memory."""
+    files = open_source(folder).train
+    shards = open_source(write_shards(folder, out="shards", per_shard=9)).train
+    network, transform = simsiam.load(run), eval_transform(Run(run).recipe)
     for chunk in (64, 16):
         monkeypatch.setattr(module, "CHUNK_SIZE", chunk)
-        for source in (folder, shards, "shapes"):
-            images, steps = open_source(source).train.take(range(39)), list[int]()
-            transform, compute = eval_transform(Run(run).recipe), Compute.pick("cpu", "float32")
-            part = module.embed_part(
-                simsiam.load(run), images, transform, compute, True, steps.append
-            )
-            assert sum(steps) == 39 and max(steps) <= chunk <= 64
+        for images in (files, shards, load_into_memory(files, 2**20)[0]):
+            steps = list[int]()
+            compute = Compute.pick("cpu", "float32")
+            part = module.embed_part(network, images, transform, compute, True, steps.append)
+            assert sum(steps) == len(images) and max(steps) <= chunk <= 64
             expected = [printable(key) for key in images.keys if "broken" not in key]
             assert part["path"].to_pylist() == expected
 
