@@ -9,6 +9,9 @@ from PIL import Image
 
 import simsiam
 from simsiam.commands.main import main
+from simsiam.laboratory.experiments import EXPERIMENTS
+from simsiam.laboratory.measure import measure_run, predictor_cosines
+from simsiam.laboratory.scales import SCALES
 from simsiam.runs.compose import compose_recipe
 from simsiam.runs.run_folder import Run
 from simsiam.sources import shapes
@@ -55,6 +58,14 @@ def test_resume_keeps_it(run):
     simsiam.resume(run.path, epochs=2)
     assert Run(run.path).recipe.no_labels and run.json("summary.json")["epochs"] == 2
     assert "knn_top1" not in run.json("summary.json")
+
+
+def test_an_experiment_measures_no_accuracy(run):
+    measured = measure_run(run, SCALES["tiny"], EXPERIMENTS["figure_d1"])
+    assert not {"knn", "linear", "above_chance"} & measured["values"].keys()
+    assert measured["values"]["z_rank"] > 1 and measured["curves"]["linear"] == []
+    assert -1 <= predictor_cosines(run)["cos_p_mean"] <= 1
+    assert not list(run.path.glob("evaluations/knn.json"))
 
 
 def test_protocols_that_need_labels_are_refused_in_one_line(run, labeled, capsys):

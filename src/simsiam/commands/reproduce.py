@@ -2,7 +2,7 @@
 
 import argparse
 
-from simsiam.commands.arguments import PAPER_NOTE, add_device
+from simsiam.commands.arguments import PAPER_NOTE, add_device, add_no_labels
 from simsiam.laboratory.experiments import EXPERIMENTS
 from simsiam.laboratory.scales import SCALES
 
@@ -45,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--epochs", metavar="N", type=int, help=note)
     note = "train on N images only [all]"
     parser.add_argument("--limit", metavar="N", type=int, help=note)
+    add_no_labels(parser)
     note = (
         "run only these configurations of an experiment; --only x, which does not exist, "
         "prints their names [all]"

@@ -70,7 +70,7 @@ def _measure_metrics(run: Run, scale: Scale, *, measure_predictor: bool = False)
         measure_predictor: Whether to measure what the predictor predicts.
 
     Returns:
-        Numbers by metric, and the verdict; a diverged run has no accuracy.
+        Numbers by metric, and the verdict; a diverged run, or one without labels, has no accuracy.
     """
     lines = [line for line in run.metrics() if "loss" in line]
     summary = run.json("summary.json")
@@ -89,11 +89,12 @@ def _measure_metrics(run: Run, scale: Scale, *, measure_predictor: bool = False)
     # With the minimum number of steps, so that short runs get a verdict too.
     verdict = judge_run(lines, MIN_VERDICT_STEPS, high_loss_threshold=None).verdict
     values["collapsed"] = float(verdict == "collapsed")
-    monitored = [line["knn_top1"] for line in run.metrics() if "knn_top1" in line]
-    values["knn"] = measure_top1(run, "knn", scale)
-    values["linear"] = measure_top1(run, "linear", scale)
-    values["knn_mean"] = fmean(monitored) if monitored else None
-    values["above_chance"] = values["linear"] - scale.chance
+    if not run.recipe.no_labels:
+        monitored = [line["knn_top1"] for line in run.metrics() if "knn_top1" in line]
+        values["knn"] = measure_top1(run, "knn", scale)
+        values["linear"] = measure_top1(run, "linear", scale)
+        values["knn_mean"] = fmean(monitored) if monitored else None
+        values["above_chance"] = values["linear"] - scale.chance
     if measure_predictor and run.recipe.method.predictor != "none":
         values |= predictor_cosines(run)
     return values
@@ -141,12 +142,15 @@ def metric_curve(run: Run, metric: str, scale: Scale) -> list[tuple[float, float
 
     Args:
         run: The run.
-        metric: A metric of metrics.jsonl, or "linear" for the linear accuracy.
+        metric: A metric of metrics.jsonl, or "linear" for the linear accuracy, which a run without
+            labels does not have.
         scale: The scale.
 
     Returns:
         Pairs of epoch and value.
     """
+    if metric == "linear" and run.recipe.no_labels:
+        return []
     if metric == "linear":
         return linear_curve(run, scale)
     return [
@@ -195,7 +199,8 @@ def predictor_cosines(run: Run) -> dict[str, float]:
     state: Any = run.checkpoint()
     model.load_state_dict(state["model"])
     model.eval()
-    _, test, _ = split_train_test(open_run_source(recipe), require_labels=True)
+    source = open_run_source(recipe)
+    _, test, _ = split_train_test(source, require_labels=not recipe.no_labels)
     test = sample(test, min(NUM_IMAGES, len(test)))
     test, _ = load_into_memory(test, int(recipe.cache_gib * 2**30))
     with torch.no_grad():

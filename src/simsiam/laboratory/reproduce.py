@@ -47,6 +47,7 @@ def reproduce(
     seeds: int | None = None,
     epochs: int | None = None,
     limit: int | None = None,
+    no_labels: bool = False,
     only: Sequence[str] = (),
     out: str | os.PathLike[str] | None = None,
     annotated: Sequence[str] = ("shapes",),
@@ -65,6 +66,7 @@ def reproduce(
         seeds: The number of seeds; by default the experiment's own.
         epochs: What 100 epochs of the paper become; by default the scale's own.
         limit: Train on this many images at most.
+        no_labels: Whether to ignore the labels of the images; pages then have no accuracies.
         only: The cells to run; all by default.
         out: The folder of the pages; results/SCALE by default.
         annotated: What detectors are fine-tuned on (Table 5).
@@ -81,7 +83,7 @@ def reproduce(
     """
     chosen = select_experiments(experiments, only)
     campaign = open_campaign(
-        scale, out, annotated, {"seeds": seeds, "epochs": epochs, "limit": limit}
+        scale, out, annotated, {"seeds": seeds, "epochs": epochs, "limit": limit}, no_labels
     )
     images = tuple(absolute_source(path) for path in source)
     grids = campaign.plan(
@@ -91,6 +93,7 @@ def reproduce(
         epochs=epochs,
         source=images or (campaign.scale.source or "",),
         limit=limit,
+        no_labels=no_labels,
         device=device,
     )
     pending = {
@@ -105,7 +108,7 @@ def reproduce(
             f"scale {scale} needs the data: --source FOLDER, with train/CLASS/ and val/CLASS/ in it"
         )
     if unique_jobs(pending.values()):
-        campaign.check_source(images)
+        campaign.check_source(images, no_labels=no_labels)
     written = []
     for name, experiment in chosen.items():
         campaign.run_jobs(experiment, pending[name])
@@ -145,6 +148,7 @@ def open_campaign(
     out: str | os.PathLike[str] | None,
     annotated: Sequence[str],
     counts: Mapping[str, int | None],
+    no_labels: bool,
 ) -> "Campaign":
     """Check the request, and collect what all experiments share.
 
@@ -153,6 +157,7 @@ def open_campaign(
         out: The folder of the pages; results/SCALE by default.
         annotated: What detectors are fine-tuned on.
         counts: Numbers by flag; None if a flag is not given.
+        no_labels: Whether labels are ignored.
 
     Returns:
         The campaign.
@@ -173,6 +178,7 @@ def open_campaign(
     ]
     settings = detectors.list_detector_settings(sets)
     flags = [f" --{flag} {n}" for flag, n in {"scale": scale, **counts}.items() if n is not None]
+    flags += [" --no-labels"] * no_labels
     return Campaign(SCALES[scale], settings, pages_folder, "".join(flags))
 
 
@@ -281,16 +287,17 @@ class Campaign:
             for name, experiment in experiments.items()
         }
 
-    def check_source(self, images: Sequence[str]) -> None:
+    def check_source(self, images: Sequence[str], *, no_labels: bool = False) -> None:
         """Open the images once before any run, and adapt the scale to a user's own images.
 
         Args:
             images: The user's sources; the scale's own if empty.
+            no_labels: Whether to ignore their labels.
 
         Raises:
             UsageError: If the source cannot be opened.
         """
-        source = open_source(images or self.scale.source or "")
+        source = open_source(images or self.scale.source or "", no_labels=no_labels)
         if images:
             self.scale = replace(
                 self.scale,
