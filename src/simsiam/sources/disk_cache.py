@@ -206,7 +206,7 @@ def _cache_digest(
     images: Images, source_names: Sequence[str], all_images: Images, min_side: int, limit_bytes: int
 ) -> str:
     """Digest which images the file contains, as the file system sees them, and the decoding."""
-    containers, stamps = source_stamps(source_names, all_images)
+    containers, stamps = source_stamps(source_names, [all_images])
     libraries = [PIL.__version__, features.version("libjpeg_turbo"), features.version("jpg")]
     decoding = [PIXEL_CACHE_VERSION, images.channels, min_side, limit_bytes, libraries, containers]
     digest = blake2b(json.dumps(decoding).encode(), digest_size=16)

@@ -126,14 +126,12 @@ def load_index(names: Sequence[str | os.PathLike[str]], source: Source, channels
         WorkFailed: A worker was killed. What was inspected until then, or until Ctrl-C, is saved.
     """
     paths = [absolute_source(name) for name in names]
-    containers = _container_stamps(paths) if source.train.storage.in_containers else []
+    splits = list(source.splits.values())
+    pa.default_memory_pool().release_unused()  # what opening a large source used temporarily
+    containers, stamps = source_stamps(paths, splits)
     identity = json.dumps([INDEX_VERSION, channels, *paths])
     name = blake2b(identity.encode(), digest_size=16).hexdigest()
     old = _read_index(cache_dir("index") / f"{name}.arrow", containers)
-    splits = list(source.splits.values())
-    pa.default_memory_pool().release_unused()  # what opening a large source used temporarily
-    stamps = _image_stamps(splits, containers)
-
     same_keys = stamps["key"].equals(old.table["key"])
     old_rows = np.arange(len(stamps))  # the row of each image in the old index, or -1
     if not same_keys:
@@ -281,16 +279,18 @@ def pixel_cache_dir() -> Path:
     return cache_dir("pixels")
 
 
-def source_stamps(paths: Sequence[str], images: Images) -> tuple[list[ContainerStamp], pa.Table]:
+def source_stamps(
+    paths: Sequence[str], splits: Sequence[Images]
+) -> tuple[list[ContainerStamp], pa.Table]:
     """Return what shows whether a source has changed.
 
     Args:
         paths: The names that opened the source.
-        images: Images of the source, just opened.
+        splits: Images of the source, just opened.
 
     Returns:
         Path, time and size of the archive or shards that the images are in, and a table of
-        STAMP_SCHEMA.
+        STAMP_SCHEMA with a row per image, split after split.
     """
-    containers = _container_stamps(paths) if images.storage.in_containers else []
-    return containers, _image_stamps([images], containers)
+    containers = _container_stamps(paths) if splits[0].storage.in_containers else []
+    return containers, _image_stamps(splits, containers)
