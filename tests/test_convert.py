@@ -24,11 +24,11 @@ from simsiam import Run, build, load
 from simsiam.config.recipes import Recipe
 from simsiam.errors import UsageError, WorkFailed
 from simsiam.model.backbones import RESNETS, create_backbone
-from simsiam.runs import foreign_checkpoints as checkpoints
-from simsiam.runs import published_weights as releases
-from simsiam.runs.convert import convert, format_conversion
-from simsiam.runs.foreign_checkpoints import convert_state_dict, load_backbone_weights
-from simsiam.runs.published_weights import Release, find_release
+from simsiam.runs.checkpoints import foreign_checkpoints as checkpoints
+from simsiam.runs.checkpoints import published_weights as releases
+from simsiam.runs.checkpoints.convert import convert, format_conversion
+from simsiam.runs.checkpoints.foreign_checkpoints import convert_state_dict, load_backbone_weights
+from simsiam.runs.checkpoints.published_weights import Release, find_release
 from simsiam.runs.weight_files import file_sha256, read_state_dict
 
 SMALL = {"dim": 12, "proj_hidden": 10, "pred_dim": 6}

@@ -19,7 +19,7 @@ from simsiam.config.recipes import Recipe
 from simsiam.exports import detectron2
 from simsiam.exports.export import FORMATS, export
 from simsiam.pages.compare import compare
-from simsiam.runs.convert import convert
+from simsiam.runs.checkpoints.convert import convert
 from simsiam.runs.encoder import build_backbone
 from simsiam.runs.run_folder import Run
 

@@ -26,7 +26,7 @@ def imports(path: Path) -> set[str]:
         if isinstance(node, ast.ImportFrom) and f"{node.module}.".startswith("simsiam."):
             owner = node.module.partition(".")[2]
             names |= {
-                f"{owner}.{alias.name}" if owner in PACKAGES else owner for alias in node.names
+                f"{owner}.{alias.name}" if owner in ALL_PACKAGES else owner for alias in node.names
             }
         elif isinstance(node, ast.Import):
             names |= {a.name.partition(".")[2] for a in node.names if a.name.startswith("simsiam.")}
@@ -34,10 +34,14 @@ def imports(path: Path) -> set[str]:
     return names - {""}
 
 
+def dotted(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
 PACKAGES = {path.parent.name for path in ROOT.glob("*/__init__.py")}
-MODULES = {
-    ".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in ROOT.glob("*/*.py")
-}
+# With the packages inside of packages, such as "runs.checkpoints".
+ALL_PACKAGES = {dotted(path.parent) for path in ROOT.rglob("*/__init__.py")}
+MODULES = {dotted(path): path for path in ROOT.rglob("*.py") if path.parent != ROOT}
 
 
 def reachable(package: str) -> set[str]:
@@ -65,10 +69,11 @@ def test_packages_import_only_what_stands_below_them():
 
 def test_packages_are_few_and_small_and_say_what_they_own():
     assert len(PACKAGES) <= MAX_PACKAGES
-    for package in PACKAGES:
-        modules = [path for path in (ROOT / package).glob("*.py") if path.name != "__init__.py"]
+    for package in ALL_PACKAGES:
+        folder = ROOT.joinpath(*package.split("."))
+        modules = [path for path in folder.glob("*.py") if path.name != "__init__.py"]
         assert package == "commands" or len(modules) <= MAX_MODULES, package
-        doc = ast.get_docstring(ast.parse((ROOT / package / "__init__.py").read_text()))
+        doc = ast.get_docstring(ast.parse((folder / "__init__.py").read_text()))
         assert doc and len(doc.split()) >= 20, f"{package} does not say what it owns"
     assert not PACKAGES & set(simsiam.__all__)
 

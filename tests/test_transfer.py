@@ -169,7 +169,9 @@ def test_preprocessing_comes_with_the_weights(run, tmp_path, monkeypatch):
     network = resnet18()
     file = tmp_path / "resnet18.pth"
     torch.save(network.state_dict(), file)
-    monkeypatch.setattr("simsiam.runs.published_weights.fetch", lambda name, release: file)
+    monkeypatch.setattr(
+        "simsiam.runs.checkpoints.published_weights.fetch", lambda name, release: file
+    )
     origin = Initialization(Run(big), "ResNet18_Weights.IMAGENET1K_V1", False)
     assert origin.mean == (0.485, 0.456, 0.406)
     assert origin.description["from"] == "ResNet18_Weights.IMAGENET1K_V1"

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from simsiam.pages.compare import compare as compare
     from simsiam.pages.preview import preview as preview
     from simsiam.pages.report import report as report
-    from simsiam.runs.convert import convert as convert
+    from simsiam.runs.checkpoints.convert import convert as convert
     from simsiam.runs.encoder import load as load
     from simsiam.runs.run_folder import Run as Run
     from simsiam.training.inspect import inspect as inspect
@@ -73,7 +73,7 @@ _MODULES = {
     "build": "model.siamese",
     "cluster": "embeddings.cluster",
     "compare": "pages.compare",
-    "convert": "runs.convert",
+    "convert": "runs.checkpoints.convert",
     "duplicates": "embeddings.duplicates",
     "embed": "embeddings.embed",
     "evaluate": "evaluation.evaluate",

@@ -46,7 +46,7 @@ from safetensors.torch import save_file
 import simsiam.embeddings.neighbors
 import simsiam.pages.compare
 import simsiam.pages.report
-import simsiam.runs.convert
+import simsiam.runs.checkpoints.convert
 import simsiam.sources.open_source
 import simsiam.training.inspect
 import simsiam.utils.workers

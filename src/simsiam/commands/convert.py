@@ -40,6 +40,6 @@ def run(options: argparse.Namespace) -> None:
     Args:
         options: The parsed arguments.
     """
-    from simsiam.runs.convert import convert, format_conversion
+    from simsiam.runs.checkpoints.convert import convert, format_conversion
 
     print_lines(format_conversion(convert(**vars(options))))

@@ -13,9 +13,9 @@ from simsiam.detection.schedules import Schedule
 from simsiam.distributed.process_group import rank_zero_only
 from simsiam.errors import UsageError
 from simsiam.model.backbones import RESNETS
-from simsiam.runs.convert import sibling_recipe_settings
+from simsiam.runs.checkpoints.convert import sibling_recipe_settings
+from simsiam.runs.checkpoints.published_weights import resolve_checkpoint
 from simsiam.runs.encoder import build_backbone, load, load_init_weights, weights_sha256
-from simsiam.runs.published_weights import resolve_checkpoint
 from simsiam.runs.run_folder import HEAD_FILE, Run
 
 

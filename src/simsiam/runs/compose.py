@@ -18,8 +18,8 @@ from simsiam.data.transform import Transform, iter_crops
 from simsiam.errors import UsageError, unknown_name
 from simsiam.model.backbones import RESNETS, input_size
 from simsiam.model.siamese import check_names
+from simsiam.runs.checkpoints.published_weights import is_published
 from simsiam.runs.choose import choose_recipe
-from simsiam.runs.published_weights import is_published
 from simsiam.runs.recipe_file import read_recipe
 from simsiam.sources.open_source import Source, absolute_source, open_source
 

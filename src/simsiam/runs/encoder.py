@@ -13,7 +13,7 @@ from simsiam.data.transform import Transform
 from simsiam.errors import UsageError, printable
 from simsiam.model.backbones import create_backbone
 from simsiam.model.encoder import Encoder
-from simsiam.runs.foreign_checkpoints import load_backbone_weights
+from simsiam.runs.checkpoints.foreign_checkpoints import load_backbone_weights
 from simsiam.runs.run_folder import BACKBONE_KEY, HEAD_FILE, PATCHES_KEY, Run
 from simsiam.runs.weight_files import file_sha256, load_metadata, load_weights, tensors_sha256
 

@@ -11,10 +11,14 @@ import torch
 from simsiam.config.recipes import Recipe, ResolvedRecipe
 from simsiam.errors import UsageError
 from simsiam.model.precision import Compute
+from simsiam.runs.checkpoints.foreign_checkpoints import ConvertedCheckpoint, convert_state_dict
+from simsiam.runs.checkpoints.published_weights import (
+    IMAGENET_PREPROCESSING,
+    Release,
+    resolve_checkpoint,
+)
 from simsiam.runs.encoder import load
 from simsiam.runs.environment import collect_environment, utc_now
-from simsiam.runs.foreign_checkpoints import ConvertedCheckpoint, convert_state_dict
-from simsiam.runs.published_weights import IMAGENET_PREPROCESSING, Release, resolve_checkpoint
 from simsiam.runs.recipe_file import read_recipe
 from simsiam.runs.records import Record
 from simsiam.runs.run_folder import Run, check_vacant, new_state

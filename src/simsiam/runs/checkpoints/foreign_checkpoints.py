@@ -38,7 +38,7 @@ from simsiam.config.methods import METHODS, Method
 from simsiam.errors import UsageError
 from simsiam.model.backbones import RESNETS, create_backbone, feature_dim
 from simsiam.model.heads import build_predictor, build_projector
-from simsiam.runs.published_weights import resolve_checkpoint
+from simsiam.runs.checkpoints.published_weights import resolve_checkpoint
 from simsiam.runs.weight_files import read_state_dict
 
 
