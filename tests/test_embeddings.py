@@ -194,7 +194,10 @@ def test_neighbors_are_those_of_plain_cosines(file, folder, run, tmp_path):
     assert nearest[0].path != images.paths[5]
     assert len(neighbors(file, images.paths[5], k=1000)) == 38
     copy = shutil.copy(folder / images.paths[5], tmp_path / "another name.png")
-    first = neighbors(file, str(copy), k=1)[0]
+    (first,) = neighbors(file, str(copy), k=1, html=tmp_path / "near.html")
+    assert (tmp_path / "near.html").read_text().count(
+        "<img "
+    ) == 2  # the query from outside as well
     assert first.path == images.paths[5] and first.cosine == pytest.approx(1, abs=1e-5)
     everything = neighbors(file, images.paths[5], k=1000, html=tmp_path / "near.html")
     page = (tmp_path / "near.html").read_text()

@@ -93,10 +93,7 @@ def embed(
         "run": str(Path(run).absolute()),
         **weight_digests(run),
         "source": opened.name,
-        "transform": {
-            name: getattr(transform, name)
-            for name in ("size", "mean", "std", "interpolation", "resize")
-        },
+        "transform": describe_transform(transform),
     }
     labeled = any(images.labels is not None for images in splits)
     job = metadata | {
@@ -117,6 +114,16 @@ def embed(
         all_reduce_max(0)  # wait until every process has written its parts
         merge_parts(writer, list(parts), path, metadata, sum(map(len, splits)))
     return path
+
+
+def describe_transform(transform: Transform) -> dict[str, object]:
+    """Describe a preprocessing for the metadata of an embedding file.
+
+    Args:
+        transform: The preprocessing.
+    """
+    names = ("size", "mean", "std", "interpolation", "resize")
+    return {name: getattr(transform, name) for name in names}
 
 
 def sample_splits(splits: Sequence[Images], limit: int | None) -> list[Images]:
@@ -260,28 +267,61 @@ def embed_part(
         A row for each image that can be read; the path and the reason of each other image are in
         the metadata, as JSON under "unreadable".
     """
-    unreadable: list[tuple[str, str]] = []
+    rows, table, unreadable = embed_images(network, images, transform, compute, advance)
+    if labeled:
+        labels = label_names(images)
+        column = pa.array([labels[i] if labels else None for i in rows], pa.string())
+        table = table.append_column("label", column)
+    return table.replace_schema_metadata({"unreadable": json.dumps(unreadable)})
+
+
+def embed_images(
+    network: nn.Module,
+    images: Images,
+    transform: Transform,
+    compute: Compute,
+    advance: Callable[[int], None],
+) -> tuple[list[int], pa.Table, list[tuple[str, str]]]:
+    """Compute features and thumbnails of images.
+
+    Args:
+        network: The encoder: normalized images (N, C, size, size) to features (N, d).
+        images: The images.
+        transform: The preprocessing of the encoder.
+        compute: Where to compute, and in which precision.
+        advance: Is called with the number of images that have been done since the last call.
+
+    Returns:
+        The positions of the images that can be read; a table with a row for each of these, and the
+        columns path, vector and thumbnail; the path and the reason of each other image.
+    """
+    skipped: list[tuple[str, str]] = []
     vectors, thumbnails, rows = [torch.zeros(0, feature_dim(network))], list[bytes](), list[int]()
-    for index, pixels in iter_crops(images, transform, unreadable, CHUNK_SIZE):
+    for index, pixels in iter_crops(images, transform, skipped, CHUNK_SIZE):
         vectors += compute_outputs(lambda x: (network(x),), pixels, transform, compute)
         thumbnails += map(encode_jpeg, make_thumbnails(pixels))
         rows += index.tolist()
         advance(len(index))
-    advance(len(unreadable))
+    advance(len(skipped))
     h = torch.cat(vectors)
     columns = {
         "path": pa.array([printable(images.keys[i]) for i in rows], pa.string()),
         "vector": pa.FixedSizeListArray.from_arrays(pa.array(h.flatten().numpy()), h.shape[1]),
         "thumbnail": pa.array(thumbnails, pa.binary()),
     }
-    if labeled:
-        labels = [
-            None if images.labels is None else printable(images.classes[images.labels[i]])
-            for i in rows
-        ]
-        columns["label"] = pa.array(labels, pa.string())
-    reasons = json.dumps([(printable(key), reason) for key, reason in unreadable])
-    return pa.table(columns).replace_schema_metadata({"unreadable": reasons})
+    return rows, pa.table(columns), [(printable(key), reason) for key, reason in skipped]
+
+
+def label_names(images: Images) -> list[str] | None:
+    """List the class name of each image; return None without labels.
+
+    Args:
+        images: The images.
+    """
+    if images.labels is None:
+        return None
+    names = [*map(printable, images.classes)]
+    return [names[label] for label in images.labels]
 
 
 def make_thumbnails(pixels: Tensor) -> np.ndarray:

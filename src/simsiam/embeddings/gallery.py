@@ -29,7 +29,8 @@ figcaption {{ font-size: 12px; overflow-wrap: anywhere; opacity: .75; }}
 <p>{note}</p>
 """
 
-Figure = tuple[int, str]  # the position of an image in the embeddings, and its caption
+# The position of an image in the embeddings, or a JPEG file of another; and its caption.
+Figure = tuple[int | bytes, str]
 Section = tuple[str, Sequence[Figure]]  # a heading, and the figures below it
 
 
@@ -57,7 +58,8 @@ def write_page(
     for heading, figures in sections:
         lines.append(f'<h2>{escape(heading)}</h2>\n<div class="row">\n')
         for i, caption in figures:
-            data = base64.b64encode(images.thumbnails[i]).decode()
+            jpeg = i if isinstance(i, bytes) else images.thumbnails[i]
+            data = base64.b64encode(jpeg).decode()
             picture = f'<img loading="lazy" alt="" src="data:image/jpeg;base64,{data}">'
             lines.append(f"<figure>{picture}<figcaption>{escape(caption)}</figcaption></figure>\n")
         lines.append("</div>\n")

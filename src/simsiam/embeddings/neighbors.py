@@ -13,7 +13,8 @@ from torch import Tensor
 
 from simsiam.data.decode import Unreadable, decode_image
 from simsiam.data.transform import image_to_tensor
-from simsiam.embeddings.gallery import write_page
+from simsiam.embeddings.embed import encode_jpeg, make_thumbnails
+from simsiam.embeddings.gallery import Figure, Section, write_page
 from simsiam.embeddings.table import Embeddings, read_embeddings
 from simsiam.errors import UsageError, WorkFailed, check_ranges
 from simsiam.model.precision import Compute
@@ -64,32 +65,64 @@ def neighbors(
     check_ranges(SimpleNamespace(k=k), k=(1, inf))
     check_writable(html)
     images = read_embeddings(file)
-    h, position = query_vector(query, images)
-    cosine = F.normalize(images.vectors, dim=1) @ F.normalize(h, dim=0)
-    if position is not None:
-        cosine[position] = -2
-    count = min(k, len(images) - (position is not None))
+    return find_neighbors(find_query(query, images), images, k, html)
+
+
+class Query(NamedTuple):
+    """An image whose neighbors are looked for.
+
+    Attributes:
+        name: What the user called it.
+        h: Its feature, (d,) float32.
+        position: Its position among the embedded images; None if it is not one of them.
+        thumbnail: If it is not one of them, a JPEG file of it.
+    """
+
+    name: str
+    h: Tensor
+    position: int | None
+    thumbnail: bytes = b""
+
+
+def find_neighbors(
+    query: Query, images: Embeddings, k: int, html: str | os.PathLike[str] | None
+) -> list[Neighbor]:
+    """Find the k embedded images nearest to a query, and show them on a page.
+
+    Args:
+        query: The query.
+        images: The embedded images.
+        k: The number of neighbors; at most all images are returned.
+        html: The web page to write, if any.
+
+    Returns:
+        The neighbors, the nearest first.
+    """
+    cosine = F.normalize(images.vectors, dim=1) @ F.normalize(query.h, dim=0)
+    if query.position is not None:
+        cosine[query.position] = -2
+    count = min(k, len(images) - (query.position is not None))
     order = cosine.sort(descending=True, stable=True).indices[:count].tolist()
     if html:
+        shown: Figure = (query.thumbnail, query.name)
+        if query.position is not None:
+            shown = (query.position, images.caption(query.position))
         figures = [(i, f"{cosine[i]:.3f} {images.caption(i)}") for i in order]
-        sections = [("Neighbors, nearest first", figures)]
-        if position is not None:
-            sections.insert(0, ("Query", [(position, images.caption(position))]))
+        sections: list[Section] = [("Query", [shown]), ("Neighbors, nearest first", figures)]
         note = f"The {count} nearest images by cosine."
-        write_page(Path(html), f"Neighbors of {query}", note, sections, images)
+        write_page(Path(html), f"Neighbors of {query.name}", note, sections, images)
     return [Neighbor(images.paths[i], images.label(i), cosine[i].item()) for i in order]
 
 
-def query_vector(query: str, images: Embeddings) -> tuple[Tensor, int | None]:
-    """Get the feature of a query image.
+def find_query(query: str, images: Embeddings) -> Query:
+    """Find a query among the embedded images, or embed it.
 
     Args:
         query: The path or the file name of an embedded image, or an image file.
         images: The embedded images.
 
     Returns:
-        The feature h, (d,) float32, and the position of the query among the embedded images; None
-        if it is not one of them.
+        The query and its feature.
 
     Raises:
         UsageError: If there is no such image, or the run that made the embeddings is gone or has
@@ -98,7 +131,7 @@ def query_vector(query: str, images: Embeddings) -> tuple[Tensor, int | None]:
     """
     if query in images.positions_by_name or not os.path.isfile(query):
         position = images.find(query)
-        return images.vectors[position], position
+        return Query(query, images.vectors[position], position)
     run = str(images.metadata.get("run", ""))
     if not run or not Path(run).is_dir():
         raise UsageError(
@@ -111,15 +144,33 @@ def query_vector(query: str, images: Embeddings) -> tuple[Tensor, int | None]:
             f"{query} is not embedded, and the encoder of {run} has changed since the other "
             "images were: run `simsiam embed` again"
         )
+    return embed_query(query, run, Compute(torch.device("cpu"), "float32"))
+
+
+def embed_query(file: str, run: str | os.PathLike[str], compute: Compute) -> Query:
+    """Compute the feature of an image file.
+
+    Args:
+        file: The file.
+        run: The run folder of the encoder.
+        compute: Where to compute, and in which precision.
+
+    Returns:
+        The query.
+
+    Raises:
+        WorkFailed: If the file cannot be read.
+    """
     network, recipe = load(run), Run(run).recipe
     try:
-        pixels = image_to_tensor(decode_image(query, recipe.channels))
+        pixels = image_to_tensor(decode_image(file, recipe.channels))
     except Unreadable as error:
-        raise WorkFailed(f"{query} cannot be read: {error}") from None
-    transform, compute = eval_transform(recipe), Compute(torch.device("cpu"), "float32")
+        raise WorkFailed(f"{file} cannot be read: {error}") from None
+    transform = eval_transform(recipe)
     crop = transform.crop(pixels)
+    compute.place(network)
     (h,) = compute_outputs(lambda x: (network(x),), crop, transform, compute)
-    return h[0], None
+    return Query(file, h[0], None, encode_jpeg(make_thumbnails(crop)[0]))
 
 
 def format_neighbors(results: Sequence[Neighbor]) -> str:
