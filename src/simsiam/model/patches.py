@@ -6,6 +6,7 @@ is trained by gradients and nothing is downloaded, so these features exist for a
 after a few seconds. `fit_patches` learns the dictionary; `Patches` is a backbone like any other.
 """
 
+import copy
 from collections.abc import Iterable, Sequence
 from typing import cast
 
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simsiam.errors import UsageError
+from simsiam.model.precision import at_least_float32
 
 PATCHES_PREFIX = "patches/"  # begins the names of these backbones: "patches/32", "patches/24+48"
 PATCH_SIDE = 6  # pixels
@@ -160,21 +162,33 @@ class Patches(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return h (N, dim) for normalized images x (N, C, image_size, image_size)."""
-        pixels = x * self.std + self.mean
-        return torch.cat([scale(pixels) for scale in self.scales], dim=1)
+        pixels = at_least_float32(x) * self.std + self.mean
+        # bfloat16 would change features by 5 %: it has too few digits for contrasts.
+        if not torch.is_autocast_enabled(x.device.type):  # exported graphs have no such context
+            return torch.cat([scale(pixels) for scale in self.scales], dim=1)
+        with torch.autocast(x.device.type, enabled=False):
+            return torch.cat([scale(pixels) for scale in self.scales], dim=1)
+
+    def join(self, other: "Patches") -> "Patches":
+        """Make a backbone with the dictionaries of both, for the same images.
+
+        Args:
+            other: A backbone for images of the same size and normalization.
+        """
+        both = copy.copy(self)
+        both._modules = {"scales": nn.ModuleList([*self.scales, *other.scales])}
+        both.dim = self.dim + other.dim
+        return both
 
 
 @torch.no_grad()
-def fit_patches(
-    pixels: Tensor, sizes: Sequence[int], *, seed: int = 0, image_size: int | None = None
-) -> Patches:
+def fit_patches(pixels: Tensor, sizes: Sequence[int], *, seed: int = 0) -> Patches:
     """Learn dictionaries from images.
 
     Args:
-        pixels: (N, C, S, S), values in 0..1; S is image_size or more than each of `sizes`.
+        pixels: (N, C, S, S), values in 0..1; S is the size of the images that the backbone takes.
         sizes: Side of the image for each dictionary, in pixels.
         seed: Seed of the choice of patches and first centers.
-        image_size: Side of the images that the backbone will get [S].
 
     Returns:
         The backbone, in eval mode.

@@ -153,3 +153,37 @@ def uniformity(h: Tensor, t: float = 2, *, chunk: int = 512) -> float:
         energy.diagonal(start).fill_(-math.inf)
         sums.append(energy.logsumexp(1))
     return (torch.cat(sums).logsumexp(0) - math.log(n * (n - 1))).item()
+
+
+def view_agreement(a: Tensor, b: Tensor, k: int = 10) -> Tensor:
+    """Measure, image by image, how well two views agree on the image and on its neighborhood.
+
+    The first number asks whether the features still recognize an image: 1 / (1 + the number of
+    other images that are nearer to its first view than its second view is). The second asks whether
+    they arrange images alike: the k nearest neighbors of an image are found among the first views,
+    and the number says how near they are among the second views, in standard deviations above the
+    mean of all images. Both are averaged over the two directions. A network that has learned
+    classes can fail at the first and a closed form at the second (docs/closed_form.md).
+
+    Args:
+        a: (N, d) features of the first views.
+        b: (N, d) features of the second views.
+        k: Number of neighbors, capped at N // 4.
+
+    Returns:
+        (2, N): reciprocal ranks, and nearness of the neighbors.
+    """
+    a, b = F.normalize(at_least_float32(a), dim=1), F.normalize(at_least_float32(b), dim=1)
+    n = len(a)
+    others = ~torch.eye(n, dtype=torch.bool, device=a.device)
+
+    def one_direction(a: Tensor, b: Tensor) -> Tensor:
+        across = a @ b.T
+        rank = (across > across.diagonal()[:, None]).sum(1)
+        first, second = (((x @ x.T)[others]).view(n, n - 1) for x in (a, b))
+        neighbors = first.topk(max(1, min(k, n // 4)), dim=1).indices
+        spread = second.std(1).clamp_min(1e-12)
+        nearness = (second.gather(1, neighbors).mean(1) - second.mean(1)) / spread
+        return torch.stack([1 / (1 + rank), nearness])
+
+    return (one_direction(a, b) + one_direction(b, a)) / 2
