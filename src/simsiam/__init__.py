@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from simsiam.embeddings.neighbors import neighbors as neighbors
     from simsiam.embeddings.outliers import outliers as outliers
     from simsiam.embeddings.probe import probe as probe
+    from simsiam.embeddings.search_source import search as search
     from simsiam.errors import Stopped as Stopped
     from simsiam.errors import UsageError as UsageError
     from simsiam.errors import WorkFailed as WorkFailed
@@ -90,13 +91,14 @@ _MODULES = {
     "probe": "embeddings.probe",
     "report": "pages.report",
     "resume": "training.launch",
+    "search": "embeddings.search_source",
     "transfer": "detection.transfer",
 }
 __all__ = [
     "CRITERIA", "METHODS", "TARGETS", "Criterion", "Method", "Recipe", "Run", "Siamese", "Stopped",
     "UsageError", "Views", "WorkFailed", "build", "cluster", "compare", "convert", "duplicates",
     "embed", "evaluate", "export", "inspect", "load", "make_views", "negative_cosine", "neighbors",
-    "outliers", "plan", "pretrain", "preview", "probe", "report", "resume", "transfer",
+    "outliers", "plan", "pretrain", "preview", "probe", "report", "resume", "search", "transfer",
 ]  # fmt: skip
 
 

@@ -123,33 +123,45 @@ def read_embeddings(path: str | os.PathLike[str]) -> Embeddings:
         raise UsageError(
             f"{path} does not exist: create it with `simsiam embed RUN SOURCE --out {path}`"
         )
-    table, text = _read_table(path)
-    flat = np.concatenate([chunk.flatten().to_numpy() for chunk in table["vector"].chunks])
-    vectors = torch.from_numpy(flat.astype(np.float32, copy=False).reshape(len(table), -1))
-    if not vectors.isfinite().all():
+    embeddings = table_to_embeddings(_read_table(path))
+    if not embeddings.vectors.isfinite().all():
         raise WorkFailed(f"{path} has vectors that are not finite: its run has diverged")
-    metadata = table.schema.metadata or {}
+    return embeddings
+
+
+def table_to_embeddings(table: pa.Table) -> Embeddings:
+    """Turn the rows of an embedding file into embeddings.
+
+    Args:
+        table: At least one row, with the columns path and vector.
+
+    Returns:
+        The embeddings.
+    """
+    flat = np.concatenate([chunk.flatten().to_numpy() for chunk in table["vector"].chunks])
+    texts = {
+        name: table[name].cast(pa.string()).to_pylist()
+        for name in ("path", "label")
+        if name in table.column_names
+    }
     return Embeddings(
-        paths=text["path"],
-        vectors=vectors,
-        labels=text.get("label"),
+        paths=texts["path"],
+        vectors=torch.from_numpy(flat.astype(np.float32, copy=False).reshape(len(table), -1)),
+        labels=texts.get("label"),
         thumbnails=Column(table["thumbnail"]) if "thumbnail" in table.column_names else None,
-        metadata=json.loads(metadata.get(b"simsiam", b"{}")),
+        metadata=json.loads((table.schema.metadata or {}).get(b"simsiam", b"{}")),
     )
 
 
-def _read_table(path: Path) -> tuple[pa.Table, dict[str, list[str]]]:
-    """The table of a file or folder, its columns checked, and the columns of text as lists."""
+def _read_table(path: Path) -> pa.Table:
+    """The table of a file or folder, its columns checked."""
     files = [Path(file) for file in find_shards(str(path))] if path.is_dir() else [path]
     try:
         table = pa.concat_tables(
             [pq.ParquetFile(file, page_checksum_verification=True).read() for file in files]
         )
-        text = {
-            name: table[name].cast(pa.string()).to_pylist()
-            for name in ("path", "label")
-            if name in table.column_names
-        }
+        for name in {"path", "label"} & set(table.column_names):
+            table[name].cast(pa.string())
     except (pa.ArrowException, OSError) as error:
         reason = " ".join(str(error).split())[:160] or "the folder has no such file"
         raise UsageError(f"{path} is not a Parquet file of `simsiam embed`: {reason}") from None
@@ -164,4 +176,4 @@ def _read_table(path: Path) -> tuple[pa.Table, dict[str, list[str]]]:
             f"{path} needs a path and a vector in each row, all vectors of one length: "
             "use a file that `simsiam embed` wrote"
         )
-    return table, text
+    return table

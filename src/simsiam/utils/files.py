@@ -8,6 +8,8 @@ import json
 import os
 import shutil
 import socket
+import sys
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -235,6 +237,36 @@ def cache_dir(name: str) -> Path:
     if not (root := os.environ.get("SIMSIAM_CACHE")):
         root = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "simsiam")
     return Path(os.path.expanduser(root), name)
+
+
+@contextmanager
+def writable_cache() -> Iterator[None]:
+    """Use a temporary folder as the cache while the body runs, if the user's cannot be written.
+
+    Yields:
+        Nothing.
+    """
+    root = cache_dir("")
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=root):
+            pass
+    except OSError as error:
+        reason = error.strerror or error
+        text = f"the cache {root} cannot be written to ({reason}): a temporary folder is used, and "
+        print(printable(text + "nothing is kept; SIMSIAM_CACHE names another"), file=sys.stderr)
+    else:
+        yield
+        return
+    previous = os.environ.get("SIMSIAM_CACHE")
+    with tempfile.TemporaryDirectory(prefix="simsiam-") as folder:
+        os.environ["SIMSIAM_CACHE"] = folder
+        try:
+            yield
+        finally:
+            del os.environ["SIMSIAM_CACHE"]
+            if previous is not None:
+                os.environ["SIMSIAM_CACHE"] = previous
 
 
 def start_or_continue_job(work_folder: Path, job: Mapping[str, object]) -> None:
