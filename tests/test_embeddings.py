@@ -253,6 +253,8 @@ def test_only_copies_are_found(run, tmp_path):
         Image.new("RGB", (64, 64), (200, 30, 30)).save(source / f"plain {name}.png")
     Image.new("RGB", (64, 64), (30, 30, 200)).save(source / "plain blue.png")
     file = embed(run, source, out=tmp_path / "photos.parquet", device="cpu")
+    sizes = {Image.open(io.BytesIO(x)).size for x in read_embeddings(file).thumbnails}
+    assert sizes == {(96, 96), (64, 64), (60, 60), (40, 40)}  # the network is given 32 pixels
     groups = duplicates(file, out=tmp_path / "copies.csv", html=tmp_path / "copies.html")
     expected = [{"00.png", "00 copy.jpg", "00 third.jpg"}, {"plain a.png", "plain b.png"}]
     expected += [{f"{i:02}.png", f"{i:02} copy.jpg"} for i in (1, 2, 3)]

@@ -1,8 +1,9 @@
 """The preprocessing of evaluation: from an image to the input of a backbone, without randomness."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -13,6 +14,8 @@ from torchvision.transforms.v2 import functional as TF
 from simsiam.data.decode import Unreadable
 from simsiam.data.images import PREFETCH_CHUNK, Images
 from simsiam.utils.workers import CPU_CORES
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -122,10 +125,42 @@ def iter_crops(
     Raises:
         WorkFailed: A shard can no longer be read.
     """
+    if images.pixels is not None:
+        for start in range(0, len(images), chunk_size):
+            chunk = torch.from_numpy(images.pixels[start : start + chunk_size])
+            yield np.arange(start, start + len(chunk)), transform.crop(chunk)
+        return
+    min_side = 2 * transform.resize
+    for index, crops in iter_processed(images, transform.crop, min_side, skipped, chunk_size):
+        yield index, torch.cat(crops)
 
-    def read(i: int) -> Tensor | None:
+
+def iter_processed(
+    images: Images,
+    process: Callable[[Tensor], T],
+    min_side: int,
+    skipped: list[tuple[str, str]],
+    chunk_size: int,
+) -> Iterator[tuple[np.ndarray, list[T]]]:
+    """Read all images in several threads, a chunk at a time, and process each.
+
+    Args:
+        images: The images.
+        process: What is done with an image, uint8 (1, C, H, W).
+        min_side: See `Images.read`.
+        skipped: A list to which the (key, reason) of each unreadable image is appended.
+        chunk_size: Number of images in a chunk; it divides PREFETCH_CHUNK.
+
+    Yields:
+        Positions (n,) of the readable images of a chunk, and what became of each.
+
+    Raises:
+        WorkFailed: A shard can no longer be read.
+    """
+
+    def read(i: int) -> tuple[int, T] | None:
         try:
-            return transform.crop(image_to_tensor(loaded.read(i, min_side=2 * transform.resize)))
+            return i, process(image_to_tensor(loaded.read(i, min_side)))
         except Unreadable as error:
             skipped.append((images.keys[i], str(error)))
             return None
@@ -133,16 +168,11 @@ def iter_crops(
     loaded = images
     with ThreadPoolExecutor(CPU_CORES) as pool:
         for start in range(0, len(images), chunk_size):
-            index = np.arange(start, min(start + chunk_size, len(images)))
-            if images.pixels is not None:
-                chunk = torch.from_numpy(images.pixels[start : start + chunk_size])
-                yield index, transform.crop(chunk)
-                continue
             if start % PREFETCH_CHUNK == 0:  # a block is read if enough of it is needed
                 ahead = np.arange(start, min(start + PREFETCH_CHUNK, len(images)))
                 loaded = loaded.prefetch(ahead, 0.25)
-            results = zip(index, pool.map(read, index), strict=True)
-            readable = [(i, pixels) for i, pixels in results if pixels is not None]
+            index = range(start, min(start + chunk_size, len(images)))
+            readable = [result for result in pool.map(read, index) if result is not None]
             if readable:
-                positions, crops = zip(*readable, strict=True)
-                yield np.array(positions), torch.cat(crops)
+                positions, results = zip(*readable, strict=True)
+                yield np.array(positions), list(results)

@@ -11,6 +11,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from math import inf
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as TF
 
 from simsiam.data.images import Images, evenly_spaced, fingerprint, sample
-from simsiam.data.transform import Transform, iter_crops
+from simsiam.data.transform import Transform, iter_crops, iter_processed
 from simsiam.distributed.collectives import all_reduce_max
 from simsiam.distributed.process_group import (
     distributed_entry_point,
@@ -297,9 +298,9 @@ def embed_images(
     """
     skipped: list[tuple[str, str]] = []
     vectors, thumbnails, rows = [torch.zeros(0, feature_dim(network))], list[bytes](), list[int]()
-    for index, pixels in iter_crops(images, transform, skipped, CHUNK_SIZE):
+    for index, pixels, jpegs in _iter_inputs(images, transform, skipped):
         vectors += compute_outputs(lambda x: (network(x),), pixels, transform, compute)
-        thumbnails += map(encode_jpeg, make_thumbnails(pixels))
+        thumbnails += jpegs
         rows += index.tolist()
         advance(len(index))
     advance(len(skipped))
@@ -312,6 +313,24 @@ def embed_images(
     return rows, pa.table(columns), [(printable(key), reason) for key, reason in skipped]
 
 
+def _iter_inputs(
+    images: Images, transform: Transform, skipped: list[tuple[str, str]]
+) -> Iterator[tuple[np.ndarray, Tensor, list[bytes]]]:
+    """Yield positions of images, their crops (n, C, size, size) uint8, and their thumbnails."""
+    if images.pixels is not None:
+        for index, pixels in iter_crops(images, transform, skipped, CHUNK_SIZE):
+            yield index, pixels, [*map(encode_jpeg, make_thumbnails(pixels))]
+        return
+
+    def process(pixels: Tensor) -> tuple[Tensor, bytes]:
+        return transform.crop(pixels), make_thumbnail(pixels, transform)
+
+    min_side = 2 * max(transform.resize, THUMBNAIL_SIZE)
+    for index, results in iter_processed(images, process, min_side, skipped, CHUNK_SIZE):
+        crops, thumbnails = zip(*results, strict=True)
+        yield index, torch.cat(crops), list(thumbnails)
+
+
 def label_names(images: Images) -> list[str] | None:
     """List the class name of each image; return None without labels.
 
@@ -322,6 +341,25 @@ def label_names(images: Images) -> list[str] | None:
         return None
     names = [*map(printable, images.classes)]
     return [names[label] for label in images.labels]
+
+
+def make_thumbnail(pixels: Tensor, transform: Transform) -> bytes:
+    """Reduce what an encoder sees of an image to at most THUMBNAIL_SIZE pixels a side.
+
+    An encoder for small crops sees fewer pixels than its thumbnail has.
+
+    Args:
+        pixels: The image, (1, C, H, W) uint8.
+        transform: The preprocessing of the encoder.
+
+    Returns:
+        A JPEG file.
+    """
+    seen = min(pixels.shape[-2:]) * transform.size // transform.resize  # pixels of the image
+    side = min(max(seen, transform.size), THUMBNAIL_SIZE)
+    shorter_side = round(side * transform.resize / transform.size)
+    wider = replace(transform, size=side, shorter_side=shorter_side)
+    return encode_jpeg(make_thumbnails(wider.crop(pixels))[0])
 
 
 def make_thumbnails(pixels: Tensor) -> np.ndarray:

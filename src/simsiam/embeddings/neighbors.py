@@ -13,7 +13,7 @@ from torch import Tensor
 
 from simsiam.data.decode import Unreadable, decode_image
 from simsiam.data.transform import image_to_tensor
-from simsiam.embeddings.embed import encode_jpeg, make_thumbnails
+from simsiam.embeddings.embed import make_thumbnail
 from simsiam.embeddings.gallery import Figure, Section, write_page
 from simsiam.embeddings.table import Embeddings, read_embeddings
 from simsiam.errors import UsageError, WorkFailed, check_ranges
@@ -170,7 +170,7 @@ def embed_query(file: str, run: str | os.PathLike[str], compute: Compute) -> Que
     crop = transform.crop(pixels)
     compute.place(network)
     (h,) = compute_outputs(lambda x: (network(x),), crop, transform, compute)
-    return Query(file, h[0], None, encode_jpeg(make_thumbnails(crop)[0]))
+    return Query(file, h[0], None, make_thumbnail(pixels, transform))
 
 
 def format_neighbors(results: Sequence[Neighbor]) -> str:
