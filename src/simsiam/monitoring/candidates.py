@@ -1,0 +1,423 @@
+"""Candidates: encoders in closed form, compared without labels.
+
+Everything is fitted on some images of a source and compared on others, on which nothing was fitted.
+A `Branch` is a backbone with its features of these images; a `Candidate` is an encoder made of one
+or two branches; `choose` takes a candidate only if it is better than the best one before it by more
+than the noise of the measurement.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from simsiam.config.methods import Views
+from simsiam.data.images import Images, measure_sizes
+from simsiam.data.transform import Transform, iter_crops
+from simsiam.data.views import make_views
+from simsiam.errors import UsageError
+from simsiam.model.encoder import Encoder
+from simsiam.model.patches import PATCHES_PREFIX, Patches, fit_patches
+from simsiam.model.precision import Compute
+from simsiam.model.view_noise import center, fit_map, view_noise_covariance
+from simsiam.monitoring.nearest_neighbors import cap_k, knn_top1
+from simsiam.monitoring.signals import view_agreement, view_retrieval
+from simsiam.utils.progress_bar import progress_bar
+
+FIT_SIZE, HELD_OUT_SIZE = 1000, 600  # images that encoders are fitted on, and compared on
+MIN_IMAGES = 24  # fewer leave too few to compare on
+VIEWS_PER_IMAGE = 4  # of the images that view noise is estimated from
+PATCH_SIZES = (32, 24, 64, 48)  # sizes in pixels, in the order in which they are tried
+SHRINKAGES = (0.1, 0.3, 1.0)
+PATCH_WEIGHTS = (0.5, 1.0, 2.0)  # of patches beside a network, relative to equal view noise
+SIGNIFICANT = 1.64  # standard errors by which a candidate has to be better: one-sided 95 %
+CHUNK = 100  # images that are computed at a time
+# The method's views without blur, which removes what patches see at these sizes.
+NOISE_VIEWS = Views(blur=0.0)
+
+
+class Sample(NamedTuple):
+    """Images of a source, cropped to squares.
+
+    Attributes:
+        pixels: uint8 (N, C, S, S); the first `fit_size` are for fitting, the rest is held out.
+        fit_size: Number of images for fitting.
+        labels: (N,) int64, or None.
+        skipped: Key and reason of each image that cannot be read.
+    """
+
+    pixels: Tensor
+    fit_size: int
+    labels: Tensor | None
+    skipped: list[tuple[str, str]]
+
+
+def read_sample(images: Images, side: int, *, seed: int = 0) -> Sample:
+    """Read a random sample of images.
+
+    Args:
+        images: The images.
+        side: Side of the squares in pixels.
+        seed: Seed of the choice.
+
+    Returns:
+        At most FIT_SIZE + HELD_OUT_SIZE images; a third of them, at most HELD_OUT_SIZE, is held
+        out.
+
+    Raises:
+        UsageError: There are fewer than MIN_IMAGES readable images.
+    """
+    order = np.random.default_rng(seed).permutation(len(images))[: FIT_SIZE + HELD_OUT_SIZE]
+    chosen, skipped = images.take(order), list[tuple[str, str]]()
+    transform = Transform(size=side, mean=(), std=(), shorter_side=side)
+    parts = list(iter_crops(chosen, transform, skipped, chunk_size=CHUNK))
+    n = sum(len(index) for index, _ in parts)
+    if n < MIN_IMAGES:
+        first = f"; the first unreadable one, {skipped[0][0]}: {skipped[0][1]}" if skipped else ""
+        raise UsageError(f"{n} readable images: at least {MIN_IMAGES} are needed{first}")
+    kept = np.concatenate([index for index, _ in parts])
+    labels = None if chosen.labels is None else torch.from_numpy(chosen.labels[kept])
+    pixels = torch.cat([pixels for _, pixels in parts])
+    return Sample(pixels, n - min(HELD_OUT_SIZE, n // 3), labels, skipped)
+
+
+def learn_patches(
+    sample: Sample, transform: Transform, sizes: Sequence[int] = PATCH_SIZES
+) -> dict[str, Patches]:
+    """Learn a dictionary of patches for each image size.
+
+    Args:
+        sample: The images.
+        transform: The preprocessing of the images that the backbones will be given.
+        sizes: Image sizes in pixels; those above the input's are left out.
+
+    Returns:
+        Backbones by their names.
+    """
+    parts = sample.pixels[: sample.fit_size].split(CHUNK)
+    pixels = torch.cat([transform.crop(x).float() / 255 for x in parts])
+    backbones = {}
+    for size in (s for s in sizes if s <= transform.size):
+        backbone = backbones[f"{PATCHES_PREFIX}{size}"] = fit_patches(pixels, (size,))
+        backbone.mean.copy_(torch.tensor(transform.mean).view(-1, 1, 1))
+        backbone.std.copy_(torch.tensor(transform.std).view(-1, 1, 1))
+    return backbones
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A backbone and its features of the sample.
+
+    Attributes:
+        name: The name of the backbone.
+        backbone: The module, in eval mode.
+        h: (N, d) features of the images.
+        mean: (d,), their mean over the images for fitting.
+        noise: Sw (d, d), the covariance of view noise over the images for fitting.
+        held_out: (2, M, d) features of two views of the images held out.
+    """
+
+    name: str
+    backbone: nn.Module
+    h: Tensor
+    mean: Tensor
+    noise: Tensor
+    held_out: Tensor
+
+
+def measure(
+    backbones: Mapping[str, nn.Module],
+    transform: Transform,
+    sample: Sample,
+    compute: Compute,
+    *,
+    label: str = "",
+) -> list[Branch]:
+    """Compute the features of backbones that take the same images.
+
+    Args:
+        backbones: The backbones by their names; they are moved to the device.
+        transform: Their preprocessing.
+        sample: The images.
+        compute: Where to compute, and in which precision.
+        label: The text before a progress bar; "" shows none.
+
+    Returns:
+        A branch for each backbone.
+    """
+    for backbone in backbones.values():
+        compute.place(backbone.eval())
+
+    def features(views: Sequence[Tensor]) -> list[Tensor]:
+        """(views, n, d) for each backbone."""
+        with torch.no_grad(), compute.autocast():
+            return [
+                torch.stack([net(x.to(compute.device)).float().cpu() for x in views])
+                for net in backbones.values()
+            ]
+
+    def prepare(part: Tensor, start: int, count: int) -> list[Tensor]:
+        if not count:
+            x = transform.normalize(transform.crop(part))
+            return [x.contiguous(memory_format=torch.channels_last)]
+        return make_views(
+            part,
+            (NOISE_VIEWS,),
+            view_count=count,
+            size=transform.size,
+            mean=transform.mean,
+            std=transform.std,
+            seed=0,
+            step=0,
+            positions=np.arange(start, start + len(part)),
+        )
+
+    fit, n = sample.fit_size, len(sample.pixels)
+    jobs = [(0, n, 0), (0, fit, VIEWS_PER_IMAGE), (fit, n, 2)]
+    results = []
+    with progress_bar(label, sum((stop - start) * max(c, 1) for start, stop, c in jobs)) as advance:
+        for begin, end, count in jobs:
+            chunks = []
+            for start in range(begin, end, CHUNK):
+                part = sample.pixels[start : min(start + CHUNK, end)]
+                chunks.append(features(prepare(part, start, count)))
+                advance(len(part) * max(count, 1))
+            results.append([torch.cat(parts, dim=1) for parts in zip(*chunks, strict=True)])
+    return [
+        Branch(name, net, h[0], h[0, :fit].mean(0), view_noise_covariance(v.transpose(0, 1)), held)
+        for (name, net), h, v, held in zip(backbones.items(), *results, strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An encoder, and what was measured of it.
+
+    Attributes:
+        name: What it is, in words.
+        branches: One or two backbones.
+        heads: A linear map for each branch; None leaves features as they are.
+        agreement: (2, M), `view_agreement` of the images held out.
+        retrieval: Percent of their views that find the other view of the same image.
+        knn_top1: kNN accuracy in percent on the sample, if there are labels; not used to choose.
+    """
+
+    name: str
+    branches: tuple[Branch, ...]
+    heads: tuple[nn.Linear | None, ...]
+    agreement: Tensor = field(repr=False)
+    retrieval: float
+    knn_top1: float | None
+
+    @property
+    def score(self) -> float:
+        """The geometric mean of the two numbers of `view_agreement`, averaged over images first."""
+        recognition, nearness = self.agreement.mean(1).clamp_min(1e-6).tolist()
+        return float((recognition * nearness) ** 0.5)
+
+    def gain(self, other: "Candidate") -> tuple[float, float]:
+        """Compare with another candidate on the same images.
+
+        Args:
+            other: The other candidate.
+
+        Returns:
+            The logarithm of the ratio of the scores, and its standard error (delta method; the
+            images are paired).
+        """
+        influence = [
+            c.agreement / c.agreement.mean(1, keepdim=True).clamp_min(1e-6) for c in (self, other)
+        ]
+        difference = (influence[0] - influence[1]).mean(0)
+        error = difference.std().item() / len(difference) ** 0.5
+        return math.log(self.score / other.score), error
+
+
+def make_candidate(
+    name: str, branches: Sequence[Branch], heads: Sequence[nn.Linear | None], sample: Sample
+) -> Candidate:
+    """Apply heads to the features of branches, and measure the result.
+
+    Args:
+        name: What it is, in words.
+        branches: The backbones.
+        heads: A linear map for each.
+        sample: The images, for their labels.
+
+    Returns:
+        The candidate.
+    """
+
+    @torch.no_grad()
+    def joined(features: Callable[[Branch], Tensor]) -> Tensor:
+        pairs = zip(map(features, branches), heads, strict=True)
+        return torch.cat([h if head is None else head(h) for h, head in pairs], dim=1)
+
+    a, b = joined(lambda branch: branch.held_out[0]), joined(lambda branch: branch.held_out[1])
+    accuracy = None
+    if (labels := sample.labels) is not None:
+        h, n, classes = joined(lambda branch: branch.h), sample.fit_size, int(labels.max()) + 1
+        k = cap_k(n, classes)
+        accuracy = knn_top1(h[:n], labels[:n], h[n:], labels[n:], classes=classes, k=k)
+    return Candidate(
+        name, tuple(branches), tuple(heads), view_agreement(a, b), view_retrieval(a, b), accuracy
+    )
+
+
+def best_candidate(candidates: Iterable[Candidate]) -> Candidate:
+    """Return the candidate with the highest score.
+
+    Args:
+        candidates: At least one.
+    """
+    return max(candidates, key=lambda candidate: candidate.score)
+
+
+def map_candidate(branch: Branch, sample: Sample) -> Candidate:
+    """Add the map of view noise to a branch, with the best of SHRINKAGES.
+
+    Args:
+        branch: The backbone.
+        sample: The images.
+    """
+    return best_candidate(
+        make_candidate(
+            f"{branch.name} + map",
+            [branch],
+            [fit_map(branch.mean, branch.noise, shrinkage)],
+            sample,
+        )
+        for shrinkage in SHRINKAGES
+    )
+
+
+def join_candidates(
+    first: Candidate, second: Candidate, sample: Sample, weights: Sequence[float] = (1.0,)
+) -> Candidate:
+    """Put the features of two candidates side by side.
+
+    Each is divided by the root of its mean squared view noise, so that a weight of 1 gives both the
+    same noise.
+
+    Args:
+        first: The first candidate, of one branch with a head.
+        second: The second candidate, of one branch with a head.
+        sample: The images.
+        weights: Factors of the second one's features; the best one is taken.
+    """
+
+    def scaled(candidate: Candidate, weight: float) -> nn.Linear:
+        branch = candidate.branches[0]
+        head, noise = candidate.heads[0] or center(branch.mean), branch.noise
+        matrix = head.weight.double()
+        scale = weight / ((matrix @ noise) * matrix).sum().clamp_min(1e-30).sqrt().float()
+        linear = nn.utils.skip_init(nn.Linear, head.in_features, head.out_features)
+        linear.load_state_dict({name: x * scale for name, x in head.state_dict().items()})
+        return linear.requires_grad_(False)
+
+    name = f"{first.name}, {second.name}"
+    branches = [*first.branches, *second.branches]
+    return best_candidate(
+        make_candidate(name, branches, [scaled(first, 1.0), scaled(second, weight)], sample)
+        for weight in weights
+    )
+
+
+def patch_candidates(branches: Sequence[Branch], sample: Sample) -> Iterator[Candidate]:
+    """Make candidates of patches: each size centered, and with its map.
+
+    Args:
+        branches: Patches of one size each.
+        sample: The images.
+
+    Yields:
+        The candidates, in the order of the branches.
+    """
+    for branch in branches:
+        yield make_candidate(branch.name, [branch], [center(branch.mean)], sample)
+        yield map_candidate(branch, sample)
+
+
+def choose(candidates: Iterable[Candidate]) -> tuple[Candidate, list[dict[str, object]]]:
+    """Take each candidate that is better than the best before it by more than noise.
+
+    Args:
+        candidates: At least one; the first is taken to begin with.
+
+    Returns:
+        The best one, and a row of the table of what was tried for each.
+
+    Raises:
+        ValueError: There is none.
+    """
+    best, rows = None, []
+    for candidate in candidates:
+        row: dict[str, object] = {
+            "candidate": candidate.name,
+            "score": round(candidate.score, 4),
+            "view_retrieval": round(candidate.retrieval, 2),
+        }
+        if candidate.knn_top1 is not None:
+            row["knn_top1"] = round(candidate.knn_top1, 2)
+        taken = best is None
+        if best is not None:
+            gain, error = candidate.gain(best)
+            taken = gain > SIGNIFICANT * error
+            row |= {"than": best.name, "gain": round(gain, 4), "error": round(error, 4)}
+        rows.append(row | {"taken": taken})
+        best = candidate if taken else best
+    if best is None:
+        raise ValueError("no candidates")
+    return best, rows
+
+
+def build_encoder(candidate: Candidate) -> tuple[str, Encoder, str | None]:
+    """Make the module of a candidate.
+
+    Patches of two sizes become one backbone with both; patches beside a network become the second
+    branch of the encoder.
+
+    Args:
+        candidate: The candidate.
+
+    Returns:
+        The name of its backbone, the encoder, and the name of its second branch if there is one.
+    """
+    first, *second = candidate.branches
+    if not second:
+        return first.name, Encoder(first.backbone, candidate.heads[0]), None
+    if not isinstance(first.backbone, Patches) or not isinstance(second[0].backbone, Patches):
+        encoder = Encoder(
+            first.backbone, candidate.heads[0], second[0].backbone, candidate.heads[1]
+        )
+        return first.name, encoder, second[0].name
+    backbone = first.backbone.join(second[0].backbone)
+    joined = nn.utils.skip_init(nn.Linear, backbone.dim, backbone.dim)
+    heads = [head for head in candidate.heads if head is not None]
+    weight = torch.block_diag(*(head.weight for head in heads))
+    joined.load_state_dict({"weight": weight, "bias": torch.cat([head.bias for head in heads])})
+    name = f"{first.name}+{second[0].name.removeprefix(PATCHES_PREFIX)}"
+    return name, Encoder(backbone, joined.requires_grad_(False)), None
+
+
+def sample_for_patches(images: Images, *, seed: int = 0) -> tuple[Sample, Transform]:
+    """Read a sample at a size that suits patches.
+
+    Args:
+        images: The images.
+        seed: Seed of the choice.
+
+    Returns:
+        The sample, and the preprocessing for patches: no image is enlarged, but for those below
+        the smallest of PATCH_SIZES.
+    """
+    sizes = measure_sizes(images)
+    median = int(np.median(sizes.min(1))) if len(sizes) else max(PATCH_SIZES)
+    usable = [size for size in PATCH_SIZES if size <= median] or [min(PATCH_SIZES)]
+    sample = read_sample(images, min(2 * max(PATCH_SIZES), max(median, *usable)), seed=seed)
+    zeros, ones = (0.0,) * images.channels, (1.0,) * images.channels
+    return sample, Transform(size=max(usable), mean=zeros, std=ones)

@@ -1,0 +1,198 @@
+"""The verb `adapt`: the best features for a source's images, in steps that each have to be better.
+
+Encoders in closed form are compared first: published weights unchanged, centered and with the map
+of view noise; patches at several sizes; both side by side. Where there is time left, SimSiam trains
+on top of the best one. Whatever is tried, images that nothing was fitted on decide, without labels
+(`simsiam.monitoring.candidates`); "unchanged is best" is a normal result.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from torch import nn
+
+from simsiam.data.images import sample
+from simsiam.data.transform import Transform
+from simsiam.distributed.process_group import world_size
+from simsiam.errors import UsageError, printable
+from simsiam.model.patches import Patches
+from simsiam.model.precision import Compute
+from simsiam.model.view_noise import center
+from simsiam.monitoring.candidates import (
+    PATCH_WEIGHTS,
+    Branch,
+    Candidate,
+    Sample,
+    choose,
+    join_candidates,
+    learn_patches,
+    make_candidate,
+    map_candidate,
+    measure,
+    patch_candidates,
+    read_sample,
+    sample_for_patches,
+)
+from simsiam.runs.closed_form import encoder_recipe, write_encoder
+from simsiam.runs.encoder import eval_transform, load
+from simsiam.runs.run_folder import Run, choose_run_path
+from simsiam.runs.weights import open_weights
+from simsiam.sources.open_source import absolute_source, open_source
+from simsiam.training.progress import format_labeled_lines
+
+TRIAL_IMAGES = 60  # images that the time of a measurement is estimated from
+RESERVE_SECONDS = 12  # for starting the program, choosing, and writing the run folder
+
+
+def adapt(
+    source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    *,
+    init: str | os.PathLike[str] | None = None,
+    backbone: str | None = None,
+    minutes: float | None = None,
+    no_labels: bool = False,
+    out: str | os.PathLike[str] | None = None,
+    channels: int = 3,
+    limit: int | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    precision: str = "auto",
+) -> Path:
+    """Find the best features for the images of a source, and write them as a run folder.
+
+    Args:
+        source: The images.
+        init: A run folder or the name of weights to start from; by default nothing but the images
+            is used.
+        backbone: The network, if `init` is a file of weights.
+        minutes: Time limit; what does not fit is left out, which is printed.
+        no_labels: Whether to ignore labels. They are never used to choose.
+        out: The run folder; it must not exist.
+        channels: Channels of the images.
+        limit: Use only this many images.
+        seed: Seed of the sample and of training.
+        device: "auto", "cpu", "cuda", ...
+        precision: "auto", "bfloat16" or "float32", of the backbone.
+
+    Returns:
+        The path of the run folder; its adapt.json has the table of what was tried.
+
+    Raises:
+        UsageError: If the request is wrong, or there are too few images.
+        WorkFailed: If weights cannot be downloaded.
+    """
+    deadline = None if minutes is None else time.monotonic() + 60 * minutes - RESERVE_SECONDS
+    if world_size() > 1:
+        raise UsageError("adapt runs in one process: start it without torchrun")
+    if minutes is not None and not minutes > 0:
+        raise UsageError(f"minutes is {minutes}: give a number above 0")
+    names = [source] if isinstance(source, str | os.PathLike) else list(source)
+    opened = open_source(names, channels, no_labels=no_labels)
+    images = sample(opened.train, limit)
+    compute = Compute.pick(device, precision)
+    network = None
+    if init is None:
+        chosen, transform = sample_for_patches(images, seed=seed)
+        recipe = encoder_recipe(names, channels, transform)
+    else:
+        run = Run(open_weights(init, backbone=backbone, source=names, channels=channels))
+        recipe = run.recipe.replace(source=[absolute_source(name) for name in names])
+        network, transform = load(run.path, head=False), eval_transform(recipe)
+        chosen = read_sample(images, transform.resize, seed=seed)
+    path = choose_run_path(out, f"{opened.name}-adapt", recipe)
+    print_labeled("images", f"{len(chosen.pixels)} of {len(images)}, {chosen.fit_size} to fit on")
+    backbones: dict[str, nn.Module] = {**learn_patches(chosen, transform)}
+    if network is not None and not isinstance(network, Patches):
+        backbones = {recipe.backbone: network, **backbones}
+    backbones = affordable(backbones, transform, chosen, compute, deadline)
+    branches = measure(backbones, transform, chosen, compute, label="measuring")
+    best, rows = choose(print_candidates(closed_form_candidates(branches, chosen)))
+    write_encoder(path, recipe, best, rows, chosen.skipped)
+    print_labeled("chosen", best.name)
+    return path
+
+
+def affordable(
+    backbones: Mapping[str, nn.Module],
+    transform: Transform,
+    images: Sample,
+    compute: Compute,
+    deadline: float | None,
+) -> dict[str, nn.Module]:
+    """Leave out backbones that cannot be measured in time.
+
+    Args:
+        backbones: The backbones by their names, the most important first.
+        transform: Their preprocessing.
+        images: The sample.
+        compute: Where to compute.
+        deadline: The end, in seconds of `time.monotonic`; None for no limit.
+
+    Returns:
+        At least the first one.
+    """
+    kept: dict[str, nn.Module] = {}
+    few = Sample(images.pixels[:TRIAL_IMAGES], TRIAL_IMAGES * 5 // 8, None, [])
+    seconds = 0.0
+    for name, backbone in backbones.items():
+        start = time.monotonic()
+        measure({name: backbone}, transform, few, compute)
+        seconds += (time.monotonic() - start) * len(images.pixels) / len(few.pixels)
+        if kept and deadline is not None and time.monotonic() + seconds > deadline:
+            left_out = ", ".join(name for name in backbones if name not in kept)
+            print_labeled("left out", f"{left_out}: no time to measure these")
+            break
+        kept[name] = backbone
+    return kept
+
+
+def closed_form_candidates(branches: Sequence[Branch], images: Sample) -> Iterator[Candidate]:
+    """Make the candidates that need no training.
+
+    Args:
+        branches: The network to start from, if there is one, and patches.
+        images: The sample.
+
+    Yields:
+        The network unchanged, centered and with its map; patches; the best of both side by side.
+    """
+    networks = [b for b in branches if not isinstance(b.backbone, Patches)]
+    for branch in networks:
+        yield make_candidate(f"{branch.name} unchanged", [branch], [None], images)
+        yield make_candidate(f"{branch.name} centered", [branch], [center(branch.mean)], images)
+        mapped = map_candidate(branch, images)
+        yield mapped
+    patches = [b for b in branches if isinstance(b.backbone, Patches)]
+    single = list(patch_candidates(patches, images))
+    yield from single
+    if networks and single:
+        yield join_candidates(mapped, choose(single)[0], images, PATCH_WEIGHTS)
+
+
+def print_candidates(candidates: Iterator[Candidate]) -> Iterator[Candidate]:
+    """Print each candidate and what was measured of it.
+
+    Args:
+        candidates: The candidates.
+
+    Yields:
+        The same ones.
+    """
+    for candidate in candidates:
+        accuracy = "" if candidate.knn_top1 is None else f", kNN {candidate.knn_top1:.1f}"
+        numbers = f"score {candidate.score:.3f}, views {candidate.retrieval:.0f}%{accuracy}"
+        print_labeled("tried", f"{candidate.name}: {numbers}")
+        yield candidate
+
+
+def print_labeled(label: str, text: str) -> None:
+    """Print a line with its label to stderr.
+
+    Args:
+        label: The label.
+        text: The text.
+    """
+    print(*format_labeled_lines(label, [printable(text)]), sep="\n", file=sys.stderr)
