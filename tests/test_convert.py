@@ -27,9 +27,10 @@ from simsiam.model.backbones import RESNETS, create_backbone
 from simsiam.runs.checkpoints import foreign_checkpoints as checkpoints
 from simsiam.runs.checkpoints import published_weights as releases
 from simsiam.runs.checkpoints.convert import convert, format_conversion
-from simsiam.runs.checkpoints.foreign_checkpoints import convert_state_dict, load_backbone_weights
+from simsiam.runs.checkpoints.foreign_checkpoints import convert_state_dict
 from simsiam.runs.checkpoints.published_weights import Release, find_release
 from simsiam.runs.weight_files import file_sha256, read_state_dict
+from simsiam.runs.weights import open_weights
 
 SMALL = {"dim": 12, "proj_hidden": 10, "pred_dim": 6}
 
@@ -312,7 +313,7 @@ def test_lightlys_sequence_of_children_and_timms_names_are_the_same_network():
     for network in theirs:
         save_file(network.state_dict(), "theirs.safetensors")
         bare = create_backbone("resnet18", image_size=224)
-        bare.load_state_dict(load_backbone_weights("theirs.safetensors", "resnet18"))
+        bare.load_state_dict(load(open_weights("theirs.safetensors")).state_dict())
         assert torch.equal(bare.eval()(x), network.eval()(x))
 
 
@@ -441,10 +442,7 @@ def test_a_release_is_downloaded_once_and_checked(tmp_path, monkeypatch):
         run.path
     )
     published.unlink()
-    bare = create_backbone("resnet50", image_size=224, width=4)
-    bare.load_state_dict(
-        load_backbone_weights("simsiam_resnet50_100ep", "resnet50")
-    )  # from the cache
+    convert("simsiam_resnet50_100ep", out="from the cache")
     (cached,) = (tmp_path / "cache").rglob("*.tar")
     cached.write_bytes(b"")
     with pytest.raises(WorkFailed, match="is damaged: its sha256 does not start with"):
@@ -474,8 +472,9 @@ def test_a_backbone_can_start_from_any_of_them(tmp_path):
         run,
         run / "checkpoints" / "last.pt",
     ):
-        loaded = load_backbone_weights(path, "resnet10")
+        loaded = load(open_weights(path, backbone="resnet10"), head=False).state_dict()
         assert loaded.keys() == state.keys()
         assert all(torch.equal(loaded[name], state[name]) for name in state)
-    with pytest.raises(UsageError, match="its backbone is a resnet10, not a resnet50"):
-        load_backbone_weights(run, "resnet50")
+    for path in (run, tmp_path / "theirs.pt"):
+        with pytest.raises(UsageError, match="resnet10"):
+            open_weights(path, backbone="resnet50")

@@ -14,6 +14,11 @@ PAPER_NOTE = (
     "Sections, appendices, tables, figures, equations and footnotes are those of the SimSiam paper "
     "(Chen & He, 2021)."
 )
+WEIGHTS_KINDS = (
+    "timm:NAME, hf-hub:OWNER/NAME, a name of torchvision such as ResNet50_Weights.IMAGENET1K_V2, "
+    "lite0 or lite2 (in the package simsiam[weights]), patches (learned from SOURCE), a run "
+    "folder, or a file with --backbone NAME"
+)
 SETTINGS_NOTE = (
     "Values in brackets are the defaults for --method simsiam. Another method, the source or "
     f"--recipe changes some of them; a flag overrides all of these. {PAPER_NOTE}"
@@ -48,13 +53,31 @@ class Parser(argparse.ArgumentParser):
         return [flag for action in self._actions for flag in action.option_strings]
 
 
-def add_run(parser: argparse.ArgumentParser) -> None:
+def add_run(parser: argparse.ArgumentParser, *, weights: bool = False) -> None:
     """Add the positional argument RUN.
 
     Args:
         parser: The verb's parser.
+        weights: Whether weights are accepted as well; then --backbone is added, too.
     """
-    parser.add_argument("run", metavar="RUN", help="a run folder")
+    note = f"a run folder, or weights: {WEIGHTS_KINDS}" if weights else "a run folder"
+    parser.add_argument("run", metavar="RUN", help=note)
+    if weights:
+        add_backbone(parser, "RUN")
+
+
+def add_backbone(parser: argparse.ArgumentParser, argument: str) -> None:
+    """Add the flag --backbone for a file of weights.
+
+    Args:
+        parser: The verb's parser.
+        argument: The argument that names the file.
+    """
+    note = (
+        f"if {argument} is a file of weights: its network, a name as in `simsiam pretrain "
+        "--backbone`; not needed for a ResNet"
+    )
+    parser.add_argument("--backbone", metavar="NAME", help=note)
 
 
 def add_source(parser: argparse.ArgumentParser, nargs: str, default: str = "") -> None:

@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     Args:
         parser: The verb's parser.
     """
-    add_run(parser)
+    add_run(parser, weights=True)
     add_source(parser, "*", "the source of the run")
     note = (
         "a new .parquet file; or a folder, for files of about 100,000 images each; or a .npy file, "

@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     Args:
         parser: The verb's parser.
     """
-    add_run(parser)
+    add_run(parser, weights=True)
     add_source(parser, "*", "the source of the run")
     parser.add_argument(
         "--protocol",

@@ -20,10 +20,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     Args:
         parser: The verb's parser.
     """
-    add_run(parser)
+    add_run(parser, weights=True)
     note = f"the format: {', '.join(format_names())}"
     parser.add_argument("--format", metavar="NAME", required=True, help=note)
-    parser.add_argument("--out", metavar="FOLDER", help="a new folder [RUN/exports/FORMAT]")
+    note = "a new folder; needed for weights [RUN/exports/FORMAT]"
+    parser.add_argument("--out", metavar="FOLDER", help=note)
     note = "with --format huggingface: license of the weights, for the model card"
     parser.add_argument("--license", metavar="NAME", help=note)
     note = (

@@ -2,6 +2,7 @@
 
 import argparse
 
+from simsiam.commands.arguments import WEIGHTS_KINDS, add_backbone
 from simsiam.commands.output import print_lines
 
 HELP = (
@@ -18,7 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     Args:
         parser: The verb's parser.
     """
-    parser.add_argument("runs", metavar="RUN", nargs="+", help="one or more run folders")
+    note = f"one or more run folders, or weights: {WEIGHTS_KINDS}"
+    parser.add_argument("runs", metavar="RUN", nargs="+", help=note)
+    add_backbone(parser, "RUN")
     note = "the page; an existing file is replaced [report.html in the first RUN]"
     parser.add_argument("--out", metavar="FILE.html", help=note)
     note = "number of images on the map, evenly spaced in the source [3000]"

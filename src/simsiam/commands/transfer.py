@@ -5,6 +5,8 @@ from typing import get_type_hints
 
 from simsiam.commands.arguments import (
     PAPER_NOTE,
+    WEIGHTS_KINDS,
+    add_backbone,
     add_device,
     add_precision,
     add_run,
@@ -49,10 +51,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--schedule", metavar="NAME", default="auto", help=note)
     note = (
-        "start from these weights: a run folder, a checkpoint or published weights; RUN still "
-        "defines the network and receives the results [the weights of RUN]"
+        f"start from these weights, with their network: {WEIGHTS_KINDS}; RUN still receives the "
+        "results [the weights of RUN]"
     )
     parser.add_argument("--init", metavar="WEIGHTS", help=note)
+    add_backbone(parser, "--init")
     parser.add_argument("--from-scratch", action="store_true", help="start from random weights")
     note = "random seed of new weights and of training [0]"
     parser.add_argument("--seed", metavar="N", type=int, default=0, help=note)

@@ -24,6 +24,9 @@ from simsiam.config.methods import METHODS
 from simsiam.config.settings import parse_value, setting, to_builtin_types
 from simsiam.errors import UsageError, check_ranges, unknown_name
 
+UNKNOWN_SOURCE = ("unknown",)  # the source of a run that was converted, not trained
+# What determines how an image is prepared for a backbone; weights bring their own.
+PREPROCESSING_SETTINGS = ("image_size", "mean", "std", "eval_resize", "eval_interpolation")
 STANDARD_SIZES = (32, 64, 96, 128, 224)  # view sizes in pixels that a folder's recipe chooses from
 
 
@@ -48,8 +51,9 @@ class Recipe:
     )
     init: str | None = setting(
         None,
-        "initial weights of the backbone: a run folder, a checkpoint, published weights, or "
-        "hf-hub:OWNER/NAME [random]",
+        "initial weights, which bring their network with them: a run folder, timm:NAME, "
+        "hf-hub:OWNER/NAME, a name of torchvision, lite0, lite2, patches, or a file, which needs "
+        "--backbone if it is no ResNet's [random]",
     )
     channels: int = setting(
         3, "channels of an image: 1 (gray), 3 (RGB), 4 (RGBA); up to 16 for NumPy and TIFF files"

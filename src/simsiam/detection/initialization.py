@@ -1,8 +1,7 @@
 """Where the weights of a detector's backbone come from, and the preprocessing that they need."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import nn
@@ -10,67 +9,65 @@ from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 from simsiam.detection.detector import build_detector
 from simsiam.detection.schedules import Schedule
-from simsiam.distributed.process_group import rank_zero_only
 from simsiam.errors import UsageError
 from simsiam.model.backbones import RESNETS
-from simsiam.runs.checkpoints.convert import sibling_recipe_settings
-from simsiam.runs.checkpoints.published_weights import resolve_checkpoint
-from simsiam.runs.encoder import build_backbone, load, load_init_weights, weights_sha256
-from simsiam.runs.run_folder import HEAD_FILE, Run
+from simsiam.runs.encoder import build_backbone, load, weights_sha256
+from simsiam.runs.run_folder import Run
+from simsiam.runs.weights import known_preprocessing, left_out_head, open_weights
 
 
 class Initialization:
     """The origin of a backbone's weights.
 
     Args:
-        run: The run whose network is used.
-        init: Other weights for this network: a run folder, a checkpoint or published weights.
+        run: The run whose backbone is used.
+        init: Other weights, which bring their network: a run folder, a checkpoint or published
+            weights.
         from_scratch: Whether to start from random weights.
+        backbone: The network of a checkpoint that is no ResNet's.
 
     Attributes:
+        recipe: The recipe of the network.
         mean: The mean of each channel that the weights were trained with.
         std: The standard deviation of each channel.
         network: The backbone and its width.
         kind: "scratch", "init" or "run".
         description: The origin under "from", and the hash of pretrained weights.
-        note: A line about the weights, or "".
+        notes: Lines about the weights.
 
     Raises:
-        UsageError: If the backbone is not a ResNet, or the weights do not fit.
+        UsageError: If the backbone is not a ResNet, or the weights cannot be used.
     """
 
-    def __init__(self, run: Run, init: str | None, from_scratch: bool):
-        self.run, self.recipe, self.init, self.from_scratch = run, run.recipe, init, from_scratch
+    def __init__(self, run: Run, init: str | None, from_scratch: bool, backbone: str | None = None):
+        self.folder = open_weights(init, backbone=backbone) if init else run.path
+        self.recipe, self.from_scratch = Run(self.folder).recipe, from_scratch
         if self.recipe.backbone not in RESNETS:
             raise UsageError(
-                f"the backbone of {run.path} is {self.recipe.backbone}; "
+                f"the backbone of {init or run.path} is {self.recipe.backbone}; "
                 f"a detector is built on one of {', '.join(RESNETS)}"
             )
-        self.mean: Sequence[float] = self.recipe.mean
-        self.std: Sequence[float] = self.recipe.std
+        if self.recipe.channels != run.recipe.channels:
+            raise UsageError(
+                f"the weights {init} are for {self.recipe.channels} channels, and {run.path} has "
+                f"images with {run.recipe.channels}"
+            )
+        known = known_preprocessing(self.folder)
+        self.mean, self.std = (
+            cast(Sequence[float], known.get(name, getattr(run.recipe, name)))
+            for name in ("mean", "std")
+        )
         self.network = f"{self.recipe.backbone}, width {self.recipe.width}"
         self.kind = "scratch" if from_scratch else "init" if init else "run"
         origin = "random weights" if from_scratch else init or "the run's backbone"
         self.description = {"from": origin}
-        uses_run = self.kind == "run" and run.has_head
-        self.note = f"{HEAD_FILE} is left out: a detector uses the backbone alone" * uses_run
-        if init:
-            path, release = rank_zero_only(resolve_checkpoint)(init)
-            settings: Mapping[str, Any] = (
-                release.settings if release else sibling_recipe_settings(path)
-            )
-            self.mean = settings.get("mean", self.mean)
-            self.std = settings.get("std", self.std)
+        self.notes = [] if from_scratch else left_out_head(self.folder)
         if not from_scratch:
             self.description["backbone_sha256"] = weights_sha256(self.build_backbone())[:16]
 
     def build_backbone(self) -> nn.Module:
         """Build the backbone with these weights."""
-        if self.init:
-            backbone = build_backbone(self.recipe)
-            load_init_weights(backbone, replace(self.recipe, init=self.init))
-            return backbone
-        return build_backbone(self.recipe) if self.from_scratch else load(self.run.path, head=False)
+        return build_backbone(self.recipe) if self.from_scratch else load(self.folder, head=False)
 
     def build_model(
         self, num_classes: int, schedule: Schedule, *, masks: bool, seed: int

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
-from typing_extensions import Unpack
+from typing_extensions import NotRequired, Unpack
 
 from simsiam.config.keyword_settings import ScheduleSettings
 from simsiam.config.recipes import default_stem
@@ -58,6 +58,7 @@ class TransferArguments(TypedDict):
     init: str | None
     from_scratch: bool
     words: Mapping[str, object]  # the overrides
+    backbone: NotRequired[str]
 
 
 @distributed_entry_point
@@ -68,6 +69,7 @@ def transfer(
     task: Literal["detection", "segmentation"] = "detection",
     schedule: str = "auto",
     init: str | None = None,
+    backbone: str | None = None,
     from_scratch: bool = False,
     seed: int = 0,
     device: str = "auto",
@@ -84,7 +86,9 @@ def transfer(
         source: Annotated images: Pascal VOC folders, a folder in COCO format, or "shapes".
         task: "detection", or "segmentation" for masks too.
         schedule: One of SCHEDULES, or "auto" to choose by the number of images.
-        init: Other weights to start from: a run folder, a checkpoint or published weights.
+        init: Other weights to start from, with their network: a run folder, a checkpoint or
+            published weights.
+        backbone: The network of these weights, for a file of a ResNet that cannot be recognized.
         from_scratch: Whether to start from random weights.
         seed: The seed of new weights and of every training step.
         device: "auto", "cpu", "cuda", ...
@@ -107,6 +111,10 @@ def transfer(
         "from_scratch": from_scratch,
         "words": {**overrides},
     }
+    if backbone is not None:
+        if init is None:
+            raise UsageError("backbone names the network of --init, which is missing")
+        arguments["backbone"] = backbone
     plan = TransferPlan.create(
         Run(run), task, arguments, seed=seed, compute=Compute.pick(device, precision)
     )
@@ -198,7 +206,10 @@ class TransferPlan:
             UsageError: If source, schedule or weights cannot be used.
             WorkFailed: If too many images are lost.
         """
-        recipe = run.recipe
+        init = Initialization(
+            run, arguments["init"], arguments["from_scratch"], arguments.get("backbone")
+        )
+        recipe = init.recipe
         source = open_transfer_source(arguments["source"], recipe.channels)
         if task == "segmentation":
             source = keep_masked_objects(source)
@@ -207,7 +218,7 @@ class TransferPlan:
             arguments["schedule"],
             splits.train,
             arguments["words"],
-            stem=recipe.stem or default_stem(recipe.image_size or 224),
+            stem=recipe.stem or default_stem(recipe.image_size),
             masks=task == "segmentation",
         )
         return cls(
@@ -218,7 +229,7 @@ class TransferPlan:
             splits=splits,
             schedule=schedule,
             reason=reason,
-            init=Initialization(run, arguments["init"], arguments["from_scratch"]),
+            init=init,
             seed=seed,
             compute=compute,
             num_processes=world_size(),  # not later: it is 1 inside of rank_zero_only
@@ -267,7 +278,7 @@ class TransferPlan:
             f"{len(splits.train):,} images with {train_objects:,} objects; "
             f"tests on {splits.descriptions['test']}, {len(splits.test):,} with {test_objects:,}",
             f"init     {self.init.description['from']}",
-            *([f"         {self.init.note}"] if self.init.note else []),
+            *(f"         {note}" for note in self.init.notes),
             f"schedule {self.reason}",
             f"         {schedule.steps:,} steps of {schedule.batch_size} images, "
             f"shorter side {schedule.test_side}, anchors {' '.join(map(str, schedule.anchors))}",
@@ -391,7 +402,7 @@ class TransferPlan:
         """
         if self.schedule.architecture != "c4":
             return
-        if self.run.recipe.backbone not in ("resnet50", "resnet101"):
+        if self.init.recipe.backbone not in ("resnet50", "resnet101"):
             return
         state = to_detectron2(model, self.schedule)
         with atomic_write(self.folder / "detectron2.pth") as part:

@@ -41,6 +41,7 @@ from simsiam.monitoring.features import compute_outputs
 from simsiam.runs.compose import open_run_source
 from simsiam.runs.encoder import eval_transform, load, weight_digests
 from simsiam.runs.run_folder import Run
+from simsiam.runs.weights import open_weights
 from simsiam.utils.files import atomic_write, exclusive_lock, start_or_continue_job, write_csv
 from simsiam.utils.progress_bar import progress_bar
 
@@ -62,11 +63,12 @@ def embed(
     no_labels: bool = False,
     device: str = "auto",
     precision: str = "auto",
+    backbone: str | None = None,
 ) -> Path:
     """Write the features of all readable images of a source to a file.
 
     Args:
-        run: A finished run folder.
+        run: A finished run folder, or weights (see `simsiam.runs.weights.open_weights`).
         source: The images; by default the run's own source.
         out: A new .parquet file; a new folder, for many files of 100,000 images each; or a new .npy
             file of the vectors alone, with their paths in a .csv file next to it.
@@ -74,6 +76,7 @@ def embed(
         no_labels: Whether to ignore the labels of the source.
         device: "auto", "cpu", "cuda", "cuda:1", ...
         precision: "auto", "bfloat16" or "float32", of the backbone.
+        backbone: The network of a file of weights.
 
     Returns:
         The path of the written file or folder.
@@ -86,12 +89,13 @@ def embed(
     check_ranges(SimpleNamespace(limit=limit), limit=(1, inf))
     path = Path(out)
     writer = _choose_writer(path)
+    run = open_weights(run, backbone=backbone, source=source)
     network, recipe = load(run), Run(run).recipe
     transform, compute = eval_transform(recipe), Compute.pick(device, precision)
     opened = open_run_source(recipe, source, no_labels=no_labels)
     splits = sample_splits(list(opened.splits.values()), limit)
     metadata = {
-        "run": str(Path(run).absolute()),
+        "run": str(run.absolute()),
         **weight_digests(run),
         "source": opened.name,
         "transform": describe_transform(transform),

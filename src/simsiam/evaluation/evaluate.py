@@ -20,7 +20,7 @@ from simsiam.config.keyword_settings import EvaluationSettings
 from simsiam.config.protocols import FROZEN_PROTOCOLS, PROTOCOLS, Settings
 from simsiam.data.images import Images, load_into_memory, sample
 from simsiam.distributed.process_group import distributed_entry_point, rank
-from simsiam.errors import UsageError, unknown_name
+from simsiam.errors import UsageError, printable, unknown_name
 from simsiam.evaluation.evaluation_record import EvaluationRecord, print_records, save_records
 from simsiam.evaluation.frozen import FrozenNetwork, ProtocolResult, split_train_test
 from simsiam.evaluation.protocol_few_label import plan_draws
@@ -31,6 +31,7 @@ from simsiam.runs.compose import open_run_source
 from simsiam.runs.encoder import weights_sha256
 from simsiam.runs.environment import collect_environment, utc_now
 from simsiam.runs.run_folder import HEAD_FILE, Run
+from simsiam.runs.weights import open_weights, run_folder_of
 from simsiam.sources.open_source import Source
 
 FrozenProtocol = Callable[[FrozenNetwork, Settings], Iterator[ProtocolResult]]
@@ -65,12 +66,14 @@ def evaluate(
     precision: str = "auto",
     limit: int | None = None,
     no_labels: bool = False,
+    backbone: str | None = None,
     **overrides: Unpack[EvaluationSettings],
 ) -> list[dict[str, object]]:
     """Measure a run's backbone, write the records to RUN/evaluations, and print them as a table.
 
     Args:
-        run: A run folder.
+        run: A run folder, or weights (see `simsiam.runs.weights.open_weights`), whose records
+            are then in the cache.
         source: The images; by default the run's own source.
         protocols: Names of protocols; by default all that leave the backbone as it is.
         checkpoint: "last", "best" or "epoch-NNNN".
@@ -79,6 +82,7 @@ def evaluate(
         limit: Use only so many training and so many test images, evenly spaced.
         no_labels: Whether to ignore the labels of the source; then only the protocol label_free
             can be used.
+        backbone: The network of a file of weights.
         **overrides: Fields of `simsiam.config.protocols.Settings`.
 
     Returns:
@@ -96,7 +100,7 @@ def evaluate(
     for protocol in protocols:
         if protocol not in PROTOCOLS:
             raise unknown_name("protocol", protocol, PROTOCOLS)
-    folder = Run(run)
+    folder = Run(open_weights(run, backbone=backbone, source=source))
     require_labels = set(protocols) != {"label_free"}
     if require_labels and (no_labels or (not source and folder.recipe.no_labels)):
         given = "--no-labels was given" if no_labels else "the run was trained with --no-labels"
@@ -123,6 +127,8 @@ def evaluate(
     print_records(
         records, f"{data.source}: classifiers learn from {train} and are tested on {test}"
     )
+    if run_folder_of(run) is None and rank() == 0:
+        print(f"the records are in {printable(str(folder.path / 'evaluations'))}")
     return [record.to_dict() for record in records]
 
 

@@ -38,7 +38,7 @@ from simsiam.model.optimizers import set_lr
 from simsiam.model.precision import Compute
 from simsiam.monitoring.features import extract_features
 from simsiam.runs.encoder import build_backbone, eval_transform, load
-from simsiam.runs.run_folder import Run
+from simsiam.runs.run_folder import BACKBONE_FILE, Run
 from simsiam.runs.weight_files import file_sha256
 from simsiam.training.loop import (
     Metrics,
@@ -187,7 +187,7 @@ def _finetuning_recipe(
 
 def _describe_weights(run: Run) -> str:
     """The name of the run's file of weights, and 16 digits of its hash if it exists."""
-    weights = run.path / "backbone.safetensors"
+    weights = run.path / BACKBONE_FILE
     return f"{weights.name} {file_sha256(weights)[:16] if weights.exists() else ''}"
 
 

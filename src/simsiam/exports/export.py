@@ -11,7 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
-from simsiam.errors import UsageError, unknown_name
+from simsiam.errors import UsageError, printable, unknown_name
 from simsiam.exports import format_names
 from simsiam.exports.format import Format, max_difference, preprocessing_config
 from simsiam.exports.huggingface import upload_to_hub
@@ -19,6 +19,7 @@ from simsiam.exports.model_card import model_card
 from simsiam.model.backbones import TIMM_PREFIX
 from simsiam.runs.encoder import load
 from simsiam.runs.run_folder import Run
+from simsiam.runs.weights import open_weights, run_folder_of
 from simsiam.utils.files import atomic_folder
 
 FORMATS: dict[str, Format] = {
@@ -47,16 +48,19 @@ def export(
     out: str | os.PathLike[str] | None = None,
     license: str | None = None,
     push: str | None = None,
+    backbone: str | None = None,
 ) -> ExportResult:
     """Write the backbone of a run in a format of another program, and verify it.
 
     Args:
-        run: The run folder.
+        run: The run folder, or weights (see `simsiam.runs.weights.open_weights`).
         format: The name of a format, one of FORMATS.
-        out: The folder to write; it must not exist. The default is RUN/exports/FORMAT.
+        out: The folder to write; it must not exist. The default is RUN/exports/FORMAT; weights
+            have none.
         license: The license of the weights, for the model card of a huggingface export.
         push: "owner/name" of a repository to which a huggingface export is uploaded. Without it
             nothing is uploaded.
+        backbone: The network of a file of weights.
 
     Returns:
         The folder, the largest difference of features, and the code that loads the export.
@@ -74,7 +78,10 @@ def export(
         require_package(package, format, kind.extra)
     if push:
         require_package("huggingface_hub", format, "hub")
-    network, folder = load(run), Run(run)
+    if out is None and run_folder_of(run) is None:
+        raise UsageError(f"{printable(os.fspath(run))} is no run folder to write into: give --out")
+    folder = Run(open_weights(run, backbone=backbone))
+    network = load(folder.path)
     recipe = folder.recipe
     path = Path(out) if out else folder.path / "exports" / format
     if path.exists():

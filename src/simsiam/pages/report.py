@@ -36,6 +36,7 @@ from simsiam.pages.thumbnails import (
 from simsiam.runs.encoder import eval_transform, load
 from simsiam.runs.environment import utc_now
 from simsiam.runs.run_folder import Run
+from simsiam.runs.weights import open_weights
 from simsiam.sources.open_source import Source, open_source
 from simsiam.utils.files import atomic_write
 
@@ -66,14 +67,15 @@ class ViewsData(TypedDict):
 
 
 class RunData(TypedDict):
-    """What the page shows of a run."""
+    """What the page shows of a run, or of an embedding."""
 
     path: str
+    embedding: EmbeddingFacts | None  # None of a run
     summary: Mapping[str, object]
     curves: Curves
     results: list[dict[str, object]]  # evaluation records
     transfers: list[dict[str, object]]  # transfer records; "shown" is a data URI or None
-    recipe: Mapping[str, object]
+    recipe: Mapping[str, object] | None  # None of an embedding
     environment: Mapping[str, object]
     unreadable: dict[str, object]  # {"count": ..., "first": [...]}
     views: ViewsData | None
@@ -87,6 +89,7 @@ def report(
     out: str | os.PathLike[str] | None = None,
     limit: int = 3000,
     images: bool = True,
+    backbone: str | None = None,
 ) -> Path:
     """Write one page about a run, or about several runs side by side.
 
@@ -94,11 +97,12 @@ def report(
     the page says so in their place.
 
     Args:
-        runs: One or several run folders.
+        runs: One or several run folders, or weights (see `simsiam.runs.weights.open_weights`).
         out: The HTML file to write, report.html in the first run by default; an existing file is
             replaced.
         limit: The number of images on the map, 5 to 20,000, evenly spaced in the training set.
         images: Whether to read images; without them the page has no views and no map.
+        backbone: The network of a file of weights.
 
     Returns:
         The path of the page.
@@ -106,7 +110,8 @@ def report(
     Raises:
         UsageError: An argument is wrong, or a run folder is damaged.
     """
-    folders = [Run(run) for run in ([runs] if isinstance(runs, str | os.PathLike) else runs)]
+    names = [runs] if isinstance(runs, str | os.PathLike) else runs
+    folders = [Run(open_weights(name, backbone=backbone)) for name in names]
     if not folders:
         raise UsageError("give at least one run folder to report on")
     path = Path(out) if out is not None else folders[0].path / "report.html"
@@ -180,6 +185,7 @@ def summarize_run(run: Run) -> RunData:
     unreadable = [printable(line) for line in run.read_quarantine()]
     return {
         "path": printable(str(run.path)),
+        "embedding": None,
         "summary": run.json("summary.json"),
         "curves": extract_curves(run.metrics()),
         "results": sorted_evaluations(run),
@@ -262,30 +268,57 @@ def round_significant(value: float | None) -> float | None:
     return value if value is None or isinstance(value, int) else float(f"{value:.5g}")
 
 
+def summarize_embedding(path: Path) -> RunData:
+    """Read what the page shows of an embedding, without its map.
+
+    Args:
+        path: The file or folder that `embed` wrote.
+
+    Raises:
+        UsageError: It is not an embedding file.
+    """
+    facts = embedding_facts(read_embeddings(path))
+    return {
+        "path": printable(str(path)),
+        "embedding": facts,
+        "summary": {},
+        "curves": {},
+        "results": [],
+        "transfers": [],
+        "recipe": None,
+        "environment": {},
+        "unreadable": facts.pop("unreadable"),
+        "views": None,
+        "map": None,
+        "missing": MISSING_IN_EMBEDDINGS,
+    }
+
+
 # --- views and maps -------------------------------------------------------------------------------
 
 
 def add_views_and_maps(
-    runs: Sequence[Run], summaries: Sequence[RunData], limit: int
-) -> list[GalleryData]:
+    runs: Sequence[Run], summaries: Sequence[RunData], limit: int, no_labels: bool
+) -> list[Gallery]:
     """Add the views and the map of each run to its summary, or the reason why there are none.
 
     Args:
         runs: The runs.
         summaries: Their summaries; "views", "map" and "missing" are set.
         limit: The number of images on a map.
+        no_labels: Whether to ignore the labels of the sources.
 
     Returns:
         The galleries that the maps refer to by position. Runs that were trained on the same
         source share a gallery.
     """
-    sources: dict[tuple[tuple[str, ...], int], Source] = {}
-    galleries: dict[tuple[tuple[str, ...], int], Gallery] = {}
+    sources: dict[tuple[object, ...], Source] = {}
+    galleries: dict[tuple[object, ...], Gallery] = {}
     for run, summary in zip(runs, summaries, strict=True):
-        key = run.recipe.source, run.recipe.channels
+        key = run.recipe.source, run.recipe.channels, run.recipe.no_labels
         try:
             if key not in sources:
-                sources[key] = open_source(*key)
+                sources[key] = open_run_source(run.recipe, no_labels=no_labels)
             summary["views"] = render_views(run, sources[key])
             encoder = load(run.path)
             if key not in galleries:
@@ -298,10 +331,31 @@ def add_views_and_maps(
             part = "map" if summary["views"] else "images"
             summary["missing"] = f"no {part}: {' '.join(str(error).split())}"
             print(f"{summary['path']}: {summary['missing']}", flush=True)
-    return [
-        encode_gallery(gallery, MAX_THUMBNAIL_BYTES // len(galleries))
-        for gallery in galleries.values()
-    ]
+    return list(galleries.values())
+
+
+def add_embedding_map(path: Path, summary: RunData, limit: int, no_labels: bool) -> Gallery | None:
+    """Add the map of an embedding to its summary, or the reason why there is none.
+
+    Args:
+        path: The file or folder that `embed` wrote.
+        summary: Its summary; "map" and "missing" are set.
+        limit: The number of images on the map.
+        no_labels: Whether to ignore the labels.
+
+    Returns:
+        The images of the map, if there is one.
+    """
+    try:
+        gallery, h = embedding_gallery(read_embeddings(path), limit, no_labels=no_labels)
+        print(f"{summary['path']}: mapping {len(h):,} images", flush=True)
+        summary["map"] = {**place_images(h, len(gallery.images.classes))}
+        return gallery
+    except (UsageError, WorkFailed) as error:
+        reason = f"no map: {' '.join(str(error).split())}"
+        summary["missing"] = f"{summary['missing']}; {reason}"
+        print(f"{summary['path']}: {reason}", flush=True)
+        return None
 
 
 def render_views(run: Run, source: Source) -> ViewsData:

@@ -12,15 +12,28 @@ from pathlib import Path
 import torch
 
 from simsiam.config import recipes
-from simsiam.config.recipes import Recipe, ResolvedRecipe
+from simsiam.config.recipes import (
+    SETTING_TYPES,
+    UNKNOWN_SOURCE,
+    Recipe,
+    ResolvedRecipe,
+    default_stem,
+)
+from simsiam.config.settings import parse_value
 from simsiam.data.images import Images, quick_sample
 from simsiam.data.transform import Transform, iter_crops
 from simsiam.errors import UsageError, unknown_name
 from simsiam.model.backbones import RESNETS, input_size
 from simsiam.model.siamese import check_names
-from simsiam.runs.checkpoints.published_weights import is_published
 from simsiam.runs.choose import choose_recipe
 from simsiam.runs.recipe_file import read_recipe
+from simsiam.runs.run_folder import Run
+from simsiam.runs.weights import (
+    canonical_name,
+    known_preprocessing,
+    left_out_head,
+    open_weights,
+)
 from simsiam.sources.open_source import Source, absolute_source, open_source
 
 # Images that mean and standard deviation are measured on, spread evenly over the training set.
@@ -47,27 +60,91 @@ def compose_recipe(
     """
     base, reasons = _named_recipe(recipe)
     names = _source_names(sources) or (list(base.source) if base else ["shapes"])
-    own = {name: getattr(base or Recipe(), name) for name in ("channels", "no_labels")}
+    own = {name: getattr(base or Recipe(), name) for name in ("init", "channels", "no_labels")}
     settings = Recipe().replace(**{name: overrides.get(name, own[name]) for name in own})
+    weights: dict[str, object] = {}
+    if settings.init is not None:
+        known = {} if base is None or "init" in overrides else {"backbone": base.backbone}
+        weights, notes = _describe_init(settings, names, known | dict(overrides))
+        settings = settings.replace(channels=weights["channels"])
     opened = open_source(names, settings.channels, no_labels=settings.no_labels)
     if base is None:
         base, reasons = choose_recipe(names, opened)
-    backbone = overrides.get("backbone")
-    if backbone is not None and backbone not in RESNETS:  # it has no width and no stem to choose
+    if weights:
+        given = isinstance(recipe, Recipe) or reasons == [f"from {recipe}"]
+        size = overrides.get("image_size")
+        base = _with_weights(base, weights, size, keep_preprocessing=given)
+        reasons = [*reasons, *notes]
+    if (
+        overrides.get("backbone", "resnet18") not in RESNETS
+    ):  # it has no width and no stem to choose
         base = replace(base, width=Recipe.width, stem=None)
     source = [absolute_source(name) for name in names]
     complete = base.replace(**{"source": source} | dict(overrides))
     check_names(complete.method)
-    init = complete.init
-    if init is not None and not is_published(init):  # a published name stays as it is
-        complete = replace(complete, init=str(Path(init).expanduser().resolve()))
+    if complete.init is not None:
+        complete = replace(complete, init=canonical_name(complete.init))
     size = complete.image_size or input_size(complete.backbone) or 224
     complete = replace(complete, image_size=size)
     if complete.mean is None or complete.std is None:
-        known = recipes.CHANNEL_STATISTICS.get(names[0]) if len(names) == 1 else None
-        mean, std = known or channel_statistics(opened.train, size, complete.channels)
+        published = recipes.CHANNEL_STATISTICS.get(names[0]) if len(names) == 1 else None
+        mean, std = published or channel_statistics(opened.train, size, complete.channels)
         complete = complete.replace(mean=complete.mean or mean, std=complete.std or std)
     return complete.resolve(), opened, reasons
+
+
+def _describe_init(
+    settings: Recipe, sources: Sequence[str], overrides: Mapping[str, object]
+) -> tuple[dict[str, object], list[str]]:
+    """The settings that the initial weights bring, and lines about them.
+
+    Raises UsageError if a flag contradicts their network.
+    """
+    init, backbone = settings.init or "", overrides.get("backbone")
+    folder = open_weights(
+        init,
+        backbone=None if backbone is None else str(backbone),
+        source=sources,
+        channels=settings.channels,
+    )
+    own = Run(folder).recipe
+    stem = own.stem or default_stem(own.image_size)
+    network: dict[str, object] = {
+        "backbone": own.backbone,
+        "width": own.width,
+        "stem": stem if own.backbone in RESNETS else None,
+        "channels": own.channels,
+    }
+    for name, value in network.items():
+        given = overrides.get(name, value)
+        if parse_value(given, SETTING_TYPES[name], name) != value:
+            raise UsageError(
+                f"init {init} does not fit --{name} {given}: the weights have {name} {value}; "
+                f"leave --{name} out"
+            )
+    line = f"{own.backbone}, the network of the initial weights {init}"
+    return network | known_preprocessing(folder), [line, *left_out_head(folder)]
+
+
+def _with_weights(
+    base: Recipe, weights: Mapping[str, object], image_size: object, *, keep_preprocessing: bool
+) -> Recipe:
+    """Replace the network of a recipe by that of weights, and the preprocessing unless it is kept.
+
+    A ResNet takes views of the size that was chosen for the images, other networks those of the
+    weights.
+    """
+    base = base.replace(
+        **{name: weights[name] for name in ("backbone", "width", "stem", "channels")}
+    )
+    changes = {name: weights.get(name) for name in ("mean", "std") if getattr(base, name) is None}
+    if not keep_preprocessing and "image_size" in weights:
+        if base.image_size is None or base.backbone not in RESNETS:
+            changes["image_size"] = weights["image_size"]
+        size = image_size or changes.get("image_size", base.image_size)
+        if int(str(size)) == weights["image_size"]:
+            changes |= {name: weights[name] for name in ("eval_resize", "eval_interpolation")}
+    return base.replace(**changes)
 
 
 def open_run_source(
@@ -86,6 +163,8 @@ def open_run_source(
     Raises:
         UsageError: The source cannot be opened, or has no images.
     """
+    if not source and recipe.source == UNKNOWN_SOURCE:
+        raise UsageError("these weights were not trained here and have no images: give SOURCE")
     if not source:
         source, no_labels = recipe.source, no_labels or recipe.no_labels
     return open_source(source, recipe.channels, no_labels=no_labels)

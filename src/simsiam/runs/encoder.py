@@ -13,8 +13,7 @@ from simsiam.data.transform import Transform
 from simsiam.errors import UsageError, printable
 from simsiam.model.backbones import create_backbone
 from simsiam.model.encoder import Encoder
-from simsiam.runs.checkpoints.foreign_checkpoints import load_backbone_weights
-from simsiam.runs.run_folder import BACKBONE_KEY, HEAD_FILE, PATCHES_KEY, Run
+from simsiam.runs.run_folder import BACKBONE_FILE, BACKBONE_KEY, HEAD_FILE, PATCHES_KEY, Run
 from simsiam.runs.weight_files import file_sha256, load_metadata, load_weights, tensors_sha256
 
 
@@ -48,25 +47,6 @@ def build_backbone(recipe: ResolvedRecipe) -> nn.Module:
     )
 
 
-def load_init_weights(model: nn.Module, recipe: ResolvedRecipe) -> None:
-    """Load the weights that the setting `init` names into a backbone.
-
-    Args:
-        model: The backbone.
-        recipe: The recipe.
-
-    Raises:
-        UsageError: They do not fit exactly.
-    """
-    weights = load_backbone_weights(recipe.init or "", recipe.backbone)
-    try:
-        model.load_state_dict(weights)
-    except (RuntimeError, ValueError) as error:
-        raise UsageError(
-            f"init {recipe.init} does not fit {recipe.backbone}: {_one_line(error)}"
-        ) from None
-
-
 def load(run: str | os.PathLike[str], *, head: bool = True) -> nn.Module:
     """Load the encoder of a finished run: its backbone, and its head where it has one.
 
@@ -84,7 +64,7 @@ def load(run: str | os.PathLike[str], *, head: bool = True) -> nn.Module:
             the backbone.
     """
     folder = Run(run)
-    path = folder.path / "backbone.safetensors"
+    path = folder.path / BACKBONE_FILE
     if not path.exists():
         raise UsageError(
             f"{folder.path} has no backbone yet: `simsiam resume {folder.path}` finishes the run"
@@ -170,7 +150,7 @@ def weight_digests(run: str | os.PathLike[str]) -> dict[str, str]:
     Returns:
         "backbone_sha256", and "head_sha256" if there is a head.
     """
-    files = {"backbone_sha256": "backbone.safetensors", "head_sha256": HEAD_FILE}
+    files = {"backbone_sha256": BACKBONE_FILE, "head_sha256": HEAD_FILE}
     paths = {name: Path(run) / file for name, file in files.items()}
     return {name: file_sha256(path) for name, path in paths.items() if path.exists()}
 

@@ -31,7 +31,9 @@ from simsiam.utils.files import atomic_write, exclusive_lock, remove_stale_parts
 
 CHECKPOINT_FORMAT = 1  # the version that is stored in a checkpoint
 SUBFOLDERS = ("checkpoints", "evaluations")
+BACKBONE_FILE = "backbone.safetensors"
 HEAD_FILE = "head.safetensors"  # what the encoder has besides its backbone
+ORIGIN_FILE = "origin.json"  # where published weights come from, and their license
 # In its metadata: the digest of the backbone that it belongs to, and the name of the second branch.
 BACKBONE_KEY, PATCHES_KEY = "backbone", "patches"
 MIN_IMAGES_SEEN = 20  # with fewer images, the share of unreadable ones says little
@@ -358,7 +360,7 @@ class Run(TrainingFolder):
             summary: What summary.json says.
         """
         (self.path / HEAD_FILE).unlink(missing_ok=True)
-        with atomic_write(self.path / "backbone.safetensors") as part:
+        with atomic_write(self.path / BACKBONE_FILE) as part:
             save_weights(backbone, part)
         self.write("summary.json", summary)
         self.write("environment.json", self.json("environment.json") | {"end": utc_now()})

@@ -20,6 +20,7 @@ from simsiam.runs.environment import collect_environment
 from simsiam.runs.journal import MetricsLogger
 from simsiam.runs.recipe_file import write_recipe
 from simsiam.runs.run_folder import Run, choose_run_path
+from simsiam.runs.weights import record_origin
 from simsiam.training.loop import Outcome, run_training
 from simsiam.training.prepare import RunData, TrainingSetup, build_training_setup, prepare_data
 from simsiam.training.pretrain import Pretraining
@@ -58,6 +59,7 @@ def pretrain(
     data, setup = prepare_data(complete, opened), build_training_setup(complete)
     messages = [*format_labeled_lines("recipe", reasons), *format_labeled_lines("run", [str(path)])]
     with Run.create(path, complete).lock() as run:
+        record_origin(run)
         train_run(run, data, setup, messages)
     return path
 

@@ -20,7 +20,7 @@ from simsiam.model.optimizers import build_optimizer
 from simsiam.model.precision import Compute
 from simsiam.model.siamese import Siamese, build
 from simsiam.model.targets import MovingAverageTarget
-from simsiam.runs.encoder import load_init_weights
+from simsiam.runs.weights import load_init_weights
 from simsiam.sources.disk_cache import with_disk_cache
 from simsiam.sources.open_source import Source
 

@@ -2,30 +2,74 @@
 
 import json
 import os
+import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-from simsiam.config.recipes import Recipe, ResolvedRecipe
+from simsiam.config.methods import METHODS
+from simsiam.config.recipes import (
+    PREPROCESSING_SETTINGS,
+    UNKNOWN_SOURCE,
+    Recipe,
+    ResolvedRecipe,
+)
 from simsiam.errors import UsageError
+from simsiam.model.backbones import input_size
 from simsiam.model.precision import Compute
-from simsiam.runs.checkpoints.foreign_checkpoints import ConvertedCheckpoint, convert_state_dict
+from simsiam.runs.checkpoints.foreign_checkpoints import (
+    BackboneSettings,
+    ConvertedCheckpoint,
+    convert_state_dict,
+)
 from simsiam.runs.checkpoints.published_weights import (
+    HUB_PREFIX,
     IMAGENET_PREPROCESSING,
     Release,
+    card_license,
     resolve_checkpoint,
 )
+from simsiam.runs.checkpoints.timm_weights import load_named_weights
 from simsiam.runs.encoder import load
 from simsiam.runs.environment import collect_environment, utc_now
 from simsiam.runs.recipe_file import read_recipe
 from simsiam.runs.records import Record
-from simsiam.runs.run_folder import Run, check_vacant, new_state
-from simsiam.runs.weight_files import file_sha256, read_state_dict
+from simsiam.runs.run_folder import (
+    BACKBONE_FILE,
+    HEAD_FILE,
+    ORIGIN_FILE,
+    Run,
+    TrainingFolder,
+    check_vacant,
+    new_state,
+)
+from simsiam.runs.weight_files import file_sha256, read_state_dict, tensors_sha256
 from simsiam.utils.files import atomic_folder
 
 METRIC_NAMES = ("loss", "lr", "z_std", "z_std_sqrt_d", "z_rank", "images_per_second")
+
+
+class Conversion(NamedTuple):
+    """A checkpoint as the content of a run folder.
+
+    Attributes:
+        recipe: The recipe.
+        state: The state dict of the model.
+        report: The content of converted.json.
+        origin: The content of origin.json.
+        head: The file of the head that belongs to the backbone; None if there is none.
+    """
+
+    recipe: ResolvedRecipe
+    state: Mapping[str, Tensor]
+    report: Record
+    origin: Record
+    head: Path | None = None
 
 
 def convert(
@@ -37,15 +81,16 @@ def convert(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> Path:
-    """Make a run folder from a checkpoint.
+    """Make a run folder from a checkpoint or from published weights.
 
     What the checkpoint does not say about its images is assumed to be as on ImageNet (with 32 px
-    for a small stem). converted.json in the run folder lists what became of each tensor.
+    for a small stem). converted.json in the run folder lists what became of each tensor, and
+    origin.json where the weights come from.
 
     Args:
         checkpoint: A file, a run folder, or a published name.
         out: The run folder to make; it must not exist.
-        backbone: The name of the network; needed if it is no ResNet.
+        backbone: The name of the network; needed for a file if it is no ResNet.
         image_size: Side of the network's input images in pixels.
         mean: Mean of each channel of the input images, in 0..1.
         std: Standard deviation of each channel, in 0..1.
@@ -58,66 +103,151 @@ def convert(
         WorkFailed: A download failed.
     """
     check_vacant(out)
-    path, release = resolve_checkpoint(checkpoint)
-    tensors, set_aside = read_state_dict(path)
-    known = dict(release.settings) if release else sibling_recipe_settings(path)
-    network = backbone or known.get("backbone")
-    try:
-        converted = convert_state_dict(tensors, str(network) if network else None)
-    except UsageError as error:
-        raise UsageError(f"{path}: {error}") from None
-    options = {"image_size": image_size, "mean": mean, "std": std}
-    options = {name: value for name, value in options.items() if value is not None}
-    default_size = {"image_size": 32} if converted.settings["stem"] == "small" else {}
-    assumed = {
-        name: value
-        for name, value in (IMAGENET_PREPROCESSING | default_size).items()
-        if name not in known | options
-    }
-    recipe = Recipe(method=converted.method, source=("unknown",)).replace(
-        **known | converted.settings | assumed | options
-    )
-    resolved = recipe.resolve()
+    given = {"image_size": image_size, "mean": mean, "std": std}
+    options: Record = {name: value for name, value in given.items() if value is not None}
+    if image_size is not None:
+        options["eval_resize"] = None  # that of the weights is for their size
+    made = _from_named_weights(os.fspath(checkpoint), options)
+    made = made or _from_file(checkpoint, backbone, options)
     with atomic_folder(Path(out)) as part:
-        report = {
-            "checkpoint": str(checkpoint) if release else str(path.resolve()),
-            "url": release.url if release else None,
-            "sha256": file_sha256(path),
-            "layout": converted.layout.program,
-            "placed": len(tensors) - len(converted.unused_keys),
-            "absorbed": converted.absorbed_biases,
-            "left_over": converted.unused_keys,
-            "set_aside": set_aside,
-            "notes": conversion_notes(converted, assumed, release),
-        }
-        write_run(part, resolved, converted, report)
+        write_run(part, made)
         load(part)  # fails if the run folder cannot be used
     return Path(out)
 
 
-def write_run(
-    folder: Path, recipe: ResolvedRecipe, converted: ConvertedCheckpoint, report: Record
-) -> None:
+def _from_named_weights(name: str, options: Record) -> Conversion | None:
+    """Convert the weights of a name for which there is a network of timm."""
+    weights = load_named_weights(name)
+    if weights is None:
+        return None
+    method = replace(METHODS["simsiam"], name="none")
+    recipe = Recipe(method=method, source=UNKNOWN_SOURCE).replace(**weights.settings | options)
+    digest = tensors_sha256(weights.state)
+    report = {
+        "checkpoint": name,
+        "url": None,
+        "sha256": digest,
+        "layout": "timm",
+        "placed": len(weights.state),
+        "absorbed": [],
+        "left_over": weights.left_over,
+        "set_aside": [],
+        "assumed": [],
+        "notes": [*weights.notes, "only a backbone: there is no z"],
+    }
+    origin = {
+        "weights": name,
+        "origin": weights.origin,
+        "license": weights.license,
+        "sha256": digest,
+    }
+    state = {f"backbone.{key}": tensor for key, tensor in weights.state.items()}
+    return Conversion(recipe.resolve(), state, report, origin)
+
+
+def _from_file(
+    checkpoint: str | os.PathLike[str], backbone: str | None, options: Record
+) -> Conversion:
+    """Convert a file, that of a release, or that of a run folder."""
+    path, release = resolve_checkpoint(checkpoint)
+    tensors, set_aside = read_state_dict(path)
+    known: Record = dict(release.settings) if release else sibling_recipe_settings(path)
+    network = backbone or known.get("backbone")
+    size, channels = (known | options).get("image_size"), known.get("channels", 3)
+    try:
+        converted = convert_state_dict(
+            tensors, str(network) if network else None, image_size=size, channels=channels
+        )
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from None
+    assumed = {
+        name: value
+        for name, value in assumed_preprocessing(converted.settings).items()
+        if name not in known | options
+    }
+    recipe = Recipe(method=converted.method, source=UNKNOWN_SOURCE).replace(
+        **known | converted.settings | assumed | options
+    )
+    digest = file_sha256(path)
+    report = {
+        "checkpoint": str(checkpoint) if release else str(path.resolve()),
+        "url": release.url if release else None,
+        "sha256": digest,
+        "layout": converted.layout.program,
+        "placed": len(tensors) - len(converted.unused_keys),
+        "absorbed": converted.absorbed_biases,
+        "left_over": converted.unused_keys,
+        "set_aside": set_aside,
+        "assumed": list(assumed),
+        "notes": conversion_notes(converted, assumed, release),
+    }
+    origin = describe_origin(checkpoint, path, release) | {"sha256": digest}
+    head = path.with_name(HEAD_FILE)
+    has_head = path.name == BACKBONE_FILE and head.is_file()
+    return Conversion(
+        recipe.resolve(), converted.model_state, report, origin, head if has_head else None
+    )
+
+
+def describe_origin(
+    checkpoint: str | os.PathLike[str], path: Path, release: Release | None
+) -> Record:
+    """Say where the weights of a file come from, and under which license.
+
+    Args:
+        checkpoint: What the user named.
+        path: The file.
+        release: The published weights, if it is from there.
+
+    Returns:
+        The content of origin.json, without the digest. Of paths, only the last part.
+    """
+    name = os.fspath(checkpoint)
+    if release:
+        return {"weights": name, "origin": release.url, "license": release.license}
+    origin = Path(name).name
+    if name.startswith(HUB_PREFIX):
+        origin = name
+    before, license = path.with_name(ORIGIN_FILE), card_license(path.parent)
+    if path.name == BACKBONE_FILE and before.is_file():
+        earlier = TrainingFolder(path.parent).json(ORIGIN_FILE)
+        origin += f", from {earlier.get('origin')}"
+        license = license or earlier.get("license")
+    return {"weights": origin, "origin": origin, "license": license or "unknown"}
+
+
+def assumed_preprocessing(settings: BackboneSettings) -> dict[str, object]:
+    """Choose the preprocessing of weights that do not say theirs.
+
+    Args:
+        settings: The settings of the backbone.
+
+    Returns:
+        ImageNet's, with timm's image size for a network of timm and 32 px for a small stem.
+    """
+    size = 32 if settings["stem"] == "small" else input_size(settings["backbone"])
+    return IMAGENET_PREPROCESSING | ({"image_size": size} if size else {})
+
+
+def write_run(folder: Path, made: Conversion) -> None:
     """Write the files of a run that was not trained here.
 
     Args:
         folder: The run folder.
-        recipe: Its recipe.
-        converted: The converted checkpoint.
-        report: The content of converted.json.
+        made: Its content.
     """
-    run = Run.create(folder, recipe)
+    run = Run.create(folder, made.recipe)
     env = collect_environment(Compute(torch.device("cpu"), "float32"))
-    run.write("environment.json", env | {"seed": recipe.seed, "start": utc_now(), "end": None})
-    run.write("converted.json", report)
+    run.write("environment.json", env | {"seed": made.recipe.seed, "start": utc_now(), "end": None})
+    run.write("converted.json", made.report)
+    run.write(ORIGIN_FILE, made.origin)
     # No step was taken here, and nothing was measured.
     metrics = {"step": 0, "epoch": 0.0, **dict.fromkeys(METRIC_NAMES)}
     run.write("metrics.jsonl", json.dumps(metrics) + "\n")
-    state = converted.model_state
-    run.save("last", {**new_state(env, num_images=0), "model": state})
+    run.save("last", {**new_state(env, num_images=0), "model": dict(made.state)})
     backbone = {
         name.removeprefix("backbone."): tensor
-        for name, tensor in state.items()
+        for name, tensor in made.state.items()
         if name.startswith("backbone.")
     }
     summary = {
@@ -131,6 +261,8 @@ def write_run(
         "unreadable": 0,
     }
     run.finish(backbone, summary)
+    if made.head is not None:
+        shutil.copyfile(made.head, run.path / HEAD_FILE)
 
 
 def sibling_recipe_settings(path: Path) -> Record:
@@ -146,10 +278,10 @@ def sibling_recipe_settings(path: Path) -> Record:
         UsageError: The recipe is wrong.
     """
     recipe_path = path.with_name("recipe.yaml")
-    if path.name != "backbone.safetensors" or not recipe_path.is_file():
+    if path.name != BACKBONE_FILE or not recipe_path.is_file():
         return {}
     recipe = read_recipe(recipe_path)
-    names = ("backbone", "image_size", "mean", "std", "channels")
+    names = ("backbone", "channels", *PREPROCESSING_SETTINGS)
     return {name: getattr(recipe, name) for name in names}
 
 
@@ -191,7 +323,8 @@ def format_conversion(run: Path) -> str:
     Args:
         run: The run folder.
     """
-    report, recipe = Run(run).json("converted.json"), Run(run).recipe
+    folder = Run(run)
+    report, origin, recipe = folder.json("converted.json"), folder.json(ORIGIN_FILE), folder.recipe
     method, stem = recipe.method, f", {recipe.stem} stem" if recipe.stem else ""
     heads = (
         f"projector of {method.proj_layers} layers, d = {method.dim}; predictor: {method.predictor}"
@@ -206,6 +339,7 @@ def format_conversion(run: Path) -> str:
         "set aside": ", ".join(report["set_aside"]) or "nothing",
         **{f"note {i}": note for i, note in enumerate(report["notes"], 1)},
         "sha256": report["sha256"],
+        "origin": f"{origin.get('origin')}; license: {origin.get('license')}",
         "run": str(run),
     }
     return "\n".join(f"{name:<10} {line}" for name, line in lines.items())

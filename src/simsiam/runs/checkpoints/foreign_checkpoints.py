@@ -23,7 +23,6 @@ were taken from the code of the programs:
   timm/models/resnet.py: the same names; a classifier is left over.
 """
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -36,10 +35,8 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from simsiam.config.method import HeadBN
 from simsiam.config.methods import METHODS, Method
 from simsiam.errors import UsageError
-from simsiam.model.backbones import RESNETS, create_backbone, feature_dim
+from simsiam.model.backbones import RESNETS, create_backbone, feature_dim, input_size
 from simsiam.model.heads import build_predictor, build_projector
-from simsiam.runs.checkpoints.published_weights import resolve_checkpoint
-from simsiam.runs.weight_files import read_state_dict
 
 
 class Layout(NamedTuple):
@@ -140,34 +137,12 @@ class ParsedHead(NamedTuple):
     biases: dict[str, str]
 
 
-def load_backbone_weights(name_or_path: str | os.PathLike[str], network: str) -> dict[str, Tensor]:
-    """Load the weights of a backbone; heads are left out.
-
-    Args:
-        name_or_path: A published name, a run folder, or a checkpoint.
-        network: The name of the backbone.
-
-    Returns:
-        Its state dict.
-
-    Raises:
-        UsageError: There are no such weights.
-        WorkFailed: The download failed.
-    """
-    tensors, _ = read_state_dict(resolve_checkpoint(name_or_path)[0])
-    try:
-        state = convert_state_dict(tensors, network).model_state
-    except UsageError as error:
-        raise UsageError(f"{name_or_path}: {error}") from None
-    return {
-        name.removeprefix("backbone."): tensor
-        for name, tensor in state.items()
-        if name.startswith("backbone.")
-    }
-
-
 def convert_state_dict(
-    tensors: Mapping[str, Tensor], network: str | None = None
+    tensors: Mapping[str, Tensor],
+    network: str | None = None,
+    *,
+    image_size: int | None = None,
+    channels: int = 3,
 ) -> ConvertedCheckpoint:
     """Recognize and rename the model in a state dict.
 
@@ -175,6 +150,9 @@ def convert_state_dict(
         tensors: The tensors of the checkpoint.
         network: The name of the backbone. It is not needed for a ResNet, whose depth, width and
             stem are read from the shapes.
+        image_size: Side of its images in pixels, for networks whose tensors depend on it; None
+            takes the size that the network was designed for.
+        channels: Channels of an image.
 
     Returns:
         The model, and what became of every tensor.
@@ -200,7 +178,7 @@ def convert_state_dict(
     for part, head in heads.items():
         names |= {f"{part}.{name}": key for name, key in head.names.items()}
         biases |= {f"{part}.{mean}": key for mean, key in head.biases.items()}
-    expected = expected_state_dict(settings, method, heads)
+    expected = expected_state_dict(settings, method, heads, image_size, channels)
     if not heads and is_classifier(extra := names.keys() - expected.keys(), names, tensors):
         names = {name: key for name, key in names.items() if name not in extra}
     check_biases(layout, heads, biases)
@@ -530,7 +508,11 @@ def method_from_heads(layout: Layout, heads: Mapping[str, ParsedHead]) -> Method
 
 
 def expected_state_dict(
-    settings: BackboneSettings, method: Method, heads: Mapping[str, ParsedHead]
+    settings: BackboneSettings,
+    method: Method,
+    heads: Mapping[str, ParsedHead],
+    image_size: int | None = None,
+    channels: int = 3,
 ) -> dict[str, Tensor]:
     """Build the state dict that a model has, without numbers.
 
@@ -538,13 +520,20 @@ def expected_state_dict(
         settings: The settings of the backbone.
         method: The method, for the heads.
         heads: The heads of the checkpoint; if there are none, the model has none.
+        image_size: Side of an image in pixels; None takes that of the network's design.
+        channels: Channels of an image.
 
     Returns:
         Tensors on the meta device.
     """
+    name = settings["backbone"]
     with torch.device("meta"):
         backbone = create_backbone(
-            settings["backbone"], image_size=224, width=settings["width"], stem=settings["stem"]
+            name,
+            image_size=image_size or input_size(name) or 224,
+            width=settings["width"],
+            stem=settings["stem"],
+            channels=channels,
         )
         parts = {"backbone": backbone}
         if heads:

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import yaml
 from torchvision import models
 
-from simsiam.errors import UsageError, WorkFailed, unknown_name
+from simsiam.errors import UsageError, WorkFailed, truncate, unknown_name
+from simsiam.runs.recipe_file import NoAliasLoader
 from simsiam.runs.weight_files import file_sha256
 
 HUB_PREFIX = "hf-hub:"  # the same as timm's
@@ -26,17 +28,20 @@ class Release(NamedTuple):
         url: Where the file is.
         sha256_prefix: The first digits of its sha256; "" if none are published.
         settings: What is known of the recipe.
-        note: Where the weights come from, and under which license.
+        note: What is known of the training.
+        license: The license of the weights, or what is known of it.
     """
 
     url: str
     sha256_prefix: str
     settings: dict[str, object]
     note: str
+    license: str = "unknown"
 
 
 _URL = "https://dl.fbaipublicfiles.com/simsiam/models"
-_NOTE = "% linear on ImageNet, as its authors measured; CC BY-NC 4.0; no checksum is published"
+_NOTE = "% linear on ImageNet, as its authors measured; no checksum is published"
+_LICENSE = "cc-by-nc-4.0"
 
 # Source: README.md of facebookresearch/simsiam; issue 18 there for the 200 epochs.
 RELEASES = {
@@ -45,18 +50,21 @@ RELEASES = {
         "",
         {"epochs": 100, "batch_size": 512},
         f"68.1 {_NOTE}",
+        _LICENSE,
     ),
     "simsiam_resnet50_100ep_256bs": Release(
         f"{_URL}/100ep-256bs/pretrain/checkpoint_0099.pth.tar",
         "",
         {"epochs": 100, "batch_size": 256},
         f"68.3 {_NOTE}",
+        _LICENSE,
     ),
     "simsiam_resnet50_200ep_256bs": Release(
         f"{_URL}/200ep-256bs/pretrain/checkpoint_0199.pth.tar",
         "",
         {"epochs": 200, "batch_size": 256},
         f"69.8 {_NOTE}",
+        _LICENSE,
     ),
 }
 
@@ -89,24 +97,14 @@ def find_release(name: str) -> Release | None:
             "image_size": preset.crop_size[0],
             "mean": tuple(preset.mean),
             "std": tuple(preset.std),
+            "eval_resize": preset.resize_size[0],
+            "eval_interpolation": preset.interpolation.value,
         }
     except (KeyError, ValueError, AttributeError):
         raise UsageError(f"torchvision has no classifier's weights {name!r}") from None
     digits = re.search(r"-([0-9a-f]{8,})\.\w+$", weights.url)  # file names of torchvision have them
-    note = "torchvision's, trained with ImageNet's labels"
-    return Release(weights.url, digits[1] if digits else "", settings, note)
-
-
-def is_published(name: str) -> bool:
-    """Tell whether a name means the same on every machine.
-
-    Args:
-        name: A name or a path.
-
-    Returns:
-        True for the name of a release and for a repository on the hub, False for a path.
-    """
-    return name.startswith(HUB_PREFIX) or find_release(name) is not None
+    note, license = "torchvision's, trained with ImageNet's labels", "not stated by torchvision"
+    return Release(weights.url, digits[1] if digits else "", settings, note, license)
 
 
 def resolve_checkpoint(name_or_path: str | os.PathLike[str]) -> tuple[Path, Release | None]:
@@ -142,18 +140,26 @@ def resolve_checkpoint(name_or_path: str | os.PathLike[str]) -> tuple[Path, Rele
     return path, None
 
 
+# What a repository may have: a run folder of this package, else a model of timm.
+RUN_FILES = [
+    "recipe.yaml", "backbone.safetensors", "head.safetensors", "origin.json", "README.md"
+]  # fmt: skip
+TIMM_FILES = ["config.json", "model.safetensors", "README.md"]
+
+
 def download_from_hub(name: str) -> Path:
-    """Download the recipe and the backbone of a repository on the hub into the hub's cache.
+    """Download the weights of a repository on the hub into the hub's cache.
 
     Args:
         name: "owner/name".
 
     Returns:
-        The folder.
+        The folder: a run folder of this package, or else a model of timm. Without network it is
+        what the cache has.
 
     Raises:
         UsageError: huggingface_hub is not installed.
-        WorkFailed: The download failed.
+        WorkFailed: The download failed, or the repository has no such weights.
     """
     try:
         import huggingface_hub
@@ -161,12 +167,39 @@ def download_from_hub(name: str) -> Path:
         raise UsageError(
             f'{HUB_PREFIX}{name} needs huggingface_hub: pip install "simsiam[hub]"'
         ) from None
-    files = ["recipe.yaml", "backbone.safetensors"]
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=files))
+        for files in (RUN_FILES, TIMM_FILES):
+            folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=files))
+            if (folder / files[0]).is_file():
+                return folder
     except (OSError, ValueError) as error:  # the hub's own errors are subclasses of these
-        reason = " ".join(str(error).split())[:200]
-        raise WorkFailed(f"{name} cannot be downloaded from the hub: {reason}") from None
+        reason = truncate(" ".join(str(error).split()))
+        raise WorkFailed(
+            f"{HUB_PREFIX}{name} cannot be downloaded, and the hub's cache does not have it: "
+            f"{reason}"
+        ) from None
+    raise WorkFailed(
+        f"{HUB_PREFIX}{name} has neither recipe.yaml, as this program uploads it, nor config.json "
+        "of timm"
+    )
+
+
+def card_license(folder: Path) -> str | None:
+    """Read the license of weights from the heading of the model card beside them.
+
+    Args:
+        folder: The folder with README.md.
+
+    Returns:
+        The license, or None if no card says one.
+    """
+    try:
+        text = (folder / "README.md").read_text(encoding="utf-8")
+        heading = yaml.load(text.split("---\n")[1], NoAliasLoader)
+        license = heading.get("license")
+    except (OSError, ValueError, IndexError, AttributeError, yaml.YAMLError):
+        return None
+    return license if isinstance(license, str) and license != "unknown" else None
 
 
 def fetch(name: str, release: Release) -> Path:

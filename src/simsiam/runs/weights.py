@@ -1,0 +1,260 @@
+"""Weights by name: whatever a verb takes in place of a run folder becomes one, once.
+
+The run folder is made by `convert`, in the user's cache, and used again until its origin changes.
+"""
+
+import json
+import os
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from hashlib import sha256
+from pathlib import Path
+
+from torch import nn
+
+from simsiam.config.recipes import PREPROCESSING_SETTINGS, ResolvedRecipe
+from simsiam.errors import UsageError, printable, truncate, unknown_name
+from simsiam.runs.checkpoints.convert import convert
+from simsiam.runs.checkpoints.published_weights import (
+    HUB_PREFIX,
+    RELEASES,
+    download_from_hub,
+    find_release,
+)
+from simsiam.runs.checkpoints.timm_weights import (
+    LITE_PACKAGES,
+    TIMM_WEIGHTS_PREFIX,
+    find_timm_config,
+)
+from simsiam.runs.encoder import load
+from simsiam.runs.run_folder import BACKBONE_FILE, HEAD_FILE, ORIGIN_FILE, Run
+from simsiam.runs.weight_files import file_sha256
+from simsiam.utils.files import cache_dir, file_lock
+
+SourceNames = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+PATCHES = "patches"  # the name of the encoder that is learned from the source's images
+CACHE_VERSION = 1  # changes whenever `convert` makes something else of the same weights
+KINDS = (
+    "timm:NAME", "hf-hub:OWNER/NAME", "ResNet50_Weights.IMAGENET1K_V2 or another of torchvision's",
+    PATCHES, *LITE_PACKAGES, *RELEASES, "a run folder", "a file with --backbone NAME",
+)  # fmt: skip
+
+
+def open_weights(
+    name: str | os.PathLike[str],
+    *,
+    backbone: str | None = None,
+    source: SourceNames | None = None,
+    channels: int = 3,
+) -> Path:
+    """Return the run folder of a run or of weights.
+
+    Args:
+        name: A run folder, which is returned as it is; or weights, for which a run folder is made
+            in the cache once: one of KINDS.
+        backbone: The network of a file; needed if it is no ResNet. With other weights it must be
+            theirs.
+        source: The images that "patches" is learned from.
+        channels: Channels of these images.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        UsageError: There are no such weights, or a package is missing.
+        WorkFailed: A download failed.
+    """
+    text = os.fspath(name)
+    path = run_folder_of(text)
+    if path is None:
+        path = _fit_patches(source, channels) if text == PATCHES else _open_cached(text, backbone)
+    network = Run(path).recipe.backbone
+    if backbone not in (None, network):
+        raise UsageError(
+            f"--backbone is {backbone}, and the weights {printable(text)} are of {network}: leave "
+            "--backbone out"
+        )
+    return path
+
+
+def run_folder_of(name: str | os.PathLike[str]) -> Path | None:
+    """Return the run folder that a path names by itself.
+
+    Args:
+        name: A run folder or its backbone.safetensors; or anything else.
+
+    Returns:
+        The folder, or None for anything else.
+    """
+    path = Path(name).expanduser()
+    folder = path.parent if path.name == BACKBONE_FILE else path
+    return folder if (folder / "recipe.yaml").is_file() else None
+
+
+def canonical_name(name: str) -> str:
+    """Return what a recipe records as its initial weights.
+
+    Args:
+        name: A name of weights or a path.
+
+    Returns:
+        A name that means the same on every machine as it is; a path as an absolute path.
+    """
+    prefixes = (TIMM_WEIGHTS_PREFIX, HUB_PREFIX)
+    published = name in (PATCHES, *LITE_PACKAGES) or name.startswith(prefixes)
+    if run_folder_of(name) is None and (published or find_release(name)):
+        return name
+    return str(Path(name).expanduser().resolve())
+
+
+def _fit_patches(source: SourceNames | None, channels: int) -> Path:
+    if not source:
+        raise UsageError(
+            f"{PATCHES} is learned from images: run `simsiam adapt SOURCE` first, and give the run "
+            "folder that it makes"
+        )
+    from simsiam.runs import closed_form
+
+    if not hasattr(closed_form, "fit_patches_run"):
+        raise UsageError(f"{PATCHES} cannot be used here yet: run `simsiam adapt SOURCE` first")
+    return closed_form.fit_patches_run(source, channels)
+
+
+def _open_cached(name: str, backbone: str | None) -> Path:
+    """Return the run folder of weights in the cache, and make it if it is not there."""
+    name, key = _identify(name)
+    text = json.dumps([CACHE_VERSION, name, backbone, key])
+    slug = re.sub(r"[^\w.-]+", "-", Path(name).name if os.path.isfile(name) else name)[:60]
+    path = _weights_cache() / f"{slug}-{sha256(text.encode()).hexdigest()[:10]}"
+    with file_lock(path.with_name(f".{path.name}.lock"), wait=True):
+        if not (path / "recipe.yaml").is_file() or not (path / BACKBONE_FILE).is_file():
+            shutil.rmtree(path, ignore_errors=True)
+            convert(name, out=path, backbone=backbone)
+            origin = Run(path).json(ORIGIN_FILE)
+            line = f"{name}: {origin['origin']}; license: {origin['license']}; kept in {path}"
+            print(printable(line), file=sys.stderr)
+    return path
+
+
+def _identify(name: str) -> tuple[str, str]:
+    """Return the full name of weights, and what changes if and only if they do."""
+    if name in LITE_PACKAGES:
+        return name, LITE_PACKAGES[name].sha256
+    if name.startswith(TIMM_WEIGHTS_PREFIX):
+        config = find_timm_config(name.removeprefix(TIMM_WEIGHTS_PREFIX))
+        return name, str(config.hf_hub_id or config.url)
+    if name.startswith(HUB_PREFIX):
+        return name, download_from_hub(name.removeprefix(HUB_PREFIX)).name
+    if release := find_release(name):
+        return name, release.url
+    path = Path(name).expanduser()
+    if path.is_dir():  # an export may be no more than the weights
+        path = path / BACKBONE_FILE if (path / BACKBONE_FILE).is_file() else Run(path).path
+    if not path.is_file():
+        raise unknown_name("run folder or weights", printable(name), KINDS)
+    return str(path.resolve()), file_sha256(path)
+
+
+def _weights_cache() -> Path:
+    """Return the folder of weights in the cache, or a temporary one if that cannot be written."""
+    folder = cache_dir("weights")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        writable, reason = os.access(folder, os.W_OK), "permission denied"
+    except OSError as error:
+        writable, reason = False, error.strerror or str(error)
+    if writable:
+        return folder
+    temporary = _temporary_cache()
+    print(
+        f"the cache {printable(str(folder))} cannot be written ({reason}): weights are kept in "
+        f"{temporary} instead; $SIMSIAM_CACHE names another folder",
+        file=sys.stderr,
+    )
+    return temporary
+
+
+def _temporary_cache() -> Path:
+    """Return a temporary folder of this user's, the same one every time if nobody else owns it."""
+    folder = Path(tempfile.gettempdir(), f"simsiam-{os.getuid()}")
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found = os.lstat(folder)
+        if found.st_uid == os.getuid() and not found.st_mode & 0o022 and not folder.is_symlink():
+            return folder
+    except OSError:
+        pass
+    return Path(tempfile.mkdtemp(prefix="simsiam-"))
+
+
+def load_init_weights(model: nn.Module, recipe: ResolvedRecipe) -> None:
+    """Load the weights that the setting `init` names into a backbone.
+
+    Args:
+        model: The backbone.
+        recipe: The recipe.
+
+    Raises:
+        UsageError: There are no such weights, or they do not fit exactly.
+        WorkFailed: A download failed.
+    """
+    folder = open_weights(
+        recipe.init or "",
+        backbone=recipe.backbone,
+        source=recipe.source,
+        channels=recipe.channels,
+    )
+    try:
+        model.load_state_dict(load(folder, head=False).state_dict())
+    except RuntimeError as error:
+        reason = truncate(" ".join(str(error).split()))
+        raise UsageError(f"init {recipe.init} does not fit {recipe.backbone}: {reason}") from None
+
+
+def record_origin(run: Run) -> None:
+    """Copy origin.json of the initial weights into a run that starts from them.
+
+    Args:
+        run: The run.
+    """
+    recipe = run.recipe
+    if recipe.init is None:
+        return
+    folder = open_weights(
+        recipe.init, backbone=recipe.backbone, source=recipe.source, channels=recipe.channels
+    )
+    if origin := Run(folder).json(ORIGIN_FILE):
+        run.write(ORIGIN_FILE, origin)
+
+
+def known_preprocessing(folder: Path) -> dict[str, object]:
+    """Return the preprocessing that weights bring with them.
+
+    Args:
+        folder: Their run folder.
+
+    Returns:
+        Those of PREPROCESSING_SETTINGS that were not assumed when the run folder was made.
+    """
+    run = Run(folder)
+    assumed = run.json("converted.json").get("assumed", [])
+    return {
+        name: getattr(run.recipe, name) for name in PREPROCESSING_SETTINGS if name not in assumed
+    }
+
+
+def left_out_head(folder: Path) -> list[str]:
+    """Say that training starts from the backbone alone, if there is more.
+
+    Args:
+        folder: The run folder of the initial weights.
+
+    Returns:
+        One line, or none.
+    """
+    if not Run(folder).has_head:
+        return []
+    return [f"{HEAD_FILE} of the initial weights is left out: training starts from the backbone"]
