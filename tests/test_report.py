@@ -241,6 +241,31 @@ def test_the_page_says_what_it_cannot_show(photos, tmp_path, capsys):
     assert page_data(report(moved.path, images=False))["runs"][0]["missing"] is None
 
 
+def test_an_embedding_has_the_map_that_its_run_has(run, page, photos, tmp_path, capsys):
+    """Names, clusters and neighbors are those of the run's page; what is missing is one line."""
+    file = simsiam.embed(run.path, photos, out=tmp_path / "<b>.parquet", precision="float32")
+    data, expected = page_data(report(file)), page_data(page)
+    assert (tmp_path / "<b>-report.html").exists()
+    (shown,), (of_run,) = data["runs"], expected["runs"]
+    for key in ("names", "labels", "classes"):
+        assert data["galleries"][0][key] == expected["galleries"][0][key]
+    for key in ("x", "y", "cosines"):
+        assert np.allclose(shown["map"][key], of_run["map"][key], atol=0.01)
+    assert shown["map"]["clusters"] == of_run["map"]["clusters"]
+    assert shown["embedding"] == {"images": 28, "dim": 32, "source": "photos"}
+    assert "no verdict, curves, results, views and recipe" in shown["missing"]
+    without = page_data(report(file, limit=9, no_labels=True))
+    assert without["galleries"][0]["labels"] is None and len(without["galleries"][0]["names"]) == 9
+    folder = simsiam.embed(run.path, photos, out=tmp_path / "folder", precision="float32")
+    assert main(["report", str(folder)]) == 0 and (folder / "report.html").exists()
+    assert page_data(report(run.path, no_labels=True))["galleries"][0]["labels"] is None
+    report(run.path)
+    capsys.readouterr()
+    few = simsiam.embed(run.path, photos, out=tmp_path / "few.parquet", limit=4)
+    assert page_data(report(few))["runs"][0]["missing"].startswith("no map: a map needs at least 5")
+    assert "no map: " in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -436,6 +461,21 @@ def test_an_unfinished_run_has_a_page(visit, tmp_path):
     assert (
         tab.locator(".verdict").inner_text() == "unfinished" and tab.locator("section").count() == 1
     )
+
+
+def test_an_embedding_is_shown_beside_a_run(visit, run, photos, tmp_path):
+    file = simsiam.embed(run.path, photos, out=tmp_path / "photos.parquet", limit=20)
+    tab = visit(report(file))
+    assert tab.locator(".verdict").inner_text() == "embedding"
+    assert "an embedding has no verdict" in tab.locator("#verdict").inner_text()
+    sections = tab.locator("section").evaluate_all("parts => parts.map((part) => part.id)")
+    assert sections == ["map", "neighbors"] and tab.locator("#neighbors .tile").count() > 20
+    path = report([file, run.path], out=tmp_path / "both.html")
+    assert [x["map"]["gallery"] for x in page_data(path)["runs"]] == [1, 0]
+    tab = visit(path)
+    assert "Comparison of 2 runs and embeddings" in tab.locator("h1").inner_text()
+    assert tab.locator(".verdict").all_inner_texts() == ["embedding", "healthy"]
+    assert tab.locator("#recipe dt").count() > 20  # of the run alone
 
 
 def test_several_runs_are_compared(visit, run, photos, tmp_path):

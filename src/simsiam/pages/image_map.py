@@ -53,7 +53,17 @@ def map_images(encoder: nn.Module, transform: Transform, images: Images) -> MapD
     if features.skipped:
         key, reason = features.skipped[0]
         raise WorkFailed(f"{printable(key)} was readable before and is not any more: {reason}")
-    h = F.normalize(features.matrices[0], dim=1)
+    return place_images(features.matrices[0], len(images.classes))
+
+
+def place_images(h: Tensor, num_classes: int) -> MapData:
+    """Place images in the plane by features, and find their neighbors and clusters.
+
+    Args:
+        h: Features (N, d), N at least MIN_MAP_IMAGES.
+        num_classes: The number of classes of the images, 0 if unknown.
+    """
+    h = F.normalize(h, dim=1)
     cosine, nearest = search_neighbors(h, NUM_NEIGHBORS)
     layout, xy = project_to_2d(reduce_dimensions(h))
     return {
@@ -61,7 +71,7 @@ def map_images(encoder: nn.Module, transform: Transform, images: Images) -> MapD
         "dim": h.shape[1],
         "x": [round(v, 4) for v in xy[:, 0].tolist()],
         "y": [round(v, 4) for v in xy[:, 1].tolist()],
-        "clusters": cluster_features(h, len(images.classes)),
+        "clusters": cluster_features(h, num_classes),
         "neighbors": nearest.tolist(),
         "cosines": [[round(v, 3) for v in row] for row in cosine.tolist()],
     }

@@ -14,15 +14,23 @@ from hashlib import sha256
 from importlib.resources import files
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TypedDict
+from typing import TypedDict, cast
 
 from PIL import Image
 
 from simsiam import __version__
 from simsiam.config.protocols import PROTOCOLS
 from simsiam.data.images import evenly_spaced, sample
+from simsiam.embeddings.table import read_embeddings
 from simsiam.errors import UsageError, WorkFailed, check_ranges, printable
-from simsiam.pages.image_map import MAX_MAP_IMAGES, MIN_MAP_IMAGES, MapData, map_images
+from simsiam.pages.embedding_gallery import EmbeddingFacts, embedding_gallery, is_embedding
+from simsiam.pages.image_map import (
+    MAX_MAP_IMAGES,
+    MIN_MAP_IMAGES,
+    MapData,
+    map_images,
+    place_images,
+)
 from simsiam.pages.preview import MIN_SIDE, build_sheet, describe_recipe
 from simsiam.pages.thumbnails import (
     Gallery,
@@ -33,11 +41,12 @@ from simsiam.pages.thumbnails import (
     shrink_to_image,
     webp_data_uri,
 )
+from simsiam.runs.compose import open_run_source
 from simsiam.runs.encoder import eval_transform, load
 from simsiam.runs.environment import utc_now
 from simsiam.runs.run_folder import Run
 from simsiam.runs.weights import open_weights
-from simsiam.sources.open_source import Source, open_source
+from simsiam.sources.open_source import Source
 from simsiam.utils.files import atomic_write
 
 # Bytes of thumbnails on a page. As base64 they take a third more, so a page with 10,000 images has
@@ -53,6 +62,10 @@ CURVE_NAMES = (
     "view_retrieval",
 )  # fmt: skip
 SCRIPTS = ("elements.js", "results.js", "curves.js", "images.js", "map.js", "page.js")
+NOT_IN_EMBEDDINGS = (
+    "an embedding has no verdict, curves, results, views and recipe: `simsiam report RUN` shows "
+    "those of a run"
+)
 MEASUREMENTS = {"knn_top1", "view_retrieval"}  # keys of lines that a monitor wrote, not a step
 
 Curves = dict[str, list[float | None]]  # columns by name, all of one length
@@ -89,19 +102,22 @@ def report(
     out: str | os.PathLike[str] | None = None,
     limit: int = 3000,
     images: bool = True,
+    no_labels: bool = False,
     backbone: str | None = None,
 ) -> Path:
-    """Write one page about a run, or about several runs side by side.
+    """Write one page about a run or an embedding, or about several of these side by side.
 
     If the views or the map of a run cannot be shown, for example because its images have moved,
     the page says so in their place.
 
     Args:
-        runs: One or several run folders, or weights (see `simsiam.runs.weights.open_weights`).
-        out: The HTML file to write, report.html in the first run by default; an existing file is
-            replaced.
+        runs: One or several run folders, weights (see `simsiam.runs.weights.open_weights`), or
+            files or folders that `embed` wrote.
+        out: The HTML file to write; an existing file is replaced. The default is report.html in the
+            first run folder or folder, NAME-report.html beside the file NAME.parquet.
         limit: The number of images on the map, 5 to 20,000, evenly spaced in the training set.
         images: Whether to read images; without them the page has no views and no map.
+        no_labels: Whether to ignore the labels of the images.
         backbone: The network of a file of weights.
 
     Returns:
@@ -111,10 +127,13 @@ def report(
         UsageError: An argument is wrong, or a run folder is damaged.
     """
     names = [runs] if isinstance(runs, str | os.PathLike) else runs
-    folders = [Run(open_weights(name, backbone=backbone)) for name in names]
-    if not folders:
-        raise UsageError("give at least one run folder to report on")
-    path = Path(out) if out is not None else folders[0].path / "report.html"
+    entries = [
+        Path(name) if is_embedding(name) else Run(open_weights(name, backbone=backbone))
+        for name in names
+    ]
+    if not entries:
+        raise UsageError("give at least one run folder or embedding to report on")
+    path = Path(out) if out is not None else default_page(entries[0])
     name = printable(str(path))
     if path.suffix.lower() not in (".html", ".htm") or path.is_dir():
         raise UsageError(f"--out is {name}: give the name of a file ending in .html")
@@ -122,14 +141,56 @@ def report(
         folder = printable(str(path.parent))
         raise UsageError(f"--out is {name}, and there is no folder {folder}")
     check_ranges(SimpleNamespace(limit=limit), limit=(MIN_MAP_IMAGES, MAX_MAP_IMAGES))
-    summaries = [summarize_run(folder) for folder in folders]
-    galleries = add_views_and_maps(folders, summaries, limit) if images else []
+    summaries, galleries = collect_summaries(entries, limit, images=images, no_labels=no_labels)
+    encoded: list[GalleryData] = [
+        encode_gallery(gallery, MAX_THUMBNAIL_BYTES // len(galleries)) for gallery in galleries
+    ]
     page = render_report(
-        {"created": utc_now(), "version": __version__, "runs": summaries, "galleries": galleries}
+        {"created": utc_now(), "version": __version__, "runs": summaries, "galleries": encoded}
     )
     with atomic_write(path) as part:
         part.write_text(page, encoding="utf-8")
     return path
+
+
+def default_page(entry: Run | Path) -> Path:
+    """Choose the file of the page.
+
+    Args:
+        entry: The first run or embedding.
+    """
+    if isinstance(entry, Run):
+        return entry.path / "report.html"
+    return entry / "report.html" if entry.is_dir() else entry.with_name(f"{entry.stem}-report.html")
+
+
+def collect_summaries(
+    entries: Sequence[Run | Path], limit: int, *, images: bool, no_labels: bool
+) -> tuple[list[RunData], list[Gallery]]:
+    """Collect what the page shows.
+
+    Args:
+        entries: Runs, and paths of embeddings.
+        limit: The number of images on a map.
+        images: Whether there are to be views and maps.
+        no_labels: Whether to ignore the labels of the images.
+
+    Returns:
+        The summary of each, and the galleries that their maps refer to by position.
+    """
+    runs = [(entry, summarize_run(entry)) for entry in entries if isinstance(entry, Run)]
+    galleries = add_views_and_maps(runs, limit, no_labels=no_labels) if images else []
+    of_run, summaries = iter([summary for _, summary in runs]), []
+    for entry in entries:
+        if isinstance(entry, Run):
+            summaries.append(next(of_run))
+            continue
+        summary, gallery = summarize_embedding(entry, limit, images=images, no_labels=no_labels)
+        if summary["map"] is not None and gallery is not None:
+            summary["map"]["gallery"] = len(galleries)
+            galleries.append(gallery)
+        summaries.append(summary)
+    return summaries, galleries
 
 
 def render_report(data: Mapping[str, object]) -> str:
@@ -268,43 +329,65 @@ def round_significant(value: float | None) -> float | None:
     return value if value is None or isinstance(value, int) else float(f"{value:.5g}")
 
 
-def summarize_embedding(path: Path) -> RunData:
-    """Read what the page shows of an embedding, without its map.
+def summarize_embedding(
+    path: Path, limit: int, *, images: bool, no_labels: bool
+) -> tuple[RunData, Gallery | None]:
+    """Collect what the page shows of an embedding.
 
     Args:
         path: The file or folder that `embed` wrote.
+        limit: The number of images on the map.
+        images: Whether there is to be a map.
+        no_labels: Whether to ignore the labels.
+
+    Returns:
+        The summary, and the images of its map, if there is one.
 
     Raises:
         UsageError: It is not an embedding file.
     """
-    facts = embedding_facts(read_embeddings(path))
-    return {
+    embeddings = read_embeddings(path)
+    reasons = cast(list[tuple[str, str]], embeddings.metadata.get("unreadable", []))
+    lines = [f"{printable(key)}\t{reason}" for key, reason in reasons]
+    n, dim = embeddings.vectors.shape
+    source = printable(str(embeddings.metadata.get("source", "")))
+    summary: RunData = {
         "path": printable(str(path)),
-        "embedding": facts,
+        "embedding": {"images": n, "dim": dim, "source": source},
         "summary": {},
         "curves": {},
         "results": [],
         "transfers": [],
         "recipe": None,
         "environment": {},
-        "unreadable": facts.pop("unreadable"),
+        "unreadable": {"count": len(lines), "first": lines[:MAX_UNREADABLE_NAMES]},
         "views": None,
         "map": None,
-        "missing": MISSING_IN_EMBEDDINGS,
+        "missing": NOT_IN_EMBEDDINGS,
     }
+    if not images:
+        return summary, None
+    try:
+        gallery, h = embedding_gallery(embeddings, limit, no_labels=no_labels)
+    except WorkFailed as error:
+        summary["missing"] = f"no map: {error}; {NOT_IN_EMBEDDINGS}"
+        print(f"{summary['path']}: no map: {error}", flush=True)
+        return summary, None
+    print(f"{summary['path']}: mapping {len(h):,} images", flush=True)
+    summary["map"] = {**place_images(h, len(gallery.images.classes))}
+    return summary, gallery
 
 
 # --- views and maps -------------------------------------------------------------------------------
 
 
 def add_views_and_maps(
-    runs: Sequence[Run], summaries: Sequence[RunData], limit: int, no_labels: bool
+    runs: Sequence[tuple[Run, RunData]], limit: int, *, no_labels: bool
 ) -> list[Gallery]:
     """Add the views and the map of each run to its summary, or the reason why there are none.
 
     Args:
-        runs: The runs.
-        summaries: Their summaries; "views", "map" and "missing" are set.
+        runs: The runs with their summaries, of which "views", "map" and "missing" are set.
         limit: The number of images on a map.
         no_labels: Whether to ignore the labels of the sources.
 
@@ -314,7 +397,7 @@ def add_views_and_maps(
     """
     sources: dict[tuple[object, ...], Source] = {}
     galleries: dict[tuple[object, ...], Gallery] = {}
-    for run, summary in zip(runs, summaries, strict=True):
+    for run, summary in runs:
         key = run.recipe.source, run.recipe.channels, run.recipe.no_labels
         try:
             if key not in sources:
@@ -332,30 +415,6 @@ def add_views_and_maps(
             summary["missing"] = f"no {part}: {' '.join(str(error).split())}"
             print(f"{summary['path']}: {summary['missing']}", flush=True)
     return list(galleries.values())
-
-
-def add_embedding_map(path: Path, summary: RunData, limit: int, no_labels: bool) -> Gallery | None:
-    """Add the map of an embedding to its summary, or the reason why there is none.
-
-    Args:
-        path: The file or folder that `embed` wrote.
-        summary: Its summary; "map" and "missing" are set.
-        limit: The number of images on the map.
-        no_labels: Whether to ignore the labels.
-
-    Returns:
-        The images of the map, if there is one.
-    """
-    try:
-        gallery, h = embedding_gallery(read_embeddings(path), limit, no_labels=no_labels)
-        print(f"{summary['path']}: mapping {len(h):,} images", flush=True)
-        summary["map"] = {**place_images(h, len(gallery.images.classes))}
-        return gallery
-    except (UsageError, WorkFailed) as error:
-        reason = f"no map: {' '.join(str(error).split())}"
-        summary["missing"] = f"{summary['missing']}; {reason}"
-        print(f"{summary['path']}: {reason}", flush=True)
-        return None
 
 
 def render_views(run: Run, source: Source) -> ViewsData:

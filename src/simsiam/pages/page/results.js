@@ -5,10 +5,12 @@
 const BAD_VERDICTS = ["collapsed", "partial collapse", "diverged", "not converging"];
 
 function header() {
-  const sources = new Set(data.runs.map((run) => formatValue(run.recipe.source)));
-  const methods = new Set(
-    data.runs.map(({ recipe }) => `${recipe.method.name}, ${recipe.backbone}`));
-  const title = several ? `Comparison of ${data.runs.length} runs` : data.runs[0].name;
+  const sources = new Set(data.runs.map(
+    ({ recipe, embedding }) => formatValue(recipe ? recipe.source : embedding.source || "images")));
+  const methods = new Set(data.runs.map(({ recipe }) => (
+    recipe ? `${recipe.method.name}, ${recipe.backbone}` : "features")));
+  const kind = data.runs.every((run) => run.recipe) ? "runs" : "runs and embeddings";
+  const title = several ? `Comparison of ${data.runs.length} ${kind}` : data.runs[0].name;
   return el("div", {},
     el("header", {},
       el("h1", {}, title),
@@ -17,8 +19,8 @@ function header() {
 }
 
 function verdictCard(run) {
-  const { summary } = run;
-  const verdict = summary.verdict ?? "unfinished";
+  const { summary, embedding } = run;
+  const verdict = embedding ? "embedding" : summary.verdict ?? "unfinished";
   const tone = verdict === "healthy" ? "good" : BAD_VERDICTS.includes(verdict) ? "bad" : "";
   const name = several
     ? el("div", { class: "row" }, swatch(run.color), el("h3", {}, run.name)) : null;
@@ -27,16 +29,19 @@ function verdictCard(run) {
   return el("article", { class: "card stack", id: several ? null : "verdict" },
     name,
     el("div", { class: `verdict ${tone}` }, verdict),
-    el("p", {}, summary.remedy ?? "The run is not finished: simsiam resume continues it."),
+    embedding ? null
+      : el("p", {}, summary.remedy ?? "The run is not finished: simsiam resume continues it."),
     summary.advice ? el("p", { class: "pale" }, summary.advice) : null,
     figures,
     run.missing ? el("p", { class: "pale" }, run.missing) : null,
     run.unreadable.count ? unreadableFiles(run.unreadable) : null);
 }
 
-function keyFigures({ summary, curves }) {
+function keyFigures({ summary, curves, embedding }) {
   const knn = summary.knn_top1;
   return [
+    ["images", embedding?.images],
+    ["numbers in a feature", embedding?.dim],
     ["last kNN accuracy, %", knn && formatPercent(knn.last)],
     ["best kNN accuracy, %", knn && formatPercent(knn.best)],
     ["epochs", summary.epochs ?? curves.epoch?.at(-1)],
@@ -230,20 +235,22 @@ function flattenEnvironment({ versions = {}, ...settings }) {
 }
 
 function recipe() {
-  const note = several ? "differences are highlighted" : "all settings of the run";
+  const runs = data.runs.filter((run) => run.recipe);
+  if (!runs.length) return null;
+  const note = runs.length > 1 ? "differences are highlighted" : "all settings of the run";
   return section("recipe", "Recipe and environment", note,
-    settingsCard("Recipe", data.runs.map((run) => flattenRecipe(run.recipe))),
-    settingsCard("Environment", data.runs.map((run) => flattenEnvironment(run.environment))));
+    settingsCard("Recipe", runs, runs.map((run) => flattenRecipe(run.recipe))),
+    settingsCard("Environment", runs, runs.map((run) => flattenEnvironment(run.environment))));
 }
 
 /** The settings of one run as a list; of several runs as a table, those that differ first. */
-function settingsCard(title, columns) {
+function settingsCard(title, runs, columns) {
   const names = [...new Set(columns.flatMap(Object.keys))];
   const rows = names.map((name) => {
     const cells = columns.map((column) => formatValue(column[name]));
     return { name, cells, differs: new Set(cells).size > 1 };
   });
-  if (!several) {
+  if (runs.length === 1) {
     const fact = ({ name, cells }) => el("div", {}, el("dt", {}, name), el("dd", {}, cells[0]));
     return el("div", { class: "card stack" },
       el("h3", {}, title), el("dl", { class: "facts" }, rows.map(fact)));
@@ -251,12 +258,14 @@ function settingsCard(title, columns) {
   const different = rows.filter((row) => row.differs), equal = rows.filter((row) => !row.differs);
   return el("div", { class: "card stack" },
     el("h3", {}, title),
-    different.length ? settingsTable(different) : el("p", { class: "pale" }, "No differences."),
-    el("details", {}, el("summary", {}, `${equal.length} equal settings`), settingsTable(equal)));
+    different.length ? settingsTable(runs, different)
+      : el("p", { class: "pale" }, "No differences."),
+    el("details", {},
+      el("summary", {}, `${equal.length} equal settings`), settingsTable(runs, equal)));
 }
 
-function settingsTable(rows) {
-  const titles = data.runs.map((run) => el("th", {}, swatch(run.color), ` ${run.name}`));
+function settingsTable(runs, rows) {
+  const titles = runs.map((run) => el("th", {}, swatch(run.color), ` ${run.name}`));
   return el("div", { class: "scroll" }, el("table", { class: "settings" },
     el("tr", {}, el("th", {}, ""), titles),
     rows.map(({ name, cells, differs }) => el("tr", { class: differs ? "differs" : null },
