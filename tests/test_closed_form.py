@@ -1,5 +1,8 @@
 """Closed forms: the patches equal their definition, and the map makes view noise white."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,6 +19,7 @@ from simsiam.model.patches import (
     zca,
 )
 from simsiam.model.view_noise import fit_map, view_noise_covariance
+from simsiam.monitoring.signals import view_agreement
 
 
 def draw(*shape, seed=0):
@@ -114,3 +118,31 @@ def test_on_drawn_data_the_map_is_the_true_one_up_to_sampling():
         off = (linear.weight.T @ linear.weight - matrix).norm() / matrix.norm()
         assert off < 20 / n**0.5
     assert errors[1] < 0.3 * errors[0]
+
+
+def test_what_gradient_descent_on_the_linear_method_arrives_at():
+    """Each direction ends at the predicted gain or collapses; strong ones never do."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+    from linear_method import descend, predicted_gain
+
+    signal, noise = torch.tensor([1, 1, 0.25, 0.01]).double(), torch.tensor([0.1, 4, 0.25, 1.0])
+    gain = descend(signal.diag(), noise.double().diag(), seed=1).norm(dim=0)
+    predicted = predicted_gain(signal, noise.double())
+    assert predicted[3] == 0 and gain[3] < 1e-6  # weight decay wins
+    torch.testing.assert_close(gain[[0, 2]], predicted[[0, 2]], rtol=1e-4, atol=1e-6)
+    assert gain[1] < 1e-6 or abs(gain[1] - predicted[1]) < 1e-4
+
+
+def test_equal_views_agree_and_unrelated_ones_agree_by_chance():
+    a, b = draw(400, 30), draw(400, 30, seed=1)
+    same, unrelated = view_agreement(a, a), view_agreement(a, b)
+    assert (same[0] == 1).all() and same[1].min() > 1
+    assert unrelated[0].mean() < 0.05 and unrelated[1].mean().abs() < 0.05
+
+
+def test_neighborhoods_count_where_images_are_forgotten():
+    """Views that keep the class and forget the image: reciprocal ranks are low, neighbors near."""
+    classes = draw(10, 30).repeat_interleave(40, dim=0)
+    views = [classes + 0.01 * draw(400, 30, seed=seed) for seed in (2, 3)]
+    recognition, nearness = view_agreement(*views).mean(1)
+    assert recognition < 0.15 and nearness > 2
