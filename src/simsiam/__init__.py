@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from simsiam.runs.checkpoints.convert import convert as convert
     from simsiam.runs.encoder import load as load
     from simsiam.runs.run_folder import Run as Run
+    from simsiam.training.adapt import adapt as adapt
     from simsiam.training.inspect import inspect as inspect
     from simsiam.training.launch import pretrain as pretrain
     from simsiam.training.launch import resume as resume
@@ -71,6 +72,7 @@ _MODULES = {
     "UsageError": "errors",
     "Views": "config.methods",
     "WorkFailed": "errors",
+    "adapt": "training.adapt",
     "build": "model.siamese",
     "cluster": "embeddings.cluster",
     "compare": "pages.compare",
@@ -95,10 +97,11 @@ _MODULES = {
     "transfer": "detection.transfer",
 }
 __all__ = [
-    "CRITERIA", "METHODS", "TARGETS", "Criterion", "Method", "Recipe", "Run", "Siamese", "Stopped",
-    "UsageError", "Views", "WorkFailed", "build", "cluster", "compare", "convert", "duplicates",
-    "embed", "evaluate", "export", "inspect", "load", "make_views", "negative_cosine", "neighbors",
-    "outliers", "plan", "pretrain", "preview", "probe", "report", "resume", "search", "transfer",
+    "CRITERIA", "METHODS", "TARGETS", "Criterion", "Method", "Recipe", "Run", "Siamese",
+    "Stopped", "UsageError", "Views", "WorkFailed", "adapt", "build", "cluster", "compare",
+    "convert", "duplicates", "embed", "evaluate", "export", "inspect", "load", "make_views",
+    "negative_cosine", "neighbors", "outliers", "plan", "pretrain", "preview", "probe",
+    "report", "resume", "search", "transfer",
 ]  # fmt: skip
 
 

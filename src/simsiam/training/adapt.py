@@ -105,11 +105,14 @@ def adapt(
     path = choose_run_path(out, f"{opened.name}-adapt", recipe)
     print_labeled("images", f"{len(chosen.pixels)} of {len(images)}, {chosen.fit_size} to fit on")
     backbones: dict[str, nn.Module] = {**learn_patches(chosen, transform)}
-    if network is not None and not isinstance(network, Patches):
-        backbones = {recipe.backbone: network, **backbones}
+    if network is not None:
+        backbones = {recipe.backbone: network} | {
+            name: learned for name, learned in backbones.items() if name != recipe.backbone
+        }
     backbones = affordable(backbones, transform, chosen, compute, deadline)
     branches = measure(backbones, transform, chosen, compute, label="measuring")
-    best, rows = choose(print_candidates(closed_form_candidates(branches, chosen)))
+    candidates = closed_form_candidates(branches, chosen, start=network is not None)
+    best, rows = choose(print_candidates(candidates))
     write_encoder(path, recipe, best, rows, chosen.skipped)
     print_labeled("chosen", best.name)
     return path
@@ -149,27 +152,29 @@ def affordable(
     return kept
 
 
-def closed_form_candidates(branches: Sequence[Branch], images: Sample) -> Iterator[Candidate]:
+def closed_form_candidates(
+    branches: Sequence[Branch], images: Sample, *, start: bool
+) -> Iterator[Candidate]:
     """Make the candidates that need no training.
 
     Args:
         branches: The network to start from, if there is one, and patches.
         images: The sample.
+        start: Whether the first branch is the network to start from.
 
     Yields:
         The network unchanged, centered and with its map; patches; the best of both side by side.
     """
-    networks = [b for b in branches if not isinstance(b.backbone, Patches)]
-    for branch in networks:
-        yield make_candidate(f"{branch.name} unchanged", [branch], [None], images)
-        yield make_candidate(f"{branch.name} centered", [branch], [center(branch.mean)], images)
-        mapped = map_candidate(branch, images)
+    network, patches = (branches[0], branches[1:]) if start else (None, branches)
+    if network is not None:
+        yield make_candidate(f"{network.name} unchanged", [network], [None], images)
+        yield make_candidate(f"{network.name} centered", [network], [center(network.mean)], images)
+        mapped = map_candidate(network, images)
         yield mapped
-    patches = [b for b in branches if isinstance(b.backbone, Patches)]
-    single = list(patch_candidates(patches, images))
-    yield from single
-    if networks and single:
-        yield join_candidates(mapped, choose(single)[0], images, PATCH_WEIGHTS)
+    learned = list(patch_candidates(patches, images))
+    yield from learned
+    if network is not None and learned and not isinstance(network.backbone, Patches):
+        yield join_candidates(mapped, choose(learned)[0], images, PATCH_WEIGHTS)
 
 
 def print_candidates(candidates: Iterator[Candidate]) -> Iterator[Candidate]:

@@ -1,0 +1,207 @@
+"""Adapting: candidates are taken only beyond noise, and the run folder holds the best one."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import simsiam
+from simsiam.data.transform import Transform
+from simsiam.errors import UsageError
+from simsiam.model import patches as patches_module
+from simsiam.model.precision import Compute
+from simsiam.model.view_noise import center
+from simsiam.monitoring.candidates import (
+    Candidate,
+    build_encoder,
+    choose,
+    join_candidates,
+    learn_patches,
+    make_candidate,
+    map_candidate,
+    measure,
+    read_sample,
+)
+from simsiam.runs.run_folder import Run
+from simsiam.sources.open_source import open_source
+
+FLOAT32 = Compute(torch.device("cpu"), "float32")
+UNIT = Transform(size=32, mean=(0.0,) * 3, std=(1.0,) * 3)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_patches():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(patches_module, "FIT_PATCHES", 3000)
+        patch.setattr(patches_module, "CENTERS", 40)
+        yield
+
+
+@pytest.fixture(scope="module")
+def sample():
+    return read_sample(open_source("shapes").train.take(slice(300)), 32)
+
+
+@pytest.fixture(scope="module")
+def branches(sample):
+    return measure(learn_patches(sample, UNIT), UNIT, sample, FLOAT32)
+
+
+def fake(agreement: torch.Tensor, name: str = "fake") -> Candidate:
+    return Candidate(name, (), (), agreement, 0.0, None)
+
+
+def test_a_candidate_is_taken_only_if_it_is_better_by_more_than_noise():
+    generator = torch.Generator().manual_seed(0)
+    base = 0.5 + 0.3 * torch.rand(2, 400, generator=generator)
+    noise = 0.3 * torch.randn(2, 400, generator=generator)
+    equal = fake(base + noise - noise.mean(1, keepdim=True), "equal")
+    better, worse = fake(1.02 * base, "better"), fake(0.98 * base, "worse")
+    best, rows = choose([fake(base, "first"), equal, better, worse])
+    assert best is better
+    assert [row["taken"] for row in rows] == [True, False, True, False]
+    assert rows[3]["than"] == "better" and rows[3]["gain"] == pytest.approx(
+        math.log(0.98 / 1.02), abs=1e-3
+    )
+
+
+def test_the_error_of_a_gain_is_that_of_repeated_draws():
+    """The standard error by the delta method, against the spread over 400 new sets of images."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw():
+        base = 1 + torch.rand(2, 200, generator=generator)
+        return fake(base + 0.4 * torch.rand(2, 200, generator=generator)), fake(base)
+
+    gains = [one.gain(other) for one, other in (draw() for _ in range(400))]
+    spread = np.std([gain for gain, _ in gains])
+    assert np.mean([error for _, error in gains]) == pytest.approx(spread, rel=0.15)
+
+
+def test_fitting_never_sees_the_images_held_out(sample):
+    """Other images held out change no dictionary, no mean and no noise."""
+    pixels = sample.pixels.clone()
+    pixels[sample.fit_size :] = 255 - pixels[sample.fit_size :]
+    other = sample._replace(pixels=pixels)
+    pairs = zip(
+        *(measure(learn_patches(s, UNIT), UNIT, s, FLOAT32) for s in (sample, other)), strict=True
+    )
+    for one, changed in pairs:
+        assert torch.equal(one.mean, changed.mean) and torch.equal(one.noise, changed.noise)
+        assert not torch.equal(one.held_out, changed.held_out)
+
+
+def test_labels_are_not_used_to_choose(sample, branches):
+    shuffled = sample._replace(labels=sample.labels.flip(0))
+    for branch in branches:
+        one, other = (
+            map_candidate(branch, s)
+            for s in (
+                sample,
+                shuffled,
+            )[:2]
+        )
+        assert torch.equal(one.agreement, other.agreement) and one.knn_top1 != other.knn_top1
+
+
+@pytest.mark.parametrize("kind", ["unchanged", "map", "two sizes", "network and patches"])
+def test_the_encoder_of_a_candidate_computes_its_features(kind, sample, branches):
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 7))
+    network.dim = 7
+    (branch,) = measure({"net": network}, UNIT, sample, FLOAT32)
+    first, second = branches
+    candidate = {
+        "unchanged": lambda: make_candidate("", [branch], [None], sample),
+        "map": lambda: map_candidate(first, sample),
+        "two sizes": lambda: join_candidates(
+            map_candidate(first, sample), map_candidate(second, sample), sample
+        ),
+        "network and patches": lambda: join_candidates(
+            make_candidate("", [branch], [center(branch.mean)], sample),
+            map_candidate(second, sample),
+            sample,
+        ),
+    }[kind]()
+    name, encoder, second_name = build_encoder(candidate)
+    assert (name, second_name) == {
+        "unchanged": ("net", None),
+        "map": ("patches/32", None),
+        "two sizes": ("patches/32+24", None),
+        "network and patches": ("net", "patches/24"),
+    }[kind]
+    parts = [
+        b.h if head is None else head(b.h)
+        for b, head in zip(candidate.branches, candidate.heads, strict=True)
+    ]
+    with torch.no_grad():
+        h = encoder.eval()(UNIT.normalize(sample.pixels))
+    torch.testing.assert_close(h, torch.cat(parts, dim=1), rtol=1e-3, atol=1e-3)
+
+
+def test_side_by_side_a_weight_of_1_gives_both_the_same_view_noise(sample, branches):
+    joined = join_candidates(*(map_candidate(b, sample) for b in branches), sample, weights=(1.0,))
+    noise = [
+        torch.einsum("ij,jk,ik->", head.weight.double(), branch.noise, head.weight.double())
+        for branch, head in zip(joined.branches, joined.heads, strict=True)
+    ]
+    assert noise[0].item() == pytest.approx(1, rel=1e-4)
+    assert noise[1].item() == pytest.approx(1, rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory):
+    return simsiam.adapt("shapes", limit=300, out=tmp_path_factory.mktemp("adapt") / "run")
+
+
+def test_the_run_folder_holds_the_best_candidate(adapted):
+    table = json.loads((adapted / "adapt.json").read_text())
+    taken = [row for row in table["candidates"] if row["taken"]]
+    assert table["chosen"] == taken[-1]["candidate"] and "map" in table["chosen"]
+    encoder = simsiam.load(adapted)
+    h = encoder(encoder.transform(Image.new("RGB", (40, 32), "red")))
+    assert h.shape == (1, encoder.dim)
+    summary = Run(adapted).json("summary.json")
+    assert summary["verdict"] == "healthy" and summary["end"]["score"] > summary["start"]["score"]
+
+
+def test_an_adapted_run_is_evaluated_embedded_and_searched(adapted, tmp_path):
+    simsiam.evaluate(adapted, protocols=["knn"])
+    rows = Run(adapted).evaluations()
+    assert {"h", "h after the map"} <= {row["features"] for row in rows}
+    path = simsiam.embed(adapted, "shapes", out=tmp_path / "e.parquet", limit=60)
+    assert len(simsiam.neighbors(path, "train#0", k=3)) == 3
+
+
+def test_with_little_time_backbones_are_left_out_and_named(capsys, tmp_path):
+    path = simsiam.adapt("shapes", limit=200, minutes=1e-3, out=tmp_path / "run")
+    assert "left out patches/24: no time to measure these" in capsys.readouterr().err
+    assert Run(path).recipe.backbone == "patches/32"
+
+
+def test_an_existing_run_is_a_start_that_can_stay(adapted, tmp_path, capsys):
+    path = simsiam.adapt("shapes", init=adapted, limit=300, out=tmp_path / "run")
+    table = json.loads((path / "adapt.json").read_text())
+    assert table["candidates"][0]["candidate"].endswith("unchanged")
+
+
+def test_too_few_images_are_refused_in_one_line(tmp_path):
+    for i in range(5):
+        Image.new("RGB", (40, 40), (i, 0, 0)).save(tmp_path / f"{i}.png")
+    with pytest.raises(UsageError, match="5 readable images: at least 24 are needed"):
+        simsiam.adapt(tmp_path, out=tmp_path / "run")
+
+
+def test_an_unreadable_image_is_named(tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    for i in range(40):
+        noise = generator.integers(0, 255, (6, 6, 3), np.uint8)
+        Image.fromarray(noise).resize((40, 40)).save(folder / f"{i}.png")
+    (folder / "broken.png").write_bytes((folder / "0.png").read_bytes()[:60])
+    run = Run(simsiam.adapt(folder, out=tmp_path / "run"))
+    assert any("broken.png" in line for line in run.read_quarantine())
