@@ -247,11 +247,10 @@ def learner(run, tmp_path):
     """A stand-in for an encoder that is learned from the images: another head each time."""
     learned = []
 
-    def learn() -> Path:
-        folder = Path(shutil.copytree(run, tmp_path / f"learned-{len(learned)}"))
-        write_head(folder, seed=len(learned))
-        learned.append(folder)
-        return folder
+    def learn(path: Path) -> None:
+        shutil.copytree(run, path)
+        write_head(path, seed=len(learned))
+        learned.append(Path(shutil.copytree(path, tmp_path / f"learned-{len(learned)}")))
 
     return SimpleNamespace(calls=learned, encoder=SourceEncoder("stand-in", learn=learn))
 
@@ -266,7 +265,6 @@ def test_it_is_learned_again_once_a_tenth_of_the_images_is_new(
     learner, photos, tmp_path, embedded, capsys
 ):
     first = keep(photos, learner)
-    shutil.rmtree(learner.calls[0])  # it was copied
     embedded.clear()
     for i in range(6):
         draw(photos / "a" / f"new-{i}.png", 200 + i)
@@ -357,10 +355,10 @@ def test_without_network_and_packages_the_first_command_answers(
     def refuse(name, **_):
         raise simsiam.UsageError(f"no {name}")
 
-    weights = SimpleNamespace(open_weights=refuse)
-    closed_form = SimpleNamespace(fit_patches_run=lambda *_: learner.encoder.learn())
-    monkeypatch.setitem(sys.modules, "simsiam.runs.weights", weights)
-    monkeypatch.setitem(sys.modules, "simsiam.runs.closed_form", closed_form)
+    monkeypatch.setattr(search_source, "open_weights", refuse)
+    monkeypatch.setattr(
+        search_source, "fit_patches_run", lambda *_, out: learner.encoder.learn(out)
+    )
     assert main(["search", str(photos), "04.png", "--k", "3"]) == 0
     output, lines = capsys.readouterr()
     assert len(output.splitlines()) == 3

@@ -34,13 +34,7 @@ from simsiam.runs.encoder import eval_transform, load, weight_digests
 from simsiam.runs.run_folder import Run
 from simsiam.sources.file_index import STAMP_SCHEMA, ContainerStamp, source_stamps
 from simsiam.sources.open_source import Source, absolute_source
-from simsiam.utils.files import (
-    atomic_folder,
-    atomic_write,
-    cache_dir,
-    file_lock,
-    remove_stale_parts,
-)
+from simsiam.utils.files import atomic_write, cache_dir, file_lock, remove_stale_parts
 from simsiam.utils.progress_bar import progress_bar
 
 ENTRY_VERSION = 1  # of the folders in the cache
@@ -54,12 +48,12 @@ class SourceEncoder(NamedTuple):
     Attributes:
         name: What the user called it.
         run: Its run folder; None if it is learned from the images of the source.
-        learn: Learns it from them, and returns a run folder that is copied.
+        learn: Learns it from them, and writes its run folder to a new path.
     """
 
     name: str
     run: Path | None = None
-    learn: Callable[[], Path] | None = None
+    learn: Callable[[Path], object] | None = None
 
 
 class SourceImages:
@@ -224,11 +218,9 @@ def _learned_run(
                 "and all images are embedded again"
             )
     assert encoder.learn is not None, "an encoder has a run folder or is learned"
-    learned = encoder.learn()
     record.unlink(missing_ok=True)
     shutil.rmtree(run, ignore_errors=True)
-    with atomic_folder(run) as part:
-        shutil.copytree(learned, part, dirs_exist_ok=True)
+    encoder.learn(run)
     _write_file(images.stamps, record, weight_digests(run))
     return run
 

@@ -3,9 +3,7 @@
 import os
 import sys
 from collections.abc import Sequence
-from functools import partial
 from math import inf
-from pathlib import Path
 from types import SimpleNamespace
 
 from simsiam.data.images import Images
@@ -21,13 +19,14 @@ from simsiam.embeddings.neighbors import (
 from simsiam.embeddings.table import Embeddings
 from simsiam.errors import UsageError, WorkFailed, check_ranges, printable
 from simsiam.model.precision import Compute
+from simsiam.runs.closed_form import fit_patches_run
 from simsiam.runs.run_folder import Run
+from simsiam.runs.weights import PATCHES, open_weights
 from simsiam.sources.open_source import open_source
 from simsiam.utils.files import check_writable, writable_cache
 
 # The commands' help names license and size.
-DEFAULT_ENCODERS = ("timm:vit_small_patch16_224.dino", "lite0", "patches")
-LEARNED = "patches"  # weights that are learned from the images of the source
+DEFAULT_ENCODERS = ("timm:vit_small_patch16_224.dino", "lite0", PATCHES)
 RELEARN = 0.1
 
 
@@ -118,15 +117,11 @@ def choose_encoder(
     if encoder is None and backbone is not None:
         raise UsageError(f"--backbone {backbone} belongs to a file of weights: give --encoder FILE")
     for name in DEFAULT_ENCODERS if encoder is None else (os.fspath(encoder),):
-        if name == LEARNED:
-            from simsiam.runs.closed_form import fit_patches_run
-
-            return SourceEncoder(name, learn=partial(fit_patches_run, source, channels))
-        if (Path(name) / "recipe.yaml").is_file():
-            return SourceEncoder(name, Path(name))
+        if name == PATCHES:
+            return SourceEncoder(
+                name, learn=lambda path: fit_patches_run(source, channels, out=path)
+            )
         try:
-            from simsiam.runs.weights import open_weights
-
             run = open_weights(name, backbone=backbone, source=source, channels=channels)
             return SourceEncoder(name, run)
         except (UsageError, WorkFailed) as error:
