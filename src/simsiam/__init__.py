@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from simsiam.runs.checkpoints.convert import convert as convert
     from simsiam.runs.encoder import load as load
     from simsiam.runs.run_folder import Run as Run
-    from simsiam.training.adapt import adapt as adapt
+    from simsiam.training.adaptation.adapt import adapt as adapt
     from simsiam.training.inspect import inspect as inspect
     from simsiam.training.launch import pretrain as pretrain
     from simsiam.training.launch import resume as resume
@@ -72,7 +72,7 @@ _MODULES = {
     "UsageError": "errors",
     "Views": "config.methods",
     "WorkFailed": "errors",
-    "adapt": "training.adapt",
+    "adapt": "training.adaptation.adapt",
     "build": "model.siamese",
     "cluster": "embeddings.cluster",
     "compare": "pages.compare",

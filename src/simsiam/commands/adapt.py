@@ -51,6 +51,6 @@ def run(options: argparse.Namespace) -> None:
     Args:
         options: The parsed arguments.
     """
-    from simsiam.training.adapt import adapt
+    from simsiam.training.adaptation.adapt import adapt
 
     print_lines(adapt(**vars(options)))

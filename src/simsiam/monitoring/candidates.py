@@ -277,16 +277,17 @@ def best_candidate(candidates: Iterable[Candidate]) -> Candidate:
     return max(candidates, key=lambda candidate: candidate.score)
 
 
-def map_candidate(branch: Branch, sample: Sample) -> Candidate:
+def map_candidate(branch: Branch, sample: Sample, name: str | None = None) -> Candidate:
     """Add the map of view noise to a branch, with the best of SHRINKAGES.
 
     Args:
         branch: The backbone.
         sample: The images.
+        name: What the backbone is called in the candidate's name; by default its own name.
     """
     return best_candidate(
         make_candidate(
-            f"{branch.name} + map",
+            f"{name or branch.name} + map",
             [branch],
             [fit_map(branch.mean, branch.noise, shrinkage)],
             sample,

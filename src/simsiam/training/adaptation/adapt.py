@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 
 from torch import nn
@@ -41,6 +42,7 @@ from simsiam.runs.encoder import eval_transform, load
 from simsiam.runs.run_folder import Run, choose_run_path
 from simsiam.runs.weights import open_weights
 from simsiam.sources.open_source import absolute_source, open_source
+from simsiam.training.adaptation.layers import trained_candidates
 from simsiam.training.progress import format_labeled_lines
 
 TRIAL_IMAGES = 60  # images that the time of a measurement is estimated from
@@ -112,6 +114,11 @@ def adapt(
     backbones = affordable(backbones, transform, chosen, compute, deadline)
     branches = measure(backbones, transform, chosen, compute, label="measuring")
     candidates = closed_form_candidates(branches, chosen, start=network is not None)
+    if network is not None and deadline is not None and not isinstance(network, Patches):
+        candidates = chain(
+            candidates,
+            trained_candidates(branches[0], recipe, transform, chosen, compute, deadline),
+        )
     best, rows = choose(print_candidates(candidates))
     write_encoder(path, recipe, best, rows, chosen.skipped)
     print_labeled("chosen", best.name)
