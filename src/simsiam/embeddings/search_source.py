@@ -116,7 +116,8 @@ def choose_encoder(
     """
     if encoder is None and backbone is not None:
         raise UsageError(f"--backbone {backbone} belongs to a file of weights: give --encoder FILE")
-    for name in DEFAULT_ENCODERS if encoder is None else (os.fspath(encoder),):
+    names = DEFAULT_ENCODERS if encoder is None else (os.fspath(encoder),)
+    for name, following in zip(names, (*names[1:], "")):
         if name == PATCHES:
             return SourceEncoder(
                 name, learn=lambda path: fit_patches_run(source, channels, out=path)
@@ -127,8 +128,8 @@ def choose_encoder(
         except (UsageError, WorkFailed) as error:
             if encoder is not None:
                 raise
-            reason = " ".join(str(error).split())
-            print(printable(f"{name} cannot be used here: {reason}"), file=sys.stderr)
+            text = f"{' '.join(str(error).split())}; going on with {following}"
+            print(printable(text), file=sys.stderr)
     raise AssertionError("the last of the default encoders needs nothing")
 
 

@@ -2,8 +2,13 @@
 
 import os
 import re
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
 import yaml
@@ -13,6 +18,7 @@ from simsiam.errors import UsageError, WorkFailed, truncate, unknown_name
 from simsiam.runs.recipe_file import NoAliasLoader
 from simsiam.runs.weight_files import file_sha256
 
+CONNECT_SECONDS = 5.0  # to wait for an answer of the hub
 HUB_PREFIX = "hf-hub:"  # the same as timm's
 IMAGENET_PREPROCESSING: dict[str, object] = {
     "image_size": 224,
@@ -168,10 +174,11 @@ def download_from_hub(name: str) -> Path:
             f'{HUB_PREFIX}{name} needs huggingface_hub: pip install "simsiam[hub]"'
         ) from None
     try:
-        for files in (RUN_FILES, TIMM_FILES):
-            folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=files))
-            if (folder / files[0]).is_file():
-                return folder
+        with offline_if_unreachable():
+            for files in (RUN_FILES, TIMM_FILES):
+                folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=files))
+                if (folder / files[0]).is_file():
+                    return folder
     except (OSError, ValueError) as error:  # the hub's own errors are subclasses of these
         reason = truncate(" ".join(str(error).split()))
         raise WorkFailed(
@@ -182,6 +189,48 @@ def download_from_hub(name: str) -> Path:
         f"{HUB_PREFIX}{name} has neither recipe.yaml, as this program uploads it, nor config.json "
         "of timm"
     )
+
+
+@contextmanager
+def offline_if_unreachable() -> Iterator[None]:
+    """Let the hub's library use only its cache if the hub cannot be reached.
+
+    By itself it asks six times for each file, and prints two lines each time.
+
+    Yields:
+        Nothing.
+    """
+    try:
+        from huggingface_hub import constants
+    except ImportError:
+        yield
+        return
+    offline = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = offline or not is_reachable(constants.ENDPOINT)
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = offline
+
+
+def is_reachable(url: str) -> bool:
+    """Tell whether a server answers.
+
+    Args:
+        url: A URL of it.
+
+    Returns:
+        Whether it accepts a connection; True if there is a proxy, which would have to be asked.
+    """
+    address = urlsplit(url)
+    if getproxies() or address.hostname is None:
+        return True
+    port = address.port or (80 if address.scheme == "http" else 443)
+    try:
+        socket.create_connection((address.hostname, port), CONNECT_SECONDS).close()
+    except OSError:
+        return False
+    return True
 
 
 def card_license(folder: Path) -> str | None:

@@ -18,6 +18,7 @@ from simsiam.runs.checkpoints.published_weights import (
     HUB_PREFIX,
     card_license,
     download_from_hub,
+    offline_if_unreachable,
 )
 from simsiam.runs.weight_files import file_sha256, read_state_dict
 
@@ -150,7 +151,8 @@ def load_timm_weights(name: str, origin: str) -> NamedWeights:
     import timm
 
     try:
-        model = timm.create_model(name, pretrained=True)
+        with offline_if_unreachable():
+            model = timm.create_model(name, pretrained=True)
         all_names = list(model.state_dict())
         model.reset_classifier(0)  # type: ignore[operator]
     except Exception as error:  # of timm, the hub, its HTTP library, or torch
