@@ -116,7 +116,7 @@ def iter_crops(
         images: The images.
         transform: Crops them; does not normalize.
         skipped: A list to which the (key, reason) of each unreadable image is appended.
-        chunk_size: Number of images in a chunk; it divides PREFETCH_CHUNK.
+        chunk_size: Number of images in a chunk.
 
     Yields:
         Positions (n,) of the readable images of a chunk, and their pixels, uint8 (n, C, size,
@@ -149,7 +149,7 @@ def iter_processed(
         process: What is done with an image, uint8 (1, C, H, W).
         min_side: See `Images.read`.
         skipped: A list to which the (key, reason) of each unreadable image is appended.
-        chunk_size: Number of images in a chunk; it divides PREFETCH_CHUNK.
+        chunk_size: Number of images in a chunk.
 
     Yields:
         Positions (n,) of the readable images of a chunk, and what became of each.
@@ -165,13 +165,13 @@ def iter_processed(
             skipped.append((images.keys[i], str(error)))
             return None
 
-    loaded = images
+    loaded, ahead = images, 0
     with ThreadPoolExecutor(CPU_CORES) as pool:
         for start in range(0, len(images), chunk_size):
-            if start % PREFETCH_CHUNK == 0:  # a block is read if enough of it is needed
-                ahead = np.arange(start, min(start + PREFETCH_CHUNK, len(images)))
-                loaded = loaded.prefetch(ahead, 0.25)
             index = range(start, min(start + chunk_size, len(images)))
+            if index.stop > ahead:  # a block is read if enough of it is needed
+                ahead = min(start + max(chunk_size, PREFETCH_CHUNK), len(images))
+                loaded = loaded.prefetch(np.arange(start, ahead), 0.25)
             readable = [result for result in pool.map(read, index) if result is not None]
             if readable:
                 positions, results = zip(*readable, strict=True)
