@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import sys
-import tempfile
 from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -32,7 +31,7 @@ from simsiam.runs.checkpoints.timm_weights import (
 from simsiam.runs.encoder import load
 from simsiam.runs.run_folder import BACKBONE_FILE, HEAD_FILE, ORIGIN_FILE, Run
 from simsiam.runs.weight_files import file_sha256
-from simsiam.utils.files import cache_dir, file_lock
+from simsiam.utils.files import cache_dir, file_lock, writable_cache
 
 SourceNames = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 PATCHES = "patches"  # the name of the encoder that is learned from the source's images
@@ -128,14 +127,15 @@ def _open_cached(name: str, backbone: str | None) -> Path:
     name, key = _identify(name)
     text = json.dumps([CACHE_VERSION, name, backbone, key])
     slug = re.sub(r"[^\w.-]+", "-", Path(name).name if os.path.isfile(name) else name)[:60]
-    path = _weights_cache() / f"{slug}-{sha256(text.encode()).hexdigest()[:10]}"
-    with file_lock(path.with_name(f".{path.name}.lock"), wait=True):
-        if not (path / "recipe.yaml").is_file() or not (path / BACKBONE_FILE).is_file():
-            shutil.rmtree(path, ignore_errors=True)
-            convert(name, out=path, backbone=backbone)
-            origin = Run(path).json(ORIGIN_FILE)
-            line = f"{name}: {origin['origin']}; license: {origin['license']}; kept in {path}"
-            print(printable(line), file=sys.stderr)
+    with writable_cache():
+        path = cache_dir("weights") / f"{slug}-{sha256(text.encode()).hexdigest()[:10]}"
+        with file_lock(path.with_name(f".{path.name}.lock"), wait=True):
+            if not (path / "recipe.yaml").is_file() or not (path / BACKBONE_FILE).is_file():
+                shutil.rmtree(path, ignore_errors=True)
+                convert(name, out=path, backbone=backbone)
+                origin = Run(path).json(ORIGIN_FILE)
+                line = f"{name}: {origin['origin']}; license: {origin['license']}; kept in {path}"
+                print(printable(line), file=sys.stderr)
     return path
 
 
@@ -156,38 +156,6 @@ def _identify(name: str) -> tuple[str, str]:
     if not path.is_file():
         raise unknown_name("run folder or weights", printable(name), KINDS)
     return str(path.resolve()), file_sha256(path)
-
-
-def _weights_cache() -> Path:
-    """Return the folder of weights in the cache, or a temporary one if that cannot be written."""
-    folder = cache_dir("weights")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        writable, reason = os.access(folder, os.W_OK), "permission denied"
-    except OSError as error:
-        writable, reason = False, error.strerror or str(error)
-    if writable:
-        return folder
-    temporary = _temporary_cache()
-    print(
-        f"the cache {printable(str(folder))} cannot be written ({reason}): weights are kept in "
-        f"{temporary} instead; $SIMSIAM_CACHE names another folder",
-        file=sys.stderr,
-    )
-    return temporary
-
-
-def _temporary_cache() -> Path:
-    """Return a temporary folder of this user's, the same one every time if nobody else owns it."""
-    folder = Path(tempfile.gettempdir(), f"simsiam-{os.getuid()}")
-    try:
-        folder.mkdir(mode=0o700, exist_ok=True)
-        found = os.lstat(folder)
-        if found.st_uid == os.getuid() and not found.st_mode & 0o022 and not folder.is_symlink():
-            return folder
-    except OSError:
-        pass
-    return Path(tempfile.mkdtemp(prefix="simsiam-"))
 
 
 def load_init_weights(model: nn.Module, recipe: ResolvedRecipe) -> None:

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import socket
+import stat
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -252,21 +253,35 @@ def writable_cache() -> Iterator[None]:
         with tempfile.TemporaryFile(dir=root):
             pass
     except OSError as error:
-        reason = error.strerror or error
-        text = f"the cache {root} cannot be written to ({reason}): a temporary folder is used, and "
-        print(printable(text + "nothing is kept; SIMSIAM_CACHE names another"), file=sys.stderr)
+        temporary = temporary_cache()
+        text = (
+            f"the cache {root} cannot be written to ({error.strerror or error}): {temporary} is "
+            "used instead; SIMSIAM_CACHE names another folder"
+        )
+        print(printable(text), file=sys.stderr)
     else:
         yield
         return
     previous = os.environ.get("SIMSIAM_CACHE")
-    with tempfile.TemporaryDirectory(prefix="simsiam-") as folder:
-        os.environ["SIMSIAM_CACHE"] = folder
-        try:
-            yield
-        finally:
-            del os.environ["SIMSIAM_CACHE"]
-            if previous is not None:
-                os.environ["SIMSIAM_CACHE"] = previous
+    os.environ["SIMSIAM_CACHE"] = str(temporary)
+    try:
+        yield
+    finally:
+        del os.environ["SIMSIAM_CACHE"]
+        if previous is not None:
+            os.environ["SIMSIAM_CACHE"] = previous
+
+
+def temporary_cache() -> Path:
+    """Return a temporary folder of this user: the same every time, if nobody else can write it."""
+    folder = Path(tempfile.gettempdir(), f"simsiam-{os.getuid()}")
+    with suppress(OSError):
+        folder.mkdir(mode=0o700, exist_ok=True)
+        status = os.lstat(folder)
+        own = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid()
+        if own and not status.st_mode & 0o022:
+            return folder
+    return Path(tempfile.mkdtemp(prefix="simsiam-"))
 
 
 def start_or_continue_job(work_folder: Path, job: Mapping[str, object]) -> None:
