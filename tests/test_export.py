@@ -18,6 +18,8 @@ from simsiam.commands.main import main
 from simsiam.config.recipes import Recipe
 from simsiam.exports import detectron2
 from simsiam.exports.export import FORMATS, export
+from simsiam.model.backbones import create_backbone
+from simsiam.model.encoder import Encoder
 from simsiam.pages.compare import compare
 from simsiam.runs.checkpoints.convert import convert
 from simsiam.runs.encoder import build_backbone
@@ -164,6 +166,154 @@ def test_an_upload_is_a_run_to_start_from(standard, tmp_path):
         and "healthy" in text
         and "Nothing yet" in text
     )
+
+
+@pytest.fixture(scope="module")
+def with_head(standard, trained, tmp_path_factory):
+    """Runs with a head: of a standard network, of patches, and of a network beside patches."""
+    root = tmp_path_factory.mktemp("runs")
+    torch.manual_seed(1)
+    patches = filled(create_backbone("patches/16", image_size=32))
+    recipe = Recipe().replace(
+        backbone="patches/16", image_size=32, mean=(0.5,) * 3, std=(0.25,) * 3
+    )
+    alone = Run.create(root / "patches", recipe)
+    alone.finish(patches.state_dict(), {"verdict": "too early", "steps": 0})
+    alone.write_head(Encoder(patches, random_head(patches.dim)))
+    both = Run(shutil.copytree(trained, root / "both"))
+    network = simsiam.load(both.path)
+    heads = random_head(network.dim), random_head(patches.dim)
+    both.write_head(Encoder(network, heads[0], patches, heads[1]), patches="patches/16")
+    timms = Recipe().replace(
+        backbone="timm/test_efficientnet", image_size=64, mean=(0.5,) * 3, std=(0.25,) * 3,
+        eval_interpolation="bicubic", eval_resize=70,
+    )  # fmt: skip
+    timm = Run.create(root / "timm", timms)
+    network = build_backbone(timms.resolve())
+    timm.finish(network.state_dict(), {"verdict": "too early", "steps": 0})
+    timm.write_head(Encoder(network, random_head(network.dim)))
+    torchvision = Run(shutil.copytree(standard, root / "torchvision"))
+    network = simsiam.load(torchvision.path)
+    torchvision.write_head(Encoder(network, random_head(network.dim)))
+    runs = {"patches": alone, "both": both, "timm": timm, "torchvision": torchvision}
+    return {name: run.path for name, run in runs.items()}
+
+
+def random_head(dim, out=12):
+    head = torch.nn.Linear(dim, out)
+    torch.nn.init.normal_(head.weight), torch.nn.init.normal_(head.bias)
+    return head
+
+
+def filled(patches):
+    for parameter in patches.parameters():
+        torch.nn.init.normal_(parameter)
+    return patches
+
+
+@pytest.mark.parametrize(
+    ("name", "format"),
+    [
+        *(("both", format) for format in ("safetensors", "torch_export", "onnx", "huggingface")),
+        *(("patches", format) for format in ("safetensors", "torch_export", "huggingface")),
+        *(("timm", format) for format in ("timm", "huggingface")),
+        *(("torchvision", format) for format in ("torchvision", "timm", "huggingface")),
+    ],
+)
+def test_an_encoder_is_exported_with_its_head(name, format, with_head, tmp_path):
+    """What was written is loaded here without `export`, by the library where there is one."""
+    needs(format)
+    folder = export(with_head[name], format=format, out=tmp_path / "out").path
+    size = Run(with_head[name]).recipe.image_size
+    x, loaded = torch.randn(2, 3, size, size), []
+    if format == "torchvision":
+        import torchvision
+
+        model = torchvision.models.resnet18(num_classes=12)
+        model.load_state_dict(torch.load(folder / "backbone.pth", weights_only=True))
+        loaded.append(model)
+    if format == "onnx":
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(folder / "backbone.onnx")
+        loaded.append(lambda x: torch.from_numpy(session.run(None, {"images": x.numpy()})[0]))
+    if format == "torch_export":
+        loaded.append(torch.export.load(folder / "backbone.pt2").module())
+    if (folder / "config.json").exists():
+        import timm
+
+        loaded.append(timm.create_model(f"local-dir:{folder}", pretrained=True))
+        known = timm.data.resolve_model_data_config(loaded[0])
+        recipe = Run(with_head[name]).recipe
+        assert known["interpolation"] == recipe.eval_interpolation
+    if format == "huggingface":
+        loaded.append(simsiam.load(folder))
+        assert (folder / "config.json").exists() == (name in ("timm", "torchvision"))
+    if format == "safetensors":
+        state = load_file(folder / "backbone.safetensors")
+        assert {"head.weight", "head.bias"} <= state.keys()
+        assert any(key.startswith("patches.") for key in state) == (name == "both")
+    expected = features(with_head[name], x)
+    for model in loaded:
+        if isinstance(model, torch.nn.Module) and format != "torch_export":
+            model.eval()
+        with torch.no_grad():
+            h = model(x)
+        assert (h - expected).abs().max() <= 1e-4 * max(1, expected.abs().max())
+    assert loaded or format == "safetensors"
+
+
+@pytest.mark.parametrize("format", ["timm", "torchvision"])
+def test_a_format_without_a_second_branch_says_which_have_one(format, with_head, tmp_path, capsys):
+    out = str(tmp_path / "out")
+    assert main(["export", str(with_head["both"]), "--format", format, "--out", out]) == 2
+    error = capsys.readouterr().err.strip()
+    assert "\n" not in error and "cannot hold the second branch" in error
+    assert "use one of huggingface, onnx, safetensors, torch_export" in error
+
+
+def test_detectron2_gets_the_backbone_alone_and_it_is_said(with_head, tmp_path, capsys):
+    run, out = str(with_head["torchvision"]), str(tmp_path / "out")
+    assert main(["export", run, "--format", "detectron2", "--out", out]) == 0
+    assert "head.safetensors is left out: detectron2 has the backbone" in capsys.readouterr().out
+
+
+def test_a_wrong_head_is_not_kept(with_head, tmp_path, monkeypatch):
+    kind = FORMATS["torchvision"]
+
+    def damaged(network, run, folder):
+        network = simsiam.load(run.path)
+        network.head.bias.data[0] += 1
+        kind.write(network, run, folder)
+
+    monkeypatch.setitem(FORMATS, "torchvision", kind._replace(write=damaged))
+    with pytest.raises(simsiam.WorkFailed, match="not kept"):
+        export(with_head["torchvision"], format="torchvision", out=tmp_path / "out")
+
+
+def test_a_classifier_that_is_not_linear_cannot_be_a_head():
+    from simsiam.exports.timm import find_classifier
+
+    assert find_classifier("resnet18", 512) == "fc"
+    assert find_classifier("convnext_atto", 320) == "head.fc"
+    with pytest.raises(simsiam.UsageError, match="has no linear classifier to hold the head"):
+        find_classifier("deit_tiny_distilled_patch16_224", 192)
+
+
+def test_a_card_names_the_head_and_the_origin_of_the_weights(with_head, tmp_path):
+    run = Run(shutil.copytree(with_head["both"], tmp_path / "run"))
+    origin = {"weights": "lite0", "origin": "a package", "license": "apache-2.0", "sha256": "0"}
+    run.write("origin.json", origin)
+    folder = export(run.path, format="huggingface", out=tmp_path / "out").path
+    heading, text = (folder / "README.md").read_text().split("---\n")[1:3]
+    assert yaml.safe_load(heading)["license"] == "apache-2.0"
+    assert "| second branch | patches/16" in text and "| weights | a package |" in text
+    assert "Made from the weights lite0, whose license is: apache-2.0." in text
+    assert "| head | a linear map, 32 -> 12" in text
+    again = Run(convert(folder, out=tmp_path / "again"))
+    assert again.has_head and again.json("origin.json")["license"] == "apache-2.0"
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(features(again.path, x), features(run.path, x))
 
 
 def test_a_card_has_the_results(trained, tmp_path):

@@ -270,4 +270,5 @@ FORMAT = Format(
     write,
     reload,
     'cfg.merge_from_file("{path}/config.yaml"); cfg.MODEL.WEIGHTS = "{path}/backbone.pkl"',
+    holds="backbone",
 )

@@ -16,9 +16,10 @@ from simsiam.exports import format_names
 from simsiam.exports.format import Format, max_difference, preprocessing_config
 from simsiam.exports.huggingface import upload_to_hub
 from simsiam.exports.model_card import model_card
-from simsiam.model.backbones import TIMM_PREFIX
+from simsiam.model.backbones import TIMM_PREFIX, feature_dim
+from simsiam.model.encoder import Encoder
 from simsiam.runs.encoder import load
-from simsiam.runs.run_folder import Run
+from simsiam.runs.run_folder import HEAD_FILE, Run
 from simsiam.runs.weights import open_weights, run_folder_of
 from simsiam.utils.files import atomic_folder
 
@@ -34,11 +35,13 @@ class ExportResult(NamedTuple):
         path: The folder.
         delta: Largest difference between a feature of the export and one of the run's backbone.
         load_code: The line of code that loads it.
+        note: What was left out; "" if nothing was.
     """
 
     path: Path
     delta: float
     load_code: str
+    note: str = ""
 
 
 def export(
@@ -81,7 +84,12 @@ def export(
     if out is None and run_folder_of(run) is None:
         raise UsageError(f"{printable(os.fspath(run))} is no run folder to write into: give --out")
     folder = Run(open_weights(run, backbone=backbone))
-    network = load(folder.path)
+    network = load(folder.path, head=kind.holds != "backbone")
+    if isinstance(network, Encoder) and network.patches is not None and kind.holds != "all":
+        able = ", ".join(name for name, other in FORMATS.items() if other.holds == "all")
+        raise UsageError(
+            f"format {format} cannot hold the second branch of {folder.path}: use one of {able}"
+        )
     recipe = folder.recipe
     path = Path(out) if out else folder.path / "exports" / format
     if path.exists():
@@ -97,8 +105,13 @@ def export(
         delta = max_difference(network, kind.reload(part, recipe), recipe)
     if push:
         upload_to_hub(path, push)
-    backbone = recipe.backbone.removeprefix(TIMM_PREFIX)
-    return ExportResult(path, delta, kind.load_code.format(path=path, backbone=backbone))
+    name = recipe.backbone.removeprefix(TIMM_PREFIX)
+    head = isinstance(network, Encoder) and network.head is not None
+    arguments = f"num_classes={feature_dim(network)}" if head else ""
+    load_code = kind.load_code.format(path=path, backbone=name, arguments=arguments)
+    left_out = folder.has_head and kind.holds == "backbone"
+    note = f"{HEAD_FILE} is left out: {format} has the backbone alone" if left_out else ""
+    return ExportResult(path, delta, load_code, note)
 
 
 def require_package(package: str, format: str, extra: str) -> None:
@@ -126,7 +139,10 @@ def format_export(result: ExportResult) -> str:
     Args:
         result: What `export` returned.
     """
-    return (
-        f"largest difference to the features of the run: {result.delta:.2g}\n"
-        f"load it with: {result.load_code}\n{result.path}"
-    )
+    lines = [
+        f"largest difference to the features of the run: {result.delta:.2g}",
+        *([result.note] if result.note else []),
+        f"load it with: {result.load_code}",
+        str(result.path),
+    ]
+    return "\n".join(lines)

@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from simsiam.config.recipes import ResolvedRecipe, default_stem
 from simsiam.errors import UsageError, WorkFailed
 from simsiam.model.backbones import RESNETS
+from simsiam.model.encoder import Encoder
 from simsiam.runs.encoder import eval_transform
 from simsiam.runs.run_folder import Run
 
 TOLERANCE = 1e-5  # of features: absolute, or relative to the largest one if that is above 1
+HEAD_TOLERANCE = 1e-4  # the same after a head, which enlarges small differences
 TEST_BATCH_SIZES = (1, 3)  # an exported graph must accept any number of images
 
 Network = Callable[[Tensor], Tensor]  # images (N, C, H, W) to features (N, d)
@@ -27,9 +29,12 @@ class Format(NamedTuple):
     Attributes:
         write: Writes the network of a run into a folder. Raises UsageError if it does not fit.
         reload: Loads what `write` wrote, with the library that the format is for.
-        load_code: The line of code that loads it, with {path} and {backbone} to fill in.
+        load_code: The line of code that loads it, with {path}, {backbone} and {arguments} to fill
+            in; the last is the argument num_classes of a network with a head.
         packages: What must be installed beyond the dependencies of this package.
         extra: The extra of this package that installs them.
+        holds: How much of an encoder it can hold: "all", the backbone with a linear "head", or the
+            "backbone" alone.
     """
 
     write: Callable[[nn.Module, Run, Path], None]
@@ -37,6 +42,7 @@ class Format(NamedTuple):
     load_code: str
     packages: tuple[str, ...] = ()
     extra: str = ""
+    holds: Literal["all", "head", "backbone"] = "all"
 
 
 def max_difference(eager: Network, exported: Network, recipe: ResolvedRecipe) -> float:
@@ -51,9 +57,11 @@ def max_difference(eager: Network, exported: Network, recipe: ResolvedRecipe) ->
         The largest absolute difference.
 
     Raises:
-        WorkFailed: The shapes differ, or the difference is above TOLERANCE.
+        WorkFailed: The shapes differ, or the difference is above TOLERANCE, or HEAD_TOLERANCE for
+            an encoder with a head.
     """
     largest = 0.0
+    tolerance = HEAD_TOLERANCE if isinstance(eager, Encoder) else TOLERANCE
     for n in TEST_BATCH_SIZES:
         shape = (n, recipe.channels, recipe.image_size, recipe.image_size)
         x = torch.randn(shape, generator=torch.Generator().manual_seed(n))
@@ -65,13 +73,22 @@ def max_difference(eager: Network, exported: Network, recipe: ResolvedRecipe) ->
                 f"{tuple(exported_h.shape)}, not {tuple(h.shape)}"
             )
         delta = (h - exported_h).abs().max().item()
-        if not delta <= TOLERANCE * max(1.0, h.abs().max().item()):  # true of nan as well
+        if not delta <= tolerance * max(1.0, h.abs().max().item()):  # true of nan as well
             raise WorkFailed(
                 f"not kept: features of the exported file are off by {delta:.2g}, "
-                f"more than {TOLERANCE:g}"
+                f"more than {tolerance:g}"
             )
         largest = max(largest, delta)
     return largest
+
+
+def split_encoder(network: nn.Module) -> tuple[nn.Module, nn.Linear | None]:
+    """Return the backbone of an encoder, and its head.
+
+    Args:
+        network: A backbone, or an encoder without a second branch.
+    """
+    return (network.backbone, network.head) if isinstance(network, Encoder) else (network, None)
 
 
 def preprocessing_config(recipe: ResolvedRecipe) -> dict[str, object]:

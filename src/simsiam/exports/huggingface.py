@@ -3,6 +3,7 @@
 timm reads it as well if it has the network.
 """
 
+import shutil
 from pathlib import Path
 
 from torch import nn
@@ -11,22 +12,27 @@ from simsiam.config.recipes import ResolvedRecipe
 from simsiam.errors import WorkFailed
 from simsiam.exports import safetensors, timm
 from simsiam.exports.format import Format, Network, max_difference
+from simsiam.model.encoder import Encoder
 from simsiam.runs.encoder import load
 from simsiam.runs.recipe_file import write_recipe
-from simsiam.runs.run_folder import Run
+from simsiam.runs.run_folder import HEAD_FILE, ORIGIN_FILE, Run
 
 
 def write(network: nn.Module, run: Run, folder: Path) -> None:
-    """Write recipe.yaml, backbone.safetensors, and the files of timm if it has the network.
+    """Write the files of a run folder, and those of timm if it has the network.
 
     Args:
-        network: The backbone.
+        network: The backbone or encoder.
         run: Its run.
         folder: Where to write.
     """
     write_recipe(folder, run.recipe)
-    safetensors.write(network, run, folder)
-    if timm.is_in_timm(run.recipe):
+    backbone = network.backbone if isinstance(network, Encoder) else network
+    safetensors.write(backbone, run, folder)
+    for name in (HEAD_FILE, ORIGIN_FILE):
+        if (run.path / name).exists():
+            shutil.copyfile(run.path / name, folder / name)
+    if timm.holds(network, run.recipe):
         timm.write(network, run, folder)
 
 
@@ -41,7 +47,7 @@ def reload(folder: Path, recipe: ResolvedRecipe) -> Network:
         WorkFailed: The two disagree.
     """
     network = load(folder)
-    if timm.is_in_timm(recipe):
+    if (folder / "config.json").exists():
         max_difference(network, timm.reload(folder, recipe), recipe)
     return network
 

@@ -1,10 +1,15 @@
 """A model card: what a run is, what was measured on it, and the license of its weights."""
 
+from typing import cast
+
 import yaml
 
-from simsiam.runs.encoder import eval_transform
+from simsiam.config.recipes import UNKNOWN_SOURCE
+from simsiam.model.encoder import Encoder
+from simsiam.runs.encoder import eval_transform, load
 from simsiam.runs.records import Record
-from simsiam.runs.run_folder import Run
+from simsiam.runs.run_folder import HEAD_FILE, ORIGIN_FILE, PATCHES_KEY, Run
+from simsiam.runs.weight_files import load_metadata
 
 
 def model_card(run: Run, license: str | None = None) -> str:
@@ -18,11 +23,12 @@ def model_card(run: Run, license: str | None = None) -> str:
         Markdown, with the heading that the hub reads.
     """
     recipe, transform = run.recipe, eval_transform(run.recipe)
+    origin = run.json(ORIGIN_FILE)
     heading = {
         "library_name": "simsiam",
         "pipeline_tag": "image-feature-extraction",
-        "tags": ["self-supervised", recipe.method.name],
-        "license": license or "unknown",
+        "tags": [] if recipe.source == UNKNOWN_SOURCE else ["self-supervised", recipe.method.name],
+        "license": license or origin.get("license") or "unknown",
     }
     if recipe.channels == 3:
         preprocessing = (
@@ -40,10 +46,45 @@ def model_card(run: Run, license: str | None = None) -> str:
         "| | |", "|---|---|", *facts, "",
         "## Preprocessing", "", preprocessing, "",
         "## Results", "", *results_table(run), "",
-        "## License", "",
-        f"{license}." if license else "The author has not said which license these weights have.",
+        "## License", "", *license_lines(license, origin),
     ]  # fmt: skip
     return "\n".join(lines) + "\n"
+
+
+def license_lines(license: str | None, origin: Record) -> list[str]:
+    """Say which license weights have, and which those have that they were made from.
+
+    Args:
+        license: The license of the weights, if it is known.
+        origin: The content of origin.json; {} if the run started from no published weights.
+    """
+    lines = [f"{license}."] if license else []
+    if origin:
+        name, license = escape_cell(str(origin.get("weights"))), origin.get("license", "unknown")
+        lines.append(f"Made from the weights {name}, whose license is: {license}.")
+    return lines or ["The author has not said which license these weights have."]
+
+
+def head_facts(run: Run) -> dict[str, str]:
+    """Describe what the encoder has besides its backbone.
+
+    Args:
+        run: The run.
+
+    Returns:
+        Facts by name; none if it is the backbone alone.
+    """
+    if not run.has_head:
+        return {}
+    encoder = cast(Encoder, load(run.path))
+    parts = {"head": encoder.head, "head of the patches": encoder.patches_head}
+    facts = {
+        name: f"a linear map, {layer.in_features} -> {layer.out_features}, of `head.safetensors`"
+        for name, layer in parts.items()
+        if layer is not None
+    }
+    patches = load_metadata(run.path / HEAD_FILE).get(PATCHES_KEY)
+    return facts | ({"second branch": f"{patches}, of `head.safetensors`"} if patches else {})
 
 
 def run_facts(run: Run) -> dict[str, str]:
@@ -56,15 +97,20 @@ def run_facts(run: Run) -> dict[str, str]:
         Facts by name. Of paths, only the last part: folders may contain names of people.
     """
     recipe, summary = run.recipe, run.json("summary.json")
-    environment = run.json("environment.json")
+    environment, origin = run.json("environment.json"), run.json(ORIGIN_FILE)
     source = ", ".join(part.rstrip("/").rpartition("/")[2] for part in recipe.source)
     labels = "with" if recipe.method.target == "labels" else "without"
+    trained_here = recipe.source != UNKNOWN_SOURCE
     steps = summary.get("steps", "?")
     device, precision = (environment.get(key, "unknown") for key in ("device", "precision"))
     return {
-        "method": f"{recipe.method.name} (Chen & He, 2021; `recipe.yaml` has every setting)",
-        "images": f"{source}, {labels} labels",
+        "method": f"{recipe.method.name} (Chen & He, 2021; `recipe.yaml` has every setting)"
+        if trained_here
+        else "not trained by this program",
+        "images": f"{source}, {labels} labels" if trained_here else "unknown",
         "backbone": f"{recipe.backbone}, width {recipe.width}",
+        **head_facts(run),
+        **({"weights": str(origin.get("origin"))} if origin else {}),
         "started from": (recipe.init or "random weights").rstrip("/").rpartition("/")[2],
         "training": f"{steps} steps of {recipe.batch_size} images, seed {recipe.seed}",
         "verdict": str(summary.get("verdict", "not finished")),

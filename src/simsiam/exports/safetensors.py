@@ -8,18 +8,19 @@ from torch import nn
 
 from simsiam.config.recipes import ResolvedRecipe
 from simsiam.exports.format import Format, Network, preprocessing_config
-from simsiam.runs.encoder import build_backbone
-from simsiam.runs.run_folder import Run
-from simsiam.runs.weight_files import save_weights
+from simsiam.model.encoder import Encoder
+from simsiam.runs.encoder import build_backbone, build_encoder
+from simsiam.runs.run_folder import HEAD_FILE, PATCHES_KEY, Run
+from simsiam.runs.weight_files import load_metadata, save_weights
 
 FILE_NAME = "backbone.safetensors"
 
 
 def write(network: nn.Module, run: Run, folder: Path) -> None:
-    """Write backbone.safetensors.
+    """Write backbone.safetensors, with head.* and the second branch in it where there are any.
 
     Args:
-        network: The backbone.
+        network: The backbone or encoder.
         run: Its run.
         folder: Where to write.
     """
@@ -27,7 +28,12 @@ def write(network: nn.Module, run: Run, folder: Path) -> None:
         "backbone": run.recipe.backbone,
         "preprocessing": json.dumps(preprocessing_config(run.recipe)),
     }
-    save_weights(network.state_dict(), folder / FILE_NAME, metadata)
+    state = network.state_dict()
+    if isinstance(network, Encoder):
+        state = network.backbone.state_dict() | network.head_state()
+        if patches := load_metadata(run.path / HEAD_FILE).get(PATCHES_KEY):
+            metadata[PATCHES_KEY] = patches
+    save_weights(state, folder / FILE_NAME, metadata)
 
 
 def reload(folder: Path, recipe: ResolvedRecipe) -> Network:
@@ -37,9 +43,14 @@ def reload(folder: Path, recipe: ResolvedRecipe) -> Network:
         folder: What `write` wrote.
         recipe: The recipe of the run.
     """
-    network = build_backbone(recipe).eval()
-    network.load_state_dict(load_file(folder / FILE_NAME))
-    return network
+    path = folder / FILE_NAME
+    state, backbone = load_file(path), build_backbone(recipe)
+    names = backbone.state_dict().keys()
+    backbone.load_state_dict({name: state[name] for name in names})
+    rest = {name: tensor for name, tensor in state.items() if name not in names}
+    if not rest:
+        return backbone.eval()
+    return build_encoder(recipe, backbone, rest, load_metadata(path).get(PATCHES_KEY)).eval()
 
 
 FORMAT = Format(write, reload, f'safetensors.torch.load_file("{{path}}/{FILE_NAME}")')

@@ -7,18 +7,24 @@ from torch import nn
 from torchvision import models
 
 from simsiam.config.recipes import ResolvedRecipe
-from simsiam.exports.format import Format, Network, is_standard_backbone, missing_backbone
-from simsiam.model.backbones import remove_classifier
+from simsiam.exports.format import (
+    Format,
+    Network,
+    is_standard_backbone,
+    missing_backbone,
+    split_encoder,
+)
+from simsiam.model.backbones import classifier_path, remove_classifier
 from simsiam.runs.run_folder import Run
 
 FILE_NAME = "backbone.pth"
 
 
 def write(network: nn.Module, run: Run, folder: Path) -> None:
-    """Write backbone.pth.
+    """Write backbone.pth; a head is the classifier in it.
 
     Args:
-        network: The backbone.
+        network: The backbone, with a head or without.
         run: Its run.
         folder: Where to write.
 
@@ -28,9 +34,12 @@ def write(network: nn.Module, run: Run, folder: Path) -> None:
     recipe = run.recipe
     if recipe.backbone not in models.list_models(module=models) or not is_standard_backbone(recipe):
         raise missing_backbone("torchvision", recipe)
-    state = {
-        name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()
-    }
+    backbone, head = split_encoder(network)
+    state = dict(backbone.state_dict())
+    if head is not None:
+        path = classifier_path(models.get_model(recipe.backbone, weights=None))
+        state |= {f"{path}.{name}": value for name, value in head.state_dict().items()}
+    state = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     with open(folder / FILE_NAME, "wb") as file:
         torch.save(state, file)
 
@@ -42,15 +51,21 @@ def reload(folder: Path, recipe: ResolvedRecipe) -> Network:
         folder: What `write` wrote.
         recipe: The recipe of the run.
     """
+    state = torch.load(folder / FILE_NAME, weights_only=True)
     model = models.get_model(recipe.backbone, weights=None)
-    network = remove_classifier(model, recipe.backbone, recipe.image_size).eval()
-    network.load_state_dict(torch.load(folder / FILE_NAME, weights_only=True))
-    return network
+    weight = state.get(f"{classifier_path(model)}.weight")
+    if weight is None:
+        network = remove_classifier(model, recipe.backbone, recipe.image_size)
+    else:
+        network = models.get_model(recipe.backbone, weights=None, num_classes=len(weight))
+    network.load_state_dict(state)
+    return network.eval()
 
 
 FORMAT = Format(
     write,
     reload,
-    f'torchvision.models.{{backbone}}().load_state_dict(torch.load("{{path}}/{FILE_NAME}"), '
-    "strict=False)",
+    f"torchvision.models.{{backbone}}({{arguments}}).load_state_dict(torch.load("
+    f'"{{path}}/{FILE_NAME}"), strict=False)',
+    holds="head",
 )

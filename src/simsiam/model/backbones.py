@@ -7,7 +7,7 @@ exchanged with these libraries.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
@@ -240,15 +240,28 @@ def remove_classifier(model: nn.Module, name: str, image_size: int) -> nn.Module
     Raises:
         UsageError: If the model does not take such images or gives no feature vector.
     """
-    linear = [(k, m) for k, m in model.named_modules() if isinstance(m, nn.Linear)]
-    if not linear:
+    path = classifier_path(model)
+    if path is None:
         raise UsageError(f"{name} has no clear feature output: no fully-connected layer to remove")
-    path, last = linear[-1]
+    last = cast(nn.Linear, model.get_submodule(path))
     parent, _, child = path.rpartition(".")
     setattr(model.get_submodule(parent), child, nn.Identity())
     with as_usage_error(name, image_size):
         h = forward_zeros(model, image_size)
     return set_dim(model, name, h, last.in_features)
+
+
+def classifier_path(model: nn.Module) -> str | None:
+    """Find the classifier of a network: its last fully-connected layer.
+
+    Args:
+        model: The network.
+
+    Returns:
+        The name of the module, or None if there is no such layer.
+    """
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return names[-1] if names else None
 
 
 @contextmanager

@@ -95,17 +95,34 @@ def add_head(run: Run, backbone: nn.Module) -> Encoder:
         raise _head_error(run, "it was fitted for other weights of the backbone")
     path = run.path / HEAD_FILE
     try:
-        tensors, metadata = load_weights(path), load_metadata(path)
-        patches = None
-        if name := metadata.get(PATCHES_KEY):
-            size, channels = run.recipe.image_size, run.recipe.channels
-            patches = create_backbone(name, image_size=size, channels=channels)
-        head, patches_head = (_empty_linear(tensors, name) for name in ("head", "patches_head"))
-        encoder = Encoder(backbone, head, patches, patches_head)
-        own = {f"backbone.{name}": tensor for name, tensor in backbone.state_dict().items()}
-        encoder.load_state_dict(own | tensors)
+        patches = load_metadata(path).get(PATCHES_KEY)
+        return build_encoder(run.recipe, backbone, load_weights(path), patches)
     except (SafetensorError, RuntimeError, ValueError) as error:
         raise _head_error(run, _one_line(error)) from None
+
+
+def build_encoder(
+    recipe: ResolvedRecipe, backbone: nn.Module, tensors: Mapping[str, Tensor], patches: str | None
+) -> Encoder:
+    """Build an encoder around a backbone.
+
+    Args:
+        recipe: The recipe of the backbone.
+        backbone: The backbone.
+        tensors: The tensors of the other parts, as in head.safetensors.
+        patches: The name of the second branch, as `create_backbone` takes it, if there is one.
+
+    Raises:
+        RuntimeError: The tensors do not fit.
+        ValueError: They do not fit.
+    """
+    branch = None
+    if patches is not None:
+        branch = create_backbone(patches, image_size=recipe.image_size, channels=recipe.channels)
+    head, patches_head = (_empty_linear(tensors, name) for name in ("head", "patches_head"))
+    encoder = Encoder(backbone, head, branch, patches_head)
+    own = {f"backbone.{name}": tensor for name, tensor in backbone.state_dict().items()}
+    encoder.load_state_dict(own | dict(tensors))
     return encoder
 
 
