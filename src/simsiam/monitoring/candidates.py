@@ -24,7 +24,7 @@ from simsiam.model.encoder import Encoder
 from simsiam.model.patches import PATCHES_PREFIX, Patches, fit_patches
 from simsiam.model.precision import Compute
 from simsiam.model.view_noise import center, fit_map, view_noise_covariance
-from simsiam.monitoring.nearest_neighbors import cap_k, knn_top1
+from simsiam.monitoring.nearest_neighbors import cap_k, knn_scores
 from simsiam.monitoring.signals import view_agreement, view_retrieval
 from simsiam.utils.progress_bar import progress_bar
 
@@ -262,7 +262,8 @@ def make_candidate(
     if (labels := sample.labels) is not None:
         h, n, classes = joined(lambda branch: branch.h), sample.fit_size, int(labels.max()) + 1
         k = cap_k(n, classes)
-        accuracy = knn_top1(h[:n], labels[:n], h[n:], labels[n:], classes=classes, k=k)
+        votes = knn_scores(h[:n], labels[:n], h[n:], classes=classes, k=k)
+        accuracy = 100 * (votes.argmax(1) == labels[n:]).float().mean().item()
     return Candidate(
         name, tuple(branches), tuple(heads), view_agreement(a, b), view_retrieval(a, b), accuracy
     )
@@ -294,6 +295,21 @@ def map_candidate(branch: Branch, sample: Sample, name: str | None = None) -> Ca
         )
         for shrinkage in SHRINKAGES
     )
+
+
+def backbone_candidates(branch: Branch, sample: Sample) -> Iterator[Candidate]:
+    """Make candidates of a network: unchanged, centered, and with its map.
+
+    Args:
+        branch: The network.
+        sample: The images.
+
+    Yields:
+        The three candidates.
+    """
+    yield make_candidate(f"{branch.name} unchanged", [branch], [None], sample)
+    yield make_candidate(f"{branch.name} centered", [branch], [center(branch.mean)], sample)
+    yield map_candidate(branch, sample)
 
 
 def join_candidates(

@@ -14,7 +14,8 @@ from simsiam.errors import UsageError, WorkFailed
 from simsiam.model.memory import catch_out_of_memory
 from simsiam.model.targets import eta_bytes
 from simsiam.monitoring.label_free_monitor import advise_training_length
-from simsiam.monitoring.verdict import Verdict, judge_run
+from simsiam.monitoring.verdict import MIN_VERDICT_STEPS, Verdict, judge_run
+from simsiam.runs.closed_form import fit_head
 from simsiam.runs.compose import compose_recipe, open_run_source
 from simsiam.runs.environment import collect_environment
 from simsiam.runs.journal import MetricsLogger
@@ -153,6 +154,8 @@ def train_run(run: Run, data: RunData, setup: TrainingSetup, messages: list[str]
             f"longer at step {outcome.step}. {verdict.remedy}"
         )
     outcome.raise_if_stopped(f"saved; `simsiam resume {run.path}` continues the run")
+    if outcome.step >= MIN_VERDICT_STEPS:
+        fit_head(run, model.backbone, data.train, compute)
 
 
 def finish(

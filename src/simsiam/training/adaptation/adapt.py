@@ -21,17 +21,15 @@ from simsiam.distributed.process_group import world_size
 from simsiam.errors import UsageError, printable
 from simsiam.model.patches import Patches
 from simsiam.model.precision import Compute
-from simsiam.model.view_noise import center
 from simsiam.monitoring.candidates import (
     PATCH_WEIGHTS,
     Branch,
     Candidate,
     Sample,
+    backbone_candidates,
     choose,
     join_candidates,
     learn_patches,
-    make_candidate,
-    map_candidate,
     measure,
     patch_candidates,
     read_sample,
@@ -174,14 +172,12 @@ def closed_form_candidates(
     """
     network, patches = (branches[0], branches[1:]) if start else (None, branches)
     if network is not None:
-        yield make_candidate(f"{network.name} unchanged", [network], [None], images)
-        yield make_candidate(f"{network.name} centered", [network], [center(network.mean)], images)
-        mapped = map_candidate(network, images)
-        yield mapped
+        own = list(backbone_candidates(network, images))
+        yield from own
     learned = list(patch_candidates(patches, images))
     yield from learned
     if network is not None and learned and not isinstance(network.backbone, Patches):
-        yield join_candidates(mapped, choose(learned)[0], images, PATCH_WEIGHTS)
+        yield join_candidates(own[-1], choose(learned)[0], images, PATCH_WEIGHTS)
 
 
 def print_candidates(candidates: Iterator[Candidate]) -> Iterator[Candidate]:
