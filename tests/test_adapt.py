@@ -26,8 +26,10 @@ from simsiam.monitoring.candidates import (
     measure,
     read_sample,
 )
+from simsiam.runs.closed_form import encoder_recipe, fit_head
 from simsiam.runs.run_folder import Run
 from simsiam.sources.open_source import open_source
+from simsiam.training.adaptation.layers import late_parameters, train_layers
 
 FLOAT32 = Compute(torch.device("cpu"), "float32")
 UNIT = Transform(size=32, mean=(0.0,) * 3, std=(1.0,) * 3)
@@ -205,3 +207,43 @@ def test_an_unreadable_image_is_named(tmp_path):
     (folder / "broken.png").write_bytes((folder / "0.png").read_bytes()[:60])
     run = Run(simsiam.adapt(folder, out=tmp_path / "run"))
     assert any("broken.png" in line for line in run.read_quarantine())
+
+
+def test_a_finished_run_gets_the_map_in_a_file_of_its_own(tmp_path):
+    """The backbone alone stays as it is; `load` adds the head only where it was taken."""
+    settings = {"backbone": "resnet10", "width": 8, "steps": 2, "batch_size": 16, "limit": 64}
+    run = Run(simsiam.pretrain("shapes", out=tmp_path / "run", dim=32, proj_hidden=32, **settings))
+    assert not run.has_head  # too few steps
+    before = (run.path / "backbone.safetensors").read_bytes()
+    images = open_source("shapes").train.take(slice(300))
+    fit_head(run, simsiam.load(run.path, head=False), images, FLOAT32)
+    table = run.json("head.json")
+    assert len(table["candidates"]) == 3
+    assert run.has_head == (not table["chosen"].endswith("unchanged"))
+    assert (run.path / "backbone.safetensors").read_bytes() == before
+    kind = type(simsiam.load(run.path)).__name__
+    assert kind == ("Encoder" if run.has_head else "ResNet")
+
+
+def test_late_layers_train_the_last_half_and_keep_the_statistics_of_batch_norm(sample):
+    network = simsiam.build("simsiam", backbone="resnet10", width=8, image_size=32).backbone
+    before = {name: x.clone() for name, x in network.state_dict().items()}
+    recipe = encoder_recipe(["shapes"], 3, UNIT).replace(backbone="resnet10", width=8)
+    trained = train_layers(
+        network, recipe, sample, FLOAT32, share=0.5, lr_scale=0.1, seconds=math.inf, max_steps=12
+    )
+    after = trained.state_dict()
+    changed = {name for name, x in before.items() if not torch.equal(after[name], x)}
+    assert not any("running" in name for name in changed)
+    late = {id(p) for p in late_parameters(trained, 0.5)}
+    expected = {name for name, p in trained.named_parameters() if id(p) in late}
+    assert changed == expected and "conv1.weight" not in expected
+    assert all(torch.equal(before[k], x) for k, x in network.state_dict().items())
+
+
+def test_all_layers_are_trained_and_too_little_time_trains_none(sample):
+    network = simsiam.build("simsiam", backbone="resnet10", width=8, image_size=32).backbone
+    recipe = encoder_recipe(["shapes"], 3, UNIT).replace(backbone="resnet10", width=8)
+    assert len(late_parameters(network, 1.0)) == len(list(network.parameters()))
+    options = {"share": 1.0, "lr_scale": 0.1, "seconds": 0.01}
+    assert train_layers(network, recipe, sample, FLOAT32, **options) is None

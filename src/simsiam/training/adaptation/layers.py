@@ -84,6 +84,7 @@ def train_layers(
     share: float,
     lr_scale: float,
     seconds: float,
+    max_steps: int = 10_000,
 ) -> nn.Module | None:
     """Train the last layers of a copy of a backbone with SimSiam.
 
@@ -94,7 +95,8 @@ def train_layers(
         compute: Where to compute, and in which precision.
         share: Share of the weights that is trained, counted from the output.
         lr_scale: Learning rate of the backbone relative to that of the heads.
-        seconds: Time limit.
+        seconds: Time limit; the learning rate falls to zero at its end, or at that of the steps.
+        max_steps: Largest number of steps.
 
     Returns:
         The trained copy, in eval mode; None if there is time for fewer than MIN_STEPS.
@@ -118,12 +120,14 @@ def train_layers(
         weight_decay=recipe.method.weight_decay,
     )
     compute_gradients = GradientStep(model, compute).compute_gradients
-    start = time.monotonic()
-    for step, batch in enumerate(iter_batches(images, recipe, 0, 10**9, compute.device)):
+    if seconds <= 0:
+        return None
+    start, step = time.monotonic(), 0
+    for step, batch in enumerate(iter_batches(images, recipe, 0, max_steps, compute.device)):
         elapsed = time.monotonic() - start
-        if step == 5 and seconds / (elapsed / step) < MIN_STEPS:
+        if step == 5 and elapsed / step > seconds / min(MIN_STEPS, max_steps):
             return None
-        done = elapsed / max(seconds, 1e-9)
+        done = max(elapsed / seconds, step / max_steps)
         if done >= 1:
             break
         if done >= WARMUP_SHARE:
@@ -134,6 +138,8 @@ def train_layers(
             group["lr"] = lr * group["scale"] * 0.5 * (1 + math.cos(math.pi * done))
         compute_gradients(batch.views, batch.index, batch.weight)
         optimizer.step()
+    if step + 1 < min(MIN_STEPS, max_steps):
+        return None
     return model.backbone.eval().requires_grad_(False)
 
 
