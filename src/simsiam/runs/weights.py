@@ -28,6 +28,7 @@ from simsiam.runs.checkpoints.timm_weights import (
     TIMM_WEIGHTS_PREFIX,
     find_timm_config,
 )
+from simsiam.runs.closed_form import fit_patches_run
 from simsiam.runs.encoder import load
 from simsiam.runs.run_folder import BACKBONE_FILE, HEAD_FILE, ORIGIN_FILE, Run
 from simsiam.runs.weight_files import file_sha256
@@ -115,11 +116,8 @@ def _fit_patches(source: SourceNames | None, channels: int) -> Path:
             f"{PATCHES} is learned from images: run `simsiam adapt SOURCE` first, and give the run "
             "folder that it makes"
         )
-    from simsiam.runs import closed_form
-
-    if not hasattr(closed_form, "fit_patches_run"):
-        raise UsageError(f"{PATCHES} cannot be used here yet: run `simsiam adapt SOURCE` first")
-    return closed_form.fit_patches_run(source, channels)
+    with writable_cache():
+        return fit_patches_run(source, channels)
 
 
 def _open_cached(name: str, backbone: str | None) -> Path:
