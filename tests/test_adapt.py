@@ -28,6 +28,7 @@ from simsiam.monitoring.candidates import (
 )
 from simsiam.runs.closed_form import encoder_recipe, fit_head
 from simsiam.runs.run_folder import Run
+from simsiam.runs.weights import open_weights
 from simsiam.sources.open_source import open_source
 from simsiam.training.adaptation.layers import late_parameters, train_layers
 
@@ -247,3 +248,18 @@ def test_all_layers_are_trained_and_too_little_time_trains_none(sample):
     assert len(late_parameters(network, 1.0)) == len(list(network.parameters()))
     options = {"share": 1.0, "lr_scale": 0.1, "seconds": 0.01}
     assert train_layers(network, recipe, sample, FLOAT32, **options) is None
+
+
+def test_patches_in_the_cache_are_learned_again_when_an_image_changes(tmp_path, monkeypatch):
+    """Two folders with the same names have patches of their own, and so has a changed folder."""
+    monkeypatch.setenv("SIMSIAM_CACHE", str(tmp_path / "cache"))
+    generator, runs = np.random.default_rng(0), []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for i in range(30):
+            noise = generator.integers(0, 255, (8, 8, 3), np.uint8)
+            Image.fromarray(noise).resize((32, 32)).save(tmp_path / name / f"{i}.png")
+        runs.append(open_weights("patches", source=tmp_path / name))
+    assert runs[0] != runs[1] and open_weights("patches", source=tmp_path / "a") == runs[0]
+    Image.new("RGB", (32, 32)).save(tmp_path / "a" / "0.png")
+    assert open_weights("patches", source=tmp_path / "a") not in runs

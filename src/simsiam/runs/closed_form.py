@@ -3,13 +3,14 @@
 import json
 import os
 from collections.abc import Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from simsiam.config.recipes import Recipe, ResolvedRecipe
-from simsiam.data.images import Images, fingerprint
+from simsiam.data.images import Images
 from simsiam.data.transform import Transform
 from simsiam.distributed.process_group import rank_zero_only
 from simsiam.errors import UsageError
@@ -29,7 +30,8 @@ from simsiam.monitoring.candidates import (
 from simsiam.runs.encoder import eval_transform
 from simsiam.runs.environment import collect_environment, utc_now
 from simsiam.runs.run_folder import Run, new_state
-from simsiam.sources.open_source import absolute_source, open_source
+from simsiam.sources.file_index import source_stamps
+from simsiam.sources.open_source import Source, absolute_source, open_source
 from simsiam.utils.files import atomic_folder, cache_dir
 
 MEASURED = ("score", "view_retrieval", "knn_top1")  # columns of the table that summary.json repeats
@@ -121,8 +123,7 @@ def fit_patches_run(
     Args:
         source: The source; labels are not used.
         channels: Channels of the images.
-        out: A new folder. By default it is in the cache, and reused while the names of the images
-            stay the same.
+        out: A new folder. By default it is in the cache, and reused while no image has changed.
 
     Returns:
         The run folder.
@@ -130,8 +131,9 @@ def fit_patches_run(
     Raises:
         UsageError: There are too few images.
     """
-    opened = open_source(source, channels, no_labels=True)
-    path = out or cache_dir("patches") / f"{fingerprint(list(opened.splits.values()))}-{channels}"
+    names = [source] if isinstance(source, str | os.PathLike) else list(source)
+    opened = open_source(names, channels, no_labels=True)
+    path = out or cache_dir("patches") / _source_digest(names, opened, channels)
     if not path.exists():
         sample, transform = sample_for_patches(opened.train)
         branches = measure(
@@ -142,10 +144,18 @@ def fit_patches_run(
             label="learning patches",
         )
         best, rows = choose(patch_candidates(branches, sample))
-        names = [source] if isinstance(source, str | os.PathLike) else source
         recipe = encoder_recipe(names, channels, transform)
         write_encoder(path, recipe, best, rows, sample.skipped)
     return path
+
+
+def _source_digest(names: Sequence[str | os.PathLike[str]], source: Source, channels: int) -> str:
+    """Digest what changes if an image of a source does: places, names, sizes and times."""
+    places = [absolute_source(name) for name in names]
+    containers, stamps = source_stamps(places, list(source.splits.values()))
+    digest = sha256(repr((places, containers, channels)).encode())
+    digest.update(json.dumps(stamps.to_pydict(), default=str).encode())
+    return digest.hexdigest()[:16]
 
 
 def encoder_recipe(
