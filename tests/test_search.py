@@ -107,7 +107,8 @@ def test_after_a_change_only_new_images_are_embedded_and_answers_are_fresh(
     assert "12 images embedded, 10 forgotten, 48 unchanged" in capsys.readouterr().err
     assert files_below(photos) == before
     file = embed(run, photos, out=tmp_path / "fresh.parquet", **CPU)
-    for query in ("a/04.png", "a/02.png", "b/new/13.png"):
+    assert_same(found, neighbors(file, "04.png", k=60))
+    for query in ("a/02.png", "b/new/13.png"):
         found = simsiam.search(photos, query, encoder=run, k=60, **CPU)
         assert_same(found, neighbors(file, query, k=60))
     assert len(found) == 59 and found[0].label in ("a", "b")
@@ -237,6 +238,8 @@ def test_a_head_makes_it_another_encoder(run, photos, tmp_path, embedded):
     file = embed(with_head, photos, out=tmp_path / "fresh.parquet", **CPU)
     assert_same(found, neighbors(file, "04.png", k=60))
     assert len(embedded) == 120
+    simsiam.search(photos, "04.png", encoder=run, **CPU)  # what with_head was at first
+    assert len(embedded) == 120
 
 
 def write_head(run: Path, seed: int) -> None:
@@ -338,18 +341,20 @@ def test_images_of_one_name_in_two_shards_keep_their_own_features(
         for i, path in enumerate(pictures_of_shard):
             pixels = BytesIO()
             Image.open(path).save(pixels, "BMP")  # all of one size
-            members |= {f"{i}.bmp": pixels.getvalue(), f"{i}.json": b'{"path": "same.bmp"}'}
+            data = b"x" * len(pixels.getvalue()) if shard == i == 0 else pixels.getvalue()
+            members |= {f"{i}.bmp": data, f"{i}.json": b'{"path": "same.bmp"}'}
         write_tar(shards / f"{shard}.tar", members)
     source = open_source(shards)
     compute = Compute.pick("cpu", "float32")
     for _ in range(2):
         images = SourceImages([shards], source)
         kept = keep_embedding(images, SourceEncoder("x", run), compute, channels=3, relearn=1)
-        assert kept.paths == ["same.bmp"] * 6 and len(embedded) == 6
+        assert kept.paths == ["same.bmp"] * 5  # the first one cannot be read
         fresh = embed(run, shards, out=tmp_path / f"{len(kept.metadata)}.parquet", **CPU)
         assert torch.allclose(kept.vectors, read_embeddings(fresh).vectors, atol=1e-5)
         os.unlink(fresh)
-    assert len(np.unique(kept.vectors.numpy().round(4), axis=0)) == 6
+    assert len(np.unique(kept.vectors.numpy().round(4), axis=0)) == 5
+    assert len(embedded) == 7  # the first one twice
 
 
 # --- which encoder --------------------------------------------------------------------------------
@@ -401,7 +406,10 @@ def test_a_hub_that_cannot_be_reached_is_not_asked_again_and_again(monkeypatch):
         ("{photos} 04.png --encoder {run} --channels 1", "channels is 1, and"),
         ("{photos} 04.png --encoder {run} --html nowhere/x.html", "there is no folder nowhere"),
         ("{photos} 04.png --backbone resnet18", "--backbone resnet18 belongs to a file of weights"),
-        ("{photos} none.png --encoder {run}", "no image none.png among the 60 embedded ones"),
+        (
+            "{photos} none.png --encoder {run}",
+            "no image none.png: it is neither a file nor the path",
+        ),
         ("{photos} {photos}/text.png --encoder {run}", "text.png cannot be read"),
         ("nowhere 04.png --encoder {run}", "unknown source 'nowhere'"),
     ],
@@ -412,3 +420,20 @@ def test_a_wrong_request_is_one_line(arguments, message, run, photos, capsys):
     assert main(["search", *words]) in (1, 2)
     (*_, error) = capsys.readouterr().err.strip().splitlines()
     assert message in error
+
+
+def test_a_wrong_query_is_refused_before_anything_is_embedded(run, photos, embedded):
+    for query in ("none.png", "c/04.png", "04"):
+        with pytest.raises(simsiam.UsageError, match="neither a file nor the path or name"):
+            simsiam.search(photos, query, encoder=run, **CPU)
+    assert embedded == []
+
+
+def test_other_images_than_rgb_get_patches(photos, monkeypatch):
+    def learn(source, channels, *, out):
+        assert channels == 1
+        shutil.copytree(gray, out)
+
+    gray = simsiam.pretrain(photos, out="gray", **QUICK, channels=1)
+    monkeypatch.setattr(search_source, "fit_patches_run", learn)
+    assert len(simsiam.search(photos, "04.png", channels=1, k=3, **CPU)) == 3

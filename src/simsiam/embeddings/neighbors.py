@@ -144,16 +144,15 @@ def find_query(query: str, images: Embeddings) -> Query:
             f"{query} is not embedded, and the encoder of {run} has changed since the other "
             "images were: run `simsiam embed` again"
         )
-    return embed_query(query, run, Compute(torch.device("cpu"), "float32"))
+    return embed_query(query, run)
 
 
-def embed_query(file: str, run: str | os.PathLike[str], compute: Compute) -> Query:
-    """Compute the feature of an image file.
+def embed_query(file: str, run: str | os.PathLike[str]) -> Query:
+    """Compute the feature of an image file, on the CPU in float32.
 
     Args:
         file: The file.
         run: The run folder of the encoder.
-        compute: Where to compute, and in which precision.
 
     Returns:
         The query.
@@ -166,9 +165,8 @@ def embed_query(file: str, run: str | os.PathLike[str], compute: Compute) -> Que
         pixels = image_to_tensor(decode_image(file, recipe.channels))
     except Unreadable as error:
         raise WorkFailed(f"{file} cannot be read: {error}") from None
-    transform = eval_transform(recipe)
+    transform, compute = eval_transform(recipe), Compute(torch.device("cpu"), "float32")
     crop = transform.crop(pixels)
-    compute.place(network)
     (h,) = compute_outputs(lambda x: (network(x),), crop, transform, compute)
     return Query(file, h[0], None, make_thumbnail(pixels, transform))
 

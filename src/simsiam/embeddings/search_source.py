@@ -21,7 +21,7 @@ from simsiam.errors import UsageError, WorkFailed, check_ranges, printable
 from simsiam.model.precision import Compute
 from simsiam.runs.closed_form import fit_patches_run
 from simsiam.runs.run_folder import Run
-from simsiam.runs.weights import PATCHES, open_weights
+from simsiam.runs.weights import PATCHES, open_weights, run_folder_of
 from simsiam.sources.open_source import open_source
 from simsiam.utils.files import check_writable, writable_cache
 
@@ -87,8 +87,9 @@ def search(
                 raise UsageError(f"channels is {channels}, and {chosen.name} takes {needed}")
             channels = needed
         images = SourceImages(names, open_source(names, channels or 3, no_labels=no_labels))
+        _check_query(os.fspath(query), images.splits)
         kept = keep_embedding(images, chosen, compute, channels=channels or 3, relearn=relearn)
-        shown = _find_query(os.fspath(query), images.splits, kept, compute)
+        shown = _find_query(os.fspath(query), images.splits, kept)
         return find_neighbors(shown, kept, k, html)
 
 
@@ -116,9 +117,11 @@ def choose_encoder(
     """
     if encoder is None and backbone is not None:
         raise UsageError(f"--backbone {backbone} belongs to a file of weights: give --encoder FILE")
-    names = DEFAULT_ENCODERS if encoder is None else (os.fspath(encoder),)
+    names = (os.fspath(encoder),) if encoder is not None else DEFAULT_ENCODERS
+    if encoder is None and channels != 3:  # published weights are for RGB
+        names = (PATCHES,)
     for name, following in zip(names, (*names[1:], "")):
-        if name == PATCHES:
+        if name == PATCHES and run_folder_of(name) is None:
             return SourceEncoder(
                 name, learn=lambda path: fit_patches_run(source, channels, out=path)
             )
@@ -133,9 +136,19 @@ def choose_encoder(
     raise AssertionError("the last of the default encoders needs nothing")
 
 
-def _find_query(
-    query: str, splits: Sequence[Images], images: Embeddings, compute: Compute
-) -> Query:
+def _check_query(query: str, splits: Sequence[Images]) -> None:
+    """Raise UsageError if there is no such image, before all images are embedded."""
+    if os.path.isfile(query):
+        return
+    keys = (printable(key) for images in splits for key in images.keys)
+    if not any(query in (key, key.rpartition("/")[2]) for key in keys):
+        raise UsageError(
+            f"no image {printable(query)}: it is neither a file nor the path or name of an image "
+            f"of the source, such as {printable(splits[0].keys[0])}"
+        )
+
+
+def _find_query(query: str, splits: Sequence[Images], images: Embeddings) -> Query:
     """Find the query: a file of the source, a name in it, or another file."""
     if os.path.isfile(query):
         for storage in (split.storage for split in splits):
@@ -147,5 +160,5 @@ def _find_query(
                     if position >= 0 and images.paths[position] == name:
                         return Query(query, images.vectors[position], position)
         if query not in images.positions_by_name:
-            return embed_query(query, str(images.metadata["run"]), compute)
+            return embed_query(query, str(images.metadata["run"]))
     return find_query(query, images)
