@@ -278,7 +278,7 @@ def test_a_missing_package_is_one_line(monkeypatch, capsys):
         ("timm:resnet18x", "unknown weights 'timm:resnet18x': did you mean 'timm:resnet18'"),
         ("timm:resnet18.a9_in1k", "unknown weights 'timm:resnet18.a9_in1k': did you mean"),
         ("ResNet51_Weights.IMAGENET1K_V1", "torchvision has no classifier's weights"),
-        ("lite1", "unknown run folder or weights 'lite1': did you mean 'lite"),
+        ("lite1", "lite1 is not a run folder, and no weights: did you mean 'lite"),
         ("patches", "patches is learned from images: run `simsiam adapt SOURCE` first"),
     ],
 )

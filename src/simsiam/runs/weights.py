@@ -152,7 +152,8 @@ def _identify(name: str) -> tuple[str, str]:
     if path.is_dir():  # an export may be no more than the weights
         path = path / BACKBONE_FILE if (path / BACKBONE_FILE).is_file() else Run(path).path
     if not path.is_file():
-        raise unknown_name("run folder or weights", printable(name), KINDS)
+        hint = str(unknown_name("weights", name, KINDS)).partition(": ")[2]
+        raise UsageError(f"{printable(name)} is not a run folder, and no weights: {hint}")
     return str(path.resolve()), file_sha256(path)
 
 
