@@ -119,7 +119,7 @@ class PatchResponses(nn.Module):
         square = F.avg_pool2d(x * x, PATCH_SIDE, self.stride).mean(1, keepdim=True)
         contrast = ((square - mean * mean).clamp(min=0) + CONTRAST_FLOOR).rsqrt()
         product = F.conv2d(x, self.weight, stride=self.stride)
-        response = F.relu(torch.addcmul(self.bias[:, None, None], product, contrast))
+        response = product.mul_(contrast).add_(self.bias[:, None, None]).relu_()
         pooled = self.pooling @ response.permute(0, 2, 3, 1).flatten(1, 2)
         return (pooled.flatten(1) + ROOT_FLOOR).sqrt()
 
