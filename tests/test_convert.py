@@ -29,6 +29,7 @@ from simsiam.runs.checkpoints import published_weights as releases
 from simsiam.runs.checkpoints.convert import convert, format_conversion
 from simsiam.runs.checkpoints.foreign_checkpoints import convert_state_dict
 from simsiam.runs.checkpoints.published_weights import Release, find_release
+from simsiam.runs.encoder import eval_transform
 from simsiam.runs.weight_files import file_sha256, read_state_dict
 from simsiam.runs.weights import open_weights
 
@@ -458,6 +459,10 @@ def test_every_classifier_of_torchvision_is_known_by_name():
             release = find_release(f"{type(weights).__name__}.{weights.name}")
             assert release.settings["backbone"] == network and release.url == weights.url
             assert len(release.sha256_prefix) >= 8 and release.sha256_prefix in release.url
+            recipe, preset = Recipe().replace(**release.settings).resolve(), weights.transforms()
+            transform = eval_transform(recipe)
+            assert [transform.resize, transform.size] == [*preset.resize_size, *preset.crop_size]
+            assert transform.interpolation == preset.interpolation.value
 
 
 def test_a_backbone_can_start_from_any_of_them(tmp_path):

@@ -272,7 +272,7 @@ def test_an_embedding_has_the_map_that_its_run_has(run, page, photos, tmp_path, 
         (["--out", "page.txt"], "page.txt: give the name of a file ending in .html"),
         (["--out", "nowhere/page.html"], "there is no folder nowhere"),
         (["--limit", "2"], "limit is 2; it lies between 5 and 20000"),
-        (["elsewhere"], "unknown run folder or weights 'elsewhere'"),
+        (["elsewhere"], "elsewhere is not a run folder"),
     ],
 )
 def test_a_wrong_request_is_one_line(run, options, message, capsys):

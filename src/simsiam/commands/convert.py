@@ -9,8 +9,9 @@ GROUP = "checkpoints"
 EPILOG = (
     "Checkpoints of these programs can be converted: the SimSiam authors' code, MoCo, lightly, "
     "mmselfsup, PatrickHua's SimSiam, solo-learn, torchvision, timm. Published weights: "
-    "simsiam_resnet50_100ep, simsiam_resnet50_100ep_256bs, simsiam_resnet50_200ep_256bs, and those "
-    "of torchvision, such as ResNet50_Weights.IMAGENET1K_V2."
+    "simsiam_resnet50_100ep, simsiam_resnet50_100ep_256bs, simsiam_resnet50_200ep_256bs, those "
+    "of torchvision, such as ResNet50_Weights.IMAGENET1K_V2, timm:NAME, hf-hub:OWNER/NAME, and "
+    "lite0 and lite2 (in the package simsiam[weights])."
 )
 
 
@@ -24,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help=note)
     note = "the run folder, which must not exist yet"
     parser.add_argument("--out", metavar="RUN", required=True, help=note)
-    note = "the model in the checkpoint, a name of torchvision; needed if it is not a ResNet"
+    note = "the model in a file, a name of torchvision or timm/NAME; not needed for a ResNet"
     parser.add_argument("--backbone", metavar="NAME", help=note)
     note = "side of its input images in pixels [224; 32 for a small stem]"
     parser.add_argument("--image-size", metavar="N", type=int, help=note)

@@ -25,6 +25,7 @@ from simsiam.config.settings import parse_value, setting, to_builtin_types
 from simsiam.errors import UsageError, check_ranges, unknown_name
 
 UNKNOWN_SOURCE = ("unknown",)  # the source of a run that was converted, not trained
+CONVERTED_SOURCES = (UNKNOWN_SOURCE, ("imagenet",))  # names that cannot be opened
 # What determines how an image is prepared for a backbone; weights bring their own.
 PREPROCESSING_SETTINGS = ("image_size", "mean", "std", "eval_resize", "eval_interpolation")
 STANDARD_SIZES = (32, 64, 96, 128, 224)  # view sizes in pixels that a folder's recipe chooses from

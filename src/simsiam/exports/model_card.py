@@ -4,7 +4,6 @@ from typing import cast
 
 import yaml
 
-from simsiam.config.recipes import UNKNOWN_SOURCE
 from simsiam.model.encoder import Encoder
 from simsiam.runs.encoder import eval_transform, load
 from simsiam.runs.records import Record
@@ -27,7 +26,7 @@ def model_card(run: Run, license: str | None = None) -> str:
     heading = {
         "library_name": "simsiam",
         "pipeline_tag": "image-feature-extraction",
-        "tags": [] if recipe.source == UNKNOWN_SOURCE else ["self-supervised", recipe.method.name],
+        "tags": ["self-supervised", recipe.method.name] if recipe.method.name != "none" else [],
         "license": license or origin.get("license") or "unknown",
     }
     if recipe.channels == 3:
@@ -100,18 +99,20 @@ def run_facts(run: Run) -> dict[str, str]:
     environment, origin = run.json("environment.json"), run.json(ORIGIN_FILE)
     source = ", ".join(part.rstrip("/").rpartition("/")[2] for part in recipe.source)
     labels = "with" if recipe.method.target == "labels" else "without"
-    trained_here = recipe.source != UNKNOWN_SOURCE
+    start = recipe.init or str(origin.get("weights", "random weights"))
     steps = summary.get("steps", "?")
     device, precision = (environment.get(key, "unknown") for key in ("device", "precision"))
-    return {
-        "method": f"{recipe.method.name} (Chen & He, 2021; `recipe.yaml` has every setting)"
-        if trained_here
-        else "not trained by this program",
-        "images": f"{source}, {labels} labels" if trained_here else "unknown",
+    facts = {
+        "method": f"{recipe.method.name} (Chen & He, 2021; `recipe.yaml` has every setting)",
+        "images": f"{source}, {labels} labels",
+    }
+    if recipe.method.name == "none":  # converted from a network that no method here has trained
+        facts = {"method": "not trained by this program", "images": source}
+    return facts | {
         "backbone": f"{recipe.backbone}, width {recipe.width}",
         **head_facts(run),
         **({"weights": str(origin.get("origin"))} if origin else {}),
-        "started from": (recipe.init or "random weights").rstrip("/").rpartition("/")[2],
+        "started from": start.rstrip("/").rpartition("/")[2],
         "training": f"{steps} steps of {recipe.batch_size} images, seed {recipe.seed}",
         "verdict": str(summary.get("verdict", "not finished")),
         "hardware": f"{device}, {precision}",

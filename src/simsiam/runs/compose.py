@@ -13,8 +13,8 @@ import torch
 
 from simsiam.config import recipes
 from simsiam.config.recipes import (
+    CONVERTED_SOURCES,
     SETTING_TYPES,
-    UNKNOWN_SOURCE,
     Recipe,
     ResolvedRecipe,
     default_stem,
@@ -163,7 +163,7 @@ def open_run_source(
     Raises:
         UsageError: The source cannot be opened, or has no images.
     """
-    if not source and recipe.source == UNKNOWN_SOURCE:
+    if not source and recipe.source in CONVERTED_SOURCES:
         raise UsageError("these weights were not trained here and have no images: give SOURCE")
     if not source:
         source, no_labels = recipe.source, no_labels or recipe.no_labels

