@@ -88,8 +88,8 @@ class PatchResponses(nn.Module):
 
     With p a patch minus its mean, over the root of its variance plus CONTRAST_FLOOR, the response
     of center c is max(0, c' W (p - m) - THRESHOLD), where m and W are mean and ZCA whitening of the
-    patches. The product c' W is a convolution whose kernels sum to zero, so the mean of a patch
-    need not be subtracted.
+    patches. The product c' W is a convolution. Patches have zero mean, and so have centers and
+    kernels: the mean of a patch need not be subtracted.
     """
 
     resize: Tensor
@@ -200,7 +200,6 @@ def fit_patches(pixels: Tensor, sizes: Sequence[int], *, seed: int = 0) -> Patch
         m, whitening = zca(patches)
         centers = spherical_kmeans((patches - m) @ whitening, generator)
         kernels = whitening @ centers.T
-        kernels -= kernels.mean(0)  # patches have zero mean, so this changes no response
         scale.weight.copy_(kernels.T.reshape(scale.weight.shape))
         scale.bias.copy_(-(m @ kernels) - THRESHOLD)
     return backbone.eval()
