@@ -412,10 +412,12 @@ def test_a_hub_that_cannot_be_reached_is_not_asked_again_and_again(monkeypatch):
         ),
         ("{photos} {photos}/text.png --encoder {run}", "text.png cannot be read"),
         ("nowhere 04.png --encoder {run}", "unknown source 'nowhere'"),
+        ("{photos}/few 04.png --encoder patches", "patches cannot be learned from these images"),
     ],
 )
 def test_a_wrong_request_is_one_line(arguments, message, run, photos, capsys):
     (photos / "text.png").write_text("text")
+    draw(photos / "few" / "04.png", 4)
     words = [word.format(photos=photos, run=run) for word in arguments.split()]
     assert main(["search", *words]) in (1, 2)
     (*_, error) = capsys.readouterr().err.strip().splitlines()

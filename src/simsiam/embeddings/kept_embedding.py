@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 from simsiam.data.images import Images
 from simsiam.embeddings.embed import PART_SIZE, describe_transform, embed_images, label_names
 from simsiam.embeddings.table import Embeddings, table_to_embeddings
-from simsiam.errors import WorkFailed, printable
+from simsiam.errors import UsageError, WorkFailed, printable
 from simsiam.model.precision import Compute
 from simsiam.runs.encoder import eval_transform, load, weight_digests
 from simsiam.runs.run_folder import Run
@@ -220,7 +220,12 @@ def _learned_run(
     assert encoder.learn is not None, "an encoder has a run folder or is learned"
     record.unlink(missing_ok=True)
     shutil.rmtree(run, ignore_errors=True)
-    encoder.learn(run)
+    try:
+        encoder.learn(run)
+    except UsageError as error:
+        raise UsageError(
+            f"{encoder.name} cannot be learned from these images ({error}): give another --encoder"
+        ) from None
     _write_file(images.stamps, record, weight_digests(run))
     return run
 
