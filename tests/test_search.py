@@ -267,7 +267,8 @@ def learner(run, tmp_path):
 def keep(photos: Path, learner: SimpleNamespace, relearn: float = 0.1):
     images = SourceImages([photos], open_source(photos))
     compute = Compute.pick("cpu", "float32")
-    return keep_embedding(images, learner.encoder, compute, channels=3, relearn=relearn)
+    with keep_embedding(images, learner.encoder, compute, channels=3, relearn=relearn) as kept:
+        return kept
 
 
 def test_it_is_learned_again_once_a_tenth_of_the_images_is_new(
@@ -348,7 +349,9 @@ def test_images_of_one_name_in_two_shards_keep_their_own_features(
     compute = Compute.pick("cpu", "float32")
     for _ in range(2):
         images = SourceImages([shards], source)
-        kept = keep_embedding(images, SourceEncoder("x", run), compute, channels=3, relearn=1)
+        encoder = SourceEncoder("x", run)
+        with keep_embedding(images, encoder, compute, channels=3, relearn=1) as kept:
+            pass
         assert kept.paths == ["same.bmp"] * 5  # the first one cannot be read
         fresh = embed(run, shards, out=tmp_path / f"{len(kept.metadata)}.parquet", **CPU)
         assert torch.allclose(kept.vectors, read_embeddings(fresh).vectors, atol=1e-5)

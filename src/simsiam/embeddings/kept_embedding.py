@@ -139,12 +139,13 @@ def _number_repeats(keys: pa.Array) -> pa.Array:
     return pc.binary_join_element_wise(keys, numbers, pa.scalar(b"\0", keys.type))
 
 
+@contextmanager
 def keep_embedding(
     images: SourceImages, encoder: SourceEncoder, compute: Compute, *, channels: int, relearn: float
-) -> Embeddings:
+) -> Iterator[Embeddings]:
     """Bring the kept embedding of a source up to date: embed what is new, forget what is gone.
 
-    Of several processes, one does it and the others wait for it.
+    While the body runs, other processes wait, so that they do not change the encoder.
 
     Args:
         images: The images of the source.
@@ -154,7 +155,7 @@ def keep_embedding(
         relearn: Share of new images from which on an encoder that was learned from the images is
             learned again; then all images are embedded again.
 
-    Returns:
+    Yields:
         The embeddings, with the labels of the source.
 
     Raises:
@@ -170,14 +171,14 @@ def keep_embedding(
         remove_stale_parts(folder)
         run = encoder.run or _learned_run(folder, encoder, images, relearn)
         table, positions = _update(folder, images, run, compute)
-    embeddings, labels = table_to_embeddings(table), images.labels()
-    if not embeddings.vectors.isfinite().all():
-        raise WorkFailed(f"{encoder.name} gives features that are not finite: its run has diverged")
-    return replace(
-        embeddings,
-        labels=[labels[i] for i in positions] if labels else None,
-        metadata={**embeddings.metadata, "run": str(run.absolute())},
-    )
+        embeddings, labels = table_to_embeddings(table), images.labels()
+        if not embeddings.vectors.isfinite().all():
+            raise WorkFailed(f"the features of {encoder.name} are not finite: its run has diverged")
+        yield replace(
+            embeddings,
+            labels=[labels[i] for i in positions] if labels else None,
+            metadata={**embeddings.metadata, "run": str(run.absolute())},
+        )
 
 
 def _describe_encoder(run: Path) -> dict[str, object]:

@@ -88,8 +88,10 @@ def search(
             channels = needed
         images = SourceImages(names, open_source(names, channels or 3, no_labels=no_labels))
         _check_query(os.fspath(query), images.splits)
-        kept = keep_embedding(images, chosen, compute, channels=channels or 3, relearn=relearn)
-        shown = _find_query(os.fspath(query), images.splits, kept)
+        with keep_embedding(
+            images, chosen, compute, channels=channels or 3, relearn=relearn
+        ) as kept:
+            shown = _find_query(os.fspath(query), images.splits, kept)
         return find_neighbors(shown, kept, k, html)
 
 
