@@ -165,7 +165,7 @@ def test_each_frozen_protocol_adds_a_record_with_the_head(run, trained, monkeypa
     from simsiam.evaluation import protocol_linear
 
     monkeypatch.setattr(protocol_linear, "MIN_STEPS", 2)
-    settings = {"labels": ("1",), "draws": 1, "linear_epochs": 1, "baselines": False, "limit": 60}
+    settings = {"labels": ("1",), "draws": 1, "linear_epochs": 1, "baselines": False, "limit": 40}
     settings |= {"device": "cpu", "precision": "float32"}
     without = evaluate(trained, **settings)
     records = evaluate(run, **settings)

@@ -414,6 +414,7 @@ def test_a_file_with_backbone_is_taken_by_every_verb(photos, tmp_path):
 
 
 INIT = QUICK | {"steps": 1, "base_lr": 0.0, "device": "cpu", "precision": "float32"}
+INIT |= {"jitter_p": 0.0, "blur": 0.0, "workers": 0, "batch_size": 2, "limit": 4}
 for name in ("backbone", "width"):
     INIT.pop(name)
 
@@ -421,8 +422,7 @@ for name in ("backbone", "width"):
 def test_initial_weights_bring_their_network(hub, photos, capsys):
     network = timm_network()
     hub.add(TIMM_NAME, {"model.safetensors": serialize(network.state_dict())})
-    settings = INIT | {"batch_size": 4, "init": "timm:test_resnet"}
-    run = Run(simsiam.pretrain(photos, out="run", **settings))
+    run = Run(simsiam.pretrain(photos, out="run", **INIT | {"init": "timm:test_resnet"}))
     recipe, names = run.recipe, ("backbone", "image_size", "mean", "eval_resize", "init")
     assert [getattr(recipe, name) for name in names] == [
         "timm/test_resnet", 160, (0.5,) * 3, 168, "timm:test_resnet",
@@ -451,7 +451,7 @@ def test_a_flag_that_contradicts_initial_weights_is_named(flags, message, small_
 
 
 def test_training_starts_from_the_backbone_alone_and_it_is_said(small_run, photos, capsys):
-    settings = INIT | {"batch_size": 4, "init": str(small_run), "width": 4}
+    settings = INIT | {"init": str(small_run), "width": 4, "image_size": 32}
     run = Run(simsiam.pretrain(photos, out="run", **settings))
     assert "head.safetensors of the initial weights is left out" in capsys.readouterr().err
     assert not run.has_head and run.recipe.mean == (0.4,) * 3 and run.recipe.stem == "large"
