@@ -179,6 +179,15 @@ def test_an_adapted_run_is_evaluated_embedded_and_searched(adapted, tmp_path):
     assert len(simsiam.neighbors(path, "train#0", k=3)) == 3
 
 
+def test_patches_have_no_steps_to_take(adapted, tmp_path):
+    for call in (
+        lambda: simsiam.resume(adapted),
+        lambda: simsiam.pretrain("shapes", backbone="patches/32", out=tmp_path / "run"),
+    ):
+        with pytest.raises(UsageError, match="closed form, not by steps: `simsiam adapt SOURCE`"):
+            call()
+
+
 def test_with_little_time_backbones_are_left_out_and_named(capsys, tmp_path):
     path = simsiam.adapt("shapes", limit=200, minutes=1e-3, out=tmp_path / "run")
     assert "left out patches/24: no time to measure these" in capsys.readouterr().err

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from simsiam.model.backbones import feature_dim
-from simsiam.model.precision import at_least_float32
+from simsiam.model.precision import at_least_float32, without_autocast
 
 
 class Encoder(nn.Module):
@@ -62,7 +62,5 @@ def _out_dim(network: nn.Module, head: nn.Linear | None) -> int:
 def _apply(head: nn.Linear | None, h: Tensor) -> Tensor:
     if head is None:
         return h
-    if not torch.is_autocast_enabled(h.device.type):  # exported graphs have no such context
-        return head(at_least_float32(h))
-    with torch.autocast(h.device.type, enabled=False):
+    with without_autocast(h):
         return head(at_least_float32(h))

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from simsiam.errors import UsageError
-from simsiam.model.precision import at_least_float32
+from simsiam.model.precision import at_least_float32, without_autocast
 
 PATCHES_PREFIX = "patches/"  # begins the names of these backbones: "patches/32", "patches/24+48"
 PATCH_SIDE = 6  # pixels
@@ -163,10 +163,7 @@ class Patches(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return h (N, dim) for normalized images x (N, C, image_size, image_size)."""
         pixels = at_least_float32(x) * self.std + self.mean
-        # bfloat16 would change features by 5 %: it has too few digits for contrasts.
-        if not torch.is_autocast_enabled(x.device.type):  # exported graphs have no such context
-            return torch.cat([scale(pixels) for scale in self.scales], dim=1)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):  # bfloat16 would change features by 5 %
             return torch.cat([scale(pixels) for scale in self.scales], dim=1)
 
     def join(self, other: "Patches") -> "Patches":

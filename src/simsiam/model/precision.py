@@ -5,6 +5,7 @@ bfloat16 is used where the device is fast at it, float32 elsewhere; losses take 
 
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
 from typing import Any, NamedTuple, ParamSpec
 
@@ -134,6 +135,20 @@ def at_least_float32(x: Tensor) -> Tensor:
         `x` in float32 or float64.
     """
     return x if x.element_size() >= 4 else x.float()
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """Return a context in which autocast is off for the device of a tensor.
+
+    Where it is off already, the context does nothing, so that it is in no exported graph.
+
+    Args:
+        x: The tensor; one without data (device "meta") has no autocast.
+    """
+    kind = x.device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return nullcontext()
+    return torch.autocast(kind, enabled=False)
 
 
 def in_full_precision(loss_fn: Callable[P, Tensor]) -> Callable[P, Tensor]:

@@ -17,6 +17,7 @@ from simsiam.distributed.sync_batch_norm import convert_sync_batchnorm
 from simsiam.errors import UsageError
 from simsiam.model.memory import check_memory
 from simsiam.model.optimizers import build_optimizer
+from simsiam.model.patches import PATCHES_PREFIX
 from simsiam.model.precision import Compute
 from simsiam.model.siamese import Siamese, build
 from simsiam.model.targets import MovingAverageTarget
@@ -162,6 +163,11 @@ def build_training_setup(recipe: ResolvedRecipe) -> TrainingSetup:
         UsageError: If the device, the backbone or the initial weights cannot be used.
         WorkFailed: If a step does not fit in memory.
     """
+    if recipe.backbone.startswith(PATCHES_PREFIX):
+        raise UsageError(
+            f"{recipe.backbone} is learned in closed form, not by steps: `simsiam adapt SOURCE` "
+            "makes a run of it, which is complete"
+        )
     compute = Compute.pick(recipe.device, recipe.precision)
     model = build(
         recipe.method,
