@@ -8,6 +8,7 @@ import shutil
 
 import pytest
 import torch
+import yaml
 from conftest import QUICK
 from torch import nn
 
@@ -234,3 +235,19 @@ def test_fine_tuning_starts_from_the_backbone_alone(run):
 
     classifier = build_classifier(Run(run), 10, seed=0, from_scratch=False)
     assert not isinstance(classifier.backbone, Encoder)
+
+
+def test_a_run_from_before_the_settings_of_preprocessing_continues(trained, tmp_path):
+    path = shutil.copytree(trained, tmp_path / "run")
+    recipe = yaml.safe_load((path / "recipe.yaml").read_text())
+    state = torch.load(path / "checkpoints" / "last.pt", weights_only=True)
+    for content in (recipe, state["recipe"]):
+        for name in ("eval_resize", "eval_interpolation"):
+            del content[name]
+    (path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    torch.save(state, path / "checkpoints" / "last.pt")
+    assert Run(path).recipe == Run(trained).recipe and Run(path).checkpoint()["step"] == 3
+    simsiam.resume(path)
+    ours, before = (load(p, head=False).state_dict() for p in (path, trained))
+    assert all(torch.equal(ours[name], before[name]) for name in before)
+    assert load(path).transform == load(trained).transform

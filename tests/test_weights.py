@@ -308,7 +308,8 @@ def test_a_file_becomes_a_run_with_the_network_that_is_named(tmp_path):
     x = torch.randn(2, 3, 160, 160)
     with torch.no_grad():
         assert torch.equal(load(folder)(x), without_classifier(network)(x))
-    assert Run(folder).recipe.image_size == 160, "what timm's network is made for"
+    recipe = Run(folder).recipe
+    assert (recipe.image_size, recipe.mean) == (160, (0.5,) * 3), "timm's for this network"
     assert open_weights(tmp_path / "weights.pt", backbone="timm/test_resnet") == folder
     torch.save(timm_network(num_classes=3).state_dict(), tmp_path / "weights.pt")
     assert open_weights(tmp_path / "weights.pt", backbone="timm/test_resnet") != folder

@@ -20,7 +20,7 @@ from simsiam.config.recipes import (
     ResolvedRecipe,
 )
 from simsiam.errors import UsageError
-from simsiam.model.backbones import input_size
+from simsiam.model.backbones import TIMM_PREFIX, timm_config
 from simsiam.model.precision import Compute
 from simsiam.runs.checkpoints.foreign_checkpoints import (
     BackboneSettings,
@@ -34,7 +34,7 @@ from simsiam.runs.checkpoints.published_weights import (
     card_license,
     resolve_checkpoint,
 )
-from simsiam.runs.checkpoints.timm_weights import load_named_weights
+from simsiam.runs.checkpoints.timm_weights import load_named_weights, timm_preprocessing
 from simsiam.runs.encoder import load
 from simsiam.runs.environment import collect_environment, utc_now
 from simsiam.runs.recipe_file import read_recipe
@@ -223,10 +223,11 @@ def assumed_preprocessing(settings: BackboneSettings) -> dict[str, object]:
         settings: The settings of the backbone.
 
     Returns:
-        ImageNet's, with timm's image size for a network of timm and 32 px for a small stem.
+        timm's for a network of timm, else ImageNet's, with 32 px for a small stem.
     """
-    size = 32 if settings["stem"] == "small" else input_size(settings["backbone"])
-    return IMAGENET_PREPROCESSING | ({"image_size": size} if size else {})
+    if settings["backbone"].startswith(TIMM_PREFIX):
+        return timm_preprocessing(timm_config(settings["backbone"]).to_dict())[0]
+    return IMAGENET_PREPROCESSING | ({"image_size": 32} if settings["stem"] == "small" else {})
 
 
 def write_run(folder: Path, made: Conversion) -> None:

@@ -6,6 +6,7 @@ ImageNet classes (validation set): the accuracy among the 1,000 classes is shown
 docs/command_line.md beside that with ImageNet's usual mean and standard deviation.
 """
 
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -174,6 +175,23 @@ def describe_timm_model(model: nn.Module, state: dict[str, Tensor], origin: str)
         origin: Where they come from.
     """
     config = cast(dict[str, Any], model.pretrained_cfg)
+    settings, notes = timm_preprocessing(config)
+    network = {
+        "backbone": TIMM_PREFIX + config["architecture"], "channels": config["input_size"][0]
+    }  # fmt: skip
+    license = config.get("license") or "unknown"
+    return NamedWeights(dict(state), network | settings, origin, license, [], notes)
+
+
+def timm_preprocessing(config: Mapping[str, Any]) -> tuple[dict[str, object], list[str]]:
+    """Translate timm's configuration of a preprocessing.
+
+    Args:
+        config: What `pretrained_cfg` of a model holds.
+
+    Returns:
+        PREPROCESSING_SETTINGS of a recipe, and what is different here.
+    """
     size, notes = min(config["input_size"][1:]), []
     fraction = config.get("crop_pct") or DEFAULT_CROP_FRACTION
     interpolation = config.get("interpolation") or "bilinear"
@@ -182,17 +200,14 @@ def describe_timm_model(model: nn.Module, state: dict[str, Tensor], origin: str)
         interpolation = "bicubic"
     if (crop_mode := config.get("crop_mode") or "center") != "center":
         notes.append(f"timm crops images in the mode {crop_mode}; here it is the center")
-    settings = {
-        "backbone": TIMM_PREFIX + config["architecture"],
-        "channels": config["input_size"][0],
+    settings: dict[str, object] = {
         "image_size": size,
         "mean": tuple(config["mean"]),
         "std": tuple(config["std"]),
         "eval_resize": max(size, int(size / fraction)),
         "eval_interpolation": interpolation,
     }
-    license = config.get("license") or "unknown"
-    return NamedWeights(dict(state), settings, origin, license, [], notes)
+    return settings, notes
 
 
 def find_lite_file(name: str) -> Path:
