@@ -23,7 +23,7 @@ def run_main(capsys, *arguments: object) -> tuple[int, str]:
     ("arguments", "text"),
     [
         (["pretrian"], "simsiam: unknown command 'pretrian': did you mean 'pretrain'?"),
-        (["xyzzy"], "unknown command 'xyzzy': choose from bench, cluster, "),
+        (["xyzzy"], "unknown command 'xyzzy': choose from adapt, bench, cluster, "),
         ([""], "unknown command ''"),
         (["--epochs", "3"], "unknown argument '--epochs'"),
         (["compare", "a", "b", "--colour"], "unknown argument '--colour'"),
