@@ -1161,8 +1161,8 @@ MUTATIONS = [
     m(
         "compute the map in bfloat16",
         "model/encoder",
-        "with torch.autocast(h.device.type, enabled=False):",
-        "with torch.autocast(h.device.type, torch.bfloat16):",
+        "    with without_autocast(h):\n        return head(at_least_float32(h))",
+        "    return head(h)",
         "encoder.py::test_the_map_has_full_precision_where_the_backbone_has_not",
     ),
     m(

@@ -163,7 +163,8 @@ def test_timm_weights_come_from_the_hubs_cache_once(hub, an_empty_cache, capsys)
     assert run.json("origin.json")["license"] == "apache-2.0"
     assert run.json("converted.json")["left_over"] == ["fc.weight", "fc.bias"]
     shutil.rmtree(hub.root)
-    assert open_weights("timm:test_resnet") == folder and not capsys.readouterr().err
+    again = [open_weights("timm:test_resnet", backbone=b) for b in (None, "timm/test_resnet")]
+    assert again == [folder] * 2 and not capsys.readouterr().err
     with pytest.raises(WorkFailed, match=r"timm:test_vit \(timm/test_vit.*cannot be loaded") as e:
         open_weights("timm:test_vit")
     assert "\n" not in str(e.value)
@@ -206,6 +207,23 @@ def test_a_repository_of_timm_brings_its_preprocessing(hub):
     assert open_weights("hf-hub:them/model") == folder
     hub.add("them/model", files, commit="2" * 40)
     assert open_weights("hf-hub:them/model") != folder, "a new commit is a new origin"
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        b"not JSON",
+        b"{}",
+        b'{"architecture": "no_such", "num_classes": 0, "num_features": 1}',
+        b'{"architecture": "test_resnet", "pretrained_cfg": {"num_classes": 1000, "mean": "?"}}',
+    ],
+)
+def test_a_strange_repository_is_one_line(config, hub):
+    files = {"config.json": config, "model.safetensors": serialize(timm_network().state_dict())}
+    hub.add("them/strange", files)
+    with pytest.raises((WorkFailed, UsageError), match="hf-hub:them/strange") as error:
+        open_weights("hf-hub:them/strange")
+    assert "\n" not in str(error.value)
 
 
 @pytest.fixture(scope="module")

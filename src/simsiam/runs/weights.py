@@ -16,6 +16,7 @@ from torch import nn
 
 from simsiam.config.recipes import PREPROCESSING_SETTINGS, ResolvedRecipe
 from simsiam.errors import UsageError, printable, truncate, unknown_name
+from simsiam.model.backbones import RESNETS
 from simsiam.runs.checkpoints.convert import convert
 from simsiam.runs.checkpoints.published_weights import (
     HUB_PREFIX,
@@ -123,6 +124,8 @@ def _fit_patches(source: SourceNames | None, channels: int) -> Path:
 def _open_cached(name: str, backbone: str | None) -> Path:
     """Return the run folder of weights in the cache, and make it if it is not there."""
     name, key = _identify(name)
+    if backbone in RESNETS or not os.path.isfile(name):
+        backbone = None  # the tensors of a ResNet and other weights say which network they are for
     text = json.dumps([CACHE_VERSION, name, backbone, key])
     slug = re.sub(r"[^\w.-]+", "-", Path(name).name if os.path.isfile(name) else name)[:60]
     with writable_cache():

@@ -121,7 +121,10 @@ def _from_named_weights(name: str, options: Record) -> Conversion | None:
     if weights is None:
         return None
     method = replace(METHODS["simsiam"], name="none")
-    recipe = Recipe(method=method, source=UNKNOWN_SOURCE).replace(**weights.settings | options)
+    try:
+        recipe = Recipe(method=method, source=UNKNOWN_SOURCE).replace(**weights.settings | options)
+    except UsageError as error:
+        raise UsageError(f"{name}: {error}") from None
     digest = tensors_sha256(weights.state)
     report = {
         "checkpoint": name,

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from timm.models import PretrainedCfg
 
 TIMM_WEIGHTS_PREFIX = "timm:"
-DEFAULT_CROP_FRACTION = 0.875  # timm's, for models that state none
 
 
 class NamedWeights(NamedTuple):
@@ -157,13 +156,15 @@ def load_timm_weights(name: str, origin: str) -> NamedWeights:
             model = timm.create_model(name, pretrained=True)
         all_names = list(model.state_dict())
         model.reset_classifier(0)  # type: ignore[operator]
-    except Exception as error:  # of timm, the hub, its HTTP library, or torch
-        reason = truncate(" ".join(str(error).split()))
+        weights = describe_timm_model(model, model.state_dict(), origin)
+    except (
+        Exception
+    ) as error:  # of timm, the hub, its HTTP library, torch, or a strange config.json
+        reason = truncate(" ".join(str(error).split())) or type(error).__name__
         hint = f"; {OFFLINE_HINT}" if isinstance(error, OSError) else ""
         raise WorkFailed(f"{origin} cannot be loaded: {reason}{hint}") from None
-    state = model.state_dict()
-    left_over = [key for key in all_names if key not in state]
-    return describe_timm_model(model, state, origin)._replace(left_over=left_over)
+    left_over = [key for key in all_names if key not in weights.state]
+    return weights._replace(left_over=left_over)
 
 
 def describe_timm_model(model: nn.Module, state: dict[str, Tensor], origin: str) -> NamedWeights:
@@ -192,19 +193,21 @@ def timm_preprocessing(config: Mapping[str, Any]) -> tuple[dict[str, object], li
     Returns:
         PREPROCESSING_SETTINGS of a recipe, and what is different here.
     """
+    from timm.data import resolve_data_config
+
+    config = resolve_data_config(pretrained_cfg=dict(config))  # with timm's defaults
     size, notes = min(config["input_size"][1:]), []
-    fraction = config.get("crop_pct") or DEFAULT_CROP_FRACTION
-    interpolation = config.get("interpolation") or "bilinear"
+    interpolation = config["interpolation"]
     if interpolation not in ("bilinear", "bicubic"):
         notes.append(f"timm resizes images with {interpolation}; here it is bicubic")
         interpolation = "bicubic"
-    if (crop_mode := config.get("crop_mode") or "center") != "center":
-        notes.append(f"timm crops images in the mode {crop_mode}; here it is the center")
+    if config["crop_mode"] != "center":
+        notes.append(f"timm crops images in the mode {config['crop_mode']}; here it is the center")
     settings: dict[str, object] = {
         "image_size": size,
         "mean": tuple(config["mean"]),
         "std": tuple(config["std"]),
-        "eval_resize": max(size, int(size / fraction)),
+        "eval_resize": max(size, int(size / config["crop_pct"])),
         "eval_interpolation": interpolation,
     }
     return settings, notes
