@@ -26,6 +26,7 @@ from simsiam.training.step import GradientStep
 BATCH_SIZE = 32
 HEADS_LR = 0.05  # for a batch of 256, as in the paper
 WARMUP_SHARE = 0.3  # of the steps, in which the heads alone are trained
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 MIN_STEPS = 60  # fewer change nothing that can be measured
 # Each stage: the share of the weights that is trained, counted from the output, and its learning
 # rate relative to that of the heads.
@@ -169,5 +170,5 @@ def freeze_batch_norm(model: Siamese) -> None:
     """
     model.train()
     for module in model.backbone.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if isinstance(module, BATCH_NORMS):
             module.eval()
