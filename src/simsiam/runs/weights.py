@@ -15,6 +15,7 @@ from pathlib import Path
 from torch import nn
 
 from simsiam.config.recipes import PREPROCESSING_SETTINGS, ResolvedRecipe
+from simsiam.distributed.process_group import rank_zero_only
 from simsiam.errors import UsageError, printable, truncate, unknown_name
 from simsiam.model.backbones import RESNETS
 from simsiam.runs.checkpoints.convert import convert
@@ -44,6 +45,7 @@ KINDS = (
 )  # fmt: skip
 
 
+@rank_zero_only
 def open_weights(
     name: str | os.PathLike[str],
     *,
