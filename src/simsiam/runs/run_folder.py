@@ -36,6 +36,7 @@ HEAD_FILE = "head.safetensors"  # what the encoder has besides its backbone
 ORIGIN_FILE = "origin.json"  # where published weights come from, and their license
 # In its metadata: the digest of the backbone that it belongs to, and the name of the second branch.
 BACKBONE_KEY, PATCHES_KEY = "backbone", "patches"
+METRIC_NAMES = ("loss", "lr", "z_std", "z_std_sqrt_d", "z_rank", "images_per_second")
 MIN_IMAGES_SEEN = 20  # with fewer images, the share of unreadable ones says little
 
 # The settings in which a checkpoint's recipe may differ from the run's: where things are, and how
@@ -420,6 +421,27 @@ def new_state(env: Record, num_images: int) -> TrainingState:
         num_images: Number of training images.
     """
     return {"step": 0, "seconds": 0.0, "knn": {}, "images": num_images, "environment": env}
+
+
+def write_untrained(
+    run: Run, model: Mapping[str, Tensor], env: Record, summary: Mapping[str, object]
+) -> None:
+    """Write the files of a run that took no step and measured nothing on the way.
+
+    Args:
+        run: The run folder, just created.
+        model: State dict of the model; the names of its backbone begin with "backbone.".
+        env: What `collect_environment` returned.
+        summary: What summary.json says besides the numbers of steps, which are zero.
+    """
+    environment = env | {"seed": run.recipe.seed, "start": utc_now(), "end": None}
+    run.write("environment.json", environment)
+    metrics = {"step": 0, "epoch": 0.0, **dict.fromkeys(METRIC_NAMES)}
+    run.write("metrics.jsonl", json.dumps(metrics) + "\n")
+    run.save("last", {**new_state(env, num_images=0), "model": dict(model)})
+    prefix = "backbone."
+    backbone = {k.removeprefix(prefix): x for k, x in model.items() if k.startswith(prefix)}
+    run.finish(backbone, {"steps": 0, "images_per_second": 0.0, **summary})
 
 
 def read_checkpoint(path: Path) -> Record:

@@ -1,6 +1,5 @@
 """The verb `convert`: make a run folder, which every verb can use, from another checkpoint."""
 
-import json
 import os
 import shutil
 from collections import Counter
@@ -36,7 +35,7 @@ from simsiam.runs.checkpoints.published_weights import (
 )
 from simsiam.runs.checkpoints.timm_weights import load_named_weights, timm_preprocessing
 from simsiam.runs.encoder import load
-from simsiam.runs.environment import collect_environment, utc_now
+from simsiam.runs.environment import collect_environment
 from simsiam.runs.recipe_file import read_recipe
 from simsiam.runs.records import Record
 from simsiam.runs.run_folder import (
@@ -46,12 +45,10 @@ from simsiam.runs.run_folder import (
     Run,
     TrainingFolder,
     check_vacant,
-    new_state,
+    write_untrained,
 )
 from simsiam.runs.weight_files import file_sha256, read_state_dict, tensors_sha256
 from simsiam.utils.files import atomic_folder
-
-METRIC_NAMES = ("loss", "lr", "z_std", "z_std_sqrt_d", "z_rank", "images_per_second")
 
 
 class Conversion(NamedTuple):
@@ -241,30 +238,18 @@ def write_run(folder: Path, made: Conversion) -> None:
         made: Its content.
     """
     run = Run.create(folder, made.recipe)
-    env = collect_environment(Compute(torch.device("cpu"), "float32"))
-    run.write("environment.json", env | {"seed": made.recipe.seed, "start": utc_now(), "end": None})
     run.write("converted.json", made.report)
     run.write(ORIGIN_FILE, made.origin)
-    # No step was taken here, and nothing was measured.
-    metrics = {"step": 0, "epoch": 0.0, **dict.fromkeys(METRIC_NAMES)}
-    run.write("metrics.jsonl", json.dumps(metrics) + "\n")
-    run.save("last", {**new_state(env, num_images=0), "model": dict(made.state)})
-    backbone = {
-        name.removeprefix("backbone."): tensor
-        for name, tensor in made.state.items()
-        if name.startswith("backbone.")
-    }
     summary = {
         "verdict": "too early",
         "remedy": "Converted, not trained here: use `simsiam evaluate` with labeled images to "
         "measure it.",
-        "steps": 0,
         "epochs": 0.0,
-        "images_per_second": 0.0,
         "training_seconds": 0.0,
         "unreadable": 0,
     }
-    run.finish(backbone, summary)
+    env = collect_environment(Compute(torch.device("cpu"), "float32"))
+    write_untrained(run, made.state, env, summary)
     if made.head is not None:
         shutil.copyfile(made.head, run.path / HEAD_FILE)
 
