@@ -947,7 +947,7 @@ MUTATIONS = [
     ),
     m(
         "forget when files changed",
-        "sources/disk_cache",
+        "sources/file_index",
         "digest.update(repr(batch",
         "digest.copy().update(repr(batch",
         "disk_cache.py::test_what_changes_is_decoded_anew_and_the_old_file_goes",

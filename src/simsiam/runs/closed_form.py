@@ -1,9 +1,8 @@
 """Encoders in closed form as run folders: patches and maps, which no step has trained."""
 
-import json
 import os
 from collections.abc import Mapping, Sequence
-from hashlib import sha256
+from hashlib import blake2b
 from pathlib import Path
 
 import torch
@@ -28,15 +27,13 @@ from simsiam.monitoring.candidates import (
     sample_for_patches,
 )
 from simsiam.runs.encoder import eval_transform
-from simsiam.runs.environment import collect_environment, utc_now
-from simsiam.runs.run_folder import Run, new_state
-from simsiam.sources.file_index import source_stamps
+from simsiam.runs.environment import collect_environment
+from simsiam.runs.run_folder import Run, write_untrained
+from simsiam.sources.file_index import source_stamps, update_with_stamps
 from simsiam.sources.open_source import Source, absolute_source, open_source
 from simsiam.utils.files import atomic_folder, cache_dir
 
 MEASURED = ("score", "view_retrieval", "knn_top1")  # columns of the table that summary.json repeats
-# metrics.jsonl of a run without steps: one line in which nothing was measured.
-METRIC_NAMES = ("loss", "lr", "z_std", "z_std_sqrt_d", "z_rank", "images_per_second")
 
 
 def write_encoder(
@@ -61,26 +58,20 @@ def write_encoder(
     start, end = ({k: v for k, v in row.items() if k in MEASURED} for row in (first, last))
     with atomic_folder(path) as part:
         run = Run.create(part, recipe.replace(backbone=name))
-        env = collect_environment(Compute(torch.device("cpu"), "float32"))
-        run.write("environment.json", env | {"seed": recipe.seed, "start": utc_now(), "end": None})
-        run.write(
-            "metrics.jsonl",
-            json.dumps({"step": 0, "epoch": 0.0, **dict.fromkeys(METRIC_NAMES)}) + "\n",
-        )
         run.write("adapt.json", {"chosen": candidate.name, "candidates": list(rows)})
-        state = encoder.backbone.state_dict()
-        model = {f"backbone.{name}": tensor for name, tensor in state.items()}
-        run.save("last", {**new_state(env, num_images=0), "model": model})
         run.quarantine(skipped)
-        summary = {
-            "verdict": "healthy",
-            "remedy": f"The best of {len(rows)} encoders is {candidate.name}.",
-            "steps": 0,
-            "images_per_second": 0.0,
-            "start": start,
-            "end": end,
-        }
-        run.finish(state, summary)
+        state = encoder.backbone.state_dict()
+        write_untrained(
+            run,
+            {f"backbone.{name}": tensor for name, tensor in state.items()},
+            collect_environment(Compute(torch.device("cpu"), "float32")),
+            {
+                "verdict": "healthy",
+                "remedy": f"The best of {len(rows)} encoders is {candidate.name}.",
+                "start": start,
+                "end": end,
+            },
+        )
         if encoder.head is not None:
             run.write_head(encoder, patches=patches)
 
@@ -153,9 +144,9 @@ def _source_digest(names: Sequence[str | os.PathLike[str]], source: Source, chan
     """Digest what changes if an image of a source does: places, names, sizes and times."""
     places = [absolute_source(name) for name in names]
     containers, stamps = source_stamps(places, list(source.splits.values()))
-    digest = sha256(repr((places, containers, channels)).encode())
-    digest.update(json.dumps(stamps.to_pydict(), default=str).encode())
-    return digest.hexdigest()[:16]
+    digest = blake2b(repr((places, containers, channels)).encode(), digest_size=8)
+    update_with_stamps(digest, stamps)
+    return digest.hexdigest()
 
 
 def encoder_recipe(

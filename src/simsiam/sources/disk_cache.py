@@ -28,7 +28,7 @@ from simsiam.data.decode import Unreadable
 from simsiam.data.images import Images
 from simsiam.data.storage import Blocks, Indices, Storage
 from simsiam.errors import UsageError, WorkFailed, printable
-from simsiam.sources.file_index import pixel_cache_dir, source_stamps
+from simsiam.sources.file_index import pixel_cache_dir, source_stamps, update_with_stamps
 from simsiam.utils.files import atomic_write, file_lock, remove_stale_parts
 from simsiam.utils.progress_bar import progress_bar
 from simsiam.utils.workers import CPU_CORES
@@ -37,7 +37,6 @@ PIXEL_CACHE_VERSION = 1  # of the file format, and of what `decode_image` return
 # One row per image; height 0: the image is not in the file.
 ROW_DTYPE = np.dtype([("start", "<i8"), ("height", "<i4"), ("width", "<i4"), ("crc", "<u4")])
 DECODE_CHUNK = 4 * CPU_CORES  # images that are decoded before they are written
-STAMP_CHUNK = 10_000  # stamps that are Python objects at the same time
 
 
 class PixelFile:
@@ -210,8 +209,7 @@ def _cache_digest(
     libraries = [PIL.__version__, features.version("libjpeg_turbo"), features.version("jpg")]
     decoding = [PIXEL_CACHE_VERSION, images.channels, min_side, limit_bytes, libraries, containers]
     digest = blake2b(json.dumps(decoding).encode(), digest_size=16)
-    for batch in stamps.to_batches(STAMP_CHUNK):
-        digest.update(repr(batch.to_pydict()).encode())
+    update_with_stamps(digest, stamps)
     if images.keys.rows is not None:
         digest.update(images.keys.rows.tobytes())
     return digest.hexdigest()

@@ -37,6 +37,7 @@ INSPECTION_CHUNK = 128  # images that a worker inspects before it reports
 ContainerStamp: TypeAlias = list[str | int]  # path, modification time and size of a file
 T = TypeVar("T")
 # What shows whether an image has changed; mtime is in ns, or -1: inspect it every time.
+STAMP_CHUNK = 10_000  # stamps that are Python objects at the same time
 STAMP_SCHEMA = pa.schema({"key": pa.large_binary(), "bytes": pa.int64(), "mtime": pa.int64()})
 # What inspecting an image shows.
 INSPECTION_SCHEMA = pa.schema(
@@ -294,3 +295,14 @@ def source_stamps(
     """
     containers = _container_stamps(paths) if splits[0].storage.in_containers else []
     return containers, _image_stamps(splits, containers)
+
+
+def update_with_stamps(digest: blake2b, stamps: pa.Table) -> None:
+    """Add the stamps of images to a digest.
+
+    Args:
+        digest: The digest.
+        stamps: A table of STAMP_SCHEMA.
+    """
+    for batch in stamps.to_batches(STAMP_CHUNK):
+        digest.update(repr(batch.to_pydict()).encode())
