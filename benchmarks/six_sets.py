@@ -112,10 +112,8 @@ def closed_forms(source: Source, seed: int) -> dict[str, object]:
         branch.name: split_features(branch.backbone, train, test, transform, compute)
         for branch in branches
     }
-    candidates = [
-        *closed_form_candidates(branches, chosen, start=True),
-        *whitened(branches[0], chosen),
-    ]
+    closed = list(closed_form_candidates(branches, chosen, start=True))
+    candidates = [*closed, *whitened(branches[0], chosen)]
     rows = {candidate.name: evaluate(candidate, features, train, test) for candidate in candidates}
     unit = Transform(size=64, mean=(0.0,) * 3, std=(1.0,) * 3)
     random_network = create_backbone("resnet18", image_size=64)
@@ -126,7 +124,7 @@ def closed_forms(source: Source, seed: int) -> dict[str, object]:
     }.items():
         small = split_features(network, train, test, unit, Compute(compute.device, "float32"))
         rows[name] = accuracy_row(*small, train, test)
-    _, table = choose(closed_form_candidates(branches, chosen, start=True))
+    _, table = choose(closed)
     return {"rows": rows, "choice": table}
 
 

@@ -2,7 +2,16 @@
 
 import argparse
 
-from simsiam.commands.arguments import add_channels, add_device, add_precision, add_source
+from simsiam.commands.arguments import (
+    WEIGHTS_KINDS,
+    add_backbone,
+    add_channels,
+    add_device,
+    add_limit,
+    add_no_labels,
+    add_precision,
+    add_source,
+)
 from simsiam.commands.output import print_lines
 
 HELP = "find the best features for your own images: in minutes, with or without published weights"
@@ -22,23 +31,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser: The verb's parser.
     """
     add_source(parser, "+")
-    note = (
-        "weights to start from: a run folder, lite0 (in the package of simsiam[weights]), "
-        "timm:NAME, a name of torchvision, hf-hub:OWNER/NAME, or a file with --backbone [none: "
-        "patches, learned from the images alone]"
-    )
+    note = f"weights to start from: {WEIGHTS_KINDS} [none: patches, learned from the images alone]"
     parser.add_argument("--init", metavar="WEIGHTS", help=note)
-    note = "the network, if WEIGHTS is a file that does not say it"
-    parser.add_argument("--backbone", metavar="NAME", help=note)
+    add_backbone(parser, "WEIGHTS")
     note = "time limit in minutes, from start to end; what does not fit is left out [none]"
     parser.add_argument("--minutes", metavar="N", type=float, help=note)
-    note = "ignore labels, such as names of folders; they are never used to choose"
-    parser.add_argument("--no-labels", action="store_true", help=note)
+    add_no_labels(parser)
     note = "the run folder to write [runs/SOURCE-adapt-N]"
     parser.add_argument("--out", metavar="RUN", help=note)
     add_channels(parser)
-    note = "use only N images, evenly spaced in the source [all]"
-    parser.add_argument("--limit", metavar="N", type=int, help=note)
+    add_limit(parser)
     note = "random seed of the sample and of training [0]"
     parser.add_argument("--seed", metavar="N", type=int, default=0, help=note)
     add_device(parser)

@@ -118,6 +118,16 @@ def add_no_labels(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-labels", action="store_true", help=note)
 
 
+def add_limit(parser: argparse.ArgumentParser) -> None:
+    """Add the flag --limit.
+
+    Args:
+        parser: The verb's parser.
+    """
+    note = "use only N images, evenly spaced in the source [all]"
+    parser.add_argument("--limit", metavar="N", type=int, help=note)
+
+
 def add_device(parser: argparse.ArgumentParser) -> None:
     """Add the flag --device.
 

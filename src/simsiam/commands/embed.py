@@ -4,6 +4,7 @@ import argparse
 
 from simsiam.commands.arguments import (
     add_device,
+    add_limit,
     add_no_labels,
     add_precision,
     add_run,
@@ -34,8 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "probe cannot read .npy"
     )
     parser.add_argument("--out", metavar="FILE.parquet", required=True, help=note)
-    note = "use only N images, evenly spaced in the source [all]"
-    parser.add_argument("--limit", metavar="N", type=int, help=note)
+    add_limit(parser)
     add_no_labels(parser)
     add_device(parser)
     add_precision(parser)

@@ -13,12 +13,12 @@ from torch.optim import SGD, AdamW, Optimizer
 from simsiam.config.method import Method
 
 
-def cosine_schedule(step: int, steps: int, warmup: int = 0) -> float:
+def cosine_schedule(step: float, steps: float, warmup: int = 0) -> float:
     """Return the fraction of the peak lr: a linear rise, then half a cosine (section 3).
 
     Args:
-        step: The step, 0 <= step < steps.
-        steps: Number of steps of the run.
+        step: The step, 0 <= step < steps; or any other measure of what is done.
+        steps: Number of steps of the run; or the same measure at its end.
         warmup: Number of steps of the linear rise.
 
     Returns:

@@ -24,7 +24,7 @@ from simsiam.model.encoder import Encoder
 from simsiam.model.patches import PATCHES_PREFIX, Patches, fit_patches
 from simsiam.model.precision import Compute
 from simsiam.model.view_noise import center, fit_map, view_noise_covariance
-from simsiam.monitoring.nearest_neighbors import cap_k, knn_scores
+from simsiam.monitoring.nearest_neighbors import knn_top1
 from simsiam.monitoring.signals import view_agreement, view_retrieval
 from simsiam.utils.progress_bar import progress_bar
 
@@ -261,9 +261,7 @@ def make_candidate(
     accuracy = None
     if (labels := sample.labels) is not None:
         h, n, classes = joined(lambda branch: branch.h), sample.fit_size, int(labels.max()) + 1
-        k = cap_k(n, classes)
-        votes = knn_scores(h[:n], labels[:n], h[n:], classes=classes, k=k)
-        accuracy = 100 * (votes.argmax(1) == labels[n:]).float().mean().item()
+        accuracy = knn_top1(h[:n], labels[:n], h[n:], labels[n:], classes=classes)
     return Candidate(
         name, tuple(branches), tuple(heads), view_agreement(a, b), view_retrieval(a, b), accuracy
     )

@@ -6,7 +6,6 @@ well, then all layers. Batch norm of the backbone keeps its statistics, in train
 few small batches are worse. SimSiam's loss, views and learning rate schedule are the method's own.
 """
 
-import math
 import time
 from collections.abc import Iterator
 from copy import deepcopy
@@ -18,13 +17,13 @@ from simsiam.config.recipes import ResolvedRecipe
 from simsiam.data.batches import iter_batches
 from simsiam.data.images import from_arrays
 from simsiam.data.transform import Transform
+from simsiam.model.optimizers import cosine_schedule
 from simsiam.model.precision import Compute
 from simsiam.model.siamese import Siamese, build
 from simsiam.monitoring.candidates import Branch, Candidate, Sample, map_candidate, measure
 from simsiam.training.step import GradientStep
 
 BATCH_SIZE = 32
-HEADS_LR = 0.05  # for a batch of 256, as in the paper
 WARMUP_SHARE = 0.3  # of the steps, in which the heads alone are trained
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 MIN_STEPS = 60  # fewer change nothing that can be measured
@@ -102,27 +101,23 @@ def train_layers(
     Returns:
         The trained copy, in eval mode; None if there is time for fewer than MIN_STEPS.
     """
-    pixels = sample.pixels[: sample.fit_size].numpy()
-    images = from_arrays("fit", pixels)
-    recipe = recipe.replace(
-        batch_size=min(BATCH_SIZE, len(images)), method="simsiam", predictor_lr="cosine"
-    )
+    if seconds <= 0:
+        return None
+    images = from_arrays("fit", sample.pixels[: sample.fit_size].numpy())
+    recipe = recipe.replace(batch_size=min(BATCH_SIZE, len(images)), method="simsiam")
     model = build(recipe.method, backbone=deepcopy(backbone), seed=recipe.seed)
     compute.place(model)
     late = late_parameters(model.backbone, share)
     for parameter in model.backbone.parameters():
         parameter.requires_grad_(False)
     heads = [p for name, p in model.named_parameters() if not name.startswith("backbone.")]
-    lr = HEADS_LR * recipe.batch_size / 256
     optimizer = torch.optim.SGD(
         [{"params": heads, "scale": 1.0}, {"params": late, "scale": lr_scale}],
-        lr=lr,
+        lr=recipe.peak_lr,
         momentum=recipe.method.momentum,
         weight_decay=recipe.method.weight_decay,
     )
     compute_gradients = GradientStep(model, compute).compute_gradients
-    if seconds <= 0:
-        return None
     start, step = time.monotonic(), 0
     for step, batch in enumerate(iter_batches(images, recipe, 0, max_steps, compute.device)):
         elapsed = time.monotonic() - start
@@ -136,7 +131,7 @@ def train_layers(
                 parameter.requires_grad_(True)
         freeze_batch_norm(model)
         for group in optimizer.param_groups:
-            group["lr"] = lr * group["scale"] * 0.5 * (1 + math.cos(math.pi * done))
+            group["lr"] = recipe.peak_lr * group["scale"] * cosine_schedule(done, 1.0)
         compute_gradients(batch.views, batch.index, batch.weight)
         optimizer.step()
     if step + 1 < min(MIN_STEPS, max_steps):
