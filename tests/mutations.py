@@ -1157,6 +1157,20 @@ MUTATIONS = [
         "            module.train()",
         "adapt.py::test_late_layers_train_the_last_half_and_keep_the_statistics_of_batch_norm",
     ),
+    m(
+        "train the backbone at once",
+        "training/adaptation/layers",
+        "self._train_late(self.done >= WARMUP_SHARE)",
+        "self._train_late(True)",
+        "adapt.py::test_the_heads_are_trained_first",
+    ),
+    m(
+        "lose what was tried at Ctrl-C",
+        "training/adaptation/adapt",
+        "    except Stopped as error:\n        stop = error\n",
+        "    except Stopped:\n        raise\n",
+        "adapt.py::test_a_signal_during_training_keeps_the_best_of_what_was_tried",
+    ),
     # the encoder and weights by name
     m(
         "compute the map in bfloat16",

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -30,7 +32,8 @@ from simsiam.runs.closed_form import encoder_recipe, fit_head
 from simsiam.runs.run_folder import Run
 from simsiam.runs.weights import open_weights
 from simsiam.sources.open_source import open_source
-from simsiam.training.adaptation.layers import late_parameters, train_layers
+from simsiam.training.adaptation.layers import LayerTraining, late_parameters
+from simsiam.training.loop import run_training
 
 FLOAT32 = Compute(torch.device("cpu"), "float32")
 UNIT = Transform(size=32, mean=(0.0,) * 3, std=(1.0,) * 3)
@@ -235,13 +238,21 @@ def test_a_finished_run_gets_the_map_in_a_file_of_its_own(tmp_path):
     assert kind == ("Encoder" if run.has_head else "ResNet")
 
 
-def test_late_layers_train_the_last_half_and_keep_the_statistics_of_batch_norm(sample):
-    network = simsiam.build("simsiam", backbone="resnet10", width=8, image_size=32).backbone
-    before = {name: x.clone() for name, x in network.state_dict().items()}
+@pytest.fixture
+def network():
+    return simsiam.build("simsiam", backbone="resnet10", width=8, image_size=32).backbone
+
+
+def layer_training(network, sample, share=0.5, **options):
     recipe = encoder_recipe(["shapes"], 3, UNIT).replace(backbone="resnet10", width=8)
-    trained = train_layers(
-        network, recipe, sample, FLOAT32, share=0.5, lr_scale=0.1, seconds=math.inf, max_steps=12
-    )
+    return LayerTraining(network, recipe, sample, FLOAT32, share, lr_scale=0.1, **options)
+
+
+def test_late_layers_train_the_last_half_and_keep_the_statistics_of_batch_norm(sample, network):
+    before = {name: x.clone() for name, x in network.state_dict().items()}
+    training = layer_training(network, sample, steps=12)
+    run_training(training)
+    trained = training.model.backbone
     after = trained.state_dict()
     changed = {name for name, x in before.items() if not torch.equal(after[name], x)}
     assert not any("running" in name for name in changed)
@@ -251,12 +262,50 @@ def test_late_layers_train_the_last_half_and_keep_the_statistics_of_batch_norm(s
     assert all(torch.equal(before[k], x) for k, x in network.state_dict().items())
 
 
-def test_all_layers_are_trained_and_too_little_time_trains_none(sample):
-    network = simsiam.build("simsiam", backbone="resnet10", width=8, image_size=32).backbone
-    recipe = encoder_recipe(["shapes"], 3, UNIT).replace(backbone="resnet10", width=8)
+def test_the_heads_are_trained_first(sample, network):
+    """The backbone does not change during the first 30 % of the steps."""
+    training = layer_training(network, sample, steps=10)
+    weight = training.late[0].detach().clone()
+    for batch in training.batches():
+        training.train_step(batch)
+        training.step += 1
+        assert torch.equal(weight, training.late[0]) == (training.step <= 3)
+
+
+def test_all_layers_are_trained_and_too_little_time_trains_none(sample, network):
     assert len(late_parameters(network, 1.0)) == len(list(network.parameters()))
-    options = {"share": 1.0, "lr_scale": 0.1, "seconds": 0.01}
-    assert train_layers(network, recipe, sample, FLOAT32, **options) is None
+    training = layer_training(network, sample, share=1.0)
+    assert not training.fit_steps(0.01)
+    assert training.fit_steps(3600) and training.steps > 1000
+
+
+def test_training_ends_with_its_time_where_steps_become_slower(sample, network):
+    training = layer_training(network, sample, steps=1000)
+    training.seconds_limit = 1.0
+    for batch in training.batches():
+        training.train_step(batch)
+        training.step += 1
+        training.seconds += 0.3
+    assert training.step == 4
+
+
+def test_a_signal_during_training_keeps_the_best_of_what_was_tried(tmp_path, monkeypatch):
+    """One Ctrl-C ends the training of layers, and the run folder is written."""
+    step = LayerTraining.train_step
+
+    def interrupted_step(training, batch):
+        os.kill(os.getpid(), signal.SIGINT)
+        return step(training, batch)
+
+    monkeypatch.setattr(LayerTraining, "train_step", interrupted_step)
+    network = simsiam.pretrain(
+        "shapes", out=tmp_path / "run", backbone="resnet10", width=8, steps=2, batch_size=16
+    )
+    with pytest.raises(simsiam.Stopped, match="the best of what was tried before is kept"):
+        simsiam.adapt("shapes", init=network, minutes=3, limit=64, out=tmp_path / "adapted")
+    rows = Run(tmp_path / "adapted").json("adapt.json")["candidates"]
+    assert len(rows) > 3 and not any("trained" in row["candidate"] for row in rows)
+    assert simsiam.load(tmp_path / "adapted") is not None
 
 
 def test_patches_in_the_cache_are_learned_again_when_an_image_changes(tmp_path, monkeypatch):

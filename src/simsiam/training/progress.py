@@ -1,5 +1,6 @@
 """Progress of a training: a live line on a terminal, plain lines in a file; and its clock."""
 
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -95,6 +96,16 @@ def format_labeled_lines(label: str, lines: Sequence[str]) -> list[str]:
         The lines, aligned.
     """
     return [f"{label if i == 0 else '':<8} {line}" for i, line in enumerate(lines)]
+
+
+def print_labeled(label: str, text: str) -> None:
+    """Print a line with its label to stderr.
+
+    Args:
+        label: Up to eight characters.
+        text: The text.
+    """
+    print(*format_labeled_lines(label, [printable(text)]), sep="\n", file=sys.stderr)
 
 
 class Stopwatch:

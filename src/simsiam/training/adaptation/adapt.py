@@ -7,7 +7,6 @@ on top of the best one. Whatever is tried, images that nothing was fitted on dec
 """
 
 import os
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
@@ -18,7 +17,7 @@ from torch import nn
 from simsiam.data.images import sample
 from simsiam.data.transform import Transform
 from simsiam.distributed.process_group import world_size
-from simsiam.errors import UsageError, printable
+from simsiam.errors import Stopped, UsageError
 from simsiam.model.patches import Patches
 from simsiam.model.precision import Compute
 from simsiam.monitoring.candidates import (
@@ -41,7 +40,7 @@ from simsiam.runs.run_folder import Run, choose_run_path
 from simsiam.runs.weights import open_weights
 from simsiam.sources.open_source import absolute_source, open_source
 from simsiam.training.adaptation.layers import trained_candidates
-from simsiam.training.progress import format_labeled_lines
+from simsiam.training.progress import print_labeled
 
 TRIAL_IMAGES = 60  # images that the time of a measurement is estimated from
 RESERVE_SECONDS = 12  # for starting the program, choosing, and writing the run folder
@@ -83,6 +82,7 @@ def adapt(
     Raises:
         UsageError: If the request is wrong, or there are too few images.
         WorkFailed: If weights cannot be downloaded.
+        Stopped: If a signal arrived during training; the best of what was tried is written.
     """
     deadline = None if minutes is None else time.monotonic() + 60 * minutes - RESERVE_SECONDS
     if world_size() > 1:
@@ -117,9 +117,16 @@ def adapt(
             candidates,
             trained_candidates(branches[0], recipe, transform, chosen, compute, deadline),
         )
-    best, rows = choose(print_candidates(candidates))
+    tried, stop = list[Candidate](), None
+    try:
+        tried.extend(print_candidates(candidates))
+    except Stopped as error:
+        stop = error
+    best, rows = choose(tried)
     write_encoder(path, recipe, best, rows, chosen.skipped)
     print_labeled("chosen", best.name)
+    if stop is not None:
+        raise stop
     return path
 
 
@@ -200,13 +207,3 @@ def print_candidates(candidates: Iterator[Candidate]) -> Iterator[Candidate]:
         numbers = f"score {candidate.score:.3f}, views {candidate.retrieval:.0f}%{accuracy}"
         print_labeled("tried", f"{candidate.name}: {numbers}")
         yield candidate
-
-
-def print_labeled(label: str, text: str) -> None:
-    """Print a line with its label to stderr.
-
-    Args:
-        label: The label.
-        text: The text.
-    """
-    print(*format_labeled_lines(label, [printable(text)]), sep="\n", file=sys.stderr)

@@ -11,22 +11,25 @@ from collections.abc import Iterator
 from copy import deepcopy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from simsiam.config.recipes import ResolvedRecipe
-from simsiam.data.batches import iter_batches
+from simsiam.data.batches import ViewBatch, iter_batches, steps_per_epoch
 from simsiam.data.images import from_arrays
 from simsiam.data.transform import Transform
 from simsiam.model.optimizers import cosine_schedule
 from simsiam.model.precision import Compute
 from simsiam.model.siamese import Siamese, build
 from simsiam.monitoring.candidates import Branch, Candidate, Sample, map_candidate, measure
+from simsiam.training.loop import Training, run_training
+from simsiam.training.progress import print_labeled
 from simsiam.training.step import GradientStep
 
 BATCH_SIZE = 32
 WARMUP_SHARE = 0.3  # of the steps, in which the heads alone are trained
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 MIN_STEPS = 60  # fewer change nothing that can be measured
+TRIAL_STEPS = 3  # steps without an update that the time of a step is estimated from
 # Each stage: the share of the weights that is trained, counted from the output, and its learning
 # rate relative to that of the heads.
 STAGES = {"late layers": (0.5, 0.1), "all layers": (1.0, 0.02)}
@@ -51,7 +54,11 @@ def trained_candidates(
         deadline: The end, in seconds of `time.monotonic`.
 
     Yields:
-        A candidate for each stage: the trained network with its map.
+        A candidate for each stage: the trained network with its map. A stage for which there is
+        too little time, or whose loss diverges, is left out, which is printed.
+
+    Raises:
+        Stopped: If a signal arrives while a stage is trained.
     """
     start = time.monotonic()
     few = Sample(sample.pixels[:BATCH_SIZE], BATCH_SIZE // 2, None, [])
@@ -60,83 +67,120 @@ def trained_candidates(
     for number, (stage, (share, lr_scale)) in enumerate(STAGES.items()):
         left = deadline - time.monotonic()
         seconds = left / (len(STAGES) - number) - measuring
-        network = train_layers(
-            branch.backbone,
-            recipe,
-            sample,
-            compute,
-            share=share,
-            lr_scale=lr_scale,
-            seconds=seconds,
-        )
-        if network is None:
+        training = LayerTraining(branch.backbone, recipe, sample, compute, share, lr_scale)
+        if seconds <= 0 or not training.fit_steps(seconds):
+            print_labeled("left out", f"{stage} trained: no time for {MIN_STEPS} steps")
             return
+        print_labeled("training", f"{stage}, {training.steps} steps")
+        outcome = run_training(training)
+        outcome.raise_if_stopped("the best of what was tried before is kept")
+        if outcome.diverged:
+            print_labeled("left out", f"{stage} trained: the loss is not finite")
+            continue
+        network = training.model.backbone.eval().requires_grad_(False)
         (trained,) = measure({branch.name: network}, transform, sample, compute)
         yield map_candidate(trained, sample, f"{branch.name}, {stage} trained")
 
 
-def train_layers(
-    backbone: nn.Module,
-    recipe: ResolvedRecipe,
-    sample: Sample,
-    compute: Compute,
-    *,
-    share: float,
-    lr_scale: float,
-    seconds: float,
-    max_steps: int = 10_000,
-) -> nn.Module | None:
-    """Train the last layers of a copy of a backbone with SimSiam.
+class LayerTraining(Training[ViewBatch]):
+    """SimSiam on a copy of a network, whose last layers are trained.
 
     Args:
-        backbone: The backbone.
+        backbone: The network.
         recipe: Its recipe: size and normalization of the views, and the seed.
         sample: The images; those for fitting are trained on.
         compute: Where to compute, and in which precision.
         share: Share of the weights that is trained, counted from the output.
         lr_scale: Learning rate of the backbone relative to that of the heads.
-        seconds: Time limit; the learning rate falls to zero at its end, or at that of the steps.
-        max_steps: Largest number of steps.
-
-    Returns:
-        The trained copy, in eval mode; None if there is time for fewer than MIN_STEPS.
+        steps: Number of steps; `fit_steps` chooses it for a time.
     """
-    if seconds <= 0:
-        return None
-    images = from_arrays("fit", sample.pixels[: sample.fit_size].numpy())
-    recipe = recipe.replace(batch_size=min(BATCH_SIZE, len(images)), method="simsiam")
-    model = build(recipe.method, backbone=deepcopy(backbone), seed=recipe.seed)
-    compute.place(model)
-    late = late_parameters(model.backbone, share)
-    for parameter in model.backbone.parameters():
-        parameter.requires_grad_(False)
-    heads = [p for name, p in model.named_parameters() if not name.startswith("backbone.")]
-    optimizer = torch.optim.SGD(
-        [{"params": heads, "scale": 1.0}, {"params": late, "scale": lr_scale}],
-        lr=recipe.peak_lr,
-        momentum=recipe.method.momentum,
-        weight_decay=recipe.method.weight_decay,
-    )
-    compute_gradients = GradientStep(model, compute).compute_gradients
-    start, step = time.monotonic(), 0
-    for step, batch in enumerate(iter_batches(images, recipe, 0, max_steps, compute.device)):
-        elapsed = time.monotonic() - start
-        if step == 5 and elapsed / step > seconds / min(MIN_STEPS, max_steps):
-            return None
-        done = max(elapsed / seconds, step / max_steps)
-        if done >= 1:
-            break
-        if done >= WARMUP_SHARE:
-            for parameter in late:
-                parameter.requires_grad_(True)
-        freeze_batch_norm(model)
-        for group in optimizer.param_groups:
-            group["lr"] = recipe.peak_lr * group["scale"] * cosine_schedule(done, 1.0)
-        compute_gradients(batch.views, batch.index, batch.weight)
-        optimizer.step()
-    if step + 1 < min(MIN_STEPS, max_steps):
-        return None
-    return model.backbone.eval().requires_grad_(False)
+
+    model: Siamese
+    log_every = 10
+    save_seconds = float("inf")  # it takes minutes and is not resumed
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        recipe: ResolvedRecipe,
+        sample: Sample,
+        compute: Compute,
+        share: float,
+        lr_scale: float,
+        steps: int = MIN_STEPS,
+    ):
+        self.images = from_arrays("fit", sample.pixels[: sample.fit_size].numpy())
+        self.batch_size = min(BATCH_SIZE, len(self.images))
+        self.recipe = recipe.replace(batch_size=self.batch_size, method="simsiam")
+        self.steps, self.seconds_limit = steps, float("inf")
+        self.steps_per_epoch = steps_per_epoch(len(self.images), self.batch_size)
+        self.compute = compute
+        method = self.recipe.method
+        self.model = build(method, backbone=deepcopy(backbone), seed=recipe.seed)
+        compute.place(self.model)
+        freeze_batch_norm(self.model)
+        self.model.backbone.requires_grad_(False)
+        self.late = late_parameters(self.model.backbone, share)
+        heads = [p for name, p in self.model.named_parameters() if name[:9] != "backbone."]
+        self.optimizer = torch.optim.SGD(
+            [
+                {"params": heads, "scale": 1.0},
+                {"params": self.late, "scale": lr_scale},
+            ],
+            lr=self.recipe.peak_lr,
+            momentum=method.momentum,
+            weight_decay=method.weight_decay,
+        )
+        self.compute_gradients = GradientStep(self.model, compute).compute_gradients
+
+    def fit_steps(self, seconds: float) -> bool:
+        """Choose the number of steps for a time, by a trial without updates.
+
+        Args:
+            seconds: The time, the trial included. Training also ends when it is over.
+
+        Returns:
+            Whether there is time for MIN_STEPS.
+        """
+        start = time.monotonic()
+        self._train_late(True)
+        for batch in iter_batches(self.images, self.recipe, 0, TRIAL_STEPS, self.compute.device):
+            self.compute_gradients(batch.views, batch.index, batch.weight)
+        self._train_late(False)
+        trial = time.monotonic() - start
+        self.seconds_limit = seconds - trial
+        self.steps = int(self.seconds_limit / trial * TRIAL_STEPS)
+        return self.steps >= MIN_STEPS
+
+    def batches(self) -> Iterator[ViewBatch]:
+        """Yield batches until the steps are done, or the time is over on a machine now slower."""
+        for batch in iter_batches(self.images, self.recipe, 0, self.steps, self.compute.device):
+            if self.done >= 1:
+                return
+            yield batch
+
+    @property
+    def done(self) -> float:
+        """The share of the training that is done, in steps or in time."""
+        return max(self.step / self.steps, self.seconds / self.seconds_limit)
+
+    def train_step(self, batch: ViewBatch) -> Tensor:
+        """Train the heads, and the late layers after the warm-up."""
+        self._train_late(self.done >= WARMUP_SHARE)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.recipe.peak_lr * group["scale"] * cosine_schedule(self.done, 1.0)
+        self.loss = self.compute_gradients(batch.views, batch.index, batch.weight).loss
+        self.optimizer.step()
+        return self.loss
+
+    def metrics(self) -> dict[str, float]:
+        """Return the loss of the latest step."""
+        return {"loss": self.loss.item()}
+
+    def _train_late(self, trained: bool) -> None:
+        """Give the late layers gradients, or none."""
+        for parameter in self.late:
+            parameter.requires_grad_(trained)
 
 
 def late_parameters(backbone: nn.Module, share: float) -> list[nn.Parameter]:
