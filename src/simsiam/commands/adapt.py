@@ -14,13 +14,14 @@ from simsiam.commands.arguments import (
 )
 from simsiam.commands.output import print_lines
 
-HELP = "find the best features for your own images: in minutes, with or without published weights"
+HELP = "find good features for your own images in minutes, with or without published weights"
 GROUP = "training"
-USAGE = "simsiam adapt SOURCE [--init WEIGHTS] [--minutes N] [--out RUN] [--FLAG VALUE ...]"
+USAGE = "simsiam adapt SOURCE [SOURCE ...] [--init WEIGHTS] [--minutes N] [--FLAG VALUE ...]"
 EPILOG = (
-    "Tries encoders one after the other, from the simplest on, and takes one only if images that "
-    "nothing was fitted on say, without labels, that it is better than the best before. adapt.json "
-    "in the run folder lists what was tried."
+    "The command tries several encoders, the simplest first. An encoder replaces the best one so "
+    "far only if its score on held-out images is higher by more than noise. The score needs no "
+    "labels; if there are labels, kNN accuracy is printed beside it. adapt.json in the run folder "
+    "lists all encoders with their scores."
 )
 
 
@@ -31,17 +32,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser: The verb's parser.
     """
     add_source(parser, "+")
-    note = f"weights to start from: {WEIGHTS_KINDS} [none: patches, learned from the images alone]"
+    note = (
+        f"weights to start from: a run folder, {WEIGHTS_KINDS} [none: only patches, which are "
+        "learned from the images]"
+    )
     parser.add_argument("--init", metavar="WEIGHTS", help=note)
     add_backbone(parser, "WEIGHTS")
-    note = "time limit in minutes, from start to end; what does not fit is left out [none]"
+    note = (
+        "time limit of the whole command in minutes; encoders that take longer are left out. With "
+        "--init, the remaining time is used to train with SimSiam; without --minutes, nothing is "
+        "trained [no limit]"
+    )
     parser.add_argument("--minutes", metavar="N", type=float, help=note)
     add_no_labels(parser)
     note = "the run folder to write [runs/SOURCE-adapt-N]"
     parser.add_argument("--out", metavar="RUN", help=note)
     add_channels(parser)
     add_limit(parser)
-    note = "random seed of the sample and of training [0]"
+    note = "random seed, for the choice of the images that are measured and for training [0]"
     parser.add_argument("--seed", metavar="N", type=int, default=0, help=note)
     add_device(parser)
     add_precision(parser)

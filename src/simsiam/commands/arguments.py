@@ -16,9 +16,9 @@ PAPER_NOTE = (
 )
 WEIGHTS_KINDS = (
     "timm:NAME, hf-hub:OWNER/NAME, a name of torchvision such as ResNet50_Weights.IMAGENET1K_V2, "
-    "lite0 or lite2 (in the package simsiam[weights]), patches (learned from SOURCE), a run "
-    "folder, or a file with --backbone NAME"
+    "lite0 or lite2 (in the package simsiam[weights]), or a file with --backbone NAME"
 )
+PATCHES_KIND = "; or patches (learned from the images of SOURCE)"
 SETTINGS_NOTE = (
     "Values in brackets are the defaults for --method simsiam. Another method, the source or "
     f"--recipe changes some of them; a flag overrides all of these. {PAPER_NOTE}"
@@ -53,14 +53,18 @@ class Parser(argparse.ArgumentParser):
         return [flag for action in self._actions for flag in action.option_strings]
 
 
-def add_run(parser: argparse.ArgumentParser, *, weights: bool = False) -> None:
+def add_run(
+    parser: argparse.ArgumentParser, *, weights: bool = False, source: bool = False
+) -> None:
     """Add the positional argument RUN.
 
     Args:
         parser: The verb's parser.
         weights: Whether weights are accepted as well; then --backbone is added, too.
+        source: Whether the verb has a SOURCE, from which patches can be learned.
     """
-    note = f"a run folder, or weights: {WEIGHTS_KINDS}" if weights else "a run folder"
+    kinds = WEIGHTS_KINDS + PATCHES_KIND if source else WEIGHTS_KINDS
+    note = f"a run folder, or weights: {kinds}" if weights else "a run folder"
     parser.add_argument("run", metavar="RUN", help=note)
     if weights:
         add_backbone(parser, "RUN")
@@ -91,7 +95,7 @@ def add_source(parser: argparse.ArgumentParser, nargs: str, default: str = "") -
     text = (
         "images: shapes (built-in data set), cifar10, cifar100, stl10, a folder, an image file, "
         "a .txt that lists files, a .zip or .tar archive, Parquet or .tar shards (local or URL); "
-        "several only if they are folders or image files"
+        "only folders and image files can be combined"
     )
     note = f"{text} [{default}]" if default else text
     parser.add_argument("source", nargs=nargs, metavar="SOURCE", help=note)
@@ -114,7 +118,7 @@ def add_no_labels(parser: argparse.ArgumentParser) -> None:
     Args:
         parser: The verb's parser.
     """
-    note = "ignore the labels of the source: names of folders are then no classes"
+    note = "ignore the labels of the source: folder names are then not used as classes"
     parser.add_argument("--no-labels", action="store_true", help=note)
 
 
@@ -144,7 +148,10 @@ def add_precision(parser: argparse.ArgumentParser) -> None:
     Args:
         parser: The verb's parser.
     """
-    note = "precision of the backbone: auto, bfloat16 or float32 [auto]"
+    note = (
+        "precision of the backbone: bfloat16, float32, or auto, which is bfloat16 on devices that "
+        "compute it fast, else float32 [auto]"
+    )
     parser.add_argument("--precision", metavar="NAME", default="auto", help=note)
 
 
@@ -193,9 +200,10 @@ def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
     add_setting_flags(parser, Recipe, "run settings", SETTING_TYPES)
     add_setting_flags(parser, Method, "method settings", SETTING_TYPES)
     add_setting_flags(parser, Views, "augmentation settings", SETTING_TYPES)
+    terms = ", ".join(EQUAL_TERMS).replace("views", "augmentation")
     note = (
-        f"take {', '.join(EQUAL_TERMS)} from the method simsiam, so that these do not differ "
-        "when methods are compared (appendix D)"
+        f"take {terms} from the method simsiam, so that these do not differ when methods are "
+        "compared (appendix D)"
     )
     parser.add_argument("--equal-terms", action="store_true", default=argparse.SUPPRESS, help=note)
 

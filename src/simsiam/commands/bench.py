@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     Args:
         parser: The verb's parser.
     """
-    note = "measure only these cases; --only x, which does not exist, prints all names [all]"
+    note = "measure only these cases; an unknown name prints the list of names [all]"
     parser.add_argument("--only", metavar="CASE", nargs="+", default=(), help=note)
     add_device(parser)
     parser.add_argument(

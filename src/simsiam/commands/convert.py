@@ -4,10 +4,10 @@ import argparse
 
 from simsiam.commands.output import print_lines
 
-HELP = "convert a checkpoint of another program into a run folder"
+HELP = "convert a checkpoint of another library into a run folder"
 GROUP = "checkpoints"
 EPILOG = (
-    "Checkpoints of these programs can be converted: the SimSiam authors' code, MoCo, lightly, "
+    "Checkpoints of these libraries can be converted: the SimSiam authors' code, MoCo, lightly, "
     "mmselfsup, PatrickHua's SimSiam, solo-learn, torchvision, timm. Published weights: "
     "simsiam_resnet50_100ep, simsiam_resnet50_100ep_256bs, simsiam_resnet50_200ep_256bs, those "
     "of torchvision, such as ResNet50_Weights.IMAGENET1K_V2, timm:NAME, hf-hub:OWNER/NAME, and "
@@ -25,13 +25,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help=note)
     note = "the run folder, which must not exist yet"
     parser.add_argument("--out", metavar="RUN", required=True, help=note)
-    note = "the model in a file, a name of torchvision or timm/NAME; not needed for a ResNet"
+    note = (
+        "if CHECKPOINT is a file: its network, a name of torchvision or timm/NAME; not needed for "
+        "a ResNet"
+    )
     parser.add_argument("--backbone", metavar="NAME", help=note)
-    note = "side of its input images in pixels [224; 32 for a small stem]"
+    note = "side of the network's input images in pixels [224; 32 for a small stem]"
     parser.add_argument("--image-size", metavar="N", type=int, help=note)
-    note = "mean of each channel of its input, from 0 to 1 [ImageNet's]"
+    note = "mean of each channel of the input images, from 0 to 1 [ImageNet's]"
     parser.add_argument("--mean", metavar="X", type=float, nargs=3, help=note)
-    note = "standard deviation of each channel of its input, from 0 to 1 [ImageNet's]"
+    note = "standard deviation of each channel of the input images, from 0 to 1 [ImageNet's]"
     parser.add_argument("--std", metavar="X", type=float, nargs=3, help=note)
 
 

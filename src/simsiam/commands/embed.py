@@ -27,8 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     Args:
         parser: The verb's parser.
     """
-    add_run(parser, weights=True)
-    add_source(parser, "*", "the source of the run")
+    add_run(parser, weights=True, source=True)
+    add_source(parser, "*", "the source of the run; required for weights")
     note = (
         "a new .parquet file; or a folder, for files of about 100,000 images each; or a .npy file, "
         "with the paths in a .csv of the same name. neighbors, duplicates, cluster, outliers and "

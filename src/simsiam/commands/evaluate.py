@@ -34,8 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     Args:
         parser: The verb's parser.
     """
-    add_run(parser, weights=True)
-    add_source(parser, "*", "the source of the run")
+    add_run(parser, weights=True, source=True)
+    add_source(parser, "*", "the source of the run; required for weights")
     parser.add_argument(
         "--protocol",
         dest="protocols",

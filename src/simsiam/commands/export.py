@@ -7,8 +7,8 @@ from simsiam.commands.output import print_lines
 from simsiam.exports import format_names
 
 HELP = (
-    "write the backbone in the format of another program, load the exported file again, and check "
-    "that both give the same output"
+    "write the backbone in a format of another library, and check that the exported file gives the "
+    "same output"
 )
 GROUP = "checkpoints"
 USAGE = "simsiam export RUN --format NAME [--out FOLDER] [--license NAME] [--push OWNER/NAME]"
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_run(parser, weights=True)
     note = f"the format: {', '.join(format_names())}"
     parser.add_argument("--format", metavar="NAME", required=True, help=note)
-    note = "a new folder; needed for weights [RUN/exports/FORMAT]"
+    note = "a new folder; required if RUN is not a run folder [RUN/exports/FORMAT]"
     parser.add_argument("--out", metavar="FOLDER", help=note)
     note = "with --format huggingface: license of the weights, for the model card"
     parser.add_argument("--license", metavar="NAME", help=note)

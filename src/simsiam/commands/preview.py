@@ -5,7 +5,7 @@ import argparse
 from simsiam.commands.arguments import SETTINGS_NOTE, add_recipe_flags, add_source
 from simsiam.commands.output import print_lines
 
-HELP = "draw some images and the views that training would make of them"
+HELP = "save a picture of some images and of the views that training would make of them"
 GROUP = "data"
 USAGE = "simsiam preview SOURCE [SOURCE ...] --out FILE.png [--FLAG VALUE ...]"
 EPILOG = (

@@ -39,16 +39,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     note = "number of runs of each configuration, with different random seeds [3; 5 for figure2]"
     parser.add_argument("--seeds", metavar="N", type=int, help=note)
     note = (
-        "epochs of each run; table4 and table_c1 compare lengths of training: there N replaces the "
-        "paper's 100 epochs, and other lengths change in proportion [those of the scale]"
+        "epochs of each run; for table4 and table_c1, which train for several lengths, N replaces "
+        "100 epochs and the other lengths are scaled by N/100 [those of the scale]"
     )
     parser.add_argument("--epochs", metavar="N", type=int, help=note)
     note = "train on N images only [all]"
     parser.add_argument("--limit", metavar="N", type=int, help=note)
     add_no_labels(parser)
     note = (
-        "run only these configurations of an experiment; --only x, which does not exist, "
-        "prints their names [all]"
+        "run only these configurations of an experiment; an unknown name prints the list of names "
+        "[all]"
     )
     parser.add_argument("--only", metavar="CELL", nargs="+", default=(), help=note)
     note = (

@@ -16,7 +16,7 @@ EPILOG = (
     "timm:vit_small_patch16_224.dino (DINO, trained on ImageNet without labels; Apache-2.0; "
     "87 MB, downloaded once); lite0 (EfficientNet-Lite0, trained on ImageNet with labels; "
     "Apache-2.0; 17 MB, in the package simsiam[weights]); patches (learned in a minute or two from "
-    "the images of SOURCE themselves; the only one for other images than RGB)."
+    "the images of SOURCE themselves; the only choice for images that are not RGB)."
 )
 
 

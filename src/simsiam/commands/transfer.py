@@ -15,8 +15,8 @@ from simsiam.commands.arguments import (
 from simsiam.detection.schedules import SCHEDULES, Schedule
 
 HELP = (
-    "fine-tune a backbone as a detector on annotated images, "
-    "and write RUN/transfers/TASK.json and a picture"
+    "fine-tune a backbone for object detection or segmentation, and write "
+    "RUN/transfers/TASK.json and a picture of what it finds"
 )
 GROUP = "evaluation"
 USAGE = (
@@ -51,8 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--schedule", metavar="NAME", default="auto", help=note)
     note = (
-        f"start from these weights, with their network: {WEIGHTS_KINDS}; RUN still receives the "
-        "results [the weights of RUN]"
+        f"start from these weights of a ResNet: a run folder, {WEIGHTS_KINDS}; RUN still receives "
+        "the results [the weights of RUN]"
     )
     parser.add_argument("--init", metavar="WEIGHTS", help=note)
     add_backbone(parser, "--init")

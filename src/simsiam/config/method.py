@@ -155,9 +155,8 @@ class Method:
     criterion: str = setting("cosine", f"the loss: {_list_meanings(BUILTIN_CRITERIA)}")
     loss_scale: float = setting(
         1.0,
-        "factor of the loss; with sgd it acts like a factor of the lr; with lars it acts "
-        "like a factor of the lr for parameters named by --exclude, and for all others it changes "
-        "only the weight of the loss relative to weight decay",
+        "factor of the loss, and so of its gradient; weight decay is not multiplied. With lars and "
+        "adamw, the size of a step hardly depends on it",
     )
     pairs: Pairs = setting(
         "symmetric",

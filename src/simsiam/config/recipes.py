@@ -42,7 +42,7 @@ class Recipe:
     backbone: str = setting(
         "resnet50",
         "a ResNet (resnet10, 18, 34, 50, 101 or 152), a classification model of torchvision, or "
-        "timm/NAME for one of timm",
+        "timm/NAME for one of timm (only the network; for its weights, --init timm:NAME)",
     )
     width: int = setting(64, "with a ResNet: channels of its first stage; 64 is standard")
     stem: Literal["small", "large"] | None = setting(
@@ -52,9 +52,9 @@ class Recipe:
     )
     init: str | None = setting(
         None,
-        "initial weights, which bring their network with them: a run folder, timm:NAME, "
-        "hf-hub:OWNER/NAME, a name of torchvision, lite0, lite2, patches, or a file, which needs "
-        "--backbone if it is no ResNet's [random]",
+        "initial weights, which also determine the network: a run folder, timm:NAME, "
+        "hf-hub:OWNER/NAME, a name of torchvision, lite0, lite2, or a file (with --backbone, "
+        "unless its network is a ResNet) [random]",
     )
     channels: int = setting(
         3, "channels of an image: 1 (gray), 3 (RGB), 4 (RGBA); up to 16 for NumPy and TIFF files"
@@ -71,21 +71,23 @@ class Recipe:
     )
     eval_resize: int | None = setting(
         None,
-        "pixels to which the shorter side of an image is resized before its center is cropped to "
-        "image_size, wherever features are computed [8/7 of image_size above 64 px, else "
-        "image_size]",
+        "for evaluation and embedding, not for the views of training: the shorter side of an image "
+        "is resized to N pixels, then its center is cropped to image_size [8/7 of image_size if "
+        "that is above 64, else image_size]",
     )
     eval_interpolation: Literal["bilinear", "bicubic"] = setting(
-        "bilinear", "how images are resized wherever features are computed; views are bilinear"
+        "bilinear",
+        "how images are resized for evaluation and embedding; views of training are always "
+        "bilinear",
     )
     limit: int | None = setting(None, "use only N images, evenly spaced in the source [all]")
     no_labels: bool = setting(
-        False, "ignore the labels of the source: names of folders are then no classes"
+        False, "ignore the labels of the source: folder names are then not used as classes"
     )
     holdout: int | None = setting(
         None,
         "labeled images kept out of training, to measure kNN accuracy during training "
-        "[a tenth, at most 5000]",
+        "[a tenth, at most 5000; if the source has val and test splits, val is used instead]",
     )
     epochs: int = setting(100, "passes over the training images")
     steps: int | None = setting(None, "number of training steps; replaces --epochs")
@@ -135,7 +137,7 @@ class Recipe:
         "if images are not kept in memory, keep them decoded on disk, up to this many GiB; 0: off",
     )
     knn_every: int = setting(
-        1, "epochs between two measurements of kNN accuracy and label-free signals"
+        1, "epochs between two measurements of kNN accuracy and of signals that need no labels"
     )
     save_every: int = setting(100, "epochs between two checkpoints that are kept, epoch-NNNN.pt")
     save_seconds: float = setting(

@@ -2,7 +2,7 @@
 
 This package owns the export formats and the model card. A format is a module with a `FORMAT`; every
 module here other than those in NOT_FORMATS is one, so a new file is all that a new format takes. It
-imports `runs` and the packages below it. Start with `export`.
+imports `runs` and the packages listed before it. Start with `export`.
 """
 
 import pkgutil

@@ -138,7 +138,7 @@ def open_source(
     Args:
         source: One name, path or URL, or several folders and image files.
         channels: Number of channels that images are decoded to.
-        no_labels: Whether to ignore the labels: names of folders are then no classes.
+        no_labels: Whether to ignore the labels: folder names are then not used as classes.
 
     Returns:
         The source.
