@@ -463,6 +463,24 @@ def test_an_unfinished_run_has_a_page(visit, tmp_path):
     )
 
 
+def test_the_encoders_that_adapt_compared_are_a_table(visit, tmp_path):
+    """There are no numbers of a training, because there was none."""
+    recipe = Recipe().replace(image_size=32, mean=[0.5] * 3, std=[0.25] * 3)
+    run = Run.create(tmp_path / "run", recipe.resolve())
+    first = {"candidate": "a <b>", "score": 0.5, "view_retrieval": 40.0, "taken": True}
+    other = first | {"candidate": "c", "gain": 0.012, "error": 0.03, "taken": False}
+    run.write("adapt.json", {"chosen": "a <b>", "candidates": [first, other]})
+    run.write("summary.json", {"verdict": "healthy", "steps": 0, "images_per_second": 0.0})
+    tab = visit(report(run.path, images=False))
+    rows = [line.split("\t") for line in tab.locator("#candidates tr").all_inner_texts()]
+    assert rows[0] == ["encoder", "score", "views found, %", "gain ± error", "taken"]
+    assert rows[1:] == [
+        ["a <b>", "0.5", "40.0", "", "yes"],
+        ["c", "0.5", "40.0", "0.012 ± 0.03", "no"],
+    ]
+    assert "images per second" not in tab.locator("#verdict").inner_text()
+
+
 def test_an_embedding_is_shown_beside_a_run(visit, run, photos, tmp_path):
     file = simsiam.embed(run.path, photos, out=tmp_path / "photos.parquet", limit=20)
     tab = visit(report(file))

@@ -88,6 +88,7 @@ class RunData(TypedDict):
     curves: Curves
     results: list[dict[str, object]]  # evaluation records
     transfers: list[dict[str, object]]  # transfer records; "shown" is a data URI or None
+    candidates: list[Mapping[str, object]]  # encoders that `adapt`, or the end of a run, compared
     recipe: Mapping[str, object] | None  # None of an embedding
     environment: Mapping[str, object]
     unreadable: dict[str, object]  # {"count": ..., "first": [...]}
@@ -251,6 +252,7 @@ def summarize_run(run: Run) -> RunData:
         "curves": extract_curves(run.metrics()),
         "results": sorted_evaluations(run),
         "transfers": transfer_records(run),
+        "candidates": (run.json("adapt.json") or run.json("head.json")).get("candidates", []),
         "recipe": run.recipe.to_dict(),
         "environment": run.json("environment.json"),
         "unreadable": {"count": len(unreadable), "first": unreadable[:MAX_UNREADABLE_NAMES]},
@@ -358,6 +360,7 @@ def summarize_embedding(
         "curves": {},
         "results": [],
         "transfers": [],
+        "candidates": [],
         "recipe": None,
         "environment": {},
         "unreadable": {"count": len(lines), "first": lines[:MAX_UNREADABLE_NAMES]},

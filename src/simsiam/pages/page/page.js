@@ -2,7 +2,7 @@
 
 nameRuns();
 const sections = [
-  results(), transfers(), curves(), views(), mapSection(), neighborsSection(), recipe(),
+  candidates(), results(), transfers(), curves(), views(), mapSection(), neighborsSection(), recipe(),
 ].filter(Boolean);
 const footer = `Created by simsiam ${data.version} on ${formatTime(data.created)}. `
   + "This page is self-contained: it makes no network requests.";

@@ -39,6 +39,7 @@ function verdictCard(run) {
 
 function keyFigures({ summary, curves, embedding }) {
   const knn = summary.knn_top1;
+  if (summary.steps === 0) return [];
   return [
     ["images", embedding?.images],
     ["numbers in a feature", embedding?.dim],
@@ -184,6 +185,32 @@ function conditions(group) {
   return el("details", {},
     el("summary", {}, "Settings and environment"),
     el("div", { class: "stack" }, lines.map((line) => el("small", {}, line))));
+}
+
+// --- encoders that were compared -----------------------------------------------------------------
+
+function candidates() {
+  const runs = data.runs.filter((run) => run.candidates?.length);
+  if (!runs.length) return null;
+  const note = "measured on images that nothing was fitted on; "
+    + "an encoder is taken if its score is higher than the best before by more than noise";
+  return section("candidates", "Encoders compared", note, runs.map((run) => {
+    const withLabels = run.candidates.some((row) => isPresent(row.knn_top1));
+    const numbers = (row) => [
+      formatNumber(row.score, 3), formatPercent(row.view_retrieval),
+      ...(withLabels ? [formatPercent(row.knn_top1)] : []),
+      isPresent(row.gain) ? `${formatNumber(row.gain, 2)} ± ${formatNumber(row.error, 2)}` : "",
+    ];
+    const titles = ["score", "views found, %", ...(withLabels ? ["kNN, %"] : []), "gain ± error"];
+    return el("div", { class: "card scroll" },
+      several ? el("h3", {}, swatch(run.color), ` ${run.name}`) : null,
+      el("table", {},
+        el("tr", {}, headings(["encoder"]), headings(titles, true), headings(["taken"])),
+        run.candidates.map((row) => el("tr", { class: row.taken ? null : "pale" },
+          el("td", {}, row.candidate),
+          numbers(row).map((text) => el("td", { class: "number" }, text)),
+          el("td", {}, row.taken ? "yes" : "no")))));
+  }));
 }
 
 // --- detectors -----------------------------------------------------------------------------------
