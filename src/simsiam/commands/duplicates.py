@@ -17,8 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """
     add_embeddings(parser)
     note = (
-        "images are copies if their distance is at most X; the distance is the RMS difference of "
-        "two thumbnails, divided by their contrast, about 1.4 for unrelated images [0.28]"
+        "images are copies if their distance is at most X, and a group is what chains of copies "
+        "connect; the distance is the RMS difference of two thumbnails, divided by the standard "
+        "deviation of their pixels, about 1.4 for unrelated images [0.28]"
     )
     parser.add_argument(
         "--threshold", metavar="X", type=float, default=argparse.SUPPRESS, help=note

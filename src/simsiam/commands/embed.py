@@ -13,8 +13,8 @@ from simsiam.commands.arguments import (
 from simsiam.commands.output import print_lines
 
 HELP = (
-    "compute the backbone's features of all images, and write them with thumbnails to a Parquet "
-    "file; after an interruption, give the same command again to go on"
+    "compute the features of all images, and write them with thumbnails to a Parquet file; after "
+    "an interruption, give the same command again to go on"
 )
 GROUP = "embeddings"
 USAGE = "simsiam embed RUN [SOURCE ...] --out FILE.parquet [--limit N] [--FLAG VALUE ...]"

@@ -42,7 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         nargs="+",
         default=FROZEN_PROTOCOLS,
-        help=f"protocols: {', '.join(PROTOCOLS)} [{' '.join(FROZEN_PROTOCOLS)}]",
+        help=f"protocols: {', '.join(PROTOCOLS)}; few_label is a classifier from few labels, and "
+        "label_free measures what needs no labels, such as alignment and RankMe "
+        f"[{' '.join(FROZEN_PROTOCOLS)}]",
     )
     note = "last, best (highest kNN accuracy during training) or epoch-NNNN [last]"
     parser.add_argument("--checkpoint", metavar="NAME", default="last", help=note)

@@ -7,8 +7,8 @@ from simsiam.commands.output import print_lines
 from simsiam.exports import format_names
 
 HELP = (
-    "write the backbone in a format of another library, and check that the exported file gives the "
-    "same output"
+    "write the backbone of a run, and its linear map where the format can hold it, in a format of "
+    "another library; check that the exported file gives the same output"
 )
 GROUP = "checkpoints"
 USAGE = "simsiam export RUN --format NAME [--out FOLDER] [--license NAME] [--push OWNER/NAME]"

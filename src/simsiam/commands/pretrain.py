@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     Args:
         parser: The verb's parser.
     """
-    add_source(parser, "*", "shapes")
+    add_source(parser, "*", "the source in --recipe FILE, else shapes")
     note = "the run folder, which must not exist yet [runs/SOURCE-METHOD-N]"
     parser.add_argument("--out", metavar="RUN", help=note)
     add_recipe_flags(parser)

@@ -6,7 +6,8 @@ from simsiam.commands.arguments import add_run
 from simsiam.commands.output import print_run_summary
 
 HELP = (
-    "continue a run from its last checkpoint; the result is bit-identical to that of an "
+    "continue a run from its last checkpoint; with the same torch version, kind of device, "
+    "precision and numbers of threads and processes, the result is bit-identical to that of an "
     "uninterrupted run"
 )
 GROUP = "training"

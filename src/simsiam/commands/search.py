@@ -2,7 +2,13 @@
 
 import argparse
 
-from simsiam.commands.arguments import add_device, add_html, add_no_labels, add_precision
+from simsiam.commands.arguments import (
+    CHANNELS_NOTE,
+    add_device,
+    add_html,
+    add_no_labels,
+    add_precision,
+)
 from simsiam.commands.output import print_lines
 
 HELP = (
@@ -15,8 +21,8 @@ EPILOG = (
     "Without --encoder, the first of these that can be used here is taken: "
     "timm:vit_small_patch16_224.dino (DINO, trained on ImageNet without labels; Apache-2.0; "
     "87 MB, downloaded once); lite0 (EfficientNet-Lite0, trained on ImageNet with labels; "
-    "Apache-2.0; 17 MB, in the package simsiam[weights]); patches (learned in a minute or two from "
-    "the images of SOURCE themselves; the only choice for images that are not RGB)."
+    "Apache-2.0; 17 MB, installed by the extra `weights`); patches (learned in a minute or two "
+    "from the images of SOURCE themselves; the only choice for images that are not RGB)."
 )
 
 
@@ -40,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     note = "number of images to find [10]"
     parser.add_argument("--k", metavar="N", type=int, default=10, help=note)
     add_html(parser, "the query and the images found")
-    note = "channels of an image [those of the run folder, else 3]"
+    note = f"{CHANNELS_NOTE} [those of the run folder, else 3]"
     parser.add_argument("--channels", metavar="N", type=int, help=note)
     add_no_labels(parser)
     note = (

@@ -22,7 +22,7 @@ BUILTIN_TARGETS = {
     "shared": "z of the same encoder, as in SimSiam",
     "momentum": "z of a second encoder, the moving average of the first",
     "alternation": "z of an earlier copy of the encoder, section 5.2",
-    "moving_average": "the average of the image's z over past epochs, section 5.2",
+    "moving_average": "an exponential moving average of the image's z over the epochs, section 5.2",
     "expectation": "the mean of z over several views, equation 9",
     "labels": "the image's label",
 }
@@ -107,7 +107,7 @@ class Method:
         "constant", "schedule of the predictor's lr; Table 1 compares the two"
     )
     predictor_lr_scale: float = setting(
-        1.0, "peak lr of the predictor divided by that of the encoder"
+        1.0, "peak lr of the predictor divided by that of backbone and projector"
     )
     # Both heads.
     head_bn: tuple[HeadBN, ...] = setting(
@@ -155,8 +155,9 @@ class Method:
     criterion: str = setting("cosine", f"the loss: {_list_meanings(BUILTIN_CRITERIA)}")
     loss_scale: float = setting(
         1.0,
-        "factor of the loss, and so of its gradient; weight decay is not multiplied. With lars and "
-        "adamw, the size of a step hardly depends on it",
+        "factor of the loss, and so of its gradient; weight decay is not multiplied. With adamw, "
+        "the size of a step hardly depends on it; nor with lars, except for parameters that "
+        "--exclude names",
     )
     pairs: Pairs = setting(
         "symmetric",

@@ -37,7 +37,9 @@ class Settings:
     """The settings of all protocols."""
 
     features: Literal["h", "z"] = setting(
-        "h", "features to evaluate: h, the backbone's output, or z, the projector's output"
+        "h",
+        "features to evaluate: h, the backbone's output (if the run has a linear map, h after the "
+        "map as well), or z, the projector's output",
     )
     baselines: bool = setting(
         True,
@@ -65,7 +67,9 @@ class Settings:
         "in the authors' code (appendix A gives 0.02); sgd: 30 and 100, with a result for each]",
     )
     linear_epochs: int = setting(
-        90, "protocol linear: passes over the training images (appendix A)"
+        90,
+        "protocol linear: passes over the training images (appendix A); with --linear cached, more "
+        "if the training set is small",
     )
     labels: tuple[str, ...] | None = setting(
         None,

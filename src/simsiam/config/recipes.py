@@ -53,27 +53,33 @@ class Recipe:
     init: str | None = setting(
         None,
         "initial weights, which also determine the network: a run folder, timm:NAME, "
-        "hf-hub:OWNER/NAME, a name of torchvision, lite0, lite2, or a file (with --backbone, "
+        "hf-hub:OWNER/NAME, weights of torchvision such as ResNet50_Weights.IMAGENET1K_V2, lite0, "
+        "lite2, or a file (with --backbone, "
         "unless its network is a ResNet) [random]",
     )
     channels: int = setting(
-        3, "channels of an image: 1 (gray), 3 (RGB), 4 (RGBA); up to 16 for NumPy and TIFF files"
+        3,
+        "number of channels that images are decoded to: 1 (gray), 3 (RGB), 4 (RGBA); NumPy and "
+        "multichannel TIFF files must have exactly N, up to 16",
     )
     image_size: int | None = setting(
         None, "side of a view in pixels [chosen from the images or the backbone]"
     )
     mean: tuple[float, ...] | None = setting(
-        None, "mean of each channel, from 0 to 1 [published for CIFAR, else measured]"
+        None,
+        "mean of each channel, from 0 to 1 [that of the initial weights, if known; else published "
+        "for CIFAR, else measured]",
     )
     std: tuple[float, ...] | None = setting(
         None,
-        "standard deviation of each channel, from 0 to 1 [published for CIFAR, else measured]",
+        "standard deviation of each channel, from 0 to 1 [as for mean]",
     )
     eval_resize: int | None = setting(
         None,
         "for evaluation and embedding, not for the views of training: the shorter side of an image "
-        "is resized to N pixels, then its center is cropped to image_size [8/7 of image_size if "
-        "that is above 64, else image_size]",
+        "is resized to N pixels, then its center is cropped to image_size [that of the initial "
+        "weights, if they have the same image_size; else 8/7 of image_size above 64 px, and "
+        "image_size up to 64 px]",
     )
     eval_interpolation: Literal["bilinear", "bicubic"] = setting(
         "bilinear",

@@ -51,7 +51,7 @@ class Schedule:
     )
     stride: int = setting(
         16,
-        "stride of conv4: 16, or 8 for small objects (c4 with a large stem only)",
+        "stride of conv4: 16, or 8 for small objects; 8 needs --architecture c4 and a large stem",
     )
     proposals: int = setting(2000, "region proposals kept per image in training")
     test_proposals: int = setting(1000, "region proposals kept per image in testing")
