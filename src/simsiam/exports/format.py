@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from simsiam.config.recipes import ResolvedRecipe, default_stem
+from simsiam.data.decode import PIL_MODES
 from simsiam.errors import UsageError, WorkFailed
 from simsiam.model.backbones import RESNETS
 from simsiam.model.encoder import Encoder
@@ -99,6 +100,8 @@ def preprocessing_config(recipe: ResolvedRecipe) -> dict[str, object]:
     """
     transform = eval_transform(recipe)
     return {
+        "exif_orientation": "applied", "color": PIL_MODES.get(recipe.channels),
+        "alpha": "kept" if recipe.channels > 3 else "dropped", "bits_16": "upper 8",
         "resize_shorter_side": transform.resize, "center_crop": transform.size, "antialias": True,
         "interpolation": transform.interpolation, "channels": recipe.channels, "range": [0, 1],
         "mean": list(transform.mean), "std": list(transform.std), "layout": "NCHW, float32",

@@ -56,8 +56,9 @@ def load(run: str | os.PathLike[str], *, head: bool = True) -> nn.Module:
 
     Returns:
         A module in eval mode, from normalized images (N, C, H, W) to features h (N, `.dim`). Its
-        attribute `.transform` turns PIL images into such a batch. It is an `Encoder` if there is a
-        head, else the backbone.
+        parameters have no gradients; `requires_grad_(True)` gives them back. Its attribute
+        `.transform` turns image files and images into such a batch. It is an `Encoder` if there is
+        a head, else the backbone.
 
     Raises:
         UsageError: There is no backbone, or it does not fit the recipe, or the head does not fit
@@ -78,7 +79,7 @@ def load(run: str | os.PathLike[str], *, head: bool = True) -> nn.Module:
     if head and folder.has_head:
         model = add_head(folder, model)
     model.transform = eval_transform(folder.recipe)  # type: ignore[assignment]
-    return model.eval()
+    return model.eval().requires_grad_(False)
 
 
 def add_head(run: Run, backbone: nn.Module) -> Encoder:
