@@ -9,27 +9,12 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from simsiam.config.recipes import ResolvedRecipe
-from simsiam.data.transform import Transform
 from simsiam.errors import UsageError, printable
 from simsiam.model.backbones import create_backbone
 from simsiam.model.encoder import Encoder
+from simsiam.runs.preprocessing import eval_transform
 from simsiam.runs.run_folder import BACKBONE_FILE, BACKBONE_KEY, HEAD_FILE, PATCHES_KEY, Run
 from simsiam.runs.weight_files import file_sha256, load_metadata, load_weights, tensors_sha256
-
-
-def eval_transform(recipe: ResolvedRecipe) -> Transform:
-    """Make the preprocessing that belongs to the backbone of a run.
-
-    Args:
-        recipe: The recipe of the run.
-    """
-    return Transform(
-        recipe.image_size,
-        recipe.mean,
-        recipe.std,
-        interpolation=recipe.eval_interpolation,
-        shorter_side=recipe.eval_resize,
-    )
 
 
 def build_backbone(recipe: ResolvedRecipe) -> nn.Module:
