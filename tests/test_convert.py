@@ -293,6 +293,14 @@ def test_no_tensor_can_be_missing_misshapen_extra_or_infinite(name, monkeypatch)
     refused(tensors | {f"{wrapper}{token}": torch.zeros(1, 1, 3)})  # of another network
 
 
+@pytest.mark.parametrize("name", ["layer1.0.conv1", "layer4.0.conv1", "layer4.0.bn1", "conv1"])
+def test_an_incomplete_backbone_is_not_passed_over_for_its_slow_copy(name):
+    tensors = moco(trained(**MOCO).state_dict())["state_dict"]
+    del tensors[f"module.encoder_q.{name}.weight"]
+    with pytest.raises(UsageError, match=rf"{name}.weight of resnet10.* is missing|no ResNet as"):
+        convert_state_dict(tensors)
+
+
 def test_a_bias_before_a_batch_norm_is_absorbed(tmp_path):
     """Compared with modules of torch that keep the bias."""
     torch.save(authors(trained().state_dict()), tmp_path / "theirs.pt")

@@ -1,6 +1,5 @@
 """What this program writes can be given back to it: runs, checkpoints, exports, at any size."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -70,6 +69,7 @@ def forms_of(run, folder):
         VIT | {"image_size": 96, "eval_resize": 100},
         RESNET | {"stem": "large", "channels": 1, "mean": (0.4,), "std": (0.3,)},
         {"backbone": "resnet18", "image_size": 72},
+        RESNET,
     ],
 )
 def test_every_form_brings_its_network_and_its_preprocessing(settings, tmp_path):
@@ -88,7 +88,21 @@ def test_every_form_brings_its_network_and_its_preprocessing(settings, tmp_path)
         for name in ("backbone", "width", "channels", "image_size", "mean", "std"):
             assert getattr(recipe, name) == getattr(own, name), (form, name)
         assert again.transform.interpolation == "bicubic"
-        assert "assumed" not in json.dumps(Run(folder).json("converted.json").get("notes", []))
+        notes = Run(folder).json("converted.json").get("notes", [])
+        assert not any("assumed" in note for note in notes), form
+
+
+def test_what_weights_leave_over_and_assume_is_printed_once(tmp_path, capsys):
+    state = create_backbone("resnet10", image_size=96, width=4, stem="large").state_dict()
+    save_file(state | {"loss.weight": torch.zeros(3)}, "theirs.safetensors")
+    open_weights("theirs.safetensors")
+    lines = capsys.readouterr().err.splitlines()
+    assert "license: unknown; kept in" in lines[0] and lines[1] == "left over: loss"
+    assert lines[2].startswith(
+        "assumed, because no flag says otherwise: image_size 224, mean (0.485"
+    )
+    open_weights("theirs.safetensors")
+    assert not capsys.readouterr().err and len(lines) == 3
 
 
 def test_an_export_without_weights_is_one_line(tmp_path, capsys):

@@ -19,7 +19,7 @@ from simsiam.config.recipes import PREPROCESSING_SETTINGS, ResolvedRecipe
 from simsiam.distributed.process_group import rank_zero_only
 from simsiam.errors import UsageError, printable, truncate, unknown_name
 from simsiam.model.backbones import RESNETS, fit_positions
-from simsiam.runs.checkpoints.convert import convert
+from simsiam.runs.checkpoints.convert import convert, format_unused
 from simsiam.runs.checkpoints.foreign_checkpoints import resampling_note
 from simsiam.runs.checkpoints.published_weights import (
     HUB_PREFIX,
@@ -142,7 +142,8 @@ def _open_cached(name: str, backbone: str | None) -> Path:
                 convert(name, out=path, backbone=backbone)
                 origin = Run(path).json(ORIGIN_FILE)
                 line = f"{name}: {origin['origin']}; license: {origin['license']}; kept in {path}"
-                print(printable(line), file=sys.stderr)
+                for text in (line, *format_unused(path)):
+                    print(printable(text), file=sys.stderr)
     return path
 
 

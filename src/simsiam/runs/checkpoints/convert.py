@@ -46,6 +46,8 @@ from simsiam.runs.run_folder import (
 from simsiam.runs.weight_files import file_sha256, read_weight_file, tensors_sha256
 from simsiam.utils.files import atomic_folder
 
+NO_HEADS = "only a backbone: there is no z"  # a note in converted.json
+
 
 class Conversion(NamedTuple):
     """A checkpoint as the content of a run folder.
@@ -135,7 +137,7 @@ def _from_named_weights(name: str, options: Record) -> Conversion | None:
         "left_over": weights.left_over,
         "set_aside": [],
         "assumed": [],
-        "notes": [*weights.notes, *notes, "only a backbone: there is no z"],
+        "notes": [*weights.notes, *notes, NO_HEADS],
     }
     origin = {
         "weights": name,
@@ -174,7 +176,7 @@ def _from_file(
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from None
     digest = file_sha256(path)
-    notes = conversion_notes(converted, assumed, release)
+    notes = conversion_notes(converted, assumed, release, own=bool(known) and not release)
     if content.not_loaded:
         notes.append(f"objects of other programs, not loaded: {', '.join(content.not_loaded)}")
     report = {
@@ -279,7 +281,11 @@ def write_run(folder: Path, made: Conversion) -> None:
 
 
 def conversion_notes(
-    converted: ConvertedCheckpoint, assumed: Mapping[str, object], release: Release | None = None
+    converted: ConvertedCheckpoint,
+    assumed: Mapping[str, object],
+    release: Release | None = None,
+    *,
+    own: bool = False,
 ) -> list[str]:
     """List what the tensors do not say, and what was assumed instead.
 
@@ -287,6 +293,7 @@ def conversion_notes(
         converted: The converted checkpoint.
         assumed: Settings that were assumed, by name.
         release: The published weights, if it is from there.
+        own: Whether this program wrote the file.
 
     Returns:
         Lines for converted.json.
@@ -295,9 +302,9 @@ def conversion_notes(
     if assumed:
         values = ", ".join(f"{name} {value}" for name, value in assumed.items())
         notes.append(f"assumed, because no flag says otherwise: {values}")
-    if converted.settings["stem"] == "small":
+    if converted.settings["stem"] == "small" and not own:
         notes.append("the 3x3 stem is assumed to be appendix D's: stride 1, padding 1, no pooling")
-        if converted.layout.program == "solo-learn":
+        if converted.layout.program.startswith("solo-learn"):
             notes.append(
                 "solo-learn pads this stem by 2 on CIFAR, so features differ from those there"
             )
@@ -306,7 +313,7 @@ def conversion_notes(
             "only the query encoder: without key encoder and queue, MoCo's training cannot continue"
         )
     if not converted.layout.heads:
-        notes.append("only a backbone: there is no z")
+        notes.append(NO_HEADS)
     return notes
 
 
@@ -336,6 +343,21 @@ def format_conversion(run: Path) -> str:
         "run": str(run),
     }
     return "\n".join(f"{name:<10} {line}" for name, line in lines.items())
+
+
+def format_unused(run: Path) -> list[str]:
+    """Say what was left over of weights, and what was assumed about them.
+
+    Args:
+        run: The run folder.
+
+    Returns:
+        Lines.
+    """
+    report = Run(run).json("converted.json")
+    left_over = [f"left over: {format_name_groups(report['left_over'])}"]
+    notes = [note for note in report["notes"] if note != NO_HEADS]
+    return [*(left_over if report["left_over"] else []), *notes]
 
 
 def format_name_groups(names: Sequence[str]) -> str:
