@@ -1125,9 +1125,16 @@ MUTATIONS = [
     m(
         "take a candidate within noise",
         "monitoring/candidates",
-        "taken = gain > SIGNIFICANT * error",
-        "taken = gain > -SIGNIFICANT * error",
+        "taken = gain > max(SIGNIFICANT * error, candidate.margin)",
+        "taken = gain > max(-SIGNIFICANT * error, candidate.margin)",
         "adapt.py::test_a_candidate_is_taken_only_if_it_is_better_by_more_than_noise",
+    ),
+    m(
+        "ignore the margin",
+        "monitoring/candidates",
+        "gain > max(SIGNIFICANT * error, candidate.margin)",
+        "gain > SIGNIFICANT * error",
+        "adapt.py::test_a_candidate_with_a_margin_is_taken_only_beyond_it",
     ),
     m(
         "the error of a sum",

@@ -20,16 +20,28 @@ d = 512, 5 to 6 with d = 2048, the demo's.
   batch norm in about as many, and a network with its predictor needs some dozens of these periods
   to leave its initialization. Nothing is decided before that.
 - `diverged`: the loss was not a finite number.
+- `learned little`: none of these, but the features are not better, beyond noise, than raw pixels, a
+  color histogram or the network before its first step (`simsiam.monitoring.worth`).
 
 The gauges are medians over the last tenth of the logged records (at least three), so that one noisy
 batch decides nothing.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 MIN_VERDICT_STEPS = 200
+GOOD_STEPS = 10_000  # that runs on small images need before features are good: docs/label_free.md
+# What a table of features calls the network before its first step and after its last one, and the
+# simple features that it has to be better than.
+START, END, PIXELS, COLOR = "start", "end", "pixels", "color histogram"
+FEATURE_NAMES = {
+    START: "those of the untrained network",
+    PIXELS: "raw pixels",
+    COLOR: "a color histogram",
+}
 
 
 class Verdict(NamedTuple):
@@ -99,6 +111,83 @@ def judge_run(
     if not supervised and (std < 0.5 or rank <= 3):
         return _verdict("partial collapse")
     return _verdict("healthy")
+
+
+def judge_worth(
+    verdict: Verdict, unbeaten: Sequence[str], *, init: str | None, steps: int
+) -> Verdict:
+    """Turn `healthy` into `learned little` if simpler features are as good.
+
+    Args:
+        verdict: What the gauges say.
+        unbeaten: Names of simpler features that are not worse.
+        init: The initial weights, or None.
+        steps: Number of steps done.
+
+    Returns:
+        The verdict and its remedy.
+    """
+    if verdict.verdict != "healthy" or not unbeaten:
+        return verdict
+    if init is not None and START in unbeaten:
+        remedy = (
+            "The features are not better than those of the initial weights: keep these, or divide "
+            "--base-lr by 10 and start again."
+        )
+    else:
+        others = " or ".join(FEATURE_NAMES[name] for name in unbeaten)
+        factor = max(4, math.ceil(GOOD_STEPS / steps))
+        remedy = (
+            f"The features are not better than {others}: train {factor} times as many epochs, or a "
+            "smaller network (--width 32); with few images, `simsiam adapt SOURCE` finds better "
+            "features in minutes."
+        )
+    return Verdict("learned little", remedy)
+
+
+def advise_features(name: str, value: str, *, init: str | None) -> str:
+    """Name the best features that were measured, and the command that uses them.
+
+    Args:
+        name: Their name in the table of features.
+        value: How good they are, in words.
+        init: The initial weights, or None.
+
+    Returns:
+        One sentence.
+    """
+    best = "The best features measured are"
+    if name.startswith(END):
+        changed = (
+            name.removeprefix(END).replace(" + ", ", with the ").replace(" centered", ", centered")
+        )
+        return f"{best} those of this run{changed} ({value}): use them with `simsiam embed`."
+    if name == START and init is not None:
+        return f"{best} those of the initial weights ({value}): `simsiam embed {init}` uses them."
+    if name not in FEATURE_NAMES:  # patches
+        return f"{best} {name} ({value}): `simsiam adapt SOURCE` uses them."
+    return f"{best} {FEATURE_NAMES[name]} ({value}): `simsiam adapt SOURCE` looks for better ones."
+
+
+def features_table(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Make a table of the features that were measured at the end of a run.
+
+    Args:
+        summary: What summary.json says.
+
+    Returns:
+        The headings, then a row for each encoder: its name, score and kNN accuracy, with 95 %
+        intervals; nothing if there are no measurements.
+    """
+    rows = [("features", "label-free score", "kNN accuracy, %")]
+    for row in summary.get("features", []):
+        low, high = row["score_interval"]
+        score, accuracy = f"{row['score']:.3f} ({low:.3f} to {high:.3f})", ""
+        if "knn_top1" in row:
+            low, high = row["interval"]
+            accuracy = f"{row['knn_top1']:.1f} ({low:.1f} to {high:.1f}), n = {row['n']}"
+        rows.append((row["features"], score, accuracy))
+    return rows if len(rows) > 1 else []
 
 
 def _verdict(name: str) -> Verdict:

@@ -6,27 +6,20 @@ from hashlib import blake2b
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from simsiam.config.recipes import Recipe, ResolvedRecipe
-from simsiam.data.images import Images
 from simsiam.data.transform import Transform
 from simsiam.distributed.process_group import rank_zero_only
-from simsiam.errors import UsageError
-from simsiam.model.encoder import Encoder
 from simsiam.model.precision import Compute
 from simsiam.monitoring.candidates import (
     Candidate,
-    backbone_candidates,
     build_encoder,
     choose,
     learn_patches,
     measure,
     patch_candidates,
-    read_sample,
     sample_for_patches,
 )
-from simsiam.runs.encoder import eval_transform
 from simsiam.runs.environment import collect_environment
 from simsiam.runs.run_folder import Run, write_untrained
 from simsiam.sources.file_index import source_stamps, update_with_stamps
@@ -74,32 +67,6 @@ def write_encoder(
         )
         if encoder.head is not None:
             run.write_head(encoder, patches=patches)
-
-
-@rank_zero_only
-def fit_head(run: Run, backbone: nn.Module, images: Images, compute: Compute) -> None:
-    """Add the map of view noise to a finished run, or centering, if it makes its features better.
-
-    head.json in the run folder has the table of what was tried; head.safetensors is written only if
-    the backbone alone is not the best.
-
-    Args:
-        run: The run folder, finished.
-        backbone: Its backbone, on its device.
-        images: The training images.
-        compute: Where to compute, and in which precision.
-    """
-    transform = eval_transform(run.recipe)
-    try:
-        sample = read_sample(images, transform.resize, seed=run.recipe.seed)
-    except UsageError as error:  # too few images
-        run.write("head.json", {"not_measured": str(error)})
-        return
-    (branch,) = measure({run.recipe.backbone: backbone}, transform, sample, compute)
-    best, rows = choose(backbone_candidates(branch, sample))
-    run.write("head.json", {"chosen": best.name, "candidates": rows})
-    if best.heads[0] is not None:
-        run.write_head(Encoder(backbone, best.heads[0]))
 
 
 @rank_zero_only

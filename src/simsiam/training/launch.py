@@ -13,16 +13,14 @@ from simsiam.distributed.process_group import distributed_entry_point, rank_zero
 from simsiam.errors import UsageError, WorkFailed
 from simsiam.model.memory import catch_out_of_memory
 from simsiam.model.targets import eta_bytes
-from simsiam.monitoring.label_free_monitor import advise_training_length
-from simsiam.monitoring.verdict import MIN_VERDICT_STEPS, Verdict, judge_run
-from simsiam.runs.closed_form import fit_head
 from simsiam.runs.compose import compose_recipe, open_run_source
 from simsiam.runs.environment import collect_environment
 from simsiam.runs.journal import MetricsLogger
 from simsiam.runs.recipe_file import write_recipe
 from simsiam.runs.run_folder import Run, choose_run_path
 from simsiam.runs.weights import record_origin
-from simsiam.training.loop import Outcome, run_training
+from simsiam.training.finish import finish
+from simsiam.training.loop import run_training
 from simsiam.training.prepare import RunData, TrainingSetup, build_training_setup, prepare_data
 from simsiam.training.pretrain import Pretraining
 from simsiam.training.progress import format_labeled_lines
@@ -139,52 +137,10 @@ def train_run(run: Run, data: RunData, setup: TrainingSetup, messages: list[str]
         with catch_out_of_memory(recipe.replace(precision=compute.precision), compute.device):
             outcome = run_training(training, messages + changes)
 
-    threshold = model.high_loss_threshold(recipe.batch_size)
-    verdict = judge_run(
-        logger.lines,
-        outcome.step,
-        diverged=outcome.diverged,
-        high_loss_threshold=threshold,
-        supervised=method.target == "labels",
-    )
-    finish(run, training, outcome, verdict, advise_training_length(logger.lines))
+    verdict = finish(run, training, outcome, logger.lines, data)
     if outcome.diverged:
         raise WorkFailed(
             f"diverged: loss and weights were finite at step {outcome.last_finite_step} and are no "
             f"longer at step {outcome.step}. {verdict.remedy}"
         )
     outcome.raise_if_stopped(f"saved; `simsiam resume {run.path}` continues the run")
-    if outcome.step >= MIN_VERDICT_STEPS:
-        fit_head(run, model.backbone, data.train, compute)
-
-
-def finish(
-    run: Run, training: Pretraining, outcome: Outcome, verdict: Verdict, advice: str
-) -> None:
-    """Write the backbone and the summary of a run that ended, however it ended.
-
-    Args:
-        run: The run folder.
-        training: The training that ended. If it diverged, its model gets the last good weights.
-        outcome: How it ended.
-        verdict: The verdict on it.
-        advice: Whether to train longer.
-    """
-    if outcome.diverged and (checkpoint := run.checkpoint()):
-        training.model.load_state_dict(checkpoint["model"])
-    knn = {"knn_top1": training.state["knn"]} if training.state["knn"] else {}
-    images = outcome.step * training.batch_size
-    run.finish(
-        training.model.backbone.state_dict(),
-        {
-            "verdict": verdict.verdict,
-            "remedy": verdict.remedy,
-            "advice": advice,
-            "steps": outcome.step,
-            "epochs": round(outcome.step / training.steps_per_epoch, 4),
-            **knn,
-            "images_per_second": round(images / max(training.seconds, 1e-9), 1),
-            "training_seconds": round(training.seconds, 1),
-            "unreadable": len(run.read_quarantine()),
-        },
-    )

@@ -11,6 +11,7 @@ from simsiam.model.siamese import Siamese
 from simsiam.monitoring.gauges import compute_gauges, grad_norm
 from simsiam.monitoring.label_free_monitor import label_free_monitor
 from simsiam.monitoring.nearest_neighbors import knn_monitor
+from simsiam.monitoring.worth import measure_start
 from simsiam.runs.encoder import eval_transform
 from simsiam.runs.journal import MetricsLogger
 from simsiam.runs.records import TrainingState
@@ -56,7 +57,12 @@ class Pretraining(Training[ViewBatch]):
     @override
     def begin(self) -> None:
         if "model" not in self.state:
-            initialize_eta(self.model, self.data.train, self.run.recipe, self.compute)
+            recipe, train, compute = self.run.recipe, self.data.train, self.compute
+            initialize_eta(self.model, train, recipe, compute)
+            backbone, transform = self.model.backbone, eval_transform(recipe)
+            self.state["start"] = measure_start(
+                backbone, train, recipe, transform, self.steps, compute=compute
+            )
         self.save("last")
 
     @override
@@ -68,9 +74,12 @@ class Pretraining(Training[ViewBatch]):
     def train_step(self, batch: ViewBatch) -> Tensor:
         recipe, index = self.run.recipe, batch.index.to(self.compute.device)
         warmup = recipe.method.warmup_epochs * self.steps_per_epoch
-        peak_lr, steps = recipe.peak_lr, self.steps
         self.lr = set_lr(
-            self.optimizer, batch.step, peak_lr=peak_lr, steps=steps, warmup_steps=warmup
+            self.optimizer,
+            batch.step,
+            peak_lr=recipe.peak_lr,
+            steps=self.steps,
+            warmup_steps=warmup,
         )
         self.output = self.gradient_step(batch.views, index, batch.weight)
         self.optimizer.step()
