@@ -74,12 +74,9 @@ class Pretraining(Training[ViewBatch]):
     def train_step(self, batch: ViewBatch) -> Tensor:
         recipe, index = self.run.recipe, batch.index.to(self.compute.device)
         warmup = recipe.method.warmup_epochs * self.steps_per_epoch
+        peak_lr, steps = recipe.peak_lr, self.steps
         self.lr = set_lr(
-            self.optimizer,
-            batch.step,
-            peak_lr=recipe.peak_lr,
-            steps=self.steps,
-            warmup_steps=warmup,
+            self.optimizer, batch.step, peak_lr=peak_lr, steps=steps, warmup_steps=warmup
         )
         self.output = self.gradient_step(batch.views, index, batch.weight)
         self.optimizer.step()
