@@ -87,8 +87,8 @@ def add_backbone(parser: argparse.ArgumentParser, argument: str) -> None:
         argument: The argument that names the file.
     """
     note = (
-        f"if {argument} is a file of weights: its network, a name as in `simsiam pretrain "
-        "--backbone`; not needed for a ResNet"
+        f"if {argument} is a file of weights: the name of its network, as in `simsiam pretrain "
+        "--backbone`; ResNets are recognized without it"
     )
     parser.add_argument("--backbone", metavar="NAME", help=note)
 
@@ -207,10 +207,10 @@ def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
     add_setting_flags(parser, Recipe, "run settings", SETTING_TYPES)
     add_setting_flags(parser, Method, "method settings", SETTING_TYPES)
     add_setting_flags(parser, Views, "augmentation settings", SETTING_TYPES)
-    terms = ", ".join(EQUAL_TERMS).replace("views", "augmentation")
+    *terms, last = (term.replace("views", "augmentation") for term in EQUAL_TERMS)
     note = (
-        f"take {terms} from simsiam, as the recipe sets it, so that these do not differ when "
-        "methods are compared (appendix D)"
+        f"use the {', '.join(terms)} and {last} that the recipe gives with --method simsiam, so "
+        "that these do not differ when methods are compared (appendix D)"
     )
     parser.add_argument("--equal-terms", action="store_true", default=argparse.SUPPRESS, help=note)
 

@@ -155,8 +155,8 @@ class Method:
     criterion: str = setting("cosine", f"the loss: {_list_meanings(BUILTIN_CRITERIA)}")
     loss_scale: float = setting(
         1.0,
-        "factor of the loss, and so of its gradient; weight decay is not multiplied. With adamw, "
-        "the size of a step hardly depends on it; nor with lars, except for parameters that "
+        "factor of the loss, and so of its gradient; weight decay is not multiplied. With adamw "
+        "it hardly changes the size of a step; with lars it does so only for parameters that "
         "--exclude names",
     )
     pairs: Pairs = setting(

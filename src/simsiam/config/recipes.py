@@ -78,8 +78,8 @@ class Recipe:
         None,
         "for evaluation and embedding, not for the views of training: the shorter side of an image "
         "is resized to N pixels, then its center is cropped to image_size [that of the initial "
-        "weights, if they have the same image_size; else 8/7 of image_size above 64 px, and "
-        "image_size up to 64 px]",
+        "weights, if they have the same image_size; else, if image_size is above 64, 8/7 of it; "
+        "otherwise image_size itself]",
     )
     eval_interpolation: Literal["bilinear", "bicubic"] = setting(
         "bilinear",

@@ -1,6 +1,7 @@
 """Starting, continuing and finishing a pretraining run: `pretrain` and `resume`."""
 
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from simsiam.runs.journal import MetricsLogger
 from simsiam.runs.recipe_file import write_recipe
 from simsiam.runs.run_folder import Run, choose_run_path
 from simsiam.runs.weights import record_origin
+from simsiam.training.budget import fit_to_minutes
 from simsiam.training.finish import finish
 from simsiam.training.loop import run_training
 from simsiam.training.prepare import RunData, TrainingSetup, build_training_setup, prepare_data
@@ -32,6 +34,7 @@ def pretrain(
     *,
     recipe: str | Recipe | None = None,
     out: str | os.PathLike[str] | None = None,
+    minutes: float | None = None,
     **overrides: Unpack[PretrainSettings],
 ) -> Path:
     """Pretrain a backbone on images without labels.
@@ -43,6 +46,8 @@ def pretrain(
             default is the recipe's own source, else the built-in data set "shapes".
         recipe: The name of a recipe, a YAML file, or a `Recipe`. By default the source decides.
         out: The run folder; it must not exist. The default is runs/SOURCE-METHOD-N.
+        minutes: Time from start to end on this machine, evaluation included. It chooses the number
+            of steps, and the size of views, the width and the batch unless these are given.
         **overrides: Any setting of the recipe, under the name of its flag with underscores.
 
     Returns:
@@ -53,7 +58,14 @@ def pretrain(
         WorkFailed: If the loss diverged or no image can be read.
         Stopped: After SIGINT or SIGTERM; the run is saved.
     """
+    begun = time.monotonic()
     complete, opened, reasons = compose_recipe(source, recipe, overrides)
+    if minutes is not None:
+        elapsed = time.monotonic() - begun
+        complete, lines = fit_to_minutes(
+            complete, opened.train, overrides, minutes=minutes, elapsed=elapsed
+        )
+        reasons = [*reasons, *lines]
     path = choose_run_path(out, f"{opened.name}-{complete.method.name}", complete)
     data, setup = prepare_data(complete, opened), build_training_setup(complete)
     messages = [*format_labeled_lines("recipe", reasons), *format_labeled_lines("run", [str(path)])]

@@ -21,9 +21,9 @@ from simsiam.errors import Stopped, UsageError
 from simsiam.monitoring.gauges import all_finite
 from simsiam.runs.records import Record
 from simsiam.runs.run_folder import read_checkpoint
-from simsiam.training.interrupt import InterruptHandler
 from simsiam.training.progress import ProgressLine, Stopwatch
 from simsiam.utils.files import atomic_write
+from simsiam.utils.interrupt import InterruptHandler
 
 Metrics: TypeAlias = Mapping[str, float | None]  # named numbers; None where there is none yet
 SkippedFiles: TypeAlias = Sequence[tuple[str, str]]  # key and reason of unreadable files

@@ -33,7 +33,13 @@ class Speed(TypedDict):
     device: str
 
 
-def measure_speed(recipe: ResolvedRecipe, images: Images, *, resident: bool) -> Speed:
+def measure_speed(
+    recipe: ResolvedRecipe,
+    images: Images,
+    *,
+    resident: bool,
+    seconds: float = MEASURING_SECONDS,
+) -> Speed:
     """Measure how long it takes to prepare images and to train on them.
 
     Steps are run on images of the source: first with small batches, then with larger ones up to
@@ -44,6 +50,7 @@ def measure_speed(recipe: ResolvedRecipe, images: Images, *, resident: bool) -> 
         images: The training images, all readable.
         resident: Whether the images will be decoded once and kept in memory; then preparing them
             does not include decoding.
+        seconds: Time that the measurement may take once torch is loaded.
 
     Raises:
         WorkFailed: A batch does not fit in the memory of the device.
@@ -59,15 +66,15 @@ def measure_speed(recipe: ResolvedRecipe, images: Images, *, resident: bool) -> 
     prepared = trained = math.inf
     try:
         _timed_step(recipe, setup, images, 2, resident)  # initializes libraries and the device
-        deadline = time.monotonic() + MEASURING_SECONDS
+        deadline = time.monotonic() + seconds
         sizes = [2**k for k in range(3, 16) if 2**k < recipe.batch_size]
         for size in sizes + [recipe.batch_size] * FULL_BATCH_REPEATS:
             expected = size * (prepared + trained)
             if trained < math.inf and time.monotonic() + expected > deadline:
                 break
             # The minimum: whatever slows down a single step is not due to the recipe.
-            seconds = _timed_step(recipe, setup, images, size, resident)
-            prepared, trained = map(min, seconds, (prepared, trained))
+            measured = _timed_step(recipe, setup, images, size, resident)
+            prepared, trained = map(min, measured, (prepared, trained))
     except torch.OutOfMemoryError:
         raise WorkFailed(
             f"batches of {recipe.batch_size} do not fit in the memory of {device}"
