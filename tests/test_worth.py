@@ -15,7 +15,13 @@ from simsiam.exports.model_card import model_card
 from simsiam.model.precision import Compute
 from simsiam.monitoring import worth
 from simsiam.monitoring.candidates import Candidate
-from simsiam.monitoring.verdict import Verdict, advise_features, features_table, judge_worth
+from simsiam.monitoring.verdict import (
+    Verdict,
+    advise_features,
+    early_warning,
+    features_table,
+    judge_worth,
+)
 from simsiam.monitoring.worth import (
     COLOR,
     END,
@@ -126,6 +132,35 @@ def test_the_advice_names_the_command_that_uses_the_features():
     }.items():
         assert command in advise_features(name, "kNN 50.0 %", init=None)
     assert "simsiam embed lite0`" in advise_features(START, "kNN 50.0 %", init="lite0")
+
+
+def test_a_bad_beginning_is_warned_of_once_and_a_good_one_never():
+    good = [
+        {"step": s, "loss": -0.2, "z_std_sqrt_d": 0.98, "z_rank": 12.0} for s in range(10, 200, 10)
+    ]
+    bad = [record | {"z_rank": 1.6} for record in good]
+    assert not any(early_warning(good[:n]) for n in range(len(good)))
+    first = next(n for n in range(len(bad)) if early_warning(bad[:n]))
+    assert bad[first - 1]["step"] == 40  # the third record from step 20 on
+    assert "effective rank 1.6" in early_warning(bad[:first])
+    warned = [*bad[: first - 1], bad[first - 1] | {"warning": "x"}, *bad[first:]]
+    assert not any(early_warning(warned[:n]) for n in range(first, len(warned)))
+    one_bad_batch = [*good[:5], bad[5], *good[6:]]
+    assert not any(early_warning(one_bad_batch[:n]) for n in range(len(good)))
+
+
+def test_a_run_without_stop_gradient_is_warned_of_in_the_terminal_and_in_its_metrics(
+    tmp_path, capsys
+):
+    settings = TINY | {"steps": 60, "limit": 600, "log_every": 5, "knn_every": 100}
+    for stop in (True, False):
+        out = tmp_path / str(stop)
+        run = Run(
+            simsiam.pretrain("shapes", out=out, stop_gradient=stop, batch_size=64, **settings)
+        )
+        warnings = [line["warning"] for line in run.metrics() if "warning" in line]
+        printed = capsys.readouterr().err
+        assert len(warnings) == (not stop) and ("warning  the outputs z" in printed) == (not stop)
 
 
 # --- runs -----------------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 MIN_VERDICT_STEPS = 200
+WARNING_FIRST_STEP = 20
 GOOD_STEPS = 10_000  # that runs on small images need before features are good: docs/label_free.md
 # What a table of features calls the network before its first step and after its last one, and the
 # simple features that it has to be better than.
@@ -56,13 +57,16 @@ class Verdict(NamedTuple):
     remedy: str
 
 
+COLLAPSE_REMEDY = (
+    "Compare the settings of the method with its row in `simsiam methods` (simsiam: with a "
+    "predictor and with the stop-gradient); then divide --base-lr by 4 and start again."
+)
 REMEDIES = {
     "healthy": "Nothing to fix. More epochs usually help: compare kNN, or simply use the backbone.",
     "too early": f"Fewer than {MIN_VERDICT_STEPS} steps are too few for a verdict: train longer, "
     "or use a smaller batch to get more steps from the same images.",
     "collapsed": "All images get nearly the same output, so the backbone has learned nothing. "
-    "Compare the settings of the method with its row in `simsiam methods` (simsiam: with a "
-    "predictor and with the stop-gradient); then divide --base-lr by 4 and start again.",
+    f"{COLLAPSE_REMEDY}",
     "partial collapse": "The outputs use only a few directions. Divide --base-lr by 2 to 4, try a "
     "larger backbone or more varied views (a smaller --crop-min), and start again.",
     "not converging": "The loss stays high. Check that the predictor is trained (not fixed) and "
@@ -111,6 +115,33 @@ def judge_run(
     if not supervised and (std < 0.5 or rank <= 3):
         return _verdict("partial collapse")
     return _verdict("healthy")
+
+
+def early_warning(lines: Sequence[Mapping[str, Any]]) -> str | None:
+    """Warn of a bad beginning: of outputs that become alike within the first steps.
+
+    The thresholds are those of `partial collapse`, of the median of three records from step
+    WARNING_FIRST_STEP on. There is one warning in a run.
+
+    Args:
+        lines: The records of metrics.jsonl so far, the latest one last.
+
+    Returns:
+        The warning, or None.
+    """
+    steps = range(WARNING_FIRST_STEP, MIN_VERDICT_STEPS + 1)
+    records = [x for x in lines if x.get("z_rank") is not None and x["step"] in steps]
+    if len(records) < 3 or any("warning" in record for record in lines):
+        return None
+    std, rank = (
+        median(record[key] for record in records[-3:]) for key in ("z_std_sqrt_d", "z_rank")
+    )
+    if std >= 0.5 and rank > 3:
+        return None
+    return (
+        f"the outputs z of all images become alike (effective rank {rank:.1f}, standard deviation "
+        f"{std:.2f} of 1); if this goes on, the run collapses. {COLLAPSE_REMEDY}"
+    )
 
 
 def judge_worth(

@@ -125,7 +125,7 @@ def train_run(run: Run, data: RunData, setup: TrainingSetup, messages: list[str]
     recipe, method, num_images = run.recipe, run.recipe.method, len(data.train)
     model, optimizer, compute = setup
     state, changes = run.load_or_create_state(collect_environment(compute), num_images=num_images)
-    with MetricsLogger(run, state["step"]) as logger:
+    with MetricsLogger(run, state["step"], warn=method.target != "labels") as logger:
         training = Pretraining(run, data, setup, state, logger)
         if training.step:
             messages = [*messages, f"from     step {training.step} of {training.steps}"]

@@ -110,8 +110,8 @@ class Pretraining(Training[ViewBatch]):
         return signals.values | top1
 
     @override
-    def log(self, record: Metrics) -> None:
-        self.logger.log(record)
+    def log(self, record: Metrics) -> str | None:
+        return self.logger.log(record)
 
     @override
     def save(self, name: str) -> None:
