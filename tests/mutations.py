@@ -1178,6 +1178,42 @@ MUTATIONS = [
         "    except Stopped:\n        raise\n",
         "adapt.py::test_a_signal_during_training_keeps_the_best_of_what_was_tried",
     ),
+    # what a run is worth
+    m(
+        "compare features by the score where there are labels",
+        "monitoring/worth",
+        "if candidate.hits is not None and other.hits is not None:",
+        "if False:",
+        "worth.py::test_labels_decide_where_there_are_labels_and_the_score_where_there_are_none",
+    ),
+    m(
+        "take a difference within noise",
+        "monitoring/worth",
+        "return gain > SIGNIFICANT * error",
+        "return gain > 0",
+        "worth.py::test_a_difference_within_noise_is_none",
+    ),
+    m(
+        "call a run healthy that learned nothing",
+        "monitoring/verdict",
+        'if verdict.verdict != "healthy" or not unbeaten:',
+        "if True:",
+        "worth.py::test_only_a_healthy_run_can_have_learned_little",
+    ),
+    m(
+        "forget the start",
+        "training/pretrain",
+        'self.state["start"] = measure_start(',
+        'self.state["begin"] = measure_start(',
+        "worth.py::test_a_run_says_the_same_everywhere_and_resumes_to_the_same",
+    ),
+    m(
+        "warn of one bad batch",
+        "monitoring/verdict",
+        "median(record[key] for record in records[-3:]) for key",
+        "records[-1][key] for key",
+        "worth.py::test_a_bad_beginning_is_warned_of_once_and_a_good_one_never",
+    ),
     # the encoder and weights by name
     m(
         "compute the map in bfloat16",
