@@ -93,6 +93,15 @@ class Index:
             self.save()
         return self.facts[key]  # type: ignore[return-value]  # an older measurement with this key
 
+    def forget(self, key: str) -> None:
+        """Forget a measurement, so that it is made again the next time.
+
+        Args:
+            key: Its name in `facts`.
+        """
+        self.facts.pop(key, None)
+        self.save()
+
     def save(self) -> None:
         """Write the index to the cache. A cache that cannot be written is not an error."""
         metadata = json.dumps({"containers": self.containers, "facts": self.facts})

@@ -4,13 +4,9 @@ The facts are JSON values; `inspect` prints them as text in 80 columns. Nothing 
 except for measurements that are not in the cache yet.
 """
 
-import json
 import os
-import platform
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from glob import glob
-from importlib.metadata import version
 from itertools import combinations
 from typing import Any, TypedDict
 
@@ -33,9 +29,10 @@ from simsiam.training.facts import (
     source_names,
     write_facts,
 )
-from simsiam.training.speed import measure_speed, seconds_per_image
+from simsiam.training.speed import BUSY_LOAD, kept_speed, seconds_per_image
 from simsiam.utils.workers import CPU_CORES
 
+BUSY_LINES = ("measured while the machine was busy; the next time, it is measured again",)
 MAX_EXAMPLES = 3  # files that the text names for each kind of problem; the facts name all
 
 
@@ -109,6 +106,7 @@ class TimeFacts(TypedDict, total=False):
     prepared_per_second: float
     trained_per_second: float
     device: str
+    load: float  # of the machine when the speed was measured, for each core
     unknown: str  # the reason
 
 
@@ -336,10 +334,7 @@ def estimate_duration(source: Source, recipe: ResolvedRecipe, index: Index) -> T
     num_bytes = len(images) * recipe.channels * int(height[0]) * int(width[0])
     fits = _all_same_size(height, width) and num_bytes <= recipe.cache_gib * 2**30
     resident = images.pixels is not None or fits
-    speed = index.get_or_measure(
-        f"speed of {json.dumps([_machine_key(), recipe.to_dict()])}",
-        lambda: measure_speed(recipe, images, resident=resident),
-    )
+    speed = kept_speed(index, recipe, images, resident=resident)
     prepared, trained, seconds = seconds_per_image(speed, resident=resident, cores=CPU_CORES)
     return {
         "seconds": round(seconds * images_per_epoch * recipe.epochs, 1),
@@ -349,14 +344,8 @@ def estimate_duration(source: Source, recipe: ResolvedRecipe, index: Index) -> T
         "prepared_per_second": round(1 / prepared, 1),
         "trained_per_second": round(1 / trained, 1),
         "device": speed["device"],
+        "load": speed["load"],
     }
-
-
-def _machine_key() -> list[object]:
-    """Identify what the speed of a run depends on besides its recipe."""
-    variables = [os.environ.get(name) for name in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")]
-    gpus = sorted(glob("/dev/nvidia[0-9]*"))
-    return [platform.node(), CPU_CORES, *variables, gpus, version("torch")]
 
 
 # --- the facts as text ----------------------------------------------------------------------------
@@ -457,6 +446,7 @@ def _format_training_time(fact: TimeFacts) -> list[str]:
         f"{fact['images_per_epoch']:,} images (estimated)",
         f"{total} images/s: preparing alone {prepared}/s, training alone {trained}/s",
         f"on {fact['device']}",
+        *(BUSY_LINES if fact["load"] > BUSY_LOAD else ()),
     ]
 
 
