@@ -704,6 +704,27 @@ MUTATIONS = [
         "shards.py::test_parquet_that_unpacks_to_gigabytes_is_refused_or_read_a_block_at_a_time",
     ),
     m(
+        "find splits without a word about the rest",
+        "sources/splits",
+        "if not len(rows):\n        return []",
+        "if True:\n        return []",
+        "splits.py::test_images_outside_of_the_splits_are_counted_and_their_folders_named[folder]",
+    ),
+    m(
+        "a split only by the first word",
+        "sources/splits",
+        're.findall("[a-z]+", name)',
+        're.findall("^[a-z]+", name)',
+        "splits.py::test_a_word_anywhere_in_the_name_of_a_shard_is_its_split",
+    ),
+    m(
+        "forget the splits of a run",
+        "runs/compose",
+        "splits = splits or recipe.splits",
+        "pass",
+        "splits.py::test_a_run_keeps_its_splits",
+    ),
+    m(
         "a copy of each equal image",
         "sources/open_source",
         '{"metadata": parquet.metadata, "read_dictionary": [image]}',

@@ -61,6 +61,7 @@ def embed(
     out: str | os.PathLike[str],
     limit: int | None = None,
     no_labels: bool = False,
+    splits: Sequence[str] | None = None,
     device: str = "auto",
     precision: str = "auto",
     backbone: str | None = None,
@@ -74,6 +75,7 @@ def embed(
             file of the vectors alone, with their paths in a .csv file next to it.
         limit: Use only so many images, evenly spaced in the source, each class in proportion.
         no_labels: Whether to ignore the labels of the source.
+        splits: Which folder or shard is which split; see `open_source`.
         device: "auto", "cpu", "cuda", "cuda:1", ...
         precision: "auto", "bfloat16" or "float32", of the backbone.
         backbone: The network of a file of weights.
@@ -89,23 +91,23 @@ def embed(
     check_ranges(SimpleNamespace(limit=limit), limit=(1, inf))
     path = Path(out)
     writer = _choose_writer(path)
-    run = open_weights(run, backbone=backbone, source=source)
+    run = open_weights(run, backbone=backbone, source=source, splits=splits)
     network, recipe = load(run), Run(run).recipe
     transform, compute = eval_transform(recipe), Compute.pick(device, precision)
-    opened = open_run_source(recipe, source, no_labels=no_labels)
-    splits = sample_splits(list(opened.splits.values()), limit)
+    opened = open_run_source(recipe, source, no_labels=no_labels, splits=splits)
+    chosen = sample_splits(list(opened.splits.values()), limit)
     metadata = {
         "run": str(run.absolute()),
         **weight_digests(run),
         "source": opened.name,
         "transform": describe_transform(transform),
     }
-    labeled = any(images.labels is not None for images in splits)
+    labeled = any(images.labels is not None for images in chosen)
     job = metadata | {
         "device": compute.device.type,
         "precision": compute.precision,
         "labeled": labeled,
-        "images": fingerprint(splits),
+        "images": fingerprint(chosen),
     }
     compute.place(network)
     work = _work_folder(path)
@@ -113,11 +115,11 @@ def embed(
         rank_zero_only(start_or_continue_job)(work, job)
         parts = {
             work / f"{number:06}.parquet": images
-            for number, images in enumerate(_split_into_parts(splits))
+            for number, images in enumerate(_split_into_parts(chosen))
         }
         _write_parts(parts, network, transform, compute, labeled)
         all_reduce_max(0)  # wait until every process has written its parts
-        merge_parts(writer, list(parts), path, metadata, sum(map(len, splits)))
+        merge_parts(writer, list(parts), path, metadata, sum(map(len, chosen)))
     return path
 
 

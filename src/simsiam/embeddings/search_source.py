@@ -40,6 +40,7 @@ def search(
     html: str | os.PathLike[str] | None = None,
     channels: int | None = None,
     no_labels: bool = False,
+    splits: Sequence[str] | None = None,
     relearn: float = RELEARN,
     device: str = "auto",
     precision: str = "auto",
@@ -61,6 +62,7 @@ def search(
         channels: Number of channels that images are decoded to; by default those of the run folder,
             else 3.
         no_labels: Whether to leave out the labels of the images found.
+        splits: Which folder or shard is which split; see `open_source`.
         relearn: If the encoder is learned from the images of the source, it is learned again when
             this share of them is new, 0 to 1.
         device: "auto", "cpu", "cuda", "cuda:1", ...
@@ -80,13 +82,14 @@ def search(
         [source] if isinstance(source, str | os.PathLike) else list(source)
     )
     with writable_cache():
-        chosen = choose_encoder(encoder, backbone, names, channels or 3)
+        chosen = choose_encoder(encoder, backbone, names, channels or 3, splits)
         if chosen.run is not None:
             needed = Run(chosen.run).recipe.channels
             if channels not in (None, needed):
                 raise UsageError(f"channels is {channels}, and {chosen.name} takes {needed}")
             channels = needed
-        images = SourceImages(names, open_source(names, channels or 3, no_labels=no_labels))
+        opened = open_source(names, channels or 3, no_labels=no_labels, splits=splits)
+        images = SourceImages(names, opened)
         _check_query(os.fspath(query), images.splits)
         with keep_embedding(
             images, chosen, compute, channels=channels or 3, relearn=relearn
@@ -100,6 +103,7 @@ def choose_encoder(
     backbone: str | None,
     source: Sequence[str | os.PathLike[str]],
     channels: int,
+    splits: Sequence[str] | None,
 ) -> SourceEncoder:
     """Find the encoder that a name stands for, or the first of the default ones.
 
@@ -109,6 +113,7 @@ def choose_encoder(
         backbone: The network of a file of weights.
         source: The names of the source.
         channels: Number of channels of the images.
+        splits: Which of them are for training; see `open_source`.
 
     Returns:
         The encoder.
@@ -125,10 +130,12 @@ def choose_encoder(
     for name, following in zip(names, (*names[1:], "")):
         if name == PATCHES and run_folder_of(name) is None:
             return SourceEncoder(
-                name, learn=lambda path: fit_patches_run(source, channels, out=path)
+                name, learn=lambda path: fit_patches_run(source, channels, splits=splits, out=path)
             )
         try:
-            run = open_weights(name, backbone=backbone, source=source, channels=channels)
+            run = open_weights(
+                name, backbone=backbone, source=source, channels=channels, splits=splits
+            )
             return SourceEncoder(name, run)
         except (UsageError, WorkFailed) as error:
             if encoder is not None:

@@ -38,6 +38,7 @@ from simsiam.sources.open_source import Source, absolute_source, open_source
 
 # Images that mean and standard deviation are measured on, spread evenly over the training set.
 STATISTICS_SAMPLE_SIZE = 1000
+SOURCE_SETTINGS = ("init", "channels", "no_labels", "splits")  # needed to open a source
 
 
 def compose_recipe(
@@ -60,14 +61,16 @@ def compose_recipe(
     """
     base, reasons = _named_recipe(recipe)
     names = _source_names(sources) or (list(base.source) if base else ["shapes"])
-    own = {name: getattr(base or Recipe(), name) for name in ("init", "channels", "no_labels")}
+    own = {name: getattr(base or Recipe(), name) for name in SOURCE_SETTINGS}
     settings = Recipe().replace(**{name: overrides.get(name, own[name]) for name in own})
     weights: dict[str, object] = {}
     if settings.init is not None:
         known = {} if base is None or "init" in overrides else {"backbone": base.backbone}
         weights, notes = _describe_init(settings, names, known | dict(overrides))
         settings = settings.replace(channels=weights["channels"])
-    opened = open_source(names, settings.channels, no_labels=settings.no_labels)
+    opened = open_source(
+        names, settings.channels, no_labels=settings.no_labels, splits=settings.splits
+    )
     if base is None:
         base, reasons = choose_recipe(names, opened)
     if weights:
@@ -106,6 +109,7 @@ def _describe_init(
         backbone=None if backbone is None else str(backbone),
         source=sources,
         channels=settings.channels,
+        splits=settings.splits,
     )
     own = Run(folder).recipe
     stem = own.stem or default_stem(own.image_size)
@@ -152,6 +156,7 @@ def open_run_source(
     source: str | os.PathLike[str] | Sequence[str] | None = None,
     *,
     no_labels: bool = False,
+    splits: Sequence[str] | None = None,
 ) -> Source:
     """Open the images that a run was trained on, or others, for its backbone.
 
@@ -159,6 +164,8 @@ def open_run_source(
         recipe: The recipe of the run.
         source: Other images; by default the run's own, without labels if it was trained so.
         no_labels: Whether to ignore the labels.
+        splits: Which folder or shard is which split; by default as in training for the run's own
+            images, decided by names for others.
 
     Raises:
         UsageError: The source cannot be opened, or has no images.
@@ -167,7 +174,8 @@ def open_run_source(
         raise UsageError("these weights were not trained here and have no images: give SOURCE")
     if not source:
         source, no_labels = recipe.source, no_labels or recipe.no_labels
-    return open_source(source, recipe.channels, no_labels=no_labels)
+        splits = splits or recipe.splits
+    return open_source(source, recipe.channels, no_labels=no_labels, splits=splits)
 
 
 def _named_recipe(recipe: str | Recipe | None) -> tuple[Recipe | None, list[str]]:

@@ -40,6 +40,7 @@ def write_shards(
     per_shard: int = 10_000,
     channels: int = 3,
     no_labels: bool = False,
+    splits: Sequence[str] | None = None,
 ) -> Path:
     """Write the images of a source, in its order, as shards into a new folder.
 
@@ -54,6 +55,7 @@ def write_shards(
         per_shard: Number of images in a shard.
         channels: Number of channels that images will be decoded to.
         no_labels: Whether to leave out the labels.
+        splits: Which folder or shard is which split; see `open_source`.
 
     Returns:
         The folder.
@@ -71,18 +73,18 @@ def write_shards(
         raise UsageError(
             f"{printable(str(folder))} exists and is not written over: choose another --out"
         )
-    splits = open_source(sources, channels, no_labels=no_labels).splits
+    opened = open_source(sources, channels, no_labels=no_labels, splits=splits).splits
     work = folder.with_name(folder.name + ".parts")
     job = {
         "format": format,
         "per_shard": per_shard,
         "channels": channels,
         "no_labels": no_labels,
-        "images": fingerprint(list(splits.values())),
+        "images": fingerprint(list(opened.values())),
     }
     with exclusive_lock(work / ".lock", str(folder)):
         start_or_continue_job(work, job)
-        shards = _plan_shards(splits, work, format, per_shard)
+        shards = _plan_shards(opened, work, format, per_shard)
         missing = [
             (shard.images, shard.path, shard.start)
             for shard in shards
@@ -128,7 +130,9 @@ def _finish_shards(shards: Sequence[_Shard], work: Path, format: str) -> None:
             f"none of the {len(lines)} images can be read; the first, {' '.join(lines[0].split())}"
         )
     if format == "tar":
-        files = [ShardFile(str(s.path), s.path.stat().st_size, "", s.split) for s in shards]
+        files = [
+            ShardFile(str(s.path), s.path.stat().st_size, "", s.split, s.path.name) for s in shards
+        ]
         write_sidecar_catalog(work, files)
     if lines:
         with atomic_write(work / LEFT_OUT_FILE) as part:

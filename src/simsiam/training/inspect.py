@@ -116,6 +116,7 @@ class SourceFacts(TypedDict, total=False):
     """All facts about a source."""
 
     source: str
+    notes: list[str]  # what names decided, and which images are left out
     images: ImageFacts
     sizes: SizeFacts
     formats: FormatFacts
@@ -132,6 +133,7 @@ def inspect(
     *,
     channels: int = 3,
     no_labels: bool = False,
+    splits: Sequence[str] | None = None,
     out: str | os.PathLike[str] | None = None,
 ) -> SourceFacts:
     """Print what a source contains, the recipe it gets, and how long training takes here.
@@ -143,6 +145,7 @@ def inspect(
         sources: One or several sources, as for `pretrain`.
         channels: The number of channels that images are decoded to.
         no_labels: Whether to ignore the labels.
+        splits: Which folder or shard is which split; see `open_source`.
         out: A JSON file for the facts.
 
     Returns:
@@ -155,9 +158,9 @@ def inspect(
     path = check_out_file(out)
     names = source_names(sources)
     channels = Recipe().replace(channels=channels).channels
-    source = open_source(names, channels, no_labels=no_labels)
+    source = open_source(names, channels, no_labels=no_labels, splits=splits)
     index = load_index(names, source, channels)
-    facts: SourceFacts = {"source": source.name}
+    facts: SourceFacts = {"source": source.name, "notes": list(source.notes)}
 
     def add(new: SourceFacts) -> None:
         facts.update(new)
@@ -168,7 +171,7 @@ def inspect(
     try:
         recipe, (chosen, *reasons) = choose_recipe(names, source)
         add({"recipe": {"chosen": chosen, "because": reasons}})
-        recipe = recipe.replace(source=names, channels=channels, no_labels=no_labels)
+        recipe = recipe.replace(source=names, channels=channels, no_labels=no_labels, splits=splits)
         colors = color_statistics(names, source, recipe, index)
         add({"colors": colors})
         recipe = recipe.replace(mean=colors["mean"], std=colors["std"])
@@ -296,7 +299,8 @@ def color_statistics(
     """
     known = recipes.CHANNEL_STATISTICS.get(names[0]) if len(names) == 1 else None
     mean, std = known or index.get_or_measure(
-        f"colors at {recipe.image_size} px", lambda: _measure_statistics(source.train, recipe)
+        f"colors of {len(source.train)} images at {recipe.image_size} px",
+        lambda: _measure_statistics(source.train, recipe),
     )
     return {"mean": list(mean), "std": list(std), "measured": not known}
 
