@@ -449,9 +449,8 @@ def _open_tree(
             and canonical_split(os.fsdecode(first.dictionary[0].as_py())) != "train"
         ):
             depth, first = depth + 1, path_component(keys, depth + 1)
-    every_row = np.arange(len(keys))
     chosen = given_parts(keys, options.splits, depth) or named_parts(first, depth)
-    used = chosen or [SplitPart("train", every_row, depth)]
+    used = chosen or [SplitPart("train", np.arange(len(keys)), depth)]
     parts = {
         split: _merge_parts(keys, same, make_storage)
         for split in SPLITS
@@ -459,8 +458,10 @@ def _open_tree(
     }
     source = _build_source(path, parts, options)
     classes = source.train.classes
-    left_out = np.setdiff1d(every_row, np.concatenate([part.rows for part in used]))
-    notes = note_left_out(keys, left_out, depth, given=options.splits is not None)
+    left_out = np.ones(len(keys), bool)
+    for part in used:
+        left_out[part.rows] = False
+    notes = note_left_out(keys, np.flatnonzero(left_out), depth, given=options.splits is not None)
     if not chosen:
         notes += note_split_like(keys, depth, labeled=bool(classes))
     return replace(source, notes=(*notes, *note_folder_labels(classes)))

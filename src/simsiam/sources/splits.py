@@ -335,12 +335,13 @@ def note_split_like(keys: pa.Array, depth: int, labeled: bool) -> list[str]:
     Returns:
         One line; none if there are no such folders.
     """
-    outer = "^" + "[^/]*/" * depth
-    found, pattern = set[bytes](), rf"(?i){outer}(?P<folder>(?:[^/]*/)*?{SPLIT_LIKE})/"
+    outer, places = "[^/]*/" * depth, set[bytes | None]()
     for start in range(0, len(keys), NAME_CHUNK):
-        matches = pc.extract_regex(keys[start : start + NAME_CHUNK], pattern)
-        found |= set(pc.unique(matches.flatten()[0]).to_pylist())
-    folders = sorted(map(os.fsdecode, found - {None}), key=lambda name: (name.count("/"), name))
+        matches = pc.extract_regex(keys[start : start + NAME_CHUNK], "^(?P<folder>.*/)")
+        places |= set(pc.unique(matches.flatten()[0]).to_pylist())
+    pattern = re.compile(rf"(?i){outer}(?P<folder>(?:[^/]*/)*?{SPLIT_LIKE})/")
+    found = [pattern.match(os.fsdecode(place)) for place in places if place]
+    folders = sorted({match["folder"] for match in found if match}, key=_by_depth)
     if not folders:
         return []
     ignore = ", --no-labels ignores the names" if labeled and "/" not in folders[0] else ""
@@ -348,6 +349,10 @@ def note_split_like(keys: pa.Array, depth: int, labeled: bool) -> list[str]:
         f"folders with names like splits that are not taken as splits: {join_names(folders)}; "
         f"--splits {_suggest_places(folders)} makes them splits{ignore}"
     ]
+
+
+def _by_depth(folder: str) -> tuple[int, str]:
+    return folder.count("/"), folder
 
 
 def _suggest_places(folders: Sequence[str]) -> str:
