@@ -725,6 +725,27 @@ MUTATIONS = [
         "splits.py::test_a_run_keeps_its_splits",
     ),
     m(
+        "write names as a terminal shows them",
+        "embeddings/embed",
+        '"path": pa.array([utf8_name(images.keys[i])',
+        '"path": pa.array([printable(images.keys[i])',
+        "names.py::test_an_embedding_holds_the_names_that_open_the_files",
+    ),
+    m(
+        "let a name control the terminal",
+        "embeddings/neighbors",
+        'printable(f"{x.cosine:6.3f}',
+        'str(f"{x.cosine:6.3f}',
+        "names.py::test_terminals_and_pages_show_control_characters_escaped",
+    ),
+    m(
+        "only the exact spelling",
+        "embeddings/table",
+        "return exact or self",
+        "return exact or [] and self",
+        "names.py::test_a_name_is_found_as_a_user_types_it",
+    ),
+    m(
         "a copy of each equal image",
         "sources/open_source",
         '{"metadata": parquet.metadata, "read_dictionary": [image]}',

@@ -1,9 +1,15 @@
 """Errors of users and of work, as one line: what was given, what is allowed, what to do."""
 
+import re
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from math import inf
 
+# Control characters, separators of lines and paragraphs, characters that change the direction of
+# writing, and surrogates, which stand for bytes that are not UTF-8.
+CONTROL_CHARACTERS = re.compile(
+    r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
 MAX_VALUE_CHARS = 200  # characters of a wrong value that an error repeats
 
 
@@ -68,17 +74,17 @@ def truncate(value: object, formatter: Callable[[object], str] = str) -> str:
 
 
 def printable(name: str) -> str:
-    """Escape what is not printable in a file name: line breaks, terminal escapes, wrong UTF-8.
+    """Escape what could control a terminal or a page: line breaks, escape codes, wrong UTF-8.
+
+    Only what a person reads is escaped, never what a program reads: files hold the true names.
 
     Args:
-        name: The name.
+        name: The name of a file, or any text.
 
     Returns:
-        One printable line.
+        One line. Letters, spaces of any width and marks of any language stay as they are.
     """
-    if name.isprintable():
-        return name
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+    return CONTROL_CHARACTERS.sub(lambda c: c[0].encode("unicode_escape").decode(), name)
 
 
 def check_ranges(instance: object, **ranges: tuple[float, float]) -> None:

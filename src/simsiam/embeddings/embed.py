@@ -43,6 +43,7 @@ from simsiam.runs.encoder import eval_transform, load, weight_digests
 from simsiam.runs.run_folder import Run
 from simsiam.runs.weights import open_weights
 from simsiam.utils.files import atomic_write, exclusive_lock, start_or_continue_job, write_csv
+from simsiam.utils.names import utf8_name
 from simsiam.utils.progress_bar import progress_bar
 
 PART_SIZE = 2048  # images per part: the most that is lost if the process is killed; a row group
@@ -225,7 +226,8 @@ def merge_parts(
         for entry in json.loads(pq.read_schema(part).metadata[b"unreadable"])
     ]
     if unreadable:
-        first = f"the first, {unreadable[0][0]}: {unreadable[0][1]}"
+        key, reason = unreadable[0]
+        first = f"the first, {printable(key)}: {reason}"
         if len(unreadable) == num_images:
             shutil.rmtree(work)
             raise WorkFailed(f"none of the {num_images} images can be read; {first}")
@@ -312,11 +314,11 @@ def embed_images(
     advance(len(skipped))
     h = torch.cat(vectors)
     columns = {
-        "path": pa.array([printable(images.keys[i]) for i in rows], pa.string()),
+        "path": pa.array([utf8_name(images.keys[i]) for i in rows], pa.string()),
         "vector": pa.FixedSizeListArray.from_arrays(pa.array(h.flatten().numpy()), h.shape[1]),
         "thumbnail": pa.array(thumbnails, pa.binary()),
     }
-    return rows, pa.table(columns), [(printable(key), reason) for key, reason in skipped]
+    return rows, pa.table(columns), skipped
 
 
 def _iter_inputs(
@@ -345,7 +347,7 @@ def label_names(images: Images) -> list[str] | None:
     """
     if images.labels is None:
         return None
-    names = [*map(printable, images.classes)]
+    names = [*map(utf8_name, images.classes)]
     return [names[label] for label in images.labels]
 
 

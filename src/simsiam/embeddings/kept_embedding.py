@@ -37,7 +37,7 @@ from simsiam.sources.open_source import Source, absolute_source
 from simsiam.utils.files import atomic_write, cache_dir, file_lock, remove_stale_parts
 from simsiam.utils.progress_bar import progress_bar
 
-ENTRY_VERSION = 1  # of the folders in the cache
+ENTRY_VERSION = 2  # of the folders in the cache
 PRIVATE = 0o700  # thumbnails of a user's images are not for other users
 NOTHING = STAMP_SCHEMA.empty_table()
 
@@ -245,7 +245,7 @@ def _update(
     positions = np.concatenate([kept, *(part for part, _ in added)])
     if unreadable:
         key, reason = unreadable[0]
-        text = f"images cannot be read; the first, {key}: {reason}"
+        text = f"images cannot be read; the first, {printable(key)}: {reason}"
         if not len(positions):
             raise WorkFailed(f"none of the {len(images):,} {text}")
         _say(f"{len(unreadable):,} of {len(images):,} {text}")

@@ -24,6 +24,7 @@ from simsiam.runs.run_folder import Run
 from simsiam.runs.weights import PATCHES, open_weights, run_folder_of
 from simsiam.sources.open_source import open_source
 from simsiam.utils.files import check_writable, writable_cache
+from simsiam.utils.names import normalize_name
 
 # The commands' help names license and size.
 DEFAULT_ENCODERS = ("timm:vit_small_patch16_224.dino", "lite0", PATCHES)
@@ -149,8 +150,9 @@ def _check_query(query: str, splits: Sequence[Images]) -> None:
     """Raise UsageError if there is no such image, before all images are embedded."""
     if os.path.isfile(query):
         return
-    keys = (printable(key) for images in splits for key in images.keys)
-    if not any(query in (key, key.rpartition("/")[2]) for key in keys):
+    name = normalize_name(query)
+    keys = (normalize_name(key) for images in splits for key in images.keys)
+    if not any(name in (key, key.rpartition("/")[2]) for key in keys):
         raise UsageError(
             f"no image {printable(query)}: it is neither a file nor the path or name of an image "
             f"of the source, such as {printable(splits[0].keys[0])}"
@@ -164,10 +166,10 @@ def _find_query(query: str, splits: Sequence[Images], images: Embeddings) -> Que
             if isinstance(storage, FolderFiles):
                 path = os.path.abspath(query)
                 below = os.path.relpath(path, os.path.abspath(storage.folder))
-                for name in map(printable, (below, path)):  # lists may have absolute paths
-                    (position, *_) = images.positions_by_name.get(name, [-1])
-                    if position >= 0 and images.paths[position] == name:
-                        return Query(query, images.vectors[position], position)
-        if query not in images.positions_by_name:
+                for name in (below, path):  # lists may have absolute paths
+                    for position in images.positions(name):
+                        if normalize_name(images.paths[position]) == normalize_name(name):
+                            return Query(query, images.vectors[position], position)
+        if not images.positions(query):
             return embed_query(query, str(images.metadata["run"]))
     return find_query(query, images)

@@ -13,6 +13,7 @@ from simsiam.data.decode import Unreadable
 from simsiam.data.images import Images, measure_sizes
 from simsiam.errors import WorkFailed, printable
 from simsiam.pages.preview import to_rgb
+from simsiam.utils.names import utf8_name
 from simsiam.utils.workers import CPU_CORES
 
 # Sides of a thumbnail in pixels: the largest with which all of them have at most
@@ -41,7 +42,7 @@ class Gallery:
 class GalleryData(TypedDict):
     """A gallery as the page reads it."""
 
-    names: list[str]
+    names: list[str]  # true names: a list of them can be downloaded
     labels: list[int] | None
     classes: list[str]
     side: int  # of a thumbnail in pixels
@@ -115,7 +116,7 @@ def encode_gallery(gallery: Gallery, limit_bytes: int) -> GalleryData:
         if sum(map(len, encoded)) <= limit_bytes:
             break
     return {
-        "names": [printable(images.keys[i]) for i in range(len(images))],
+        "names": [utf8_name(images.keys[i]) for i in range(len(images))],
         "labels": None if images.labels is None else images.labels.tolist(),
         "classes": [printable(name) for name in images.classes],
         "side": side,

@@ -38,7 +38,7 @@ from simsiam.data.shards import (
     uncompressed_sizes,
 )
 from simsiam.data.storage import MAX_FILE_BYTES, Names
-from simsiam.errors import UsageError, WorkFailed, printable
+from simsiam.errors import UsageError, WorkFailed
 from simsiam.utils.files import atomic_write, cache_dir, file_lock
 from simsiam.utils.workers import parallel_map_with_progress
 
@@ -222,7 +222,7 @@ def write_sidecar_catalog(folder: Path, files: Sequence[ShardFile]) -> None:
         WorkFailed: A tar cannot be read.
     """
     cache_key: CacheKey = [CATALOG_VERSION]
-    cache_key += [[printable_name(file.path), file.size, "", file.split] for file in files]
+    cache_key += [[file.name, file.size, "", file.split] for file in files]
     _build_catalog(folder / CATALOG_FILE, files, cache_key, None, [])
 
 
@@ -324,9 +324,7 @@ def _check_sidecar(
     for name, (size, batch) in batches.items():
         if sizes.get(name) != size:
             state = f"has {sizes[name]:,} bytes, not {size:,}" if name in sizes else "is not there"
-            notes.append(
-                (printable(name), f"{state}: of its {len(batch):,} images, some or all are lost")
-            )
+            notes.append((name, f"{state}: of its {len(batch):,} images, some or all are lost"))
     if notes or batches.keys() != sizes.keys() or version != CATALOG_VERSION:
         return None
     ordered = [batches[name][1] for name in sizes]
@@ -513,7 +511,7 @@ def _scan_tar(file: ShardFile) -> tuple[pa.Table, list[tuple[str, str]]]:
     writes. Without these, a folder in the tar is the label.
     """
     scan, notes = _TarScan(os.fsencode(file.name)), list[tuple[str, str]]()
-    name, end = printable_name(file.path), 0
+    name, end = file.name, 0
     try:
         with open_file(file.path) as opened:
             for info in iter_tar_members(opened):

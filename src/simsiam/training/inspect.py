@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 from simsiam.config import recipes
 from simsiam.config.recipes import Recipe, ResolvedRecipe
 from simsiam.data.images import Images
-from simsiam.errors import UsageError, WorkFailed, printable
+from simsiam.errors import UsageError, WorkFailed
 from simsiam.runs.choose import choose_recipe
 from simsiam.sources.file_index import Index, load_index
 from simsiam.sources.open_source import Source, open_source
@@ -195,7 +195,7 @@ def dataset_facts(source: Source, index: Index) -> SourceFacts:
     table = index.table
     readable = pc.equal(table["reason"], "").to_numpy()
     unreadable = table.select(["key", "reason"]).filter(pa.array(~readable))
-    reasons = [[_printable_key(key), reason.as_py()] for key, reason in zip(*unreadable.columns)]
+    reasons = [[_name(key), reason.as_py()] for key, reason in zip(*unreadable.columns)]
     splits = {name: len(images) for name, images in source.splits.items()}
     return {
         "images": {"count": len(table), "bytes": pc.sum(table["bytes"]).as_py(), "splits": splits},
@@ -209,8 +209,8 @@ def dataset_facts(source: Source, index: Index) -> SourceFacts:
     }
 
 
-def _printable_key(key: pa.Scalar) -> str:
-    return printable(os.fsdecode(key.as_py()))
+def _name(key: pa.Scalar) -> str:
+    return os.fsdecode(key.as_py())
 
 
 def _size_facts(height: np.ndarray, width: np.ndarray) -> SizeFacts:
@@ -236,7 +236,7 @@ def _file_format_facts(table: pa.Table, readable: np.ndarray) -> FormatFacts:
     rows = np.flatnonzero(table["misnamed"].to_numpy() & readable).tolist()
     return {
         "counts": {entry["values"]: entry["counts"] for entry in counts},
-        "misnamed": [[_printable_key(table["key"][i]), table["format"][i].as_py()] for i in rows],
+        "misnamed": [[_name(table["key"][i]), table["format"][i].as_py()] for i in rows],
     }
 
 
@@ -248,7 +248,7 @@ def _label_facts(source: Source) -> LabelFacts:
         return {}
     split, images = next(iter(labeled.items()))
     counts = np.bincount(np.asarray(images.labels), minlength=len(images.classes)).tolist()
-    classes = dict(zip(map(printable, images.classes), counts))
+    classes = dict(zip(images.classes, counts))
     return {"splits": list(labeled), "counted_in": split, "classes": classes}
 
 
@@ -275,7 +275,7 @@ def _duplicate_facts(
     )
     return {
         "copies": sum(map(len, groups)) - len(groups),
-        "groups": [[_printable_key(table["key"][i]) for i in rows] for rows in groups],
+        "groups": [[_name(table["key"][i]) for i in rows] for rows in groups],
         "shared": [[names[a], names[b], count] for (a, b), count in sorted(pairs.items())],
     }
 
