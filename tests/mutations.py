@@ -725,6 +725,20 @@ MUTATIONS = [
         "splits.py::test_a_run_keeps_its_splits",
     ),
     m(
+        "no reason why no image can be read",
+        "errors",
+        "the first, {printable(name)}: {reason}",
+        "the first",
+        "cli.py::test_where_no_image_can_be_read_the_first_and_the_reason_are_named[list-pretrain]",
+    ),
+    m(
+        "read UTF-16 as UTF-8",
+        "utils/names",
+        "data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))",
+        "False",
+        "sources.py::test_a_list_may_be_in_utf16_or_have_spaces_before_its_labels",
+    ),
+    m(
         "write names as a terminal shows them",
         "embeddings/embed",
         '"path": pa.array([utf8_name(images.keys[i])',

@@ -416,7 +416,7 @@ def test_a_hub_that_cannot_be_reached_is_not_asked_again_and_again(monkeypatch):
             "no image none.png: it is neither a file nor the path",
         ),
         ("{photos} {photos}/text.png --encoder {run}", "text.png cannot be read"),
-        ("nowhere 04.png --encoder {run}", "unknown source 'nowhere'"),
+        ("nowhere 04.png --encoder {run}", "no such file or folder: nowhere"),
         ("{photos}/few 04.png --encoder patches", "patches cannot be learned from these images"),
     ],
 )

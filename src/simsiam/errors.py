@@ -39,6 +39,23 @@ class Stopped(RuntimeError):
         self.signum = signum
 
 
+def none_readable(count: int, name: str, reason: str, kind: str = "images") -> WorkFailed:
+    """Make the error for images of which none can be read.
+
+    Args:
+        count: The number of images.
+        name: The name of the first.
+        reason: Why it cannot be read.
+        kind: What the images are.
+
+    Returns:
+        The error, for the caller to raise.
+    """
+    return WorkFailed(
+        f"none of the {count:,} {kind} can be read; the first, {printable(name)}: {reason}"
+    )
+
+
 def unknown_name(kind: str, value: object, allowed: Iterable[str]) -> UsageError:
     """Make the error for a name that is not in a list; it suggests the nearest name.
 
@@ -51,9 +68,24 @@ def unknown_name(kind: str, value: object, allowed: Iterable[str]) -> UsageError
         The error, for the caller to raise.
     """
     names, text = sorted(allowed), truncate(value)
-    nearest = get_close_matches(text, names, n=1)
-    hint = f"did you mean {nearest[0]!r}?" if nearest else f"choose from {', '.join(names)}"
+    nearest = nearest_name(text, names)
+    hint = f"choose from {', '.join(names)}" if nearest is None else f"did you mean {nearest!r}?"
     return UsageError(f"unknown {kind} {text!r}: {hint}")
+
+
+def nearest_name(name: str, names: Iterable[str]) -> str | None:
+    """Find the name that a wrong one may have been meant to be.
+
+    Args:
+        name: The wrong name.
+        names: The names that exist.
+
+    Returns:
+        The most similar name in upper or lower case; None if none is similar.
+    """
+    lower = {known.lower(): known for known in names}
+    nearest = get_close_matches(name.lower(), lower, n=1)
+    return lower[nearest[0]] if nearest else None
 
 
 def truncate(value: object, formatter: Callable[[object], str] = str) -> str:

@@ -31,6 +31,8 @@ from simsiam.utils.names import find_spelling
 from simsiam.utils.workers import parallel_map
 
 MAX_FILE_BYTES = 2**30  # limit for one image file in an archive or tar, and for one row group
+# Of a null in Parquet.
+NO_BYTES = "no image in this row: Parquet needs the bytes of image files, not only their paths"
 STATUS_CHUNK = 10_000  # file names that are Python objects at the same time
 
 Indices: TypeAlias = np.ndarray | slice | Sequence[int]  # what selects rows of a NumPy array
@@ -176,8 +178,10 @@ class EncodedColumn(Column[bytes | None], Storage):
     """Image files in memory, as values of an Arrow column of bytes."""
 
     def file(self, i: int) -> bytes:
-        """Return the content of image i; b"" for a null, which is a row without an image."""
-        return self[i] or b""
+        """Return the content of image i. Raises Unreadable for a row without an image."""
+        if (data := self[i]) is None:
+            raise Unreadable(NO_BYTES)
+        return data
 
     @property
     def in_containers(self) -> bool:

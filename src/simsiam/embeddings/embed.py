@@ -34,7 +34,7 @@ from simsiam.distributed.process_group import (
     rank_zero_only,
     world_size,
 )
-from simsiam.errors import UsageError, WorkFailed, check_ranges, printable
+from simsiam.errors import UsageError, check_ranges, none_readable, printable
 from simsiam.model.backbones import feature_dim
 from simsiam.model.precision import Compute
 from simsiam.monitoring.features import compute_outputs
@@ -227,11 +227,11 @@ def merge_parts(
     ]
     if unreadable:
         key, reason = unreadable[0]
-        first = f"the first, {printable(key)}: {reason}"
         if len(unreadable) == num_images:
             shutil.rmtree(work)
-            raise WorkFailed(f"none of the {num_images} images can be read; {first}")
-        print(f"{len(unreadable)} of {num_images} images cannot be read; {first}", file=sys.stderr)
+            raise none_readable(num_images, key, reason)
+        counts = f"{len(unreadable):,} of {num_images:,} images cannot be read"
+        print(f"{counts}; the first, {printable(key)}: {reason}", file=sys.stderr)
     writer(parts, path, json.dumps({**metadata, "unreadable": unreadable}))
     shutil.rmtree(work)
 

@@ -177,6 +177,11 @@ def table_to_embeddings(table: pa.Table) -> Embeddings:
 def _read_table(path: Path) -> pa.Table:
     """The table of a file or folder, its columns checked."""
     files = [Path(file) for file in find_shards(str(path))] if path.is_dir() else [path]
+    if not files:
+        raise UsageError(
+            f"{path} has no file of embeddings: `simsiam embed RUN SOURCE --out FILE.parquet` "
+            "writes one"
+        )
     try:
         table = pa.concat_tables(
             [pq.ParquetFile(file, page_checksum_verification=True).read() for file in files]
@@ -184,7 +189,7 @@ def _read_table(path: Path) -> pa.Table:
         for name in {"path", "label"} & set(table.column_names):
             table[name].cast(pa.string())
     except (pa.ArrowException, OSError) as error:
-        reason = " ".join(str(error).split())[:160] or "the folder has no such file"
+        reason = " ".join(str(error).split())[:160]
         raise UsageError(f"{path} is not a Parquet file of `simsiam embed`: {reason}") from None
     for name in ("path", "vector"):
         if name not in table.column_names:

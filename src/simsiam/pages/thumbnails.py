@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 
 from simsiam.data.decode import Unreadable
 from simsiam.data.images import Images, measure_sizes
-from simsiam.errors import WorkFailed, printable
+from simsiam.errors import none_readable, printable
 from simsiam.pages.preview import to_rgb
 from simsiam.utils.names import utf8_name
 from simsiam.utils.workers import CPU_CORES
@@ -73,10 +73,7 @@ def build_gallery(images: Images) -> Gallery:
         results = list(pool.map(make_thumbnail, range(len(images))))
     readable = [i for i, result in enumerate(results) if isinstance(result, np.ndarray)]
     if not readable:
-        raise WorkFailed(
-            f"none of the {len(images)} images can be read; the first, "
-            f"{printable(images.keys[0])}: {results[0]}"
-        )
+        raise none_readable(len(images), images.keys[0], str(results[0]))
     thumbnails = [result for result in results if isinstance(result, np.ndarray)]
     pixelated = bool(len(sizes)) and bool((sizes == side).all())
     images = images.take(np.array(readable))

@@ -22,7 +22,7 @@ from simsiam.config.recipes import (
 from simsiam.config.settings import parse_value
 from simsiam.data.images import Images, quick_sample
 from simsiam.data.transform import Transform, iter_crops
-from simsiam.errors import UsageError, unknown_name
+from simsiam.errors import UsageError, none_readable, unknown_name
 from simsiam.model.backbones import RESNETS, input_size
 from simsiam.model.siamese import check_names
 from simsiam.runs.choose import choose_recipe
@@ -57,7 +57,8 @@ def compose_recipe(
         The recipe, the opened source, and lines that say where the recipe comes from.
 
     Raises:
-        UsageError: A name is unknown, a setting is wrong, or no image can be read.
+        UsageError: A name is unknown, or a setting is wrong.
+        WorkFailed: No image can be read.
     """
     base, reasons = _named_recipe(recipe)
     names = _source_names(sources) or (list(base.source) if base else ["shapes"])
@@ -211,17 +212,18 @@ def channel_statistics(
         Means and standard deviations, in 0..1.
 
     Raises:
-        UsageError: None of these images can be read.
+        WorkFailed: None of these images can be read.
     """
     transform = Transform(size=image_size, mean=(0.0,), std=(1.0,))
     count = 0
     total, squares = torch.zeros(channels).double(), torch.zeros(channels).double()
-    for _, pixels in iter_crops(quick_sample(images, STATISTICS_SAMPLE_SIZE), transform, []):
+    sampled, skipped = quick_sample(images, STATISTICS_SAMPLE_SIZE), list[tuple[str, str]]()
+    for _, pixels in iter_crops(sampled, transform, skipped):
         x = transform.normalize(pixels).double().movedim(1, 0).flatten(1)
         count, total, squares = count + x.shape[1], total + x.sum(1), squares + x.square().sum(1)
     if not count:
-        sample_size = min(len(images), STATISTICS_SAMPLE_SIZE)
-        raise UsageError(f"none of {sample_size} sampled images can be read")
+        kind = "images" if len(sampled) == len(images) else "images of a sample"
+        raise none_readable(len(sampled), *skipped[0], kind)
     mean = total / count
     std = (squares / count - mean.square()).clamp_min(1e-6).sqrt()
     return tuple(round(v, 4) for v in mean.tolist()), tuple(round(v, 4) for v in std.tolist())

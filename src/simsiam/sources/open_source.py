@@ -14,6 +14,7 @@ import zipfile
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
 from http.client import HTTPException
@@ -43,8 +44,16 @@ from simsiam.data.storage import (
     Storage,
     numbered_keys,
 )
-from simsiam.errors import UsageError, WorkFailed, printable, unknown_name
+from simsiam.errors import (
+    UsageError,
+    WorkFailed,
+    nearest_name,
+    printable,
+    truncate,
+    unknown_name,
+)
 from simsiam.sources.catalog import (
+    IMAGE_SUFFIXES,
     ParquetLayout,
     ShardFile,
     detect_parquet_layout,
@@ -68,6 +77,7 @@ from simsiam.sources.splits import (
     path_component,
     shard_splits,
 )
+from simsiam.utils.names import read_list
 
 BUILTIN_SOURCES = ("shapes", "cifar10", "cifar100", "stl10")  # data sets with a name
 SOURCE_KINDS = (
@@ -76,6 +86,10 @@ SOURCE_KINDS = (
 )
 # Bytes of Parquet that are read into memory; larger sources are read a block at a time.
 MAX_RESIDENT_BYTES = 2**30
+# A line of a list in which spaces separate path and label, as Caffe and timm write it.
+SPACED_LABEL = re.compile(
+    rb"(?i)(?P<path>.*(?:%s)) +(?P<label>.*)" % b"|".join(map(re.escape, IMAGE_SUFFIXES))
+)
 NESTED_DEPTH = 3  # folders below a source in which shards are looked for, as in data/CONFIG/train
 
 # What zipfile and tarfile raise.
@@ -146,7 +160,7 @@ def open_source(
       folders, these are the classes.
     - Several folders and image files: one set, with the classes of all folders.
     - List: a .txt with one path per line, relative to the folder of the list, optionally followed
-      by a tab and a label.
+      by a tab or spaces and a label; in UTF-8, or in UTF-16 with a byte order mark.
     - Archive: a .zip or .tar, read in place by the rules of a folder. Folders that contain
       everything else are ignored.
     - Shards: Parquet or .tar files in a folder (or in its folder `data`), local or at a URL that
@@ -222,7 +236,7 @@ def _open_one(text: str, options: _Options) -> Source:
     if is_url(text):
         return _open_shards(text, find_shards(text) or find_nested_shards(text), options)
     if not os.path.exists(text):
-        raise unknown_name("source", text, [*BUILTIN_SOURCES, *SOURCE_KINDS.split(", ")])
+        raise _missing_source_error(text)
     path = Path(text)
     if path.is_dir():
         if shards := find_shards(text):
@@ -290,13 +304,33 @@ def _open_several(texts: list[str], options: _Options) -> Source:
     return replace(source, notes=tuple(note_folder_labels(source.train.classes)))
 
 
+def _missing_source_error(text: str) -> UsageError:
+    """Make the error for a name or path that does not exist; it names the nearest that does."""
+    path = text.rstrip("/")
+    folder, name = os.path.split(path)
+    if os.path.isfile(path):
+        return UsageError(f"{printable(path)} is a file and no folder: leave out the / at the end")
+    while folder and not os.path.isdir(folder):
+        path = folder
+        folder, name = os.path.split(path)
+    names = list(BUILTIN_SOURCES) if path == text else []
+    with suppress(OSError), os.scandir(folder or ".") as entries:
+        names += [entry.name for entry in islice(entries, NAME_CHUNK)]
+    if nearest := nearest_name(name, names):
+        hint = f"did you mean {printable(os.path.join(folder, nearest))}?"
+    else:
+        hint = f"give {', '.join(BUILTIN_SOURCES)}, {SOURCE_KINDS}"
+    return UsageError(f"no such file or folder: {printable(truncate(path))}; {hint}")
+
+
 def _no_image_error(paths: Sequence[str]) -> UsageError:
     """Make the error for places without an image; it counts the files that are there."""
     suffixes = Counter[str]()
     for path in paths:
         for _, _, files in os.walk(path):
             suffixes.update(Path(name).suffix.lower() or "no extension" for name in files)
-    counts = [f"{count:,} {suffix}" for suffix, count in suffixes.most_common()]
+    most_first = sorted(suffixes.items(), key=lambda item: (-item[1], item[0]))
+    counts = [f"{count:,} {suffix}" for suffix, count in most_first]
     there = f"; the files there: {join_names(counts)}" if counts else ""
     place, formats = ", ".join(map(printable, paths)), " ".join(sorted(EXTENSIONS))
     return UsageError(f"no image in {place}: looked for {formats}{there}")
@@ -488,20 +522,27 @@ def _take(keys: pa.Array, rows: np.ndarray) -> pa.Array:
 
 
 def _open_list(path: Path, options: _Options) -> Source:
-    """Open a list: one path per line, optionally followed by a tab and a label."""
-    try:  # some editors write UTF-8's byte order mark first
-        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines()
+    """Open a list: one path per line, optionally followed by a tab or spaces and a label."""
+    try:
+        lines = read_list(path)
     except OSError as error:
         raise WorkFailed(f"cannot read {printable(str(path))}: {error.strerror}") from error
-    rows = [line for line in lines if line.strip()]
-    if not rows:
+    if not lines:
         raise UsageError(f"{printable(str(path))} lists no image: write one path per line")
-    names = Names(_to_arrow(row.partition(b"\t")[0] for row in rows))
+    names = Names(_to_arrow(_split_line(line)[0] for line in lines))
     images = Images(names, FolderFiles(path.absolute().parent, names))
-    labels = _to_arrow(row.partition(b"\t")[2] or None for row in rows)
+    labels = _to_arrow(_split_line(line)[1] or None for line in lines)
     return _build_source(
         path, {"train": (images, *_encode_labels(labels.dictionary_encode()))}, options
     )
+
+
+def _split_line(line: bytes) -> tuple[bytes, bytes]:
+    """Split a line of a list into path and label; spaces end a path only after an extension."""
+    path, _, label = line.partition(b"\t")
+    if not is_image_path(path) and (match := SPACED_LABEL.fullmatch(path)):
+        path, label = match["path"], label or match["label"]
+    return path, label.strip()
 
 
 def _open_archive(path: Path, options: _Options) -> Source:

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from simsiam.data.decode import Unreadable, read_header
 from simsiam.data.images import Images, fingerprint
 from simsiam.data.shards import BLOCK_BYTES
-from simsiam.errors import UsageError, WorkFailed, printable, unknown_name
+from simsiam.errors import UsageError, none_readable, printable, unknown_name
 from simsiam.sources.catalog import ShardFile, write_sidecar_catalog
 from simsiam.sources.open_source import open_source
 from simsiam.utils.files import atomic_write, exclusive_lock, start_or_continue_job
@@ -127,8 +127,8 @@ def _finish_shards(shards: Sequence[_Shard], work: Path, format: str) -> None:
     lines = [line for file in lists for line in read_names(file)]
     if len(lines) == sum(len(shard.images) for shard in shards):
         shutil.rmtree(work)
-        first = printable(lines[0].replace("\t", ": "))
-        raise WorkFailed(f"none of the {len(lines)} images can be read; the first, {first}")
+        name, _, reason = lines[0].partition("\t")
+        raise none_readable(len(lines), name, reason)
     if format == "tar":
         files = [
             ShardFile(str(s.path), s.path.stat().st_size, "", s.split, s.path.name) for s in shards
