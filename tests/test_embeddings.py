@@ -344,7 +344,7 @@ def test_a_few_labels_give_labels_for_all_images_and_an_accuracy(tmp_path, capsy
         ("probe {file} nowhere.csv --out o.csv", "cannot be read"),
         ("embed {run} shapes --out x.txt", "ends in .txt: give a .parquet"),
         ("embed nowhere shapes --out x.parquet", "nowhere is not a run folder"),
-        ("embed {run} nothing --out x.parquet", "unknown source"),
+        ("embed {run} nothing --out x.parquet", "no such file or folder: nothing"),
         ("embed {run} shapes --out x.parquet --limit 0", "limit is 0; it is at least 1"),
         ("embed {run} shapes --out {file}", "not overwritten"),
         ("embed {run} shapes --out {one_npy}", "one.csv exists and is not overwritten"),

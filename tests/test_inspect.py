@@ -380,7 +380,7 @@ def test_the_facts_do_not_depend_on_how_images_are_packed(tmp_path, quick):
                     expected = json.loads(
                         json.dumps(expected).replace(f'"{name}"', f'"{split}#{i}"')
                     )
-        assert facts | {"source": ""} == expected | {"source": ""}
+        assert facts | {"source": "", "notes": []} == expected | {"source": "", "notes": []}
 
 
 def test_another_archive_of_the_same_name_is_noticed(tmp_path):
@@ -559,7 +559,7 @@ def test_text_and_json_agree_in_80_columns(tmp_path, capsys, quick):
     for line in text.splitlines():  # the first column has the names of the facts
         name = line[:12].strip() or name
         printed[name] = f"{printed.get(name, '')} {line[12:].strip()}".strip()
-    assert list(printed) == list(facts)[1:]
+    assert list(printed) == list(facts)[2:]  # not the source and the notes
     least, median, most = facts["sizes"]["shorter_side"]
     (few, many), device = (
         sorted(facts["labels"]["classes"].items(), key=lambda pair: pair[1]),

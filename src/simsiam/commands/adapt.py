@@ -11,6 +11,7 @@ from simsiam.commands.arguments import (
     add_no_labels,
     add_precision,
     add_source,
+    add_splits,
 )
 from simsiam.commands.output import print_lines
 
@@ -45,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--minutes", metavar="N", type=float, help=note)
     add_no_labels(parser)
+    add_splits(parser)
     note = "the run folder to write [runs/SOURCE-adapt-N]"
     parser.add_argument("--out", metavar="RUN", help=note)
     add_channels(parser)

@@ -129,6 +129,16 @@ def add_no_labels(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-labels", action="store_true", help=note)
 
 
+def add_splits(parser: argparse.ArgumentParser) -> None:
+    """Add the flag --splits.
+
+    Args:
+        parser: The verb's parser.
+    """
+    note = Recipe.__dataclass_fields__["splits"].metadata["help"]
+    parser.add_argument("--splits", metavar="NAME=FOLDER", nargs="+", help=note)
+
+
 def add_limit(parser: argparse.ArgumentParser) -> None:
     """Add the flag --limit.
 

@@ -90,6 +90,12 @@ class Recipe:
     no_labels: bool = setting(
         False, "ignore the labels of the source: folder names are then not used as classes"
     )
+    splits: tuple[str, ...] | None = setting(
+        None,
+        "which folder or shard of the source is which split, as in train=A test=B; * stands for "
+        "any characters of a name, and train=. is the whole source [decided by names such as train "
+        "and test]",
+    )
     holdout: int | None = setting(
         None,
         "labeled images kept out of training, to measure kNN accuracy during training "

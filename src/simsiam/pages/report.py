@@ -405,7 +405,8 @@ def add_views_and_maps(
     sources: dict[tuple[object, ...], Source] = {}
     galleries: dict[tuple[object, ...], Gallery] = {}
     for run, summary in runs:
-        key = run.recipe.source, run.recipe.channels, run.recipe.no_labels
+        recipe = run.recipe
+        key = recipe.source, recipe.channels, recipe.no_labels, recipe.splits
         try:
             if key not in sources:
                 sources[key] = open_run_source(run.recipe, no_labels=no_labels)

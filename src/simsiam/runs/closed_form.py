@@ -74,6 +74,7 @@ def fit_patches_run(
     source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     channels: int = 3,
     *,
+    splits: Sequence[str] | None = None,
     out: Path | None = None,
 ) -> Path:
     """Learn patches with their map from a source's own images, and write them to a run folder.
@@ -81,6 +82,7 @@ def fit_patches_run(
     Args:
         source: The source; labels are not used.
         channels: Channels of the images.
+        splits: Which folder or shard is which split; see `open_source`.
         out: A new folder. By default it is in the cache, and reused while no image has changed.
 
     Returns:
@@ -90,7 +92,7 @@ def fit_patches_run(
         UsageError: There are too few images.
     """
     names = [source] if isinstance(source, str | os.PathLike) else list(source)
-    opened = open_source(names, channels, no_labels=True)
+    opened = open_source(names, channels, no_labels=True, splits=splits)
     path = out or cache_dir("patches") / _source_digest(names, opened, channels)
     if not path.exists():
         sample, transform = sample_for_patches(opened.train)
@@ -110,8 +112,10 @@ def fit_patches_run(
 def _source_digest(names: Sequence[str | os.PathLike[str]], source: Source, channels: int) -> str:
     """Digest what changes if an image of a source does: places, names, sizes and times."""
     places = [absolute_source(name) for name in names]
-    containers, stamps = source_stamps(places, list(source.splits.values()))
-    digest = blake2b(repr((places, containers, channels)).encode(), digest_size=8)
+    splits = list(source.splits.values())
+    containers, stamps = source_stamps(places, splits)
+    identity = (places, containers, channels, [len(images) for images in splits])
+    digest = blake2b(repr(identity).encode(), digest_size=8)
     update_with_stamps(digest, stamps)
     return digest.hexdigest()
 

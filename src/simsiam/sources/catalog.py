@@ -38,7 +38,7 @@ from simsiam.data.shards import (
     uncompressed_sizes,
 )
 from simsiam.data.storage import MAX_FILE_BYTES, Names
-from simsiam.errors import UsageError, WorkFailed, printable
+from simsiam.errors import UsageError, WorkFailed
 from simsiam.utils.files import atomic_write, cache_dir, file_lock
 from simsiam.utils.workers import parallel_map_with_progress
 
@@ -65,12 +65,14 @@ class ShardFile(NamedTuple):
         size: Its size in bytes.
         stamp: A text that changes when the file does: its time in ns, or the ETag of a store.
         split: "train", "val" or "test".
+        name: What the keys of its images begin with; its file name, or its path in the source.
     """
 
     path: str
     size: int
     stamp: str
     split: str
+    name: str
 
 
 CacheKey: TypeAlias = list[int | list[str | int]]  # version, and fields of each ShardFile
@@ -118,11 +120,12 @@ class Catalog:
 # --- listing files ------------------------------------------------------------------------------
 
 
-def list_files(folder: str) -> dict[str, tuple[int, str]]:
+def list_files(folder: str, depth: int = 0) -> dict[str, tuple[int, str]]:
     """List the visible files in a folder or under a URL.
 
     Args:
         folder: A folder or a URL.
+        depth: How many folders deep files are listed; 0 for the folder alone.
 
     Returns:
         (size in bytes, stamp) of each file by its path, sorted; {} if there is no such folder.
@@ -130,12 +133,22 @@ def list_files(folder: str) -> dict[str, tuple[int, str]]:
     Raises:
         WorkFailed: A remote folder cannot be listed.
     """
-    if not is_url(folder):
-        with suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
-            visible = [e for e in entries if not e.name.startswith(".") and e.is_file()]
-            stats = sorted((e.path, e.stat()) for e in visible)
-            return {path: (status.st_size, str(status.st_mtime_ns)) for path, status in stats}
-        return {}
+    if is_url(folder):
+        return _list_remote_files(folder, depth)
+    stats = dict[str, tuple[int, str]]()
+    with suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_file():
+                status = entry.stat()
+                stats[entry.path] = status.st_size, str(status.st_mtime_ns)
+            elif depth and entry.is_dir():
+                stats |= list_files(entry.path, depth - 1)
+    return dict(sorted(stats.items()))
+
+
+def _list_remote_files(folder: str, depth: int) -> dict[str, tuple[int, str]]:
     system, path = filesystem(folder)
     try:
         entries = system.ls(path, detail=True)
@@ -143,13 +156,18 @@ def list_files(folder: str) -> dict[str, tuple[int, str]]:
         return {}
     except Exception as error:  # the client of a store may raise anything
         raise read_error(folder, error) from None
-    files = {system.unstrip_protocol(e["name"]): e for e in entries if e["type"] == "file"}
     stamp_names = ("ETag", "mtime", "LastModified", "created")  # names differ between stores
-    return {
-        url: (e["size"], str(next((e[name] for name in stamp_names if e.get(name)), None)))
-        for url, e in sorted(files.items())
-        if not url.rsplit("/", 1)[-1].startswith(".")
-    }
+    stats = dict[str, tuple[int, str]]()
+    for entry in entries:
+        url = system.unstrip_protocol(entry["name"])
+        if url.rstrip("/").rsplit("/", 1)[-1].startswith("."):
+            continue
+        if entry["type"] == "file":
+            stamp = next((entry[name] for name in stamp_names if entry.get(name)), None)
+            stats[url] = entry["size"], str(stamp)
+        elif depth and entry["type"] == "directory":
+            stats |= _list_remote_files(url, depth - 1)
+    return dict(sorted(stats.items()))
 
 
 def load_catalog(
@@ -204,7 +222,7 @@ def write_sidecar_catalog(folder: Path, files: Sequence[ShardFile]) -> None:
         WorkFailed: A tar cannot be read.
     """
     cache_key: CacheKey = [CATALOG_VERSION]
-    cache_key += [[printable_name(file.path), file.size, "", file.split] for file in files]
+    cache_key += [[file.name, file.size, "", file.split] for file in files]
     _build_catalog(folder / CATALOG_FILE, files, cache_key, None, [])
 
 
@@ -306,9 +324,7 @@ def _check_sidecar(
     for name, (size, batch) in batches.items():
         if sizes.get(name) != size:
             state = f"has {sizes[name]:,} bytes, not {size:,}" if name in sizes else "is not there"
-            notes.append(
-                (printable(name), f"{state}: of its {len(batch):,} images, some or all are lost")
-            )
+            notes.append((name, f"{state}: of its {len(batch):,} images, some or all are lost"))
     if notes or batches.keys() != sizes.keys() or version != CATALOG_VERSION:
         return None
     ordered = [batches[name][1] for name in sizes]
@@ -444,7 +460,7 @@ class _TarScan:
     """The images of a tar and their labels, collected member by member."""
 
     def __init__(self, shard: bytes):
-        self.shard = shard  # file name
+        self.shard = shard  # name of the shard
         self.keys, self.labels = list[bytes](), list[bytes | None]()
         self.starts, self.sizes = list[int](), list[int]()
         self.ignored = 0  # members that are neither folders nor plain files inside
@@ -494,8 +510,8 @@ def _scan_tar(file: ShardFile) -> tuple[pa.Table, list[tuple[str, str]]]:
     `.cls` is the label; its `.json` may have `label`, and `path` and `class`, which `simsiam shard`
     writes. Without these, a folder in the tar is the label.
     """
-    scan, notes = _TarScan(os.fsencode(file.path.rsplit("/", 1)[-1])), list[tuple[str, str]]()
-    name, end = printable_name(file.path), 0
+    scan, notes = _TarScan(os.fsencode(file.name)), list[tuple[str, str]]()
+    name, end = file.name, 0
     try:
         with open_file(file.path) as opened:
             for info in iter_tar_members(opened):

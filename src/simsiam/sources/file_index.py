@@ -28,7 +28,12 @@ from simsiam.data.decode import (
 )
 from simsiam.data.images import Images
 from simsiam.data.shards import is_url
-from simsiam.sources.open_source import Source, absolute_source, find_shards
+from simsiam.sources.open_source import (
+    Source,
+    absolute_source,
+    find_nested_shards,
+    find_shards,
+)
 from simsiam.utils.files import atomic_write, cache_dir
 from simsiam.utils.workers import parallel_map
 
@@ -188,7 +193,8 @@ def _container_stamps(paths: Sequence[str]) -> list[ContainerStamp]:
     stamps: list[ContainerStamp] = []
     for path in paths:
         if is_url(path) or os.path.isdir(path):
-            stamps += [[file, time, size] for file, (size, time) in find_shards(path).items()]
+            shards = find_shards(path) or find_nested_shards(path)
+            stamps += [[file, time, size] for file, (size, time) in shards.items()]
         elif os.path.isfile(path):
             status = os.stat(path)
             stamps.append([path, str(status.st_mtime_ns), status.st_size])

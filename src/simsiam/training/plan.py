@@ -7,7 +7,6 @@ Sizes are counted on the model itself. The speed is measured on this machine or 
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
@@ -22,7 +21,7 @@ from simsiam.config.recipes import Recipe, ResolvedRecipe
 from simsiam.data.batches import steps_per_epoch
 from simsiam.data.decode import Unreadable
 from simsiam.data.images import Images, measure_sizes, quick_sample
-from simsiam.errors import UsageError, WorkFailed, printable
+from simsiam.errors import UsageError, none_readable, printable
 from simsiam.model.memory import activation_bytes, build_on_meta
 from simsiam.model.precision import Compute
 from simsiam.model.targets import eta_bytes
@@ -271,13 +270,15 @@ def mean_file_bytes(images: Images) -> float:
     """
     if images.pixels is not None:
         return images.pixels[0].nbytes
-    sizes, sampled = [], quick_sample(images, FILE_SAMPLE_SIZE)
+    sizes, sampled, reasons = [], quick_sample(images, FILE_SAMPLE_SIZE), list[str]()
     for i in range(len(sampled)):
-        with suppress(Unreadable, OSError):
+        try:
             file = sampled.file(i)
             sizes.append(len(file) if isinstance(file, bytes) else os.path.getsize(file))
+        except (Unreadable, OSError) as error:
+            reasons.append(getattr(error, "strerror", None) or str(error))
     if not sizes:
-        raise WorkFailed(f"none of {len(sampled)} sampled images can be read")
+        raise none_readable(len(sampled), sampled.keys[0], reasons[0], "images of a sample")
     return sum(sizes) / len(sizes)
 
 

@@ -53,6 +53,7 @@ def adapt(
     backbone: str | None = None,
     minutes: float | None = None,
     no_labels: bool = False,
+    splits: Sequence[str] | None = None,
     out: str | os.PathLike[str] | None = None,
     channels: int = 3,
     limit: int | None = None,
@@ -69,6 +70,7 @@ def adapt(
         backbone: The network, if `init` is a file of weights.
         minutes: Time limit; what does not fit is left out, which is printed.
         no_labels: Whether to ignore labels. They are never used to choose.
+        splits: Which folder or shard is which split; see `open_source`.
         out: The run folder; it must not exist.
         channels: Channels of the images.
         limit: Use only this many images.
@@ -90,16 +92,19 @@ def adapt(
     if minutes is not None and not minutes > 0:
         raise UsageError(f"minutes is {minutes}: give a number above 0")
     names = [source] if isinstance(source, str | os.PathLike) else list(source)
-    opened = open_source(names, channels, no_labels=no_labels)
+    opened = open_source(names, channels, no_labels=no_labels, splits=splits)
     images = sample(opened.train, limit)
     compute = Compute.pick(device, precision)
     network = None
     if init is None:
         chosen, transform = sample_for_patches(images, seed=seed)
-        recipe = encoder_recipe(names, channels, transform)
+        recipe = encoder_recipe(names, channels, transform).replace(splits=splits)
     else:
-        run = Run(open_weights(init, backbone=backbone, source=names, channels=channels))
-        recipe = run.recipe.replace(source=[absolute_source(name) for name in names])
+        run = Run(
+            open_weights(init, backbone=backbone, source=names, channels=channels, splits=splits)
+        )
+        absolute_names = [absolute_source(name) for name in names]
+        recipe = run.recipe.replace(source=absolute_names, splits=splits)
         network, transform = load(run.path, head=False), eval_transform(recipe)
         chosen = read_sample(images, transform.resize, seed=seed)
     path = choose_run_path(out, f"{opened.name}-adapt", recipe)
