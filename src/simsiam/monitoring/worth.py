@@ -21,6 +21,7 @@ from simsiam.distributed.process_group import rank_zero_only
 from simsiam.errors import UsageError
 from simsiam.model.precision import Compute
 from simsiam.monitoring.candidates import (
+    MARGIN,
     PATCH_SIZES,
     SIGNIFICANT,
     Branch,
@@ -213,7 +214,7 @@ def measure_end(
     others = _measure(simple, transform, sample, float32, noise=False)
     learned = _measure(patches, transform, sample, float32) if patches else []
     before = Candidate(START, (), (), start["agreement"], start["retrieval"], start["hits"])
-    unchanged, *changed = backbone_candidates(end, sample)
+    unchanged, *changed = backbone_candidates(end, sample, margin=MARGIN)
     return [replace(unchanged, name=END), *changed], [
         *(map_candidate(branch, sample) for branch in learned),
         *([before] if start["size"] == len(sample.pixels) else []),

@@ -21,6 +21,7 @@ from simsiam.errors import Stopped, UsageError
 from simsiam.model.patches import Patches
 from simsiam.model.precision import Compute
 from simsiam.monitoring.candidates import (
+    MARGIN,
     PATCH_WEIGHTS,
     Branch,
     Candidate,
@@ -116,7 +117,8 @@ def adapt(
         }
     backbones = affordable(backbones, transform, chosen, compute, deadline)
     branches = measure(backbones, transform, chosen, compute, label="measuring")
-    candidates = closed_form_candidates(branches, chosen, start=network is not None)
+    margin = 0.0 if recipe.method.name == "none" else MARGIN
+    candidates = closed_form_candidates(branches, chosen, start=network is not None, margin=margin)
     if network is not None and deadline is not None and not isinstance(network, Patches):
         candidates = chain(
             candidates,
@@ -176,7 +178,7 @@ def affordable(
 
 
 def closed_form_candidates(
-    branches: Sequence[Branch], images: Sample, *, start: bool
+    branches: Sequence[Branch], images: Sample, *, start: bool, margin: float = 0.0
 ) -> Iterator[Candidate]:
     """Make the candidates that need no training.
 
@@ -184,13 +186,14 @@ def closed_form_candidates(
         branches: The network to start from, if there is one, and patches.
         images: The sample.
         start: Whether the first branch is the network to start from.
+        margin: Of its changes; see `backbone_candidates`.
 
     Yields:
         The network unchanged, centered and with its map; patches; the best of both side by side.
     """
     network, patches = (branches[0], branches[1:]) if start else (None, branches)
     if network is not None:
-        own = list(backbone_candidates(network, images))
+        own = list(backbone_candidates(network, images, margin=margin))
         yield from own
     learned = list(patch_candidates(patches, images))
     yield from learned
