@@ -739,6 +739,20 @@ MUTATIONS = [
         "sources.py::test_a_list_may_be_in_utf16_or_have_spaces_before_its_labels",
     ),
     m(
+        "the first column of images",
+        "sources/catalog",
+        '(kinds.get(f.name) != "Image", _rank(f.name, IMAGE_NAMES))',
+        'kinds.get(f.name) != "Image"',
+        "sources.py::test_masks_before_images_are_passed_over_and_named[True]",
+    ),
+    m(
+        "one tar is no shard",
+        "sources/catalog",
+        "if scan.images and scan.metadata:",
+        "if False:",
+        "shards.py::test_one_tar_in_the_layout_of_webdataset_is_the_folder_of_this_tar",
+    ),
+    m(
         "write names as a terminal shows them",
         "embeddings/embed",
         '"path": pa.array([utf8_name(images.keys[i])',

@@ -26,10 +26,10 @@ from simsiam.embeddings.duplicates import duplicates
 from simsiam.embeddings.embed import embed
 from simsiam.embeddings.neighbors import neighbors
 from simsiam.embeddings.outliers import outliers
-from simsiam.embeddings.probe import probe
+from simsiam.embeddings.probe import probe, read_labels
 from simsiam.embeddings.search import search_neighbors
 from simsiam.embeddings.table import read_embeddings
-from simsiam.errors import printable
+from simsiam.errors import UsageError, printable
 from simsiam.model.precision import Compute
 from simsiam.runs.encoder import eval_transform
 from simsiam.runs.run_folder import Run
@@ -324,6 +324,26 @@ def test_a_few_labels_give_labels_for_all_images_and_an_accuracy(tmp_path, capsy
     assert probe(file, labels, out=tmp_path / "all.csv").correct is None
 
 
+def test_labels_from_a_spreadsheet_may_have_spaces_and_capitals(file, tmp_path):
+    images, labels = read_embeddings(file), tmp_path / "labels.csv"
+    lines = ["\ufeff Path ,LABEL,note"]
+    for i, label in enumerate(("cat", "cat ", " cat", "dog", "dog\u00a0", " dog\t")):
+        lines.append(f"{' ' * (i % 2)}{images.paths[i]},{label},")
+    labels.write_text("\r\n".join(lines), encoding="utf-8")
+    result = probe(file, labels, out=tmp_path / "all.csv")
+    assert result.classes == ["cat", "dog"]
+    assert result.labels == dict(enumerate(["cat"] * 3 + ["dog"] * 3))
+    labels.write_text(f"path,label\n{images.paths[0]},  \n")
+    with pytest.raises(UsageError, match="line 2: each line needs a path and a label"):
+        read_labels(labels, images)
+    labels.write_text("path;label\n1.png;cat\n")
+    with pytest.raises(UsageError, match="needs the header path,label; its first line is 'path;l"):
+        read_labels(labels, images)
+    labels.write_text("")
+    with pytest.raises(UsageError, match="needs the header path,label; its first line is ''"):
+        read_labels(labels, images)
+
+
 @pytest.mark.parametrize(
     ("verb", "text"),
     [
@@ -339,7 +359,10 @@ def test_a_few_labels_give_labels_for_all_images_and_an_accuracy(tmp_path, capsy
         ("cluster {file} --clusters 1 --out o.csv", "clusters is 1"),
         ("cluster {file} --clusters 99 --out o.csv", "clusters is 99, and there are 39 images"),
         ("outliers {file} --k 0 --out o.csv", "k is 0"),
-        ("probe {file} {csv} --out o.csv", "line 2: each line needs a path and a label"),
+        (
+            "probe {file} {csv} --out o.csv",
+            "needs the header path,label; its first line is 'name,l",
+        ),
         ("probe {file} {one} --out o.csv", "has one label, 'y'"),
         ("probe {file} nowhere.csv --out o.csv", "cannot be read"),
         ("embed {run} shapes --out x.txt", "ends in .txt: give a .parquet"),

@@ -713,6 +713,62 @@ def test_parquet_without_metadata(tmp_path):
     assert open_source(tmp_path / "photos.parquet").train.labels is None
 
 
+@pytest.mark.parametrize("in_memory", [True, False])
+@pytest.mark.parametrize(
+    ("values", "classes", "labels"),
+    [
+        (["dog", " cat", "dog ", "cat"], ("cat", "dog"), [1, 0, 1, 0]),
+        ([10.0, 2.0, 10.0, 2.5], ("2", "10", "2.5"), [1, 0, 1, 2]),
+        ([True, False, True, True], ("false", "true"), [1, 0, 1, 1]),
+        (pa.array(["b", "a", "b", "b"]).dictionary_encode(), ("a", "b"), [1, 0, 1, 1]),
+        (pa.array(["10", "9", "x", "9"], pa.large_string()), ("9", "10", "x"), [1, 0, 2, 0]),
+        (["a", None, "b", "a"], (), None),
+        (["a", "", "b", "a"], (), None),
+        ([1.0, float("nan"), 2.0, 1.0], (), None),
+    ],
+)
+def test_labels_of_parquet_may_be_texts_floats_and_booleans(
+    tmp_path, monkeypatch, values, classes, labels, in_memory
+):
+    if not in_memory:
+        monkeypatch.setattr("simsiam.sources.open_source.MAX_RESIDENT_BYTES", 0)
+    rows = [{"bytes": encode(picture(i)), "path": None} for i in range(4)]
+    pq.write_table(pa.table({"image": rows, "label": values}), tmp_path / "train.parquet")
+    images = open_source(tmp_path).train
+    assert images.classes == classes
+    assert images.labels is None if labels is None else images.labels.tolist() == labels
+
+
+def test_splits_of_parquet_with_texts_share_their_classes(tmp_path):
+    for split, values in (("train", ["b", "a", "c"]), ("test", ["c", "b", "c"])):
+        rows = [encode(picture(i)) for i in range(3)]
+        pq.write_table(pa.table({"image": rows, "class": values}), tmp_path / f"{split}.parquet")
+    source = open_source(tmp_path)
+    assert source.train.classes == source.test.classes == ("a", "b", "c")
+    assert source.test.labels.tolist() == [2, 1, 2]
+
+
+@pytest.mark.parametrize("described", [True, False])
+def test_masks_before_images_are_passed_over_and_named(tmp_path, described):
+    blobs = {
+        name: [encode(picture(seed + i)) for i in range(2)]
+        for seed, name in enumerate(("mask", "image", "depth"))
+    }
+    columns = {
+        name: [{"bytes": blob, "path": None} for blob in column] for name, column in blobs.items()
+    }
+    table = pa.table(columns | {"label": [["a"], ["b", "c"]], "caption": ["?", "!"]})
+    if described:
+        features = {name: {"_type": "Image"} for name in columns}
+        table = table.replace_schema_metadata(
+            {"huggingface": json.dumps({"info": {"features": features}})}
+        )
+    pq.write_table(table, tmp_path / "train.parquet")
+    source = open_source(tmp_path)
+    assert same(source.train.read(0), picture(1)) and source.train.labels is None
+    assert source.notes == ("columns that are used: image.bytes; not used: mask, depth, label",)
+
+
 def test_a_class_label_of_any_name_comes_first(tmp_path):
     parquet(
         tmp_path / "data" / "train.parquet",

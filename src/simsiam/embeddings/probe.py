@@ -105,20 +105,28 @@ def read_labels(path: Path, images: Embeddings) -> dict[int, str]:
     """
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
+            reader = csv.DictReader(file)
+            # Tables from spreadsheets have spaces around headings and labels, and capitals.
+            header = [name.strip().lower() for name in reader.fieldnames or ()]
+            reader.fieldnames = header
+            rows = list(reader)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UsageError(f"{path} cannot be read: {error}") from None
+    if not {"path", "label"} <= set(header):
+        columns = printable(",".join(header)[:160])
+        raise UsageError(f"{path} needs the header path,label; its first line is {columns!r}")
     label_of: dict[int, str] = {}
     for number, row in enumerate(rows, 2):
-        if not row.get("path") or not row.get("label"):
+        name, label = row["path"], (row["label"] or "").strip()
+        if not name or not label:
             raise UsageError(
                 f"{path}, line {number}: each line needs a path and a label, "
                 "below the header path,label"
             )
-        i = images.find(row["path"])
-        if label_of.setdefault(i, row["label"]) != row["label"]:
+        i = images.find(name if images.positions(name) else name.strip())
+        if label_of.setdefault(i, label) != label:
             raise UsageError(
-                f"{path}, line {number}: {printable(row['path'])} already has another label, "
+                f"{path}, line {number}: {printable(name)} already has another label, "
                 f"{label_of[i]!r}"
             )
     if not label_of:

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, TypeAlias
 
@@ -42,10 +43,14 @@ from simsiam.errors import UsageError, WorkFailed
 from simsiam.utils.files import atomic_write, cache_dir, file_lock
 from simsiam.utils.workers import parallel_map_with_progress
 
-CATALOG_VERSION = 1  # of the files in the cache
+CATALOG_VERSION = 2  # of the files in the cache
+SIDECAR_VERSIONS = (1, 2)  # of the catalogs next to shards; both have the same content
 CATALOG_FILE = "index.arrow"  # a catalog next to the shards
-LABEL_NAMES = ("label", "labels", "fine_label")  # usual names of a label column
+# Usual names of a column of images, and of a label in a column or in JSON; the first is preferred.
+IMAGE_NAMES = ("image", "img", "jpg", "png", "picture", "photo")
+LABEL_NAMES = ("label", "labels", "fine_label", "class", "class_name", "category")
 IMAGE_SUFFIXES = tuple(extension.encode() for extension in EXTENSIONS)
+WEBDATASET_MEMBERS = 1000  # members of a tar that show whether it has the layout of WebDataset
 MAX_METADATA_BYTES = 2**20  # limit for a .cls, a .json, and a long name in a tar
 # One record batch per shard, one row per image.
 CATALOG_SCHEMA = pa.schema(
@@ -325,7 +330,7 @@ def _check_sidecar(
         if sizes.get(name) != size:
             state = f"has {sizes[name]:,} bytes, not {size:,}" if name in sizes else "is not there"
             notes.append((name, f"{state}: of its {len(batch):,} images, some or all are lost"))
-    if notes or batches.keys() != sizes.keys() or version != CATALOG_VERSION:
+    if notes or batches.keys() != sizes.keys() or version not in SIDECAR_VERSIONS:
         return None
     ordered = [batches[name][1] for name in sizes]
     classes = tuple(metadata["classes"])
@@ -363,13 +368,15 @@ class ParquetLayout(NamedTuple):
 
     Attributes:
         image_column: The column of image files, such as "image.bytes".
-        label_column: A column of integers, or None.
+        label_column: A column of integers, texts or other single values, or None.
         class_names: Class names; () if the file has none.
+        unused: Columns that might have been meant and are not used.
     """
 
     image_column: str
     label_column: str | None
     class_names: tuple[str, ...]
+    unused: tuple[str, ...]
 
 
 def detect_parquet_layout(parquet: pq.ParquetFile, file: str) -> ParquetLayout:
@@ -389,18 +396,27 @@ def detect_parquet_layout(parquet: pq.ParquetFile, file: str) -> ParquetLayout:
     features = _huggingface_features(schema.metadata or {})
     kinds = {name: feature.get("_type") for name, feature in features.items()}
     images = sorted(
-        (f for f in schema if _is_bytes_type(f.type)), key=lambda f: kinds.get(f.name) != "Image"
+        (f for f in schema if _is_bytes_type(f.type)),
+        key=lambda f: (kinds.get(f.name) != "Image", _rank(f.name, IMAGE_NAMES)),
     )
     if not images:
         raise UsageError(f"no column of image files in {file!r}, only {', '.join(schema.names)}")
-    labels = [f.name for f in schema if pa.types.is_integer(f.type)]
-    labels = [name for name in labels if kinds.get(name) == "ClassLabel" or name in LABEL_NAMES]
-    labels.sort(key=lambda name: (kinds.get(name) != "ClassLabel", name not in LABEL_NAMES))
+    named = [f for f in schema if kinds.get(f.name) == "ClassLabel" or f.name in LABEL_NAMES]
+    labels = [f.name for f in named if _is_label_type(f.type)]
+    labels.sort(key=lambda name: (kinds.get(name) != "ClassLabel", _rank(name, LABEL_NAMES)))
     names = features.get(labels[0], {}).get("names") if labels else None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         names = []
     image = images[0].name + ".bytes" * pa.types.is_struct(images[0].type)
-    return ParquetLayout(image, labels[0] if labels else None, tuple(names))
+    other_images = [f.name for f in images[1:] if kinds.get(f.name) == kinds.get(images[0].name)]
+    unused = [f.name for f in named if not labels or f.name != labels[0]]
+    return ParquetLayout(
+        image, labels[0] if labels else None, tuple(names), (*other_images, *unused)
+    )
+
+
+def _rank(name: str, names: Sequence[str]) -> int:
+    return names.index(name) if name in names else len(names)
 
 
 def _huggingface_features(metadata: Mapping[bytes, bytes]) -> dict[str, dict]:
@@ -416,6 +432,43 @@ def _is_bytes_type(dtype: pa.DataType) -> bool:
     if pa.types.is_struct(dtype) and dtype.get_field_index("bytes") >= 0:
         dtype = dtype.field("bytes").type
     return pa.types.is_binary(dtype) or pa.types.is_large_binary(dtype)
+
+
+def _is_label_type(dtype: pa.DataType) -> bool:
+    if pa.types.is_dictionary(dtype):
+        dtype = dtype.value_type
+    checks = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_string)
+    return pa.types.is_large_string(dtype) or any(check(dtype) for check in checks)
+
+
+def label_texts(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Convert a column of labels to texts.
+
+    Args:
+        column: Integers, floats, booleans or texts.
+
+    Returns:
+        The texts, large_binary: without spaces around them, and 1.0 as "1"; null where there is no
+        label: a null, NaN or an empty text.
+    """
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    if pa.types.is_floating(column.type) or pa.types.is_boolean(column.type):
+        texts = [_label_text(value) for value in column.to_pylist()]
+        column = pa.chunked_array([pa.array(texts, pa.string())])
+    trimmed = pc.utf8_trim_whitespace(column.cast(pa.string()))
+    return pc.if_else(pc.equal(trimmed, ""), None, trimmed).cast(pa.large_binary())
+
+
+def _label_text(value: object) -> str:
+    """Return the text of a label; "" if it is none."""
+    if value is None or value != value:  # NaN
+        return ""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return str(value).strip()
 
 
 def _scan_shard(file: ShardFile, part: Path, layout: ParquetLayout | None) -> None:
@@ -435,10 +488,10 @@ def _scan_parquet(file: ShardFile, layout: ParquetLayout) -> pa.Table:
     try:
         with open_file(file.path) as opened:
             parquet = pq.ParquetFile(opened)
-            if (file_layout := detect_parquet_layout(parquet, file.path)) != layout:
+            if (found := detect_parquet_layout(parquet, file.path))[:3] != layout[:3]:
                 raise UsageError(
                     f"{printable_name(file.path)} has other columns or class names than the first: "
-                    f"{file_layout}"
+                    f"{found[:3]}"
                 )
             starts, sizes = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
             group_sizes = uncompressed_sizes(parquet, layout.image_column, file.path, file.size)
@@ -448,8 +501,7 @@ def _scan_parquet(file: ShardFile, layout: ParquetLayout) -> pa.Table:
                 sizes.append(size * (rows + 1) // len(rows) - size * rows // len(rows))
             labels = pa.nulls(parquet.metadata.num_rows, pa.large_binary())
             if layout.label_column:
-                column = parquet.read([layout.label_column])[layout.label_column]
-                labels = column.cast(pa.string()).cast(pa.large_binary())
+                labels = label_texts(parquet.read([layout.label_column])[layout.label_column])
     except (pa.ArrowException, OSError) as error:
         raise read_error(file.path, error) from None
     keys = pa.nulls(len(labels), pa.large_binary())
@@ -548,10 +600,10 @@ def _parse_sample_metadata(extension: bytes, data: bytes) -> dict[str, bytes]:
     except (ValueError, RecursionError):
         return {}
     content = content if isinstance(content, dict) else {}
-    texts = {key: content[key] for key in ("path", "class") if isinstance(content.get(key), str)}
-    for name in LABEL_NAMES:
-        if isinstance(content.get(name), int | str):
-            texts["label"] = str(content[name])
+    texts = {"path": content["path"]} if isinstance(content.get("path"), str) else {}
+    for name in ("class", *LABEL_NAMES):
+        if isinstance(content.get(name), bool | int | float | str):
+            texts["class" if name == "class" else "label"] = _label_text(content[name])
             break
     return {name: _encode_name(text) for name, text in texts.items() if text}
 
@@ -576,8 +628,15 @@ def _read_part(path: Path) -> pa.Table:
         ) from None
 
 
-def _label_sort_key(label: bytes) -> tuple[int, int, bytes]:
-    """Sort numbers by value, before everything else."""
+def label_sort_key(label: bytes) -> tuple[int, int, bytes]:
+    """Sort numbers by value, before everything else.
+
+    Args:
+        label: The text of a label.
+
+    Returns:
+        What to compare.
+    """
     return (0, int(label), label) if label.isdigit() and len(label) < 19 else (1, 0, label)
 
 
@@ -597,7 +656,7 @@ def _merge_parts(
         classes = layout.class_names
         label_values = [str(i).encode() for i in range(len(classes))]
     else:
-        label_values = sorted((t for t in label_texts if t is not None), key=_label_sort_key)
+        label_values = sorted((t for t in label_texts if t is not None), key=label_sort_key)
         classes = tuple(map(os.fsdecode, label_values))
     value_set = pa.array(label_values, pa.large_binary())
     row_counts = {file.split: 0 for file in files}
@@ -637,6 +696,27 @@ class _CheckedTarInfo(tarfile.TarInfo):
         if self.size < 0 or (long and self.size > MAX_METADATA_BYTES):
             raise tarfile.ReadError(f"a header of {self.size:,} bytes")
         return super()._proc_member(archive)  # type: ignore[misc]
+
+
+def is_webdataset(path: str) -> bool:
+    """Return whether images in a .tar have a .cls or .json with a label or a path.
+
+    Args:
+        path: The path of the .tar, of which only the first members are read.
+
+    Returns:
+        Whether one of these images has; False also for a file that is damaged.
+    """
+    scan = _TarScan(b"")
+    with (
+        suppress(tarfile.TarError, ValueError, EOFError, OverflowError, RuntimeError, OSError),
+        open(path, "rb") as opened,
+    ):
+        for info in islice(iter_tar_members(opened), WEBDATASET_MEMBERS):
+            scan.add(info, opened)
+            if scan.images and scan.metadata:
+                return True
+    return False
 
 
 def iter_tar_members(opened: BinaryIO) -> Iterator[tarfile.TarInfo]:

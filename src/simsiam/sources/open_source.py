@@ -58,7 +58,10 @@ from simsiam.sources.catalog import (
     ShardFile,
     detect_parquet_layout,
     is_image_path,
+    is_webdataset,
     iter_tar_members,
+    label_sort_key,
+    label_texts,
     list_files,
     load_catalog,
     normalize_member_path,
@@ -162,7 +165,7 @@ def open_source(
     - List: a .txt with one path per line, relative to the folder of the list, optionally followed
       by a tab or spaces and a label; in UTF-8, or in UTF-16 with a byte order mark.
     - Archive: a .zip or .tar, read in place by the rules of a folder. Folders that contain
-      everything else are ignored.
+      everything else are ignored. A .tar in the layout of WebDataset is a shard.
     - Shards: Parquet or .tar files in a folder (or in its folder `data`), local or at a URL that
       fsspec supports; or in folders of a folder, if there is no image. A word in the name of a
       shard is the split, as in `test-00000-of-00001.parquet`, or in that of its folder, as in
@@ -246,7 +249,7 @@ def _open_one(text: str, options: _Options) -> Source:
             return _open_shards(text, shards, options)
         return _open_tree(path, keys, lambda names, _: FolderFiles(path, names), options)
     kind = path.suffix.lower()
-    if kind == ".parquet":
+    if kind == ".parquet" or (kind == ".tar" and is_webdataset(text)):
         stats = {text: (path.stat().st_size, str(path.stat().st_mtime_ns))}
         return _open_shards(text, stats, options)
     if kind == ".txt":
@@ -680,6 +683,9 @@ def _open_shards(
     layout = None
     if files[0].path.endswith(".parquet"):
         layout = _read_layout(files[0])
+        if layout.unused:
+            used = " and ".join(filter(None, (layout.image_column, layout.label_column)))
+            notes.append(f"columns that are used: {used}; not used: {join_names(layout.unused)}")
         if (
             sum(file.size for file in files) <= MAX_RESIDENT_BYTES
             and _total_uncompressed_size(files) <= MAX_RESIDENT_BYTES
@@ -738,7 +744,14 @@ def _load_parquet(path: str, files: Sequence[ShardFile], options: _Options) -> S
         names: tuple[str, ...] = next((known for known in class_names if known), ())
         distinct_names |= {known for known in class_names if known}
         codes = None if any(part is None for part in labels) else np.concatenate(labels)
-        if codes is not None and not names:
+        if codes is not None and codes.dtype == object:
+            texts = sorted(set(codes), key=label_sort_key)
+            code_of = {text: code for code, text in enumerate(texts)}
+            codes, names = (
+                np.array([code_of[text] for text in codes]),
+                tuple(map(os.fsdecode, texts)),
+            )
+        elif codes is not None and not names:
             values, codes = np.unique(codes, return_inverse=True)
             names = tuple(map(str, values))
         parts[split] = Images(numbered_keys(split, len(encoded)), encoded), codes, names
@@ -752,12 +765,13 @@ def _load_parquet(path: str, files: Sequence[ShardFile], options: _Options) -> S
 def _read_parquet_columns(file: str) -> tuple[pa.ChunkedArray, np.ndarray | None, tuple[str, ...]]:
     """Read the images, the labels and the class names of a file.
 
-    Labels are None if any is missing; class names are () if the file has none.
+    Labels are None if any is missing, and bytes if the column has texts; class names are () if the
+    file has none.
     """
     try:
         with open_file(file) as opened:
             parquet = pq.ParquetFile(opened)
-            image, label, names = detect_parquet_layout(parquet, file)
+            image, label, names, _ = detect_parquet_layout(parquet, file)
             # `read_dictionary` stores equal images once.
             dictionary = {"metadata": parquet.metadata, "read_dictionary": [image]}
             parquet = pq.ParquetFile(opened, **dictionary)
@@ -772,6 +786,9 @@ def _read_parquet_columns(file: str) -> tuple[pa.ChunkedArray, np.ndarray | None
         return encoded, None, ()
     # A label of -1 means that Hugging Face withholds the labels of a test set.
     raw = table[label]
+    if not pa.types.is_integer(raw.type):
+        raw = label_texts(raw)
+        return encoded, None if raw.null_count else np.array(raw.to_pylist(), object), ()
     missing = raw.null_count or (names and (raw.to_numpy() < 0).any())
     return encoded, None if missing else raw.to_numpy(), names
 
