@@ -261,7 +261,8 @@ def write_page(cells: Path) -> None:
             for name in names
         ]
         lines.append(f"| {row} | " + " | ".join(text) + " |")
-    lines += ["", *decisions(found), "", *gains_over_unchanged(found)]
+    for part in (decisions(found), gains_over_unchanged(found)):
+        lines += ["", *part] if part else []
     with atomic_write(OUT / "README.md") as part:
         part.write_text("\n".join(lines) + "\n")
 
