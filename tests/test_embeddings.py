@@ -334,14 +334,48 @@ def test_labels_from_a_spreadsheet_may_have_spaces_and_capitals(file, tmp_path):
     assert result.classes == ["cat", "dog"]
     assert result.labels == dict(enumerate(["cat"] * 3 + ["dog"] * 3))
     labels.write_text(f"path,label\n{images.paths[0]},  \n")
-    with pytest.raises(UsageError, match="line 2: each line needs a path and a label"):
-        read_labels(labels, images)
-    labels.write_text("path;label\n1.png;cat\n")
-    with pytest.raises(UsageError, match="needs the header path,label; its first line is 'path;l"):
+    with pytest.raises(UsageError, match="labels no image"):
         read_labels(labels, images)
     labels.write_text("")
-    with pytest.raises(UsageError, match="needs the header path,label; its first line is ''"):
+    with pytest.raises(UsageError, match="has no column 'path'"):
         read_labels(labels, images)
+
+
+def test_probe_reads_the_table_that_it_wrote_with_more_labels(tmp_path, capsys):
+    file, labels, out = blobs(tmp_path), tmp_path / "labels.csv", tmp_path / "all.csv"
+    labels.write_text("path,label\n" + "".join(f"d/{i}.jpg,{'abc'[i % 3]}\n" for i in range(6)))
+    first = probe(file, labels, out=out)
+    assert main(["probe", str(file), str(out), "--out", str(tmp_path / "same.csv")]) == 0
+    assert "6 labels of 3 classes: a, b, c; 55 images have no label" in capsys.readouterr().out
+    assert (tmp_path / "same.csv").read_text() == out.read_text()
+    rows = [list(row.values()) for row in rows_of(out)]
+    for i in range(6, 15):
+        rows[i][1] = f" {'abc'[i % 3]} "  # spreadsheets and people leave spaces
+    rows[20][1] = "  "
+    with open(tmp_path / "more.csv", "w", newline="") as filled:
+        writer = csv.writer(filled)
+        writer.writerow(["path", "label", "predicted", "confidence"])
+        writer.writerows([*rows, ["", "", "", ""], []])
+    second = probe(file, tmp_path / "more.csv", out=tmp_path / "again.csv")
+    assert len(first.labels) == 6 and second.classes == ["a", "b", "c"]
+    assert second.labels == {i: "abc"[i % 3] for i in range(15)}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("path,label\n,a\n", "line 2: the label 'a' has no path"),
+        ("path,label\nd/1.jpg,\nd/2.jpg,\n", "labels no image: fill in the column label of a few"),
+        ("path,label\n", "labels no image"),
+        ("path,class\nd/1.jpg,a\n", "has no column 'label': its first line is path,label"),
+        ("path;label\nd/1.jpg;a\n", "has no column 'path': its first line is path,label"),
+        ("path,label\nd/1.jpg,a\n1.jpg,b\n", "line 3: 1.jpg already has another label, 'a'"),
+    ],
+)
+def test_what_is_wrong_in_a_table_of_labels_is_named(text, message, tmp_path):
+    (tmp_path / "labels.csv").write_text(text)
+    with pytest.raises(UsageError, match=message):
+        probe(blobs(tmp_path), tmp_path / "labels.csv", out=tmp_path / "o.csv")
 
 
 @pytest.mark.parametrize(
@@ -359,10 +393,7 @@ def test_labels_from_a_spreadsheet_may_have_spaces_and_capitals(file, tmp_path):
         ("cluster {file} --clusters 1 --out o.csv", "clusters is 1"),
         ("cluster {file} --clusters 99 --out o.csv", "clusters is 99, and there are 39 images"),
         ("outliers {file} --k 0 --out o.csv", "k is 0"),
-        (
-            "probe {file} {csv} --out o.csv",
-            "needs the header path,label; its first line is 'name,l",
-        ),
+        ("probe {file} {csv} --out o.csv", "has no column 'path': its first line is path,label"),
         ("probe {file} {one} --out o.csv", "has one label, 'y'"),
         ("probe {file} nowhere.csv --out o.csv", "cannot be read"),
         ("embed {run} shapes --out x.txt", "ends in .txt: give a .parquet"),

@@ -3,9 +3,9 @@
 import argparse
 
 from simsiam.commands.arguments import (
+    CHANNELS_NOTE,
     WEIGHTS_KINDS,
     add_backbone,
-    add_channels,
     add_device,
     add_limit,
     add_no_labels,
@@ -49,7 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_splits(parser)
     note = "the run folder to write [runs/SOURCE-adapt-N]"
     parser.add_argument("--out", metavar="RUN", help=note)
-    add_channels(parser)
+    note = f"{CHANNELS_NOTE} [those of --init, else 3]"
+    parser.add_argument("--channels", metavar="N", type=int, help=note)
     add_limit(parser)
     note = "random seed, for the choice of the images that are measured and for training [0]"
     parser.add_argument("--seed", metavar="N", type=int, default=0, help=note)

@@ -333,8 +333,7 @@ def _iter_inputs(
     def process(pixels: Tensor) -> tuple[Tensor, bytes]:
         return transform.crop(pixels), make_thumbnail(pixels, transform)
 
-    min_side = 2 * max(transform.resize, THUMBNAIL_SIZE)
-    for index, results in iter_processed(images, process, min_side, skipped, CHUNK_SIZE):
+    for index, results in iter_processed(images, process, transform.min_side, skipped, CHUNK_SIZE):
         crops, thumbnails = zip(*results, strict=True)
         yield index, torch.cat(crops), list(thumbnails)
 

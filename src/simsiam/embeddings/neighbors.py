@@ -161,11 +161,11 @@ def embed_query(file: str, run: str | os.PathLike[str]) -> Query:
         WorkFailed: If the file cannot be read.
     """
     network, recipe = load(run), Run(run).recipe
+    transform, compute = eval_transform(recipe), Compute(torch.device("cpu"), "float32")
     try:
-        pixels = image_to_tensor(decode_image(file, recipe.channels))
+        pixels = image_to_tensor(decode_image(file, recipe.channels, transform.min_side))
     except Unreadable as error:
         raise WorkFailed(f"{printable(file)} cannot be read: {error}") from None
-    transform, compute = eval_transform(recipe), Compute(torch.device("cpu"), "float32")
     crop = transform.crop(pixels)
     (h,) = compute_outputs(lambda x: (network(x),), crop, transform, compute)
     return Query(file, h[0], None, make_thumbnail(pixels, transform))

@@ -49,8 +49,9 @@ def probe(
 
     Args:
         file: A file or folder that `embed` wrote.
-        labels: A .csv file with the columns path and label, one row per labeled image. An image is
-            named by its path or by its file name.
+        labels: A .csv file with the columns path and label. Rows without a label are not used, so
+            the file that `probe` wrote can be filled in and given again. An image is named by its
+            path or by its file name.
         out: The .csv file to write, with one row per image: path, label (if it was labeled),
             predicted, confidence.
 
@@ -93,7 +94,7 @@ def read_labels(path: Path, images: Embeddings) -> dict[int, str]:
     """Read a .csv file of labels.
 
     Args:
-        path: A .csv file with the columns path and label.
+        path: A .csv file with the columns path and label; rows without a label are passed over.
         images: The embedded images that it names.
 
     Returns:
@@ -112,17 +113,18 @@ def read_labels(path: Path, images: Embeddings) -> dict[int, str]:
             rows = list(reader)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UsageError(f"{path} cannot be read: {error}") from None
-    if not {"path", "label"} <= set(header):
-        columns = printable(",".join(header)[:160])
-        raise UsageError(f"{path} needs the header path,label; its first line is {columns!r}")
+    if missing := [name for name in ("path", "label") if name not in header]:
+        raise UsageError(
+            f"{path} has no column {missing[0]!r}: its first line is path,label, and each other "
+            "line has the path of an image and its label"
+        )
     label_of: dict[int, str] = {}
     for number, row in enumerate(rows, 2):
         name, label = row["path"], (row["label"] or "").strip()
-        if not name or not label:
-            raise UsageError(
-                f"{path}, line {number}: each line needs a path and a label, "
-                "below the header path,label"
-            )
+        if not label:  # as in the table that `probe` writes
+            continue
+        if not name:
+            raise UsageError(f"{path}, line {number}: the label {label!r} has no path")
         i = images.find(name if images.positions(name) else name.strip())
         if label_of.setdefault(i, label) != label:
             raise UsageError(
@@ -130,9 +132,7 @@ def read_labels(path: Path, images: Embeddings) -> dict[int, str]:
                 f"{label_of[i]!r}"
             )
     if not label_of:
-        raise UsageError(
-            f"{path} labels no image: it needs the header path,label and one line per image"
-        )
+        raise UsageError(f"{path} labels no image: fill in the column label of a few lines")
     return label_of
 
 
@@ -181,7 +181,8 @@ def format_probe(result: ProbeResult) -> str:
     """
     n = len(result.labels)
     names = ", ".join(map(printable, result.classes))
-    lines = [f"{n} labels of {len(result.classes)} classes: {names}"]
+    rest = f"; {len(result.predicted) - n} images have no label"
+    lines = [f"{n} labels of {len(result.classes)} classes: {names}{rest}"]
     if result.correct is None:
         lines.append("accuracy unknown: cross-validation needs two images of each class")
     else:

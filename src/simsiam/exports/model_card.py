@@ -32,8 +32,9 @@ def model_card(run: Run, license: str | None = None) -> str:
     }
     if recipe.channels == 3:
         preprocessing = (
-            f"RGB in 0..1, shorter side to {transform.resize} px ({transform.interpolation}, "
-            f"antialiased), center crop of {transform.size} px, then "
+            f"Upright (EXIF orientation applied), RGB in 0..1, shorter side to {transform.resize} "
+            f"px ({transform.interpolation}, antialiased), center crop of {transform.size} px, "
+            "then "
             f"(x - {list(transform.mean)}) / {list(transform.std)}."
         )
     else:

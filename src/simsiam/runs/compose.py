@@ -30,6 +30,7 @@ from simsiam.runs.recipe_file import read_recipe
 from simsiam.runs.run_folder import Run
 from simsiam.runs.weights import (
     canonical_name,
+    describe_resampling,
     known_preprocessing,
     left_out_head,
     open_weights,
@@ -64,10 +65,10 @@ def compose_recipe(
     names = _source_names(sources) or (list(base.source) if base else ["shapes"])
     own = {name: getattr(base or Recipe(), name) for name in SOURCE_SETTINGS}
     settings = Recipe().replace(**{name: overrides.get(name, own[name]) for name in own})
-    weights: dict[str, object] = {}
+    folder, weights = None, dict[str, object]()
     if settings.init is not None:
         known = {} if base is None or "init" in overrides else {"backbone": base.backbone}
-        weights, notes = _describe_init(settings, names, known | dict(overrides))
+        folder, weights, notes = _describe_init(settings, names, known | dict(overrides))
         settings = settings.replace(channels=weights["channels"])
     opened = open_source(
         names, settings.channels, no_labels=settings.no_labels, splits=settings.splits
@@ -94,13 +95,16 @@ def compose_recipe(
         published = recipes.CHANNEL_STATISTICS.get(names[0]) if len(names) == 1 else None
         mean, std = published or channel_statistics(opened.train, size, complete.channels)
         complete = complete.replace(mean=complete.mean or mean, std=complete.std or std)
-    return complete.resolve(), opened, reasons
+    resolved = complete.resolve()
+    if folder is not None:
+        reasons = [*reasons, *describe_resampling(folder, resolved)]
+    return resolved, opened, reasons
 
 
 def _describe_init(
     settings: Recipe, sources: Sequence[str], overrides: Mapping[str, object]
-) -> tuple[dict[str, object], list[str]]:
-    """The settings that the initial weights bring, and lines about them.
+) -> tuple[Path, dict[str, object], list[str]]:
+    """The run folder of the initial weights, the settings that they bring, and lines about them.
 
     Raises UsageError if a flag contradicts their network.
     """
@@ -128,7 +132,7 @@ def _describe_init(
                 f"leave --{name} out"
             )
     line = f"{own.backbone}, the network of the initial weights {init}"
-    return network | known_preprocessing(folder), [line, *left_out_head(folder)]
+    return folder, network | known_preprocessing(folder), [line, *left_out_head(folder)]
 
 
 def _with_weights(

@@ -24,6 +24,7 @@ from simsiam.distributed.process_group import rank_zero_context, rank_zero_only
 from simsiam.errors import UsageError, WorkFailed, printable
 from simsiam.model.encoder import Encoder
 from simsiam.runs.environment import numerical_conditions, utc_now
+from simsiam.runs.preprocessing import weights_metadata
 from simsiam.runs.recipe_file import read_recipe, write_recipe
 from simsiam.runs.records import MetricsRecord, Record, TrainingState
 from simsiam.runs.weight_files import ChecksumError, load_state, save_weights, tensors_sha256
@@ -363,7 +364,7 @@ class Run(TrainingFolder):
         """
         (self.path / HEAD_FILE).unlink(missing_ok=True)
         with atomic_write(self.path / BACKBONE_FILE) as part:
-            save_weights(backbone, part)
+            save_weights(backbone, part, weights_metadata(self.recipe))
         self.write("summary.json", summary)
         self.write("environment.json", self.json("environment.json") | {"end": utc_now()})
 
