@@ -253,7 +253,7 @@ class Candidate:
             The logarithm of the ratio of the scores, and its standard error (delta method; the
             images are paired).
         """
-        difference = self._influence() - other._influence()
+        difference = self.influence() - other.influence()
         error = difference.std().item() / len(difference) ** 0.5
         return math.log(self.score / other.score), error
 
@@ -263,7 +263,7 @@ class Candidate:
         Args:
             z: Quantile of the normal distribution.
         """
-        influence = self._influence()
+        influence = self.influence()
         half = self.score * z * influence.std().item() / len(influence) ** 0.5
         return max(self.score - half, 0.0), self.score + half
 
@@ -273,7 +273,7 @@ class Candidate:
             return f"label-free score {self.score:.3f}"
         return f"kNN {self.knn_top1:.1f} %"
 
-    def _influence(self) -> Tensor:
+    def influence(self) -> Tensor:
         """What each image adds to the logarithm of the score, up to a constant: (M,)."""
         return (self.agreement / self.agreement.mean(1, keepdim=True).clamp_min(1e-6)).mean(0)
 
