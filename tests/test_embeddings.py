@@ -26,7 +26,7 @@ from simsiam.embeddings.duplicates import duplicates
 from simsiam.embeddings.embed import embed
 from simsiam.embeddings.neighbors import neighbors
 from simsiam.embeddings.outliers import outliers
-from simsiam.embeddings.probe import probe
+from simsiam.embeddings.probe import probe, read_labels
 from simsiam.embeddings.search import search_neighbors
 from simsiam.embeddings.table import read_embeddings
 from simsiam.errors import UsageError, printable
@@ -324,6 +324,23 @@ def test_a_few_labels_give_labels_for_all_images_and_an_accuracy(tmp_path, capsy
     assert probe(file, labels, out=tmp_path / "all.csv").correct is None
 
 
+def test_labels_from_a_spreadsheet_may_have_spaces_and_capitals(file, tmp_path):
+    images, labels = read_embeddings(file), tmp_path / "labels.csv"
+    lines = ["\ufeff Path ,LABEL,note"]
+    for i, label in enumerate(("cat", "cat ", " cat", "dog", "dog\u00a0", " dog\t")):
+        lines.append(f"{' ' * (i % 2)}{images.paths[i]},{label},")
+    labels.write_text("\r\n".join(lines), encoding="utf-8")
+    result = probe(file, labels, out=tmp_path / "all.csv")
+    assert result.classes == ["cat", "dog"]
+    assert result.labels == dict(enumerate(["cat"] * 3 + ["dog"] * 3))
+    labels.write_text(f"path,label\n{images.paths[0]},  \n")
+    with pytest.raises(UsageError, match="labels no image"):
+        read_labels(labels, images)
+    labels.write_text("")
+    with pytest.raises(UsageError, match="has no column 'path'"):
+        read_labels(labels, images)
+
+
 def test_probe_reads_the_table_that_it_wrote_with_more_labels(tmp_path, capsys):
     file, labels, out = blobs(tmp_path), tmp_path / "labels.csv", tmp_path / "all.csv"
     labels.write_text("path,label\n" + "".join(f"d/{i}.jpg,{'abc'[i % 3]}\n" for i in range(6)))
@@ -381,7 +398,7 @@ def test_what_is_wrong_in_a_table_of_labels_is_named(text, message, tmp_path):
         ("probe {file} nowhere.csv --out o.csv", "cannot be read"),
         ("embed {run} shapes --out x.txt", "ends in .txt: give a .parquet"),
         ("embed nowhere shapes --out x.parquet", "nowhere is not a run folder"),
-        ("embed {run} nothing --out x.parquet", "unknown source"),
+        ("embed {run} nothing --out x.parquet", "no such file or folder: nothing"),
         ("embed {run} shapes --out x.parquet --limit 0", "limit is 0; it is at least 1"),
         ("embed {run} shapes --out {file}", "not overwritten"),
         ("embed {run} shapes --out {one_npy}", "one.csv exists and is not overwritten"),

@@ -11,6 +11,7 @@ from simsiam.commands.arguments import (
     add_no_labels,
     add_precision,
     add_source,
+    add_splits,
 )
 from simsiam.commands.output import print_lines
 
@@ -33,8 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """
     add_source(parser, "+")
     note = (
-        f"weights to start from: a run folder, {WEIGHTS_KINDS} [none: only patches, which are "
-        "learned from the images]"
+        f"weights to start from: a run folder, {WEIGHTS_KINDS} [none: only features of small image "
+        "patches, which are learned from the images without a network]"
     )
     parser.add_argument("--init", metavar="WEIGHTS", help=note)
     add_backbone(parser, "WEIGHTS")
@@ -45,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--minutes", metavar="N", type=float, help=note)
     add_no_labels(parser)
+    add_splits(parser)
     note = "the run folder to write [runs/SOURCE-adapt-N]"
     parser.add_argument("--out", metavar="RUN", help=note)
     note = f"{CHANNELS_NOTE} [those of --init, else 3]"

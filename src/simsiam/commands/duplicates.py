@@ -17,9 +17,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """
     add_embeddings(parser)
     note = (
-        "images are copies if their distance is at most X, and a group is what chains of copies "
-        "connect; the distance is the RMS difference of two thumbnails, divided by the standard "
-        "deviation of their pixels, about 1.4 for unrelated images [0.28]"
+        "two images are copies if their distance is at most X; images that are linked by a chain "
+        "of such pairs form one group. The distance is the RMS difference of two thumbnails, "
+        "divided by the standard deviation of their pixels; for unrelated images it is about 1.4 "
+        "[0.28]"
     )
     parser.add_argument(
         "--threshold", metavar="X", type=float, default=argparse.SUPPRESS, help=note

@@ -178,7 +178,7 @@ def iter_processed(
         images: The images.
         process: What is done with an image, uint8 (1, C, H, W).
         min_side: See `Images.read`.
-        skipped: A list to which the (key, reason) of each unreadable image is appended.
+        skipped: A list to which the (key, reason) of each unreadable image is appended, in order.
         chunk_size: Number of images in a chunk.
 
     Yields:
@@ -188,12 +188,11 @@ def iter_processed(
         WorkFailed: A shard can no longer be read.
     """
 
-    def read(i: int) -> tuple[int, T] | None:
+    def read(i: int) -> T | Unreadable:
         try:
-            return i, process(image_to_tensor(loaded.read(i, min_side)))
+            return process(image_to_tensor(loaded.read(i, min_side)))
         except Unreadable as error:
-            skipped.append((images.keys[i], str(error)))
-            return None
+            return error
 
     loaded, ahead = images, 0
     with ThreadPoolExecutor(CPU_CORES) as pool:
@@ -202,7 +201,12 @@ def iter_processed(
             if index.stop > ahead:  # a block is read if enough of it is needed
                 ahead = min(start + max(chunk_size, PREFETCH_CHUNK), len(images))
                 loaded = loaded.prefetch(np.arange(start, ahead), 0.25)
-            readable = [result for result in pool.map(read, index) if result is not None]
-            if readable:
-                positions, results = zip(*readable, strict=True)
-                yield np.array(positions), list(results)
+            positions, results = [], []
+            for i, result in zip(index, pool.map(read, index), strict=True):
+                if isinstance(result, Unreadable):
+                    skipped.append((images.keys[i], str(result)))
+                else:
+                    positions.append(i)
+                    results.append(result)
+            if positions:
+                yield np.array(positions), results

@@ -21,7 +21,7 @@ from torch import Tensor
 from simsiam.embeddings.gallery import write_page
 from simsiam.embeddings.search import search_neighbors
 from simsiam.embeddings.table import Embeddings, read_embeddings
-from simsiam.errors import UsageError, check_ranges
+from simsiam.errors import UsageError, check_ranges, printable
 from simsiam.utils.files import check_writable, write_csv
 from simsiam.utils.workers import CPU_CORES
 
@@ -200,5 +200,5 @@ def format_duplicates(groups: Sequence[Sequence[Duplicate]]) -> str:
     num_copies = sum(map(len, groups)) - len(groups)
     lines = [f"{len(groups)} groups of near-duplicates, {num_copies} images to spare"]
     for number, group in enumerate(groups, 1):
-        lines += [f"{number:>4}  {copy.distance:.3f}  {copy.path}" for copy in group]
+        lines += [f"{number:>4}  {copy.distance:.3f}  {printable(copy.path)}" for copy in group]
     return "\n".join(lines)

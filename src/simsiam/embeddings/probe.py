@@ -106,26 +106,29 @@ def read_labels(path: Path, images: Embeddings) -> dict[int, str]:
     """
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
+            reader = csv.DictReader(file)
+            # Tables from spreadsheets have spaces around headings and labels, and capitals.
+            header = [name.strip().lower() for name in reader.fieldnames or ()]
+            reader.fieldnames = header
+            rows = list(reader)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UsageError(f"{path} cannot be read: {error}") from None
-    columns = rows[0].keys() if rows else {"path", "label"}
-    if missing := [name for name in ("path", "label") if name not in columns]:
+    if missing := [name for name in ("path", "label") if name not in header]:
         raise UsageError(
             f"{path} has no column {missing[0]!r}: its first line is path,label, and each other "
             "line has the path of an image and its label"
         )
     label_of: dict[int, str] = {}
     for number, row in enumerate(rows, 2):
-        label = (row["label"] or "").strip()
+        name, label = row["path"], (row["label"] or "").strip()
         if not label:  # as in the table that `probe` writes
             continue
-        if not row["path"]:
+        if not name:
             raise UsageError(f"{path}, line {number}: the label {label!r} has no path")
-        i = images.find(row["path"])
+        i = images.find(name if images.positions(name) else name.strip())
         if label_of.setdefault(i, label) != label:
             raise UsageError(
-                f"{path}, line {number}: {printable(row['path'])} already has another label, "
+                f"{path}, line {number}: {printable(name)} already has another label, "
                 f"{label_of[i]!r}"
             )
     if not label_of:

@@ -56,6 +56,7 @@ def open_weights(
     backbone: str | None = None,
     source: SourceNames | None = None,
     channels: int = 3,
+    splits: Sequence[str] | None = None,
 ) -> Path:
     """Return the run folder of a run or of weights.
 
@@ -66,6 +67,7 @@ def open_weights(
             theirs.
         source: The images that "patches" is learned from.
         channels: Channels of these images.
+        splits: Which of these images are for training; see `open_source`.
 
     Returns:
         The run folder.
@@ -77,7 +79,10 @@ def open_weights(
     text = os.fspath(name)
     path = run_folder_of(text)
     if path is None:
-        path = _fit_patches(source, channels) if text == PATCHES else _open_cached(text, backbone)
+        if text == PATCHES:
+            path = _fit_patches(source, channels, splits)
+        else:
+            path = _open_cached(text, backbone)
     network = Run(path).recipe.backbone
     if backbone not in (None, network):
         raise UsageError(
@@ -117,14 +122,14 @@ def canonical_name(name: str) -> str:
     return str(Path(name).expanduser().resolve())
 
 
-def _fit_patches(source: SourceNames | None, channels: int) -> Path:
+def _fit_patches(source: SourceNames | None, channels: int, splits: Sequence[str] | None) -> Path:
     if not source:
         raise UsageError(
             f"{PATCHES} is learned from images: run `simsiam adapt SOURCE` first, and give the run "
             "folder that it makes"
         )
     with writable_cache():
-        return fit_patches_run(source, channels)
+        return fit_patches_run(source, channels, splits=splits)
 
 
 def _open_cached(name: str, backbone: str | None) -> Path:
