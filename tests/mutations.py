@@ -720,8 +720,8 @@ MUTATIONS = [
     m(
         "forget the splits of a run",
         "runs/compose",
-        "splits = splits or recipe.splits",
-        "pass",
+        "splits = no_labels or recipe.no_labels, splits or recipe.splits",
+        "splits = no_labels or recipe.no_labels, splits",
         "splits.py::test_a_run_keeps_its_splits",
     ),
     m(
@@ -1244,8 +1244,8 @@ MUTATIONS = [
     m(
         "lose what was tried at Ctrl-C",
         "training/adaptation/adapt",
-        "    except Stopped as error:\n        stop = error\n",
-        "    except Stopped:\n        raise\n",
+        "        except Stopped as error:\n            stop = error\n",
+        "        except Stopped:\n            raise\n",
         "adapt.py::test_a_signal_during_training_keeps_the_best_of_what_was_tried",
     ),
     # what a run is worth

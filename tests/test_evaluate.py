@@ -167,7 +167,7 @@ def test_a_protocol_is_added_by_one_module(run, tmp_path):
         environment = os.environ | {"PYTHONPATH": str(package.parent)}
         return subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
 
-    assert "label_free toy]" in " ".join(simsiam_evaluate("--help").stdout.split())
+    assert "label_free toy that" in " ".join(simsiam_evaluate("--help").stdout.split())
     assert "length" in simsiam_evaluate(run, "--protocol", "toy", "--device", "cpu").stdout
     (record,) = read(run, "toy")
     assert (record["protocol"], record["name"]) == ("toy", "toy") and record["length"] > 0
@@ -424,9 +424,16 @@ def test_wrong_usage_is_one_line(run, arguments, text, capsys):
 
 
 def test_a_source_without_labels_and_a_list_of_other_files(run, folder, capsys, tmp_path):
-    one = str(next((folder / "train").rglob("*.png")))
-    assert main(["evaluate", str(run), one]) == 2
+    one, two = map(str, sorted((folder / "train").rglob("*.png"))[:2])
+    assert main(["evaluate", str(run), one, two, "--protocol", "knn"]) == 2
     assert "has no labels to evaluate with" in capsys.readouterr().err
+    assert main(["evaluate", str(run), one]) == 2
+    assert "has one image: evaluation compares at least two" in capsys.readouterr().err
+    assert main(["evaluate", str(run), one, two]) == 2
+    assert "label_free compares images, and there is one test image" in capsys.readouterr().err
+    more = map(str, sorted((folder / "train").rglob("*.png"))[:10])
+    assert main(["evaluate", str(run), *more]) == 0
+    assert "has no labels: only label_free is measured" in capsys.readouterr().out
     (tmp_path / "list").write_text("train_000.png\nstranger.png\n")
     assert main(["evaluate", str(run), "--few-label-list", str(tmp_path / "list")]) == 2
     assert "names 1 files that are not training images: 'stranger.png'" in capsys.readouterr().err

@@ -219,8 +219,8 @@ def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
     add_setting_flags(parser, Views, "augmentation settings", SETTING_TYPES)
     terms = ", ".join(EQUAL_TERMS).replace("views", "augmentation")
     note = (
-        "train every method with the values that the recipe has for SimSiam, so that methods are "
-        f"compared on equal terms (appendix D). The settings are: {terms}"
+        "for these settings, use the values that the recipe has for SimSiam, whatever --method is: "
+        f"{terms}. Methods can then be compared on equal terms (appendix D)"
     )
     parser.add_argument("--equal-terms", action="store_true", default=argparse.SUPPRESS, help=note)
 

@@ -42,10 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         dest="protocols",
         metavar="NAME",
         nargs="+",
-        default=FROZEN_PROTOCOLS,
         help=f"protocols: {', '.join(PROTOCOLS)}; few_label is a classifier from few labels, and "
         "label_free measures what needs no labels, such as alignment and RankMe "
-        f"[{' '.join(FROZEN_PROTOCOLS)}]",
+        f"[those of {' '.join(FROZEN_PROTOCOLS)} that the labels allow]",
     )
     note = "last, best (highest kNN accuracy during training) or epoch-NNNN [last]"
     parser.add_argument("--checkpoint", metavar="NAME", default="last", help=note)

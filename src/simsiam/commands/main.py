@@ -27,6 +27,7 @@ NOT_VERBS = ("main", "arguments", "output")  # modules of this package that are 
 GROUPS = (
     "training", "data", "evaluation", "embeddings", "checkpoints", "run folders", "laboratory",
 )  # fmt: skip
+BROKEN_PIPE = 13  # the number of SIGPIPE
 VERB_COLUMN = 14  # characters that a verb's name takes in the list of verbs
 
 
@@ -174,6 +175,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         run_command(sys.argv[1:] if argv is None else argv)
         return 0
     except (UsageError, WorkFailed, Stopped, OSError) as error:
+        if isinstance(error, BrokenPipeError):  # the reader has ended, as in `... | head`
+            # What is left in the buffer is discarded, so that Python does not complain at its exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 128 + BROKEN_PIPE
         rank = f", process {os.environ['RANK']}" if "RANK" in os.environ else ""
         print(f"simsiam{rank}: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         if isinstance(error, Stopped):

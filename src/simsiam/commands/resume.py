@@ -26,6 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "a run with N epochs from the start"
     )
     parser.add_argument("--epochs", metavar="N", type=int, help=note)
+    note = "where the images of the run are now, if they have moved [as in the recipe]"
+    parser.add_argument("--source", metavar="SOURCE", nargs="+", help=note)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -36,4 +38,4 @@ def run(options: argparse.Namespace) -> None:
     """
     from simsiam.training.launch import resume
 
-    print_run_summary(resume(options.run, epochs=options.epochs))
+    print_run_summary(resume(options.run, epochs=options.epochs, source=options.source))

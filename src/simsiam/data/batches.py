@@ -15,6 +15,8 @@ processes, which decode an image once for all its views and crop it; color, blur
 follow on the device.
 """
 
+import os
+import shutil
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -44,6 +46,8 @@ SEQUENTIAL_STEP_OFFSET = 2**40  # steps from here on go through all images in or
 
 # Crops uint8 (views, N, C, size, size), the images (N,) they are of, and (key, reason) of each
 # unreadable image that was replaced.
+SHARED_MEMORY = "/dev/shm"  # where workers put the crops that they have made
+WORKER_PREFETCH = 2  # steps that a worker makes ahead
 CropBatch: TypeAlias = tuple[Tensor, Tensor, list[tuple[str, str]]]
 
 
@@ -317,6 +321,7 @@ def _streamed_batches(
     # With blocks, each worker makes the same positions of every batch: it alone reads their blocks.
     if interleaved_blocks(images, recipe):
         parts = max(1, min(workers, own_slice.stop - own_slice.start))
+    _check_shared_memory(recipe, own_slice.stop - own_slice.start, workers, parts)
     loader: DataLoader = DataLoader(
         _StepDataset(images, recipe, own_slice, parts, current_image),
         batch_size=None,
@@ -324,6 +329,7 @@ def _streamed_batches(
         num_workers=workers,
         pin_memory=device.type == "cuda",
         timeout=recipe.read_timeout if workers else 0,
+        prefetch_factor=WORKER_PREFETCH if workers else None,
     )
     results = _iter_loader(loader, images, current_image)
     for step in range(start, stop):
@@ -336,6 +342,22 @@ def _streamed_batches(
             skipped += result[2]
         finished = _finish_views(torch.cat(crops, dim=1), recipe, step, own_slice.start)
         yield ViewBatch(step, torch.cat(index), finished, skipped)
+
+
+def _check_shared_memory(recipe: ResolvedRecipe, batch_size: int, workers: int, parts: int) -> None:
+    """Raise WorkFailed if workers would not have room for their crops: they would hang."""
+    count = -(-batch_size // parts) * recipe.method.view_count
+    num_bytes = count * recipe.channels * recipe.image_size**2  # of what a worker makes at a time
+    needed = (WORKER_PREFETCH + 1) * workers * num_bytes
+    if not os.path.isdir(SHARED_MEMORY):  # other systems have no such limit
+        return
+    free = shutil.disk_usage(SHARED_MEMORY).free
+    if needed > free:
+        raise WorkFailed(
+            f"{workers} data workers need {needed / 2**20:,.1f} MiB of shared memory, and "
+            f"{SHARED_MEMORY} has {free / 2**20:,.1f} MiB: give the container more, as with "
+            "`docker run --shm-size=1g`, or take --workers 0"
+        )
 
 
 def _iter_loader(
@@ -355,7 +377,8 @@ def _iter_loader(
             if "timed out" in str(error):
                 raise WorkFailed(
                     f"a data worker has not come back for {loader.timeout:g} s from reading "
-                    f"{names or 'an image'}: check the disk, or give a larger --read-timeout"
+                    f"{names or 'an image'}: check the disk and the shared memory (/dev/shm), or "
+                    "give a larger --read-timeout"
                 ) from error
             raise WorkFailed(
                 f"a data worker was killed, at {names or 'no image'}: "

@@ -21,6 +21,9 @@ T = TypeVar("T")
 MIN_DECODED_SIDE = (
     192  # pixels; so that thumbnails can be made of what encoders for small images see
 )
+# Of an image that is thinner than this, longer to shorter side, the center is taken before it is
+# resized: a line of 6000 x 1 pixels would become 1,536,000 x 256.
+MAX_ASPECT = 16
 _IMAGE_TYPES = (str, os.PathLike, bytes, Image.Image, np.ndarray, Tensor)
 
 
@@ -102,6 +105,9 @@ class Transform:
         """
         if pixels.shape[-2:] == (self.size, self.size) == (self.resize, self.resize):
             return pixels
+        height, width = pixels.shape[-2:]
+        longest = MAX_ASPECT * min(height, width)
+        pixels = TF.center_crop(pixels, [min(height, longest), min(width, longest)])
         mode = TF.InterpolationMode(self.interpolation)
         resized = TF.resize(pixels, [self.resize], interpolation=mode, antialias=True)
         return TF.center_crop(resized, [self.size, self.size])

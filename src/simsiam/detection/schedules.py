@@ -22,7 +22,8 @@ class Schedule:
 
     architecture: Literal["c4", "fpn"] = setting(
         "c4",
-        "c4 (the paper's): RPN on conv4, RoI head of conv5 and a batch norm; fpn: feature pyramid",
+        "c4 (the paper's): RPN on conv4; the RoI head is conv5, followed by a batch norm; fpn: "
+        "feature pyramid",
     )
     steps: int = setting(24_000, "steps of SGD with momentum 0.9")
     batch_size: int = setting(16, "images in a batch, over all processes")

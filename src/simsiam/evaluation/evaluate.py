@@ -60,7 +60,7 @@ def evaluate(
     run: str | os.PathLike[str],
     source: str | os.PathLike[str] | Sequence[str] | None = None,
     *,
-    protocols: Sequence[str] = FROZEN_PROTOCOLS,
+    protocols: Sequence[str] | None = None,
     checkpoint: str = "last",
     device: str = "auto",
     precision: str = "auto",
@@ -76,7 +76,8 @@ def evaluate(
         run: A run folder, or weights (see `simsiam.runs.weights.open_weights`), whose records
             are then in the cache.
         source: The images; by default the run's own source.
-        protocols: Names of protocols; by default all that leave the backbone as it is.
+        protocols: Names of protocols; by default all that leave the backbone as it is and that
+            the labels allow. What is left out is printed.
         checkpoint: "last", "best" or "epoch-NNNN".
         device: "auto", "cpu", "cuda", "cuda:1", ...
         precision: "auto", "bfloat16" or "float32", of the backbone.
@@ -99,17 +100,28 @@ def evaluate(
     settings = Settings.from_dict(overrides)
     if limit is not None and limit < 1:
         raise UsageError(f"limit is {limit}; it is at least 1")
-    for protocol in protocols:
+    for protocol in protocols or ():
         if protocol not in PROTOCOLS:
             raise unknown_name("protocol", protocol, PROTOCOLS)
     folder = Run(open_weights(run, backbone=backbone, source=source, splits=splits))
+    opened = open_run_source(folder.recipe, source, no_labels=no_labels, splits=splits)
+    ignored = no_labels or (not source and folder.recipe.no_labels)
+    labeled = ignored or any(images.labels is not None for images in opened.splits.values())
+    left_out, asked = [], protocols is not None
+    if protocols is None and opened.only_class:
+        raise UsageError(
+            f"{opened.name} has one class, {opened.only_class!r}, so there is no accuracy to "
+            "measure: use --protocol label_free"
+        )
+    if protocols is None:
+        protocols = FROZEN_PROTOCOLS if labeled else ("label_free",)
+        left_out = [] if labeled else [f"{opened.name} has no labels: only label_free is measured"]
     require_labels = set(protocols) != {"label_free"}
-    if require_labels and (no_labels or (not source and folder.recipe.no_labels)):
+    if require_labels and ignored:
         given = "--no-labels was given" if no_labels else "the run was trained with --no-labels"
         option = "" if no_labels else ", or name a SOURCE whose labels may be used"
         names = ", ".join(name for name in protocols if name != "label_free")
         raise UsageError(f"{given}, and {names} need labels: use --protocol label_free{option}")
-    opened = open_run_source(folder.recipe, source, no_labels=no_labels, splits=splits)
     data = _load_data(folder, opened, limit, require_labels=require_labels)
     compute = Compute.pick(device, precision)
     frozen = FrozenNetwork(
@@ -118,13 +130,27 @@ def evaluate(
     if folder.has_head and frozen.encoder is None and rank() == 0:
         print(f"checkpoint {checkpoint}: {HEAD_FILE} was fitted for other weights and is left out")
     if {"few_label", "finetune"} & set(protocols):
-        plan_draws(data.train, settings)  # refuse impossible draws now, not after an hour
+        try:
+            plan_draws(data.train, settings)  # refuse impossible draws now, not after an hour
+        except UsageError as error:
+            if asked or settings.labels or settings.few_label_list:
+                raise
+            protocols = [name for name in protocols if name != "few_label"]
+            left_out.append(f"few_label is left out: {error}")
     environment = _describe_environment(compute)
-    records = []
+    records = list[EvaluationRecord]()
     for protocol in protocols:
-        new_records = _run_protocol(protocol, frozen, folder, data, settings, environment)
+        try:
+            new_records = _run_protocol(protocol, frozen, folder, data, settings, environment)
+        except UsageError as error:  # there are too few images for it
+            if asked or (protocol == protocols[-1] and not records):
+                raise
+            left_out.append(f"{protocol} is left out: {error}")
+            continue
         save_records(folder, protocol, new_records)
         records += new_records
+    for line in left_out if rank() == 0 else ():
+        print(printable(line))
     train, test = data.split["train"], data.split["test"]
     print_records(
         records, f"{data.source}: classifiers learn from {train} and are tested on {test}"

@@ -307,6 +307,8 @@ def split_train_test(
     for name in ("test", "val"):
         if name in usable and name != first:
             return usable[first], usable[name], {"train": first, "test": name}
+    if len(usable[first]) < 2:
+        raise UsageError(f"{source.name} has one image: evaluation compares at least two")
     train, test = hold_out(usable[first], max(1, len(usable[first]) // 5))
     description = {
         "train": f"four fifths of {first}",

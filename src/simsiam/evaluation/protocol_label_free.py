@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from simsiam.config.protocols import Settings
 from simsiam.data.images import evenly_spaced
+from simsiam.errors import UsageError
 from simsiam.evaluation.frozen import FrozenNetwork, ProtocolResult, feature_kinds
 from simsiam.monitoring.features import extract_features
 from simsiam.monitoring.label_free_monitor import MONITOR_SAMPLE_SIZE, two_view_features
@@ -39,6 +40,8 @@ def compute_label_free(frozen: FrozenNetwork, kind: str) -> ProtocolResult:
     network, recipe, compute = frozen.network(kind), frozen.recipe, frozen.compute
     features = extract_features(network, images, eval_transform(recipe), compute=compute)
     h = features.matrices[0].to(compute.device)
+    if len(h) < 2:
+        raise UsageError("label_free compares images, and there is one test image")
     readable = images.take(features.kept_indices)
     a, b = two_view_features(network, readable, recipe, compute=compute)
     signals = {

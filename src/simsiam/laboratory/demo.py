@@ -17,7 +17,7 @@ from simsiam.model.precision import Compute
 from simsiam.monitoring.features import extract_features
 from simsiam.monitoring.nearest_neighbors import knn_top1
 from simsiam.runs.encoder import eval_transform, load
-from simsiam.runs.run_folder import Run, check_vacant, next_run_path
+from simsiam.runs.run_folder import Run, choose_run_path
 from simsiam.sources.open_source import Source, open_source
 from simsiam.training.launch import pretrain
 from simsiam.training.prepare import build_training_setup
@@ -53,7 +53,7 @@ def demo(*, seeds: int = 1, out: str | None = None) -> dict[str, list[float]]:
     """
     if seeds < 1:
         raise UsageError(f"seeds is {seeds}; it is at least 1")
-    folder = check_vacant(out) if out else next_run_path("demo")
+    folder = choose_run_path(out, "demo", None)
     source = open_source("shapes")
     top1: dict[str, list[float]] = {row: [] for row in ROWS}
     seconds: dict[str, list[float]] = {SIMSIAM_ROW: [], SUPERVISED_ROW: []}

@@ -177,10 +177,17 @@ def open_run_source(
     """
     if not source and recipe.source in CONVERTED_SOURCES:
         raise UsageError("these weights were not trained here and have no images: give SOURCE")
-    if not source:
-        source, no_labels = recipe.source, no_labels or recipe.no_labels
-        splits = splits or recipe.splits
-    return open_source(source, recipe.channels, no_labels=no_labels, splits=splits)
+    if source:
+        return open_source(source, recipe.channels, no_labels=no_labels, splits=splits)
+    no_labels, splits = no_labels or recipe.no_labels, splits or recipe.splits
+    try:
+        return open_source(recipe.source, recipe.channels, no_labels=no_labels, splits=splits)
+    except UsageError as error:
+        raise UsageError(
+            f"the images of this run cannot be opened: {str(error).partition(';')[0]}; if they "
+            "have moved, give their new place: `simsiam resume RUN --source PLACE`, and SOURCE "
+            "elsewhere"
+        ) from None
 
 
 def _named_recipe(recipe: str | Recipe | None) -> tuple[Recipe | None, list[str]]:

@@ -11,7 +11,8 @@ import json
 import os
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import count
 from pathlib import Path
 from typing import cast
 
@@ -494,7 +495,9 @@ def checkpoint_bytes(
 
 
 @rank_zero_only
-def choose_run_path(out: str | os.PathLike[str] | None, name: str, recipe: ResolvedRecipe) -> Path:
+def choose_run_path(
+    out: str | os.PathLike[str] | None, name: str, recipe: ResolvedRecipe | None
+) -> Path:
     """Choose where a run goes.
 
     Args:
@@ -503,7 +506,7 @@ def choose_run_path(out: str | os.PathLike[str] | None, name: str, recipe: Resol
         recipe: The recipe of the run.
 
     Returns:
-        The folder.
+        The folder; the default is created, empty.
 
     Raises:
         UsageError: There is something else in it, or torchrun may restart the command and would not
@@ -513,7 +516,39 @@ def choose_run_path(out: str | os.PathLike[str] | None, name: str, recipe: Resol
         raise UsageError(
             "torchrun may restart this command: give --out, so that it continues the run it started"
         )
-    return check_vacant(out or next_run_path(name), recipe)
+    return check_vacant(out, recipe) if out else _claim_run_path(name)
+
+
+@contextmanager
+def reserved_run_path(
+    out: str | os.PathLike[str] | None, name: str, recipe: ResolvedRecipe
+) -> Iterator[Path]:
+    """Choose where a run goes, and keep the place until the context ends.
+
+    The folder with the default name is created at once, so that runs that are started at the same
+    time get different numbers. It is removed if it is still empty at the end.
+
+    Args:
+        out: As in `choose_run_path`, like the other arguments.
+        name: The name in the default.
+        recipe: The recipe of the run.
+
+    Yields:
+        The folder.
+
+    Raises:
+        UsageError: As in `choose_run_path`.
+    """
+    existed = Path("runs").exists()
+    path = choose_run_path(out, name, recipe)
+    try:
+        yield path
+    finally:
+        if out is None:
+            with suppress(OSError):
+                path.rmdir()
+                if not existed:
+                    path.parent.rmdir()
 
 
 def check_vacant(path: str | os.PathLike[str], recipe: ResolvedRecipe | None = None) -> Path:
@@ -549,13 +584,14 @@ def check_vacant(path: str | os.PathLike[str], recipe: ResolvedRecipe | None = N
     )
 
 
-def next_run_path(name: str) -> Path:
-    """Find the first free folder of runs/NAME-1, runs/NAME-2, ...
-
-    Args:
-        name: The name.
-    """
-    number = 1
-    while (path := Path("runs") / f"{name}-{number}").exists():
-        number += 1
-    return path
+def _claim_run_path(name: str) -> Path:
+    """Create the first free folder of runs/NAME-1, runs/NAME-2, ..., empty."""
+    for number in count(1):
+        path = Path("runs") / f"{name}-{number}"
+        with suppress(FileExistsError):
+            try:
+                path.mkdir(parents=True)
+            except (PermissionError, NotADirectoryError) as error:
+                raise UsageError(f"cannot write to {path}: {error.strerror}") from None
+            return path
+    raise AssertionError("there is always a free number")

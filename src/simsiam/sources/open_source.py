@@ -133,6 +133,8 @@ class Source:
         damage: (shard, what is lost with it) of each damaged shard.
         notes: What names have decided, and which files are left out: a line for each.
         passed_over: Number of files that are not among the images, by kind; see `file_kinds`.
+        only_class: The name of the class, if all training images have the same, so that there are
+            no labels to tell apart; else "".
     """
 
     name: str
@@ -142,6 +144,7 @@ class Source:
     damage: tuple[tuple[str, str], ...] = field(default=(), kw_only=True)
     notes: tuple[str, ...] = field(default=(), kw_only=True)
     passed_over: Mapping[str, int] = field(default_factory=dict, kw_only=True)
+    only_class: str = field(default="", kw_only=True)
 
     @property
     def splits(self) -> dict[str, Images]:
@@ -708,6 +711,7 @@ def _build_source(path: str | Path, parts: Mapping[str, SplitParts], options: _O
     """Make the source of these splits; its classes are those of the training images."""
     names = () if options.no_labels else parts["train"][2]
     classes = names if len(names) > 1 else ()  # one class tells nothing apart
+    only_class = "".join(names) if not classes else ""
     splits: dict[str, Images] = {}
     for split, (images, codes, names) in parts.items():
         if codes is not None and classes:
@@ -726,4 +730,6 @@ def _build_source(path: str | Path, parts: Mapping[str, SplitParts], options: _O
     absolute = Path(os.path.abspath(path))
     stem = absolute.stem if absolute.is_file() else absolute.name
     name = re.sub(r"[^\w.-]+", "-", stem, flags=re.ASCII).strip("-.") or "images"
-    return Source(name, splits["train"], splits.get("val"), splits.get("test"))
+    return Source(
+        name, splits["train"], splits.get("val"), splits.get("test"), only_class=only_class
+    )

@@ -18,8 +18,9 @@ from simsiam.runs.compose import compose_recipe, open_run_source
 from simsiam.runs.environment import collect_environment
 from simsiam.runs.journal import MetricsLogger
 from simsiam.runs.recipe_file import write_recipe
-from simsiam.runs.run_folder import Run, choose_run_path
+from simsiam.runs.run_folder import Run, reserved_run_path
 from simsiam.runs.weights import record_origin
+from simsiam.sources.open_source import absolute_source
 from simsiam.training.budget import fit_to_minutes
 from simsiam.training.finish import finish
 from simsiam.training.loop import run_training
@@ -66,23 +67,30 @@ def pretrain(
             complete, opened.train, overrides, minutes=minutes, elapsed=elapsed
         )
         reasons = [*reasons, *lines]
-    path = choose_run_path(out, f"{opened.name}-{complete.method.name}", complete)
-    data, setup = prepare_data(complete, opened), build_training_setup(complete)
-    messages = [*format_labeled_lines("recipe", reasons), *format_labeled_lines("run", [str(path)])]
-    with Run.create(path, complete).lock() as run:
-        record_origin(run)
-        train_run(run, data, setup, messages)
+    with reserved_run_path(out, f"{opened.name}-{complete.method.name}", complete) as path:
+        data, setup = prepare_data(complete, opened), build_training_setup(complete)
+        messages = format_labeled_lines("recipe", reasons)
+        messages += format_labeled_lines("run", [str(path)])
+        with Run.create(path, complete).lock() as run:
+            record_origin(run)
+            train_run(run, data, setup, messages)
     return path
 
 
 @distributed_entry_point
-def resume(path: str | os.PathLike[str], *, epochs: int | None = None) -> Path:
+def resume(
+    path: str | os.PathLike[str],
+    *,
+    epochs: int | None = None,
+    source: str | os.PathLike[str] | Sequence[str] | None = None,
+) -> Path:
     """Continue a run bit for bit from its last checkpoint.
 
     Args:
         path: The run folder.
         epochs: A larger number of epochs extends the run; its learning rate schedule is stretched,
             which is printed.
+        source: Where the run's images are now, if they have moved; it is kept in the recipe.
 
     Returns:
         The path of the run folder.
@@ -100,6 +108,9 @@ def resume(path: str | os.PathLike[str], *, epochs: int | None = None) -> Path:
                     "its steps not set"
                 )
             run.recipe = run.recipe.replace(epochs=epochs)
+        if source is not None:
+            names = [source] if isinstance(source, str | os.PathLike) else source
+            run.recipe = run.recipe.replace(source=[absolute_source(name) for name in names])
         # The checkpoint holds all weights, so `init` is needed only before the first one.
         recipe = run.recipe.replace(init=None) if run.has_checkpoint else run.recipe
         data = prepare_data(run.recipe, open_run_source(run.recipe))

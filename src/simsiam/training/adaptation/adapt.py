@@ -37,7 +37,7 @@ from simsiam.monitoring.candidates import (
 )
 from simsiam.runs.closed_form import encoder_recipe, write_encoder
 from simsiam.runs.encoder import eval_transform, load
-from simsiam.runs.run_folder import Run, choose_run_path
+from simsiam.runs.run_folder import Run, reserved_run_path
 from simsiam.runs.weights import open_weights
 from simsiam.sources.open_source import absolute_source, open_source
 from simsiam.training.adaptation.layers import trained_candidates
@@ -107,32 +107,36 @@ def adapt(
         recipe = run.recipe.replace(source=absolute_names, splits=splits)
         network, transform = load(run.path, head=False), eval_transform(recipe)
         chosen = read_sample(images, transform.resize, seed=seed)
-    path = choose_run_path(out, f"{opened.name}-adapt", recipe)
-    print_labeled("images", f"{len(chosen.pixels)} of {len(images)}, {chosen.fit_size} to fit on")
-    backbones: dict[str, nn.Module] = {**learn_patches(chosen, transform)}
-    if network is not None:
-        backbones = {recipe.backbone: network} | {
-            name: learned for name, learned in backbones.items() if name != recipe.backbone
-        }
-    backbones = affordable(backbones, transform, chosen, compute, deadline)
-    branches = measure(backbones, transform, chosen, compute, label="measuring")
-    margin = 0.0 if recipe.method.name == "none" else MARGIN
-    candidates = closed_form_candidates(branches, chosen, start=network is not None, margin=margin)
-    if network is not None and deadline is not None and not isinstance(network, Patches):
-        candidates = chain(
-            candidates,
-            trained_candidates(branches[0], recipe, transform, chosen, compute, deadline),
+    with reserved_run_path(out, f"{opened.name}-adapt", recipe) as path:
+        print_labeled(
+            "images", f"{len(chosen.pixels)} of {len(images)}, {chosen.fit_size} to fit on"
         )
-    tried, stop = list[Candidate](), None
-    try:
-        tried.extend(print_candidates(candidates))
-    except Stopped as error:
-        stop = error
-    best, rows = choose(tried)
-    write_encoder(path, recipe, best, rows, chosen.skipped)
-    print_labeled("chosen", best.name)
-    if stop is not None:
-        raise stop
+        backbones: dict[str, nn.Module] = {**learn_patches(chosen, transform)}
+        if network is not None:
+            backbones = {recipe.backbone: network} | {
+                name: learned for name, learned in backbones.items() if name != recipe.backbone
+            }
+        backbones = affordable(backbones, transform, chosen, compute, deadline)
+        branches = measure(backbones, transform, chosen, compute, label="measuring")
+        margin = 0.0 if recipe.method.name == "none" else MARGIN
+        candidates = closed_form_candidates(
+            branches, chosen, start=network is not None, margin=margin
+        )
+        if network is not None and deadline is not None and not isinstance(network, Patches):
+            candidates = chain(
+                candidates,
+                trained_candidates(branches[0], recipe, transform, chosen, compute, deadline),
+            )
+        tried, stop = list[Candidate](), None
+        try:
+            tried.extend(print_candidates(candidates))
+        except Stopped as error:
+            stop = error
+        best, rows = choose(tried)
+        write_encoder(path, recipe, best, rows, chosen.skipped)
+        print_labeled("chosen", best.name)
+        if stop is not None:
+            raise stop
     return path
 
 
