@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 NUM_SCENES = 100  # of each kind
+PAN_FRAMES = 25  # of each pan
 NUM_COPIED = 30  # scenes that each edit makes a copy of
 TEXT = """
 about above across after again against almost along already although always among answer
@@ -96,10 +97,10 @@ def pans(data: Path, rng: np.random.Generator) -> list[Image.Image]:
         wide = Image.new("RGB", (600, 200))
         for i, part in enumerate(parts):
             wide.paste(part.resize((200, 200), Image.Resampling.BICUBIC), (200 * i, 0))
-        frames += [wide.crop((x, 0, x + 200, 200)) for x in range(0, 25 * step, step)]
+        frames += [wide.crop((x, 0, x + 200, 200)) for x in range(0, PAN_FRAMES * step, step)]
     clouds = Image.fromarray(rng.integers(0, 256, (12, 40, 3), np.uint8))
     clouds = clouds.resize((800, 240), Image.Resampling.BICUBIC)
-    frames += [clouds.crop((2 * i, 0, 2 * i + 240, 240)) for i in range(25)]
+    frames += [clouds.crop((2 * i, 0, 2 * i + 240, 240)) for i in range(PAN_FRAMES)]
     return frames
 
 

@@ -6,7 +6,8 @@
 DATA is a folder with flowers.tar, brain_mri.tar, solar_cells.tar, hand_signs.tar and
 imagenette224.tar. For each kind and seed, duplicate_images.py writes 100 scenes and 180 copies;
 they are embedded with lite0 and searched. The result goes to results/duplicates.json. If
-imagededup is installed, its methods search the same files, at their default settings.
+imagededup is installed, its methods search the same files, at their default settings; its CNN with
+the features of lite0.
 
 A found pair is an image to keep and an image to spare; precision is the share of pairs of one
 scene. A copy is found if it is in one group with its scene. Targets, written down before the runs:
@@ -27,14 +28,23 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 from importlib.util import find_spec
+from math import inf
 from pathlib import Path
 
-from duplicate_images import EDITS, KINDS, write_images
+from duplicate_images import EDITS, KINDS, PAN_FRAMES, write_images
 from performance import page
+from torch import nn
 
 import simsiam
-from simsiam.embeddings.duplicates import duplicates
+from simsiam.embeddings.duplicates import (
+    THRESHOLD,
+    Comparison,
+    candidate_pairs,
+    downsample_thumbnails,
+    duplicates,
+)
 from simsiam.embeddings.embed import embed
+from simsiam.embeddings.table import read_embeddings
 
 ROOT = Path(__file__).parents[1]
 RESULTS, PAGE = ROOT / "results" / "duplicates.json", ROOT / "docs" / "duplicates.md"
@@ -52,10 +62,19 @@ def edit_of(name: str) -> str:
     return name[4:].rpartition(".")[0]
 
 
-def judge(names: Iterable[str], found: Iterable[tuple[str, str]]) -> dict[str, object]:
+def is_right(kind: str, pair: tuple[str, str]) -> bool:
+    """Whether a pair shows one scene; a crop of a frame of a pan lies in other frames as well."""
+    scenes = [int(scene_of(name)) for name in pair]
+    if kind == "frames of pans" and "cropped" in map(edit_of, pair):
+        scenes = [scene // PAN_FRAMES for scene in scenes]
+    return scenes[0] == scenes[1]
+
+
+def judge(kind: str, names: Iterable[str], found: Iterable[tuple[str, str]]) -> dict[str, object]:
     """Count what was found.
 
     Args:
+        kind: A key of KINDS.
         names: All files.
         found: Pairs of files that are said to be copies.
 
@@ -64,7 +83,7 @@ def judge(names: Iterable[str], found: Iterable[tuple[str, str]]) -> dict[str, o
         copies and of those that are in a right pair with any file of their scene.
     """
     found = list(found)
-    wrong = [pair for pair in found if scene_of(pair[0]) != scene_of(pair[1])]
+    wrong = [pair for pair in found if not is_right(kind, pair)]
     linked = {name for pair in found if pair not in wrong for name in pair}
     copies = [name for name in names if edit_of(name)]
     return {
@@ -76,6 +95,38 @@ def judge(names: Iterable[str], found: Iterable[tuple[str, str]]) -> dict[str, o
     }
 
 
+def measure_threshold(file: Path) -> dict[str, list[float]]:
+    """Measure the distances of copies to their scenes, and of scenes that may be mistaken.
+
+    Args:
+        file: An embedding file.
+
+    Returns:
+        Distances of recompressed, resized and EXIF-rotated copies, and those of two scenes, of
+        candidates alone: of each scene that to the nearest other one. Both in increasing order.
+    """
+    images = read_embeddings(file)
+    x, comparison = downsample_thumbnails(images), Comparison(images, inf)
+    scenes = {scene_of(path): i for i, path in enumerate(images.paths) if not edit_of(path)}
+    comparison.find_flat(x)
+    copies = [
+        (min(i, scenes[scene_of(path)]), max(i, scenes[scene_of(path)]))
+        for i, path in enumerate(images.paths)
+        if edit_of(path) in PLAIN_EDITS
+    ]
+    known = set(scenes.values())
+    others = [pair for pair in candidate_pairs(x) if known.issuperset(pair)]
+    comparison.compare(copies + others)
+    nearest = dict.fromkeys(known, inf)
+    for pair in others:
+        for i in pair:
+            nearest[i] = min(nearest[i], comparison.matches[pair].distance)
+    return {
+        "copies": sorted(round(comparison.matches[pair].distance, 3) for pair in copies),
+        "nearest": sorted(round(distance, 3) for distance in nearest.values() if distance < inf),
+    }
+
+
 def search(file: Path, crops: bool) -> list[tuple[str, str]]:
     """Return the pairs that `duplicates` finds: an image to keep, and one to spare."""
     groups = duplicates(file, crops=crops)
@@ -84,9 +135,20 @@ def search(file: Path, crops: bool) -> list[tuple[str, str]]:
 
 def search_with_imagededup(folder: Path, method: str) -> list[tuple[str, str]]:
     """Return the pairs that a method of imagededup finds."""
-    import imagededup.methods
+    from imagededup import methods
+    from imagededup.utils import CustomModel
 
-    found = getattr(imagededup.methods, method)(verbose=False).find_duplicates(str(folder))
+    if method == "CNN":  # its own network would be downloaded
+        images = read_embeddings(folder.with_suffix(".parquet"))
+        encodings = dict(zip(images.paths, images.vectors.numpy()))
+        model = CustomModel(name="lite0", model=nn.Identity(), transform=lambda image: image)
+        found = methods.CNN(verbose=False, model_config=model).find_duplicates(
+            encoding_map=encodings, num_sim_workers=0
+        )
+    else:
+        found = getattr(methods, method)(verbose=False).find_duplicates(
+            str(folder), num_enc_workers=0, num_dist_workers=0
+        )
     return sorted({(min(a, b), max(a, b)) for a, others in found.items() for b in others})
 
 
@@ -106,15 +168,12 @@ def measure(kind: str, data: Path, work: Path, seed: int) -> dict[str, object]:
     if find_spec("imagededup"):
         methods |= {m: lambda m=m: search_with_imagededup(folder, m) for m in PEERS}
     result: dict[str, object] = {"kind": kind, "seed": seed, "files": len(names)}
+    result["distances"] = measure_threshold(file)
     for method, run in methods.items():
         start = time.process_time()
-        try:
-            found = run()
-        except (OSError, RuntimeError) as error:  # no weights of the CNN, without a network
-            print(f"{method}: {error}", file=sys.stderr)
-            continue
+        found = run()
         seconds = round(time.process_time() - start, 1)
-        result[method] = judge(names, found) | {"seconds": seconds}
+        result[method] = judge(kind, names, found) | {"seconds": seconds}
     return result
 
 
@@ -146,6 +205,22 @@ def tables(results: list[dict]) -> dict[str, str]:
         ]
         return markdown(head, rows)
 
+    def threshold_row(kind: str) -> list[str]:
+        cells = [row["distances"] for row in results if row["kind"] == kind]
+        copies = sorted(d for cell in cells for d in cell["copies"])
+        nearest = sorted(d for cell in cells for d in cell["nearest"])
+        limits = (0.6, THRESHOLD, 1.0)
+        missed = [percent(sum(d > limit for d in copies), len(copies)) for limit in limits]
+        false = [str(sum(d <= limit for d in nearest)) for limit in limits]
+        return [
+            kind,
+            f"{copies[int(0.95 * len(copies))]:.2f}",
+            f"{copies[-1]:.2f}",
+            f"{nearest[0]:.2f}" if nearest else "-",
+            " / ".join(missed),
+            " / ".join(false),
+        ]
+
     methods = [m for m in ("simsiam", "simsiam --crops", *PEERS) if any(m in r for r in results)]
     peers = [
         [f"`{method}`" if " " in method else method, precision(method, None)]
@@ -160,7 +235,16 @@ def tables(results: list[dict]) -> dict[str, str]:
         for method in methods
     ]
     head = ["method", "precision", "on its worst kind", *EDITS, "s"]
+    threshold_head = [
+        "kind",
+        "copies, 95 %",
+        "farthest copy",
+        "nearest scenes",
+        "missed copies, %",
+        "scenes with a false copy",
+    ]
     return {
+        "threshold": markdown(threshold_head, [threshold_row(kind) for kind in kinds]),
         "default": table("simsiam", EDITS),
         "crops": table("simsiam --crops", EDITS),
         "peers": markdown(head, peers),

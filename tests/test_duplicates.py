@@ -186,7 +186,7 @@ def drafts(rng) -> list[Image.Image]:
 def forms(rng) -> list[Image.Image]:
     found = []
     for number in rng.permutation(10_000)[:25]:
-        image = page(["Invoice"] + ["." * 50] * 30)
+        image = page(["Invoice"] + ["_" * 50] * 30)
         draw = ImageDraw.Draw(image)
         draw.text((250, 480), f"{number} EUR", fill=0, font=ImageFont.load_default(16))
         found.append(image)
@@ -296,7 +296,7 @@ def test_more_copies_than_candidates_are_one_group(groups_of, tmp_path):
 
 def test_a_copy_goes_to_the_nearest_kept_image(groups_of, tmp_path):
     """A small copy has lost what tells two pictures apart; it is nearer to its own original."""
-    for i, picture in enumerate(pan()[:2]):
+    for i, picture in enumerate(pan()[:3:2]):
         picture.save(tmp_path / "images" / f"{i}.png")
         picture.resize((72, 54)).save(tmp_path / "images" / f"{i} small.png")
     assert groups_of() == [["0.png", "0 small.png"], ["1.png", "1 small.png"]]
