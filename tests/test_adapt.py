@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from simsiam.model.precision import Compute
 from simsiam.model.view_noise import center
 from simsiam.monitoring.candidates import (
     Candidate,
+    backbone_candidates,
     build_encoder,
     choose,
     join_candidates,
@@ -28,11 +30,13 @@ from simsiam.monitoring.candidates import (
     measure,
     read_sample,
 )
-from simsiam.runs.closed_form import encoder_recipe, fit_head
+from simsiam.runs.closed_form import encoder_recipe
+from simsiam.runs.encoder import eval_transform
 from simsiam.runs.run_folder import Run
 from simsiam.runs.weights import open_weights
 from simsiam.sources.open_source import open_source
 from simsiam.training.adaptation.layers import LayerTraining, late_parameters
+from simsiam.training.finish import Worth, write_head
 from simsiam.training.loop import run_training
 
 FLOAT32 = Compute(torch.device("cpu"), "float32")
@@ -86,6 +90,15 @@ def test_the_error_of_a_gain_is_that_of_repeated_draws():
     gains = [one.gain(other) for one, other in (draw() for _ in range(400))]
     spread = np.std([gain for gain, _ in gains])
     assert np.mean([error for _, error in gains]) == pytest.approx(spread, rel=0.15)
+
+
+def test_a_candidate_with_a_margin_is_taken_only_beyond_it():
+    """What is fitted to views raises a score of views anyway."""
+    base = 0.5 + 0.3 * torch.rand(2, 400, generator=torch.Generator().manual_seed(0))
+    above, below = (replace(fake(f * base, str(f)), margin=0.2) for f in (1.25, 1.2))
+    assert math.log(1.2) < 0.2 < math.log(1.25)
+    assert choose([fake(base), below])[0].name == "fake"
+    assert choose([fake(base), above])[0] is above
 
 
 def test_fitting_never_sees_the_images_held_out(sample):
@@ -228,14 +241,18 @@ def test_a_finished_run_gets_the_map_in_a_file_of_its_own(tmp_path):
     run = Run(simsiam.pretrain("shapes", out=tmp_path / "run", dim=32, proj_hidden=32, **settings))
     assert not run.has_head  # too few steps
     before = (run.path / "backbone.safetensors").read_bytes()
-    images = open_source("shapes").train.take(slice(300))
-    fit_head(run, simsiam.load(run.path, head=False), images, FLOAT32)
-    table = run.json("head.json")
-    assert len(table["candidates"]) == 3
-    assert run.has_head == (not table["chosen"].endswith("unchanged"))
+    images = read_sample(open_source("shapes").train.take(slice(300)), 32)
+    network = simsiam.load(run.path, head=False)
+    (branch,) = measure({"end": network}, eval_transform(run.recipe), images, FLOAT32)
+    unchanged, _, mapped = backbone_candidates(branch, images)
+    rows = [{"candidate": "end"}]
+    write_head(run, network, Worth([unchanged], rows))
+    assert not run.has_head and run.json("head.json")["chosen"] == unchanged.name
+    write_head(run, network, Worth([mapped, unchanged], rows))
+    assert run.has_head and run.json("head.json") == {"chosen": mapped.name, "candidates": rows}
     assert (run.path / "backbone.safetensors").read_bytes() == before
-    kind = type(simsiam.load(run.path)).__name__
-    assert kind == ("Encoder" if run.has_head else "ResNet")
+    assert type(simsiam.load(run.path)).__name__ == "Encoder"
+    assert torch.equal(simsiam.load(run.path).head.weight, mapped.heads[0].weight)
 
 
 @pytest.fixture

@@ -5,6 +5,8 @@ import os
 import subprocess
 import sys
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from conftest import QUICK, TINY, flags
 from PIL import Image
@@ -27,7 +29,10 @@ def run_main(capsys, *arguments: object) -> tuple[int, str]:
         ([""], "unknown command ''"),
         (["--epochs", "3"], "unknown argument '--epochs'"),
         (["compare", "a", "b", "--colour"], "unknown argument '--colour'"),
-        (["pretrain", "shaeps"], "unknown source 'shaeps': did you mean 'shapes'?"),
+        (["pretrain", "shaeps"], "no such file or folder: shaeps; did you mean shapes?"),
+        (["Evaluate"], "unknown command 'Evaluate': did you mean 'evaluate'?"),
+        (["RESUME"], "unknown command 'RESUME': did you mean 'resume'?"),
+        (["train"], "unknown command 'train': did you mean 'pretrain'?"),
         (["pretrain", "--method", "simsian"], "unknown method 'simsian': did you mean 'simsiam'?"),
         (["pretrain", "--epoch", "3"], "unknown argument '--epoch': did you mean '--epochs'?"),
         (["pretrain", "--epochs", "three"], "epochs is 'three'; it takes a whole number"),
@@ -76,7 +81,7 @@ def test_folders_that_cannot_be_used(capsys, tmp_path):
     assert code == 2 and "no image in" in error and "\n" not in error
     (tmp_path / "notes.txt").write_text("hello")
     code, error = run_main(capsys, "pretrain", tmp_path / "notes.txt")
-    assert code == 2 and "\n" not in error
+    assert code == 1 and "\n" not in error and "hello: No such file or directory" in error
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").write_text("mine")
     code, error = run_main(capsys, "pretrain", "--out", tmp_path / "full", *flags(**TINY))
@@ -90,11 +95,35 @@ def test_folders_that_cannot_be_used(capsys, tmp_path):
     assert code == 2 and "cannot write to" in error
 
 
-def test_a_folder_of_nothing_but_broken_files_fails(capsys, tmp_path):
-    for i in range(20):
-        (tmp_path / f"{i}.jpg").write_bytes(b"not an image")
-    code, error = run_main(capsys, "pretrain", tmp_path, "--out", tmp_path / "run")
-    assert code in (1, 2) and "read" in error and "\n" not in error
+@pytest.mark.parametrize(
+    "verb", ["pretrain", "plan", "preview", "shard", "pretrain --recipe cifar"]
+)
+@pytest.mark.parametrize("kind", ["folder", "list", "parquet"])
+def test_where_no_image_can_be_read_the_first_and_the_reason_are_named(
+    capsys, tmp_path, verb, kind
+):
+    source = tmp_path / "images"
+    if kind == "folder":
+        source.mkdir()
+        for i in range(20):
+            (source / f"{i:02}.jpg").write_bytes(b"not an image")
+        reason = "00.jpg: not one of JPEG, PNG"
+    elif kind == "list":
+        source = tmp_path / "list.txt"
+        source.write_text("".join(f"{i}.jpg,{i % 2}\n" for i in range(20)))
+        reason = "0.jpg,0: No such file or directory"
+    else:
+        source = tmp_path / "images.parquet"
+        rows = [{"bytes": None, "path": f"{i}.jpg"} for i in range(20)]
+        image = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+        pq.write_table(pa.table({"image": pa.array(rows, image)}), source)
+        reason = "train#0: no image in this row: Parquet needs the bytes of image files"
+    name, *options = verb.split()
+    if name != "plan":
+        options += ["--out", tmp_path / "out.png"]
+    code, error = run_main(capsys, name, source, *options)
+    assert code == 1 and "\n" not in error
+    assert f"none of the 20 images can be read; the first, {reason}" in error
 
 
 def test_a_broken_recipe_file(capsys, tmp_path):

@@ -26,10 +26,10 @@ from simsiam.embeddings.duplicates import duplicates
 from simsiam.embeddings.embed import embed
 from simsiam.embeddings.neighbors import neighbors
 from simsiam.embeddings.outliers import outliers
-from simsiam.embeddings.probe import probe
+from simsiam.embeddings.probe import probe, read_labels
 from simsiam.embeddings.search import search_neighbors
 from simsiam.embeddings.table import read_embeddings
-from simsiam.errors import printable
+from simsiam.errors import UsageError, printable
 from simsiam.model.precision import Compute
 from simsiam.runs.encoder import eval_transform
 from simsiam.runs.run_folder import Run
@@ -324,6 +324,60 @@ def test_a_few_labels_give_labels_for_all_images_and_an_accuracy(tmp_path, capsy
     assert probe(file, labels, out=tmp_path / "all.csv").correct is None
 
 
+def test_labels_from_a_spreadsheet_may_have_spaces_and_capitals(file, tmp_path):
+    images, labels = read_embeddings(file), tmp_path / "labels.csv"
+    lines = ["\ufeff Path ,LABEL,note"]
+    for i, label in enumerate(("cat", "cat ", " cat", "dog", "dog\u00a0", " dog\t")):
+        lines.append(f"{' ' * (i % 2)}{images.paths[i]},{label},")
+    labels.write_text("\r\n".join(lines), encoding="utf-8")
+    result = probe(file, labels, out=tmp_path / "all.csv")
+    assert result.classes == ["cat", "dog"]
+    assert result.labels == dict(enumerate(["cat"] * 3 + ["dog"] * 3))
+    labels.write_text(f"path,label\n{images.paths[0]},  \n")
+    with pytest.raises(UsageError, match="labels no image"):
+        read_labels(labels, images)
+    labels.write_text("")
+    with pytest.raises(UsageError, match="has no column 'path'"):
+        read_labels(labels, images)
+
+
+def test_probe_reads_the_table_that_it_wrote_with_more_labels(tmp_path, capsys):
+    file, labels, out = blobs(tmp_path), tmp_path / "labels.csv", tmp_path / "all.csv"
+    labels.write_text("path,label\n" + "".join(f"d/{i}.jpg,{'abc'[i % 3]}\n" for i in range(6)))
+    first = probe(file, labels, out=out)
+    assert main(["probe", str(file), str(out), "--out", str(tmp_path / "same.csv")]) == 0
+    assert "6 labels of 3 classes: a, b, c; 55 images have no label" in capsys.readouterr().out
+    assert (tmp_path / "same.csv").read_text() == out.read_text()
+    rows = [list(row.values()) for row in rows_of(out)]
+    for i in range(6, 15):
+        rows[i][1] = f" {'abc'[i % 3]} "  # spreadsheets and people leave spaces
+    rows[20][1] = "  "
+    with open(tmp_path / "more.csv", "w", newline="") as filled:
+        writer = csv.writer(filled)
+        writer.writerow(["path", "label", "predicted", "confidence"])
+        writer.writerows([*rows, ["", "", "", ""], []])
+    second = probe(file, tmp_path / "more.csv", out=tmp_path / "again.csv")
+    assert len(first.labels) == 6 and second.classes == ["a", "b", "c"]
+    assert second.labels == {i: "abc"[i % 3] for i in range(15)}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("path,label\n,a\n", "line 2: the label 'a' has no path"),
+        ("path,label\nd/1.jpg,\nd/2.jpg,\n", "labels no image: fill in the column label of a few"),
+        ("path,label\n", "labels no image"),
+        ("path,class\nd/1.jpg,a\n", "has no column 'label': its first line is path,label"),
+        ("path;label\nd/1.jpg;a\n", "has no column 'path': its first line is path,label"),
+        ("path,label\nd/1.jpg,a\n1.jpg,b\n", "line 3: 1.jpg already has another label, 'a'"),
+    ],
+)
+def test_what_is_wrong_in_a_table_of_labels_is_named(text, message, tmp_path):
+    (tmp_path / "labels.csv").write_text(text)
+    with pytest.raises(UsageError, match=message):
+        probe(blobs(tmp_path), tmp_path / "labels.csv", out=tmp_path / "o.csv")
+
+
 @pytest.mark.parametrize(
     ("verb", "text"),
     [
@@ -339,12 +393,12 @@ def test_a_few_labels_give_labels_for_all_images_and_an_accuracy(tmp_path, capsy
         ("cluster {file} --clusters 1 --out o.csv", "clusters is 1"),
         ("cluster {file} --clusters 99 --out o.csv", "clusters is 99, and there are 39 images"),
         ("outliers {file} --k 0 --out o.csv", "k is 0"),
-        ("probe {file} {csv} --out o.csv", "line 2: each line needs a path and a label"),
+        ("probe {file} {csv} --out o.csv", "has no column 'path': its first line is path,label"),
         ("probe {file} {one} --out o.csv", "has one label, 'y'"),
         ("probe {file} nowhere.csv --out o.csv", "cannot be read"),
         ("embed {run} shapes --out x.txt", "ends in .txt: give a .parquet"),
         ("embed nowhere shapes --out x.parquet", "nowhere is not a run folder"),
-        ("embed {run} nothing --out x.parquet", "unknown source"),
+        ("embed {run} nothing --out x.parquet", "no such file or folder: nothing"),
         ("embed {run} shapes --out x.parquet --limit 0", "limit is 0; it is at least 1"),
         ("embed {run} shapes --out {file}", "not overwritten"),
         ("embed {run} shapes --out {one_npy}", "one.csv exists and is not overwritten"),

@@ -412,7 +412,7 @@ def test_label_free_needs_no_labels(run, folder, tmp_path, capsys):
         (["--limit", "0"], "limit is 0; it is at least 1"),
         (["--k", "0"], "k is 0; it is at least 1"),
         (["--precision", "float16"], "unknown precision 'float16'"),
-        (["nowhere"], "unknown source 'nowhere'"),
+        (["nowhere"], "no such file or folder: nowhere"),
         (["--kk", "3"], "unknown argument '--kk'"),
     ],
 )

@@ -215,7 +215,7 @@ def filled(patches):
     ("name", "format"),
     [
         *(("both", format) for format in ("safetensors", "torch_export", "onnx", "huggingface")),
-        *(("patches", format) for format in ("safetensors", "torch_export", "huggingface")),
+        *(("patches", format) for format in ("safetensors", "torch_export", "onnx", "huggingface")),
         *(("timm", format) for format in ("timm", "huggingface")),
         *(("torchvision", format) for format in ("torchvision", "timm", "huggingface")),
     ],
@@ -225,7 +225,8 @@ def test_an_encoder_is_exported_with_its_head(name, format, with_head, tmp_path)
     needs(format)
     folder = export(with_head[name], format=format, out=tmp_path / "out").path
     size = Run(with_head[name]).recipe.image_size
-    x, loaded = torch.randn(2, 3, size, size), []
+    x, loaded = torch.randn(3, 3, size, size), []
+    x[1] = 0  # a flat image: many responses of patches are exactly zero
     if format == "torchvision":
         import torchvision
 
@@ -259,7 +260,8 @@ def test_an_encoder_is_exported_with_its_head(name, format, with_head, tmp_path)
             model.eval()
         with torch.no_grad():
             h = model(x)
-        assert (h - expected).abs().max() <= 1e-4 * max(1, expected.abs().max())
+        bound = 1e-5 if format == "onnx" else 1e-4
+        assert (h - expected).abs().max() <= bound * max(1, expected.abs().max())
     assert loaded or format == "safetensors"
 
 

@@ -71,7 +71,7 @@ def test_it_is_cross_entropy_and_sgd_with_a_cosine_lr_for_backbone_and_head_each
 ):
     """Repeat it with other tools: torch's schedule, one optimizer per part, plain operations."""
     out, result = finished
-    encoder = simsiam.load(run)
+    encoder = simsiam.load(run).requires_grad_(True)
     head = module.build_classifier(Run(run), 10, seed=0, from_scratch=True).head
     model = torch.nn.Sequential(encoder, head).to(memory_format=torch.channels_last).train()
     train, val = split_train_val(*data, None, 120, 0)

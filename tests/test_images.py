@@ -11,6 +11,7 @@ from test_sources import files_below, parquet, tarred, tree, zipped
 
 from simsiam.config.recipes import Recipe
 from simsiam.data.batches import iter_batches
+from simsiam.data.decode import Unreadable
 from simsiam.data.images import (
     Images,
     evenly_spaced,
@@ -20,7 +21,7 @@ from simsiam.data.images import (
     measure_sizes,
     sample,
 )
-from simsiam.data.storage import PixelArray, Storage, numbered_keys
+from simsiam.data.storage import NO_BYTES, PixelArray, Storage, numbered_keys
 from simsiam.errors import UsageError, WorkFailed
 from simsiam.sources.file_index import load_index
 from simsiam.sources.open_source import Source, open_source
@@ -89,11 +90,14 @@ def test_no_readable_image_is_one_line(tmp_path):
     assert "none of the 2 images" in one_line(error) and "a.png: not one of" in one_line(error)
 
 
-def test_a_row_without_an_image_is_unreadable(tmp_path):
+def test_a_row_without_an_image_is_unreadable(tmp_path, monkeypatch):
     parquet(tmp_path / "x.parquet", [picture(0), None, b""])
     images, left_out = load_into_memory(open_source(tmp_path).train, 10**6)
     assert list(images.keys) == ["train#0"]
-    assert left_out == [("train#1", "an empty file"), ("train#2", "an empty file")]
+    assert left_out == [("train#1", NO_BYTES), ("train#2", "an empty file")]
+    monkeypatch.setattr("simsiam.sources.open_source.MAX_RESIDENT_BYTES", 0)
+    with pytest.raises(Unreadable, match="needs the bytes of image files, not only their paths"):
+        open_source(tmp_path).train.read(1)  # read in place
 
 
 @pytest.mark.parametrize("channels", [1, 5, 16])

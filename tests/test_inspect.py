@@ -26,10 +26,12 @@ from simsiam.sources import file_index as module
 from simsiam.sources.file_index import INSPECTION_SCHEMA, inspect_images, load_index
 from simsiam.sources.open_source import Source, open_source
 from simsiam.training import inspect as verb
+from simsiam.training import speed as speed_module
+from simsiam.training.plan import plan
 from simsiam.utils.files import atomic_write
 
 inspect = verb.inspect
-SPEED = {"prepared": 0.001, "trained": 0.01, "gpu": False, "device": "a machine"}
+SPEED = {"prepared": 0.001, "trained": 0.01, "gpu": False, "device": "a machine", "load": 0.0}
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +43,9 @@ def cache(tmp_path, monkeypatch):
 @pytest.fixture
 def quick(monkeypatch):
     """Training is not timed: the numbers are given."""
-    monkeypatch.setattr(verb, "measure_speed", lambda recipe, images, *, resident: dict(SPEED))
+    monkeypatch.setattr(
+        speed_module, "measure_speed", lambda recipe, images, *, resident: dict(SPEED)
+    )
 
 
 def encode(seed=0, kind="PNG", size=(12, 8), mode="RGB", **options):
@@ -376,7 +380,7 @@ def test_the_facts_do_not_depend_on_how_images_are_packed(tmp_path, quick):
                     expected = json.loads(
                         json.dumps(expected).replace(f'"{name}"', f'"{split}#{i}"')
                     )
-        assert facts | {"source": ""} == expected | {"source": ""}
+        assert facts | {"source": "", "notes": []} == expected | {"source": "", "notes": []}
 
 
 def test_another_archive_of_the_same_name_is_noticed(tmp_path):
@@ -477,16 +481,29 @@ def test_the_time_is_that_of_all_epochs(tmp_path, monkeypatch):
             )
             return SPEED | {"gpu": gpu}
 
-        monkeypatch.setattr(verb, "measure_speed", speed)
+        monkeypatch.setattr(speed_module, "measure_speed", speed)
         monkeypatch.setattr(verb, "CPU_CORES", 4)
-        monkeypatch.setattr(
-            verb, "_machine_key", lambda gpu=gpu: [gpu]
-        )  # a measurement on another machine is not used
+        # A measurement on another machine is not used.
+        monkeypatch.setattr(speed_module.platform, "node", lambda gpu=gpu: str(gpu))
         time = inspect(root)["time"]
         assert time["images_per_epoch"] == 32 and time["epochs"] == 200
         assert time["seconds"] == pytest.approx(32 * 200 * expected, rel=1e-3)
-        monkeypatch.setattr(verb, "measure_speed", None)
+        monkeypatch.setattr(speed_module, "measure_speed", None)
         assert inspect(root)["time"] == time, "the speed is measured once"
+
+
+def test_a_measurement_on_a_busy_machine_is_said_and_made_again(tmp_path, monkeypatch, capsys):
+    files = {f"{i}.png": encode(i, size=(32, 32)) for i in range(40)}
+    folder, loads = write(tmp_path / "photos", files), [1.5, 0.1, 0.9]
+    monkeypatch.setattr(
+        speed_module, "measure_speed", lambda *a, **k: SPEED | {"load": loads.pop(0)}
+    )
+    for busy in (True, False, False):
+        assert (inspect(folder)["time"]["load"] > 0.5) == busy
+        assert ("the machine was busy" in capsys.readouterr().out) == busy
+    assert loads == [0.9]  # the second measurement is kept
+    plan(folder)  # and used
+    assert loads == [0.9]
 
 
 @pytest.mark.parametrize("resident", [True, False])
@@ -495,7 +512,7 @@ def test_the_speed_is_measured_with_real_steps(tmp_path, resident):
         write(tmp_path / "small", {f"{i}.png": encode(i, size=(32, 32)) for i in range(40)})
     ).train
     recipe = Recipe().replace(**TINY | {"image_size": 32, "mean": [0.5] * 3, "std": [0.25] * 3})
-    speed = verb.measure_speed(recipe, images, resident=resident)
+    speed = speed_module.measure_speed(recipe, images, resident=resident)
     assert 0 < speed["prepared"] < 10 and 0 < speed["trained"] < 10 and speed["device"]
 
 
@@ -542,7 +559,7 @@ def test_text_and_json_agree_in_80_columns(tmp_path, capsys, quick):
     for line in text.splitlines():  # the first column has the names of the facts
         name = line[:12].strip() or name
         printed[name] = f"{printed.get(name, '')} {line[12:].strip()}".strip()
-    assert list(printed) == list(facts)[1:]
+    assert list(printed) == list(facts)[2:]  # not the source and the notes
     least, median, most = facts["sizes"]["shorter_side"]
     (few, many), device = (
         sorted(facts["labels"]["classes"].items(), key=lambda pair: pair[1]),

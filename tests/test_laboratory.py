@@ -430,7 +430,7 @@ def test_annotated_sets_are_the_papers_columns(tmp_path):
         (["table1", "--scale", "tinyy"], "unknown scale 'tinyy': did you mean 'tiny'?"),
         (["table1", "--only", "basline"], "unknown cell 'basline': did you mean 'baseline'?"),
         (["table1", "--seeds", "0"], "seeds is 0; it is at least 1"),
-        (["table1", "--source", "nowhere"], "unknown source"),
+        (["table1", "--source", "nowhere"], "no such file or folder: "),
         (["figure2", "--scale", "imagenet"], "scale imagenet needs the data: --source FOLDER"),
     ],
 )

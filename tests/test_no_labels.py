@@ -45,6 +45,7 @@ def test_every_split_loses_its_labels_and_nothing_else(labeled):
     for split, images in without.splits.items():
         assert with_labels.splits[split].labels is not None and len(images.classes) == 0
         assert images.labels is None and [*images.keys] == [*with_labels.splits[split].keys]
+    assert open_source("shapes", no_labels=True).train.labels is None
 
 
 def test_a_run_trains_on_all_images_and_measures_no_accuracy(run):

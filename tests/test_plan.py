@@ -16,13 +16,13 @@ from simsiam.sources.write_shards import write_shards
 from simsiam.training.launch import pretrain
 from simsiam.training.plan import estimate_memory, model_costs, plan
 
-SPEED = {"prepared": 0.001, "trained": 0.004, "gpu": False, "device": "a device"}
+SPEED = {"prepared": 0.001, "trained": 0.004, "gpu": False, "device": "a device", "load": 0.0}
 
 
 @pytest.fixture(autouse=True)
 def measured(monkeypatch):
     """Replace the measurement of the speed, which takes seconds."""
-    monkeypatch.setattr("simsiam.training.plan.measure_speed", lambda *_, **__: SPEED)
+    monkeypatch.setattr("simsiam.training.plan.kept_speed", lambda *_, **__: SPEED)
 
 
 @pytest.mark.parametrize("method", ["simsiam", "byol"])

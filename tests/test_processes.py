@@ -205,3 +205,19 @@ def test_evaluated_and_embedded_by_two(calm, tmp_path):
     assert tables[0]["path"] == tables[1]["path"] and tables[0]["label"] == tables[1]["label"]
     vectors = [np.stack(table["vector"].to_pylist()) for table in tables]
     np.testing.assert_allclose(*vectors, atol=1e-5)
+
+
+def test_several_processes_start_from_a_file_of_weights(calm, tmp_path, monkeypatch):
+    """The first process makes its run folder in the cache; the others wait for it."""
+    monkeypatch.setenv("SIMSIAM_CACHE", str(tmp_path / "cache"))
+    weights = str(calm / "backbone.safetensors")
+    network = {name: value for name, value in SETTINGS.items() if name in ("backbone", "width")}
+    settings = {k: v for k, v in SETTINGS.items() if k not in network} | {"steps": 1}
+    arguments = ["shapes", "--init", weights, "--out", str(tmp_path / "run"), *flags(**settings)]
+    process = torchrun("-m", "simsiam", "pretrain", *arguments)
+    try:
+        output, _ = process.communicate(timeout=180)
+    finally:
+        process.kill()
+    assert process.returncode == 0, output
+    assert Run(tmp_path / "run").json("summary.json")["steps"] == 1

@@ -198,7 +198,9 @@ def test_of_two_searches_at_once_the_second_waits_and_embeds_nothing(run, photos
     def start_another(*arguments):
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         started.append(subprocess.Popen(command, **pipes))
-        assert "another process is embedding" in started[0].stderr.readline()
+        first = started[0].stderr
+        assert "folders are used as labels" in first.readline()
+        assert "another process is embedding" in first.readline()
         return embed_images(*arguments)
 
     monkeypatch.setattr(kept_embedding, "embed_images", start_another)
@@ -371,7 +373,7 @@ def test_without_network_and_packages_the_first_command_answers(
 
     monkeypatch.setattr(search_source, "open_weights", refuse)
     monkeypatch.setattr(
-        search_source, "fit_patches_run", lambda *_, out: learner.encoder.learn(out)
+        search_source, "fit_patches_run", lambda *_, out, **__: learner.encoder.learn(out)
     )
     assert main(["search", str(photos), "04.png", "--k", "3"]) == 0
     output, lines = capsys.readouterr()
@@ -414,7 +416,7 @@ def test_a_hub_that_cannot_be_reached_is_not_asked_again_and_again(monkeypatch):
             "no image none.png: it is neither a file nor the path",
         ),
         ("{photos} {photos}/text.png --encoder {run}", "text.png cannot be read"),
-        ("nowhere 04.png --encoder {run}", "unknown source 'nowhere'"),
+        ("nowhere 04.png --encoder {run}", "no such file or folder: nowhere"),
         ("{photos}/few 04.png --encoder patches", "patches cannot be learned from these images"),
     ],
 )
@@ -435,7 +437,7 @@ def test_a_wrong_query_is_refused_before_anything_is_embedded(run, photos, embed
 
 
 def test_other_images_than_rgb_get_patches(photos, monkeypatch):
-    def learn(source, channels, *, out):
+    def learn(source, channels, *, out, **_):
         assert channels == 1
         shutil.copytree(gray, out)
 

@@ -647,6 +647,18 @@ def test_labels_are_numbers_words_or_folders(tmp_path):
             ("cat", "dog"),
             [1, 0, 0],
         ),
+        (
+            "scalars",
+            {
+                f"{i}.{e}": png if e == "png" else json.dumps({key: label}).encode()
+                for i, (key, label) in enumerate(
+                    [("class", 1), ("label", 2.0), ("class", " x "), ("category", True)]
+                )
+                for e in ("json", "png")
+            },
+            ("1", "2", "true", "x"),
+            [0, 1, 3, 2],
+        ),
         ("none", {"1.png": png, "2.png": png, "2.cls": b"1"}, (), None),
     ]:
         (tmp_path / name).mkdir()
@@ -655,6 +667,38 @@ def test_labels_are_numbers_words_or_folders(tmp_path):
         assert images.classes == classes and (
             images.labels is None if labels is None else images.labels.tolist() == labels
         )
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"cls": [b"cat\n", b"dog"]},
+        {"json": [b'{"label": "cat"}', b'{"label": "dog"}']},
+        {"json": [b'{"class": "cat"}', b'{"class": "dog"}'], "txt": [b"a cat", b"a dog"]},
+    ],
+)
+def test_one_tar_in_the_layout_of_webdataset_is_the_folder_of_this_tar(tmp_path, metadata):
+    files = {}
+    for i in range(4):
+        files[f"{i}.png"] = encode(picture(i))
+        files |= {f"{i}.{extension}": data[i % 2] for extension, data in metadata.items()}
+    path = tarred(tmp_path / "train-0.tar", files)
+    one, folder = open_source(path), open_source(tmp_path)
+    assert one.train.classes == folder.train.classes == ("cat", "dog")
+    assert one.train.labels.tolist() == folder.train.labels.tolist() == [0, 1, 0, 1]
+    assert list(one.train.keys) == list(folder.train.keys)
+
+
+def test_one_tar_of_photographs_is_an_archive(tmp_path):
+    """Also with sidecars as a phone's backup writes them."""
+    files = {f"{folder}/{i}.png": encode(picture(i)) for folder in ("a", "b") for i in range(2)}
+    files |= {f"{name}.json": b'{"title": "x"}' for name in files} | {
+        "a/0.txt": b"x",
+        "a/1.json": b"{}",
+    }
+    images = open_source(tarred(tmp_path / "photos.tar", files)).train
+    assert list(images.keys) == ["a/0.png", "a/1.png", "b/0.png", "b/1.png"]
+    assert images.classes == ("a", "b")
 
 
 def test_tars_beside_photographs_are_no_shards(photos, tmp_path):

@@ -103,11 +103,20 @@ def refused(source, kind=UsageError, **options):
 # Names
 
 
-def test_a_wrong_source_is_one_line_with_a_hint(tmp_path):
-    assert "did you mean 'cifar10'" in refused("cifra10")
+def test_a_wrong_source_is_one_line_with_a_hint(tmp_path, monkeypatch):
+    assert "did you mean cifar10?" in refused("cifra10")
     line = refused(tmp_path / "no\nwhere")
     assert all(kind in line for kind in ("a folder of images", "Parquet", ".zip or .tar", ".txt"))
     refused("")
+    tree(tmp_path, "Photos/1.png")
+    monkeypatch.chdir(tmp_path)
+    assert refused("photo") == "no such file or folder: photo; did you mean Photos?"
+    assert refused("./photoz/") == "no such file or folder: ./photoz; did you mean ./Photos?"
+    assert refused("CIFAR-10") == "no such file or folder: CIFAR-10; did you mean cifar10?"
+    line = refused(tmp_path / "nowhere" / "deep" / "folder")
+    assert line.startswith(f"no such file or folder: {tmp_path}/nowhere; give shapes, cifar10, ")
+    line = "Photos/1.png is a file and no folder: leave out the / at the end"
+    assert refused("Photos/1.png/") == line
     assert refused([]) == "no source is given"
     (tmp_path / "notes.doc").write_text("")
     assert "notes.doc is not a source: give shapes, cifar10" in refused(tmp_path / "notes.doc")
@@ -403,7 +412,7 @@ def test_a_list_may_give_labels(tmp_path):
     tree(tmp_path, "1.png", "2.png", "3.png")
     (tmp_path / "l.txt").write_bytes(b"1.png\tdog\n3.png\tc\xe9\tt \n2.png\tdog\n")
     images = open_source(tmp_path / "l.txt").train
-    assert images.classes == (os.fsdecode(b"c\xe9\tt "), "dog") and images.labels.tolist() == [
+    assert images.classes == (os.fsdecode(b"c\xe9\tt"), "dog") and images.labels.tolist() == [
         1,
         0,
         1,
@@ -426,6 +435,34 @@ def test_a_list_of_any_bytes(tmp_path):
     (tmp_path / "d.txt").symlink_to(tmp_path / "l.txt")
     (tmp_path / "l.txt").unlink()
     refused(tmp_path / "d.txt")
+
+
+def test_a_list_may_be_in_utf16_or_have_spaces_before_its_labels(tmp_path):
+    tree(tmp_path, "1.png", "2 é.png", "3.PNG")
+    text = "1.png\r\n2 é.png\r\n3.PNG\r\n"
+    for encoding in ("utf-16", "utf-8-sig", "utf-8"):  # as Windows PowerShell and editors write it
+        (tmp_path / "l.txt").write_bytes(text.encode(encoding))
+        images = open_source(tmp_path / "l.txt").train
+        assert list(images.keys) == ["1.png", "2 é.png", "3.PNG"] and images.labels is None
+        assert all(same(images.read(i), picture(i)) for i in range(3))
+    (tmp_path / "b.txt").write_bytes(b"\xfe\xff" + text.encode("utf-16-be"))
+    assert list(open_source(tmp_path / "b.txt").train.keys) == ["1.png", "2 é.png", "3.PNG"]
+    for data in (text.encode("utf-16-le"), text.encode("utf-16") + b"\n", text.encode("utf-32")):
+        (tmp_path / "l.txt").write_bytes(data)
+        assert "seems to be UTF-16 or UTF-32; save it as UTF-8" in refused(tmp_path / "l.txt")
+    (tmp_path / "l.txt").write_text("1.png 0\n2 é.png   tabby cat \n3.PNG\t 0\n")  # as for Caffe
+    images = open_source(tmp_path / "l.txt").train
+    assert list(images.keys) == ["1.png", "2 é.png", "3.PNG"]
+    assert images.classes == ("0", "tabby cat") and images.labels.tolist() == [0, 1, 0]
+    (tmp_path / "l.txt").write_text("1.png \n2 é.png\n")  # a space at the end
+    assert list(open_source(tmp_path / "l.txt").train.keys) == ["1.png", "2 é.png"]
+
+
+def test_a_place_without_images_is_one_line_that_counts_what_is_there(tmp_path):
+    for name in ("a.mov", "b/c.mov", "b/d.zip", "e"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert refused(tmp_path).endswith("; the files there: 2 .mov, 1 .zip, 1 no extension")
 
 
 # Archives
@@ -674,6 +711,62 @@ def test_parquet_without_metadata(tmp_path):
     assert open_source(tmp_path / "photos.parquet").train.labels is None
     parquet(tmp_path / "photos.parquet", [picture(0), picture(1)], [0, 1], label="year")
     assert open_source(tmp_path / "photos.parquet").train.labels is None
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+@pytest.mark.parametrize(
+    ("values", "classes", "labels"),
+    [
+        (["dog", " cat", "dog ", "cat"], ("cat", "dog"), [1, 0, 1, 0]),
+        ([10.0, 2.0, 10.0, 2.5], ("2", "10", "2.5"), [1, 0, 1, 2]),
+        ([True, False, True, True], ("false", "true"), [1, 0, 1, 1]),
+        (pa.array(["b", "a", "b", "b"]).dictionary_encode(), ("a", "b"), [1, 0, 1, 1]),
+        (pa.array(["10", "9", "x", "9"], pa.large_string()), ("9", "10", "x"), [1, 0, 2, 0]),
+        (["a", None, "b", "a"], (), None),
+        (["a", "", "b", "a"], (), None),
+        ([1.0, float("nan"), 2.0, 1.0], (), None),
+    ],
+)
+def test_labels_of_parquet_may_be_texts_floats_and_booleans(
+    tmp_path, monkeypatch, values, classes, labels, in_memory
+):
+    if not in_memory:
+        monkeypatch.setattr("simsiam.sources.open_source.MAX_RESIDENT_BYTES", 0)
+    rows = [{"bytes": encode(picture(i)), "path": None} for i in range(4)]
+    pq.write_table(pa.table({"image": rows, "label": values}), tmp_path / "train.parquet")
+    images = open_source(tmp_path).train
+    assert images.classes == classes
+    assert images.labels is None if labels is None else images.labels.tolist() == labels
+
+
+def test_splits_of_parquet_with_texts_share_their_classes(tmp_path):
+    for split, values in (("train", ["b", "a", "c"]), ("test", ["c", "b", "c"])):
+        rows = [encode(picture(i)) for i in range(3)]
+        pq.write_table(pa.table({"image": rows, "class": values}), tmp_path / f"{split}.parquet")
+    source = open_source(tmp_path)
+    assert source.train.classes == source.test.classes == ("a", "b", "c")
+    assert source.test.labels.tolist() == [2, 1, 2]
+
+
+@pytest.mark.parametrize("described", [True, False])
+def test_masks_before_images_are_passed_over_and_named(tmp_path, described):
+    blobs = {
+        name: [encode(picture(seed + i)) for i in range(2)]
+        for seed, name in enumerate(("mask", "image", "depth"))
+    }
+    columns = {
+        name: [{"bytes": blob, "path": None} for blob in column] for name, column in blobs.items()
+    }
+    table = pa.table(columns | {"label": [["a"], ["b", "c"]], "caption": ["?", "!"]})
+    if described:
+        features = {name: {"_type": "Image"} for name in columns}
+        table = table.replace_schema_metadata(
+            {"huggingface": json.dumps({"info": {"features": features}})}
+        )
+    pq.write_table(table, tmp_path / "train.parquet")
+    source = open_source(tmp_path)
+    assert same(source.train.read(0), picture(1)) and source.train.labels is None
+    assert source.notes == ("columns that are used: image.bytes; not used: mask, depth, label",)
 
 
 def test_a_class_label_of_any_name_comes_first(tmp_path):

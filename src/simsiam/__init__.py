@@ -2,7 +2,7 @@
 
 >>> run = simsiam.pretrain("photos/", epochs=100)      # returns the run folder
 >>> encoder = simsiam.load(run)                        # the backbone: normalized images to features
->>> h = encoder(encoder.transform(image))              # (1, encoder.dim)
+>>> h = encoder(encoder.transform("photo.jpg"))        # (1, encoder.dim); or a PIL image, an array
 
 A training loop of your own takes the same parts:
 

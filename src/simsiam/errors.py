@@ -1,9 +1,15 @@
 """Errors of users and of work, as one line: what was given, what is allowed, what to do."""
 
+import re
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from math import inf
 
+# Control characters, separators of lines and paragraphs, characters that change the direction of
+# writing, and surrogates, which stand for bytes that are not UTF-8.
+CONTROL_CHARACTERS = re.compile(
+    r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
 MAX_VALUE_CHARS = 200  # characters of a wrong value that an error repeats
 
 
@@ -33,6 +39,23 @@ class Stopped(RuntimeError):
         self.signum = signum
 
 
+def none_readable(count: int, name: str, reason: str, kind: str = "images") -> WorkFailed:
+    """Make the error for images of which none can be read.
+
+    Args:
+        count: The number of images.
+        name: The name of the first.
+        reason: Why it cannot be read.
+        kind: What the images are.
+
+    Returns:
+        The error, for the caller to raise.
+    """
+    return WorkFailed(
+        f"none of the {count:,} {kind} can be read; the first, {printable(name)}: {reason}"
+    )
+
+
 def unknown_name(kind: str, value: object, allowed: Iterable[str]) -> UsageError:
     """Make the error for a name that is not in a list; it suggests the nearest name.
 
@@ -45,9 +68,24 @@ def unknown_name(kind: str, value: object, allowed: Iterable[str]) -> UsageError
         The error, for the caller to raise.
     """
     names, text = sorted(allowed), truncate(value)
-    nearest = get_close_matches(text, names, n=1)
-    hint = f"did you mean {nearest[0]!r}?" if nearest else f"choose from {', '.join(names)}"
+    nearest = nearest_name(text, names)
+    hint = f"choose from {', '.join(names)}" if nearest is None else f"did you mean {nearest!r}?"
     return UsageError(f"unknown {kind} {text!r}: {hint}")
+
+
+def nearest_name(name: str, names: Iterable[str]) -> str | None:
+    """Find the name that a wrong one may have been meant to be.
+
+    Args:
+        name: The wrong name.
+        names: The names that exist.
+
+    Returns:
+        The most similar name in upper or lower case; None if none is similar.
+    """
+    lower = {known.lower(): known for known in names}
+    nearest = get_close_matches(name.lower(), lower, n=1)
+    return lower[nearest[0]] if nearest else None
 
 
 def truncate(value: object, formatter: Callable[[object], str] = str) -> str:
@@ -68,17 +106,17 @@ def truncate(value: object, formatter: Callable[[object], str] = str) -> str:
 
 
 def printable(name: str) -> str:
-    """Escape what is not printable in a file name: line breaks, terminal escapes, wrong UTF-8.
+    """Escape what could control a terminal or a page: line breaks, escape codes, wrong UTF-8.
+
+    Only what a person reads is escaped, never what a program reads: files hold the true names.
 
     Args:
-        name: The name.
+        name: The name of a file, or any text.
 
     Returns:
-        One printable line.
+        One line. Letters, spaces of any width and marks of any language stay as they are.
     """
-    if name.isprintable():
-        return name
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+    return CONTROL_CHARACTERS.sub(lambda c: c[0].encode("unicode_escape").decode(), name)
 
 
 def check_ranges(instance: object, **ranges: tuple[float, float]) -> None:

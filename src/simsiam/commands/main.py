@@ -6,6 +6,7 @@ nothing that loads torch: a verb imports what it needs when it runs.
 
 import argparse
 import ctypes
+import io
 import os
 import pkgutil
 import shutil
@@ -163,6 +164,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code. 0: done. 1: the work failed. 2: wrong usage. 128 + n: stopped by signal n.
     """
     keep_memory()
+    for stream in (sys.stdout, sys.stderr):  # a terminal may not have every character
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     previous_handler = None
     try:
         if threading.current_thread() is threading.main_thread():

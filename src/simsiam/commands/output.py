@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 from simsiam.errors import printable
+from simsiam.monitoring.verdict import features_table
 
 
 def print_lines(text: object) -> None:
@@ -30,9 +31,11 @@ def print_run_summary(run: Path) -> None:
     if knn := summary.get("knn_top1"):
         best = f"{knn['best']:.1f} % at best (step {knn['best_step']})"
         print_lines(f"kNN on held-out images: {knn['last']:.1f} % at the end, {best}")
+    for features, score, accuracy in features_table(summary):
+        print_lines(f"{features:<18} {score:<22} {accuracy}".rstrip())
     if summary["unreadable"]:
         print_lines(f"{summary['unreadable']} unreadable files were left out: {run}/quarantine.txt")
     print_lines(summary["remedy"])
-    if summary["verdict"] == "healthy":
+    if summary["advice"]:
         print_lines(summary["advice"])
     print_lines(f"run folder: {run}")

@@ -21,6 +21,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_source(parser, "*", "the source in --recipe FILE, else shapes")
     note = "the run folder, which must not exist yet [runs/SOURCE-METHOD-N]"
     parser.add_argument("--out", metavar="RUN", help=note)
+    note = (
+        "end after N minutes on this machine, evaluation included; the number of steps is chosen "
+        "to fit this time; so are the size of views, the width and the batch size, unless they are "
+        "given [no limit]"
+    )
+    parser.add_argument("--minutes", metavar="N", type=float, help=note)
     add_recipe_flags(parser)
 
 

@@ -16,7 +16,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser: The verb's parser.
     """
     add_embeddings(parser)
-    note = "a table with the columns path and label, and one row for each labeled image"
+    note = (
+        "a table with the columns path and label; rows without a label are ignored, so you can add "
+        "labels to the table that --out wrote and give it here"
+    )
     parser.add_argument("labels", metavar="LABELS.csv", help=note)
     add_csv(parser, "path, label, predicted and confidence", required=True)
 

@@ -8,6 +8,7 @@ from simsiam.commands.arguments import (
     add_html,
     add_no_labels,
     add_precision,
+    add_splits,
 )
 from simsiam.commands.output import print_lines
 
@@ -49,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     note = f"{CHANNELS_NOTE} [those of the run folder, else 3]"
     parser.add_argument("--channels", metavar="N", type=int, help=note)
     add_no_labels(parser)
+    add_splits(parser)
     note = (
         "if the encoder is learned from the images of SOURCE: learn it again when this share of "
         "them is new [0.1]"

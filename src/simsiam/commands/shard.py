@@ -2,7 +2,7 @@
 
 import argparse
 
-from simsiam.commands.arguments import add_channels, add_no_labels, add_source
+from simsiam.commands.arguments import add_channels, add_no_labels, add_source, add_splits
 
 HELP = (
     "pack the images of a source into a few large files, tar or Parquet; "
@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--per-shard", metavar="N", type=int, default=10_000, help=note)
     add_channels(parser)
     add_no_labels(parser)
+    add_splits(parser)
 
 
 def run(options: argparse.Namespace) -> None:

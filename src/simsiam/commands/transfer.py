@@ -5,7 +5,6 @@ from typing import get_type_hints
 
 from simsiam.commands.arguments import (
     PAPER_NOTE,
-    WEIGHTS_KINDS,
     add_backbone,
     add_device,
     add_precision,
@@ -51,8 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--schedule", metavar="NAME", default="auto", help=note)
     note = (
-        f"start from these weights of a ResNet: a run folder, {WEIGHTS_KINDS}; RUN still receives "
-        "the results [the weights of RUN]"
+        "weights to start from, which must be those of a ResNet: a run folder, timm:NAME, "
+        "hf-hub:OWNER/NAME, a name of torchvision such as ResNet50_Weights.IMAGENET1K_V2, or a "
+        "file; RUN still receives the results [the weights of RUN]"
     )
     parser.add_argument("--init", metavar="WEIGHTS", help=note)
     add_backbone(parser, "--init")

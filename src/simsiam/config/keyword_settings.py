@@ -25,6 +25,7 @@ class PretrainSettings(TypedDict, total=False):
     eval_interpolation: Literal["bilinear", "bicubic"]
     limit: int | None
     no_labels: bool
+    splits: tuple[str, ...] | None
     holdout: int | None
     epochs: int
     steps: int | None

@@ -155,9 +155,9 @@ class Method:
     criterion: str = setting("cosine", f"the loss: {_list_meanings(BUILTIN_CRITERIA)}")
     loss_scale: float = setting(
         1.0,
-        "factor of the loss, and so of its gradient; weight decay is not multiplied. With adamw, "
-        "the size of a step hardly depends on it; nor with lars, except for parameters that "
-        "--exclude names",
+        "factor of the loss, and so of its gradient; weight decay is not multiplied. With adamw "
+        "it hardly changes the size of a step; with lars it changes only the steps of parameters "
+        "that --exclude names",
     )
     pairs: Pairs = setting(
         "symmetric",

@@ -53,8 +53,8 @@ class Recipe:
     init: str | None = setting(
         None,
         "initial weights, which also determine the network: a run folder, timm:NAME, "
-        "hf-hub:OWNER/NAME, weights of torchvision such as ResNet50_Weights.IMAGENET1K_V2, lite0, "
-        "lite2, or a file (with --backbone, "
+        "hf-hub:OWNER/NAME, lite0, lite2, weights of torchvision such as "
+        "ResNet50_Weights.IMAGENET1K_V2, or a file (with --backbone, "
         "unless its network is a ResNet) [random]",
     )
     channels: int = setting(
@@ -77,9 +77,9 @@ class Recipe:
     eval_resize: int | None = setting(
         None,
         "for evaluation and embedding, not for the views of training: the shorter side of an image "
-        "is resized to N pixels, then its center is cropped to image_size [that of the initial "
-        "weights, if they have the same image_size; else 8/7 of image_size above 64 px, and "
-        "image_size up to 64 px]",
+        "is resized to N pixels, then its center is cropped to image_size [the N of the initial "
+        "weights, if they have the same image_size as this run; else, if image_size is above 64, "
+        "8/7 of image_size; else image_size]",
     )
     eval_interpolation: Literal["bilinear", "bicubic"] = setting(
         "bilinear",
@@ -89,6 +89,12 @@ class Recipe:
     limit: int | None = setting(None, "use only N images, evenly spaced in the source [all]")
     no_labels: bool = setting(
         False, "ignore the labels of the source: folder names are then not used as classes"
+    )
+    splits: tuple[str, ...] | None = setting(
+        None,
+        "which folder or shard of the source is which split, as in train=A test=B; * stands for "
+        "any characters of a name, and train=. is the whole source [decided by names such as train "
+        "and test]",
     )
     holdout: int | None = setting(
         None,

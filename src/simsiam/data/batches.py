@@ -35,7 +35,7 @@ from simsiam.data.decode import Unreadable
 from simsiam.data.images import Images
 from simsiam.data.storage import Blocks
 from simsiam.distributed.process_group import local_slice, world_size
-from simsiam.errors import UsageError, WorkFailed, printable
+from simsiam.errors import UsageError, WorkFailed, none_readable, printable
 from simsiam.utils.workers import CPU_CORES
 
 ORDER_STREAM = 2  # the seed's stream for the order of images; views draw from their own stream
@@ -516,9 +516,7 @@ def crop_images(
                 return at % len(images), images.read(at % len(images), min_side)
             except Unreadable as error:
                 skipped.append((images.keys[at % len(images)], str(error)))
-        raise WorkFailed(
-            f"none of the {len(images)} images can be read; the first reason: {skipped[0][1]}"
-        )
+        raise none_readable(len(images), *skipped[0])
 
     indices, batch = zip(*map(read, index), strict=True)
     sizes = [image.shape[:2] for image in batch]

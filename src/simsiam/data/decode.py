@@ -268,12 +268,17 @@ def _apply_draft(image: Image.Image, min_side: int) -> Image.Image:
 
 def _count_scans(image: Image.Image) -> int:
     """Count the scans of a progressive JPEG: a small file can have thousands, all slow."""
+    return _read_file(image).count(b"\xff\xda")
+
+
+def _read_file(image: Image.Image) -> bytes:
+    """Read the file of an image that Pillow has opened and not decoded yet."""
     stream: BinaryIO = vars(image)["fp"]
     position = stream.tell()
     stream.seek(0)
-    count = stream.read().count(b"\xff\xda")
+    content = stream.read()
     stream.seek(position)
-    return count
+    return content
 
 
 def _check_pixel_count(height: int, width: int, limit: int) -> None:
@@ -285,7 +290,8 @@ def _image_to_array(image: Image.Image, channels: int) -> np.ndarray:
     if channels not in PIL_MODES:
         fewer = 1 if Image.getmodebase(image.mode) == "L" else 3
         raise Unreadable(
-            f"{image.format} in {image.mode}, not {channels} channels; give --channels {fewer}"
+            f"{image.format or 'an image'} in {image.mode}, not {channels} channels; give "
+            f"--channels {fewer}"
         )
     image.load()
     with suppress(Exception):  # the pixels are good even if the EXIF data is broken
@@ -309,3 +315,37 @@ def _to_uint8(pixels: np.ndarray) -> np.ndarray:
     if kind == "b" or (kind == "f" and pixels.min() >= 0 and pixels.max() <= 1):  # nan is neither
         return np.rint(pixels.astype(np.float32) * 255).astype(np.uint8)
     raise Unreadable(f"{pixels.dtype} pixels: they should be uint8, uint16, or floats from 0 to 1")
+
+
+# What a single image may be: a path, the bytes of a file, an image of Pillow, or pixels.
+AnyImage: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
+
+
+def to_pixels(image: AnyImage, channels: int = 3, min_side: int = 0) -> np.ndarray:
+    """Make of an image in any form the pixels that `decode_image` makes of its file.
+
+    Args:
+        image: A path, the bytes of a file, a Pillow image, which stays as it is and whose current
+            frame is taken, or an array as in a NumPy file.
+        channels: Number of channels of the result.
+        min_side: As in `decode_image`; a Pillow image that is decoded already keeps its size.
+
+    Returns:
+        uint8 (H, W, channels).
+
+    Raises:
+        Unreadable: The image is missing, damaged or not supported.
+    """
+    if isinstance(image, np.ndarray):
+        return _make_array_image(image.shape, channels, "array", lambda: image).read_pixels()
+    if not isinstance(image, Image.Image):
+        return decode_image(image, channels, min_side)
+    try:
+        if isinstance(image, JpegImageFile) and image.tile and image.tell() == 0:
+            return decode_image(_read_file(image), channels, min_side)  # it is not decoded yet
+        return _image_to_array(image.copy(), channels)
+    except Unreadable:
+        raise
+    except Exception as error:  # a damaged file makes decoders raise anything
+        text = printable(" ".join(str(error).split())[:120]) or type(error).__name__
+        raise Unreadable(f"a Pillow image that cannot be decoded: {text}") from error

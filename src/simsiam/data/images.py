@@ -23,11 +23,12 @@ from simsiam.data.storage import (
     numbered_keys,
     select_rows,
 )
-from simsiam.errors import UsageError, WorkFailed, printable
+from simsiam.errors import UsageError, WorkFailed, none_readable
 from simsiam.utils.workers import CPU_CORES
 
 RUN_LENGTH = 16  # neighboring images that are inspected together
 PREFETCH_CHUNK = 256  # images whose blocks are loaded at a time
+SAMPLE_SIZE = 200  # images whose sizes are measured
 
 
 @dataclass(frozen=True, eq=False)
@@ -217,10 +218,7 @@ def load_into_memory(
     left_out = [(images.keys[i], reason) for i, reason in unreadable.items()]
     kept = np.setdiff1d(np.arange(n), list(unreadable))
     if not len(kept):
-        key, reason = left_out[0]
-        raise WorkFailed(
-            f"none of the {n} images can be read; the first, {printable(key)}: {reason}"
-        )
+        raise none_readable(n, *left_out[0])
     if left_out:
         for to, i in enumerate(kept):  # close the gaps in place: a copy would need the memory twice
             pixels[to] = pixels[i]
@@ -301,7 +299,7 @@ def hold_out(images: Images, count: int, seed: int = 0) -> tuple[Images, Images]
     return images.take(np.setdiff1d(order, chosen)), images.take(chosen)
 
 
-def measure_sizes(images: Images, sample_size: int | None = 200) -> np.ndarray:
+def measure_sizes(images: Images, sample_size: int | None = SAMPLE_SIZE) -> np.ndarray:
     """Read the sizes of some images from their headers.
 
     Args:
@@ -319,6 +317,24 @@ def measure_sizes(images: Images, sample_size: int | None = 200) -> np.ndarray:
         with suppress(Unreadable):
             sizes.append(some.read_header(i)[:2])
     return np.array(sizes, np.int64).reshape(-1, 2)
+
+
+def sampled_error(images: Images) -> WorkFailed:
+    """Make the error for images of whose sample `measure_sizes` can read none.
+
+    Args:
+        images: The images.
+
+    Returns:
+        The error, with the reason for the first image, which is in each sample.
+    """
+    reason = "it changed while it was read"
+    try:
+        images.read_header(0)
+    except Unreadable as error:
+        reason = str(error)
+    kind = "images" if len(images) <= SAMPLE_SIZE else "images of a sample"
+    return none_readable(min(len(images), SAMPLE_SIZE), images.keys[0], reason, kind)
 
 
 def fingerprint(splits: Sequence[Images]) -> str:

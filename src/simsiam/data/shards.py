@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from simsiam.data.decode import Unreadable
-from simsiam.data.storage import MAX_FILE_BYTES, Blocks, Indices, Storage, select_rows
+from simsiam.data.storage import MAX_FILE_BYTES, NO_BYTES, Blocks, Indices, Storage, select_rows
 from simsiam.errors import UsageError, WorkFailed, printable
 
 if TYPE_CHECKING:
@@ -161,10 +161,10 @@ class Shards(Storage):
             i: Position of the image.
 
         Returns:
-            The bytes of its file; b"" for a null of Parquet, which is a row without an image.
+            The bytes of its file.
 
         Raises:
-            Unreadable: The shard is damaged there.
+            Unreadable: The shard is damaged there, or a row of Parquet has no image.
             WorkFailed: The shard can no longer be read.
         """
         image = range(len(self))[i] if self.rows is None else int(self.rows[i])
@@ -180,7 +180,9 @@ class Shards(Storage):
             row = start % ROW_GROUP_STRIDE
             if row >= len(values):
                 raise Unreadable(f"{damaged}: {len(values):,} rows, and its footer has more")
-            return values[row].as_py() or b""
+            if (data := values[row].as_py()) is None:
+                raise Unreadable(NO_BYTES)
+            return data
         if loaded is None:
             data = read_ranges([(file, start, start + size)])[0]
         else:

@@ -27,9 +27,12 @@ from simsiam.data.decode import (
     read_header,
 )
 from simsiam.errors import printable
+from simsiam.utils.names import find_spelling
 from simsiam.utils.workers import parallel_map
 
 MAX_FILE_BYTES = 2**30  # limit for one image file in an archive or tar, and for one row group
+# Of a null in Parquet.
+NO_BYTES = "no image in this row: Parquet needs the bytes of image files, not only their paths"
 STATUS_CHUNK = 10_000  # file names that are Python objects at the same time
 
 Indices: TypeAlias = np.ndarray | slice | Sequence[int]  # what selects rows of a NumPy array
@@ -175,8 +178,10 @@ class EncodedColumn(Column[bytes | None], Storage):
     """Image files in memory, as values of an Arrow column of bytes."""
 
     def file(self, i: int) -> bytes:
-        """Return the content of image i; b"" for a null, which is a row without an image."""
-        return self[i] or b""
+        """Return the content of image i. Raises Unreadable for a row without an image."""
+        if (data := self[i]) is None:
+            raise Unreadable(NO_BYTES)
+        return data
 
     @property
     def in_containers(self) -> bool:
@@ -206,8 +211,8 @@ class FolderFiles(Storage):
         return FolderFiles(self.folder, self.names.take(indices))
 
     def file(self, i: int) -> str:
-        """Return the path of image i."""
-        return os.path.join(self.folder, self.names[i])
+        """Return the path of image i, as it is spelled on the disk."""
+        return find_spelling(os.path.join(self.folder, self.names[i]))
 
     def file_stats(self) -> np.ndarray:
         """Return sizes and times from the file system; 0 and -1 for a file that is not there."""
@@ -387,8 +392,9 @@ def _stat_files(folder: Path, names: pa.ChunkedArray) -> np.ndarray:
     prefix, stats = os.fsencode(folder) + b"/", []
     for name in names.to_pylist():
         try:
-            status = os.stat(name if name.startswith(b"/") else prefix + name)
+            path = name if name.startswith(b"/") else prefix + name
+            status = os.stat(find_spelling(os.fsdecode(path)))
             stats.append((status.st_size, status.st_mtime_ns))
-        except OSError:
+        except (OSError, ValueError):  # ValueError: there is a zero byte in the name
             stats.append((0, -1))
     return np.array(stats, np.int64).T

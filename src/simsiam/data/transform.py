@@ -1,6 +1,7 @@
 """The preprocessing of evaluation: from an image to the input of a backbone, without randomness."""
 
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
@@ -11,11 +12,16 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
-from simsiam.data.decode import Unreadable
+from simsiam.data.decode import AnyImage, Unreadable, to_pixels
 from simsiam.data.images import PREFETCH_CHUNK, Images
+from simsiam.errors import UsageError, printable
 from simsiam.utils.workers import CPU_CORES
 
 T = TypeVar("T")
+MIN_DECODED_SIDE = (
+    192  # pixels; so that thumbnails can be made of what encoders for small images see
+)
+_IMAGE_TYPES = (str, os.PathLike, bytes, Image.Image, np.ndarray, Tensor)
 
 
 @dataclass(frozen=True)
@@ -47,20 +53,43 @@ class Transform:
             return self.shorter_side
         return self.size if self.size <= 64 else round(self.size * 256 / 224)
 
-    def __call__(
-        self, image: Image.Image | np.ndarray | Sequence[Image.Image | np.ndarray]
-    ) -> Tensor:
-        """Transform images.
+    @property
+    def min_side(self) -> int:
+        """Pixels that the shorter side of a JPEG keeps when it is decoded at a reduced size."""
+        return max(2 * self.resize, MIN_DECODED_SIDE)
+
+    def __call__(self, image: AnyImage | Tensor | Iterable[AnyImage | Tensor]) -> Tensor:
+        """Transform images, each exactly as its file is for embedding and evaluation.
 
         Args:
-            image: One image or several: Pillow images, or uint8 arrays (H, W, C).
+            image: One image or several. An image is a path, the bytes of a file, a Pillow image
+                (which is rotated as EXIF data in it says), or an array or tensor as in a NumPy
+                file: (H, W, C), (C, H, W) or (H, W), of uint8, uint16 or floats from 0 to 1.
 
         Returns:
             (N, C, size, size) float32.
+
+        Raises:
+            UsageError: An image is missing, damaged or not supported.
         """
-        images = [image] if isinstance(image, Image.Image | np.ndarray) else image
-        arrays = [np.asarray(i.convert("RGB")) if isinstance(i, Image.Image) else i for i in images]
-        return self.normalize(torch.cat([self.crop(image_to_tensor(array)) for array in arrays]))
+        images = [image] if isinstance(image, _IMAGE_TYPES) else image
+        return self.normalize(
+            torch.cat([self.crop(image_to_tensor(self._read(i))) for i in images])
+        )
+
+    def _read(self, image: AnyImage | Tensor) -> np.ndarray:
+        if not isinstance(image, _IMAGE_TYPES):
+            raise UsageError(
+                "an image is a path, the bytes of a file, a Pillow image, an array or a tensor, "
+                f"not {type(image).__name__}"
+            )
+        array = image.numpy(force=True) if isinstance(image, Tensor) else image
+        try:
+            return to_pixels(array, len(self.mean), self.min_side)
+        except Unreadable as error:
+            name = str(image) if isinstance(image, str | os.PathLike) else "the image"
+            reason = str(error).partition("; give --channels")[0]  # the encoder has its own number
+            raise UsageError(f"{printable(name)} cannot be read: {reason}") from None
 
     def crop(self, pixels: Tensor) -> Tensor:
         """Resize images and crop their centers.
@@ -130,8 +159,9 @@ def iter_crops(
             chunk = torch.from_numpy(images.pixels[start : start + chunk_size])
             yield np.arange(start, start + len(chunk)), transform.crop(chunk)
         return
-    min_side = 2 * transform.resize
-    for index, crops in iter_processed(images, transform.crop, min_side, skipped, chunk_size):
+    for index, crops in iter_processed(
+        images, transform.crop, transform.min_side, skipped, chunk_size
+    ):
         yield index, torch.cat(crops)
 
 
@@ -148,7 +178,7 @@ def iter_processed(
         images: The images.
         process: What is done with an image, uint8 (1, C, H, W).
         min_side: See `Images.read`.
-        skipped: A list to which the (key, reason) of each unreadable image is appended.
+        skipped: A list to which the (key, reason) of each unreadable image is appended, in order.
         chunk_size: Number of images in a chunk.
 
     Yields:
@@ -158,12 +188,11 @@ def iter_processed(
         WorkFailed: A shard can no longer be read.
     """
 
-    def read(i: int) -> tuple[int, T] | None:
+    def read(i: int) -> T | Unreadable:
         try:
-            return i, process(image_to_tensor(loaded.read(i, min_side)))
+            return process(image_to_tensor(loaded.read(i, min_side)))
         except Unreadable as error:
-            skipped.append((images.keys[i], str(error)))
-            return None
+            return error
 
     loaded, ahead = images, 0
     with ThreadPoolExecutor(CPU_CORES) as pool:
@@ -172,7 +201,12 @@ def iter_processed(
             if index.stop > ahead:  # a block is read if enough of it is needed
                 ahead = min(start + max(chunk_size, PREFETCH_CHUNK), len(images))
                 loaded = loaded.prefetch(np.arange(start, ahead), 0.25)
-            readable = [result for result in pool.map(read, index) if result is not None]
-            if readable:
-                positions, results = zip(*readable, strict=True)
-                yield np.array(positions), list(results)
+            positions, results = [], []
+            for i, result in zip(index, pool.map(read, index), strict=True):
+                if isinstance(result, Unreadable):
+                    skipped.append((images.keys[i], str(result)))
+                else:
+                    positions.append(i)
+                    results.append(result)
+            if positions:
+                yield np.array(positions), results

@@ -25,6 +25,7 @@ from simsiam.data.decode import Unreadable
 from simsiam.data.images import Images
 from simsiam.data.storage import FolderFiles, Names
 from simsiam.errors import UsageError, WorkFailed, printable, unknown_name
+from simsiam.utils.names import reason_line
 from simsiam.utils.workers import CPU_CORES
 
 SOURCE_KINDS = (
@@ -152,7 +153,7 @@ class Faults:
             reason: What is wrong with it.
         """
         self.counts[kind] += 1
-        self.lines.append(f"{printable(str(file))}\t{printable(reason)}")
+        self.lines.append(reason_line(str(file), reason))
 
 
 @dataclass(frozen=True, eq=False)
@@ -213,7 +214,9 @@ def open_annotated(
         or "train" not in splits
         or not any(map(len, splits["train"].objects))
     ):
-        first = faults.lines[0].replace("\t", ": ") if faults.lines else "no object is annotated"
+        first = "no object is annotated"
+        if faults.lines:
+            first = printable(faults.lines[0].replace("\t", ": "))
         raise WorkFailed(
             f"{lost} of {kept + lost} annotated images of {name} cannot be used; the first, {first}"
         )

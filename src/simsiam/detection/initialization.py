@@ -66,8 +66,10 @@ class Initialization:
             self.description["backbone_sha256"] = weights_sha256(self.build_backbone())[:16]
 
     def build_backbone(self) -> nn.Module:
-        """Build the backbone with these weights."""
-        return build_backbone(self.recipe) if self.from_scratch else load(self.folder, head=False)
+        """Build the backbone with these weights, all of them trained."""
+        if self.from_scratch:
+            return build_backbone(self.recipe)
+        return load(self.folder, head=False).requires_grad_(True)
 
     def build_model(
         self, num_classes: int, schedule: Schedule, *, masks: bool, seed: int

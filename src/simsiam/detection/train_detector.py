@@ -36,7 +36,7 @@ from simsiam.distributed.sync_batch_norm import (
     convert_sync_batchnorm,
     synchronize_replicas,
 )
-from simsiam.errors import UsageError, WorkFailed
+from simsiam.errors import UsageError, WorkFailed, none_readable
 from simsiam.model.precision import Compute
 from simsiam.monitoring.gauges import grad_norm
 from simsiam.runs.journal import MetricsLogger
@@ -125,9 +125,7 @@ class StepDataset(Dataset):
             if self.masks:
                 target["masks"] = torch.from_numpy(decode_masks(objects))
             return pixels, target
-        raise WorkFailed(
-            f"none of the {count} images can be read; the first reason: {skipped[0][1]}"
-        )
+        raise none_readable(count, *skipped[0])
 
 
 def read_image(dataset: DetectionDataset, index: int) -> Tensor:
@@ -486,7 +484,5 @@ def detect_objects(
     detections, rows = all_gather_objects(detections), all_gather_objects(rows)
     skipped = all_gather_objects(skipped)
     if not detections:
-        raise WorkFailed(
-            f"none of the {len(dataset)} test images can be read; the first reason: {skipped[0][1]}"
-        )
+        raise none_readable(len(dataset), *skipped[0], "test images")
     return detections, np.array(rows), skipped

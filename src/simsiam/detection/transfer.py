@@ -46,6 +46,7 @@ from simsiam.model.precision import Compute
 from simsiam.runs.environment import collect_environment, utc_now
 from simsiam.runs.run_folder import Run
 from simsiam.utils.files import atomic_write
+from simsiam.utils.names import write_names
 
 TASKS = ("detection", "segmentation")
 
@@ -414,7 +415,7 @@ class TransferPlan:
         """Write the faults of the annotations, if there are any, as faults.txt."""
         if lines := sorted(self.source.faults.lines):
             with atomic_write(self.folder / "faults.txt") as part:
-                part.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+                write_names(part, lines)
 
 
 def main_metric(source_metric: str, task: str) -> str:

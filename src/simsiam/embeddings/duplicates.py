@@ -422,5 +422,5 @@ def format_duplicates(groups: Sequence[Sequence[Duplicate]]) -> str:
     num_copies = sum(map(len, groups)) - len(groups)
     lines = [f"{len(groups)} groups of near-duplicates, {num_copies} images to spare"]
     for number, group in enumerate(groups, 1):
-        lines += [f"{number:>4}  {_caption(copy, copy.path)}" for copy in group]
+        lines += [f"{number:>4}  {_caption(copy, printable(copy.path))}" for copy in group]
     return "\n".join(lines)

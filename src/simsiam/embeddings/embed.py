@@ -34,7 +34,7 @@ from simsiam.distributed.process_group import (
     rank_zero_only,
     world_size,
 )
-from simsiam.errors import UsageError, WorkFailed, check_ranges, printable
+from simsiam.errors import UsageError, check_ranges, none_readable, printable
 from simsiam.model.backbones import feature_dim
 from simsiam.model.precision import Compute
 from simsiam.monitoring.features import compute_outputs
@@ -44,6 +44,7 @@ from simsiam.runs.run_folder import Run
 from simsiam.runs.weights import open_weights
 from simsiam.sources.open_source import absolute_source
 from simsiam.utils.files import atomic_write, exclusive_lock, start_or_continue_job, write_csv
+from simsiam.utils.names import utf8_name
 from simsiam.utils.progress_bar import progress_bar
 
 PART_SIZE = 2048  # images per part: the most that is lost if the process is killed; a row group
@@ -62,6 +63,7 @@ def embed(
     out: str | os.PathLike[str],
     limit: int | None = None,
     no_labels: bool = False,
+    splits: Sequence[str] | None = None,
     device: str = "auto",
     precision: str = "auto",
     backbone: str | None = None,
@@ -75,6 +77,7 @@ def embed(
             file of the vectors alone, with their paths in a .csv file next to it.
         limit: Use only so many images, evenly spaced in the source, each class in proportion.
         no_labels: Whether to ignore the labels of the source.
+        splits: Which folder or shard is which split; see `open_source`.
         device: "auto", "cpu", "cuda", "cuda:1", ...
         precision: "auto", "bfloat16" or "float32", of the backbone.
         backbone: The network of a file of weights.
@@ -90,25 +93,26 @@ def embed(
     check_ranges(SimpleNamespace(limit=limit), limit=(1, inf))
     path = Path(out)
     writer = _choose_writer(path)
-    run = open_weights(run, backbone=backbone, source=source)
+    run = open_weights(run, backbone=backbone, source=source, splits=splits)
     network, recipe = load(run), Run(run).recipe
     transform, compute = eval_transform(recipe), Compute.pick(device, precision)
-    opened = open_run_source(recipe, source, no_labels=no_labels)
-    splits = sample_splits(list(opened.splits.values()), limit)
+    opened = open_run_source(recipe, source, no_labels=no_labels, splits=splits)
+    chosen = sample_splits(list(opened.splits.values()), limit)
     metadata = {
         "run": str(run.absolute()),
         **weight_digests(run),
         "source": opened.name,
         "sources": [absolute_source(name) for name in _source_names(source or recipe.source)],
+        "splits": splits if source else splits or recipe.splits,
         "channels": recipe.channels,
         "transform": describe_transform(transform),
     }
-    labeled = any(images.labels is not None for images in splits)
+    labeled = any(images.labels is not None for images in chosen)
     job = metadata | {
         "device": compute.device.type,
         "precision": compute.precision,
         "labeled": labeled,
-        "images": fingerprint(splits),
+        "images": fingerprint(chosen),
     }
     compute.place(network)
     work = _work_folder(path)
@@ -116,11 +120,11 @@ def embed(
         rank_zero_only(start_or_continue_job)(work, job)
         parts = {
             work / f"{number:06}.parquet": images
-            for number, images in enumerate(_split_into_parts(splits))
+            for number, images in enumerate(_split_into_parts(chosen))
         }
         _write_parts(parts, network, transform, compute, labeled)
         all_reduce_max(0)  # wait until every process has written its parts
-        merge_parts(writer, list(parts), path, metadata, sum(map(len, splits)))
+        merge_parts(writer, list(parts), path, metadata, sum(map(len, chosen)))
     return path
 
 
@@ -232,11 +236,12 @@ def merge_parts(
         for entry in json.loads(pq.read_schema(part).metadata[b"unreadable"])
     ]
     if unreadable:
-        first = f"the first, {unreadable[0][0]}: {unreadable[0][1]}"
+        key, reason = unreadable[0]
         if len(unreadable) == num_images:
             shutil.rmtree(work)
-            raise WorkFailed(f"none of the {num_images} images can be read; {first}")
-        print(f"{len(unreadable)} of {num_images} images cannot be read; {first}", file=sys.stderr)
+            raise none_readable(num_images, key, reason)
+        counts = f"{len(unreadable):,} of {num_images:,} images cannot be read"
+        print(f"{counts}; the first, {printable(key)}: {reason}", file=sys.stderr)
     writer(parts, path, json.dumps({**metadata, "unreadable": unreadable}))
     shutil.rmtree(work)
 
@@ -319,11 +324,11 @@ def embed_images(
     advance(len(skipped))
     h = torch.cat(vectors)
     columns = {
-        "path": pa.array([printable(images.keys[i]) for i in rows], pa.string()),
+        "path": pa.array([utf8_name(images.keys[i]) for i in rows], pa.string()),
         "vector": pa.FixedSizeListArray.from_arrays(pa.array(h.flatten().numpy()), h.shape[1]),
         "thumbnail": pa.array(thumbnails, pa.binary()),
     }
-    return rows, pa.table(columns), [(printable(key), reason) for key, reason in skipped]
+    return rows, pa.table(columns), skipped
 
 
 def _iter_inputs(
@@ -338,8 +343,7 @@ def _iter_inputs(
     def process(pixels: Tensor) -> tuple[Tensor, bytes]:
         return transform.crop(pixels), make_thumbnail(pixels, transform)
 
-    min_side = 2 * max(transform.resize, THUMBNAIL_SIZE)
-    for index, results in iter_processed(images, process, min_side, skipped, CHUNK_SIZE):
+    for index, results in iter_processed(images, process, transform.min_side, skipped, CHUNK_SIZE):
         crops, thumbnails = zip(*results, strict=True)
         yield index, torch.cat(crops), list(thumbnails)
 
@@ -352,7 +356,7 @@ def label_names(images: Images) -> list[str] | None:
     """
     if images.labels is None:
         return None
-    names = [*map(printable, images.classes)]
+    names = [*map(utf8_name, images.classes)]
     return [names[label] for label in images.labels]
 
 

@@ -6,7 +6,7 @@ from html import escape
 from pathlib import Path
 
 from simsiam.embeddings.table import Embeddings
-from simsiam.errors import UsageError
+from simsiam.errors import UsageError, printable
 from simsiam.utils.files import atomic_write
 
 HTML_HEAD = """<!doctype html>
@@ -37,7 +37,7 @@ Section = tuple[str, Sequence[Figure]]  # a heading, and the figures below it
 def write_page(
     path: Path, title: str, note: str, sections: Sequence[Section], images: Embeddings
 ) -> None:
-    """Write a web page of thumbnails. All text is escaped.
+    """Write a web page of thumbnails. All text is escaped, also control characters in names.
 
     Args:
         path: The .html file to write.
@@ -54,14 +54,18 @@ def write_page(
         raise UsageError(
             "the file has no thumbnails to show: use a file that `simsiam embed` wrote"
         )
-    lines = [HTML_HEAD.format(title=escape(title), note=escape(note))]
+    lines = [HTML_HEAD.format(title=_escape(title), note=_escape(note))]
     for heading, figures in sections:
-        lines.append(f'<h2>{escape(heading)}</h2>\n<div class="row">\n')
+        lines.append(f'<h2>{_escape(heading)}</h2>\n<div class="row">\n')
         for i, caption in figures:
             jpeg = i if isinstance(i, bytes) else images.thumbnails[i]
             data = base64.b64encode(jpeg).decode()
             picture = f'<img loading="lazy" alt="" src="data:image/jpeg;base64,{data}">'
-            lines.append(f"<figure>{picture}<figcaption>{escape(caption)}</figcaption></figure>\n")
+            lines.append(f"<figure>{picture}<figcaption>{_escape(caption)}</figcaption></figure>\n")
         lines.append("</div>\n")
     with atomic_write(path) as part:
         part.write_text("".join(lines), encoding="utf-8")
+
+
+def _escape(text: str) -> str:
+    return escape(printable(text))

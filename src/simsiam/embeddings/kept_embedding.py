@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 from simsiam.data.images import Images
 from simsiam.embeddings.embed import PART_SIZE, describe_transform, embed_images, label_names
 from simsiam.embeddings.table import Embeddings, table_to_embeddings
-from simsiam.errors import UsageError, WorkFailed, printable
+from simsiam.errors import UsageError, WorkFailed, none_readable, printable
 from simsiam.model.precision import Compute
 from simsiam.runs.encoder import eval_transform, load, weight_digests
 from simsiam.runs.run_folder import Run
@@ -37,7 +37,7 @@ from simsiam.sources.open_source import Source, absolute_source
 from simsiam.utils.files import atomic_write, cache_dir, file_lock, remove_stale_parts
 from simsiam.utils.progress_bar import progress_bar
 
-ENTRY_VERSION = 1  # of the folders in the cache
+ENTRY_VERSION = 2  # of the folders in the cache
 PRIVATE = 0o700  # thumbnails of a user's images are not for other users
 NOTHING = STAMP_SCHEMA.empty_table()
 
@@ -245,10 +245,10 @@ def _update(
     positions = np.concatenate([kept, *(part for part, _ in added)])
     if unreadable:
         key, reason = unreadable[0]
-        text = f"images cannot be read; the first, {key}: {reason}"
         if not len(positions):
-            raise WorkFailed(f"none of the {len(images):,} {text}")
-        _say(f"{len(unreadable):,} of {len(images):,} {text}")
+            raise none_readable(len(images), key, reason)
+        number = f"{len(unreadable):,} of {len(images):,} images"
+        _say(f"{number} cannot be read; the first, {printable(key)}: {reason}")
     order = np.argsort(positions)
     stamps = images.stamps.take(pa.array(positions[order]))
     table = tables[0]

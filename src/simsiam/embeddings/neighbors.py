@@ -16,7 +16,7 @@ from simsiam.data.transform import image_to_tensor
 from simsiam.embeddings.embed import make_thumbnail
 from simsiam.embeddings.gallery import Figure, Section, write_page
 from simsiam.embeddings.table import Embeddings, read_embeddings
-from simsiam.errors import UsageError, WorkFailed, check_ranges
+from simsiam.errors import UsageError, WorkFailed, check_ranges, printable
 from simsiam.model.precision import Compute
 from simsiam.monitoring.features import compute_outputs
 from simsiam.runs.encoder import eval_transform, load, weight_digests
@@ -129,20 +129,20 @@ def find_query(query: str, images: Embeddings) -> Query:
             changed.
         WorkFailed: If the image file cannot be read.
     """
-    if query in images.positions_by_name or not os.path.isfile(query):
+    if images.positions(query) or not os.path.isfile(query):
         position = images.find(query)
         return Query(query, images.vectors[position], position)
     run = str(images.metadata.get("run", ""))
     if not run or not Path(run).is_dir():
         raise UsageError(
-            f"{query} is not embedded, and the run with the backbone does not exist: "
+            f"{printable(query)} is not embedded, and the run with the backbone does not exist: "
             f"{run or 'unknown'}"
         )
     names = ("backbone_sha256", "head_sha256")
     if weight_digests(run) != {n: images.metadata[n] for n in names if n in images.metadata}:
         raise UsageError(
-            f"{query} is not embedded, and the encoder of {run} has changed since the other "
-            "images were: run `simsiam embed` again"
+            f"{printable(query)} is not embedded, and the encoder of {run} has changed since the "
+            "other images were: run `simsiam embed` again"
         )
     return embed_query(query, run)
 
@@ -161,11 +161,11 @@ def embed_query(file: str, run: str | os.PathLike[str]) -> Query:
         WorkFailed: If the file cannot be read.
     """
     network, recipe = load(run), Run(run).recipe
-    try:
-        pixels = image_to_tensor(decode_image(file, recipe.channels))
-    except Unreadable as error:
-        raise WorkFailed(f"{file} cannot be read: {error}") from None
     transform, compute = eval_transform(recipe), Compute(torch.device("cpu"), "float32")
+    try:
+        pixels = image_to_tensor(decode_image(file, recipe.channels, transform.min_side))
+    except Unreadable as error:
+        raise WorkFailed(f"{printable(file)} cannot be read: {error}") from None
     crop = transform.crop(pixels)
     (h,) = compute_outputs(lambda x: (network(x),), crop, transform, compute)
     return Query(file, h[0], None, make_thumbnail(pixels, transform))
@@ -181,5 +181,5 @@ def format_neighbors(results: Sequence[Neighbor]) -> str:
         One line per image: cosine, path and label.
     """
     return "\n".join(
-        f"{x.cosine:6.3f}  {x.path}" + f"  ({x.label})" * bool(x.label) for x in results
+        printable(f"{x.cosine:6.3f}  {x.path}" + f"  ({x.label})" * bool(x.label)) for x in results
     )

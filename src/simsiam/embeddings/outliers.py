@@ -11,7 +11,7 @@ from simsiam.embeddings.cluster import center_and_normalize
 from simsiam.embeddings.gallery import write_page
 from simsiam.embeddings.search import search_neighbors
 from simsiam.embeddings.table import read_embeddings
-from simsiam.errors import check_ranges
+from simsiam.errors import check_ranges, printable
 from simsiam.utils.files import check_writable, write_csv
 
 PAGE_IMAGES = 60  # images on the page
@@ -83,5 +83,6 @@ def format_outliers(results: Sequence[Outlier], limit: int = 20) -> str:
         One line per image: distance, path and label.
     """
     return "\n".join(
-        f"{x.distance:6.3f}  {x.path}" + f"  ({x.label})" * bool(x.label) for x in results[:limit]
+        printable(f"{x.distance:6.3f}  {x.path}" + f"  ({x.label})" * bool(x.label))
+        for x in results[:limit]
     )

@@ -49,8 +49,9 @@ def probe(
 
     Args:
         file: A file or folder that `embed` wrote.
-        labels: A .csv file with the columns path and label, one row per labeled image. An image is
-            named by its path or by its file name.
+        labels: A .csv file with the columns path and label. Rows without a label are not used, so
+            the file that `probe` wrote can be filled in and given again. An image is named by its
+            path or by its file name.
         out: The .csv file to write, with one row per image: path, label (if it was labeled),
             predicted, confidence.
 
@@ -93,7 +94,7 @@ def read_labels(path: Path, images: Embeddings) -> dict[int, str]:
     """Read a .csv file of labels.
 
     Args:
-        path: A .csv file with the columns path and label.
+        path: A .csv file with the columns path and label; rows without a label are passed over.
         images: The embedded images that it names.
 
     Returns:
@@ -105,26 +106,33 @@ def read_labels(path: Path, images: Embeddings) -> dict[int, str]:
     """
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
+            reader = csv.DictReader(file)
+            # Tables from spreadsheets have spaces around headings and labels, and capitals.
+            header = [name.strip().lower() for name in reader.fieldnames or ()]
+            reader.fieldnames = header
+            rows = list(reader)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UsageError(f"{path} cannot be read: {error}") from None
+    if missing := [name for name in ("path", "label") if name not in header]:
+        raise UsageError(
+            f"{path} has no column {missing[0]!r}: its first line is path,label, and each other "
+            "line has the path of an image and its label"
+        )
     label_of: dict[int, str] = {}
     for number, row in enumerate(rows, 2):
-        if not row.get("path") or not row.get("label"):
+        name, label = row["path"], (row["label"] or "").strip()
+        if not label:  # as in the table that `probe` writes
+            continue
+        if not name:
+            raise UsageError(f"{path}, line {number}: the label {label!r} has no path")
+        i = images.find(name if images.positions(name) else name.strip())
+        if label_of.setdefault(i, label) != label:
             raise UsageError(
-                f"{path}, line {number}: each line needs a path and a label, "
-                "below the header path,label"
-            )
-        i = images.find(row["path"])
-        if label_of.setdefault(i, row["label"]) != row["label"]:
-            raise UsageError(
-                f"{path}, line {number}: {printable(row['path'])} already has another label, "
+                f"{path}, line {number}: {printable(name)} already has another label, "
                 f"{label_of[i]!r}"
             )
     if not label_of:
-        raise UsageError(
-            f"{path} labels no image: it needs the header path,label and one line per image"
-        )
+        raise UsageError(f"{path} labels no image: fill in the column label of a few lines")
     return label_of
 
 
@@ -173,7 +181,8 @@ def format_probe(result: ProbeResult) -> str:
     """
     n = len(result.labels)
     names = ", ".join(map(printable, result.classes))
-    lines = [f"{n} labels of {len(result.classes)} classes: {names}"]
+    rest = f"; {len(result.predicted) - n} images have no label"
+    lines = [f"{n} labels of {len(result.classes)} classes: {names}{rest}"]
     if result.correct is None:
         lines.append("accuracy unknown: cross-validation needs two images of each class")
     else:

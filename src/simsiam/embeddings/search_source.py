@@ -24,6 +24,7 @@ from simsiam.runs.run_folder import Run
 from simsiam.runs.weights import PATCHES, open_weights, run_folder_of
 from simsiam.sources.open_source import open_source
 from simsiam.utils.files import check_writable, writable_cache
+from simsiam.utils.names import normalize_name
 
 # The commands' help names license and size.
 DEFAULT_ENCODERS = ("timm:vit_small_patch16_224.dino", "lite0", PATCHES)
@@ -40,6 +41,7 @@ def search(
     html: str | os.PathLike[str] | None = None,
     channels: int | None = None,
     no_labels: bool = False,
+    splits: Sequence[str] | None = None,
     relearn: float = RELEARN,
     device: str = "auto",
     precision: str = "auto",
@@ -61,6 +63,7 @@ def search(
         channels: Number of channels that images are decoded to; by default those of the run folder,
             else 3.
         no_labels: Whether to leave out the labels of the images found.
+        splits: Which folder or shard is which split; see `open_source`.
         relearn: If the encoder is learned from the images of the source, it is learned again when
             this share of them is new, 0 to 1.
         device: "auto", "cpu", "cuda", "cuda:1", ...
@@ -80,13 +83,14 @@ def search(
         [source] if isinstance(source, str | os.PathLike) else list(source)
     )
     with writable_cache():
-        chosen = choose_encoder(encoder, backbone, names, channels or 3)
+        chosen = choose_encoder(encoder, backbone, names, channels or 3, splits)
         if chosen.run is not None:
             needed = Run(chosen.run).recipe.channels
             if channels not in (None, needed):
                 raise UsageError(f"channels is {channels}, and {chosen.name} takes {needed}")
             channels = needed
-        images = SourceImages(names, open_source(names, channels or 3, no_labels=no_labels))
+        opened = open_source(names, channels or 3, no_labels=no_labels, splits=splits)
+        images = SourceImages(names, opened)
         _check_query(os.fspath(query), images.splits)
         with keep_embedding(
             images, chosen, compute, channels=channels or 3, relearn=relearn
@@ -100,6 +104,7 @@ def choose_encoder(
     backbone: str | None,
     source: Sequence[str | os.PathLike[str]],
     channels: int,
+    splits: Sequence[str] | None,
 ) -> SourceEncoder:
     """Find the encoder that a name stands for, or the first of the default ones.
 
@@ -109,6 +114,7 @@ def choose_encoder(
         backbone: The network of a file of weights.
         source: The names of the source.
         channels: Number of channels of the images.
+        splits: Which of them are for training; see `open_source`.
 
     Returns:
         The encoder.
@@ -125,10 +131,12 @@ def choose_encoder(
     for name, following in zip(names, (*names[1:], "")):
         if name == PATCHES and run_folder_of(name) is None:
             return SourceEncoder(
-                name, learn=lambda path: fit_patches_run(source, channels, out=path)
+                name, learn=lambda path: fit_patches_run(source, channels, splits=splits, out=path)
             )
         try:
-            run = open_weights(name, backbone=backbone, source=source, channels=channels)
+            run = open_weights(
+                name, backbone=backbone, source=source, channels=channels, splits=splits
+            )
             return SourceEncoder(name, run)
         except (UsageError, WorkFailed) as error:
             if encoder is not None:
@@ -142,8 +150,9 @@ def _check_query(query: str, splits: Sequence[Images]) -> None:
     """Raise UsageError if there is no such image, before all images are embedded."""
     if os.path.isfile(query):
         return
-    keys = (printable(key) for images in splits for key in images.keys)
-    if not any(query in (key, key.rpartition("/")[2]) for key in keys):
+    name = normalize_name(query)
+    keys = (normalize_name(key) for images in splits for key in images.keys)
+    if not any(name in (key, key.rpartition("/")[2]) for key in keys):
         raise UsageError(
             f"no image {printable(query)}: it is neither a file nor the path or name of an image "
             f"of the source, such as {printable(splits[0].keys[0])}"
@@ -157,10 +166,10 @@ def _find_query(query: str, splits: Sequence[Images], images: Embeddings) -> Que
             if isinstance(storage, FolderFiles):
                 path = os.path.abspath(query)
                 below = os.path.relpath(path, os.path.abspath(storage.folder))
-                for name in map(printable, (below, path)):  # lists may have absolute paths
-                    (position, *_) = images.positions_by_name.get(name, [-1])
-                    if position >= 0 and images.paths[position] == name:
-                        return Query(query, images.vectors[position], position)
-        if query not in images.positions_by_name:
+                for name in (below, path):  # lists may have absolute paths
+                    for position in images.positions(name):
+                        if normalize_name(images.paths[position]) == normalize_name(name):
+                            return Query(query, images.vectors[position], position)
+        if not images.positions(query):
             return embed_query(query, str(images.metadata["run"]))
     return find_query(query, images)

@@ -21,6 +21,7 @@ from torch import Tensor
 from simsiam.data.storage import Column
 from simsiam.errors import UsageError, WorkFailed, printable
 from simsiam.sources.open_source import find_shards
+from simsiam.utils.names import normalize_name, utf8_name
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -55,6 +56,26 @@ class Embeddings:
             positions.setdefault(path.rpartition("/")[2], []).append(i)
         return positions | {path: [i] for i, path in enumerate(self.paths)}
 
+    @cached_property
+    def _positions_by_normal_name(self) -> dict[str, list[int]]:
+        positions: dict[str, list[int]] = {}
+        for name, found in self.positions_by_name.items():
+            known = positions.setdefault(normalize_name(name), [])
+            known += [i for i in found if i not in known]
+        return positions
+
+    def positions(self, name: str) -> list[int]:
+        """Look up images by name; if there is none, by a name that is normalized.
+
+        Args:
+            name: The path of an image in its source, or its file name alone.
+
+        Returns:
+            The positions of the images with this name.
+        """
+        exact = self.positions_by_name.get(utf8_name(name))
+        return exact or self._positions_by_normal_name.get(normalize_name(name), [])
+
     def find(self, name: str) -> int:
         """Look up an image by name.
 
@@ -67,18 +88,18 @@ class Embeddings:
         Raises:
             UsageError: If no image or more than one has this name.
         """
-        positions = self.positions_by_name.get(name, [])
+        positions = self.positions(name)
         if len(positions) == 1:
             return positions[0]
         if positions:
-            first, second = (self.paths[i] for i in positions[:2])
+            first, second = (printable(self.paths[i]) for i in positions[:2])
             raise UsageError(
                 f"{len(positions)} images are named {printable(name)}: "
                 f"give the whole path, such as {first} or {second}"
             )
         raise UsageError(
             f"no image {printable(name)} among the {len(self)} embedded ones; "
-            f"the first is {self.paths[0]}"
+            f"the first is {printable(self.paths[0])}"
         )
 
     def label(self, i: int) -> str:
@@ -156,6 +177,11 @@ def table_to_embeddings(table: pa.Table) -> Embeddings:
 def _read_table(path: Path) -> pa.Table:
     """The table of a file or folder, its columns checked."""
     files = [Path(file) for file in find_shards(str(path))] if path.is_dir() else [path]
+    if not files:
+        raise UsageError(
+            f"{path} has no file of embeddings: `simsiam embed RUN SOURCE --out FILE.parquet` "
+            "writes one"
+        )
     try:
         table = pa.concat_tables(
             [pq.ParquetFile(file, page_checksum_verification=True).read() for file in files]
@@ -163,7 +189,7 @@ def _read_table(path: Path) -> pa.Table:
         for name in {"path", "label"} & set(table.column_names):
             table[name].cast(pa.string())
     except (pa.ArrowException, OSError) as error:
-        reason = " ".join(str(error).split())[:160] or "the folder has no such file"
+        reason = " ".join(str(error).split())[:160]
         raise UsageError(f"{path} is not a Parquet file of `simsiam embed`: {reason}") from None
     for name in ("path", "vector"):
         if name not in table.column_names:

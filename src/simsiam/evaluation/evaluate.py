@@ -66,6 +66,7 @@ def evaluate(
     precision: str = "auto",
     limit: int | None = None,
     no_labels: bool = False,
+    splits: Sequence[str] | None = None,
     backbone: str | None = None,
     **overrides: Unpack[EvaluationSettings],
 ) -> list[dict[str, object]]:
@@ -82,6 +83,7 @@ def evaluate(
         limit: Use only so many training and so many test images, evenly spaced.
         no_labels: Whether to ignore the labels of the source; then only the protocol label_free
             can be used.
+        splits: Which folder or shard is which split; see `open_source`.
         backbone: The network of a file of weights.
         **overrides: Fields of `simsiam.config.protocols.Settings`.
 
@@ -100,14 +102,14 @@ def evaluate(
     for protocol in protocols:
         if protocol not in PROTOCOLS:
             raise unknown_name("protocol", protocol, PROTOCOLS)
-    folder = Run(open_weights(run, backbone=backbone, source=source))
+    folder = Run(open_weights(run, backbone=backbone, source=source, splits=splits))
     require_labels = set(protocols) != {"label_free"}
     if require_labels and (no_labels or (not source and folder.recipe.no_labels)):
         given = "--no-labels was given" if no_labels else "the run was trained with --no-labels"
         option = "" if no_labels else ", or name a SOURCE whose labels may be used"
         names = ", ".join(name for name in protocols if name != "label_free")
         raise UsageError(f"{given}, and {names} need labels: use --protocol label_free{option}")
-    opened = open_run_source(folder.recipe, source, no_labels=no_labels)
+    opened = open_run_source(folder.recipe, source, no_labels=no_labels, splits=splits)
     data = _load_data(folder, opened, limit, require_labels=require_labels)
     compute = Compute.pick(device, precision)
     frozen = FrozenNetwork(

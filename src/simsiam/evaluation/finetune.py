@@ -402,7 +402,8 @@ def build_classifier(run: Run, classes: int, *, seed: int, from_scratch: bool) -
         head = nn.Linear(feature_dim(backbone), classes)
         nn.init.normal_(head.weight, std=0.01)  # as in linear evaluation (appendix A)
         nn.init.zeros_(head.bias)
-    backbone = backbone if from_scratch else load(run.path, head=False)
+    if not from_scratch:
+        backbone.load_state_dict(load(run.path, head=False).state_dict())
     return nn.Sequential(OrderedDict(backbone=backbone, head=head)).train()
 
 

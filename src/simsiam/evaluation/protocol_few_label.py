@@ -1,5 +1,6 @@
 """The protocol few_label: logistic regression on frozen features, from a few labeled images."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from simsiam.evaluation.frozen import (
     sample_per_class,
     top5_classes,
 )
+from simsiam.utils.names import normalize_name, read_list
 
 DEFAULT_AMOUNTS = ("1", "5", "10", "20", "1%", "10%")  # per class, or a share of each class
 # Inverse strength of the l2 penalty, on features of norm 1; a few labels are not enough to choose
@@ -126,22 +128,23 @@ def read_label_list(train: Images, path: Path) -> np.ndarray:
         UsageError: If the file cannot be read, is empty, or names something else.
     """
     try:
-        names = set(path.read_text().split())
-    except (OSError, UnicodeDecodeError) as error:
+        lines = [os.fsdecode(line).strip() for line in read_list(path)]
+    except OSError as error:
         raise UsageError(f"few_label_list {printable(str(path))} cannot be read: {error}") from None
-    listed = {
-        i: key
-        for i, key in enumerate(train.keys)
-        if key in names or key.rpartition("/")[2] in names
-    }
-    missing = names - set(listed.values()) - {key.rpartition("/")[2] for key in listed.values()}
-    if missing or not listed:
-        first = printable(min(missing, default=""))
+    names = {normalize_name(line): line for line in lines}
+    rows, found = list[int](), set[str]()
+    for i, key in enumerate(map(normalize_name, train.keys)):
+        if named := names.keys() & {key, key.rpartition("/")[2]}:
+            rows.append(i)
+            found |= named
+    missing = names.keys() - found
+    if missing or not names:
+        first = printable(names[min(missing)]) if missing else ""
         raise UsageError(
             f"{printable(str(path))} names {len(missing)} files that are not training images: "
             f"{first!r} ..."
         )
-    return np.array(list(listed))
+    return np.array(rows)
 
 
 def logistic_regression(x: Tensor, labels: Tensor, test: Tensor, classes: int) -> Tensor:

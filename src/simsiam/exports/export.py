@@ -13,12 +13,13 @@ from typing import NamedTuple
 
 from simsiam.errors import UsageError, printable, unknown_name
 from simsiam.exports import format_names
-from simsiam.exports.format import Format, max_difference, preprocessing_config
+from simsiam.exports.format import Format, max_difference
 from simsiam.exports.huggingface import upload_to_hub
 from simsiam.exports.model_card import model_card
 from simsiam.model.backbones import TIMM_PREFIX, feature_dim
 from simsiam.model.encoder import Encoder
 from simsiam.runs.encoder import load
+from simsiam.runs.preprocessing import preprocessing_config
 from simsiam.runs.run_folder import HEAD_FILE, Run
 from simsiam.runs.weights import open_weights, run_folder_of
 from simsiam.utils.files import atomic_folder
@@ -107,7 +108,10 @@ def export(
         upload_to_hub(path, push)
     name = recipe.backbone.removeprefix(TIMM_PREFIX)
     head = isinstance(network, Encoder) and network.head is not None
-    arguments = f"num_classes={feature_dim(network)}" if head else ""
+    options = {"num_classes": feature_dim(network)} if head else {}
+    if name.startswith("vit_"):  # of torchvision; timm's folder says it itself
+        options["image_size"] = recipe.image_size
+    arguments = ", ".join(f"{option}={value}" for option, value in options.items())
     load_code = kind.load_code.format(path=path, backbone=name, arguments=arguments)
     left_out = folder.has_head and kind.holds == "backbone"
     note = f"{HEAD_FILE} is left out: {format} has the backbone alone" if left_out else ""

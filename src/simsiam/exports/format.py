@@ -13,7 +13,6 @@ from simsiam.config.recipes import ResolvedRecipe, default_stem
 from simsiam.errors import UsageError, WorkFailed
 from simsiam.model.backbones import RESNETS
 from simsiam.model.encoder import Encoder
-from simsiam.runs.encoder import eval_transform
 from simsiam.runs.run_folder import Run
 
 TOLERANCE = 1e-5  # of features: absolute, or relative to the largest one if that is above 1
@@ -30,7 +29,7 @@ class Format(NamedTuple):
         write: Writes the network of a run into a folder. Raises UsageError if it does not fit.
         reload: Loads what `write` wrote, with the library that the format is for.
         load_code: The line of code that loads it, with {path}, {backbone} and {arguments} to fill
-            in; the last is the argument num_classes of a network with a head.
+            in; the last are num_classes of a network with a head, and image_size of a ViT.
         packages: What must be installed beyond the dependencies of this package.
         extra: The extra of this package that installs them.
         holds: How much of an encoder it can hold: "all", the backbone with a linear "head", or the
@@ -65,6 +64,7 @@ def max_difference(eager: Network, exported: Network, recipe: ResolvedRecipe) ->
     for n in TEST_BATCH_SIZES:
         shape = (n, recipe.channels, recipe.image_size, recipe.image_size)
         x = torch.randn(shape, generator=torch.Generator().manual_seed(n))
+        x[1:2] = 0  # a flat image
         with torch.no_grad():
             h, exported_h = eager(x), exported(x)
         if h.shape != exported_h.shape:
@@ -89,20 +89,6 @@ def split_encoder(network: nn.Module) -> tuple[nn.Module, nn.Linear | None]:
         network: A backbone, or an encoder without a second branch.
     """
     return (network.backbone, network.head) if isinstance(network, Encoder) else (network, None)
-
-
-def preprocessing_config(recipe: ResolvedRecipe) -> dict[str, object]:
-    """Describe how an image is prepared for the network, for preprocessing.json.
-
-    Args:
-        recipe: The recipe of the run.
-    """
-    transform = eval_transform(recipe)
-    return {
-        "resize_shorter_side": transform.resize, "center_crop": transform.size, "antialias": True,
-        "interpolation": transform.interpolation, "channels": recipe.channels, "range": [0, 1],
-        "mean": list(transform.mean), "std": list(transform.std), "layout": "NCHW, float32",
-    }  # fmt: skip
 
 
 def example_input(recipe: ResolvedRecipe) -> Tensor:

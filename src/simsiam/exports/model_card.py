@@ -5,6 +5,7 @@ from typing import cast
 import yaml
 
 from simsiam.model.encoder import Encoder
+from simsiam.monitoring.verdict import features_table
 from simsiam.runs.encoder import eval_transform, load
 from simsiam.runs.records import Record
 from simsiam.runs.run_folder import HEAD_FILE, ORIGIN_FILE, PATCHES_KEY, Run
@@ -31,8 +32,9 @@ def model_card(run: Run, license: str | None = None) -> str:
     }
     if recipe.channels == 3:
         preprocessing = (
-            f"RGB in 0..1, shorter side to {transform.resize} px ({transform.interpolation}, "
-            f"antialiased), center crop of {transform.size} px, then "
+            f"Upright (EXIF orientation applied), RGB in 0..1, shorter side to {transform.resize} "
+            f"px ({transform.interpolation}, antialiased), center crop of {transform.size} px, "
+            "then "
             f"(x - {list(transform.mean)}) / {list(transform.std)}."
         )
     else:
@@ -45,6 +47,7 @@ def model_card(run: Run, license: str | None = None) -> str:
         "| | |", "|---|---|", *facts, "",
         "## Preprocessing", "", preprocessing, "",
         "## Results", "", *results_table(run), "",
+        *worth_lines(run.json("summary.json")),
         "## License", "", *license_lines(license, origin),
     ]  # fmt: skip
     return "\n".join(lines) + "\n"
@@ -145,6 +148,22 @@ def results_table(run: Run) -> list[str]:
     if knn := run.json("summary.json").get("knn_top1"):
         return [f"kNN on images that were not trained on: {knn['last']:.1f} % at the end."]
     return ["Nothing yet: `simsiam evaluate` measures the backbone."]
+
+
+def worth_lines(summary: Record) -> list[str]:
+    """Make a section with the features that were measured at the end of a run, and the advice.
+
+    Args:
+        summary: The content of summary.json.
+
+    Returns:
+        Lines of Markdown; none if nothing was measured.
+    """
+    if not (rows := features_table(summary)):
+        return []
+    heading, *others = ("| " + " | ".join(map(escape_cell, row)) + " |" for row in rows)
+    advice = escape_cell(f"{summary['remedy']} {summary['advice']}")
+    return ["## Features compared", "", heading, "|---|---|---|", *others, "", advice, ""]
 
 
 def format_interval(record: Record) -> str:

@@ -1,15 +1,15 @@
 """Format `safetensors`: the weights, with the preprocessing in the metadata."""
 
-import json
 from pathlib import Path
 
 from safetensors.torch import load_file
 from torch import nn
 
 from simsiam.config.recipes import ResolvedRecipe
-from simsiam.exports.format import Format, Network, preprocessing_config
+from simsiam.exports.format import Format, Network
 from simsiam.model.encoder import Encoder
 from simsiam.runs.encoder import build_backbone, build_encoder
+from simsiam.runs.preprocessing import weights_metadata
 from simsiam.runs.run_folder import HEAD_FILE, PATCHES_KEY, Run
 from simsiam.runs.weight_files import load_metadata, save_weights
 
@@ -24,10 +24,7 @@ def write(network: nn.Module, run: Run, folder: Path) -> None:
         run: Its run.
         folder: Where to write.
     """
-    metadata = {
-        "backbone": run.recipe.backbone,
-        "preprocessing": json.dumps(preprocessing_config(run.recipe)),
-    }
+    metadata = weights_metadata(run.recipe)
     state = network.state_dict()
     if isinstance(network, Encoder):
         state = network.backbone.state_dict() | network.head_state()

@@ -11,9 +11,9 @@ from simsiam.exports.format import (
     Format,
     Network,
     example_input,
-    preprocessing_config,
     suppress_warnings,
 )
+from simsiam.runs.preprocessing import preprocessing_config
 from simsiam.runs.run_folder import Run
 
 FILE_NAME = "backbone.pt2"

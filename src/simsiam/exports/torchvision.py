@@ -14,7 +14,7 @@ from simsiam.exports.format import (
     missing_backbone,
     split_encoder,
 )
-from simsiam.model.backbones import classifier_path, remove_classifier
+from simsiam.model.backbones import classifier_path, remove_classifier, torchvision_options
 from simsiam.runs.run_folder import Run
 
 FILE_NAME = "backbone.pth"
@@ -52,12 +52,13 @@ def reload(folder: Path, recipe: ResolvedRecipe) -> Network:
         recipe: The recipe of the run.
     """
     state = torch.load(folder / FILE_NAME, weights_only=True)
-    model = models.get_model(recipe.backbone, weights=None)
+    name, options = recipe.backbone, torchvision_options(recipe.backbone, recipe.image_size)
+    model = models.get_model(name, weights=None, **options)
     weight = state.get(f"{classifier_path(model)}.weight")
     if weight is None:
-        network = remove_classifier(model, recipe.backbone, recipe.image_size)
+        network = remove_classifier(model, name, recipe.image_size)
     else:
-        network = models.get_model(recipe.backbone, weights=None, num_classes=len(weight))
+        network = models.get_model(name, weights=None, num_classes=len(weight), **options)
     network.load_state_dict(state)
     return network.eval()
 

@@ -4,13 +4,15 @@ Networks and parameter names are torchvision's, or timm's for `timm/NAME`, so th
 exchanged with these libraries.
 """
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
+from math import isqrt
 from typing import TYPE_CHECKING, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torchvision import models
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
@@ -31,6 +33,10 @@ RESNETS: dict[str, tuple[type[BasicBlock | Bottleneck], list[int]]] = {
     "resnet152": (Bottleneck, [3, 8, 36, 3]),
 }
 TIMM_PREFIX = "timm/"  # begins the names of timm's models
+# Words in the names of tensors whose shapes may depend on the image size.
+POSITION_WORDS = ("pos_embed", "relative_position", "rel_pos", "attention_bias", "mlp_tokens")
+# The position embeddings of a ViT of timm and of torchvision, and the convolution of its patches.
+VIT_POSITIONS = {"pos_embed": "patch_embed.proj", "encoder.pos_embedding": "conv_proj"}
 
 
 class ResNet(models.ResNet):
@@ -153,10 +159,21 @@ def create_backbone(
             f"{name} takes 3 channels, not {channels}; "
             f"{', '.join(RESNETS)} and {TIMM_PREFIX}... take 1 to 16"
         )
-    options = {}
+    with as_usage_error(name, image_size):
+        model = models.get_model(name, weights=None, **torchvision_options(name, image_size))
+    return remove_classifier(model, name, image_size)
+
+
+def torchvision_options(name: str, image_size: int) -> dict[str, object]:
+    """Return what a model of torchvision needs beyond its name.
+
+    Args:
+        name: The name.
+        image_size: Height and width of the images, in pixels.
+    """
     if name in ("googlenet", "inception_v3"):
-        options = {"aux_logits": False, "init_weights": True}
-    return remove_classifier(models.get_model(name, weights=None, **options), name, image_size)
+        return {"aux_logits": False, "init_weights": True}
+    return {"image_size": image_size} if name.startswith("vit_") else {}
 
 
 def input_size(name: str) -> int | None:
@@ -323,3 +340,90 @@ def set_dim(model: nn.Module, name: str, h: object, dim: int) -> nn.Module:
         )
     model.dim = dim  # type: ignore[assignment]
     return model.train()
+
+
+def vit_image_size(state: Mapping[str, Tensor]) -> int | None:
+    """Read the image size of a ViT from its weights: patches in a row times pixels of a patch.
+
+    Args:
+        state: Its state dict.
+
+    Returns:
+        The size in pixels; None for other networks.
+    """
+    for name, patch in VIT_POSITIONS.items():
+        positions, weight = state.get(name), state.get(f"{patch}.weight")
+        if positions is not None and weight is not None and positions.ndim == 3:
+            return isqrt(positions.shape[1]) * weight.shape[-1]  # a few tokens are no patches
+    return None
+
+
+def fit_positions(
+    name: str,
+    state: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
+    *,
+    image_size: int,
+    channels: int = 3,
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Resample the position embeddings of weights to another image size, as timm does.
+
+    Args:
+        name: The network, as in `create_backbone`.
+        state: Its state dict, at any image size.
+        expected: Its state dict at the image size that is wanted; only the shapes matter.
+        image_size: This image size, in pixels.
+        channels: Channels of the images.
+
+    Returns:
+        The state dict, and the names of what was resampled. If tensors are missing or other shapes
+        differ as well, it is returned as it is: loading it will say so.
+
+    Raises:
+        UsageError: They cannot be resampled.
+    """
+    wrong = [k for k in expected if k in state and state[k].shape != expected[k].shape]
+    are_positions = all(any(word in k for word in POSITION_WORDS) for k in wrong)
+    if not wrong or not are_positions or expected.keys() - state.keys():
+        return dict(state), []
+    own = {k: state[k] for k in expected}
+    try:
+        if name.startswith(TIMM_PREFIX):
+            fitted = _load_with_timm(name, own, image_size, channels)
+        else:
+            fitted = own | {k: _resample_grid(own[k], expected[k].shape[1]) for k in wrong}
+        assert all(torch.equal(fitted[k], own[k].to(fitted[k])) for k in own if k not in wrong)
+    except Exception as error:  # of timm or torch, for a network that cannot be resampled
+        reason = " ".join(str(error).split())[:120]
+        size = vit_image_size(own) or input_size(name)
+        raise UsageError(
+            f"weights of {name} for {size} px cannot be resampled to {image_size} px: give "
+            f"--image-size {size} ({wrong[0]}: {reason or type(error).__name__})"
+        ) from None
+    return dict(state) | fitted, wrong
+
+
+def _load_with_timm(
+    name: str, state: dict[str, Tensor], image_size: int, channels: int
+) -> dict[str, Tensor]:
+    """Load weights as timm loads its own: each family of networks has its way to resample."""
+    import timm
+
+    weights = {
+        "state_dict": state, "source": "", "custom_load": False, "num_classes": 0,
+        "first_conv": None,
+    }  # fmt: skip
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about timm's own code
+        model = timm.create_model(
+            name.removeprefix(TIMM_PREFIX), pretrained=True, num_classes=0, in_chans=channels,
+            img_size=image_size, pretrained_cfg_overlay=weights,
+        )  # fmt: skip
+    return model.state_dict()
+
+
+def _resample_grid(positions: Tensor, count: int) -> Tensor:
+    """Resample the positions of torchvision's ViT, (1, n, d), of which the first is no patch."""
+    from timm.layers import resample_abs_pos_embed
+
+    return resample_abs_pos_embed(positions, [isqrt(count)] * 2, num_prefix_tokens=1)

@@ -121,7 +121,7 @@ class PatchResponses(nn.Module):
         product = F.conv2d(x, self.weight, stride=self.stride)
         response = product.mul_(contrast).add_(self.bias[:, None, None]).relu_()
         pooled = self.pooling @ response.permute(0, 2, 3, 1).flatten(1, 2)
-        return (pooled.flatten(1) + ROOT_FLOOR).sqrt()
+        return pooled.flatten(1).clamp_min(ROOT_FLOOR).sqrt()
 
     def shrink(self, pixels: Tensor) -> Tensor:
         """Return the images at the size of this module, (N, C, size, size)."""

@@ -8,7 +8,7 @@ than the noise of the measurement.
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -24,7 +24,7 @@ from simsiam.model.encoder import Encoder
 from simsiam.model.patches import PATCHES_PREFIX, Patches, fit_patches
 from simsiam.model.precision import Compute
 from simsiam.model.view_noise import center, fit_map, view_noise_covariance
-from simsiam.monitoring.nearest_neighbors import knn_top1
+from simsiam.monitoring.nearest_neighbors import cap_k, knn_scores
 from simsiam.monitoring.signals import view_agreement, view_retrieval
 from simsiam.utils.progress_bar import progress_bar
 
@@ -35,6 +35,10 @@ PATCH_SIZES = (32, 24, 64, 48)  # sizes in pixels, in the order in which they ar
 SHRINKAGES = (0.1, 0.3, 1.0)
 PATCH_WEIGHTS = (0.5, 1.0, 2.0)  # of patches beside a network, relative to equal view noise
 SIGNIFICANT = 1.64  # standard errors by which a candidate has to be better: one-sided 95 %
+# A network that was trained on views has been fitted to what the score measures, so that a small
+# rise means little: a map raised the score of a network that SimSiam had trained by exp(0.14), and
+# cost 13 points of kNN accuracy.
+MARGIN = 0.2  # of the logarithm of the score, for changes of such a network, and for its training
 CHUNK = 100  # images that are computed at a time
 # The method's views without blur, which removes what patches see at these sizes.
 NOISE_VIEWS = Views(blur=0.0)
@@ -56,22 +60,24 @@ class Sample(NamedTuple):
     skipped: list[tuple[str, str]]
 
 
-def read_sample(images: Images, side: int, *, seed: int = 0) -> Sample:
+def read_sample(
+    images: Images, side: int, *, seed: int = 0, limit: int = FIT_SIZE + HELD_OUT_SIZE
+) -> Sample:
     """Read a random sample of images.
 
     Args:
         images: The images.
         side: Side of the squares in pixels.
         seed: Seed of the choice.
+        limit: Number of images, at most.
 
     Returns:
-        At most FIT_SIZE + HELD_OUT_SIZE images; a third of them, at most HELD_OUT_SIZE, is held
-        out.
+        The images; a third of them, at most HELD_OUT_SIZE, is held out.
 
     Raises:
         UsageError: There are fewer than MIN_IMAGES readable images.
     """
-    order = np.random.default_rng(seed).permutation(len(images))[: FIT_SIZE + HELD_OUT_SIZE]
+    order = np.random.default_rng(seed).permutation(len(images))[:limit]
     chosen, skipped = images.take(order), list[tuple[str, str]]()
     transform = Transform(size=side, mean=(), std=(), shorter_side=side)
     parts = list(iter_crops(chosen, transform, skipped, chunk_size=CHUNK))
@@ -117,7 +123,8 @@ class Branch:
         backbone: The module, in eval mode.
         h: (N, d) features of the images.
         mean: (d,), their mean over the images for fitting.
-        noise: Sw (d, d), the covariance of view noise over the images for fitting.
+        noise: Sw (d, d), the covariance of view noise over the images for fitting; None if it was
+            not measured.
         held_out: (2, M, d) features of two views of the images held out.
     """
 
@@ -125,7 +132,7 @@ class Branch:
     backbone: nn.Module
     h: Tensor
     mean: Tensor
-    noise: Tensor
+    noise: Tensor | None
     held_out: Tensor
 
 
@@ -135,6 +142,7 @@ def measure(
     sample: Sample,
     compute: Compute,
     *,
+    noise: bool = True,
     label: str = "",
 ) -> list[Branch]:
     """Compute the features of backbones that take the same images.
@@ -144,6 +152,7 @@ def measure(
         transform: Their preprocessing.
         sample: The images.
         compute: Where to compute, and in which precision.
+        noise: Whether to measure the view noise, which the map is made from.
         label: The text before a progress bar; "" shows none.
 
     Returns:
@@ -177,7 +186,7 @@ def measure(
         )
 
     fit, n = sample.fit_size, len(sample.pixels)
-    jobs = [(0, n, 0), (0, fit, VIEWS_PER_IMAGE), (fit, n, 2)]
+    jobs = [(0, n, 0), (fit, n, 2), *([(0, fit, VIEWS_PER_IMAGE)] if noise else [])]
     results = []
     with progress_bar(label, sum((stop - start) * max(c, 1) for start, stop, c in jobs)) as advance:
         for begin, end, count in jobs:
@@ -188,8 +197,15 @@ def measure(
                 advance(len(part) * max(count, 1))
             results.append([torch.cat(parts, dim=1) for parts in zip(*chunks, strict=True)])
     return [
-        Branch(name, net, h[0], h[0, :fit].mean(0), view_noise_covariance(v.transpose(0, 1)), held)
-        for (name, net), h, v, held in zip(backbones.items(), *results, strict=True)
+        Branch(
+            name,
+            net,
+            h=h[0],
+            mean=h[0, :fit].mean(0),
+            noise=view_noise_covariance(views[0].transpose(0, 1)) if views else None,
+            held_out=held_out,
+        )
+        for (name, net), h, held_out, *views in zip(backbones.items(), *results, strict=True)
     ]
 
 
@@ -203,7 +219,9 @@ class Candidate:
         heads: A linear map for each branch; None leaves features as they are.
         agreement: (2, M), `view_agreement` of the images held out.
         retrieval: Percent of their views that find the other view of the same image.
-        knn_top1: kNN accuracy in percent on the sample, if there are labels; not used to choose.
+        hits: (M,) bool, whether kNN with the images for fitting classifies them correctly; None
+            without labels. It is not used to choose.
+        margin: By how much the logarithm of the score has to rise for it to be taken, at least.
     """
 
     name: str
@@ -211,7 +229,13 @@ class Candidate:
     heads: tuple[nn.Linear | None, ...]
     agreement: Tensor = field(repr=False)
     retrieval: float
-    knn_top1: float | None
+    hits: Tensor | None
+    margin: float = 0.0
+
+    @property
+    def knn_top1(self) -> float | None:
+        """Accuracy of kNN in percent on the images held out; None without labels."""
+        return None if self.hits is None else 100 * self.hits.float().mean().item()
 
     @property
     def score(self) -> float:
@@ -229,12 +253,29 @@ class Candidate:
             The logarithm of the ratio of the scores, and its standard error (delta method; the
             images are paired).
         """
-        influence = [
-            c.agreement / c.agreement.mean(1, keepdim=True).clamp_min(1e-6) for c in (self, other)
-        ]
-        difference = (influence[0] - influence[1]).mean(0)
+        difference = self.influence() - other.influence()
         error = difference.std().item() / len(difference) ** 0.5
         return math.log(self.score / other.score), error
+
+    def score_interval(self, z: float = 1.959964) -> tuple[float, float]:
+        """Return the confidence interval of the score over images (delta method), 95 % by default.
+
+        Args:
+            z: Quantile of the normal distribution.
+        """
+        influence = self.influence()
+        half = self.score * z * influence.std().item() / len(influence) ** 0.5
+        return max(self.score - half, 0.0), self.score + half
+
+    def describe(self) -> str:
+        """Say in words how good it is: kNN accuracy where there are labels, else the score."""
+        if self.knn_top1 is None:
+            return f"label-free score {self.score:.3f}"
+        return f"kNN {self.knn_top1:.1f} %"
+
+    def influence(self) -> Tensor:
+        """What each image adds to the logarithm of the score, up to a constant: (M,)."""
+        return (self.agreement / self.agreement.mean(1, keepdim=True).clamp_min(1e-6)).mean(0)
 
 
 def make_candidate(
@@ -258,12 +299,13 @@ def make_candidate(
         return torch.cat([h if head is None else head(h) for h, head in pairs], dim=1)
 
     a, b = joined(lambda branch: branch.held_out[0]), joined(lambda branch: branch.held_out[1])
-    accuracy = None
+    hits = None
     if (labels := sample.labels) is not None:
         h, n, classes = joined(lambda branch: branch.h), sample.fit_size, int(labels.max()) + 1
-        accuracy = knn_top1(h[:n], labels[:n], h[n:], labels[n:], classes=classes)
+        votes = knn_scores(h[:n], labels[:n], h[n:], classes=classes, k=cap_k(n, classes))
+        hits = votes.argmax(1) == labels[n:]
     return Candidate(
-        name, tuple(branches), tuple(heads), view_agreement(a, b), view_retrieval(a, b), accuracy
+        name, tuple(branches), tuple(heads), view_agreement(a, b), view_retrieval(a, b), hits
     )
 
 
@@ -288,26 +330,30 @@ def map_candidate(branch: Branch, sample: Sample, name: str | None = None) -> Ca
         make_candidate(
             f"{name or branch.name} + map",
             [branch],
-            [fit_map(branch.mean, branch.noise, shrinkage)],
+            [fit_map(branch.mean, _noise(branch), shrinkage)],
             sample,
         )
         for shrinkage in SHRINKAGES
     )
 
 
-def backbone_candidates(branch: Branch, sample: Sample) -> Iterator[Candidate]:
+def backbone_candidates(
+    branch: Branch, sample: Sample, *, margin: float = 0.0
+) -> Iterator[Candidate]:
     """Make candidates of a network: unchanged, centered, and with its map.
 
     Args:
         branch: The network.
         sample: The images.
+        margin: Of the last two; MARGIN for a network that was trained on views.
 
     Yields:
         The three candidates.
     """
     yield make_candidate(f"{branch.name} unchanged", [branch], [None], sample)
-    yield make_candidate(f"{branch.name} centered", [branch], [center(branch.mean)], sample)
-    yield map_candidate(branch, sample)
+    centered = make_candidate(f"{branch.name} centered", [branch], [center(branch.mean)], sample)
+    for candidate in (centered, map_candidate(branch, sample)):
+        yield replace(candidate, margin=margin)
 
 
 def join_candidates(
@@ -327,7 +373,7 @@ def join_candidates(
 
     def scaled(candidate: Candidate, weight: float) -> nn.Linear:
         branch = candidate.branches[0]
-        head, noise = candidate.heads[0] or center(branch.mean), branch.noise
+        head, noise = candidate.heads[0] or center(branch.mean), _noise(branch)
         matrix = head.weight.double()
         scale = weight / ((matrix @ noise) * matrix).sum().clamp_min(1e-30).sqrt().float()
         linear = nn.utils.skip_init(nn.Linear, head.in_features, head.out_features)
@@ -340,6 +386,13 @@ def join_candidates(
         make_candidate(name, branches, [scaled(first, 1.0), scaled(second, weight)], sample)
         for weight in weights
     )
+
+
+def _noise(branch: Branch) -> Tensor:
+    """The view noise of a branch, which must have been measured."""
+    if branch.noise is None:
+        raise ValueError(f"the view noise of {branch.name} was not measured")
+    return branch.noise
 
 
 def patch_candidates(branches: Sequence[Branch], sample: Sample) -> Iterator[Candidate]:
@@ -358,7 +411,7 @@ def patch_candidates(branches: Sequence[Branch], sample: Sample) -> Iterator[Can
 
 
 def choose(candidates: Iterable[Candidate]) -> tuple[Candidate, list[dict[str, object]]]:
-    """Take each candidate that is better than the best before it by more than noise.
+    """Take each candidate that is better than the best before it by more than noise and its margin.
 
     Args:
         candidates: At least one; the first is taken to begin with.
@@ -381,7 +434,7 @@ def choose(candidates: Iterable[Candidate]) -> tuple[Candidate, list[dict[str, o
         taken = best is None
         if best is not None:
             gain, error = candidate.gain(best)
-            taken = gain > SIGNIFICANT * error
+            taken = gain > max(SIGNIFICANT * error, candidate.margin)
             row |= {"than": best.name, "gain": round(gain, 4), "error": round(error, 4)}
         rows.append(row | {"taken": taken})
         best = candidate if taken else best

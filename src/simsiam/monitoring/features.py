@@ -11,7 +11,7 @@ from simsiam.data.images import Images
 from simsiam.data.transform import Transform, iter_crops
 from simsiam.distributed.collectives import all_gather, all_gather_objects
 from simsiam.distributed.process_group import local_slice, rank, world_size
-from simsiam.errors import WorkFailed
+from simsiam.errors import none_readable
 from simsiam.model.precision import Compute
 from simsiam.utils.progress_bar import progress_bar
 
@@ -78,10 +78,7 @@ def extract_features(
     skipped = all_gather_objects(skipped)
     widths = all_gather_objects([[matrix.shape[1] for matrix in row] for row in rows[:1]])
     if not widths:
-        key, reason = skipped[0]
-        raise WorkFailed(
-            f"none of the {len(images)} images can be read; the first, {key}: {reason}"
-        )
+        raise none_readable(len(images), *skipped[0])
     empty = [torch.empty(0, width) for width in widths[0]]  # a share may have no readable image
     columns = zip(empty, *rows, strict=True)
     positions = torch.from_numpy(np.concatenate([np.arange(0), *kept_indices]))

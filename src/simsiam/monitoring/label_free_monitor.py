@@ -1,6 +1,8 @@
 """The label-free monitor: signals of a frozen backbone, and advice on how long to train."""
 
 from collections.abc import Mapping, Sequence
+from math import sqrt
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -143,14 +145,19 @@ def two_view_features(
     return a, b
 
 
-def advise_training_length(lines: Sequence[Mapping[str, float]]) -> str:
+def advise_training_length(
+    lines: Sequence[Mapping[str, float]], counts: Mapping[str, int] = MappingProxyType({})
+) -> str:
     """Say whether more epochs would help, and why.
+
+    A difference is ignored if it is smaller than 1.64 standard errors of a percentage.
 
     A learning rate schedule that ends makes every curve level off. So a level curve says that this
     run is complete, not that a longer run is useless.
 
     Args:
         lines: The records of metrics.jsonl. Those with measurements are read.
+        counts: Number of images that each of ADVICE_SIGNALS is measured on.
 
     Returns:
         One line of advice.
@@ -166,8 +173,11 @@ def advise_training_length(lines: Sequence[Mapping[str, float]]) -> str:
             f"{label}: {first:.1f} at first, {at_two_thirds:.1f} at two thirds, "
             f"{last:.1f} at the end"
         )
-        rising |= last > first and last - at_two_thirds > RISING_FRACTION * value_range
-        falling |= best - last > 0.5 * value_range
+        noise = 0.0
+        if count := counts.get(name):
+            noise = 1.64 * sqrt(best * (100 - best) / count)
+        rising |= last > first and last - at_two_thirds > max(RISING_FRACTION * value_range, noise)
+        falling |= best - last > max(0.5 * value_range, noise)
     if not reasons:
         return (
             f"No advice on when to stop: it takes at least {MIN_MEASUREMENTS} measurements, and a "

@@ -20,16 +20,29 @@ d = 512, 5 to 6 with d = 2048, the demo's.
   batch norm in about as many, and a network with its predictor needs some dozens of these periods
   to leave its initialization. Nothing is decided before that.
 - `diverged`: the loss was not a finite number.
+- `learned little`: none of these, but the features are not better, beyond noise, than raw pixels, a
+  color histogram or the network before its first step (`simsiam.monitoring.worth`).
 
 The gauges are medians over the last tenth of the logged records (at least three), so that one noisy
 batch decides nothing.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 MIN_VERDICT_STEPS = 200
+WARNING_FIRST_STEP = 20
+GOOD_STEPS = 10_000  # that runs on small images need before features are good: docs/label_free.md
+# What a table of features calls the network before its first step and after its last one, and the
+# simple features that it has to be better than.
+START, END, PIXELS, COLOR = "start", "end", "pixels", "color histogram"
+FEATURE_NAMES = {
+    START: "those of the untrained network",
+    PIXELS: "raw pixels",
+    COLOR: "a color histogram",
+}
 
 
 class Verdict(NamedTuple):
@@ -44,13 +57,16 @@ class Verdict(NamedTuple):
     remedy: str
 
 
+COLLAPSE_REMEDY = (
+    "Compare the settings of the method with its row in `simsiam methods` (simsiam: with a "
+    "predictor and with the stop-gradient); then divide --base-lr by 4 and start again."
+)
 REMEDIES = {
     "healthy": "Nothing to fix. More epochs usually help: compare kNN, or simply use the backbone.",
     "too early": f"Fewer than {MIN_VERDICT_STEPS} steps are too few for a verdict: train longer, "
     "or use a smaller batch to get more steps from the same images.",
     "collapsed": "All images get nearly the same output, so the backbone has learned nothing. "
-    "Compare the settings of the method with its row in `simsiam methods` (simsiam: with a "
-    "predictor and with the stop-gradient); then divide --base-lr by 4 and start again.",
+    f"{COLLAPSE_REMEDY}",
     "partial collapse": "The outputs use only a few directions. Divide --base-lr by 2 to 4, try a "
     "larger backbone or more varied views (a smaller --crop-min), and start again.",
     "not converging": "The loss stays high. Check that the predictor is trained (not fixed) and "
@@ -99,6 +115,110 @@ def judge_run(
     if not supervised and (std < 0.5 or rank <= 3):
         return _verdict("partial collapse")
     return _verdict("healthy")
+
+
+def early_warning(lines: Sequence[Mapping[str, Any]]) -> str | None:
+    """Warn of a bad beginning: of outputs that become alike within the first steps.
+
+    The thresholds are those of `partial collapse`, of the median of three records from step
+    WARNING_FIRST_STEP on. There is one warning in a run.
+
+    Args:
+        lines: The records of metrics.jsonl so far, the latest one last.
+
+    Returns:
+        The warning, or None.
+    """
+    steps = range(WARNING_FIRST_STEP, MIN_VERDICT_STEPS + 1)
+    records = [x for x in lines if x.get("z_rank") is not None and x["step"] in steps]
+    if len(records) < 3 or any("warning" in record for record in lines):
+        return None
+    std, rank = (
+        median(record[key] for record in records[-3:]) for key in ("z_std_sqrt_d", "z_rank")
+    )
+    if std >= 0.5 and rank > 3:
+        return None
+    return (
+        f"the outputs z of all images become alike (effective rank {rank:.1f}, standard deviation "
+        f"{std:.2f} of 1); if this goes on, the run collapses. {COLLAPSE_REMEDY}"
+    )
+
+
+def judge_worth(
+    verdict: Verdict, unbeaten: Sequence[str], *, init: str | None, steps: int
+) -> Verdict:
+    """Turn `healthy` into `learned little` if simpler features are as good.
+
+    Args:
+        verdict: What the gauges say.
+        unbeaten: Names of simpler features that are not worse.
+        init: The initial weights, or None.
+        steps: Number of steps done.
+
+    Returns:
+        The verdict and its remedy.
+    """
+    if verdict.verdict != "healthy" or not unbeaten:
+        return verdict
+    if init is not None and START in unbeaten:
+        remedy = (
+            "The features are not better than those of the initial weights: keep these, or divide "
+            "--base-lr by 10 and start again."
+        )
+    else:
+        others = " or ".join(FEATURE_NAMES[name] for name in unbeaten)
+        factor = max(4, math.ceil(GOOD_STEPS / steps))
+        remedy = (
+            f"The features are not better than {others}: train {factor} times as many epochs, or a "
+            "smaller network (--width 32); with few images, `simsiam adapt SOURCE` finds better "
+            "features in minutes."
+        )
+    return Verdict("learned little", remedy)
+
+
+def advise_features(name: str, value: str, *, init: str | None) -> str:
+    """Name the best features that were measured, and the command that uses them.
+
+    Args:
+        name: Their name in the table of features.
+        value: How good they are, in words.
+        init: The initial weights, or None.
+
+    Returns:
+        One sentence.
+    """
+    best = "The best features measured are"
+    if name.startswith(END):
+        changed = (
+            name.removeprefix(END).replace(" + ", ", with the ").replace(" centered", ", centered")
+        )
+        return f"{best} those of this run{changed} ({value}): use them with `simsiam embed`."
+    if name == START and init is not None:
+        return f"{best} those of the initial weights ({value}): `simsiam embed {init}` uses them."
+    if name not in FEATURE_NAMES:  # patches
+        return f"{best} {name} ({value}): `simsiam adapt SOURCE` uses them."
+    return f"{best} {FEATURE_NAMES[name]} ({value}): `simsiam adapt SOURCE` looks for better ones."
+
+
+def features_table(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Make a table of the features that were measured at the end of a run.
+
+    Args:
+        summary: What summary.json says.
+
+    Returns:
+        The headings, then a row for each encoder: its name, score and kNN accuracy, with 95 %
+        intervals; nothing if there are no measurements.
+    """
+    rows = [("features", "label-free score", "kNN accuracy, %")]
+    for row in summary.get("features", []):
+        low, high = row["score_interval"]
+        score, accuracy = f"{row['score']:.3f} ({low:.3f} to {high:.3f})", ""
+        if "knn_top1" in row:
+            low, high = row["interval"]
+            accuracy = f"{row['knn_top1']:.1f} ({low:.1f} to {high:.1f}), n = {row['n']}"
+        rows.append((row["features"], score, accuracy))
+    return rows if len(rows) > 1 else []
 
 
 def _verdict(name: str) -> Verdict:

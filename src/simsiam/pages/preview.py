@@ -17,7 +17,7 @@ from simsiam.data.batches import DEFAULT_VIEW_COUNT, make_training_views
 from simsiam.data.decode import Unreadable
 from simsiam.data.images import Images, evenly_spaced, sample
 from simsiam.data.views import describe_augmentation
-from simsiam.errors import UsageError, WorkFailed, check_ranges, printable
+from simsiam.errors import UsageError, check_ranges, none_readable, printable
 from simsiam.model.backbones import RESNETS
 from simsiam.runs.compose import compose_recipe
 from simsiam.sources.open_source import Source
@@ -182,10 +182,7 @@ def pick_readable(images: Images, count: int) -> tuple[Images, list[tuple[str, s
             break
         num_tried *= 2
     if not readable:
-        key, reason = unreadable[0]
-        raise WorkFailed(
-            f"none of the {len(images)} images can be read; the first, {printable(key)}: {reason}"
-        )
+        raise none_readable(len(images), *unreadable[0])
     chosen = np.array(readable)[evenly_spaced(len(readable), count)]
     return candidates.take(chosen), unreadable
 

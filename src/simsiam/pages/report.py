@@ -23,6 +23,7 @@ from simsiam.config.protocols import PROTOCOLS
 from simsiam.data.images import evenly_spaced, sample
 from simsiam.embeddings.table import read_embeddings
 from simsiam.errors import UsageError, WorkFailed, check_ranges, printable
+from simsiam.monitoring.verdict import features_table
 from simsiam.pages.embedding_gallery import EmbeddingFacts, embedding_gallery, is_embedding
 from simsiam.pages.image_map import (
     MAX_MAP_IMAGES,
@@ -88,6 +89,7 @@ class RunData(TypedDict):
     curves: Curves
     results: list[dict[str, object]]  # evaluation records
     transfers: list[dict[str, object]]  # transfer records; "shown" is a data URI or None
+    features: list[tuple[str, str, str]]  # rows of `features_table`
     candidates: list[Mapping[str, object]]  # encoders that `adapt`, or the end of a run, compared
     recipe: Mapping[str, object] | None  # None of an embedding
     environment: Mapping[str, object]
@@ -252,6 +254,7 @@ def summarize_run(run: Run) -> RunData:
         "curves": extract_curves(run.metrics()),
         "results": sorted_evaluations(run),
         "transfers": transfer_records(run),
+        "features": features_table(run.json("summary.json")),
         "candidates": (run.json("adapt.json") or run.json("head.json")).get("candidates", []),
         "recipe": run.recipe.to_dict(),
         "environment": run.json("environment.json"),
@@ -360,6 +363,7 @@ def summarize_embedding(
         "curves": {},
         "results": [],
         "transfers": [],
+        "features": [],
         "candidates": [],
         "recipe": None,
         "environment": {},
@@ -401,7 +405,8 @@ def add_views_and_maps(
     sources: dict[tuple[object, ...], Source] = {}
     galleries: dict[tuple[object, ...], Gallery] = {}
     for run, summary in runs:
-        key = run.recipe.source, run.recipe.channels, run.recipe.no_labels
+        recipe = run.recipe
+        key = recipe.source, recipe.channels, recipe.no_labels, recipe.splits
         try:
             if key not in sources:
                 sources[key] = open_run_source(run.recipe, no_labels=no_labels)

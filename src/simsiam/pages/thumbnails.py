@@ -11,8 +11,9 @@ from PIL import Image, ImageOps
 
 from simsiam.data.decode import Unreadable
 from simsiam.data.images import Images, measure_sizes
-from simsiam.errors import WorkFailed, printable
+from simsiam.errors import none_readable, printable
 from simsiam.pages.preview import to_rgb
+from simsiam.utils.names import utf8_name
 from simsiam.utils.workers import CPU_CORES
 
 # Sides of a thumbnail in pixels: the largest with which all of them have at most
@@ -41,7 +42,7 @@ class Gallery:
 class GalleryData(TypedDict):
     """A gallery as the page reads it."""
 
-    names: list[str]
+    names: list[str]  # true names: a list of them can be downloaded
     labels: list[int] | None
     classes: list[str]
     side: int  # of a thumbnail in pixels
@@ -72,10 +73,7 @@ def build_gallery(images: Images) -> Gallery:
         results = list(pool.map(make_thumbnail, range(len(images))))
     readable = [i for i, result in enumerate(results) if isinstance(result, np.ndarray)]
     if not readable:
-        raise WorkFailed(
-            f"none of the {len(images)} images can be read; the first, "
-            f"{printable(images.keys[0])}: {results[0]}"
-        )
+        raise none_readable(len(images), images.keys[0], str(results[0]))
     thumbnails = [result for result in results if isinstance(result, np.ndarray)]
     pixelated = bool(len(sizes)) and bool((sizes == side).all())
     images = images.take(np.array(readable))
@@ -115,7 +113,7 @@ def encode_gallery(gallery: Gallery, limit_bytes: int) -> GalleryData:
         if sum(map(len, encoded)) <= limit_bytes:
             break
     return {
-        "names": [printable(images.keys[i]) for i in range(len(images))],
+        "names": [utf8_name(images.keys[i]) for i in range(len(images))],
         "labels": None if images.labels is None else images.labels.tolist(),
         "classes": [printable(name) for name in images.classes],
         "side": side,

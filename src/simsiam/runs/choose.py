@@ -9,8 +9,7 @@ import numpy as np
 
 from simsiam.config import recipes
 from simsiam.config.recipes import Recipe
-from simsiam.data.images import measure_sizes
-from simsiam.errors import UsageError
+from simsiam.data.images import measure_sizes, sampled_error
 from simsiam.sources.open_source import Source
 
 
@@ -25,14 +24,14 @@ def choose_recipe(names: Sequence[str], source: Source) -> tuple[Recipe, list[st
         The recipe, and two lines: what it is, and why it was chosen.
 
     Raises:
-        UsageError: No image can be read.
+        WorkFailed: No image can be read.
     """
     if len(names) == 1 and names[0] in recipes.SOURCE_RECIPES:
         name = recipes.SOURCE_RECIPES[names[0]]
         return Recipe().replace(**recipes.RECIPES[name]()), [name, f"the recipe for {names[0]}"]
     sides = measure_sizes(source.train).min(axis=1)
     if len(sides) == 0:
-        raise UsageError(f"no image in {source.name} can be read")
+        raise sampled_error(source.train)
     side, count = int(np.median(sides)), len(source.train)
     reason = f"for {count:,} images with a median shorter side of {side} px"
     if side <= 32 and count >= 10_000:

@@ -6,27 +6,20 @@ from hashlib import blake2b
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from simsiam.config.recipes import Recipe, ResolvedRecipe
-from simsiam.data.images import Images
 from simsiam.data.transform import Transform
 from simsiam.distributed.process_group import rank_zero_only
-from simsiam.errors import UsageError
-from simsiam.model.encoder import Encoder
 from simsiam.model.precision import Compute
 from simsiam.monitoring.candidates import (
     Candidate,
-    backbone_candidates,
     build_encoder,
     choose,
     learn_patches,
     measure,
     patch_candidates,
-    read_sample,
     sample_for_patches,
 )
-from simsiam.runs.encoder import eval_transform
 from simsiam.runs.environment import collect_environment
 from simsiam.runs.run_folder import Run, write_untrained
 from simsiam.sources.file_index import source_stamps, update_with_stamps
@@ -77,36 +70,11 @@ def write_encoder(
 
 
 @rank_zero_only
-def fit_head(run: Run, backbone: nn.Module, images: Images, compute: Compute) -> None:
-    """Add the map of view noise to a finished run, or centering, if it makes its features better.
-
-    head.json in the run folder has the table of what was tried; head.safetensors is written only if
-    the backbone alone is not the best.
-
-    Args:
-        run: The run folder, finished.
-        backbone: Its backbone, on its device.
-        images: The training images.
-        compute: Where to compute, and in which precision.
-    """
-    transform = eval_transform(run.recipe)
-    try:
-        sample = read_sample(images, transform.resize, seed=run.recipe.seed)
-    except UsageError as error:  # too few images
-        run.write("head.json", {"not_measured": str(error)})
-        return
-    (branch,) = measure({run.recipe.backbone: backbone}, transform, sample, compute)
-    best, rows = choose(backbone_candidates(branch, sample))
-    run.write("head.json", {"chosen": best.name, "candidates": rows})
-    if best.heads[0] is not None:
-        run.write_head(Encoder(backbone, best.heads[0]))
-
-
-@rank_zero_only
 def fit_patches_run(
     source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     channels: int = 3,
     *,
+    splits: Sequence[str] | None = None,
     out: Path | None = None,
 ) -> Path:
     """Learn patches with their map from a source's own images, and write them to a run folder.
@@ -114,6 +82,7 @@ def fit_patches_run(
     Args:
         source: The source; labels are not used.
         channels: Channels of the images.
+        splits: Which folder or shard is which split; see `open_source`.
         out: A new folder. By default it is in the cache, and reused while no image has changed.
 
     Returns:
@@ -123,7 +92,7 @@ def fit_patches_run(
         UsageError: There are too few images.
     """
     names = [source] if isinstance(source, str | os.PathLike) else list(source)
-    opened = open_source(names, channels, no_labels=True)
+    opened = open_source(names, channels, no_labels=True, splits=splits)
     path = out or cache_dir("patches") / _source_digest(names, opened, channels)
     if not path.exists():
         sample, transform = sample_for_patches(opened.train)
@@ -143,8 +112,10 @@ def fit_patches_run(
 def _source_digest(names: Sequence[str | os.PathLike[str]], source: Source, channels: int) -> str:
     """Digest what changes if an image of a source does: places, names, sizes and times."""
     places = [absolute_source(name) for name in names]
-    containers, stamps = source_stamps(places, list(source.splits.values()))
-    digest = blake2b(repr((places, containers, channels)).encode(), digest_size=8)
+    splits = list(source.splits.values())
+    containers, stamps = source_stamps(places, splits)
+    identity = (places, containers, channels, [len(images) for images in splits])
+    digest = blake2b(repr(identity).encode(), digest_size=8)
     update_with_stamps(digest, stamps)
     return digest.hexdigest()
 

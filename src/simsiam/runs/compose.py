@@ -22,7 +22,7 @@ from simsiam.config.recipes import (
 from simsiam.config.settings import parse_value
 from simsiam.data.images import Images, quick_sample
 from simsiam.data.transform import Transform, iter_crops
-from simsiam.errors import UsageError, unknown_name
+from simsiam.errors import UsageError, none_readable, unknown_name
 from simsiam.model.backbones import RESNETS, input_size
 from simsiam.model.siamese import check_names
 from simsiam.runs.choose import choose_recipe
@@ -30,6 +30,7 @@ from simsiam.runs.recipe_file import read_recipe
 from simsiam.runs.run_folder import Run
 from simsiam.runs.weights import (
     canonical_name,
+    describe_resampling,
     known_preprocessing,
     left_out_head,
     open_weights,
@@ -38,6 +39,7 @@ from simsiam.sources.open_source import Source, absolute_source, open_source
 
 # Images that mean and standard deviation are measured on, spread evenly over the training set.
 STATISTICS_SAMPLE_SIZE = 1000
+SOURCE_SETTINGS = ("init", "channels", "no_labels", "splits")  # needed to open a source
 
 
 def compose_recipe(
@@ -56,18 +58,21 @@ def compose_recipe(
         The recipe, the opened source, and lines that say where the recipe comes from.
 
     Raises:
-        UsageError: A name is unknown, a setting is wrong, or no image can be read.
+        UsageError: A name is unknown, or a setting is wrong.
+        WorkFailed: No image can be read.
     """
     base, reasons = _named_recipe(recipe)
     names = _source_names(sources) or (list(base.source) if base else ["shapes"])
-    own = {name: getattr(base or Recipe(), name) for name in ("init", "channels", "no_labels")}
+    own = {name: getattr(base or Recipe(), name) for name in SOURCE_SETTINGS}
     settings = Recipe().replace(**{name: overrides.get(name, own[name]) for name in own})
-    weights: dict[str, object] = {}
+    folder, weights = None, dict[str, object]()
     if settings.init is not None:
         known = {} if base is None or "init" in overrides else {"backbone": base.backbone}
-        weights, notes = _describe_init(settings, names, known | dict(overrides))
+        folder, weights, notes = _describe_init(settings, names, known | dict(overrides))
         settings = settings.replace(channels=weights["channels"])
-    opened = open_source(names, settings.channels, no_labels=settings.no_labels)
+    opened = open_source(
+        names, settings.channels, no_labels=settings.no_labels, splits=settings.splits
+    )
     if base is None:
         base, reasons = choose_recipe(names, opened)
     if weights:
@@ -90,13 +95,16 @@ def compose_recipe(
         published = recipes.CHANNEL_STATISTICS.get(names[0]) if len(names) == 1 else None
         mean, std = published or channel_statistics(opened.train, size, complete.channels)
         complete = complete.replace(mean=complete.mean or mean, std=complete.std or std)
-    return complete.resolve(), opened, reasons
+    resolved = complete.resolve()
+    if folder is not None:
+        reasons = [*reasons, *describe_resampling(folder, resolved)]
+    return resolved, opened, reasons
 
 
 def _describe_init(
     settings: Recipe, sources: Sequence[str], overrides: Mapping[str, object]
-) -> tuple[dict[str, object], list[str]]:
-    """The settings that the initial weights bring, and lines about them.
+) -> tuple[Path, dict[str, object], list[str]]:
+    """The run folder of the initial weights, the settings that they bring, and lines about them.
 
     Raises UsageError if a flag contradicts their network.
     """
@@ -106,6 +114,7 @@ def _describe_init(
         backbone=None if backbone is None else str(backbone),
         source=sources,
         channels=settings.channels,
+        splits=settings.splits,
     )
     own = Run(folder).recipe
     stem = own.stem or default_stem(own.image_size)
@@ -123,7 +132,7 @@ def _describe_init(
                 f"leave --{name} out"
             )
     line = f"{own.backbone}, the network of the initial weights {init}"
-    return network | known_preprocessing(folder), [line, *left_out_head(folder)]
+    return folder, network | known_preprocessing(folder), [line, *left_out_head(folder)]
 
 
 def _with_weights(
@@ -152,6 +161,7 @@ def open_run_source(
     source: str | os.PathLike[str] | Sequence[str] | None = None,
     *,
     no_labels: bool = False,
+    splits: Sequence[str] | None = None,
 ) -> Source:
     """Open the images that a run was trained on, or others, for its backbone.
 
@@ -159,6 +169,8 @@ def open_run_source(
         recipe: The recipe of the run.
         source: Other images; by default the run's own, without labels if it was trained so.
         no_labels: Whether to ignore the labels.
+        splits: Which folder or shard is which split; by default as in training for the run's own
+            images, decided by names for others.
 
     Raises:
         UsageError: The source cannot be opened, or has no images.
@@ -167,7 +179,8 @@ def open_run_source(
         raise UsageError("these weights were not trained here and have no images: give SOURCE")
     if not source:
         source, no_labels = recipe.source, no_labels or recipe.no_labels
-    return open_source(source, recipe.channels, no_labels=no_labels)
+        splits = splits or recipe.splits
+    return open_source(source, recipe.channels, no_labels=no_labels, splits=splits)
 
 
 def _named_recipe(recipe: str | Recipe | None) -> tuple[Recipe | None, list[str]]:
@@ -203,17 +216,18 @@ def channel_statistics(
         Means and standard deviations, in 0..1.
 
     Raises:
-        UsageError: None of these images can be read.
+        WorkFailed: None of these images can be read.
     """
     transform = Transform(size=image_size, mean=(0.0,), std=(1.0,))
     count = 0
     total, squares = torch.zeros(channels).double(), torch.zeros(channels).double()
-    for _, pixels in iter_crops(quick_sample(images, STATISTICS_SAMPLE_SIZE), transform, []):
+    sampled, skipped = quick_sample(images, STATISTICS_SAMPLE_SIZE), list[tuple[str, str]]()
+    for _, pixels in iter_crops(sampled, transform, skipped):
         x = transform.normalize(pixels).double().movedim(1, 0).flatten(1)
         count, total, squares = count + x.shape[1], total + x.sum(1), squares + x.square().sum(1)
     if not count:
-        sample_size = min(len(images), STATISTICS_SAMPLE_SIZE)
-        raise UsageError(f"none of {sample_size} sampled images can be read")
+        kind = "images" if len(sampled) == len(images) else "images of a sample"
+        raise none_readable(len(sampled), *skipped[0], kind)
     mean = total / count
     std = (squares / count - mean.square()).clamp_min(1e-6).sqrt()
     return tuple(round(v, 4) for v in mean.tolist()), tuple(round(v, 4) for v in std.tolist())

@@ -9,27 +9,12 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from simsiam.config.recipes import ResolvedRecipe
-from simsiam.data.transform import Transform
 from simsiam.errors import UsageError, printable
 from simsiam.model.backbones import create_backbone
 from simsiam.model.encoder import Encoder
+from simsiam.runs.preprocessing import eval_transform
 from simsiam.runs.run_folder import BACKBONE_FILE, BACKBONE_KEY, HEAD_FILE, PATCHES_KEY, Run
 from simsiam.runs.weight_files import file_sha256, load_metadata, load_weights, tensors_sha256
-
-
-def eval_transform(recipe: ResolvedRecipe) -> Transform:
-    """Make the preprocessing that belongs to the backbone of a run.
-
-    Args:
-        recipe: The recipe of the run.
-    """
-    return Transform(
-        recipe.image_size,
-        recipe.mean,
-        recipe.std,
-        interpolation=recipe.eval_interpolation,
-        shorter_side=recipe.eval_resize,
-    )
 
 
 def build_backbone(recipe: ResolvedRecipe) -> nn.Module:
@@ -56,8 +41,9 @@ def load(run: str | os.PathLike[str], *, head: bool = True) -> nn.Module:
 
     Returns:
         A module in eval mode, from normalized images (N, C, H, W) to features h (N, `.dim`). Its
-        attribute `.transform` turns PIL images into such a batch. It is an `Encoder` if there is a
-        head, else the backbone.
+        parameters have no gradients; `requires_grad_(True)` gives them back. Its attribute
+        `.transform` turns image files and images into such a batch. It is an `Encoder` if there is
+        a head, else the backbone.
 
     Raises:
         UsageError: There is no backbone, or it does not fit the recipe, or the head does not fit
@@ -78,7 +64,7 @@ def load(run: str | os.PathLike[str], *, head: bool = True) -> nn.Module:
     if head and folder.has_head:
         model = add_head(folder, model)
     model.transform = eval_transform(folder.recipe)  # type: ignore[assignment]
-    return model.eval()
+    return model.eval().requires_grad_(False)
 
 
 def add_head(run: Run, backbone: nn.Module) -> Encoder:

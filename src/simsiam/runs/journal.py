@@ -5,11 +5,11 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from typing import cast
+from typing import Any
 
 from simsiam.distributed.process_group import rank
 from simsiam.errors import WorkFailed
-from simsiam.runs.records import MetricsRecord
+from simsiam.monitoring.verdict import early_warning
 from simsiam.runs.run_folder import TrainingFolder
 
 
@@ -21,6 +21,7 @@ class MetricsLogger:
     Args:
         folder: The folder of the training.
         step: The last step that is kept.
+        warn: Whether to warn of outputs that become alike; those of a classifier may be.
 
     Attributes:
         folder: The folder of the training.
@@ -28,8 +29,8 @@ class MetricsLogger:
         lines: All records of metrics.jsonl.
     """
 
-    def __init__(self, folder: TrainingFolder, step: int):
-        self.folder, self.step = folder, step
+    def __init__(self, folder: TrainingFolder, step: int, *, warn: bool = True):
+        self.folder, self.step, self.warn = folder, step, warn
         self.lines = [record for record in folder.metrics() if record["step"] <= step]
 
     def __enter__(self) -> "MetricsLogger":
@@ -44,29 +45,35 @@ class MetricsLogger:
             self.tensorboard = SummaryWriter(str(path / "tensorboard"), purge_step=self.step + 1)
         return self
 
-    def log(self, record: Mapping[str, float | None]) -> None:
-        """Add a record.
+    def log(self, record: Mapping[str, float | None]) -> str | None:
+        """Add a record, and to it a warning where the run begins badly.
 
         Args:
             record: Numbers by name, with `step`. NaN and infinity become null: JSON has neither.
 
+        Returns:
+            The warning, or None.
+
         Raises:
             WorkFailed: It cannot be written.
         """
-        line = {
+        line: dict[str, Any] = {
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in record.items()
         }
-        self.lines.append(cast(MetricsRecord, line))
-        self.step = int(self.lines[-1]["step"])
+        self.lines.append(line)
+        self.step = int(line["step"])
+        warning = early_warning(self.lines) if self.warn else None
+        if warning is not None:
+            line["warning"] = warning
         if rank() != 0:
-            return
+            return None
         data = (json.dumps(line) + "\n").encode()
         try:
             if self.file.write(data) < len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             for name, value in line.items():
-                if name != "step" and value is not None:
+                if name not in ("step", "warning") and value is not None:
                     self.tensorboard.add_scalar(name, value, self.step)
         except OSError as error:  # a line that is cut short is removed when the run continues
             reason = error.strerror or error
@@ -74,6 +81,7 @@ class MetricsLogger:
                 f"cannot write metrics.jsonl or tensorboard/ in {self.folder.path}: {reason}; "
                 "`simsiam resume` continues the run"
             ) from error
+        return warning
 
     def __exit__(self, *error: object) -> None:
         if rank() == 0:

@@ -1,5 +1,6 @@
 """The types of what the files of a run folder hold."""
 
+from collections.abc import Mapping
 from typing import Any, TypeAlias, TypedDict
 
 from torch import Tensor
@@ -24,6 +25,8 @@ class TrainingState(TypedDict, total=False):
         knn: kNN accuracies in percent: `last`, `best`, and `best_step`.
         images: Number of training images.
         environment: What `collect_environment` returned.
+        start: What was measured before the first step, as `simsiam.monitoring.worth.Start`; None if
+            there were too few images.
         neighbors: Nearest neighbors at the last measurement, (N, k) int32.
         model: State dict of the model.
         optimizer: State dict of the optimizer.
@@ -36,6 +39,7 @@ class TrainingState(TypedDict, total=False):
     knn: dict[str, float]
     images: int
     environment: Record
+    start: Mapping[str, Any] | None
     neighbors: Tensor
     model: dict[str, Tensor]
     optimizer: Record

@@ -24,10 +24,12 @@ from simsiam.distributed.process_group import rank_zero_context, rank_zero_only
 from simsiam.errors import UsageError, WorkFailed, printable
 from simsiam.model.encoder import Encoder
 from simsiam.runs.environment import numerical_conditions, utc_now
+from simsiam.runs.preprocessing import weights_metadata
 from simsiam.runs.recipe_file import read_recipe, write_recipe
 from simsiam.runs.records import MetricsRecord, Record, TrainingState
 from simsiam.runs.weight_files import ChecksumError, load_state, save_weights, tensors_sha256
 from simsiam.utils.files import atomic_write, exclusive_lock, remove_stale_parts
+from simsiam.utils.names import read_names, reason_line, write_names
 
 CHECKPOINT_FORMAT = 1  # the version that is stored in a checkpoint
 SUBFOLDERS = ("checkpoints", "evaluations")
@@ -261,7 +263,7 @@ class Run(TrainingFolder):
     def read_quarantine(self) -> list[str]:
         """Read quarantine.txt: one line for each unreadable image, key and reason."""
         path = self.path / "quarantine.txt"
-        return path.read_text().splitlines() if path.exists() else []
+        return read_names(path) if path.exists() else []
 
     # --- writing ---
 
@@ -362,7 +364,7 @@ class Run(TrainingFolder):
         """
         (self.path / HEAD_FILE).unlink(missing_ok=True)
         with atomic_write(self.path / BACKBONE_FILE) as part:
-            save_weights(backbone, part)
+            save_weights(backbone, part, weights_metadata(self.recipe))
         self.write("summary.json", summary)
         self.write("environment.json", self.json("environment.json") | {"end": utc_now()})
 
@@ -400,10 +402,11 @@ class Run(TrainingFolder):
         if not unreadable:
             return
         known = self.read_quarantine()
-        lines = [f"{printable(key)}\t{reason}" for key, reason in unreadable]
+        lines = [reason_line(key, reason) for key, reason in unreadable]
         new = dict.fromkeys([*lines, *known])
         if len(new) > len(known):
-            self.write("quarantine.txt", "".join(f"{line}\n" for line in sorted(new)))
+            with atomic_write(self.path / "quarantine.txt") as part:
+                write_names(part, sorted(new))
         limit = max(images_seen or 0, MIN_IMAGES_SEEN) * self.recipe.max_unreadable
         if images_seen and len(new) > limit:
             raise WorkFailed(

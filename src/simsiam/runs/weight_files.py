@@ -5,9 +5,12 @@ import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple, TypeAlias, cast
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save as serialize
@@ -16,6 +19,11 @@ from torch import Tensor
 from simsiam.errors import UsageError, truncate
 
 CHECKSUM_KEY = "sha256 of tensors"  # in the metadata of a safetensors file
+# What programs call a state dict in a checkpoint. The first of these counts, else the largest; of
+# DINO's two networks, its authors evaluate the teacher.
+STATE_DICT_KEYS = ("state_dict", "model", "teacher", "student")
+MAX_NESTING = 4  # dictionaries in each other that a state dict is looked for in
+MAX_UNKNOWN_NAMES = 100  # classes and functions of other programs in a checkpoint
 
 
 class ChecksumError(ValueError):
@@ -70,7 +78,11 @@ def save_weights(
         path: The file.
         metadata: More metadata.
     """
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    # A copy each: the format has no tensors that share memory, as in timm's CoaT.
+    plain = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, tensor in tensors.items()
+    }
     with open(path, "wb") as file:
         file.write(serialize(plain, {CHECKSUM_KEY: tensors_sha256(plain), **(metadata or {})}))
 
@@ -121,6 +133,25 @@ def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+class WeightFile(NamedTuple):
+    """The content of a PyTorch or safetensors file.
+
+    Attributes:
+        tensors: The state dict of a model.
+        set_aside: The names of everything else.
+        not_loaded: Classes and functions of other programs that the file names. None of them was
+            imported or called.
+        recipe: The recipe in a checkpoint of this program.
+        metadata: The metadata of a safetensors file.
+    """
+
+    tensors: dict[str, Tensor]
+    set_aside: list[str]
+    not_loaded: list[str]
+    recipe: Mapping[str, object] | None = None
+    metadata: Mapping[str, str] = {}
+
+
 def read_state_dict(path: Path) -> tuple[dict[str, Tensor], list[str]]:
     """Read the state dict of a model from a PyTorch or safetensors file, without executing code.
 
@@ -133,46 +164,160 @@ def read_state_dict(path: Path) -> tuple[dict[str, Tensor], list[str]]:
     Raises:
         UsageError: The file contains code, is damaged, or has no state dict.
     """
-    content = _read_file(path)
-    set_aside: list[str] = []
-    if isinstance(content, Mapping):
-        nested = [key for key, value in content.items() if holds_tensors(value)]
-        if nested:
-            chosen = next(key for key in ("state_dict", "model", *nested) if key in nested)
-            set_aside = [str(key) for key in content if key != chosen]
-            content = content[chosen]
-    if not isinstance(content, Mapping):
-        raise UsageError(f"{path} holds no state dict, only {type(content).__name__}")
-    if not holds_tensors(content):
-        names = ", ".join(map(str, content))[:160]
-        raise UsageError(f"{path} holds no state dict, only {names or 'nothing'}")
-    tensors: dict[str, Tensor] = {}
-    for key, value in content.items():
-        if not isinstance(value, Tensor):
-            set_aside.append(str(key))
-        elif is_dense_cpu_tensor(value):
-            tensors[str(key)] = value.detach()
-        else:
+    content = read_weight_file(path)
+    return content.tensors, content.set_aside
+
+
+def read_weight_file(path: Path) -> WeightFile:
+    """Read a PyTorch or safetensors file, without executing code.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Its content.
+
+    Raises:
+        UsageError: The file contains code, is damaged, or has no state dict.
+    """
+    content, not_loaded, metadata = _read_file(path)
+    if not isinstance(content, dict) or not (found := [*find_state_dicts(content)]):
+        names = (
+            ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
+        )
+        objects = f", and objects of {', '.join(not_loaded)}" if not_loaded else ""
+        raise UsageError(
+            f"{path} holds no state dict, only {names[:160] or 'nothing'}{objects[:160]}; save "
+            "model.state_dict() with the program that wrote it"
+        )
+    keys, state = min(found, key=_rank_state_dict)
+    set_aside, level = list[str](), content
+    for depth, key in enumerate(keys):
+        set_aside += [".".join(map(str, (*keys[:depth], k))) for k in level if k != key]
+        level = level[key]
+    tensors = {
+        str(key): x for key, value in dict.items(state) if (x := _to_tensor(value)) is not None
+    }
+    set_aside += [str(key) for key in state if str(key) not in tensors]
+    for name, tensor in tensors.items():
+        if not is_dense_cpu_tensor(tensor):
             raise UsageError(
-                f"{path}: {truncate(key)} is not a plain array of numbers, or claims to have more "
+                f"{path}: {truncate(name)} is not a plain array of numbers, or claims to have more "
                 "numbers than the file"
             )
-    return tensors, set_aside
+    recipe = dict.get(content, "recipe") if "format" in content else None
+    recipe = recipe if isinstance(recipe, dict) else None
+    return WeightFile(tensors, set_aside, not_loaded, recipe, metadata)
 
 
-def _read_file(path: Path) -> object:
-    """Read the content of a PyTorch or safetensors file; an error becomes one line."""
+def _to_tensor(value: object) -> Tensor | None:
+    """Return a tensor or an array of numbers as a tensor; None for anything else."""
+    if isinstance(value, np.ndarray) and value.dtype.kind in "fiub":
+        return torch.from_numpy(value.astype(value.dtype.newbyteorder("=")))
+    return value.detach() if isinstance(value, Tensor) else None
+
+
+Level: TypeAlias = tuple[tuple[object, ...], dict[object, object]]
+
+
+def find_state_dicts(content: dict[object, object]) -> Iterator[Level]:
+    """Find the dictionaries in a checkpoint that hold tensors, but for those of the optimizer.
+
+    Args:
+        content: The checkpoint.
+
+    Yields:
+        The keys that lead to each dictionary, and the dictionary.
+    """
+    waiting: list[Level] = [((), content)]
+    seen: set[int] = set()
+    for keys, level in waiting:  # which grows
+        if id(level) in seen or len(keys) > MAX_NESTING:
+            continue
+        seen.add(id(level))
+        if any(isinstance(value, Tensor | np.ndarray) for value in dict.values(level)):
+            yield keys, level
+        for key, value in dict.items(level):
+            if isinstance(value, dict) and "optim" not in str(key).lower():
+                waiting.append(((*keys, key), value))
+
+
+def _rank_state_dict(found: Level) -> tuple[list[int], int]:
+    """Rank a state dict by the names of the keys that lead to it, then by its size."""
+    keys, state = found
+    last = len(STATE_DICT_KEYS)
+    ranks = [STATE_DICT_KEYS.index(k) if k in STATE_DICT_KEYS else last for k in map(str, keys)]
+    return ranks or [last], -len(state)
+
+
+class _StandIn:
+    """Stands in for a class or function of another program: its objects are empty."""
+
+    def __new__(cls, *_: object) -> OrderedDict:  # type: ignore[misc]
+        return OrderedDict()
+
+
+def _numpy_globals() -> list[object]:
+    """What pickles of NumPy's scalars, dtypes and arrays name; none of it runs code."""
+    makers = [cast(tuple, array.__reduce__())[0] for array in (np.float64(), np.empty(0))]
+    named = [
+        (maker, f"{package}.multiarray.{maker.__name__}")
+        for maker in makers
+        for package in ("numpy.core", "numpy._core")  # of NumPy 1 and 2
+    ]
+    return [np.ndarray, np.dtype, *named, *{type(np.dtype(code)) for code in np.typecodes["All"]}]
+
+
+def load_foreign_state(path: Path) -> tuple[object, list[str]]:
+    """Load what `torch.save` wrote in another program, onto the CPU, without executing code.
+
+    Nothing that the file names is imported or called, but for what torch allows and the plain data
+    of NumPy: objects of other classes, such as the arguments of a program, become empty.
+
+    Args:
+        path: The file.
+
+    Returns:
+        What it holds, and the names of what was replaced.
+
+    Raises:
+        ChecksumError: A record of the file does not match its checksum.
+        Exception: Whatever a broken file makes torch raise.
+    """
+    names: list[str] = []
+    while True:
+        allowed = [*_numpy_globals(), *((_StandIn, name) for name in names)]
+        try:
+            with torch.serialization.safe_globals(allowed):  # type: ignore[arg-type]
+                return load_state(path), names
+        except pickle.UnpicklingError as error:
+            name = _unsupported_name(error)
+            if name is None or name in names or len(names) == MAX_UNKNOWN_NAMES:
+                raise
+            names.append(name)
+
+
+def _unsupported_name(error: Exception) -> str | None:
+    """Return the class or function in torch's error about one that it does not allow."""
+    match = re.search(r"GLOBAL (\S+)", str(error))
+    if match is None:
+        return None
+    return match[1] if "." in match[1] else f"builtins.{match[1]}"
+
+
+def _read_file(path: Path) -> tuple[object, list[str], Mapping[str, str]]:
+    """Read a PyTorch or safetensors file; an error becomes one line."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about pickles of others; what matters is an error
-            return load_weights(path) if path.suffix == ".safetensors" else load_state(path)
+            if path.suffix == ".safetensors":
+                return load_weights(path), [], load_metadata(path)
+            return *load_foreign_state(path), {}
     except Exception as error:  # a damaged pickle can raise anything
-        is_unpickling = isinstance(error, pickle.UnpicklingError)
-        code = re.search(r"GLOBAL (\S+)", str(error)) if is_unpickling else None
-        if code:
+        if isinstance(error, pickle.UnpicklingError) and (name := _unsupported_name(error)):
             raise UsageError(
-                f"{path} carries code ({code[1]}): none of it was run; if you trust the file, save "
-                "its state dict alone"
+                f"{path} carries code ({name}): none of it was run; ask its author for "
+                "model.state_dict() alone"
             ) from None
         detail = f": {error}" if isinstance(error, ChecksumError) else f" ({type(error).__name__})"
         raise UsageError(f"{path} is no checkpoint that can be read{detail}") from None
@@ -190,12 +335,3 @@ def is_dense_cpu_tensor(tensor: Tensor) -> bool:
     dense = tensor.layout == torch.strided and not tensor.is_quantized
     on_cpu = tensor.device.type == "cpu"
     return dense and on_cpu and tensor.nbytes <= tensor.untyped_storage().nbytes()
-
-
-def holds_tensors(value: object) -> bool:
-    """Tell whether a value is a mapping with at least one tensor.
-
-    Args:
-        value: Any value.
-    """
-    return isinstance(value, Mapping) and any(isinstance(v, Tensor) for v in value.values())

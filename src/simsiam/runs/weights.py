@@ -12,33 +12,37 @@ from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from simsiam.config.recipes import PREPROCESSING_SETTINGS, ResolvedRecipe
 from simsiam.distributed.process_group import rank_zero_only
 from simsiam.errors import UsageError, printable, truncate, unknown_name
-from simsiam.model.backbones import RESNETS
-from simsiam.runs.checkpoints.convert import convert
+from simsiam.model.backbones import RESNETS, fit_positions
+from simsiam.runs.checkpoints.convert import convert, format_unused
+from simsiam.runs.checkpoints.foreign_checkpoints import resampling_note
 from simsiam.runs.checkpoints.published_weights import (
     HUB_PREFIX,
     RELEASES,
     download_from_hub,
+    file_in_folder,
     find_release,
 )
 from simsiam.runs.checkpoints.timm_weights import (
     LITE_PACKAGES,
     TIMM_WEIGHTS_PREFIX,
     find_timm_config,
+    timm_folder,
 )
 from simsiam.runs.closed_form import fit_patches_run
-from simsiam.runs.encoder import load
+from simsiam.runs.encoder import build_backbone, load
 from simsiam.runs.run_folder import BACKBONE_FILE, HEAD_FILE, ORIGIN_FILE, Run
 from simsiam.runs.weight_files import file_sha256
 from simsiam.utils.files import cache_dir, file_lock, writable_cache
 
 SourceNames = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 PATCHES = "patches"  # the name of the encoder that is learned from the source's images
-CACHE_VERSION = 1  # changes whenever `convert` makes something else of the same weights
+CACHE_VERSION = 2  # changes whenever `convert` makes something else of the same weights
 KINDS = (
     "timm:NAME", "hf-hub:OWNER/NAME", "ResNet50_Weights.IMAGENET1K_V2 or another of torchvision's",
     PATCHES, *LITE_PACKAGES, *RELEASES, "a run folder", "a file with --backbone NAME",
@@ -52,6 +56,7 @@ def open_weights(
     backbone: str | None = None,
     source: SourceNames | None = None,
     channels: int = 3,
+    splits: Sequence[str] | None = None,
 ) -> Path:
     """Return the run folder of a run or of weights.
 
@@ -62,6 +67,7 @@ def open_weights(
             theirs.
         source: The images that "patches" is learned from.
         channels: Channels of these images.
+        splits: Which of these images are for training; see `open_source`.
 
     Returns:
         The run folder.
@@ -73,7 +79,10 @@ def open_weights(
     text = os.fspath(name)
     path = run_folder_of(text)
     if path is None:
-        path = _fit_patches(source, channels) if text == PATCHES else _open_cached(text, backbone)
+        if text == PATCHES:
+            path = _fit_patches(source, channels, splits)
+        else:
+            path = _open_cached(text, backbone)
     network = Run(path).recipe.backbone
     if backbone not in (None, network):
         raise UsageError(
@@ -113,14 +122,14 @@ def canonical_name(name: str) -> str:
     return str(Path(name).expanduser().resolve())
 
 
-def _fit_patches(source: SourceNames | None, channels: int) -> Path:
+def _fit_patches(source: SourceNames | None, channels: int, splits: Sequence[str] | None) -> Path:
     if not source:
         raise UsageError(
             f"{PATCHES} is learned from images: run `simsiam adapt SOURCE` first, and give the run "
             "folder that it makes"
         )
     with writable_cache():
-        return fit_patches_run(source, channels)
+        return fit_patches_run(source, channels, splits=splits)
 
 
 def _open_cached(name: str, backbone: str | None) -> Path:
@@ -138,7 +147,8 @@ def _open_cached(name: str, backbone: str | None) -> Path:
                 convert(name, out=path, backbone=backbone)
                 origin = Run(path).json(ORIGIN_FILE)
                 line = f"{name}: {origin['origin']}; license: {origin['license']}; kept in {path}"
-                print(printable(line), file=sys.stderr)
+                for text in (line, *format_unused(path)):
+                    print(printable(text), file=sys.stderr)
     return path
 
 
@@ -154,8 +164,11 @@ def _identify(name: str) -> tuple[str, str]:
     if release := find_release(name):
         return name, release.url
     path = Path(name).expanduser()
+    if folder := timm_folder(path):
+        parts = (file_sha256(folder / part) for part in ("model.safetensors", "config.json"))
+        return str(folder.resolve()), " ".join(parts)
     if path.is_dir():  # an export may be no more than the weights
-        path = path / BACKBONE_FILE if (path / BACKBONE_FILE).is_file() else Run(path).path
+        path = file_in_folder(path)
     if not path.is_file():
         hint = str(unknown_name("weights", name, KINDS)).partition(": ")[2]
         raise UsageError(f"{printable(name)} is not a run folder, and no weights: {hint}")
@@ -179,11 +192,41 @@ def load_init_weights(model: nn.Module, recipe: ResolvedRecipe) -> None:
         source=recipe.source,
         channels=recipe.channels,
     )
+    tensors, _ = fit_positions(
+        recipe.backbone,
+        load(folder, head=False).state_dict(),
+        model.state_dict(),
+        image_size=recipe.image_size,
+        channels=recipe.channels,
+    )
     try:
-        model.load_state_dict(load(folder, head=False).state_dict())
+        model.load_state_dict(tensors)
     except RuntimeError as error:
         reason = truncate(" ".join(str(error).split()))
         raise UsageError(f"init {recipe.init} does not fit {recipe.backbone}: {reason}") from None
+
+
+def describe_resampling(folder: Path, recipe: ResolvedRecipe) -> list[str]:
+    """Say that position embeddings of initial weights are resampled, if they are.
+
+    Args:
+        folder: The run folder of the initial weights.
+        recipe: The recipe of the run that starts from them.
+
+    Returns:
+        One line, or none.
+
+    Raises:
+        UsageError: The network does not take images of the recipe's size.
+    """
+    own = Run(folder).recipe
+    if recipe.backbone in RESNETS or own.image_size == recipe.image_size:
+        return []
+    with torch.device("meta"):
+        before, after = (build_backbone(r).state_dict() for r in (own, recipe))
+    if all(before[name].shape == after[name].shape for name in after):
+        return []
+    return [resampling_note(own.image_size, recipe.image_size)]
 
 
 def record_origin(run: Run) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, TypeAlias
 
@@ -38,14 +39,18 @@ from simsiam.data.shards import (
     uncompressed_sizes,
 )
 from simsiam.data.storage import MAX_FILE_BYTES, Names
-from simsiam.errors import UsageError, WorkFailed, printable
+from simsiam.errors import UsageError, WorkFailed
 from simsiam.utils.files import atomic_write, cache_dir, file_lock
 from simsiam.utils.workers import parallel_map_with_progress
 
-CATALOG_VERSION = 1  # of the files in the cache
+CATALOG_VERSION = 2  # of the files in the cache
+SIDECAR_VERSIONS = (1, 2)  # of the catalogs next to shards; both have the same content
 CATALOG_FILE = "index.arrow"  # a catalog next to the shards
-LABEL_NAMES = ("label", "labels", "fine_label")  # usual names of a label column
+# Usual names of a column of images, and of a label in a column or in JSON; the first is preferred.
+IMAGE_NAMES = ("image", "img", "jpg", "png", "picture", "photo")
+LABEL_NAMES = ("label", "labels", "fine_label", "class", "class_name", "category")
 IMAGE_SUFFIXES = tuple(extension.encode() for extension in EXTENSIONS)
+WEBDATASET_MEMBERS = 1000  # members of a tar that show whether it has the layout of WebDataset
 MAX_METADATA_BYTES = 2**20  # limit for a .cls, a .json, and a long name in a tar
 # One record batch per shard, one row per image.
 CATALOG_SCHEMA = pa.schema(
@@ -65,12 +70,14 @@ class ShardFile(NamedTuple):
         size: Its size in bytes.
         stamp: A text that changes when the file does: its time in ns, or the ETag of a store.
         split: "train", "val" or "test".
+        name: What the keys of its images begin with; its file name, or its path in the source.
     """
 
     path: str
     size: int
     stamp: str
     split: str
+    name: str
 
 
 CacheKey: TypeAlias = list[int | list[str | int]]  # version, and fields of each ShardFile
@@ -118,11 +125,12 @@ class Catalog:
 # --- listing files ------------------------------------------------------------------------------
 
 
-def list_files(folder: str) -> dict[str, tuple[int, str]]:
+def list_files(folder: str, depth: int = 0) -> dict[str, tuple[int, str]]:
     """List the visible files in a folder or under a URL.
 
     Args:
         folder: A folder or a URL.
+        depth: How many folders deep files are listed; 0 for the folder alone.
 
     Returns:
         (size in bytes, stamp) of each file by its path, sorted; {} if there is no such folder.
@@ -130,12 +138,22 @@ def list_files(folder: str) -> dict[str, tuple[int, str]]:
     Raises:
         WorkFailed: A remote folder cannot be listed.
     """
-    if not is_url(folder):
-        with suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
-            visible = [e for e in entries if not e.name.startswith(".") and e.is_file()]
-            stats = sorted((e.path, e.stat()) for e in visible)
-            return {path: (status.st_size, str(status.st_mtime_ns)) for path, status in stats}
-        return {}
+    if is_url(folder):
+        return _list_remote_files(folder, depth)
+    stats = dict[str, tuple[int, str]]()
+    with suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_file():
+                status = entry.stat()
+                stats[entry.path] = status.st_size, str(status.st_mtime_ns)
+            elif depth and entry.is_dir():
+                stats |= list_files(entry.path, depth - 1)
+    return dict(sorted(stats.items()))
+
+
+def _list_remote_files(folder: str, depth: int) -> dict[str, tuple[int, str]]:
     system, path = filesystem(folder)
     try:
         entries = system.ls(path, detail=True)
@@ -143,13 +161,18 @@ def list_files(folder: str) -> dict[str, tuple[int, str]]:
         return {}
     except Exception as error:  # the client of a store may raise anything
         raise read_error(folder, error) from None
-    files = {system.unstrip_protocol(e["name"]): e for e in entries if e["type"] == "file"}
     stamp_names = ("ETag", "mtime", "LastModified", "created")  # names differ between stores
-    return {
-        url: (e["size"], str(next((e[name] for name in stamp_names if e.get(name)), None)))
-        for url, e in sorted(files.items())
-        if not url.rsplit("/", 1)[-1].startswith(".")
-    }
+    stats = dict[str, tuple[int, str]]()
+    for entry in entries:
+        url = system.unstrip_protocol(entry["name"])
+        if url.rstrip("/").rsplit("/", 1)[-1].startswith("."):
+            continue
+        if entry["type"] == "file":
+            stamp = next((entry[name] for name in stamp_names if entry.get(name)), None)
+            stats[url] = entry["size"], str(stamp)
+        elif depth and entry["type"] == "directory":
+            stats |= _list_remote_files(url, depth - 1)
+    return dict(sorted(stats.items()))
 
 
 def load_catalog(
@@ -204,7 +227,7 @@ def write_sidecar_catalog(folder: Path, files: Sequence[ShardFile]) -> None:
         WorkFailed: A tar cannot be read.
     """
     cache_key: CacheKey = [CATALOG_VERSION]
-    cache_key += [[printable_name(file.path), file.size, "", file.split] for file in files]
+    cache_key += [[file.name, file.size, "", file.split] for file in files]
     _build_catalog(folder / CATALOG_FILE, files, cache_key, None, [])
 
 
@@ -306,10 +329,8 @@ def _check_sidecar(
     for name, (size, batch) in batches.items():
         if sizes.get(name) != size:
             state = f"has {sizes[name]:,} bytes, not {size:,}" if name in sizes else "is not there"
-            notes.append(
-                (printable(name), f"{state}: of its {len(batch):,} images, some or all are lost")
-            )
-    if notes or batches.keys() != sizes.keys() or version != CATALOG_VERSION:
+            notes.append((name, f"{state}: of its {len(batch):,} images, some or all are lost"))
+    if notes or batches.keys() != sizes.keys() or version not in SIDECAR_VERSIONS:
         return None
     ordered = [batches[name][1] for name in sizes]
     classes = tuple(metadata["classes"])
@@ -347,13 +368,15 @@ class ParquetLayout(NamedTuple):
 
     Attributes:
         image_column: The column of image files, such as "image.bytes".
-        label_column: A column of integers, or None.
+        label_column: A column of integers, texts or other single values, or None.
         class_names: Class names; () if the file has none.
+        unused: Columns that might have been meant and are not used.
     """
 
     image_column: str
     label_column: str | None
     class_names: tuple[str, ...]
+    unused: tuple[str, ...]
 
 
 def detect_parquet_layout(parquet: pq.ParquetFile, file: str) -> ParquetLayout:
@@ -373,18 +396,27 @@ def detect_parquet_layout(parquet: pq.ParquetFile, file: str) -> ParquetLayout:
     features = _huggingface_features(schema.metadata or {})
     kinds = {name: feature.get("_type") for name, feature in features.items()}
     images = sorted(
-        (f for f in schema if _is_bytes_type(f.type)), key=lambda f: kinds.get(f.name) != "Image"
+        (f for f in schema if _is_bytes_type(f.type)),
+        key=lambda f: (kinds.get(f.name) != "Image", _rank(f.name, IMAGE_NAMES)),
     )
     if not images:
         raise UsageError(f"no column of image files in {file!r}, only {', '.join(schema.names)}")
-    labels = [f.name for f in schema if pa.types.is_integer(f.type)]
-    labels = [name for name in labels if kinds.get(name) == "ClassLabel" or name in LABEL_NAMES]
-    labels.sort(key=lambda name: (kinds.get(name) != "ClassLabel", name not in LABEL_NAMES))
+    named = [f for f in schema if kinds.get(f.name) == "ClassLabel" or f.name in LABEL_NAMES]
+    labels = [f.name for f in named if _is_label_type(f.type)]
+    labels.sort(key=lambda name: (kinds.get(name) != "ClassLabel", _rank(name, LABEL_NAMES)))
     names = features.get(labels[0], {}).get("names") if labels else None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         names = []
     image = images[0].name + ".bytes" * pa.types.is_struct(images[0].type)
-    return ParquetLayout(image, labels[0] if labels else None, tuple(names))
+    other_images = [f.name for f in images[1:] if kinds.get(f.name) == kinds.get(images[0].name)]
+    unused = [f.name for f in named if not labels or f.name != labels[0]]
+    return ParquetLayout(
+        image, labels[0] if labels else None, tuple(names), (*other_images, *unused)
+    )
+
+
+def _rank(name: str, names: Sequence[str]) -> int:
+    return names.index(name) if name in names else len(names)
 
 
 def _huggingface_features(metadata: Mapping[bytes, bytes]) -> dict[str, dict]:
@@ -400,6 +432,43 @@ def _is_bytes_type(dtype: pa.DataType) -> bool:
     if pa.types.is_struct(dtype) and dtype.get_field_index("bytes") >= 0:
         dtype = dtype.field("bytes").type
     return pa.types.is_binary(dtype) or pa.types.is_large_binary(dtype)
+
+
+def _is_label_type(dtype: pa.DataType) -> bool:
+    if pa.types.is_dictionary(dtype):
+        dtype = dtype.value_type
+    checks = (pa.types.is_integer, pa.types.is_floating, pa.types.is_boolean, pa.types.is_string)
+    return pa.types.is_large_string(dtype) or any(check(dtype) for check in checks)
+
+
+def label_texts(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Convert a column of labels to texts.
+
+    Args:
+        column: Integers, floats, booleans or texts.
+
+    Returns:
+        The texts, large_binary: without spaces around them, and 1.0 as "1"; null where there is no
+        label: a null, NaN or an empty text.
+    """
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    if pa.types.is_floating(column.type) or pa.types.is_boolean(column.type):
+        texts = [_label_text(value) for value in column.to_pylist()]
+        column = pa.chunked_array([pa.array(texts, pa.string())])
+    trimmed = pc.utf8_trim_whitespace(column.cast(pa.string()))
+    return pc.if_else(pc.equal(trimmed, ""), None, trimmed).cast(pa.large_binary())
+
+
+def _label_text(value: object) -> str:
+    """Return the text of a label; "" if it is none."""
+    if value is None or value != value:  # NaN
+        return ""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return str(value).strip()
 
 
 def _scan_shard(file: ShardFile, part: Path, layout: ParquetLayout | None) -> None:
@@ -419,10 +488,10 @@ def _scan_parquet(file: ShardFile, layout: ParquetLayout) -> pa.Table:
     try:
         with open_file(file.path) as opened:
             parquet = pq.ParquetFile(opened)
-            if (file_layout := detect_parquet_layout(parquet, file.path)) != layout:
+            if (found := detect_parquet_layout(parquet, file.path))[:3] != layout[:3]:
                 raise UsageError(
                     f"{printable_name(file.path)} has other columns or class names than the first: "
-                    f"{file_layout}"
+                    f"{found[:3]}"
                 )
             starts, sizes = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
             group_sizes = uncompressed_sizes(parquet, layout.image_column, file.path, file.size)
@@ -432,8 +501,7 @@ def _scan_parquet(file: ShardFile, layout: ParquetLayout) -> pa.Table:
                 sizes.append(size * (rows + 1) // len(rows) - size * rows // len(rows))
             labels = pa.nulls(parquet.metadata.num_rows, pa.large_binary())
             if layout.label_column:
-                column = parquet.read([layout.label_column])[layout.label_column]
-                labels = column.cast(pa.string()).cast(pa.large_binary())
+                labels = label_texts(parquet.read([layout.label_column])[layout.label_column])
     except (pa.ArrowException, OSError) as error:
         raise read_error(file.path, error) from None
     keys = pa.nulls(len(labels), pa.large_binary())
@@ -444,7 +512,7 @@ class _TarScan:
     """The images of a tar and their labels, collected member by member."""
 
     def __init__(self, shard: bytes):
-        self.shard = shard  # file name
+        self.shard = shard  # name of the shard
         self.keys, self.labels = list[bytes](), list[bytes | None]()
         self.starts, self.sizes = list[int](), list[int]()
         self.ignored = 0  # members that are neither folders nor plain files inside
@@ -494,8 +562,8 @@ def _scan_tar(file: ShardFile) -> tuple[pa.Table, list[tuple[str, str]]]:
     `.cls` is the label; its `.json` may have `label`, and `path` and `class`, which `simsiam shard`
     writes. Without these, a folder in the tar is the label.
     """
-    scan, notes = _TarScan(os.fsencode(file.path.rsplit("/", 1)[-1])), list[tuple[str, str]]()
-    name, end = printable_name(file.path), 0
+    scan, notes = _TarScan(os.fsencode(file.name)), list[tuple[str, str]]()
+    name, end = file.name, 0
     try:
         with open_file(file.path) as opened:
             for info in iter_tar_members(opened):
@@ -532,10 +600,10 @@ def _parse_sample_metadata(extension: bytes, data: bytes) -> dict[str, bytes]:
     except (ValueError, RecursionError):
         return {}
     content = content if isinstance(content, dict) else {}
-    texts = {key: content[key] for key in ("path", "class") if isinstance(content.get(key), str)}
-    for name in LABEL_NAMES:
-        if isinstance(content.get(name), int | str):
-            texts["label"] = str(content[name])
+    texts = {"path": content["path"]} if isinstance(content.get("path"), str) else {}
+    for name in ("class", *LABEL_NAMES):
+        if isinstance(content.get(name), bool | int | float | str):
+            texts["class" if name == "class" else "label"] = _label_text(content[name])
             break
     return {name: _encode_name(text) for name, text in texts.items() if text}
 
@@ -560,8 +628,15 @@ def _read_part(path: Path) -> pa.Table:
         ) from None
 
 
-def _label_sort_key(label: bytes) -> tuple[int, int, bytes]:
-    """Sort numbers by value, before everything else."""
+def label_sort_key(label: bytes) -> tuple[int, int, bytes]:
+    """Sort numbers by value, before everything else.
+
+    Args:
+        label: The text of a label.
+
+    Returns:
+        What to compare.
+    """
     return (0, int(label), label) if label.isdigit() and len(label) < 19 else (1, 0, label)
 
 
@@ -581,7 +656,7 @@ def _merge_parts(
         classes = layout.class_names
         label_values = [str(i).encode() for i in range(len(classes))]
     else:
-        label_values = sorted((t for t in label_texts if t is not None), key=_label_sort_key)
+        label_values = sorted((t for t in label_texts if t is not None), key=label_sort_key)
         classes = tuple(map(os.fsdecode, label_values))
     value_set = pa.array(label_values, pa.large_binary())
     row_counts = {file.split: 0 for file in files}
@@ -621,6 +696,27 @@ class _CheckedTarInfo(tarfile.TarInfo):
         if self.size < 0 or (long and self.size > MAX_METADATA_BYTES):
             raise tarfile.ReadError(f"a header of {self.size:,} bytes")
         return super()._proc_member(archive)  # type: ignore[misc]
+
+
+def is_webdataset(path: str) -> bool:
+    """Return whether images in a .tar have a .cls or .json with a label or a path.
+
+    Args:
+        path: The path of the .tar, of which only the first members are read.
+
+    Returns:
+        Whether one of these images has; False also for a file that is damaged.
+    """
+    scan = _TarScan(b"")
+    with (
+        suppress(tarfile.TarError, ValueError, EOFError, OverflowError, RuntimeError, OSError),
+        open(path, "rb") as opened,
+    ):
+        for info in islice(iter_tar_members(opened), WEBDATASET_MEMBERS):
+            scan.add(info, opened)
+            if scan.images and scan.metadata:
+                return True
+    return False
 
 
 def iter_tar_members(opened: BinaryIO) -> Iterator[tarfile.TarInfo]:

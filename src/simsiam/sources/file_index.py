@@ -28,7 +28,12 @@ from simsiam.data.decode import (
 )
 from simsiam.data.images import Images
 from simsiam.data.shards import is_url
-from simsiam.sources.open_source import Source, absolute_source, find_shards
+from simsiam.sources.open_source import (
+    Source,
+    absolute_source,
+    find_nested_shards,
+    find_shards,
+)
 from simsiam.utils.files import atomic_write, cache_dir
 from simsiam.utils.workers import parallel_map
 
@@ -92,6 +97,15 @@ class Index:
             self.facts[key] = measure()
             self.save()
         return self.facts[key]  # type: ignore[return-value]  # an older measurement with this key
+
+    def forget(self, key: str) -> None:
+        """Forget a measurement, so that it is made again the next time.
+
+        Args:
+            key: Its name in `facts`.
+        """
+        self.facts.pop(key, None)
+        self.save()
 
     def save(self) -> None:
         """Write the index to the cache. A cache that cannot be written is not an error."""
@@ -179,7 +193,8 @@ def _container_stamps(paths: Sequence[str]) -> list[ContainerStamp]:
     stamps: list[ContainerStamp] = []
     for path in paths:
         if is_url(path) or os.path.isdir(path):
-            stamps += [[file, time, size] for file, (size, time) in find_shards(path).items()]
+            shards = find_shards(path) or find_nested_shards(path)
+            stamps += [[file, time, size] for file, (size, time) in shards.items()]
         elif os.path.isfile(path):
             status = os.stat(path)
             stamps.append([path, str(status.st_mtime_ns), status.st_size])

@@ -8,15 +8,19 @@ import os
 import re
 import stat
 import struct
+import sys
 import tarfile
 import zipfile
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import cache
 from http.client import HTTPException
 from itertools import islice
 from pathlib import Path
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -40,33 +44,56 @@ from simsiam.data.storage import (
     Storage,
     numbered_keys,
 )
-from simsiam.errors import UsageError, WorkFailed, printable, unknown_name
+from simsiam.errors import (
+    UsageError,
+    WorkFailed,
+    nearest_name,
+    printable,
+    truncate,
+    unknown_name,
+)
 from simsiam.sources.catalog import (
+    IMAGE_SUFFIXES,
     ParquetLayout,
     ShardFile,
     detect_parquet_layout,
     is_image_path,
+    is_webdataset,
     iter_tar_members,
+    label_sort_key,
+    label_texts,
     list_files,
     load_catalog,
     normalize_member_path,
 )
+from simsiam.sources.splits import (
+    NAME_CHUNK,
+    SPLITS,
+    SplitPart,
+    canonical_split,
+    given_parts,
+    join_names,
+    named_parts,
+    note_folder_labels,
+    note_left_out,
+    note_split_like,
+    path_component,
+    shard_splits,
+)
+from simsiam.utils.names import read_list
 
 BUILTIN_SOURCES = ("shapes", "cifar10", "cifar100", "stl10")  # data sets with a name
 SOURCE_KINDS = (
     "a folder of images, a Parquet file or folder, a .zip or .tar of images, "
     "a folder of .tar shards, a .txt that lists images, a URL of shards"
 )
-SPLIT_ALIASES = {
-    "train": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "test": "test",
-}  # names of splits in sources, and our names
 # Bytes of Parquet that are read into memory; larger sources are read a block at a time.
 MAX_RESIDENT_BYTES = 2**30
-NAME_CHUNK = 10_000  # file names that are Python objects at the same time
+# A line of a list in which spaces separate path and label, as Caffe and timm write it.
+SPACED_LABEL = re.compile(
+    rb"(?i)(?P<path>.*(?:%s)) +(?P<label>.*)" % b"|".join(map(re.escape, IMAGE_SUFFIXES))
+)
+NESTED_DEPTH = 3  # folders below a source in which shards are looked for, as in data/CONFIG/train
 
 # What zipfile and tarfile raise.
 ARCHIVE_ERRORS = (
@@ -83,6 +110,13 @@ ARCHIVE_ERRORS = (
 SplitParts: TypeAlias = tuple[Images, np.ndarray | None, tuple[str, ...]]
 
 
+class _Options(NamedTuple):
+    """What the user says about the images besides where they are; see `open_source`."""
+
+    splits: Sequence[str] | None = None
+    no_labels: bool = False
+
+
 @dataclass(frozen=True, eq=False)
 class Source:
     """An opened source of images.
@@ -94,6 +128,7 @@ class Source:
         val: Images for validation, if the source has them.
         test: Images for the test, if the source has them.
         damage: (shard, what is lost with it) of each damaged shard.
+        notes: What names have decided, and which images are left out: a line for each.
     """
 
     name: str
@@ -101,6 +136,7 @@ class Source:
     val: Images | None = None
     test: Images | None = None
     damage: tuple[tuple[str, str], ...] = field(default=(), kw_only=True)
+    notes: tuple[str, ...] = field(default=(), kw_only=True)
 
     @property
     def splits(self) -> dict[str, Images]:
@@ -114,24 +150,26 @@ def open_source(
     channels: int = 3,
     *,
     no_labels: bool = False,
+    splits: Sequence[str] | None = None,
 ) -> Source:
-    """Open a source of images.
+    """Open a source of images, and say on stderr what its names decided.
 
     - Name: one of BUILTIN_SOURCES. A name is preferred to a folder with the same name: write
       `./cifar10` for the folder.
     - Folder: images at any depth, in the bytewise order of their paths. Hidden names are skipped;
       links are followed, and each folder is visited once. If there is a sub-folder `train`, then
-      `train`, `val` and `test` are the splits, and everything next to them is ignored. If all
-      training images are in two or more first-level folders, these are the classes.
+      `train`, `val` and `test` are the splits, and everything next to them is left out (other names
+      of splits are in `SPLIT_WORDS`). If all training images are in two or more first-level
+      folders, these are the classes.
     - Several folders and image files: one set, with the classes of all folders.
     - List: a .txt with one path per line, relative to the folder of the list, optionally followed
-      by a tab and a label.
+      by a tab or spaces and a label; in UTF-8, or in UTF-16 with a byte order mark.
     - Archive: a .zip or .tar, read in place by the rules of a folder. Folders that contain
-      everything else are ignored.
+      everything else are ignored. A .tar in the layout of WebDataset is a shard.
     - Shards: Parquet or .tar files in a folder (or in its folder `data`), local or at a URL that
-      fsspec supports. The first word of a file name is the split, as in
-      `test-00000-of-00001.parquet`. A .tar has the layout of WebDataset: `7.jpg`, `7.cls`,
-      `7.json`.
+      fsspec supports; or in folders of a folder, if there is no image. A word in the name of a
+      shard is the split, as in `test-00000-of-00001.parquet`, or in that of its folder, as in
+      `default/train/0000.parquet`. A .tar has the layout of WebDataset: `7.jpg`, `7.cls`, `7.json`.
 
     Without a `train` split, all images are training images.
 
@@ -139,6 +177,9 @@ def open_source(
         source: One name, path or URL, or several folders and image files.
         channels: Number of channels that images are decoded to.
         no_labels: Whether to ignore the labels: folder names are then not used as classes.
+        splits: Which folder or shard is which split, as in ("train=A", "test=B"): paths in the
+            source, in which "*" stands for any characters of a name; "train=." takes all images.
+            None lets names decide.
 
     Returns:
         The source.
@@ -149,17 +190,31 @@ def open_source(
     """
     names = [source] if isinstance(source, str | os.PathLike) else list(source)
     texts = [os.path.expanduser(os.fspath(name)) for name in names]
-    opened = _open_several(texts) if len(texts) != 1 else _open_one(texts[0])
+    options = _Options(splits, no_labels)
+    suffix = Path(texts[0]).suffix.lower() if len(texts) == 1 else ""
+    one_set = len(texts) == 1 and texts[0] not in BUILTIN_SOURCES
+    if splits is not None and (not one_set or suffix in (".txt", *EXTENSIONS)):
+        raise UsageError("--splits needs one folder, archive or set of shards as SOURCE")
+    opened = _open_several(texts, options) if len(texts) != 1 else _open_one(texts[0], options)
     for images in opened.splits.values():
         if images.pixels is not None and images.channels != channels:
             raise UsageError(
                 f"the images of {opened.name} have {images.channels} channels, not {channels}"
             )
 
-    splits = {name: replace(images, channels=channels) for name, images in opened.splits.items()}
+    parts = {name: replace(images, channels=channels) for name, images in opened.splits.items()}
     if no_labels:
-        splits = {name: images.drop_labels() for name, images in splits.items()}
-    return Source(opened.name, **splits, damage=opened.damage)
+        parts = {name: images.drop_labels() for name, images in parts.items()}
+    for note in opened.notes:
+        _say_once(tuple(texts), f"{opened.name}: {note}")
+    return Source(opened.name, **parts, damage=opened.damage, notes=opened.notes)
+
+
+@cache
+def _say_once(source: tuple[str, ...], line: str) -> None:
+    """Print a line about a source, once in a process, and in one of those of torchrun."""
+    if os.environ.get("RANK", "0") == "0":
+        print(printable(line), file=sys.stderr)
 
 
 def absolute_source(name: str | os.PathLike[str]) -> str:
@@ -175,33 +230,34 @@ def absolute_source(name: str | os.PathLike[str]) -> str:
     return text if text in BUILTIN_SOURCES or is_url(text) else os.path.abspath(text)
 
 
-def _open_one(text: str) -> Source:
+def _open_one(text: str, options: _Options) -> Source:
     text = text.removeprefix("file://")
     if text == "shapes":
         return _open_shapes()
     if text in BUILTIN_SOURCES:
         return _open_torchvision(text)
     if is_url(text):
-        return _open_shards(text, find_shards(text))
+        return _open_shards(text, find_shards(text) or find_nested_shards(text), options)
     if not os.path.exists(text):
-        raise unknown_name("source", text, [*BUILTIN_SOURCES, *SOURCE_KINDS.split(", ")])
+        raise _missing_source_error(text)
     path = Path(text)
     if path.is_dir():
-        shards = find_shards(text)
-        if shards:
-            return _open_shards(text, shards)
-        return _open_tree(
-            path, _walk_folder(path, set()), lambda names, _: FolderFiles(path, names)
-        )
+        if shards := find_shards(text):
+            return _open_shards(text, shards, options)
+        keys = _walk_folder(path, set())
+        if not len(keys) and (shards := find_nested_shards(text)):
+            return _open_shards(text, shards, options)
+        return _open_tree(path, keys, lambda names, _: FolderFiles(path, names), options)
     kind = path.suffix.lower()
-    if kind == ".parquet":
-        return _open_shards(text, {text: (path.stat().st_size, str(path.stat().st_mtime_ns))})
+    if kind == ".parquet" or (kind == ".tar" and is_webdataset(text)):
+        stats = {text: (path.stat().st_size, str(path.stat().st_mtime_ns))}
+        return _open_shards(text, stats, options)
     if kind == ".txt":
-        return _open_list(path)
+        return _open_list(path, options)
     if kind in (".zip", ".tar"):
-        return _open_archive(path)
+        return _open_archive(path, options)
     if kind in EXTENSIONS:
-        return _open_several([text])
+        return _open_several([text], options)
     if kind in (".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar"):
         raise UsageError(
             f"{printable(text)} cannot be read in place: unpack it, or pack it as .zip or .tar"
@@ -211,7 +267,7 @@ def _open_one(text: str) -> Source:
     )
 
 
-def _open_several(texts: list[str]) -> Source:
+def _open_several(texts: list[str], options: _Options) -> Source:
     """Open folders and image files as one set; keys are relative to their common folder."""
     if not texts:
         raise UsageError("no source is given")
@@ -241,17 +297,46 @@ def _open_several(texts: list[str]) -> Source:
     labels.append(pa.nulls(len(file_keys), pa.dictionary(pa.int32(), file_keys.type)))
     all_keys = pa.concat_arrays([*keys, file_keys])
     if not len(all_keys):
-        raise _no_image_error(", ".join(map(printable, texts)))
+        raise _no_image_error(texts)
     order = pc.sort_indices(all_keys)
     image_names = Names(all_keys.take(order))
     images = Images(image_names, FolderFiles(root, image_names))
     codes_and_classes = _encode_labels(pa.concat_arrays(labels).take(order))
     path = paths[0] if len(paths) == 1 else root
-    return _build_source(path, {"train": (images, *codes_and_classes)})
+    source = _build_source(path, {"train": (images, *codes_and_classes)}, options)
+    return replace(source, notes=tuple(note_folder_labels(source.train.classes)))
 
 
-def _no_image_error(place: str) -> UsageError:
-    return UsageError(f"no image in {place}: looked for {' '.join(sorted(EXTENSIONS))}")
+def _missing_source_error(text: str) -> UsageError:
+    """Make the error for a name or path that does not exist; it names the nearest that does."""
+    path = text.rstrip("/")
+    folder, name = os.path.split(path)
+    if os.path.isfile(path):
+        return UsageError(f"{printable(path)} is a file and no folder: leave out the / at the end")
+    while folder and not os.path.isdir(folder):
+        path = folder
+        folder, name = os.path.split(path)
+    names = list(BUILTIN_SOURCES) if path == text else []
+    with suppress(OSError), os.scandir(folder or ".") as entries:
+        names += [entry.name for entry in islice(entries, NAME_CHUNK)]
+    if nearest := nearest_name(name, names):
+        hint = f"did you mean {printable(os.path.join(folder, nearest))}?"
+    else:
+        hint = f"give {', '.join(BUILTIN_SOURCES)}, {SOURCE_KINDS}"
+    return UsageError(f"no such file or folder: {printable(truncate(path))}; {hint}")
+
+
+def _no_image_error(paths: Sequence[str]) -> UsageError:
+    """Make the error for places without an image; it counts the files that are there."""
+    suffixes = Counter[str]()
+    for path in paths:
+        for _, _, files in os.walk(path):
+            suffixes.update(Path(name).suffix.lower() or "no extension" for name in files)
+    most_first = sorted(suffixes.items(), key=lambda item: (-item[1], item[0]))
+    counts = [f"{count:,} {suffix}" for suffix, count in most_first]
+    there = f"; the files there: {join_names(counts)}" if counts else ""
+    place, formats = ", ".join(map(printable, paths)), " ".join(sorted(EXTENSIONS))
+    return UsageError(f"no image in {place}: looked for {formats}{there}")
 
 
 def _open_shapes() -> Source:
@@ -373,6 +458,7 @@ def _open_tree(
     path: Path,
     keys: pa.Array,
     make_storage: Callable[[Names, np.ndarray | slice], Storage],
+    options: _Options,
     skip_outer_folders: bool = False,
 ) -> Source:
     """Find splits and classes from the paths of images in a folder or an archive.
@@ -381,61 +467,88 @@ def _open_tree(
         path: The folder or archive.
         keys: The paths of the images in it.
         make_storage: From names and their positions in `keys` to the storage of these images.
+        options: What the user says about splits and labels.
         skip_outer_folders: Ignore folders that contain everything else.
 
     Returns:
         The source.
 
     Raises:
-        UsageError: There is no image.
+        UsageError: There is no image, or none where `--splits` says.
     """
     if not len(keys):
-        raise _no_image_error(printable(str(path)))
-    depth, first = 0, _path_component(keys, 0)
+        raise _no_image_error([str(path)])
+    depth, first = 0, path_component(keys, 0)
     if skip_outer_folders:
         while (
             not first.null_count
             and len(first.dictionary) == 1
-            and _canonical_split(first.dictionary[0]) != "train"
+            and canonical_split(os.fsdecode(first.dictionary[0].as_py())) != "train"
         ):
-            depth, first = depth + 1, _path_component(keys, depth + 1)
-    splits = [_canonical_split(name) for name in first.dictionary]
-    if "train" not in splits:
-        names = Names(keys)
-        images = Images(names, make_storage(names, slice(None)))
-        return _build_source(path, {"train": (images, *_encode_labels(first))})
-    codes, parts = first.indices.fill_null(-1).to_numpy(), {}
-    for split in ("train", "val", "test"):
-        of_split = [i for i, name in enumerate(splits) if name == split]
-        rows = np.flatnonzero(np.isin(codes, of_split))
-        if len(rows):
-            split_keys = keys.take(pa.array(rows))
-            names = Names(split_keys)
-            images = Images(names, make_storage(names, rows))
-            parts[split] = images, *_encode_labels(_path_component(split_keys, depth + 1))
-    return _build_source(path, parts)
+            depth, first = depth + 1, path_component(keys, depth + 1)
+    chosen = given_parts(keys, options.splits, depth) or named_parts(first, depth)
+    used = chosen or [SplitPart("train", np.arange(len(keys)), depth)]
+    parts = {
+        split: _merge_parts(keys, same, make_storage)
+        for split in SPLITS
+        if (same := [part for part in used if part.split == split])
+    }
+    source = _build_source(path, parts, options)
+    classes = source.train.classes
+    left_out = np.ones(len(keys), bool)
+    for part in used:
+        left_out[part.rows] = False
+    notes = note_left_out(keys, np.flatnonzero(left_out), depth, given=options.splits is not None)
+    if not chosen:
+        notes += note_split_like(keys, depth, labeled=bool(classes))
+    return replace(source, notes=(*notes, *note_folder_labels(classes)))
 
 
-def _canonical_split(name: pa.Scalar) -> str | None:
-    return SPLIT_ALIASES.get(name.as_py().decode("ascii", "replace").lower())
+def _merge_parts(
+    keys: pa.Array,
+    parts: Sequence[SplitPart],
+    make_storage: Callable[[Names, np.ndarray | slice], Storage],
+) -> SplitParts:
+    """Return the images of a split, in the order of `keys`, and their labels."""
+    rows = np.concatenate([part.rows for part in parts])
+    labels = [path_component(_take(keys, part.rows), part.depth) for part in parts]
+    order = np.argsort(rows, kind="stable")
+    names = Names(_take(keys, rows[order]))
+    images = Images(
+        names, make_storage(names, rows[order] if len(rows) < len(keys) else slice(None))
+    )
+    return images, *_encode_labels(pa.concat_arrays(labels).take(pa.array(order)))
 
 
-def _open_list(path: Path) -> Source:
-    """Open a list: one path per line, optionally followed by a tab and a label."""
-    try:  # some editors write UTF-8's byte order mark first
-        lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines()
+def _take(keys: pa.Array, rows: np.ndarray) -> pa.Array:
+    return keys if len(rows) == len(keys) else keys.take(pa.array(rows))
+
+
+def _open_list(path: Path, options: _Options) -> Source:
+    """Open a list: one path per line, optionally followed by a tab or spaces and a label."""
+    try:
+        lines = read_list(path)
     except OSError as error:
         raise WorkFailed(f"cannot read {printable(str(path))}: {error.strerror}") from error
-    rows = [line for line in lines if line.strip()]
-    if not rows:
+    if not lines:
         raise UsageError(f"{printable(str(path))} lists no image: write one path per line")
-    names = Names(_to_arrow(row.partition(b"\t")[0] for row in rows))
+    names = Names(_to_arrow(_split_line(line)[0] for line in lines))
     images = Images(names, FolderFiles(path.absolute().parent, names))
-    labels = _to_arrow(row.partition(b"\t")[2] or None for row in rows)
-    return _build_source(path, {"train": (images, *_encode_labels(labels.dictionary_encode()))})
+    labels = _to_arrow(_split_line(line)[1] or None for line in lines)
+    return _build_source(
+        path, {"train": (images, *_encode_labels(labels.dictionary_encode()))}, options
+    )
 
 
-def _open_archive(path: Path) -> Source:
+def _split_line(line: bytes) -> tuple[bytes, bytes]:
+    """Split a line of a list into path and label; spaces end a path only after an extension."""
+    path, _, label = line.partition(b"\t")
+    if not is_image_path(path) and (match := SPACED_LABEL.fullmatch(path)):
+        path, label = match["path"], label or match["label"]
+    return path, label.strip()
+
+
+def _open_archive(path: Path, options: _Options) -> Source:
     """Open the images in a .zip or .tar; of two with one name the last, as if unpacked."""
     entries = array("q")
 
@@ -462,6 +575,7 @@ def _open_archive(path: Path) -> Source:
         path,
         keys.filter(last),
         lambda _, indices: members.take(indices),
+        options,
         skip_outer_folders=True,
     )
 
@@ -523,6 +637,22 @@ def find_shards(location: str) -> dict[str, tuple[int, str]]:
     return {}
 
 
+def find_nested_shards(location: str) -> dict[str, tuple[int, str]]:
+    """Find the Parquet files, or else the tars, at most NESTED_DEPTH folders below a folder.
+
+    Args:
+        location: A folder or a URL.
+
+    Returns:
+        As `find_shards`.
+    """
+    files = list_files(location, NESTED_DEPTH)
+    for kind in (".parquet", ".tar"):
+        if shards := {path: stat for path, stat in files.items() if path.endswith(kind)}:
+            return shards
+    return {}
+
+
 def _contains_images(folder: str) -> bool:
     with os.scandir(folder) as entries:
         return any(
@@ -532,38 +662,50 @@ def _contains_images(folder: str) -> bool:
         )
 
 
-def _open_shards(location: str, shard_stats: Mapping[str, tuple[int, str]]) -> Source:
+def _open_shards(
+    location: str, shard_stats: Mapping[str, tuple[int, str]], options: _Options
+) -> Source:
     """Open shards: Parquet in memory unless it is too large, everything else in place."""
     if not shard_stats:
         raise UsageError(
             f"no .parquet or .tar at {printable(location)}: `simsiam shard` makes them of images"
         )
-    first_words = [re.split("[^a-z]", path.rsplit("/", 1)[-1].lower())[0] for path in shard_stats]
-    splits = {
-        path: SPLIT_ALIASES.get(word, "train") for path, word in zip(shard_stats, first_words)
+    folders = {path.rpartition("/")[0] for path in shard_stats}
+    prefix = f"{location.rstrip('/')}/" if len(folders) > 1 else ""
+    names = {
+        path: path.removeprefix(prefix) if prefix else path.rpartition("/")[2]
+        for path in shard_stats
     }
-    if "train" not in splits.values():
-        splits = dict.fromkeys(shard_stats, "train")
-    files = [ShardFile(path, *stat, splits[path]) for path, stat in shard_stats.items()]
+    splits, notes = shard_splits(names, options.splits)
+    files = [
+        ShardFile(path, *shard_stats[path], split, names[path]) for path, split in splits.items()
+    ]
     layout = None
     if files[0].path.endswith(".parquet"):
         layout = _read_layout(files[0])
+        if layout.unused:
+            used = " and ".join(filter(None, (layout.image_column, layout.label_column)))
+            notes.append(f"columns that are used: {used}; not used: {join_names(layout.unused)}")
         if (
             sum(file.size for file in files) <= MAX_RESIDENT_BYTES
             and _total_uncompressed_size(files) <= MAX_RESIDENT_BYTES
         ):
-            return _load_parquet(location, files)
+            return replace(_load_parquet(location, files, options), notes=tuple(notes))
     is_one_file = location.endswith((".tar", ".parquet"))
-    folder = location if is_one_file else files[0].path.rpartition("/")[0]
-    catalog = load_catalog(folder, files, layout)
+    catalog = load_catalog(
+        location if is_one_file or len(folders) > 1 else folders.pop(), files, layout
+    )
     parts = {}
-    for split in ("train", "val", "test"):
+    for split in SPLITS:
         if split in splits.values():
             parts[split] = *catalog.load_split(split), catalog.classes
     if not len(parts["train"][0]):
         damage = "; ".join(f"{name} is {reason}" for name, reason in catalog.damage)
         raise UsageError(f"no image in {printable(location)}" + f": {damage}" * bool(damage))
-    return replace(_build_source(location, parts), damage=catalog.damage)
+    source = _build_source(location, parts, options)
+    if layout is None and all(map(canonical_split, source.train.classes)):  # folders in the tars
+        notes += note_folder_labels(source.train.classes)
+    return replace(source, damage=catalog.damage, notes=tuple(notes))
 
 
 def _read_layout(file: ShardFile) -> ParquetLayout:
@@ -589,7 +731,7 @@ def _total_uncompressed_size(files: Sequence[ShardFile]) -> int:
     return total
 
 
-def _load_parquet(path: str, files: Sequence[ShardFile]) -> Source:
+def _load_parquet(path: str, files: Sequence[ShardFile], options: _Options) -> Source:
     """Read Parquet files into memory."""
     parts: dict[str, SplitParts] = {}
     distinct_names = set()
@@ -602,7 +744,14 @@ def _load_parquet(path: str, files: Sequence[ShardFile]) -> Source:
         names: tuple[str, ...] = next((known for known in class_names if known), ())
         distinct_names |= {known for known in class_names if known}
         codes = None if any(part is None for part in labels) else np.concatenate(labels)
-        if codes is not None and not names:
+        if codes is not None and codes.dtype == object:
+            texts = sorted(set(codes), key=label_sort_key)
+            code_of = {text: code for code, text in enumerate(texts)}
+            codes, names = (
+                np.array([code_of[text] for text in codes]),
+                tuple(map(os.fsdecode, texts)),
+            )
+        elif codes is not None and not names:
             values, codes = np.unique(codes, return_inverse=True)
             names = tuple(map(str, values))
         parts[split] = Images(numbered_keys(split, len(encoded)), encoded), codes, names
@@ -610,18 +759,19 @@ def _load_parquet(path: str, files: Sequence[ShardFile]) -> Source:
         raise UsageError(f"no row in {printable(path)}")
     if len(distinct_names) > 1:
         raise UsageError(f"the Parquet files in {printable(path)} disagree about the class names")
-    return _build_source(path, parts)
+    return _build_source(path, parts, options)
 
 
 def _read_parquet_columns(file: str) -> tuple[pa.ChunkedArray, np.ndarray | None, tuple[str, ...]]:
     """Read the images, the labels and the class names of a file.
 
-    Labels are None if any is missing; class names are () if the file has none.
+    Labels are None if any is missing, and bytes if the column has texts; class names are () if the
+    file has none.
     """
     try:
         with open_file(file) as opened:
             parquet = pq.ParquetFile(opened)
-            image, label, names = detect_parquet_layout(parquet, file)
+            image, label, names, _ = detect_parquet_layout(parquet, file)
             # `read_dictionary` stores equal images once.
             dictionary = {"metadata": parquet.metadata, "read_dictionary": [image]}
             parquet = pq.ParquetFile(opened, **dictionary)
@@ -636,6 +786,9 @@ def _read_parquet_columns(file: str) -> tuple[pa.ChunkedArray, np.ndarray | None
         return encoded, None, ()
     # A label of -1 means that Hugging Face withholds the labels of a test set.
     raw = table[label]
+    if not pa.types.is_integer(raw.type):
+        raw = label_texts(raw)
+        return encoded, None if raw.null_count else np.array(raw.to_pylist(), object), ()
     missing = raw.null_count or (names and (raw.to_numpy() < 0).any())
     return encoded, None if missing else raw.to_numpy(), names
 
@@ -648,10 +801,10 @@ def _dictionary_encode(chunk: pa.Array) -> pa.DictionaryArray:
     )
 
 
-def _build_source(path: str | Path, parts: Mapping[str, SplitParts]) -> Source:
+def _build_source(path: str | Path, parts: Mapping[str, SplitParts], options: _Options) -> Source:
     """Make the source of these splits; its classes are those of the training images."""
-    train_names = parts["train"][2]
-    classes = train_names if len(train_names) > 1 else ()  # one class tells nothing apart
+    names = () if options.no_labels else parts["train"][2]
+    classes = names if len(names) > 1 else ()  # one class tells nothing apart
     splits: dict[str, Images] = {}
     for split, (images, codes, names) in parts.items():
         if codes is not None and classes:
@@ -661,7 +814,8 @@ def _build_source(path: str | Path, parts: Mapping[str, SplitParts]) -> Source:
                 code = unknown[0]
                 name = names[code] if 0 <= code < len(names) else str(code)
                 kind = f"class in the {split} split of {printable(str(path))}"
-                raise unknown_name(kind, name, classes)
+                error = unknown_name(kind, name, classes)
+                raise UsageError(f"{error}; --no-labels ignores the classes")
             new_codes = np.zeros(len(names), np.int64)
             new_codes[used] = [classes.index(names[code]) for code in used]
             images = replace(images, labels=new_codes[codes], classes=classes)

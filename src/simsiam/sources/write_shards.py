@@ -20,10 +20,11 @@ import pyarrow.parquet as pq
 from simsiam.data.decode import Unreadable, read_header
 from simsiam.data.images import Images, fingerprint
 from simsiam.data.shards import BLOCK_BYTES
-from simsiam.errors import UsageError, WorkFailed, printable, unknown_name
+from simsiam.errors import UsageError, none_readable, printable, unknown_name
 from simsiam.sources.catalog import ShardFile, write_sidecar_catalog
 from simsiam.sources.open_source import open_source
 from simsiam.utils.files import atomic_write, exclusive_lock, start_or_continue_job
+from simsiam.utils.names import read_names, reason_line, utf8_name, write_names
 from simsiam.utils.workers import parallel_map_with_progress
 
 SHARD_FORMATS = ("tar", "parquet")
@@ -40,6 +41,7 @@ def write_shards(
     per_shard: int = 10_000,
     channels: int = 3,
     no_labels: bool = False,
+    splits: Sequence[str] | None = None,
 ) -> Path:
     """Write the images of a source, in its order, as shards into a new folder.
 
@@ -54,6 +56,7 @@ def write_shards(
         per_shard: Number of images in a shard.
         channels: Number of channels that images will be decoded to.
         no_labels: Whether to leave out the labels.
+        splits: Which folder or shard is which split; see `open_source`.
 
     Returns:
         The folder.
@@ -71,18 +74,18 @@ def write_shards(
         raise UsageError(
             f"{printable(str(folder))} exists and is not written over: choose another --out"
         )
-    splits = open_source(sources, channels, no_labels=no_labels).splits
+    opened = open_source(sources, channels, no_labels=no_labels, splits=splits).splits
     work = folder.with_name(folder.name + ".parts")
     job = {
         "format": format,
         "per_shard": per_shard,
         "channels": channels,
         "no_labels": no_labels,
-        "images": fingerprint(list(splits.values())),
+        "images": fingerprint(list(opened.values())),
     }
     with exclusive_lock(work / ".lock", str(folder)):
         start_or_continue_job(work, job)
-        shards = _plan_shards(splits, work, format, per_shard)
+        shards = _plan_shards(opened, work, format, per_shard)
         missing = [
             (shard.images, shard.path, shard.start)
             for shard in shards
@@ -121,18 +124,19 @@ def _plan_shards(
 def _finish_shards(shards: Sequence[_Shard], work: Path, format: str) -> None:
     """Write the catalog and the list of images left out, and remove the temporary files."""
     lists = [_left_out_path(shard.path) for shard in shards]
-    lines = [line for file in lists for line in file.read_text().splitlines(keepends=True)]
+    lines = [line for file in lists for line in read_names(file)]
     if len(lines) == sum(len(shard.images) for shard in shards):
         shutil.rmtree(work)
-        raise WorkFailed(
-            f"none of the {len(lines)} images can be read; the first, {' '.join(lines[0].split())}"
-        )
+        name, _, reason = lines[0].partition("\t")
+        raise none_readable(len(lines), name, reason)
     if format == "tar":
-        files = [ShardFile(str(s.path), s.path.stat().st_size, "", s.split) for s in shards]
+        files = [
+            ShardFile(str(s.path), s.path.stat().st_size, "", s.split, s.path.name) for s in shards
+        ]
         write_sidecar_catalog(work, files)
     if lines:
         with atomic_write(work / LEFT_OUT_FILE) as part:
-            part.write_text("".join(lines))
+            write_names(part, lines)
     for file in (*lists, work / "job.json", work / ".lock"):
         file.unlink()
 
@@ -151,7 +155,7 @@ def format_shard_summary(path: Path) -> str:
     text = f"{path}: {len(shards):,} shards, {size / 1e9:,.3g} GB"
     left_out = path / LEFT_OUT_FILE
     if left_out.exists():
-        lines = left_out.read_text().splitlines()
+        lines = read_names(left_out)
         text += f"; {len(lines):,} images cannot be read and are left out: {left_out}"
     return text
 
@@ -172,11 +176,11 @@ def _iter_readable(images: Images, left_out_path: Path) -> Iterator[tuple[int, b
             kind = read_header(data, images.channels).format
         except (Unreadable, OSError) as error:
             reason = getattr(error, "strerror", None) or str(error)
-            lines.append(f"{printable(images.keys[i])}\t{reason}\n")
+            lines.append(reason_line(images.keys[i], reason))
             continue
         yield i, data, FORMAT_SUFFIXES.get(kind, kind.lower())
     with atomic_write(left_out_path) as part:
-        part.write_text("".join(lines))
+        write_names(part, lines)
 
 
 def _write_tar(images: Images, path: Path, start_index: int) -> None:
@@ -202,7 +206,7 @@ def _write_parquet(images: Images, path: Path, start_index: int) -> None:
     features: dict[str, dict[str, object]] = {"image": {"_type": "Image"}}
     types = {"image": pa.struct({"bytes": pa.binary(), "path": pa.string()})}
     if images.classes:
-        names = list(map(printable, images.classes))
+        names = list(map(utf8_name, images.classes))
         types["label"], features["label"] = pa.int64(), {"_type": "ClassLabel", "names": names}
     metadata = {"huggingface": json.dumps({"info": {"features": features}})}
     schema = pa.schema(types, metadata=metadata)
@@ -212,7 +216,7 @@ def _write_parquet(images: Images, path: Path, start_index: int) -> None:
         pq.ParquetWriter(part, schema, compression="NONE", use_dictionary=False) as writer,
     ):
         for i, data, _ in _iter_readable(images, _left_out_path(path)):
-            row: dict[str, object] = {"image": {"bytes": data, "path": printable(images.keys[i])}}
+            row: dict[str, object] = {"image": {"bytes": data, "path": utf8_name(images.keys[i])}}
             if images.labels is not None:
                 row["label"] = int(images.labels[i])
             rows.append(row)

@@ -72,7 +72,11 @@ def print_fact_lines(name: str, lines: Sequence[str]) -> None:
         first = f"{name if i == 0 else '':<{INDENT}}"
         rest = " " * (INDENT + 4 if line.startswith("  ") else INDENT + 2)
         text = textwrap.fill(
-            line, TEXT_WIDTH, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False
+            printable(line),
+            TEXT_WIDTH,
+            initial_indent=first,
+            subsequent_indent=rest,
+            break_on_hyphens=False,
         )
         print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
 

@@ -4,13 +4,9 @@ The facts are JSON values; `inspect` prints them as text in 80 columns. Nothing 
 except for measurements that are not in the cache yet.
 """
 
-import json
 import os
-import platform
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from glob import glob
-from importlib.metadata import version
 from itertools import combinations
 from typing import Any, TypedDict
 
@@ -21,7 +17,7 @@ import pyarrow.compute as pc
 from simsiam.config import recipes
 from simsiam.config.recipes import Recipe, ResolvedRecipe
 from simsiam.data.images import Images
-from simsiam.errors import UsageError, WorkFailed, printable
+from simsiam.errors import UsageError, WorkFailed
 from simsiam.runs.choose import choose_recipe
 from simsiam.sources.file_index import Index, load_index
 from simsiam.sources.open_source import Source, open_source
@@ -33,9 +29,10 @@ from simsiam.training.facts import (
     source_names,
     write_facts,
 )
-from simsiam.training.speed import measure_speed, seconds_per_image
+from simsiam.training.speed import BUSY_LOAD, kept_speed, seconds_per_image
 from simsiam.utils.workers import CPU_CORES
 
+BUSY_LINES = ("measured while the machine was busy; the next time, it is measured again",)
 MAX_EXAMPLES = 3  # files that the text names for each kind of problem; the facts name all
 
 
@@ -109,6 +106,7 @@ class TimeFacts(TypedDict, total=False):
     prepared_per_second: float
     trained_per_second: float
     device: str
+    load: float  # of the machine when the speed was measured, for each core
     unknown: str  # the reason
 
 
@@ -116,6 +114,7 @@ class SourceFacts(TypedDict, total=False):
     """All facts about a source."""
 
     source: str
+    notes: list[str]  # what names decided, and which images are left out
     images: ImageFacts
     sizes: SizeFacts
     formats: FormatFacts
@@ -132,6 +131,7 @@ def inspect(
     *,
     channels: int = 3,
     no_labels: bool = False,
+    splits: Sequence[str] | None = None,
     out: str | os.PathLike[str] | None = None,
 ) -> SourceFacts:
     """Print what a source contains, the recipe it gets, and how long training takes here.
@@ -143,6 +143,7 @@ def inspect(
         sources: One or several sources, as for `pretrain`.
         channels: The number of channels that images are decoded to.
         no_labels: Whether to ignore the labels.
+        splits: Which folder or shard is which split; see `open_source`.
         out: A JSON file for the facts.
 
     Returns:
@@ -155,9 +156,9 @@ def inspect(
     path = check_out_file(out)
     names = source_names(sources)
     channels = Recipe().replace(channels=channels).channels
-    source = open_source(names, channels, no_labels=no_labels)
+    source = open_source(names, channels, no_labels=no_labels, splits=splits)
     index = load_index(names, source, channels)
-    facts: SourceFacts = {"source": source.name}
+    facts: SourceFacts = {"source": source.name, "notes": list(source.notes)}
 
     def add(new: SourceFacts) -> None:
         facts.update(new)
@@ -168,7 +169,7 @@ def inspect(
     try:
         recipe, (chosen, *reasons) = choose_recipe(names, source)
         add({"recipe": {"chosen": chosen, "because": reasons}})
-        recipe = recipe.replace(source=names, channels=channels, no_labels=no_labels)
+        recipe = recipe.replace(source=names, channels=channels, no_labels=no_labels, splits=splits)
         colors = color_statistics(names, source, recipe, index)
         add({"colors": colors})
         recipe = recipe.replace(mean=colors["mean"], std=colors["std"])
@@ -192,7 +193,7 @@ def dataset_facts(source: Source, index: Index) -> SourceFacts:
     table = index.table
     readable = pc.equal(table["reason"], "").to_numpy()
     unreadable = table.select(["key", "reason"]).filter(pa.array(~readable))
-    reasons = [[_printable_key(key), reason.as_py()] for key, reason in zip(*unreadable.columns)]
+    reasons = [[_name(key), reason.as_py()] for key, reason in zip(*unreadable.columns)]
     splits = {name: len(images) for name, images in source.splits.items()}
     return {
         "images": {"count": len(table), "bytes": pc.sum(table["bytes"]).as_py(), "splits": splits},
@@ -206,8 +207,8 @@ def dataset_facts(source: Source, index: Index) -> SourceFacts:
     }
 
 
-def _printable_key(key: pa.Scalar) -> str:
-    return printable(os.fsdecode(key.as_py()))
+def _name(key: pa.Scalar) -> str:
+    return os.fsdecode(key.as_py())
 
 
 def _size_facts(height: np.ndarray, width: np.ndarray) -> SizeFacts:
@@ -233,7 +234,7 @@ def _file_format_facts(table: pa.Table, readable: np.ndarray) -> FormatFacts:
     rows = np.flatnonzero(table["misnamed"].to_numpy() & readable).tolist()
     return {
         "counts": {entry["values"]: entry["counts"] for entry in counts},
-        "misnamed": [[_printable_key(table["key"][i]), table["format"][i].as_py()] for i in rows],
+        "misnamed": [[_name(table["key"][i]), table["format"][i].as_py()] for i in rows],
     }
 
 
@@ -245,7 +246,7 @@ def _label_facts(source: Source) -> LabelFacts:
         return {}
     split, images = next(iter(labeled.items()))
     counts = np.bincount(np.asarray(images.labels), minlength=len(images.classes)).tolist()
-    classes = dict(zip(map(printable, images.classes), counts))
+    classes = dict(zip(images.classes, counts))
     return {"splits": list(labeled), "counted_in": split, "classes": classes}
 
 
@@ -272,7 +273,7 @@ def _duplicate_facts(
     )
     return {
         "copies": sum(map(len, groups)) - len(groups),
-        "groups": [[_printable_key(table["key"][i]) for i in rows] for rows in groups],
+        "groups": [[_name(table["key"][i]) for i in rows] for rows in groups],
         "shared": [[names[a], names[b], count] for (a, b), count in sorted(pairs.items())],
     }
 
@@ -296,7 +297,8 @@ def color_statistics(
     """
     known = recipes.CHANNEL_STATISTICS.get(names[0]) if len(names) == 1 else None
     mean, std = known or index.get_or_measure(
-        f"colors at {recipe.image_size} px", lambda: _measure_statistics(source.train, recipe)
+        f"colors of {len(source.train)} images at {recipe.image_size} px",
+        lambda: _measure_statistics(source.train, recipe),
     )
     return {"mean": list(mean), "std": list(std), "measured": not known}
 
@@ -336,10 +338,7 @@ def estimate_duration(source: Source, recipe: ResolvedRecipe, index: Index) -> T
     num_bytes = len(images) * recipe.channels * int(height[0]) * int(width[0])
     fits = _all_same_size(height, width) and num_bytes <= recipe.cache_gib * 2**30
     resident = images.pixels is not None or fits
-    speed = index.get_or_measure(
-        f"speed of {json.dumps([_machine_key(), recipe.to_dict()])}",
-        lambda: measure_speed(recipe, images, resident=resident),
-    )
+    speed = kept_speed(index, recipe, images, resident=resident)
     prepared, trained, seconds = seconds_per_image(speed, resident=resident, cores=CPU_CORES)
     return {
         "seconds": round(seconds * images_per_epoch * recipe.epochs, 1),
@@ -349,14 +348,8 @@ def estimate_duration(source: Source, recipe: ResolvedRecipe, index: Index) -> T
         "prepared_per_second": round(1 / prepared, 1),
         "trained_per_second": round(1 / trained, 1),
         "device": speed["device"],
+        "load": speed["load"],
     }
-
-
-def _machine_key() -> list[object]:
-    """Identify what the speed of a run depends on besides its recipe."""
-    variables = [os.environ.get(name) for name in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")]
-    gpus = sorted(glob("/dev/nvidia[0-9]*"))
-    return [platform.node(), CPU_CORES, *variables, gpus, version("torch")]
 
 
 # --- the facts as text ----------------------------------------------------------------------------
@@ -457,6 +450,7 @@ def _format_training_time(fact: TimeFacts) -> list[str]:
         f"{fact['images_per_epoch']:,} images (estimated)",
         f"{total} images/s: preparing alone {prepared}/s, training alone {trained}/s",
         f"on {fact['device']}",
+        *(BUSY_LINES if fact["load"] > BUSY_LOAD else ()),
     ]
 
 

@@ -1,6 +1,7 @@
 """Starting, continuing and finishing a pretraining run: `pretrain` and `resume`."""
 
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,16 +14,15 @@ from simsiam.distributed.process_group import distributed_entry_point, rank_zero
 from simsiam.errors import UsageError, WorkFailed
 from simsiam.model.memory import catch_out_of_memory
 from simsiam.model.targets import eta_bytes
-from simsiam.monitoring.label_free_monitor import advise_training_length
-from simsiam.monitoring.verdict import MIN_VERDICT_STEPS, Verdict, judge_run
-from simsiam.runs.closed_form import fit_head
 from simsiam.runs.compose import compose_recipe, open_run_source
 from simsiam.runs.environment import collect_environment
 from simsiam.runs.journal import MetricsLogger
 from simsiam.runs.recipe_file import write_recipe
 from simsiam.runs.run_folder import Run, choose_run_path
 from simsiam.runs.weights import record_origin
-from simsiam.training.loop import Outcome, run_training
+from simsiam.training.budget import fit_to_minutes
+from simsiam.training.finish import finish
+from simsiam.training.loop import run_training
 from simsiam.training.prepare import RunData, TrainingSetup, build_training_setup, prepare_data
 from simsiam.training.pretrain import Pretraining
 from simsiam.training.progress import format_labeled_lines
@@ -34,6 +34,7 @@ def pretrain(
     *,
     recipe: str | Recipe | None = None,
     out: str | os.PathLike[str] | None = None,
+    minutes: float | None = None,
     **overrides: Unpack[PretrainSettings],
 ) -> Path:
     """Pretrain a backbone on images without labels.
@@ -45,6 +46,8 @@ def pretrain(
             default is the recipe's own source, else the built-in data set "shapes".
         recipe: The name of a recipe, a YAML file, or a `Recipe`. By default the source decides.
         out: The run folder; it must not exist. The default is runs/SOURCE-METHOD-N.
+        minutes: Time from start to end on this machine, evaluation included. It chooses the number
+            of steps, and the size of views, the width and the batch unless these are given.
         **overrides: Any setting of the recipe, under the name of its flag with underscores.
 
     Returns:
@@ -55,7 +58,14 @@ def pretrain(
         WorkFailed: If the loss diverged or no image can be read.
         Stopped: After SIGINT or SIGTERM; the run is saved.
     """
+    begun = time.monotonic()
     complete, opened, reasons = compose_recipe(source, recipe, overrides)
+    if minutes is not None:
+        elapsed = time.monotonic() - begun
+        complete, lines = fit_to_minutes(
+            complete, opened.train, overrides, minutes=minutes, elapsed=elapsed
+        )
+        reasons = [*reasons, *lines]
     path = choose_run_path(out, f"{opened.name}-{complete.method.name}", complete)
     data, setup = prepare_data(complete, opened), build_training_setup(complete)
     messages = [*format_labeled_lines("recipe", reasons), *format_labeled_lines("run", [str(path)])]
@@ -115,7 +125,7 @@ def train_run(run: Run, data: RunData, setup: TrainingSetup, messages: list[str]
     recipe, method, num_images = run.recipe, run.recipe.method, len(data.train)
     model, optimizer, compute = setup
     state, changes = run.load_or_create_state(collect_environment(compute), num_images=num_images)
-    with MetricsLogger(run, state["step"]) as logger:
+    with MetricsLogger(run, state["step"], warn=method.target != "labels") as logger:
         training = Pretraining(run, data, setup, state, logger)
         if training.step:
             messages = [*messages, f"from     step {training.step} of {training.steps}"]
@@ -139,52 +149,10 @@ def train_run(run: Run, data: RunData, setup: TrainingSetup, messages: list[str]
         with catch_out_of_memory(recipe.replace(precision=compute.precision), compute.device):
             outcome = run_training(training, messages + changes)
 
-    threshold = model.high_loss_threshold(recipe.batch_size)
-    verdict = judge_run(
-        logger.lines,
-        outcome.step,
-        diverged=outcome.diverged,
-        high_loss_threshold=threshold,
-        supervised=method.target == "labels",
-    )
-    finish(run, training, outcome, verdict, advise_training_length(logger.lines))
+    verdict = finish(run, training, outcome, logger.lines, data)
     if outcome.diverged:
         raise WorkFailed(
             f"diverged: loss and weights were finite at step {outcome.last_finite_step} and are no "
             f"longer at step {outcome.step}. {verdict.remedy}"
         )
     outcome.raise_if_stopped(f"saved; `simsiam resume {run.path}` continues the run")
-    if outcome.step >= MIN_VERDICT_STEPS:
-        fit_head(run, model.backbone, data.train, compute)
-
-
-def finish(
-    run: Run, training: Pretraining, outcome: Outcome, verdict: Verdict, advice: str
-) -> None:
-    """Write the backbone and the summary of a run that ended, however it ended.
-
-    Args:
-        run: The run folder.
-        training: The training that ended. If it diverged, its model gets the last good weights.
-        outcome: How it ended.
-        verdict: The verdict on it.
-        advice: Whether to train longer.
-    """
-    if outcome.diverged and (checkpoint := run.checkpoint()):
-        training.model.load_state_dict(checkpoint["model"])
-    knn = {"knn_top1": training.state["knn"]} if training.state["knn"] else {}
-    images = outcome.step * training.batch_size
-    run.finish(
-        training.model.backbone.state_dict(),
-        {
-            "verdict": verdict.verdict,
-            "remedy": verdict.remedy,
-            "advice": advice,
-            "steps": outcome.step,
-            "epochs": round(outcome.step / training.steps_per_epoch, 4),
-            **knn,
-            "images_per_second": round(images / max(training.seconds, 1e-9), 1),
-            "training_seconds": round(training.seconds, 1),
-            "unreadable": len(run.read_quarantine()),
-        },
-    )

@@ -21,9 +21,9 @@ from simsiam.errors import Stopped, UsageError
 from simsiam.monitoring.gauges import all_finite
 from simsiam.runs.records import Record
 from simsiam.runs.run_folder import read_checkpoint
-from simsiam.training.interrupt import InterruptHandler
 from simsiam.training.progress import ProgressLine, Stopwatch
 from simsiam.utils.files import atomic_write
+from simsiam.utils.interrupt import InterruptHandler
 
 Metrics: TypeAlias = Mapping[str, float | None]  # named numbers; None where there is none yet
 SkippedFiles: TypeAlias = Sequence[tuple[str, str]]  # key and reason of unreadable files
@@ -90,8 +90,13 @@ class Training(ABC, Generic[B]):
         """Return named measurements of the model as it is now."""
         return {}
 
-    def log(self, record: Metrics) -> None:
-        """Keep a record: `step`, `epoch`, and what `metrics` and `measure` returned."""
+    def log(self, record: Metrics) -> str | None:
+        """Keep a record: `step`, `epoch`, and what `metrics` and `measure` returned.
+
+        Returns:
+            A warning to print, or None.
+        """
+        return None
 
     def save(self, name: str) -> None:
         """Save the state under a name: "last" to resume from, "epoch-NNNN" to keep."""
@@ -179,7 +184,9 @@ def run_training(training: Training[B], messages: Sequence[str] = ()) -> Outcome
                 if measured:
                     record |= training.measure()
                 if record:
-                    training.log({"step": step, "epoch": round(step / per_epoch, 4)} | record)
+                    place = {"step": step, "epoch": round(step / per_epoch, 4)}
+                    if warning := training.log(place | record):
+                        line.print_line(f"warning  {warning}")
                     line.update(step, record)
                 if kept:
                     training.save(f"epoch-{step // per_epoch:04d}")

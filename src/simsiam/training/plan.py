@@ -7,7 +7,6 @@ Sizes are counted on the model itself. The speed is measured on this machine or 
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
@@ -22,13 +21,14 @@ from simsiam.config.recipes import Recipe, ResolvedRecipe
 from simsiam.data.batches import steps_per_epoch
 from simsiam.data.decode import Unreadable
 from simsiam.data.images import Images, measure_sizes, quick_sample
-from simsiam.errors import UsageError, WorkFailed, printable
+from simsiam.errors import UsageError, none_readable, printable
 from simsiam.model.memory import activation_bytes, build_on_meta
 from simsiam.model.precision import Compute
 from simsiam.model.targets import eta_bytes
 from simsiam.runs.compose import compose_recipe
 from simsiam.runs.environment import collect_environment
 from simsiam.runs.run_folder import checkpoint_bytes
+from simsiam.sources.file_index import Index, load_index
 from simsiam.training.facts import (
     check_out_file,
     format_bytes,
@@ -37,9 +37,9 @@ from simsiam.training.facts import (
     source_names,
     write_facts,
 )
-from simsiam.training.inspect import RecipeFacts, format_recipe
+from simsiam.training.inspect import BUSY_LINES, RecipeFacts, format_recipe
 from simsiam.training.prepare import build_training_setup
-from simsiam.training.speed import Speed, measure_speed, seconds_per_image
+from simsiam.training.speed import BUSY_LOAD, Speed, kept_speed, seconds_per_image
 from simsiam.utils.workers import CPU_CORES
 
 FILE_SAMPLE_SIZE = 200  # images whose files are measured
@@ -213,7 +213,8 @@ def plan(
         files = [bench] if isinstance(bench, str | os.PathLike) else list(bench)
         estimate = speed_from_bench(files, resolved)
     else:
-        estimate = measure_local_speed(resolved, train, resident)
+        index = load_index(names, source, resolved.channels)
+        estimate = measure_local_speed(index, resolved, train, resident)
     image_facts: ImageFacts = {
         "count": count,
         "in_source": len(train),
@@ -269,13 +270,15 @@ def mean_file_bytes(images: Images) -> float:
     """
     if images.pixels is not None:
         return images.pixels[0].nbytes
-    sizes, sampled = [], quick_sample(images, FILE_SAMPLE_SIZE)
+    sizes, sampled, reasons = [], quick_sample(images, FILE_SAMPLE_SIZE), list[str]()
     for i in range(len(sampled)):
-        with suppress(Unreadable, OSError):
+        try:
             file = sampled.file(i)
             sizes.append(len(file) if isinstance(file, bytes) else os.path.getsize(file))
+        except (Unreadable, OSError) as error:
+            reasons.append(getattr(error, "strerror", None) or str(error))
     if not sizes:
-        raise WorkFailed(f"none of {len(sampled)} sampled images can be read")
+        raise none_readable(len(sampled), sampled.keys[0], reasons[0], "images of a sample")
     return sum(sizes) / len(sizes)
 
 
@@ -303,10 +306,13 @@ def count_steps(recipe: ResolvedRecipe, num_images: int) -> StepFacts:
 # --- speed ----------------------------------------------------------------------------------------
 
 
-def measure_local_speed(recipe: ResolvedRecipe, images: Images, resident: bool) -> SpeedEstimate:
+def measure_local_speed(
+    index: Index, recipe: ResolvedRecipe, images: Images, resident: bool
+) -> SpeedEstimate:
     """Measure the speed of training on this machine.
 
     Args:
+        index: The index of the source, where the measurement is kept; `inspect` uses the same one.
         recipe: The recipe.
         images: The training images.
         resident: Whether the images will be decoded once and kept in memory.
@@ -315,7 +321,7 @@ def measure_local_speed(recipe: ResolvedRecipe, images: Images, resident: bool) 
         WorkFailed: A batch does not fit in the memory of the device.
     """
     return SpeedEstimate(
-        speed=measure_speed(recipe, images, resident=resident),
+        speed=kept_speed(index, recipe, images, resident=resident),
         precision=Compute.pick(recipe.device, recipe.precision).precision,
         origin="a measurement on this machine",
     )
@@ -351,6 +357,7 @@ def speed_from_bench(
             "trained": model_costs(recipe, precision)[1] / achieved,
             "gpu": report["device_type"] != "cpu",
             "device": report["device"],
+            "load": 0.0,
         }
         prepared_on = None
         for other in reports.values():
@@ -574,6 +581,8 @@ def list_assumptions(
         "the time leaves out kNN measurements, checkpoints, and waiting for storage",
         "the memory leaves out workspaces of kernels and fragmentation: add 20 %",
     ]
+    if speed["load"] > BUSY_LOAD:
+        lines += BUSY_LINES
     if estimate.from_bench:
         lines.append("training reaches the FLOP/s of the fastest step in the bench file")
     if estimate.prepared_on not in (None, speed["device"]):

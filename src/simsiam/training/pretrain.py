@@ -11,6 +11,7 @@ from simsiam.model.siamese import Siamese
 from simsiam.monitoring.gauges import compute_gauges, grad_norm
 from simsiam.monitoring.label_free_monitor import label_free_monitor
 from simsiam.monitoring.nearest_neighbors import knn_monitor
+from simsiam.monitoring.worth import measure_start
 from simsiam.runs.encoder import eval_transform
 from simsiam.runs.journal import MetricsLogger
 from simsiam.runs.records import TrainingState
@@ -56,7 +57,12 @@ class Pretraining(Training[ViewBatch]):
     @override
     def begin(self) -> None:
         if "model" not in self.state:
-            initialize_eta(self.model, self.data.train, self.run.recipe, self.compute)
+            recipe, train, compute = self.run.recipe, self.data.train, self.compute
+            initialize_eta(self.model, train, recipe, compute)
+            backbone, transform = self.model.backbone, eval_transform(recipe)
+            self.state["start"] = measure_start(
+                backbone, train, recipe, transform, self.steps, compute=compute
+            )
         self.save("last")
 
     @override
@@ -104,8 +110,8 @@ class Pretraining(Training[ViewBatch]):
         return signals.values | top1
 
     @override
-    def log(self, record: Metrics) -> None:
-        self.logger.log(record)
+    def log(self, record: Metrics) -> str | None:
+        return self.logger.log(record)
 
     @override
     def save(self, name: str) -> None:

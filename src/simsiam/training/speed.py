@@ -1,7 +1,12 @@
 """The speed of training, measured with real steps. Importing this module does not load torch."""
 
+import json
 import math
+import os
+import platform
 import time
+from glob import glob
+from importlib.metadata import version
 from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
@@ -9,10 +14,14 @@ import numpy as np
 from simsiam.config.recipes import ResolvedRecipe
 from simsiam.data.images import Images, evenly_spaced, load_into_memory
 from simsiam.errors import WorkFailed
+from simsiam.sources.file_index import Index
+from simsiam.utils.workers import CPU_CORES
 
 if TYPE_CHECKING:
     from simsiam.training.prepare import TrainingSetup
 
+SPEED_INDEPENDENT = ("source", "mean", "std", "seed", "epochs", "steps", "limit", "holdout")
+BUSY_LOAD = 0.5  # for each core, from which a measurement is not kept
 MEASURING_SECONDS = 6.0  # that `measure_speed` may take once torch is loaded
 FULL_BATCH_REPEATS = 3  # measurements with a full batch, of which the fastest counts
 
@@ -25,15 +34,23 @@ class Speed(TypedDict):
         trained: To train on its views.
         gpu: Whether a GPU trains, so that other processes prepare images at the same time.
         device: The name of the device.
+        load: Load of the machine at the beginning, for each core; 0 where it is not known.
     """
 
     prepared: float
     trained: float
     gpu: bool
     device: str
+    load: float
 
 
-def measure_speed(recipe: ResolvedRecipe, images: Images, *, resident: bool) -> Speed:
+def measure_speed(
+    recipe: ResolvedRecipe,
+    images: Images,
+    *,
+    resident: bool,
+    seconds: float = MEASURING_SECONDS,
+) -> Speed:
     """Measure how long it takes to prepare images and to train on them.
 
     Steps are run on images of the source: first with small batches, then with larger ones up to
@@ -44,6 +61,7 @@ def measure_speed(recipe: ResolvedRecipe, images: Images, *, resident: bool) -> 
         images: The training images, all readable.
         resident: Whether the images will be decoded once and kept in memory; then preparing them
             does not include decoding.
+        seconds: Time that the measurement may take once torch is loaded.
 
     Raises:
         WorkFailed: A batch does not fit in the memory of the device.
@@ -53,21 +71,22 @@ def measure_speed(recipe: ResolvedRecipe, images: Images, *, resident: bool) -> 
     from simsiam.runs.environment import collect_environment
     from simsiam.training.prepare import build_training_setup
 
+    load = round(os.getloadavg()[0] / CPU_CORES, 2) if hasattr(os, "getloadavg") else 0.0
     setup = build_training_setup(recipe)
     setup.model.begin(images=len(images), labels=None, steps=1, per_epoch=1)
     device = setup.compute.device
     prepared = trained = math.inf
     try:
         _timed_step(recipe, setup, images, 2, resident)  # initializes libraries and the device
-        deadline = time.monotonic() + MEASURING_SECONDS
+        deadline = time.monotonic() + seconds
         sizes = [2**k for k in range(3, 16) if 2**k < recipe.batch_size]
         for size in sizes + [recipe.batch_size] * FULL_BATCH_REPEATS:
             expected = size * (prepared + trained)
             if trained < math.inf and time.monotonic() + expected > deadline:
                 break
             # The minimum: whatever slows down a single step is not due to the recipe.
-            seconds = _timed_step(recipe, setup, images, size, resident)
-            prepared, trained = map(min, seconds, (prepared, trained))
+            measured = _timed_step(recipe, setup, images, size, resident)
+            prepared, trained = map(min, measured, (prepared, trained))
     except torch.OutOfMemoryError:
         raise WorkFailed(
             f"batches of {recipe.batch_size} do not fit in the memory of {device}"
@@ -77,7 +96,33 @@ def measure_speed(recipe: ResolvedRecipe, images: Images, *, resident: bool) -> 
         "trained": trained,
         "gpu": device.type != "cpu",
         "device": str(collect_environment(setup.compute)["device"]),
+        "load": load,
     }
+
+
+def kept_speed(index: Index, recipe: ResolvedRecipe, images: Images, *, resident: bool) -> Speed:
+    """Return the speed for a recipe, measured once on this machine, or again if it was busy then.
+
+    Args:
+        index: The index of the source, where the measurement is kept.
+        recipe: The recipe.
+        images: The training images, all readable.
+        resident: Whether the images will be decoded once and kept in memory.
+
+    Raises:
+        WorkFailed: A batch does not fit in the memory of the device.
+    """
+    variables = [os.environ.get(name) for name in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")]
+    gpus = sorted(glob("/dev/nvidia[0-9]*"))
+    machine = [platform.node(), CPU_CORES, *variables, gpus, version("torch")]
+    settings = {k: v for k, v in recipe.to_dict().items() if k not in SPEED_INDEPENDENT}
+    key = f"speed of {json.dumps([machine, resident, settings])}"
+    speed: Speed = index.get_or_measure(
+        key, lambda: measure_speed(recipe, images, resident=resident)
+    )
+    if speed["load"] > BUSY_LOAD:
+        index.forget(key)
+    return speed
 
 
 def _timed_step(

@@ -16,6 +16,7 @@ from simsiam.embeddings.copies.distance import SIDE, Detail, make_detail
 from simsiam.embeddings.table import Embeddings
 from simsiam.errors import UsageError, WorkFailed, printable
 from simsiam.sources.open_source import open_source
+from simsiam.utils.names import utf8_name
 from simsiam.utils.workers import CPU_CORES
 
 CACHE_SIZE = 512  # images in memory, of at most 1 MiB each
@@ -47,19 +48,19 @@ class Originals:
         self._places: dict[str, list[tuple[int, int]]] = {}  # split and position of each name
         self._details: dict[int, Detail | None] = {}
         self._qualities: dict[int, Quality] = {}
-        names, channels = (embeddings.metadata.get(name) for name in ("sources", "channels"))
+        names, channels, parts = map(embeddings.metadata.get, ("sources", "channels", "splits"))
         if not isinstance(names, list) or not isinstance(channels, int):
             self.missing = "the file does not say where they are: embed them again"
             return
         try:
-            source = open_source(names, channels, no_labels=True)
+            source = open_source(names, channels, no_labels=True, splits=parts)
         except (UsageError, WorkFailed, OSError) as error:
             self.missing = printable(str(error))
             return
         self._splits = list(source.splits.values())
         for split, images in enumerate(self._splits):
             for i, key in enumerate(images.keys):
-                self._places.setdefault(printable(key), []).append((split, i))
+                self._places.setdefault(utf8_name(key), []).append((split, i))
 
     def read(self, rows: Sequence[int]) -> dict[int, Detail | None]:
         """Read images, in several threads.
@@ -148,7 +149,7 @@ class Originals:
 
     def _place(self, row: int) -> tuple[int, int] | None:
         """The split that a row belongs to, and its position there; None if that is unknown."""
-        places = self._places.get(printable(self.embeddings.paths[row]), [])
+        places = self._places.get(self.embeddings.paths[row], [])
         if len(places) == 1:
             return places[0]
         if not self.missing:

@@ -47,12 +47,18 @@ function locateThumbnail({ across, side }, i) {
   };
 }
 
+/** A file name with its control characters escaped. */
+function shown(name) {
+  return name.replace(/[\p{Cc}\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]/gu,
+    (c) => `\\u${c.charCodeAt(0).toString(16).padStart(4, "0")}`);
+}
+
 function thumbnail(gallery, i, size) {
   const { side } = gallery;
   const { index, x, y } = locateThumbnail(gallery, i);
   const canvas = el("canvas", {
     width: side, height: side, class: gallery.pixelated ? "pixelated" : "", role: "img",
-    "aria-label": gallery.names[i], style: size ? { width: `${size}px`, height: `${size}px` } : {},
+    "aria-label": shown(gallery.names[i]), style: size ? { width: `${size}px`, height: `${size}px` } : {},
   });
   loadSheet(gallery, index).then((sheet) =>
     canvas.getContext("2d").drawImage(sheet, x, y, side, side, 0, 0, side, side));
@@ -67,7 +73,7 @@ function labelOf(gallery, i) {
 function tile(gallery, i, { pick, query, cosine }) {
   const sameClass = query !== undefined && query !== i
     && gallery.labels && gallery.labels[i] === gallery.labels[query];
-  const title = [gallery.names[i], labelOf(gallery, i)].filter(Boolean).join("\n");
+  const title = [shown(gallery.names[i]), labelOf(gallery, i)].filter(Boolean).join("\n");
   return el("button",
     { class: `tile${sameClass ? " same" : ""}`, title, "data-image": i, onclick: () => pick(i) },
     thumbnail(gallery, i), cosine === undefined ? null : el("small", {}, cosine.toFixed(3)));

@@ -40,13 +40,18 @@ function downloadList(names) {
   setTimeout(() => URL.revokeObjectURL(url), 1000);
 }
 
+/** What two spellings of a name have in common: letter case, and composed or special characters. */
+function searchForm(name) {
+  return name.normalize("NFKC").toLowerCase();
+}
+
 class ImageMap {
   constructor(run) {
     this.data = run.map;
     this.gallery = data.galleries[run.map.gallery];
     this.count = run.map.x.length;
     this.indices = Array.from({ length: this.count }, (_, i) => i);
-    this.searchNames = this.gallery.names.map((name) => name.toLowerCase());
+    this.searchNames = this.gallery.names.map(searchForm);
     const numClusters = run.map.clusters.reduce((a, b) => Math.max(a, b), 0) + 1;
     const clusterNames = Array.from({ length: numClusters }, (_, c) => `cluster ${c + 1}`);
     this.categories = {
@@ -259,7 +264,7 @@ class ImageMap {
       tip.classList.toggle("hidden", i === null);
       if (i !== null) {
         tip.replaceChildren(
-          thumbnail(this.gallery, i, TIP_THUMBNAIL), this.gallery.names[i],
+          thumbnail(this.gallery, i, TIP_THUMBNAIL), shown(this.gallery.names[i]),
           el("div", { class: "pale" }, this.describe(i)));
       }
       this.redraw({ layer: false });
@@ -287,7 +292,7 @@ class ImageMap {
   }
 
   search(text) {
-    this.query = text.trim().toLowerCase();
+    this.query = searchForm(text.trim());
     const count = this.matches().length;
     this.matchCount.textContent =
       this.query ? `${formatNumber(count)} of ${formatNumber(this.count)}` : "";
@@ -446,7 +451,7 @@ class ImageMap {
       el("div", { class: "head" }, el("h3", {}, "Neighbors"), close),
       thumbnail(gallery, i, TIP_THUMBNAIL),
       el("div", {},
-        el("b", {}, gallery.names[i]), el("div", { class: "pale" }, this.describe(i))),
+        el("b", {}, shown(gallery.names[i])), el("div", { class: "pale" }, this.describe(i))),
       el("div", { class: "tiles" }, tiles),
       el("small", {}, `The numbers are cosine similarities of features.${note}`),
     ];

@@ -2,7 +2,7 @@
 
 nameRuns();
 const sections = [
-  candidates(), results(), transfers(), curves(), views(), mapSection(), neighborsSection(), recipe(),
+  features(), candidates(), results(), transfers(), curves(), views(), mapSection(), neighborsSection(), recipe(),
 ].filter(Boolean);
 const footer = `Created by simsiam ${data.version} on ${formatTime(data.created)}. `
   + "This page is self-contained: it makes no network requests.";

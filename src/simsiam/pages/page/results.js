@@ -187,6 +187,24 @@ function conditions(group) {
     el("div", { class: "stack" }, lines.map((line) => el("small", {}, line))));
 }
 
+// --- features at the start and at the end --------------------------------------------------------
+
+function features() {
+  const runs = data.runs.filter((run) => run.features?.length);
+  if (!runs.length) return null;
+  const note = "the trained network beside what it was and simpler features, on the same images; "
+    + "95 % intervals";
+  return section("features", "What training brought", note, runs.map((run) => {
+    const [titles, ...rows] = run.features;
+    return el("div", { class: "card scroll" },
+      several ? el("h3", {}, swatch(run.color), ` ${run.name}`) : null,
+      el("table", {},
+        el("tr", {}, headings(titles)),
+        rows.map((row) => el("tr", { class: row[0].startsWith("end") ? null : "pale" },
+          row.map((text) => el("td", {}, text))))));
+  }));
+}
+
 // --- encoders that were compared -----------------------------------------------------------------
 
 function candidates() {

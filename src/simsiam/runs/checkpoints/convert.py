@@ -12,12 +12,7 @@ import torch
 from torch import Tensor
 
 from simsiam.config.methods import METHODS
-from simsiam.config.recipes import (
-    PREPROCESSING_SETTINGS,
-    UNKNOWN_SOURCE,
-    Recipe,
-    ResolvedRecipe,
-)
+from simsiam.config.recipes import UNKNOWN_SOURCE, Recipe, ResolvedRecipe
 from simsiam.errors import UsageError
 from simsiam.model.backbones import TIMM_PREFIX, timm_config
 from simsiam.model.precision import Compute
@@ -25,7 +20,9 @@ from simsiam.runs.checkpoints.foreign_checkpoints import (
     BackboneSettings,
     ConvertedCheckpoint,
     convert_state_dict,
+    fit_backbone,
 )
+from simsiam.runs.checkpoints.own_files import convert_own_checkpoint, own_recipe, own_settings
 from simsiam.runs.checkpoints.published_weights import (
     HUB_PREFIX,
     IMAGENET_PREPROCESSING,
@@ -34,9 +31,8 @@ from simsiam.runs.checkpoints.published_weights import (
     resolve_checkpoint,
 )
 from simsiam.runs.checkpoints.timm_weights import load_named_weights, timm_preprocessing
-from simsiam.runs.encoder import load
+from simsiam.runs.encoder import build_backbone, load
 from simsiam.runs.environment import collect_environment
-from simsiam.runs.recipe_file import read_recipe
 from simsiam.runs.records import Record
 from simsiam.runs.run_folder import (
     BACKBONE_FILE,
@@ -47,8 +43,10 @@ from simsiam.runs.run_folder import (
     check_vacant,
     write_untrained,
 )
-from simsiam.runs.weight_files import file_sha256, read_state_dict, tensors_sha256
+from simsiam.runs.weight_files import file_sha256, read_weight_file, tensors_sha256
 from simsiam.utils.files import atomic_folder
+
+NO_HEADS = "only a backbone: there is no z"  # a note in converted.json
 
 
 class Conversion(NamedTuple):
@@ -120,6 +118,11 @@ def _from_named_weights(name: str, options: Record) -> Conversion | None:
     method = replace(METHODS["simsiam"], name="none")
     try:
         recipe = Recipe(method=method, source=UNKNOWN_SOURCE).replace(**weights.settings | options)
+        complete = recipe.resolve()
+        with torch.device("meta"):
+            expected = build_backbone(complete).state_dict()
+        network, size = complete.backbone, complete.image_size
+        tensors, notes = fit_backbone(network, weights.state, expected, size, complete.channels)
     except UsageError as error:
         raise UsageError(f"{name}: {error}") from None
     digest = tensors_sha256(weights.state)
@@ -128,12 +131,13 @@ def _from_named_weights(name: str, options: Record) -> Conversion | None:
         "url": None,
         "sha256": digest,
         "layout": "timm",
+        "parts": ["backbone"],
         "placed": len(weights.state),
         "absorbed": [],
         "left_over": weights.left_over,
         "set_aside": [],
         "assumed": [],
-        "notes": [*weights.notes, "only a backbone: there is no z"],
+        "notes": [*weights.notes, *notes, NO_HEADS],
     }
     origin = {
         "weights": name,
@@ -141,8 +145,8 @@ def _from_named_weights(name: str, options: Record) -> Conversion | None:
         "license": weights.license,
         "sha256": digest,
     }
-    state = {f"backbone.{key}": tensor for key, tensor in weights.state.items()}
-    return Conversion(recipe.resolve(), state, report, origin)
+    state = {f"backbone.{key}": tensor for key, tensor in tensors.items()}
+    return Conversion(complete, state, report, origin)
 
 
 def _from_file(
@@ -150,36 +154,43 @@ def _from_file(
 ) -> Conversion:
     """Convert a file, that of a release, or that of a run folder."""
     path, release = resolve_checkpoint(checkpoint)
-    tensors, set_aside = read_state_dict(path)
-    known: Record = dict(release.settings) if release else sibling_recipe_settings(path)
-    network = backbone or known.get("backbone")
-    size, channels = (known | options).get("image_size"), known.get("channels", 3)
+    content = read_weight_file(path)
     try:
-        converted = convert_state_dict(
-            tensors, str(network) if network else None, image_size=size, channels=channels
-        )
+        known: Record = dict(release.settings) if release else own_settings(path, content)
+        network = backbone or known.get("backbone")
+        size, own = options.get("image_size"), own_recipe(content)
+        if own is not None:
+            converted = convert_own_checkpoint(content, own, size)
+        else:
+            size, channels = (known | options).get("image_size"), known.get("channels")
+            converted = convert_state_dict(
+                content.tensors, network, image_size=size, channels=channels
+            )
+        if network not in (None, converted.settings["backbone"]):
+            raise UsageError(f"its backbone is {converted.settings['backbone']}, not {network}")
+        stated = known | converted.settings | {"channels": converted.channels} | options
+        if converted.image_size is not None:
+            stated["image_size"] = converted.image_size
+        assumed = assumed_preprocessing(converted.settings, stated)
+        recipe = Recipe(method=converted.method, source=UNKNOWN_SOURCE).replace(**stated | assumed)
     except UsageError as error:
         raise UsageError(f"{path}: {error}") from None
-    assumed = {
-        name: value
-        for name, value in assumed_preprocessing(converted.settings).items()
-        if name not in known | options
-    }
-    recipe = Recipe(method=converted.method, source=UNKNOWN_SOURCE).replace(
-        **known | converted.settings | assumed | options
-    )
     digest = file_sha256(path)
+    notes = conversion_notes(converted, assumed, release, own=bool(known) and not release)
+    if content.not_loaded:
+        notes.append(f"objects of other programs, not loaded: {', '.join(content.not_loaded)}")
     report = {
         "checkpoint": str(checkpoint) if release else str(path.resolve()),
         "url": release.url if release else None,
         "sha256": digest,
         "layout": converted.layout.program,
-        "placed": len(tensors) - len(converted.unused_keys),
+        "parts": ["backbone", *converted.layout.heads],
+        "placed": len(content.tensors) - len(converted.unused_keys),
         "absorbed": converted.absorbed_biases,
         "left_over": converted.unused_keys,
-        "set_aside": set_aside,
+        "set_aside": content.set_aside,
         "assumed": list(assumed),
-        "notes": conversion_notes(converted, assumed, release),
+        "notes": notes,
     }
     origin = describe_origin(checkpoint, path, release) | {"sha256": digest}
     head = path.with_name(HEAD_FILE)
@@ -216,18 +227,33 @@ def describe_origin(
     return {"weights": origin, "origin": origin, "license": license or "unknown"}
 
 
-def assumed_preprocessing(settings: BackboneSettings) -> dict[str, object]:
+def assumed_preprocessing(
+    settings: BackboneSettings, stated: Mapping[str, object]
+) -> dict[str, object]:
     """Choose the preprocessing of weights that do not say theirs.
 
     Args:
         settings: The settings of the backbone.
+        stated: The settings that are known.
 
     Returns:
-        timm's for a network of timm, else ImageNet's, with 32 px for a small stem.
+        What is not known: timm's for a network of timm, else ImageNet's, with 32 px for a small
+        stem.
+
+    Raises:
+        UsageError: Neither is known for this number of channels.
     """
+    values = IMAGENET_PREPROCESSING | ({"image_size": 32} if settings["stem"] == "small" else {})
     if settings["backbone"].startswith(TIMM_PREFIX):
-        return timm_preprocessing(timm_config(settings["backbone"]).to_dict())[0]
-    return IMAGENET_PREPROCESSING | ({"image_size": 32} if settings["stem"] == "small" else {})
+        values = timm_preprocessing(timm_config(settings["backbone"]).to_dict())[0]
+    if stated["channels"] != 3 and not {"mean", "std"} <= stated.keys():
+        raise UsageError(
+            f"nothing says the mean and standard deviation of its {stated['channels']} channels: "
+            "`simsiam convert` takes them as --mean and --std"
+        )
+    if stated.get("image_size", values["image_size"]) != values["image_size"]:
+        values = values | {"eval_resize": None}  # that of another size
+    return {name: value for name, value in values.items() if name not in stated}
 
 
 def write_run(folder: Path, made: Conversion) -> None:
@@ -254,28 +280,12 @@ def write_run(folder: Path, made: Conversion) -> None:
         shutil.copyfile(made.head, run.path / HEAD_FILE)
 
 
-def sibling_recipe_settings(path: Path) -> Record:
-    """Read the settings of the backbone from the recipe next to it.
-
-    Args:
-        path: A file of weights.
-
-    Returns:
-        The settings if the file is the backbone of a run folder, else {}.
-
-    Raises:
-        UsageError: The recipe is wrong.
-    """
-    recipe_path = path.with_name("recipe.yaml")
-    if path.name != BACKBONE_FILE or not recipe_path.is_file():
-        return {}
-    recipe = read_recipe(recipe_path)
-    names = ("backbone", "channels", *PREPROCESSING_SETTINGS)
-    return {name: getattr(recipe, name) for name in names}
-
-
 def conversion_notes(
-    converted: ConvertedCheckpoint, assumed: Mapping[str, object], release: Release | None = None
+    converted: ConvertedCheckpoint,
+    assumed: Mapping[str, object],
+    release: Release | None = None,
+    *,
+    own: bool = False,
 ) -> list[str]:
     """List what the tensors do not say, and what was assumed instead.
 
@@ -283,17 +293,18 @@ def conversion_notes(
         converted: The converted checkpoint.
         assumed: Settings that were assumed, by name.
         release: The published weights, if it is from there.
+        own: Whether this program wrote the file.
 
     Returns:
         Lines for converted.json.
     """
-    notes = [release.note] if release else []
+    notes = [*([release.note] if release else []), *converted.notes]
     if assumed:
         values = ", ".join(f"{name} {value}" for name, value in assumed.items())
         notes.append(f"assumed, because no flag says otherwise: {values}")
-    if converted.settings["stem"] == "small":
+    if converted.settings["stem"] == "small" and not own:
         notes.append("the 3x3 stem is assumed to be appendix D's: stride 1, padding 1, no pooling")
-        if converted.layout.program == "solo-learn":
+        if converted.layout.program.startswith("solo-learn"):
             notes.append(
                 "solo-learn pads this stem by 2 on CIFAR, so features differ from those there"
             )
@@ -302,7 +313,7 @@ def conversion_notes(
             "only the query encoder: without key encoder and queue, MoCo's training cannot continue"
         )
     if not converted.layout.heads:
-        notes.append("only a backbone: there is no z")
+        notes.append(NO_HEADS)
     return notes
 
 
@@ -321,7 +332,7 @@ def format_conversion(run: Path) -> str:
     lines = {
         "layout": report["layout"],
         "backbone": f"{recipe.backbone}, width {recipe.width}{stem}",
-        "heads": "none" if method.name == "none" else heads,
+        "heads": heads if "projector" in report["parts"] else "none",
         "placed": f"{report['placed']} tensors, of which {len(report['absorbed'])} are biases that "
         "were absorbed into batch norms",
         "left over": format_name_groups(report["left_over"]) or "none",
@@ -332,6 +343,21 @@ def format_conversion(run: Path) -> str:
         "run": str(run),
     }
     return "\n".join(f"{name:<10} {line}" for name, line in lines.items())
+
+
+def format_unused(run: Path) -> list[str]:
+    """Say what was left over of weights, and what was assumed about them.
+
+    Args:
+        run: The run folder.
+
+    Returns:
+        Lines.
+    """
+    report = Run(run).json("converted.json")
+    left_over = [f"left over: {format_name_groups(report['left_over'])}"]
+    notes = [note for note in report["notes"] if note != NO_HEADS]
+    return [*(left_over if report["left_over"] else []), *notes]
 
 
 def format_name_groups(names: Sequence[str]) -> str:

@@ -1,94 +1,48 @@
 """Checkpoints of other programs: recognized by their tensors, and renamed.
 
 A checkpoint is recognized by the names and shapes of its tensors. Each tensor is used or left over,
-depending on its name. A tensor that is missing, extra, of the wrong shape, or not finite is an
-error. A layout consists of the prefixes under which a program stores the parts of its model. They
-were taken from the code of the programs:
-
-- facebookresearch/simsiam, simsiam/builder.py: the projector is in `encoder.fc`; its output layer
-  has a bias without gradient, before a batch norm without affine parameters.
-- facebookresearch/moco, moco/builder.py: `encoder_q` is trained, `encoder_k` is its slow copy; `fc`
-  has no batch norm.
-- lightly-ai/lightly, examples/pytorch_lightning/simsiam.py: the backbone is a Sequential of the
-  children of a ResNet, so its parts have numbers. lightly/models/simsiam.py, which is older, has
-  other names for the heads.
-- open-mmlab/mmselfsup, models/necks/nonlinear_neck.py and models/heads/latent_pred_head.py: fc0,
-  bn0, fc1, bn1, ...
-- PatrickHua/SimSiam, models/simsiam.py: backbone and projector are stored twice, every layer has a
-  bias, and a projector of two layers keeps an unused `layer2`. models/backbones/cifar_resnet_2.py
-  calls the downsampling path shortcut.
-- vturrisi/solo-learn, solo/methods/simsiam.py and base.py: `backbone` was called `encoder` in older
-  versions. The checkpoints of this package have the same layout.
-- pytorch/vision, torchvision/models/resnet.py, and huggingface/pytorch-image-models,
-  timm/models/resnet.py: the same names; a classifier is left over.
+depending on its name. A tensor of the backbone or of a known head that is missing, of the wrong
+shape, or not finite is an error, and so is one that its modules do not have.
 """
 
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Literal, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from simsiam.config.method import HeadBN
-from simsiam.config.methods import METHODS, Method
+from simsiam.config.methods import Method
 from simsiam.errors import UsageError
-from simsiam.model.backbones import RESNETS, create_backbone, feature_dim, input_size
+from simsiam.model.backbones import (
+    RESNETS,
+    create_backbone,
+    feature_dim,
+    fit_positions,
+    input_size,
+    vit_image_size,
+)
 from simsiam.model.heads import build_predictor, build_projector
+from simsiam.runs.checkpoints.foreign_heads import (
+    absorb_biases,
+    check_biases,
+    format_shape,
+    parse_heads,
+)
+from simsiam.runs.checkpoints.layouts import (
+    LAYOUTS,
+    Layout,
+    check_attention,
+    describe_prefix,
+    detect_layout,
+    find_backbones,
+    map_backbone_names,
+    strip_wrappers,
+    tied_names,
+)
 
-
-class Layout(NamedTuple):
-    """How a program names the parts of its model.
-
-    Attributes:
-        program: The name of the program.
-        backbone: The prefix of the backbone.
-        projector: The prefix of the projector; "" if there is none. Without heads, a classifier may
-            follow the backbone.
-        predictor: The prefix of the predictor; "" if there is none.
-        method: The name of the method.
-        bias_before_bn: The layers that must have a bias before a batch norm: "no" layer, the "out"
-            layer of the projector, or "all" layers.
-        tied_prefixes: Pairs of prefixes under which the same tensors are stored: the copy first.
-    """
-
-    program: str
-    backbone: str
-    projector: str = ""
-    predictor: str = ""
-    method: str = "simsiam"
-    bias_before_bn: Literal["no", "out", "all"] = "no"
-    tied_prefixes: tuple[tuple[str, str], ...] = ()
-
-    @property
-    def heads(self) -> dict[str, str]:
-        """The prefixes of the heads that there are, by the name of the head."""
-        heads = {"projector": self.projector, "predictor": self.predictor}
-        return {name: prefix for name, prefix in heads.items() if prefix}
-
-
-# A checkpoint has the first layout whose prefixes all occur.
-LAYOUTS = (
-    Layout("the authors' SimSiam", "encoder.", "encoder.fc.", "predictor.", bias_before_bn="out"),
-    Layout("MoCo", "encoder_q.", "encoder_q.fc.", method="moco_v2"),
-    Layout("lightly", "backbone.", "projection_head.", "prediction_head."),
-    Layout("lightly", "backbone.", "projection_mlp.", "prediction_mlp."),
-    Layout("mmselfsup", "backbone.", "neck.", "head.predictor."),
-    Layout(
-        "PatrickHua's SimSiam", "backbone.", "projector.", "predictor.", bias_before_bn="all",
-        tied_prefixes=(("encoder.0.", "backbone."), ("encoder.1.", "projector.")),
-    ),
-    Layout("solo-learn", "backbone.", "projector.", "predictor."),
-    Layout("solo-learn", "encoder.", "projector.", "predictor."),
-    Layout("torchvision or timm", "", method="none"),
-)  # fmt: skip
-WRAPPER_PREFIXES = ("module.", "_orig_mod.")  # DistributedDataParallel's and torch.compile's
-# The children of a ResNet that have weights, by their position.
-RESNET_CHILDREN = {
-    "0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4",
-}  # fmt: skip
+# Names that begin so are beside a backbone, not in it: parts of MAE and others, and of `adapt`.
+BESIDE_BACKBONE = ("mask_token", "decoder", "patches")
 
 
 class BackboneSettings(TypedDict):
@@ -109,6 +63,9 @@ class ConvertedCheckpoint(NamedTuple):
         model_state: Tensors under the names of Siamese's state dict, for the parts that there are.
         absorbed_biases: Biases that were absorbed into the batch norm after them.
         unused_keys: Tensors that are not part of the model.
+        channels: Channels of an image.
+        image_size: Side of an image in pixels; None if the tensors do not depend on it.
+        notes: What else there is to say.
     """
 
     layout: Layout
@@ -117,24 +74,9 @@ class ConvertedCheckpoint(NamedTuple):
     model_state: dict[str, Tensor]
     absorbed_biases: list[str]
     unused_keys: list[str]
-
-
-class ParsedHead(NamedTuple):
-    """An MLP in a checkpoint.
-
-    Attributes:
-        names: The names of this package, and the checkpoint's for each.
-        widths: The dimensions of its input and of each layer's output.
-        has_bn: Whether a batch norm follows, for each layer.
-        last_bn_affine: Whether the last batch norm has affine parameters.
-        biases: Names of running means, and the bias that each absorbs.
-    """
-
-    names: dict[str, str]
-    widths: list[int]
-    has_bn: list[bool]
-    last_bn_affine: bool
-    biases: dict[str, str]
+    channels: int
+    image_size: int | None
+    notes: list[str]
 
 
 def convert_state_dict(
@@ -142,7 +84,7 @@ def convert_state_dict(
     network: str | None = None,
     *,
     image_size: int | None = None,
-    channels: int = 3,
+    channels: int | None = None,
 ) -> ConvertedCheckpoint:
     """Recognize and rename the model in a state dict.
 
@@ -150,9 +92,9 @@ def convert_state_dict(
         tensors: The tensors of the checkpoint.
         network: The name of the backbone. It is not needed for a ResNet, whose depth, width and
             stem are read from the shapes.
-        image_size: Side of its images in pixels, for networks whose tensors depend on it; None
-            takes the size that the network was designed for.
-        channels: Channels of an image.
+        image_size: Side of its images in pixels, for networks whose tensors depend on it: position
+            embeddings of another size are resampled. None takes the size of the tensors.
+        channels: Channels of an image; None takes that of the tensors.
 
     Returns:
         The model, and what became of every tensor.
@@ -160,276 +102,67 @@ def convert_state_dict(
     Raises:
         UsageError: A tensor is missing, extra, of the wrong shape or not finite, or no layout fits.
     """
-    tensors = strip_wrapper_prefixes(tensors)
-    layout = detect_layout(tensors)
+    tensors, reference = strip_wrappers(tensors), reference_state(network)
+    prefixes = find_backbones(tensors, reference)
+    layout, outer = detect_layout(tensors, prefixes)
+    outside = [name for name in tensors if not name.startswith(outer)]
+    tensors = {k.removeprefix(outer): x for k, x in tensors.items() if k.startswith(outer)}
+    check_attention(layout, network or "")
     copies = tied_names(tensors, layout)
     backbone_names = map_backbone_names(tensors, layout)
-    if network is None or network in RESNETS:
-        settings = detect_resnet(backbone_names, tensors)
-        if network not in (None, settings["backbone"]):
-            raise UsageError(f"its backbone is a {settings['backbone']}, not a {network}")
-    else:
-        settings = {"backbone": network, "width": 64, "stem": None}
-    heads = {part: parse_head(tensors, prefix) for part, prefix in layout.heads.items()}
-    method = method_from_heads(layout, heads)
+    layout, heads, method, notes = parse_heads(tensors, layout)
+    notes += describe_prefix(layout, outer, prefixes)
+    settings = detect_backbone(backbone_names, tensors, network)
+    channels = channels or stem_channels(backbone_names, tensors, reference)
+    if reference is not None:
+        stored = vit_image_size({k: tensors[key] for k, key in backbone_names.items()})
+        image_size = image_size or stored or input_size(settings["backbone"]) or 224
 
     names = {f"backbone.{name}": key for name, key in backbone_names.items()}
     biases: dict[str, str] = {}
     for part, head in heads.items():
         names |= {f"{part}.{name}": key for name, key in head.names.items()}
         biases |= {f"{part}.{mean}": key for mean, key in head.biases.items()}
-    expected = expected_state_dict(settings, method, heads, image_size, channels)
-    if not heads and is_classifier(extra := names.keys() - expected.keys(), names, tensors):
-        names = {name: key for name, key in names.items() if name not in extra}
+    expected = expected_state_dict(settings, method, image_size, channels, has_heads=bool(heads))
+    beside = names_beside(names, expected, tensors, has_heads=bool(heads))
+    names = {name: key for name, key in names.items() if name not in beside}
     check_biases(layout, heads, biases)
-    description = f"{settings['backbone']}, width {settings['width']}"
-    model_state = match_state_dict(names, tensors, expected, description)
+    found = {name: tensors[key] for name, key in names.items()}
+    if reference is not None and image_size is not None:
+        found, lines = fit_backbone(
+            settings["backbone"], found, expected, image_size, channels, prefix="backbone."
+        )
+        notes += lines
+    model_state = match_state_dict(names, found, expected, describe_network(settings, image_size))
     absorb_biases(model_state, biases, tensors)
 
     used = {*names.values(), *biases.values()}
-    for key in used:
-        if tensors[key].is_floating_point() and not tensors[key].isfinite().all():
-            raise UsageError(f"{key} has values that are not finite")
+    check_finite({key: tensors[key] for key in used})
     used |= {copy for copy, original in copies.items() if original in used}
-    unused = [key for key in tensors if key not in used]
-    return ConvertedCheckpoint(layout, settings, method, model_state, list(biases.values()), unused)
+    unused = [outer + key for key in tensors if key not in used] + outside
+    return ConvertedCheckpoint(
+        layout, settings, method, model_state, list(biases.values()), unused, channels, image_size,
+        notes,
+    )  # fmt: skip
 
 
-def check_biases(
-    layout: Layout, heads: Mapping[str, ParsedHead], biases: Mapping[str, str]
-) -> None:
-    """Check that the biases are there that the layout has before batch norms.
-
-    Without such a bias, the running mean of the batch norm would be wrong.
-
-    Args:
-        layout: The layout.
-        heads: The heads, by name.
-        biases: The biases that were found before batch norms.
-
-    Raises:
-        UsageError: Some are missing.
-    """
-    num_norms = sum(sum(head.has_bn) for head in heads.values())
-    required = {"no": 0, "out": 1, "all": num_norms}[layout.bias_before_bn]
-    if len(biases) < required:
-        raise UsageError(
-            f"{layout.program} has {required} biases before batch norms, and here are {len(biases)}"
-        )
-
-
-def absorb_biases(
-    model_state: dict[str, Tensor], biases: Mapping[str, str], tensors: Mapping[str, Tensor]
-) -> None:
-    """Absorb biases into the running means of the batch norms after them.
-
-    With running mean m, BN(Wx + b) equals BN(Wx) with running mean m - b; in training mode, the
-    mean of the batch removes b.
+def reference_state(network: str | None) -> dict[str, Tensor] | None:
+    """Build the state dict of a network that goes by its name, without numbers.
 
     Args:
-        model_state: The renamed state dict, which is changed.
-        biases: Names of running means in it, and the key of the bias that each absorbs.
-        tensors: The tensors of the checkpoint.
-
-    Raises:
-        UsageError: A bias has another shape than the running mean.
-    """
-    for mean, key in biases.items():
-        bias, running_mean = tensors[key], model_state[mean]
-        if bias.shape != running_mean.shape:
-            raise UsageError(
-                f"{key} is {_format_shape(bias)} before a batch norm of "
-                f"{_format_shape(running_mean)}"
-            )
-        model_state[mean] = (running_mean.double() - bias.double()).to(running_mean.dtype)
-
-
-# --- names ---
-
-
-def strip_wrapper_prefixes(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """Remove the prefixes that wrappers around the whole model give to all names.
-
-    Args:
-        tensors: The tensors of the checkpoint.
+        network: The name; None for a ResNet, which goes by its shapes.
 
     Returns:
-        The same tensors.
-    """
-    for prefix in WRAPPER_PREFIXES:
-        if all(name.startswith(prefix) for name in tensors):
-            return strip_wrapper_prefixes(
-                {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-            )
-    return tensors
-
-
-def detect_layout(tensors: Mapping[str, Tensor]) -> Layout:
-    """Find the first layout whose prefixes all occur; the last layout always fits.
-
-    Args:
-        tensors: The tensors of the checkpoint.
-
-    Returns:
-        The layout.
-    """
-
-    def occur(prefixes: Sequence[str]) -> bool:
-        return all(any(name.startswith(prefix) for name in tensors) for prefix in prefixes)
-
-    return next(
-        layout
-        for layout in LAYOUTS
-        if occur(
-            [
-                layout.backbone,
-                *layout.heads.values(),
-                *(prefix for prefix, _ in layout.tied_prefixes),
-            ]
-        )
-    )
-
-
-def tied_names(tensors: Mapping[str, Tensor], layout: Layout) -> dict[str, str]:
-    """Find the tensors that a layout stores twice.
-
-    Args:
-        tensors: The tensors of the checkpoint.
-        layout: Its layout.
-
-    Returns:
-        The name of each copy, and of its original.
+        Tensors on the meta device, for the image size that the network was designed for; None for
+        a ResNet.
 
     Raises:
-        UsageError: A copy is missing or differs from the original.
+        UsageError: There is no such network.
     """
-    copies: dict[str, str] = {}
-    for prefix, original in layout.tied_prefixes:
-        first = {name.removeprefix(original) for name in tensors if name.startswith(original)}
-        second = {name.removeprefix(prefix) for name in tensors if name.startswith(prefix)}
-        for name in sorted(first | second):
-            in_both = name in first & second
-            if not in_both or not torch.equal(tensors[original + name], tensors[prefix + name]):
-                raise UsageError(
-                    f"{original}{name} and {prefix}{name} are one tensor in this layout, and "
-                    "differ here"
-                )
-        copies |= {prefix + name: original + name for name in second}
-    return copies
-
-
-def map_backbone_names(tensors: Mapping[str, Tensor], layout: Layout) -> dict[str, str]:
-    """Find the tensors of the backbone.
-
-    Args:
-        tensors: The tensors of the checkpoint.
-        layout: Its layout.
-
-    Returns:
-        torchvision's name for each, and its name in the checkpoint.
-
-    Raises:
-        UsageError: The backbone is a Sequential, but not of a ResNet's children.
-    """
-    names = {
-        name.removeprefix(layout.backbone): name
-        for name in tensors
-        if name.startswith(layout.backbone)
-        and not (layout.projector and name.startswith(layout.projector))
-    }
-    children = dict.fromkeys(name.split(".")[0] for name in names)
-    if children and all(child.isdigit() for child in children):
-        # In lightly's ResNetGenerator they are 0 to 5; converting that would lose a ReLU.
-        if set(children) != set(RESNET_CHILDREN):
-            raise UsageError(
-                f"the backbone's weights are children {', '.join(children)} of a Sequential, and "
-                f"a ResNet's are {', '.join(RESNET_CHILDREN)}"
-            )
-        names = {
-            re.sub(r"^\d+", lambda child: RESNET_CHILDREN[child[0]], name): key
-            for name, key in names.items()
-        }
-    return {name.replace(".shortcut.", ".downsample."): key for name, key in names.items()}
-
-
-def parse_head(tensors: Mapping[str, Tensor], prefix: str) -> ParsedHead:
-    """Parse the MLP under a prefix: layers and batch norms in the order of the numbers in names.
-
-    Args:
-        tensors: The tensors of the checkpoint.
-        prefix: The prefix of the head.
-
-    Returns:
-        Its tensors and dimensions.
-
-    Raises:
-        UsageError: It has a module that is neither a fully connected layer nor a batch norm.
-    """
-    layers = _used_layers(_pair_layers(tensors, prefix), tensors)
-    names: dict[str, str] = {}
-    biases: dict[str, str] = {}
-    position = 0  # in the Sequential of this package
-    for fc, bn in layers:
-        if bn and "bias" in fc:
-            biases[f"{position + 1}.running_mean"] = fc["bias"]
-        names |= {
-            f"{position}.{leaf}": name for leaf, name in fc.items() if not bn or leaf != "bias"
-        }
-        names |= {f"{position + 1}.{leaf}": name for leaf, name in bn.items()}
-        position += 3 if bn else 2  # the ReLU has a position too
-    shapes = [tensors[fc["weight"]].shape for fc, _ in layers]
-    widths = [shapes[0][1], *(shape[0] for shape in shapes)]
-    has_bn = [bool(bn) for _, bn in layers]
-    return ParsedHead(names, widths, has_bn, "weight" in layers[-1][1], biases)
-
-
-# The names of the tensors of a fully connected layer and of the batch norm after it, by what they
-# are ("weight", "bias", ...); {} if there is no batch norm.
-_Layer = tuple[dict[str, str], dict[str, str]]
-
-
-def _pair_layers(tensors: Mapping[str, Tensor], prefix: str) -> list[_Layer]:
-    """List the layers of a head in order, each with the batch norm after it."""
-    modules: dict[str, dict[str, str]] = {}
-    for name in tensors:
-        if name.startswith(prefix):
-            path, _, leaf = name.rpartition(".")
-            modules.setdefault(path, {})[leaf] = name
-
-    def order(path: str) -> tuple[list[int], bool]:
-        # fc0 and bn0 have the same number: the batch norm is the second.
-        numbers = [int(n) for n in re.findall(r"\d+", path[len(prefix) :])]
-        return numbers, "running_mean" in modules[path]
-
-    layers: list[_Layer] = []
-    for path in sorted(modules, key=order):
-        module = modules[path]
-        if "running_mean" in module and layers and not layers[-1][1]:
-            layers[-1] = (layers[-1][0], module)
-        elif "weight" in module and tensors[module["weight"]].ndim == 2:
-            layers.append((module, {}))
-        else:
-            raise UsageError(
-                f"{path} is neither a fully connected layer nor a batch norm after one"
-            )
-    return layers
-
-
-def _used_layers(layers: list[_Layer], tensors: Mapping[str, Tensor]) -> list[_Layer]:
-    """Leave out layers that are stored but not part of the network (PatrickHua's layer2).
-
-    Their batch norm has counted no batch, while that of another layer has.
-    """
-    counters = [
-        bool(tensors[bn["num_batches_tracked"]].any()) if "num_batches_tracked" in bn else None
-        for _, bn in layers
-    ]
-    if True not in counters:
-        return layers
-    return [layer for layer, counted in zip(layers, counters) if counted is not False]
-
-
-# --- shapes ---
+    if network is None or network in RESNETS:
+        return None
+    with torch.device("meta"):
+        return create_backbone(network, image_size=input_size(network) or 224).state_dict()
 
 
 def detect_resnet(names: Mapping[str, str], tensors: Mapping[str, Tensor]) -> BackboneSettings:
@@ -462,66 +195,100 @@ def detect_resnet(names: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Ba
     return {"backbone": network, "width": stem[0], "stem": "small" if stem[2] == 3 else "large"}
 
 
-def method_from_heads(layout: Layout, heads: Mapping[str, ParsedHead]) -> Method:
-    """Make a row of methods with the heads of a checkpoint.
-
-    It is the row of SimSiam under the name of the layout's method. Only its heads come from the
-    checkpoint: a converted MoCo has no key encoder and no queue, so its training cannot continue.
+def detect_backbone(
+    names: Mapping[str, str], tensors: Mapping[str, Tensor], network: str | None
+) -> BackboneSettings:
+    """Find the settings of the backbone: those of a ResNet by its shapes, others by their name.
 
     Args:
-        layout: The layout.
-        heads: The heads, by name.
+        names: torchvision's names, and those in the checkpoint.
+        tensors: The tensors of the checkpoint.
+        network: The name of the backbone, if it is known.
 
     Returns:
-        The row; without heads, its name is "none".
+        The settings.
 
     Raises:
-        UsageError: No method can have such heads.
+        UsageError: It is no ResNet, or another one.
     """
-    row = replace(METHODS["simsiam"], name=layout.method)
-    if not heads:
-        return row
-    projector, predictor = heads["projector"], heads.get("predictor")
-    hidden = set(zip(projector.widths[1:-1], projector.has_bn[:-1]))
-    if len(hidden) > 1 or (predictor and len(predictor.has_bn) != 2):
-        widths = ["-".join(map(str, head.widths)) for head in heads.values()]
-        raise UsageError(
-            f"no method has such heads: layers of {' and '.join(widths)}, batch norm after some"
-        )
-    has_bn: dict[HeadBN, bool] = {
-        "proj_hidden": any(projector.has_bn[:-1]),
-        "proj_out": projector.has_bn[-1],
-    }
-    row = replace(
-        row,
-        dim=projector.widths[-1],
-        proj_layers=len(projector.has_bn),
-        output_bn_affine=projector.last_bn_affine,
-        predictor="none",
-    )
-    for width, _ in hidden:
-        row = replace(row, proj_hidden=width)
-    if predictor:
-        has_bn |= {"pred_hidden": predictor.has_bn[0], "pred_out": predictor.has_bn[1]}
-        row = replace(row, predictor="mlp", pred_dim=predictor.widths[1])
-    return replace(row, head_bn=tuple(name for name, present in has_bn.items() if present))
+    if network is not None and network not in RESNETS:
+        return {"backbone": network, "width": 64, "stem": None}
+    settings = detect_resnet(names, tensors)
+    if network not in (None, settings["backbone"]):
+        raise UsageError(f"its backbone is a {settings['backbone']}, not a {network}")
+    return settings
+
+
+def stem_channels(
+    names: Mapping[str, str],
+    tensors: Mapping[str, Tensor],
+    reference: Mapping[str, Tensor] | None,
+) -> int:
+    """Read the number of channels of an image from the first convolution.
+
+    Args:
+        names: The names of the backbone's tensors, and those in the checkpoint.
+        tensors: The tensors of the checkpoint.
+        reference: The state dict of the network; None for a ResNet.
+
+    Returns:
+        The number; 3 if there is no such convolution.
+    """
+    convolutions = [name for name, tensor in (reference or {}).items() if tensor.ndim == 4]
+    key = names.get(convolutions[0] if convolutions else "conv1.weight", "")
+    shape = tensors[key].shape if key in tensors else ()
+    return shape[1] if len(shape) == 4 and 1 <= shape[1] <= 16 else 3
+
+
+def names_beside(
+    names: Mapping[str, str],
+    expected: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor],
+    *,
+    has_heads: bool,
+) -> set[str]:
+    """Find the tensors beside a backbone that can be left over: they are in none of its modules.
+
+    Args:
+        names: Names of this package, and those in the checkpoint.
+        expected: The expected tensors, by the names of this package.
+        tensors: The tensors of the checkpoint.
+        has_heads: Whether the model has heads; without them, a classifier may be in a module.
+
+    Returns:
+        Names of this package. Tensors of more than two dimensions may be tokens or convolutions of
+        another network: they are not among them.
+    """
+    modules = {name.split(".")[1] for name in expected if name.startswith("backbone.")}
+    extra = {name for name in names.keys() - expected.keys() if name.startswith("backbone.")}
+    beside = set()
+    for name in extra:
+        module = name.split(".")[1]
+        flat = tensors[names[name]].ndim <= 2 or module.startswith(BESIDE_BACKBONE)
+        if module not in modules and flat:
+            beside.add(name)
+    in_modules = extra - beside
+    if not has_heads and is_classifier(in_modules, names, tensors):
+        beside |= in_modules
+    return beside
 
 
 def expected_state_dict(
     settings: BackboneSettings,
     method: Method,
-    heads: Mapping[str, ParsedHead],
-    image_size: int | None = None,
-    channels: int = 3,
+    image_size: int | None,
+    channels: int,
+    *,
+    has_heads: bool,
 ) -> dict[str, Tensor]:
     """Build the state dict that a model has, without numbers.
 
     Args:
         settings: The settings of the backbone.
         method: The method, for the heads.
-        heads: The heads of the checkpoint; if there are none, the model has none.
-        image_size: Side of an image in pixels; None takes that of the network's design.
+        image_size: Side of an image in pixels; None if the tensors do not depend on it.
         channels: Channels of an image.
+        has_heads: Whether the model has heads.
 
     Returns:
         Tensors on the meta device.
@@ -530,13 +297,13 @@ def expected_state_dict(
     with torch.device("meta"):
         backbone = create_backbone(
             name,
-            image_size=image_size or input_size(name) or 224,
+            image_size=image_size or 224,
             width=settings["width"],
             stem=settings["stem"],
             channels=channels,
         )
         parts = {"backbone": backbone}
-        if heads:
+        if has_heads:
             parts["projector"] = build_projector(method, feature_dim(backbone))
             parts["predictor"] = build_predictor(method)
         return {
@@ -546,17 +313,76 @@ def expected_state_dict(
         }
 
 
+def fit_backbone(
+    network: str,
+    found: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
+    image_size: int,
+    channels: int,
+    *,
+    prefix: str = "",
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Resample the position embeddings of a backbone if they are of another image size.
+
+    Args:
+        network: The name of the backbone.
+        found: Its tensors, and perhaps others.
+        expected: The expected tensors.
+        image_size: Side of an image in pixels.
+        channels: Channels of an image.
+        prefix: What the names of the backbone's tensors begin with.
+
+    Returns:
+        All tensors, and a note if some were resampled.
+
+    Raises:
+        UsageError: They cannot be resampled.
+    """
+    own, wanted = (
+        {k.removeprefix(prefix): x for k, x in state.items() if k.startswith(prefix)}
+        for state in (found, expected)
+    )
+    fitted, resampled = fit_positions(
+        network, own, wanted, image_size=image_size, channels=channels
+    )
+    tensors = dict(found) | {prefix + k: x for k, x in fitted.items()}
+    return tensors, [resampling_note(vit_image_size(own), image_size)] if resampled else []
+
+
+def resampling_note(source_size: int | None, image_size: int) -> str:
+    """Say that position embeddings are resampled.
+
+    Args:
+        source_size: The image size that they are of, in pixels, if it is known.
+        image_size: The image size that they become of.
+    """
+    source = f" of {source_size} px" if source_size else ""
+    return f"position embeddings{source} are resampled to {image_size} px, as timm does"
+
+
+def describe_network(settings: BackboneSettings, image_size: int | None) -> str:
+    """Describe a backbone for an error.
+
+    Args:
+        settings: Its settings.
+        image_size: Side of its images in pixels, if its tensors may depend on it.
+    """
+    if settings["backbone"] in RESNETS:
+        return f"{settings['backbone']}, width {settings['width']}"
+    return f"{settings['backbone']} for images of {image_size} px"
+
+
 def match_state_dict(
     names: Mapping[str, str],
-    tensors: Mapping[str, Tensor],
+    found: Mapping[str, Tensor],
     expected: Mapping[str, Tensor],
     network: str,
 ) -> dict[str, Tensor]:
-    """Rename the tensors of a checkpoint and check them against the expected ones.
+    """Check the tensors of a checkpoint against the expected ones, and add counters of batches.
 
     Args:
         names: Names of this package, and those in the checkpoint.
-        tensors: The tensors of the checkpoint.
+        found: The tensors, by the names of this package.
         expected: The expected tensors, by the names of this package.
         network: What the model is called in errors.
 
@@ -572,14 +398,28 @@ def match_state_dict(
     counters = {name: torch.tensor(0) for name in expected if name.endswith(".num_batches_tracked")}
     if missing := [name for name in expected if name not in names and name not in counters]:
         raise UsageError(f"{missing[0]} of {network} is missing{_and_more(missing)}")
-    state = {name: tensors[names[name]] if name in names else counters[name] for name in expected}
+    state = {name: found[name] if name in found else counters[name] for name in expected}
     for name, tensor in state.items():
         if tensor.shape != expected[name].shape:
             raise UsageError(
-                f"{names[name]} is {_format_shape(tensor)}; {network} has "
-                f"{_format_shape(expected[name])}"
+                f"{names[name]} is {format_shape(tensor)}; {network} has "
+                f"{format_shape(expected[name])}"
             )
     return state
+
+
+def check_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Check that all values of tensors are finite.
+
+    Args:
+        tensors: The tensors, by name.
+
+    Raises:
+        UsageError: Some are not.
+    """
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise UsageError(f"{name} has values that are not finite")
 
 
 def is_classifier(extra: set[str], names: Mapping[str, str], tensors: Mapping[str, Tensor]) -> bool:
@@ -598,7 +438,3 @@ def is_classifier(extra: set[str], names: Mapping[str, str], tensors: Mapping[st
 
 def _and_more(names: Sequence[str]) -> str:
     return f", and {len(names) - 1} more" if len(names) > 1 else ""
-
-
-def _format_shape(tensor: Tensor) -> str:
-    return str(tuple(tensor.shape))

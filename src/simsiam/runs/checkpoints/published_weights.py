@@ -14,7 +14,7 @@ import torch
 import yaml
 from torchvision import models
 
-from simsiam.errors import UsageError, WorkFailed, truncate, unknown_name
+from simsiam.errors import UsageError, WorkFailed, printable, truncate, unknown_name
 from simsiam.runs.recipe_file import NoAliasLoader
 from simsiam.runs.weight_files import file_sha256
 
@@ -118,9 +118,9 @@ def resolve_checkpoint(name_or_path: str | os.PathLike[str]) -> tuple[Path, Rele
     """Find the file of weights that a name or a path stands for.
 
     Args:
-        name_or_path: A published name, whose file is downloaded once; a file; a run folder, whose
-            backbone is taken; or "hf-hub:owner/name", a run folder that `simsiam export --format
-            huggingface --push` uploaded.
+        name_or_path: A published name, whose file is downloaded once; a file; a run folder or an
+            export, whose backbone is taken; or "hf-hub:owner/name", a run folder that `simsiam
+            export --format huggingface --push` uploaded.
 
     Returns:
         The file, and the release if it is one.
@@ -137,9 +137,7 @@ def resolve_checkpoint(name_or_path: str | os.PathLike[str]) -> tuple[Path, Rele
     else:
         path = Path(name).expanduser()
     if path.is_dir():
-        path = path / "backbone.safetensors"
-        if not path.is_file():
-            raise UsageError(f"{path} does not exist: give a finished run, or a file")
+        path = file_in_folder(path)
     elif not path.is_file():
         torchvision_names = "ResNet50_Weights.IMAGENET1K_V2 or another of torchvision's"
         allowed = [*RELEASES, torchvision_names, "a file", "a run folder"]
@@ -147,6 +145,30 @@ def resolve_checkpoint(name_or_path: str | os.PathLike[str]) -> tuple[Path, Rele
     return path, None
 
 
+def file_in_folder(folder: Path) -> Path:
+    """Find the weights in a run folder or in an export.
+
+    Args:
+        folder: The folder.
+
+    Returns:
+        The file.
+
+    Raises:
+        UsageError: There is none.
+    """
+    found = [folder / name for name in EXPORTED_FILES if (folder / name).is_file()]
+    if not found:
+        raise UsageError(
+            f"{printable(str(folder))} is not a run folder, and has no weights that can be read: "
+            f"{', '.join(EXPORTED_FILES)}. Of the exports, safetensors, torchvision, timm and "
+            "huggingface have them"
+        )
+    return found[0]
+
+
+# The weights in a run folder and in the exports safetensors, torchvision and timm.
+EXPORTED_FILES = ("backbone.safetensors", "backbone.pth", "model.safetensors")
 # What a repository may have: a run folder of this package, else a model of timm.
 RUN_FILES = [
     "recipe.yaml", "backbone.safetensors", "head.safetensors", "origin.json", "README.md"

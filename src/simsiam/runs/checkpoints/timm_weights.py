@@ -6,6 +6,7 @@ ImageNet classes (validation set): the accuracy among the 1,000 classes is shown
 docs/command_line.md beside that with ImageNet's usual mean and standard deviation.
 """
 
+import json
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -86,7 +87,8 @@ def load_named_weights(name: str) -> NamedWeights | None:
     """Load the weights of a name for which there is a network of timm.
 
     Args:
-        name: "lite0", "lite2", "timm:NAME", or "hf-hub:owner/name" for a repository of timm.
+        name: "lite0", "lite2", "timm:NAME", "hf-hub:owner/name" for a repository of timm, or a
+            folder of timm's.
 
     Returns:
         The weights, or None for any other name.
@@ -107,7 +109,42 @@ def load_named_weights(name: str) -> NamedWeights | None:
         if not (folder / "recipe.yaml").is_file():
             weights = load_timm_weights(f"local-dir:{folder}", name)
             return weights._replace(license=card_license(folder) or weights.license)
+    if exported := timm_folder(Path(name).expanduser()):
+        return load_timm_weights(f"local-dir:{exported}", f"timm's folder {exported.name}")
     return None
+
+
+def timm_folder(path: Path) -> Path | None:
+    """Find a folder that timm wrote, or that was downloaded from its hub.
+
+    Args:
+        path: The folder, or model.safetensors in it.
+
+    Returns:
+        The folder; None if it is of another kind. An export of this program says more about its
+        preprocessing, and is read as a file.
+    """
+    folder = path.parent if path.name == "model.safetensors" else path
+    names = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
+    is_timm = {"config.json", "model.safetensors"} <= names and timm_architecture(folder)
+    return folder if is_timm and not names & {"recipe.yaml", "preprocessing.json"} else None
+
+
+def timm_architecture(folder: Path) -> str | None:
+    """Read the name of the network in a folder of timm.
+
+    Args:
+        folder: The folder.
+
+    Returns:
+        Its name in timm; None if config.json is missing or not of timm.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError, RecursionError):
+        return None
+    name = config.get("architecture") if isinstance(config, dict) else None
+    return name if isinstance(name, str) else None
 
 
 def find_timm_config(name: str) -> "PretrainedCfg":

@@ -21,6 +21,7 @@ from simsiam.errors import Stopped, UsageError
 from simsiam.model.patches import Patches
 from simsiam.model.precision import Compute
 from simsiam.monitoring.candidates import (
+    MARGIN,
     PATCH_WEIGHTS,
     Branch,
     Candidate,
@@ -53,8 +54,9 @@ def adapt(
     backbone: str | None = None,
     minutes: float | None = None,
     no_labels: bool = False,
+    splits: Sequence[str] | None = None,
     out: str | os.PathLike[str] | None = None,
-    channels: int = 3,
+    channels: int | None = None,
     limit: int | None = None,
     seed: int = 0,
     device: str = "auto",
@@ -69,8 +71,9 @@ def adapt(
         backbone: The network, if `init` is a file of weights.
         minutes: Time limit; what does not fit is left out, which is printed.
         no_labels: Whether to ignore labels. They are never used to choose.
+        splits: Which folder or shard is which split; see `open_source`.
         out: The run folder; it must not exist.
-        channels: Channels of the images.
+        channels: Channels of the images; by default those that `init` takes, else 3.
         limit: Use only this many images.
         seed: Seed of the sample and of training.
         device: "auto", "cpu", "cuda", ...
@@ -90,16 +93,18 @@ def adapt(
     if minutes is not None and not minutes > 0:
         raise UsageError(f"minutes is {minutes}: give a number above 0")
     names = [source] if isinstance(source, str | os.PathLike) else list(source)
-    opened = open_source(names, channels, no_labels=no_labels)
+    start, channels = open_init(init, backbone, names, channels, splits)
+    opened = open_source(names, channels, no_labels=no_labels, splits=splits)
     images = sample(opened.train, limit)
     compute = Compute.pick(device, precision)
     network = None
-    if init is None:
+    if start is None:
         chosen, transform = sample_for_patches(images, seed=seed)
-        recipe = encoder_recipe(names, channels, transform)
+        recipe = encoder_recipe(names, channels, transform).replace(splits=splits)
     else:
-        run = Run(open_weights(init, backbone=backbone, source=names, channels=channels))
-        recipe = run.recipe.replace(source=[absolute_source(name) for name in names])
+        run = Run(start)
+        absolute_names = [absolute_source(name) for name in names]
+        recipe = run.recipe.replace(source=absolute_names, splits=splits)
         network, transform = load(run.path, head=False), eval_transform(recipe)
         chosen = read_sample(images, transform.resize, seed=seed)
     path = choose_run_path(out, f"{opened.name}-adapt", recipe)
@@ -111,7 +116,8 @@ def adapt(
         }
     backbones = affordable(backbones, transform, chosen, compute, deadline)
     branches = measure(backbones, transform, chosen, compute, label="measuring")
-    candidates = closed_form_candidates(branches, chosen, start=network is not None)
+    margin = 0.0 if recipe.method.name == "none" else MARGIN
+    candidates = closed_form_candidates(branches, chosen, start=network is not None, margin=margin)
     if network is not None and deadline is not None and not isinstance(network, Patches):
         candidates = chain(
             candidates,
@@ -128,6 +134,42 @@ def adapt(
     if stop is not None:
         raise stop
     return path
+
+
+def open_init(
+    init: str | os.PathLike[str] | None,
+    backbone: str | None,
+    names: Sequence[str | os.PathLike[str]],
+    channels: int | None,
+    splits: Sequence[str] | None,
+) -> tuple[Path | None, int]:
+    """Open the weights to start from, and choose the channels of the images by them.
+
+    Args:
+        init: A run folder or the name of weights, if there are any.
+        backbone: The network, if `init` is a file of weights.
+        names: The source.
+        channels: The number of channels that was asked for, if it was.
+        splits: Which folder or shard is which split; see `open_source`.
+
+    Returns:
+        The run folder of the weights, or None; the number of channels.
+
+    Raises:
+        UsageError: There are no such weights, or they take another number of channels.
+    """
+    if init is None:
+        return None, channels or 3
+    folder = open_weights(
+        init, backbone=backbone, source=names, channels=channels or 3, splits=splits
+    )
+    needed = Run(folder).recipe.channels
+    if channels not in (None, needed):
+        raise UsageError(
+            f"init {init} does not fit --channels {channels}: the weights have channels {needed}; "
+            "leave --channels out"
+        )
+    return folder, needed
 
 
 def affordable(
@@ -171,7 +213,7 @@ def affordable(
 
 
 def closed_form_candidates(
-    branches: Sequence[Branch], images: Sample, *, start: bool
+    branches: Sequence[Branch], images: Sample, *, start: bool, margin: float = 0.0
 ) -> Iterator[Candidate]:
     """Make the candidates that need no training.
 
@@ -179,13 +221,14 @@ def closed_form_candidates(
         branches: The network to start from, if there is one, and patches.
         images: The sample.
         start: Whether the first branch is the network to start from.
+        margin: Of its changes; see `backbone_candidates`.
 
     Yields:
         The network unchanged, centered and with its map; patches; the best of both side by side.
     """
     network, patches = (branches[0], branches[1:]) if start else (None, branches)
     if network is not None:
-        own = list(backbone_candidates(network, images))
+        own = list(backbone_candidates(network, images, margin=margin))
         yield from own
     learned = list(patch_candidates(patches, images))
     yield from learned

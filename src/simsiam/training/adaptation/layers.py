@@ -9,6 +9,7 @@ few small batches are worse. SimSiam's loss, views and learning rate schedule ar
 import time
 from collections.abc import Iterator
 from copy import deepcopy
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,14 @@ from simsiam.data.transform import Transform
 from simsiam.model.optimizers import cosine_schedule
 from simsiam.model.precision import Compute
 from simsiam.model.siamese import Siamese, build
-from simsiam.monitoring.candidates import Branch, Candidate, Sample, map_candidate, measure
+from simsiam.monitoring.candidates import (
+    MARGIN,
+    Branch,
+    Candidate,
+    Sample,
+    map_candidate,
+    measure,
+)
 from simsiam.training.loop import Training, run_training
 from simsiam.training.progress import print_labeled
 from simsiam.training.step import GradientStep
@@ -79,7 +87,8 @@ def trained_candidates(
             continue
         network = training.model.backbone.eval().requires_grad_(False)
         (trained,) = measure({branch.name: network}, transform, sample, compute)
-        yield map_candidate(trained, sample, f"{branch.name}, {stage} trained")
+        candidate = map_candidate(trained, sample, f"{branch.name}, {stage} trained")
+        yield replace(candidate, margin=MARGIN)
 
 
 class LayerTraining(Training[ViewBatch]):

@@ -1,0 +1,156 @@
+"""A time budget: the size of views, the width, the batch and the steps that fit into minutes.
+
+A small network that sees its images many times learns more in a short time than a large one that
+sees them once. So the largest network is taken whose measured speed lets it see enough images.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from simsiam.config.recipes import ResolvedRecipe, default_stem
+from simsiam.data.images import Images, sample
+from simsiam.distributed.process_group import rank_zero_only, world_size
+from simsiam.errors import UsageError
+from simsiam.model.backbones import RESNETS
+from simsiam.training.plan import SCALING_EFFICIENCY, is_resident
+from simsiam.training.speed import measure_speed, seconds_per_image
+from simsiam.utils.workers import CPU_CORES
+
+ENOUGH_IMAGES = 300_000  # that training should see, counting repetitions
+ENOUGH_STEPS = 1500
+SIDES, WIDTHS = (128, 64), (32, 16)  # that are tried where the recipe's own are too slow
+MIN_BATCH = 64
+MEASUREMENTS = 5  # of the monitors, in a run
+TRIAL_SECONDS = 3.0  # for the speed of one choice
+START_SECONDS, END_SECONDS = 6, 10  # loading the program; writing files
+PATCH_SECONDS = 45  # for learning patches at the end of a run of ten minutes or longer
+MEASURING_SHARE = 0.05  # of the time, for measuring the start and the end
+FORWARD_SHARE = 1 / 6  # of the time to train on an image: one forward pass of six
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A choice and its measured speed.
+
+    Attributes:
+        recipe: The recipe with this choice.
+        rate: Images per second in training.
+    """
+
+    recipe: ResolvedRecipe
+    rate: float
+
+    def __str__(self) -> str:
+        recipe = self.recipe
+        width = f", width {recipe.width}" * (recipe.backbone in RESNETS)
+        return f"views of {recipe.image_size} px{width}: {self.rate:,.0f} images/s"
+
+
+@rank_zero_only
+def fit_to_minutes(
+    recipe: ResolvedRecipe,
+    images: Images,
+    given: Mapping[str, object],
+    *,
+    minutes: float,
+    elapsed: float,
+) -> tuple[ResolvedRecipe, list[str]]:
+    """Choose settings with which a run ends in time on this machine and learns the most it can.
+
+    Args:
+        recipe: The recipe.
+        images: The images of the source.
+        given: Settings that the user chose; they are kept.
+        minutes: The time from start to end, evaluation included.
+        elapsed: Seconds of it that have passed.
+
+    Returns:
+        The recipe with the chosen settings, and lines that give the reasons.
+
+    Raises:
+        UsageError: The time is too short, or the settings contradict it.
+        WorkFailed: A batch does not fit in memory.
+    """
+    if not minutes > 0:
+        raise UsageError(f"minutes is {minutes}: give a number above 0")
+    for name in ("epochs", "steps"):
+        if given.get(name) is not None:
+            raise UsageError(f"--minutes chooses the number of {name}: leave --{name} out")
+    count = min(len(images), recipe.limit or len(images))
+    reserve = START_SECONDS + END_SECONDS + PATCH_SECONDS * (minutes >= 10)
+    seconds = (60 * minutes - elapsed - reserve) * (1 - MEASURING_SHARE)
+    lines, trial = [], None
+    for choice in choices(recipe, given):
+        trial = Trial(choice, measure_rate(choice, sample(images, 4 * recipe.batch_size), count))
+        seconds -= TRIAL_SECONDS
+        total = trained_images(trial.rate, seconds, count)
+        lines.append(f"{trial}, {max(total, 0):,} images in this time")
+        if total >= ENOUGH_IMAGES:
+            break
+    assert trial is not None
+    if total < 2 * MIN_BATCH:
+        raise UsageError(f"{minutes:g} minutes are too short to train here: {lines[-1]}")
+    settings = {"batch_size": recipe.batch_size}
+    if given.get("batch_size") is None:
+        while settings["batch_size"] > MIN_BATCH and total / settings["batch_size"] < ENOUGH_STEPS:
+            settings["batch_size"] //= 2
+    steps = total // settings["batch_size"]
+    epochs = steps * settings["batch_size"] / count
+    if given.get("knn_every") is None:
+        settings["knn_every"] = max(1, math.ceil(epochs / MEASUREMENTS))
+    chosen = trial.recipe.replace(steps=steps, **settings)
+    wanted = f"the first of these that sees {ENOUGH_IMAGES:,} images is taken, or the last one:"
+    summary = (
+        f"{minutes:g} minutes: {steps:,} steps of {chosen.batch_size} images, "
+        f"{epochs:.3g} epochs of {count:,}"
+    )
+    return chosen, [summary, wanted, *lines]
+
+
+def choices(recipe: ResolvedRecipe, given: Mapping[str, object]) -> Iterator[ResolvedRecipe]:
+    """Yield the recipe, then cheaper ones: smaller views, then narrower networks.
+
+    Args:
+        recipe: The recipe.
+        given: Settings that the user chose; they are kept. So is the network of initial weights.
+    """
+    yield recipe
+    stem = recipe.stem or default_stem(recipe.image_size)
+    if given.get("image_size") is None:
+        for size in (side for side in SIDES if side < recipe.image_size):
+            # A small stem at 64 px would take four times as long.
+            changes = {"stem": stem} if recipe.backbone in RESNETS else {}
+            recipe = recipe.replace(image_size=size, **changes)
+            yield recipe
+    if given.get("width") is None and recipe.backbone in RESNETS and recipe.init is None:
+        for width in (width for width in WIDTHS if width < recipe.width):
+            recipe = recipe.replace(width=width)
+            yield recipe
+
+
+def measure_rate(recipe: ResolvedRecipe, images: Images, count: int) -> float:
+    """Measure how many images a second training takes, with all processes.
+
+    Args:
+        recipe: The recipe.
+        images: Some of the training images.
+        count: Number of training images.
+    """
+    resident = is_resident(images, count, recipe)
+    speed = measure_speed(recipe, images, resident=resident, seconds=TRIAL_SECONDS)
+    _, _, seconds = seconds_per_image(speed, resident=resident, cores=CPU_CORES)
+    processes = world_size()
+    return processes / seconds * (SCALING_EFFICIENCY if processes > 1 else 1)
+
+
+def trained_images(rate: float, seconds: float, count: int) -> int:
+    """Compute how many images can be trained on, beside the measurements of the monitors.
+
+    Args:
+        rate: Images per second in training.
+        seconds: The time.
+        count: Number of training images, all of which the monitors read.
+    """
+    monitors = MEASUREMENTS * (count + 3 * 2000) * FORWARD_SHARE
+    return int(rate * seconds - monitors)

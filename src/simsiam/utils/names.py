@@ -1,0 +1,130 @@
+"""File names as data: what programs read holds the true names.
+
+What a person reads on a terminal or a page goes through `simsiam.errors.printable` instead.
+"""
+
+import codecs
+import os
+import unicodedata
+from collections.abc import Iterable
+from functools import lru_cache
+from pathlib import Path
+
+from simsiam.errors import UsageError, printable
+
+
+def utf8_name(name: str) -> str:
+    r"""Return a file name as text that can be written in UTF-8.
+
+    Args:
+        name: The name, as Python decodes it.
+
+    Returns:
+        The same name; bytes that are not UTF-8 become escapes such as \udce9.
+    """
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
+def normalize_name(name: str) -> str:
+    """Return what two spellings of a file name have in common.
+
+    macOS stores an accented letter as two characters, and puts special spaces into the names of
+    screenshots; a name that a user types has one character and plain spaces.
+
+    Args:
+        name: The name.
+
+    Returns:
+        Its Unicode normal form NFKC, in which these are equal.
+    """
+    return unicodedata.normalize("NFKC", utf8_name(name))
+
+
+def find_spelling(path: str) -> str:
+    """Find a file that a list spells with other Unicode characters than the disk.
+
+    Args:
+        path: The path in the list.
+
+    Returns:
+        The path of the file, whose Unicode normal form NFC is the same; `path` if there is none.
+    """
+    folder, name = os.path.split(path)
+    if path.isascii() or os.path.lexists(path) or not name:
+        return path
+    folder = find_spelling(folder)
+    names = _names_by_form(folder)
+    return os.path.join(folder, names.get(unicodedata.normalize("NFC", name), name))
+
+
+@lru_cache(64)
+def _names_by_form(folder: str) -> dict[str, str]:
+    try:
+        return {unicodedata.normalize("NFC", name): name for name in os.listdir(folder or ".")}
+    except (OSError, ValueError):
+        return {}
+
+
+def reason_line(name: str, reason: str) -> str:
+    """Format a line of a list of files that cannot be used.
+
+    Args:
+        name: The true name of the file.
+        reason: What is wrong with it.
+
+    Returns:
+        Name, tab and reason. Tabs and line breaks in the name are escaped, nothing else.
+    """
+    escaped = name.translate({ord(c): repr(c)[1:-1] for c in "\t\n\r"})
+    return f"{escaped}\t{' '.join(reason.split())}"
+
+
+def write_names(path: Path, lines: Iterable[str]) -> None:
+    """Write lines that contain file names, as the bytes that the names have on the disk.
+
+    Args:
+        path: The file.
+        lines: The lines, without line breaks.
+    """
+    path.write_bytes("".join(f"{line}\n" for line in lines).encode("utf-8", "surrogateescape"))
+
+
+def read_names(path: Path) -> list[str]:
+    """Read what `write_names` wrote.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The lines.
+    """
+    return path.read_bytes().decode("utf-8", "surrogateescape").split("\n")[:-1]
+
+
+def read_list(path: Path) -> list[bytes]:
+    """Read a text file that a user wrote, with a file name in each line.
+
+    Args:
+        path: The file, in UTF-8 or whatever the names are in; or in UTF-16 with a byte order mark,
+            as some programs on Windows write it.
+
+    Returns:
+        The lines that are not empty, encoded like file names.
+
+    Raises:
+        OSError: It cannot be read.
+        UsageError: It is in another encoding.
+    """
+    data = path.read_bytes()
+    try:
+        if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            data = os.fsencode(data.decode("utf-16"))
+        if data.count(0) > len(data) // 4:  # every second byte of Latin letters
+            raise ValueError
+    except ValueError:
+        raise UsageError(
+            f"{printable(str(path))} is not a text in UTF-8: it seems to be UTF-16 or UTF-32; save "
+            "it as UTF-8"
+        ) from None
+    lines = data.removeprefix(codecs.BOM_UTF8).splitlines()
+    return [line for line in lines if line.strip()]

@@ -1,0 +1,97 @@
+"""A time budget: the largest network whose speed lets it see enough images, and steps that fit."""
+
+import pytest
+
+import simsiam
+from simsiam.config.recipes import Recipe
+from simsiam.errors import UsageError
+from simsiam.runs.run_folder import Run
+from simsiam.sources.open_source import open_source
+from simsiam.training import budget
+from simsiam.training.budget import ENOUGH_IMAGES, choices, fit_to_minutes, trained_images
+
+COLORS = {"mean": [0.5] * 3, "std": [0.5] * 3}
+PHOTOS = Recipe().replace(backbone="resnet18", image_size=160, batch_size=256, **COLORS).resolve()
+
+
+@pytest.fixture
+def speed(monkeypatch):
+    """Images per second: half the side is four times as fast, half the width twice."""
+    rates = []
+
+    def rate(recipe, images, count):
+        rates.append(20 * (160 / recipe.image_size) ** 2 * 64 / recipe.width)
+        return rates[-1]
+
+    monkeypatch.setattr(budget, "measure_rate", rate)
+    return rates
+
+
+@pytest.fixture(scope="module")
+def images():
+    return open_source("shapes").train
+
+
+def fit(images, minutes=10, recipe=PHOTOS, **given):
+    return fit_to_minutes(recipe.replace(**given), images, given, minutes=minutes, elapsed=5)
+
+
+def test_views_become_smaller_before_the_network_becomes_narrower_and_the_stem_stays():
+    tried = [(r.image_size, r.width, r.stem) for r in choices(PHOTOS, {})]
+    large = [(128, 64), (64, 64), (64, 32), (64, 16)]
+    assert tried == [(160, 64, None), *((*pair, "large") for pair in large)]
+    assert [r.image_size for r in choices(PHOTOS, {"image_size": 160})] == [160] * 3
+    assert [r.width for r in choices(PHOTOS, {"width": 64})] == [64] * 3
+    small = Recipe().replace(image_size=32, backbone="resnet18", **COLORS).resolve()
+    assert [(r.image_size, r.width, r.stem) for r in choices(small, {})] == [
+        (32, width, None) for width in (64, 32, 16)
+    ]
+
+
+def test_the_first_choice_that_sees_enough_images_is_taken(images, speed):
+    for minutes, number in ((10**4, 1), (60, 3), (30, 4), (5, 5)):
+        speed.clear()
+        chosen, lines = fit(images, minutes)
+        assert len(speed) == number
+        assert sum("images/s" in line for line in lines) == number
+        seen = chosen.steps * chosen.batch_size
+        assert (seen >= ENOUGH_IMAGES - chosen.batch_size) == (number < 5)
+        assert seen / speed[-1] < 60 * minutes - 5  # it ends in time
+
+
+def test_few_images_get_a_smaller_batch_and_a_given_batch_is_kept(images, speed):
+    chosen, _ = fit(images, 5)
+    assert chosen.batch_size == 64 and chosen.steps > 500
+    assert fit(images, 5, batch_size=256)[0].batch_size == 256
+    assert fit(images, 10**4)[0].batch_size == 256
+
+
+def test_the_monitors_have_their_share_of_the_time():
+    """Five measurements of all images, each a sixth of the work of training on them."""
+    assert trained_images(100.0, 600, 0) == 60_000 - 5 * 6000 / 6
+    assert trained_images(100.0, 600, 1200) == trained_images(100.0, 600, 0) - 1000
+
+
+def test_what_contradicts_a_time_limit_is_one_line(images, speed):
+    for given, message in (
+        ({"epochs": 5}, "leave --epochs out"),
+        ({"steps": 5}, "leave --steps out"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            fit(images, **given)
+    with pytest.raises(UsageError, match="give a number above 0"):
+        fit(images, minutes=0)
+    with pytest.raises(UsageError, match="too short to train"):
+        fit(images, minutes=0.3)
+
+
+def test_the_choice_is_printed_and_stands_in_the_recipe(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(budget, "measure_rate", lambda *_: 12.0)
+    monkeypatch.setattr(budget, "FORWARD_SHARE", 0)
+    monkeypatch.setattr(budget, "TRIAL_SECONDS", 0)
+    small = {"backbone": "resnet10", "width": 8, "dim": 32, "proj_hidden": 32, "limit": 100}
+    run = simsiam.pretrain("shapes", out=tmp_path / "run", minutes=0.6, **small)
+    recipe = Run(run).recipe
+    assert recipe.batch_size == 64 and 0 < recipe.steps <= 3 and recipe.width == 8
+    assert f"0.6 minutes: {recipe.steps} steps of 64 images" in capsys.readouterr().err
+    assert Run(run).json("summary.json")["steps"] == recipe.steps
