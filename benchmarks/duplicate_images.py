@@ -308,38 +308,33 @@ KINDS: dict[str, Callable[[Path, np.random.Generator], list[Image.Image]]] = {
 
 # --- copies ---------------------------------------------------------------------------------------
 
-
-def encode(image: Image.Image, quality: int, **options: object) -> tuple[bytes, str]:
-    """Compress an image: JPEG, or WebP with its alpha channel; the file and its extension."""
-    file = io.BytesIO()
-    format = "WEBP" if image.mode == "RGBA" else "JPEG"
-    image.save(file, format, quality=quality, **options)
-    return file.getvalue(), format.lower()
+# An edited image, and how it is saved; see `Image.save`.
+Edited = tuple[Image.Image, dict[str, object]]
 
 
-def recompressed(image: Image.Image, rng: np.random.Generator) -> tuple[bytes, str]:
+def recompressed(image: Image.Image, rng: np.random.Generator) -> Edited:
     """Compress it at a quality of 20 to 95."""
-    return encode(image, int(rng.integers(20, 96)))
+    return image, {"quality": int(rng.integers(20, 96))}
 
 
-def resized(image: Image.Image, rng: np.random.Generator) -> tuple[bytes, str]:
+def resized(image: Image.Image, rng: np.random.Generator) -> Edited:
     """Resize it to 0.35 to 2 times its width and height, with one of four kernels."""
     factor = np.exp(rng.uniform(np.log(0.35), np.log(2)))
     kernel = Image.Resampling(int(rng.choice([1, 2, 3, 4])))  # Lanczos, bilinear, bicubic, box
     size = [max(1, round(side * factor)) for side in image.size]
-    return encode(image.resize(size, kernel), 90)
+    return image.resize(size, kernel), {}
 
 
-def rotated_by_exif(image: Image.Image, rng: np.random.Generator) -> tuple[bytes, str]:
+def rotated_by_exif(image: Image.Image, rng: np.random.Generator) -> Edited:
     """Turn or mirror its pixels, with the EXIF orientation that undoes this."""
     orientation = int(rng.integers(2, 9))
     undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}[orientation]  # a Transpose that inverts it
     exif = Image.Exif()
     exif[0x0112] = orientation
-    return encode(image.transpose(Image.Transpose(undo)), 90, exif=exif.tobytes())
+    return image.transpose(Image.Transpose(undo)), {"exif": exif.tobytes()}
 
 
-def watermarked(image: Image.Image, rng: np.random.Generator) -> tuple[bytes, str]:
+def watermarked(image: Image.Image, rng: np.random.Generator) -> Edited:
     """Write words across its lower right corner, half transparent."""
     over = Image.new("RGBA", image.size, (0, 0, 0, 0))
     width, height = image.size
@@ -347,19 +342,19 @@ def watermarked(image: Image.Image, rng: np.random.Generator) -> tuple[bytes, st
     text = f"photo by {random_text(rng, 1)}"
     ImageDraw.Draw(over).text((width * 0.45, height * 0.88), text, (255, 60, 60, 140), font)
     marked = Image.alpha_composite(image.convert("RGBA"), over)
-    return encode(marked if image.mode == "RGBA" else marked.convert("RGB"), 90)
+    return marked if image.mode == "RGBA" else marked.convert("RGB"), {}
 
 
-def cropped(image: Image.Image, rng: np.random.Generator) -> tuple[bytes, str]:
+def cropped(image: Image.Image, rng: np.random.Generator) -> Edited:
     """Keep 65 to 95 % of its width and of its height."""
     width, height = np.rint(np.multiply(image.size, rng.uniform(0.65, 0.95, 2))).astype(int)
     x, y = (int(rng.integers(0, image.size[i] - side)) for i, side in enumerate((width, height)))
-    return encode(image.crop((x, y, x + int(width), y + int(height))), 90)
+    return image.crop((x, y, x + int(width), y + int(height))), {}
 
 
-def mirrored(image: Image.Image, rng: np.random.Generator) -> tuple[bytes, str]:
+def mirrored(image: Image.Image, rng: np.random.Generator) -> Edited:
     """Exchange left and right."""
-    return encode(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), 90)
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), {}
 
 
 EDITS = {
@@ -372,8 +367,20 @@ EDITS = {
 }
 
 
-def write_images(kind: str, data: Path, folder: Path, seed: int) -> None:
-    """Write the scenes of a kind and their copies to a folder.
+def contains(scene: Image.Image, part: Image.Image) -> bool:
+    """Find out whether the pixels of a part occur in a scene, at any place."""
+    a, b = np.asarray(scene), np.asarray(part)
+    height, width = b.shape[:2]
+    row = int(b.reshape(height, -1).std(1).argmax())  # it has so much detail that it is unique
+    for y in range(len(a) - height + 1):
+        x = a[y + row].tobytes().find(b[row].tobytes()) // b[row, 0].nbytes
+        if x >= 0 and np.array_equal(a[y : y + height, x : x + width], b):
+            return True
+    return False
+
+
+def write_images(kind: str, data: Path, folder: Path, seed: int) -> dict[str, set[int]]:
+    """Write the scenes of a kind and their copies to a folder: JPEG, with alpha PNG and WebP.
 
     A file is named `SCENE.EXTENSION` or `SCENE EDIT.EXTENSION`; SCENE is a number of three digits.
 
@@ -382,17 +389,26 @@ def write_images(kind: str, data: Path, folder: Path, seed: int) -> None:
         data: The folder of the archives.
         folder: The folder to write to.
         seed: The seed.
+
+    Returns:
+        The scenes that show what a file shows: its own one; for a crop also others that have the
+        same pixels, such as the next frames of a pan.
     """
     rng = np.random.default_rng([seed, list(KINDS).index(kind)])
     folder.mkdir(parents=True)
     scenes = KINDS[kind](data, rng)
     copied = {edit: set(rng.permutation(len(scenes))[:NUM_COPIED].tolist()) for edit in EDITS}
+    shown = dict[str, set[int]]()
     for i, scene in enumerate(scenes):
-        if scene.mode == "RGBA":
-            scene.save(folder / f"{i:03}.png")
-        else:
-            scene.save(folder / f"{i:03}.jpg", quality=95, subsampling=0)
-        for edit, make in EDITS.items():
-            if i in copied[edit]:
-                file, extension = make(scene, rng)
-                (folder / f"{i:03} {edit}.{extension}").write_bytes(file)
+        has_alpha = scene.mode == "RGBA"
+        name = f"{i:03}.{'png' if has_alpha else 'jpg'}"
+        scene.save(folder / name, quality=95, subsampling=0)
+        shown[name] = {i}
+        for edit in [edit for edit in EDITS if i in copied[edit]]:
+            image, options = EDITS[edit](scene, rng)
+            name = f"{i:03} {edit}.{'webp' if has_alpha else 'jpg'}"
+            image.save(folder / name, **{"quality": 90} | options)
+            shown[name] = {i}
+            if edit == "cropped":
+                shown[name] |= {j for j, other in enumerate(scenes) if contains(other, image)}
+    return shown

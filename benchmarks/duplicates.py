@@ -1,16 +1,16 @@
 """Measure which copies `simsiam duplicates` finds, on eleven kinds of images.
 
-    python benchmarks/duplicates.py DATA --work runs/duplicates [--seeds 1 2] [--kinds NAME ...]
-    python benchmarks/duplicates.py page       # writes the tables of docs/duplicates.md
+    python benchmarks/duplicates.py DATA --work runs/duplicates [--seeds 1] [--kinds NAME ...]
+    python benchmarks/duplicates.py page       # writes the tables of results/duplicates/README.md
 
 DATA is a folder with flowers.tar, brain_mri.tar, solar_cells.tar, hand_signs.tar and
 imagenette224.tar. For each kind and seed, duplicate_images.py writes 100 scenes and 180 copies;
-they are embedded with lite0 and searched. The result goes to results/duplicates.json. If
+they are embedded with lite0 and searched. The result goes to results/duplicates/results.json. If
 imagededup is installed, its methods search the same files, at their default settings; its CNN with
 the features of lite0.
 
 A found pair is an image to keep and an image to spare; precision is the share of pairs of one
-scene. A copy is found if it is in one group with its scene. Targets, written down before the runs:
+scene. A copy is found if it is in a right pair. Targets, written down before the runs:
 
 - at the default, on each kind, a precision of at least 99 %, and a recall of at least 95 % of
   recompressed, of resized and of EXIF-rotated copies;
@@ -22,18 +22,21 @@ The threshold and everything else was chosen with seed 0; the targets are tested
 
 import argparse
 import json
+import platform
 import shutil
+import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from math import inf
 from pathlib import Path
 
-from duplicate_images import EDITS, KINDS, PAN_FRAMES, write_images
+import numpy as np
+import torch
+from duplicate_images import EDITS, KINDS, write_images
 from performance import page
-from torch import nn
 
 import simsiam
 from simsiam.embeddings.duplicates import (
@@ -47,13 +50,15 @@ from simsiam.embeddings.embed import embed
 from simsiam.embeddings.table import read_embeddings
 
 ROOT = Path(__file__).parents[1]
-RESULTS, PAGE = ROOT / "results" / "duplicates.json", ROOT / "docs" / "duplicates.md"
+PAGE = ROOT / "results" / "duplicates" / "README.md"
+RESULTS = PAGE.with_name("results.json")
 PEERS = ("AHash", "DHash", "PHash", "WHash", "CNN")  # imagededup's methods
 PLAIN_EDITS = ("recompressed", "resized", "rotated by EXIF")
+LIMITS = (0.2, THRESHOLD, 0.36)  # thresholds that are compared
 
 
 def scene_of(name: str) -> str:
-    """Return the number of the scene that a file shows."""
+    """Return the number of the scene that a file was made of."""
     return name[:3]
 
 
@@ -62,35 +67,25 @@ def edit_of(name: str) -> str:
     return name[4:].rpartition(".")[0]
 
 
-def is_right(kind: str, pair: tuple[str, str]) -> bool:
-    """Whether a pair shows one scene; a crop of a frame of a pan lies in other frames as well."""
-    scenes = [int(scene_of(name)) for name in pair]
-    if kind == "frames of pans" and "cropped" in map(edit_of, pair):
-        scenes = [scene // PAN_FRAMES for scene in scenes]
-    return scenes[0] == scenes[1]
-
-
-def judge(kind: str, names: Iterable[str], found: Iterable[tuple[str, str]]) -> dict[str, object]:
+def judge(shown: Mapping[str, set[int]], found: Sequence[tuple[str, str]]) -> dict[str, object]:
     """Count what was found.
 
     Args:
-        kind: A key of KINDS.
-        names: All files.
+        shown: The scenes that show what each file shows.
         found: Pairs of files that are said to be copies.
 
     Returns:
-        The numbers of pairs and of right pairs, the wrong pairs, and for each edit the number of
-        copies and of those that are in a right pair with any file of their scene.
+        The numbers of pairs and of right pairs, the first wrong pairs, and for each edit the number
+        of copies and of those that are in a right pair.
     """
-    found = list(found)
-    wrong = [pair for pair in found if not is_right(kind, pair)]
-    linked = {name for pair in found if pair not in wrong for name in pair}
-    copies = [name for name in names if edit_of(name)]
+    right = [(a, b) for a, b in found if shown[a] & shown[b]]
+    linked = {name for pair in right for name in pair}
+    copies = [name for name in shown if edit_of(name)]
     return {
         "pairs": len(found),
-        "right": len(found) - len(wrong),
-        "wrong": sorted(wrong)[:20],
-        "copies": Counter(edit_of(name) for name in copies),
+        "right": len(right),
+        "wrong": sorted(set(found) - set(right))[:20],
+        "copies": Counter(map(edit_of, copies)),
         "found": Counter(edit_of(name) for name in copies if name in linked),
     }
 
@@ -141,7 +136,7 @@ def search_with_imagededup(folder: Path, method: str) -> list[tuple[str, str]]:
     if method == "CNN":  # its own network would be downloaded
         images = read_embeddings(folder.with_suffix(".parquet"))
         encodings = dict(zip(images.paths, images.vectors.numpy()))
-        model = CustomModel(name="lite0", model=nn.Identity(), transform=lambda image: image)
+        model = CustomModel(name="lite0", model=torch.nn.Identity(), transform=lambda image: image)
         found = methods.CNN(verbose=False, model_config=model).find_duplicates(
             encoding_map=encodings, num_sim_workers=0
         )
@@ -155,11 +150,10 @@ def search_with_imagededup(folder: Path, method: str) -> list[tuple[str, str]]:
 def measure(kind: str, data: Path, work: Path, seed: int) -> dict[str, object]:
     """Search the images of a kind with every method."""
     folder = work / f"{kind} {seed}"
-    shutil.rmtree(folder, ignore_errors=True)
-    write_images(kind, data, folder, seed)
-    names = sorted(path.name for path in folder.iterdir())
     file = folder.with_suffix(".parquet")
+    shutil.rmtree(folder, ignore_errors=True)
     file.unlink(missing_ok=True)
+    shown = write_images(kind, data, folder, seed)
     embed("lite0", folder, out=file, device="cpu")
     methods = {
         "simsiam": lambda: search(file, crops=False),
@@ -167,88 +161,84 @@ def measure(kind: str, data: Path, work: Path, seed: int) -> dict[str, object]:
     }
     if find_spec("imagededup"):
         methods |= {m: lambda m=m: search_with_imagededup(folder, m) for m in PEERS}
-    result: dict[str, object] = {"kind": kind, "seed": seed, "files": len(names)}
-    result["distances"] = measure_threshold(file)
+    result: dict[str, object] = {"kind": kind, "seed": seed, "distances": measure_threshold(file)}
     for method, run in methods.items():
         start = time.process_time()
-        found = run()
-        seconds = round(time.process_time() - start, 1)
-        result[method] = judge(kind, names, found) | {"seconds": seconds}
+        counts = judge(shown, run())
+        result[method] = counts | {"seconds": round(time.process_time() - start, 1)}
+        shares = [f"{edit} {counts['found'][edit]}/{counts['copies'][edit]}" for edit in EDITS]
+        print(kind, seed, method, f"{counts['right']}/{counts['pairs']}", *shares, flush=True)
     return result
 
 
-def percent(part: float, whole: float) -> str:
-    """Write a share in percent, rounded down so that 100 means all; "-" of nothing."""
-    return f"{int(1000 * part / whole) / 10:g}" if whole else "-"
+class Totals:
+    """Sums over the cells of a result.
 
+    Args:
+        cells: What `measure` returned.
+    """
 
-def tables(results: list[dict]) -> dict[str, str]:
-    """Make the tables of the page, by their names."""
-    kinds = [kind for kind in KINDS if any(row["kind"] == kind for row in results)]
+    def __init__(self, cells: Sequence[dict]):
+        self.cells = cells
+        self.kinds = [kind for kind in KINDS if any(cell["kind"] == kind for cell in cells)]
 
-    def total(method: str, kind: str | None, count: str, edit: str | None = None) -> int:
-        rows = [r[method] for r in results if method in r and kind in (None, r["kind"])]
-        return sum(row[count] if edit is None else row[count].get(edit, 0) for row in rows)
+    def _rows(self, method: str, kind: str | None) -> list[dict]:
+        return [cell[method] for cell in self.cells if kind in (None, cell["kind"])]
 
-    def precision(method: str, kind: str | None) -> str:
-        return percent(total(method, kind, "right"), total(method, kind, "pairs"))
+    def precision(self, method: str, kind: str | None = None) -> str:
+        """Return the precision of a method in percent, on one kind or on all."""
+        rows = self._rows(method, kind)
+        return percent(sum(row["right"] for row in rows), sum(row["pairs"] for row in rows))
 
-    def recall(method: str, kind: str | None, edit: str) -> str:
-        return percent(total(method, kind, "found", edit), total(method, kind, "copies", edit))
-
-    def table(method: str, edits: Iterable[str]) -> str:
-        head = ["kind", "pairs", "precision", *edits]
-        rows = [
-            [kind, str(total(method, kind, "pairs")), precision(method, kind)]
-            + [recall(method, kind, edit) for edit in edits]
-            for kind in kinds
+    def recalls(self, method: str, kind: str | None = None) -> list[str]:
+        """Return the recall of each edit in percent, on one kind or on all."""
+        rows = self._rows(method, kind)
+        sums = [
+            [sum(row[count].get(edit, 0) for row in rows) for count in ("found", "copies")]
+            for edit in EDITS
         ]
-        return markdown(head, rows)
+        return [percent(found, copies) for found, copies in sums]
 
-    def threshold_row(kind: str) -> list[str]:
-        cells = [row["distances"] for row in results if row["kind"] == kind]
-        copies = sorted(d for cell in cells for d in cell["copies"])
-        nearest = sorted(d for cell in cells for d in cell["nearest"])
-        limits = (0.6, THRESHOLD, 1.0)
-        missed = [percent(sum(d > limit for d in copies), len(copies)) for limit in limits]
-        false = [str(sum(d <= limit for d in nearest)) for limit in limits]
-        return [
-            kind,
-            f"{copies[int(0.95 * len(copies))]:.2f}",
-            f"{copies[-1]:.2f}",
-            f"{nearest[0]:.2f}" if nearest else "-",
-            " / ".join(missed),
-            " / ".join(false),
-        ]
-
-    methods = [m for m in ("simsiam", "simsiam --crops", *PEERS) if any(m in r for r in results)]
-    peers = [
-        [f"`{method}`" if " " in method else method, precision(method, None)]
-        + [
-            min(
-                (precision(method, kind) for kind in kinds),
-                key=lambda p: float(p.replace("-", "100")),
+    def table(self, method: str) -> str:
+        """Make the table of a method, with a row for each kind."""
+        rows = []
+        for kind in self.kinds:
+            pairs = sum(row["pairs"] for row in self._rows(method, kind))
+            rows.append(
+                [kind, str(pairs), self.precision(method, kind), *self.recalls(method, kind)]
             )
-        ]
-        + [recall(method, None, edit) for edit in EDITS]
-        + [f"{total(method, None, 'seconds'):.0f}"]
-        for method in methods
-    ]
-    head = ["method", "precision", "on its worst kind", *EDITS, "s"]
-    threshold_head = [
-        "kind",
-        "copies, 95 %",
-        "farthest copy",
-        "nearest scenes",
-        "missed copies, %",
-        "scenes with a false copy",
-    ]
-    return {
-        "threshold": markdown(threshold_head, [threshold_row(kind) for kind in kinds]),
-        "default": table("simsiam", EDITS),
-        "crops": table("simsiam --crops", EDITS),
-        "peers": markdown(head, peers),
-    }
+        return markdown(["kind", "pairs", "precision", *EDITS], rows)
+
+    def methods_table(self) -> str:
+        """Make the table of all methods, with a row for each."""
+        rows = []
+        for method in ("simsiam", "simsiam --crops", *PEERS):
+            if method in self.cells[0]:
+                worst = min((self.precision(method, kind) for kind in self.kinds), key=float)
+                seconds = f"{sum(row['seconds'] for row in self._rows(method, None)):.0f}"
+                rows.append([method, self.precision(method), worst, *self.recalls(method), seconds])
+        return markdown(["method", "precision", "on its worst kind", *EDITS, "s"], rows)
+
+    def threshold_table(self) -> str:
+        """Make the table of the distances of copies and of different scenes."""
+        rows = []
+        for kind in self.kinds:
+            cells = [cell["distances"] for cell in self.cells if cell["kind"] == kind]
+            copies, others = (
+                np.concatenate([cell[name] for cell in cells]) for name in ("copies", "nearest")
+            )
+            missed = [percent((copies > limit).sum(), len(copies)) for limit in LIMITS]
+            false = [str((others <= limit).sum()) for limit in LIMITS]
+            numbers = [np.quantile(copies, 0.95), copies.max(), others.min(initial=inf)]
+            cells = [f"{number:.2f}" for number in numbers]
+            rows.append([kind, *cells, " / ".join(missed), " / ".join(false)])
+        head = ["kind", "copies, 95 %", "farthest copy", "nearest scenes"]
+        return markdown([*head, "missed copies, %", "scenes with a false copy"], rows)
+
+
+def percent(part: float, whole: float) -> str:
+    """Write a share in percent, rounded down so that 100 means all; "nan" of nothing."""
+    return f"{int(1000 * part / whole) / 10:g}" if whole else "nan"
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:
@@ -257,34 +247,49 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def write_page() -> None:
+    """Write the tables of the page."""
+    result = json.loads(RESULTS.read_text())
+    totals = Totals(result["cells"])
+    names = ("version", "commit", "date", "machine", "minutes")
+    parts = {
+        "setup": "\n".join(f"- {name}: {result[name]}" for name in names),
+        "default": totals.table("simsiam"),
+        "crops": totals.table("simsiam --crops"),
+        "threshold": totals.threshold_table(),
+        "methods": totals.methods_table(),
+    }
+    PAGE.write_text(page(PAGE.read_text(), parts))
+
+
 def main() -> None:
     """Run the command."""
     if sys.argv[1:] == ["page"]:
-        PAGE.write_text(page(PAGE.read_text(), tables(json.loads(RESULTS.read_text())["cells"])))
+        write_page()
         return
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", type=Path)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
-    cells = []
-    for kind in options.kinds:
-        for seed in options.seeds:
-            cells.append(measure(kind, options.data, options.work, seed))
-            for method, row in cells[-1].items():
-                if isinstance(row, dict):
-                    shares = [
-                        f"{edit} {row['found'][edit]}/{row['copies'][edit]}" for edit in EDITS
-                    ]
-                    print(
-                        f"{kind} {seed} {method}: {row['right']}/{row['pairs']}",
-                        *shares,
-                        flush=True,
-                    )
-    options.out.write_text(json.dumps({"version": simsiam.__version__, "cells": cells}, indent=1))
+    start = time.time()
+    cells = [
+        measure(kind, options.data, options.work, seed)
+        for kind in options.kinds
+        for seed in options.seeds
+    ]
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    setup = {
+        "version": simsiam.__version__,
+        "commit": subprocess.check_output(git, text=True).strip(),
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads of PyTorch",
+        "minutes": round((time.time() - start) / 60, 1),
+    }
+    options.out.write_text(json.dumps(setup | {"cells": cells}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ REDUCED_SIDE = 12
 NUM_CANDIDATES = 20  # nearest thumbnails that each thumbnail is compared with
 CANDIDATE_DISTANCE = 0.4  # of the reduced thumbnails; copies had at most 0.31
 CONTRAST_FLOOR = 4.0  # gray levels; contrast of a reduced thumbnail below this is noise
-THRESHOLD = 0.8  # the largest distance of copies; docs/duplicates.md says how it was chosen
+THRESHOLD = 0.28  # the largest distance of copies; docs/duplicates.md says how it was chosen
 CHUNK_SIZE = 128  # pairs that are compared at a time
 
 ONE_COLOR = "one color"  # the note of images without content

@@ -15,9 +15,10 @@ from torchvision.transforms.v2 import functional as TF
 
 SIDE = 512  # the largest side of what is compared, in pixels
 TILE = 8  # side of a tile, in pixels; tiles of colors are twice as large, of softened colors
-# Gray levels. Contrast below this is noise: compression alone changes flat tiles by this much.
-FLOOR = 10.0  # of brightness and alpha together
-COLOR_FLOOR = 20.0  # of the colors together
+# Gray levels from dark to bright. Contrast below this is noise: compression alone changes flat
+# tiles by a part of it.
+FLOOR = 28.0  # of brightness and alpha together
+COLOR_FLOOR = 56.0  # of the colors together
 FLAT_CONTRAST = 4.0  # gray levels; an image with less contrast everywhere has one color
 LUMA = (0.299, 0.587, 0.114)  # weights of red, green and blue in JPEG's brightness
 
@@ -85,8 +86,9 @@ def tile_distance(a: Tensor, b: Tensor, limit: float = inf) -> float:
             faster.
 
     Returns:
-        The root mean square of the difference of two tiles, divided by that of their standard
-        deviations, of at least FLOOR: 0 for equal images, about 1.4 or more for unrelated ones.
+        The root mean square of the difference of two tiles, divided by their contrast, of at least
+        FLOOR: 0 for equal images, about 0.5 or more for unrelated ones. Contrast is 2.8 standard
+        deviations: from minimum to maximum of a sine wave.
     """
     height, width = (min(a.shape[axis], b.shape[axis]) for axis in (1, 2))
     a, b = (TF.resize(x, [height, width], antialias=True).float() for x in (a, b))
@@ -115,7 +117,7 @@ def tile_variance(x: Tensor, tiles: tuple[int, int]) -> Tensor:
 
 def _tile_distance(a: Tensor, b: Tensor, tiles: tuple[int, int], floor: float) -> float:
     difference = F.adaptive_avg_pool2d((a - b).square(), tiles).sum(0)
-    contrast = (tile_variance(a, tiles) + tile_variance(b, tiles)) / 2 + floor**2
+    contrast = 4 * (tile_variance(a, tiles) + tile_variance(b, tiles)) + floor**2  # squared
     return (difference / contrast).max().sqrt().item()
 
 

@@ -1,11 +1,11 @@
 """The image files behind an embedding file, read again for comparisons in detail."""
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -48,12 +48,17 @@ class Originals:
         self._places: dict[str, list[tuple[int, int]]] = {}  # split and position of each name
         self._details: dict[int, Detail | None] = {}
         self._qualities: dict[int, Quality] = {}
-        names, channels, parts = map(embeddings.metadata.get, ("sources", "channels", "splits"))
-        if not isinstance(names, list) or not isinstance(channels, int):
+        metadata: Mapping[str, Any] = embeddings.metadata
+        if not {"sources", "channels", "splits"} <= metadata.keys():
             self.missing = "the file does not say where they are: embed them again"
             return
         try:
-            source = open_source(names, channels, no_labels=True, splits=parts)
+            source = open_source(
+                metadata["sources"],
+                metadata["channels"],
+                no_labels=True,
+                splits=metadata["splits"],
+            )
         except (UsageError, WorkFailed, OSError) as error:
             self.missing = printable(str(error))
             return
