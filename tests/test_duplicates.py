@@ -139,7 +139,7 @@ def zoom() -> list[Image.Image]:
 
 
 @pytest.mark.parametrize("frames", [pan, fade, nightfall, zoom])
-@pytest.mark.parametrize("threshold", [0.5, 1.0])
+@pytest.mark.parametrize("threshold", [0.18, 0.35])
 def test_no_image_is_farther_from_the_kept_one_than_the_threshold(
     groups_of, tmp_path, frames, threshold
 ):
@@ -147,7 +147,7 @@ def test_no_image_is_farther_from_the_kept_one_than_the_threshold(
     pictures = frames()
     for i, picture in enumerate(pictures):
         picture.save(tmp_path / "images" / f"{i:03}.png")
-    assert distance(pictures[0], pictures[1]) < 1.0 < distance(pictures[0], pictures[-1])
+    assert distance(pictures[0], pictures[1]) < 0.35 < distance(pictures[0], pictures[-1])
     groups = groups_of(threshold=threshold)
     for group in groups:
         kept = pictures[int(group[0][:3])]
@@ -155,7 +155,7 @@ def test_no_image_is_farther_from_the_kept_one_than_the_threshold(
     kept = {group[0] for group in groups}
     spared = {name for group in groups for name in group} - kept
     assert not kept & spared and len(spared) < len(pictures) - 1
-    assert threshold < 1 or groups  # there was something to group
+    assert threshold < 0.35 or groups  # there was something to group
 
 
 def page(lines: list[str]) -> Image.Image:
@@ -250,6 +250,25 @@ def test_what_is_in_the_alpha_channel_alone_is_seen(groups_of, tmp_path, mode, i
         picture.save(tmp_path / "images" / f"{i:02}.png")
     pictures[29].convert("RGBA").save(tmp_path / "images" / "29 copy.webp", quality=60)
     assert [sorted(group) for group in groups_of()] == [["29 copy.webp", "29.png"]]
+
+
+def test_a_picture_in_another_color_is_no_copy(groups_of, tmp_path):
+    """The brightness is equal; only red and blue are exchanged, in a part or everywhere."""
+    pixels = np.asarray(textured(0)).astype(float)
+    pixels[..., 2] = pixels[..., 0] * 0.3
+    for name, width in (("none", 0), ("part", 60), ("all", 240)):
+        other = pixels.copy()
+        gray = pixels[:, :width] @ [0.299, 0.587, 0.114]
+        other[:, :width] = other[:, :width, ::-1]
+        other[:, :width, 1] += (gray - other[:, :width] @ [0.299, 0.587, 0.114]) / 0.587
+        image = Image.fromarray(other.clip(0, 255).astype(np.uint8))
+        image.save(tmp_path / "images" / f"{name}.png")
+        image.save(tmp_path / "images" / f"{name} copy.jpg", quality=75)
+    assert [[name.split(".")[0] for name in group] for group in groups_of()] == [
+        ["all", "all copy"],
+        ["none", "none copy"],
+        ["part", "part copy"],
+    ]
 
 
 def test_an_opaque_alpha_channel_changes_nothing(groups_of, tmp_path):
@@ -373,7 +392,7 @@ def test_what_cannot_be_read_again_is_said(groups_of, run, tmp_path, capsys):
     (tmp_path / "images").rename(tmp_path / "moved")
     assert len(groups_of(out=out)) == 3  # by thumbnail
     said = capsys.readouterr().err
-    assert said.startswith("the images cannot be read again (unknown source") and "\n" in said
+    assert said.startswith("the images cannot be read again (no such file or folder")
     assert sum(row["note"] == "by thumbnail" for row in rows_of(out)) == 3
     older = pq.read_table(tmp_path / "images.parquet")
     metadata = json.loads(older.schema.metadata[b"simsiam"])
@@ -445,6 +464,6 @@ def test_the_distance_is_that_of_the_most_different_tile():
     small = tile_distance(make_detail(a).pixels, make_detail(b).pixels)
     b[300:500, 100:400] = 255 - b[300:500, 100:400]
     large = tile_distance(make_detail(a).pixels, make_detail(b).pixels)
-    assert 0.5 < small <= large
+    assert 0.18 < small <= large
     gray = make_detail(np.full((64, 64, 1), 7, np.uint8))
     assert gray.is_flat and torch.equal(gray.pixels[0], gray.pixels[2])
