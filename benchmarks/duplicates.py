@@ -1,13 +1,13 @@
 """Measure which copies `simsiam duplicates` finds, on eleven kinds of images.
 
     python benchmarks/duplicates.py DATA --work runs/duplicates [--seeds 1] [--kinds NAME ...]
-    python benchmarks/duplicates.py page       # writes the tables of results/duplicates/README.md
 
 DATA is a folder with flowers.tar, brain_mri.tar, solar_cells.tar, hand_signs.tar and
 imagenette224.tar. For each kind and seed, duplicate_images.py writes 100 scenes and 180 copies;
-they are embedded with lite0 and searched. The result goes to results/duplicates/results.json. If
-imagededup is installed, its methods search the same files, at their default settings; its CNN with
-the features of lite0.
+they are embedded with lite0 and searched. The command measures what is missing in
+results/duplicates/cells and writes the tables of results/duplicates/README.md. If imagededup is
+installed, its methods search the same files, at their default settings; its CNN with the features
+of lite0.
 
 A found pair is an image to keep and an image to spare; precision is the share of pairs of one
 scene. A copy is found if it is in a right pair. Targets, written down before the runs:
@@ -25,10 +25,10 @@ import json
 import platform
 import shutil
 import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from importlib.util import find_spec
 from math import inf
 from pathlib import Path
@@ -38,7 +38,6 @@ import torch
 from duplicate_images import EDITS, KINDS, write_images
 from performance import page
 
-import simsiam
 from simsiam.embeddings.duplicates import (
     THRESHOLD,
     Comparison,
@@ -51,7 +50,8 @@ from simsiam.embeddings.table import read_embeddings
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "results" / "duplicates" / "README.md"
-RESULTS = PAGE.with_name("results.json")
+CELLS = PAGE.with_name("cells")
+SETUP = ("commit", "date", "machine", "imagededup")  # of each cell
 PEERS = ("AHash", "DHash", "PHash", "WHash", "CNN")  # imagededup's methods
 PLAIN_EDITS = ("recompressed", "resized", "rotated by EXIF")
 LIMITS = (0.2, THRESHOLD, 0.36)  # thresholds that are compared
@@ -152,16 +152,25 @@ def measure(kind: str, data: Path, work: Path, seed: int) -> dict[str, object]:
     folder = work / f"{kind} {seed}"
     file = folder.with_suffix(".parquet")
     shutil.rmtree(folder, ignore_errors=True)
-    file.unlink(missing_ok=True)
     shown = write_images(kind, data, folder, seed)
-    embed("lite0", folder, out=file, device="cpu")
+    if not file.exists():
+        embed("lite0", folder, out=file, device="cpu")
     methods = {
         "simsiam": lambda: search(file, crops=False),
         "simsiam --crops": lambda: search(file, crops=True),
     }
     if find_spec("imagededup"):
         methods |= {m: lambda m=m: search_with_imagededup(folder, m) for m in PEERS}
-    result: dict[str, object] = {"kind": kind, "seed": seed, "distances": measure_threshold(file)}
+    commit = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    result: dict[str, object] = {
+        "kind": kind,
+        "seed": seed,
+        "commit": subprocess.check_output(commit, text=True).strip(),
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} thread(s)",
+        "imagededup": version("imagededup") if find_spec("imagededup") else "not installed",
+        "distances": measure_threshold(file),
+    }
     for method, run in methods.items():
         start = time.process_time()
         counts = judge(shown, run())
@@ -249,11 +258,11 @@ def markdown(head: list[str], rows: list[list[str]]) -> str:
 
 def write_page() -> None:
     """Write the tables of the page."""
-    result = json.loads(RESULTS.read_text())
-    totals = Totals(result["cells"])
-    names = ("version", "commit", "date", "machine", "minutes")
+    cells = [json.loads(path.read_text()) for path in sorted(CELLS.glob("*.json"))]
+    totals = Totals(cells)
+    setup = [", ".join(sorted({str(cell[name]) for cell in cells})) for name in SETUP]
     parts = {
-        "setup": "\n".join(f"- {name}: {result[name]}" for name in names),
+        "setup": markdown(list(SETUP), [setup]),
         "default": totals.table("simsiam"),
         "crops": totals.table("simsiam --crops"),
         "threshold": totals.threshold_table(),
@@ -264,32 +273,21 @@ def write_page() -> None:
 
 def main() -> None:
     """Run the command."""
-    if sys.argv[1:] == ["page"]:
-        write_page()
-        return
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", type=Path)
-    parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--work", type=Path, required=True, help="a folder for the images")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
-    start = time.time()
-    cells = [
-        measure(kind, options.data, options.work, seed)
-        for kind in options.kinds
-        for seed in options.seeds
-    ]
-    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-    setup = {
-        "version": simsiam.__version__,
-        "commit": subprocess.check_output(git, text=True).strip(),
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads of PyTorch",
-        "minutes": round((time.time() - start) / 60, 1),
-    }
-    options.out.write_text(json.dumps(setup | {"cells": cells}, indent=1) + "\n")
+    CELLS.mkdir(parents=True, exist_ok=True)
+    for kind in options.kinds:
+        for seed in options.seeds:
+            path = CELLS / f"{kind.replace(' ', '_')}_{seed}.json"
+            if not path.exists():
+                cell = measure(kind, options.data, options.work, seed)
+                path.write_text(json.dumps(cell, indent=1) + "\n")
+    write_page()
 
 
 if __name__ == "__main__":
