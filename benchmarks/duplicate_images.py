@@ -252,7 +252,7 @@ def logos(data: Path, rng: np.random.Generator) -> list[Image.Image]:
         hole = (*rng.uniform(60, 100, 2), *rng.uniform(110, 160, 2))
         color = (0, 0, 0) if len(scenes) % 3 == 0 else tuple(map(int, rng.integers(0, 256, 3)))
         name, tagline = random_text(rng, 1).upper(), random_text(rng, 2)
-        other = tuple(255 - c for c in color)
+        other = tuple((c + 128) % 256 for c in color)
         for ink, words, dot in (
             (color, tagline, False),
             (other, tagline, False),
