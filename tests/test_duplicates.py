@@ -380,7 +380,7 @@ def test_what_cannot_be_read_again_is_said(groups_of, run, tmp_path, capsys):
     out = tmp_path / "copies.csv"
     assert len(groups_of(out=out)) == 3
     said = capsys.readouterr().err
-    assert said.startswith("1 images cannot be read again (the first, 1 copy.jpg: no image of the")
+    assert said.startswith("1 of 6 images cannot be read again (the first, 1 copy.jpg: no")
     assert "thumbnails were compared, which do not show text" in said
     notes = {row["path"]: row["note"] for row in rows_of(out)}
     assert [path for path, note in notes.items() if note == "by thumbnail"] == ["1.png"] or [
@@ -388,7 +388,7 @@ def test_what_cannot_be_read_again_is_said(groups_of, run, tmp_path, capsys):
     ] == ["1 copy.jpg"]
     (tmp_path / "images" / "2.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     groups_of()
-    assert capsys.readouterr().err.startswith("2 images cannot be read again")
+    assert capsys.readouterr().err.startswith("2 of 6 images cannot be read again")
     (tmp_path / "images").rename(tmp_path / "moved")
     assert len(groups_of(out=out)) == 3  # by thumbnail
     said = capsys.readouterr().err

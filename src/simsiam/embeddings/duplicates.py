@@ -356,9 +356,10 @@ class Comparison:
         if self.originals.missing:
             text = f"the images cannot be read again ({self.originals.missing}): {compared}"
         elif self.originals.unreadable:
+            count = f"{len(self.originals.unreadable)} of {len(self.images)} images"
             row, reason = next(iter(self.originals.unreadable.items()))
             text = (
-                f"{len(self.originals.unreadable)} images cannot be read again (the first, "
+                f"{count} cannot be read again (the first, "
                 f"{printable(self.images.paths[row])}: {reason}): their {compared}"
             )
         else:
