@@ -989,8 +989,8 @@ MUTATIONS = [
     m(
         "keep the smallest copy",
         "embeddings/duplicates",
-        "row in self.parts, -pixels,",
-        "row in self.parts, pixels,",
+        "(-value for value in quality)",
+        "(value for value in quality)",
         "duplicates.py::test_the_image_that_is_kept_is_the_best_copy",
     ),
     m(

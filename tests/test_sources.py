@@ -462,7 +462,9 @@ def test_a_place_without_images_is_one_line_that_counts_what_is_there(tmp_path):
     for name in ("a.mov", "b/c.mov", "b/d.zip", "e"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    assert refused(tmp_path).endswith("; the files there: 2 .mov, 1 .zip, 1 no extension")
+    assert refused(tmp_path).endswith(
+        "; the files there: 2 .mov (videos), 1 .zip, 1 without extension"
+    )
 
 
 # Archives

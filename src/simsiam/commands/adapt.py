@@ -41,8 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_backbone(parser, "WEIGHTS")
     note = (
         "time limit of the whole command in minutes; encoders that cannot be measured in this time "
-        "are left out. If --init is given as well, the time that remains is used to train the "
-        "network with SimSiam; otherwise no network is trained [no limit]"
+        "are left out. If both --minutes and --init are given, the remaining time is used to "
+        "train the network with SimSiam; otherwise no network is trained [no limit]"
     )
     parser.add_argument("--minutes", metavar="N", type=float, help=note)
     add_no_labels(parser)

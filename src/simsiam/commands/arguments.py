@@ -217,10 +217,10 @@ def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
     add_setting_flags(parser, Recipe, "run settings", SETTING_TYPES)
     add_setting_flags(parser, Method, "method settings", SETTING_TYPES)
     add_setting_flags(parser, Views, "augmentation settings", SETTING_TYPES)
-    *terms, last = (term.replace("views", "augmentation") for term in EQUAL_TERMS)
+    terms = ", ".join(EQUAL_TERMS).replace("views", "augmentation")
     note = (
-        f"use the {', '.join(terms)} and {last} that the recipe gives with --method simsiam, so "
-        "that these do not differ when methods are compared (appendix D)"
+        "train every method with the values that the recipe has for SimSiam, so that methods are "
+        f"compared on equal terms (appendix D). The settings are: {terms}"
     )
     parser.add_argument("--equal-terms", action="store_true", default=argparse.SUPPRESS, help=note)
 

@@ -34,8 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--backbone", metavar="NAME", help=note)
     note = (
-        "side of the network's input images in pixels; position embeddings of another size are "
-        "resampled [that of the position embeddings, else 224; 32 for a small stem]"
+        "side of the network's input images in pixels; position embeddings made for another "
+        "size are resampled [the size that the position embeddings were made for; without them, "
+        "224, or 32 if the network has a small stem]"
     )
     parser.add_argument("--image-size", metavar="N", type=int, help=note)
     note = "mean of each channel of the input images, from 0 to 1 [ImageNet's]"

@@ -17,8 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """
     add_embeddings(parser)
     note = (
-        "a table with the columns path and label; rows without a label are ignored, so you can add "
-        "labels to the table that --out wrote and give it here"
+        "a table with the columns path and label; rows without a label are ignored. To "
+        "improve the result, fill in labels in the table that an earlier `simsiam probe --out` "
+        "wrote, and give that table here"
     )
     parser.add_argument("labels", metavar="LABELS.csv", help=note)
     add_csv(parser, "path, label, predicted and confidence", required=True)

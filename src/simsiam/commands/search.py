@@ -4,6 +4,7 @@ import argparse
 
 from simsiam.commands.arguments import (
     CHANNELS_NOTE,
+    add_backbone,
     add_device,
     add_html,
     add_no_labels,
@@ -42,8 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "hf-hub:OWNER/NAME, lite0, or a file of weights; or patches [see below]"
     )
     parser.add_argument("--encoder", metavar="RUN or WEIGHTS", help=note)
-    note = "network of a file of weights, if the file does not name it"
-    parser.add_argument("--backbone", metavar="NAME", help=note)
+    add_backbone(parser, "--encoder")
     note = "number of images to find [10]"
     parser.add_argument("--k", metavar="N", type=int, default=10, help=note)
     add_html(parser, "the query and the images found")

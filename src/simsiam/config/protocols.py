@@ -63,8 +63,9 @@ class Settings:
     )
     base_lr: float | None = setting(
         None,
-        "protocol linear, with --linear paper or sgd: peak lr for a batch of 256 [paper: 0.1, as "
-        "in the authors' code (appendix A gives 0.02); sgd: 30 and 100, with a result for each]",
+        "protocol linear, with --linear paper or sgd: peak lr for a batch of 256 [--linear "
+        "paper: 0.1, from the authors' code (the text of appendix A says 0.02); --linear sgd: 30 "
+        "and 100, with a result for each]",
     )
     linear_epochs: int = setting(
         90,

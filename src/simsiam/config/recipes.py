@@ -67,8 +67,8 @@ class Recipe:
     )
     mean: tuple[float, ...] | None = setting(
         None,
-        "mean of each channel, from 0 to 1 [that of the initial weights, if known; else published "
-        "for CIFAR, else measured]",
+        "mean of each channel, from 0 to 1 [that of the initial weights, if known; else, for "
+        "CIFAR, the published values; else measured on the images]",
     )
     std: tuple[float, ...] | None = setting(
         None,
@@ -77,9 +77,9 @@ class Recipe:
     eval_resize: int | None = setting(
         None,
         "for evaluation and embedding, not for the views of training: the shorter side of an image "
-        "is resized to N pixels, then its center is cropped to image_size [the N of the initial "
-        "weights, if they have the same image_size as this run; else, if image_size is above 64, "
-        "8/7 of image_size; else image_size]",
+        "is resized to N pixels, then its center is cropped to image_size [the value stored with "
+        "the initial weights, if their image_size is that of this run; otherwise 8/7 of image_size "
+        "for images above 64 px, and image_size for smaller ones]",
     )
     eval_interpolation: Literal["bilinear", "bicubic"] = setting(
         "bilinear",
@@ -92,9 +92,9 @@ class Recipe:
     )
     splits: tuple[str, ...] | None = setting(
         None,
-        "which folder or shard of the source is which split, as in train=A test=B; * stands for "
-        "any characters of a name, and train=. is the whole source [decided by names such as train "
-        "and test]",
+        "the folder or shard of each split, as in train=A test=B; * in a name stands for any "
+        "characters, and train=. uses the whole source for training [decided by names such as "
+        "train and test]",
     )
     holdout: int | None = setting(
         None,

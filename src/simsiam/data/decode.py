@@ -1,24 +1,29 @@
 """Decode an image file of any supported format to pixels, uint8 (H, W, C), upright.
 
-Pillow decodes photographs, NumPy its own arrays, and tifffile, if installed, the TIFFs that Pillow
-does not support. Broken files are common in large collections, so they have their own exception,
-`Unreadable`, with a short reason, and do not stop a run.
+Pillow decodes photographs and NumPy its own arrays. If they are installed, pillow-heif decodes
+HEIC, rawpy the previews in RAW photographs, and tifffile the TIFFs that Pillow does not support.
+Broken files are common in large collections, so they have their own exception, `Unreadable`, with a
+short reason, and do not stop a run.
 """
 
 import logging
 import os
 import re
 import stat
+import struct
 import warnings
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from io import BytesIO
 from typing import BinaryIO, NamedTuple, TypeAlias
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from PIL.BmpImagePlugin import BmpImageFile
 from PIL.GifImagePlugin import GifImageFile
+from PIL.Jpeg2KImagePlugin import Jpeg2KImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.PpmImagePlugin import PpmImageFile
@@ -27,12 +32,27 @@ from PIL.WebPImagePlugin import WebPImageFile
 
 from simsiam.errors import printable
 
+# Extensions of images that only an optional package reads: its name, and the module to import.
+OPTIONAL_EXTENSIONS = {
+    **dict.fromkeys((".heic", ".heif", ".hif"), ("pillow-heif", "pillow_heif")),
+    ".avif": ("pillow>=11.3", "PIL.AvifImagePlugin"),
+    **dict.fromkeys(
+        (
+            ".dng", ".cr2", ".cr3", ".nef", ".nrw", ".arw", ".sr2", ".orf", ".rw2", ".raf", ".pef",
+            ".srw", ".3fr", ".iiq", ".rwl", ".erf", ".kdc", ".dcr", ".mrw", ".x3f",
+        ),
+        ("rawpy", "rawpy"),
+    ),
+}  # fmt: skip
 EXTENSIONS = {
-    ".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm",
-    ".npy",
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm",
+    ".pgm", ".npy", ".jp2", ".j2k",
+    *(name for name, (_, module) in OPTIONAL_EXTENSIONS.items() if find_spec(module)),
 }  # fmt: skip
 MAX_PIXELS = 2**28 // 3  # of one image: 256 MiB in RGB
 MAX_SCANS = 100  # of a progressive JPEG; encoders make about ten
+MAX_PNG_TEXT = 2**16  # bytes of a text in a PNG that may hold its orientation
+SIGNATURE_BYTES = 64  # at the start of a file, which show its format
 PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # the Pillow mode for a number of channels
 
 # Warnings of the decoders about metadata would disturb the output of a run; real damage becomes
@@ -66,8 +86,10 @@ def decode_image(
     """Decode the first frame of an image file and rotate it as its EXIF data says.
 
     Three channels are RGB, one is gray, four are RGBA. Unless there are four channels, alpha is
-    dropped, not blended. Of 16 bits per channel, the upper eight are kept. NumPy and TIFF arrays
-    may have any number of channels, first or last; floats must be from 0 to 1.
+    dropped, not blended. Of more than eight bits per channel, the upper eight are kept: of the 10,
+    12, 14 or 16 bits that the largest value of the image needs, since cameras and scanners store 12
+    bits in 16. NumPy and TIFF arrays may have any number of channels, first or last; floats must be
+    from 0 to 1.
 
     Args:
         file: A path, or the content of a file.
@@ -173,11 +195,86 @@ def _open_npy(stream: BinaryIO, channels: int) -> _ArrayImage:
     return _make_array_image(shape, channels, "NPY", lambda: np.load(stream, allow_pickle=False))
 
 
+def _missing(what: str, package: str) -> Unreadable:
+    return Unreadable(f"{what}, which only {package} reads: pip install {package}")
+
+
+def _open_png(stream: BinaryIO, _: int) -> Image.Image:
+    """Open a PNG without what Pillow refuses in it and no pixel needs.
+
+    Of the chunks between the pixels, those of transparency and orientation are kept, if they are
+    undamaged: text and color profiles may be large, or have a wrong checksum.
+    """
+    content = stream.read()
+    kept, position = [content[:8]], 8
+    while position < len(content):
+        head = content[position : position + 8]
+        size, kind = struct.unpack(">I4s", head) if len(head) == 8 else (0, b"IEND")
+        chunk = content[position : position + 12 + size]
+        position += len(chunk)
+        is_critical = not kind[0] & 32  # its first letter is a capital
+        is_orientation = chunk[8:].startswith((b"Raw profile type ", b"XML:com.adobe.xmp"))
+        if is_critical or (
+            (kind in (b"tRNS", b"eXIf") or (is_orientation and size < MAX_PNG_TEXT))
+            and zlib.crc32(chunk[4:-4]).to_bytes(4, "big") == chunk[-4:]
+        ):
+            kept.append(chunk)
+    return PngImageFile(BytesIO(b"".join(kept)))
+
+
+def _open_heif(stream: BinaryIO, _: int) -> Image.Image:
+    """Open a HEIC or an AVIF; some AVIFs begin like HEIC and list their own brand later."""
+    start = stream.read(SIGNATURE_BYTES)
+    stream.seek(0)
+    if b"avi" in start[8 : int.from_bytes(start[:4], "big")]:
+        try:
+            from PIL.AvifImagePlugin import AvifImageFile
+        except ImportError:
+            raise _missing("an AVIF", "pillow>=11.3") from None
+        return AvifImageFile(stream)
+    try:
+        from pillow_heif import HeifImageFile
+    except ImportError:
+        raise _missing("a HEIC", "pillow-heif") from None
+    return HeifImageFile(stream)
+
+
+def _open_raw(stream: BinaryIO, channels: int) -> _ArrayImage:
+    """Open the preview that a camera has put into a RAW photograph, upright."""
+    try:
+        import rawpy
+    except ImportError:
+        raise _missing("a RAW photograph", "rawpy") from None
+    with rawpy.imread(stream) as raw:
+        preview, flip = raw.extract_thumb(), raw.sizes.flip
+    image: Image.Image
+    if isinstance(preview.data, bytes):
+        image = JpegImageFile(BytesIO(preview.data))
+    else:
+        image = Image.fromarray(preview.data)
+    # The camera's orientation, which the preview seldom repeats: LibRaw's code for a half turn and
+    # for a quarter turn against and with the clock.
+    turns = {3: 2, 5: 1, 6: 3}.get(flip, 0)
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        turns = 0
+    width, height = image.size if turns % 2 == 0 else image.size[::-1]
+    _check_pixel_count(height, width, MAX_PIXELS)
+    return _ArrayImage(
+        height, width, "RAW", lambda: np.rot90(_image_to_array(image, channels), turns).copy()
+    )
+
+
 def _open_tiff(stream: BinaryIO, channels: int) -> _OpenedImage:
     """Open a TIFF with Pillow if it can; it reads only the colors of a TIFF with more channels."""
     if channels in (1, 3):
         with suppress(SyntaxError):  # what Pillow raises for a TIFF that it does not support
-            return TiffImageFile(stream)
+            image = TiffImageFile(stream)
+            tags = image.tag_v2
+            # A RAW photograph: a version of DNG, or a thumbnail before pictures in sub-directories.
+            if 50706 in tags or (tags.get(254) == 1 and 330 in tags):
+                stream.seek(0)
+                return _open_raw(stream, channels)
+            return image
         stream.seek(0)
     try:
         import tifffile
@@ -191,14 +288,36 @@ def _open_tiff(stream: BinaryIO, channels: int) -> _OpenedImage:
 # because it has its own limits and gives no reasons.
 FORMATS: dict[str, tuple[bytes, Callable[[BinaryIO, int], _OpenedImage]]] = {
     "JPEG": (rb"\xff\xd8\xff", lambda stream, _: JpegImageFile(stream)),
-    "PNG": (rb"\x89PNG\r\n\x1a\n", lambda stream, _: PngImageFile(stream)),
+    "PNG": (rb"\x89PNG\r\n\x1a\n", _open_png),
     "BMP": (rb"BM", lambda stream, _: BmpImageFile(stream)),
     "GIF": (rb"GIF8[79]a", lambda stream, _: GifImageFile(stream)),
     "WEBP": (rb"RIFF....WEBP", lambda stream, _: WebPImageFile(stream)),
     "PPM": (rb"P[1-6]\s", lambda stream, _: PpmImageFile(stream)),
+    "HEIC or AVIF": (rb"....ftyp(hei|hev|mif1|msf1|avi[fs])", _open_heif),
+    "JPEG 2000": (
+        rb"\0\0\0\x0cjP  \r\n\x87\n|\xff\x4f\xff\x51",
+        lambda stream, _: Jpeg2KImageFile(stream),
+    ),
+    "RAW": (
+        rb"II\*\0....CR\x02|II(RO|RS|U\0)|MMOR|FUJIFILMCCD-RAW|....ftypcrx |FOVb|\0MRM",
+        _open_raw,
+    ),
     "TIFF": (rb"II[*+]\0|MM\0[*+]", _open_tiff),
     "NPY": (rb"\x93NUMPY", _open_npy),
 }
+
+
+def find_format(start: bytes) -> str | None:
+    """Find the format of a file by its first bytes.
+
+    Args:
+        start: At least SIGNATURE_BYTES of it, or all.
+
+    Returns:
+        A key of FORMATS; None if it is none of them.
+    """
+    matching = (name for name, (pattern, _) in FORMATS.items() if re.match(pattern, start, re.S))
+    return next(matching, None)
 
 
 def open_regular_file(file: str | os.PathLike[str]) -> BinaryIO:
@@ -231,16 +350,15 @@ def _open_image(file: str | os.PathLike[str] | bytes, channels: int) -> Iterator
     format = "file"
     try:
         with BytesIO(file) if isinstance(file, bytes) else open_regular_file(file) as stream:
-            start = stream.read(12)
+            start = stream.read(SIGNATURE_BYTES)
             stream.seek(0)
             if not start:
                 raise Unreadable("an empty file")
-            for format, (pattern, open_format) in FORMATS.items():  # noqa: B007  used by except
-                if re.match(pattern, start, re.DOTALL):
-                    break
-            else:
+            found = find_format(start)
+            if found is None:
                 raise Unreadable(f"not one of {', '.join(FORMATS)}")
-            yield open_format(stream, channels)
+            format = found
+            yield FORMATS[format][1](stream, channels)
     except Unreadable:
         raise
     except Exception as error:  # a damaged file makes decoders raise anything
@@ -299,19 +417,25 @@ def _image_to_array(image: Image.Image, channels: int) -> np.ndarray:
     if image.mode == "F":
         image = Image.fromarray(_to_uint8(np.asarray(image)))
     elif image.mode.startswith("I"):  # 16-bit gray, which `convert` would clip at 255
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))
+        image = Image.fromarray(_upper_byte(np.asarray(image).clip(0, 65535)))
     mode = PIL_MODES[channels]
     pixels = np.array(image if image.mode == mode else image.convert(mode))
     return pixels[..., None] if channels == 1 else pixels
 
 
+def _upper_byte(pixels: np.ndarray) -> np.ndarray:
+    """Keep the upper eight of the bits that integers up to 65,535 use: 8, 10, 12, 14 or 16."""
+    bits = max(8, int(pixels.max()).bit_length()) if pixels.size else 8
+    return (pixels >> (bits + bits % 2 - 8)).astype(np.uint8)
+
+
 def _to_uint8(pixels: np.ndarray) -> np.ndarray:
-    """Convert pixels to uint8: the upper byte of uint16; floats and booleans are from 0 to 1."""
+    """Convert pixels to uint8: the upper bits of uint16; floats and booleans are from 0 to 1."""
     kind = pixels.dtype.kind
     if pixels.dtype == np.uint8:
         return pixels
     if kind == "u" and pixels.dtype.itemsize == 2:  # of either byte order
-        return (pixels >> 8).astype(np.uint8)
+        return _upper_byte(pixels)
     if kind == "b" or (kind == "f" and pixels.min() >= 0 and pixels.max() <= 1):  # nan is neither
         return np.rint(pixels.astype(np.float32) * 255).astype(np.uint8)
     raise Unreadable(f"{pixels.dtype} pixels: they should be uint8, uint16, or floats from 0 to 1")

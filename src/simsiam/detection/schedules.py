@@ -34,7 +34,7 @@ class Schedule:
         100, "steps of linear lr warmup, which starts at a thousandth of the peak lr"
     )
     decay_at: tuple[float, ...] = setting(
-        (18 / 24, 22 / 24), "when the lr is divided by 10, as fractions of --steps"
+        (18 / 24, 22 / 24), "points at which the lr is divided by 10, as fractions of --steps"
     )
     weight_decay: float = setting(1e-4, "weight decay of all parameters except those of batch norm")
     train_sides: tuple[int, ...] = setting(

@@ -366,9 +366,9 @@ class Comparison:
             return
         print(f"{text}; look at the groups before you delete anything", file=sys.stderr)
 
-    def _best_first(self, row: int) -> tuple[bool, int, bool, int, int]:
-        pixels, lossless, num_bytes = self.originals.quality(row)
-        return row in self.parts, -pixels, not lossless, -num_bytes, row
+    def _best_first(self, row: int) -> tuple[int, ...]:
+        quality = self.originals.quality(row)
+        return row in self.parts, *(-value for value in quality), row
 
 
 def connected_components(pairs: Sequence[tuple[int, int]]) -> list[list[int]]:

@@ -11,6 +11,7 @@ import os
 import shutil
 import tarfile
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from simsiam.data.decode import EXTENSIONS
+from simsiam.data.decode import EXTENSIONS, OPTIONAL_EXTENSIONS
 from simsiam.data.images import Images
 from simsiam.data.shards import (
     ROW_GROUP_STRIDE,
@@ -40,16 +41,16 @@ from simsiam.data.shards import (
 )
 from simsiam.data.storage import MAX_FILE_BYTES, Names
 from simsiam.errors import UsageError, WorkFailed
+from simsiam.sources.file_kinds import VIDEOS, is_image_path, join_kinds
 from simsiam.utils.files import atomic_write, cache_dir, file_lock
 from simsiam.utils.workers import parallel_map_with_progress
 
-CATALOG_VERSION = 2  # of the files in the cache
-SIDECAR_VERSIONS = (1, 2)  # of the catalogs next to shards; both have the same content
+CATALOG_VERSION = 3  # of the files in the cache
+SIDECAR_VERSIONS = (1, 2, 3)  # of the catalogs next to shards; all have the same content
 CATALOG_FILE = "index.arrow"  # a catalog next to the shards
 # Usual names of a column of images, and of a label in a column or in JSON; the first is preferred.
 IMAGE_NAMES = ("image", "img", "jpg", "png", "picture", "photo")
 LABEL_NAMES = ("label", "labels", "fine_label", "class", "class_name", "category")
-IMAGE_SUFFIXES = tuple(extension.encode() for extension in EXTENSIONS)
 WEBDATASET_MEMBERS = 1000  # members of a tar that show whether it has the layout of WebDataset
 MAX_METADATA_BYTES = 2**20  # limit for a .cls, a .json, and a long name in a tar
 # One record batch per shard, one row per image.
@@ -194,7 +195,8 @@ def load_catalog(
         UsageError: Parquet files have different columns, or are implausible.
         WorkFailed: A shard cannot be read.
     """
-    cache_key: CacheKey = [CATALOG_VERSION]
+    readable = sorted(EXTENSIONS & OPTIONAL_EXTENSIONS.keys())  # with the packages installed now
+    cache_key: CacheKey = [CATALOG_VERSION, [*readable]]
     cache_key += [[file.path, file.size, file.stamp, file.split] for file in files]
     name = blake2b(location.encode(), digest_size=16).hexdigest()
     path = cache_dir("catalogs") / f"{name}.arrow"
@@ -520,6 +522,7 @@ class _TarScan:
         self.sample = b""
         self.images = list[tuple[bytes, int, int]]()
         self.metadata = dict[str, bytes]()
+        self.not_read = Counter[str]()  # images and videos of kinds that are not read
 
     def add(self, info: tarfile.TarInfo, opened: BinaryIO) -> None:
         """Take a member into the current sample, or begin the next one."""
@@ -538,6 +541,8 @@ class _TarScan:
         elif extension.lower() in (b"cls", b"json") and info.size <= MAX_METADATA_BYTES:
             opened.seek(info.offset_data)
             self.metadata |= _parse_sample_metadata(extension.lower(), opened.read(info.size))
+        elif (kind := f".{os.fsdecode(extension).lower()}") in {*OPTIONAL_EXTENSIONS, *VIDEOS}:
+            self.not_read[kind] += 1
 
     def close_sample(self) -> None:
         """Record the images of the current sample."""
@@ -588,6 +593,8 @@ def _scan_tar(file: ShardFile) -> tuple[pa.Table, list[tuple[str, str]]]:
             "are ignored"
         )
         notes.append((name, reason))
+    if scan.not_read:
+        notes.append((name, f"not read: {join_kinds(scan.not_read)}"))
     return scan.table(), notes
 
 
@@ -752,17 +759,3 @@ def normalize_member_path(name: str) -> bytes | None:
     """
     parts = [part for part in os.fsencode(name).split(b"/") if part not in (b"", b".")]
     return b"/".join(parts) if parts and b".." not in parts else None
-
-
-def is_image_path(name: bytes) -> bool:
-    """Return whether a path is that of an image file that is not hidden.
-
-    Args:
-        name: The path, with "/".
-
-    Returns:
-        Whether it has an extension of an image, and no part starts with a dot.
-    """
-    return name.lower().endswith(IMAGE_SUFFIXES) and not any(
-        part.startswith(b".") for part in name.split(b"/")
-    )

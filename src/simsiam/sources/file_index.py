@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 from simsiam.data.decode import (
     EXTENSIONS,
     MAX_PIXELS,
+    OPTIONAL_EXTENSIONS,
     PIL_MODES,
     Unreadable,
     decode_image,
@@ -58,7 +59,10 @@ INSPECTION_SCHEMA = pa.schema(
 INDEX_SCHEMA = pa.schema([*STAMP_SCHEMA, *INSPECTION_SCHEMA])
 # The extensions of formats that have others than their own name.
 FORMAT_EXTENSIONS = {
-    "JPEG": (".jpg", ".jpeg", ".jfif"),
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
+    "JPEG2000": (".jp2", ".j2k"),
+    "HEIF": (".heic", ".heif", ".hif"),
+    "RAW": tuple(OPTIONAL_EXTENSIONS),
     "TIFF": (".tif", ".tiff"),
     "PPM": (".ppm", ".pgm"),
 }

@@ -6,14 +6,12 @@ image, so it opens a million files in seconds.
 
 import os
 import re
-import stat
 import struct
 import sys
 import tarfile
 import zipfile
 from array import array
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -53,18 +51,22 @@ from simsiam.errors import (
     unknown_name,
 )
 from simsiam.sources.catalog import (
-    IMAGE_SUFFIXES,
     ParquetLayout,
     ShardFile,
     detect_parquet_layout,
-    is_image_path,
     is_webdataset,
-    iter_tar_members,
     label_sort_key,
     label_texts,
     list_files,
     load_catalog,
-    normalize_member_path,
+)
+from simsiam.sources.file_kinds import NO_SPLIT, REPLACED, FileCounts, is_image_path
+from simsiam.sources.listing import (
+    iter_tar_images,
+    iter_zip_images,
+    list_folder,
+    no_image_error,
+    to_arrow,
 )
 from simsiam.sources.splits import (
     NAME_CHUNK,
@@ -91,7 +93,8 @@ SOURCE_KINDS = (
 MAX_RESIDENT_BYTES = 2**30
 # A line of a list in which spaces separate path and label, as Caffe and timm write it.
 SPACED_LABEL = re.compile(
-    rb"(?i)(?P<path>.*(?:%s)) +(?P<label>.*)" % b"|".join(map(re.escape, IMAGE_SUFFIXES))
+    rb"(?i)(?P<path>.*(?:%s)) +(?P<label>.*)"
+    % b"|".join(re.escape(extension.encode()) for extension in EXTENSIONS)
 )
 NESTED_DEPTH = 3  # folders below a source in which shards are looked for, as in data/CONFIG/train
 
@@ -128,7 +131,8 @@ class Source:
         val: Images for validation, if the source has them.
         test: Images for the test, if the source has them.
         damage: (shard, what is lost with it) of each damaged shard.
-        notes: What names have decided, and which images are left out: a line for each.
+        notes: What names have decided, and which files are left out: a line for each.
+        passed_over: Number of files that are not among the images, by kind; see `file_kinds`.
     """
 
     name: str
@@ -137,6 +141,7 @@ class Source:
     test: Images | None = None
     damage: tuple[tuple[str, str], ...] = field(default=(), kw_only=True)
     notes: tuple[str, ...] = field(default=(), kw_only=True)
+    passed_over: Mapping[str, int] = field(default_factory=dict, kw_only=True)
 
     @property
     def splits(self) -> dict[str, Images]:
@@ -207,7 +212,7 @@ def open_source(
         parts = {name: images.drop_labels() for name, images in parts.items()}
     for note in opened.notes:
         _say_once(tuple(texts), f"{opened.name}: {note}")
-    return Source(opened.name, **parts, damage=opened.damage, notes=opened.notes)
+    return replace(opened, train=parts["train"], val=parts.get("val"), test=parts.get("test"))
 
 
 @cache
@@ -242,12 +247,13 @@ def _open_one(text: str, options: _Options) -> Source:
         raise _missing_source_error(text)
     path = Path(text)
     if path.is_dir():
-        if shards := find_shards(text):
-            return _open_shards(text, shards, options)
-        keys = _walk_folder(path, set())
-        if not len(keys) and (shards := find_nested_shards(text)):
-            return _open_shards(text, shards, options)
-        return _open_tree(path, keys, lambda names, _: FolderFiles(path, names), options)
+        counts = FileCounts()
+        keys = list_folder(path, set(), counts)
+        if shards := find_shards(text) or (not len(keys) and find_nested_shards(text)):
+            source = _open_shards(text, shards, options)
+            beside = len(keys) and f"images beside the shards, which are not read: {len(keys):,}"
+            return replace(source, notes=(*source.notes, beside)) if beside else source
+        return _open_tree(path, keys, lambda names, _: FolderFiles(path, names), options, counts)
     kind = path.suffix.lower()
     if kind == ".parquet" or (kind == ".tar" and is_webdataset(text)):
         stats = {text: (path.stat().st_size, str(path.stat().st_mtime_ns))}
@@ -282,14 +288,14 @@ def _open_several(texts: list[str], options: _Options) -> Source:
     folders = [path for path in paths if os.path.isdir(path)]
     files = [path for path in paths if path not in folders]
     root = Path(os.path.commonpath([*folders, *map(os.path.dirname, files)]))
-    keys, labels, visited = [], [], set[tuple[int, int]]()
+    keys, labels, visited, counts = [], [], set[tuple[int, int]](), FileCounts()
     for folder in folders:
-        paths_below = _walk_folder(Path(folder), visited)
+        paths_below = list_folder(Path(folder), visited, counts)
         prefix = b"" if Path(folder) == root else os.fsencode(os.path.relpath(folder, root)) + b"/"
         empty = pa.scalar(b"", paths_below.type)
         prefix_scalar = pa.scalar(prefix, pa.large_binary())
         keys.append(pc.binary_join_element_wise(prefix_scalar, paths_below, empty))
-        labels.append(_path_component(paths_below, 0))
+        labels.append(path_component(paths_below, 0))
     relative_files = [os.fsencode(os.path.relpath(file, root)) for file in files]
     file_keys = pa.array(relative_files, pa.large_binary())
     in_folders = pc.is_in(file_keys, pa.chunked_array(keys, file_keys.type))
@@ -297,14 +303,15 @@ def _open_several(texts: list[str], options: _Options) -> Source:
     labels.append(pa.nulls(len(file_keys), pa.dictionary(pa.int32(), file_keys.type)))
     all_keys = pa.concat_arrays([*keys, file_keys])
     if not len(all_keys):
-        raise _no_image_error(texts)
+        raise no_image_error(texts, counts)
     order = pc.sort_indices(all_keys)
     image_names = Names(all_keys.take(order))
     images = Images(image_names, FolderFiles(root, image_names))
     codes_and_classes = _encode_labels(pa.concat_arrays(labels).take(order))
     path = paths[0] if len(paths) == 1 else root
     source = _build_source(path, {"train": (images, *codes_and_classes)}, options)
-    return replace(source, notes=tuple(note_folder_labels(source.train.classes)))
+    notes = (*counts.notes(len(all_keys)), *note_folder_labels(source.train.classes))
+    return replace(source, notes=notes, passed_over=counts.passed_over)
 
 
 def _missing_source_error(text: str) -> UsageError:
@@ -324,19 +331,6 @@ def _missing_source_error(text: str) -> UsageError:
     else:
         hint = f"give {', '.join(BUILTIN_SOURCES)}, {SOURCE_KINDS}"
     return UsageError(f"no such file or folder: {printable(truncate(path))}; {hint}")
-
-
-def _no_image_error(paths: Sequence[str]) -> UsageError:
-    """Make the error for places without an image; it counts the files that are there."""
-    suffixes = Counter[str]()
-    for path in paths:
-        for _, _, files in os.walk(path):
-            suffixes.update(Path(name).suffix.lower() or "no extension" for name in files)
-    most_first = sorted(suffixes.items(), key=lambda item: (-item[1], item[0]))
-    counts = [f"{count:,} {suffix}" for suffix, count in most_first]
-    there = f"; the files there: {join_names(counts)}" if counts else ""
-    place, formats = ", ".join(map(printable, paths)), " ".join(sorted(EXTENSIONS))
-    return UsageError(f"no image in {place}: looked for {formats}{there}")
 
 
 def _open_shapes() -> Source:
@@ -379,70 +373,6 @@ def _open_torchvision(name: str) -> Source:
     return Source(name, download("train", cifar, True), None, download("test", cifar, False))
 
 
-def _walk_folder(folder: Path, visited: set[tuple[int, int]]) -> pa.Array:
-    """List the images below a folder.
-
-    Args:
-        folder: The folder.
-        visited: Device and inode of the folders that have been visited; updated. Each folder is
-            visited once, so links do not loop. Links are followed last, so the images of a folder
-            that is reached both ways have its real path.
-
-    Returns:
-        Paths relative to the folder, with "/", in bytewise order; bytes, as the system has them.
-    """
-
-    def iter_paths() -> Iterator[bytes]:
-        root, folders, links = os.fsencode(folder), [b""], list[bytes]()
-        while folders or links:
-            if not folders:
-                links.sort(reverse=True)  # in an order that does not depend on the file system
-            below = (folders or links).pop()
-            status = os.stat(os.path.join(root, below))
-            if (status.st_dev, status.st_ino) in visited:
-                continue
-            visited.add((status.st_dev, status.st_ino))
-            with os.scandir(os.path.join(root, below)) as entries:
-                for entry in entries:
-                    if entry.name.startswith(b"."):
-                        continue
-                    if entry.is_dir(follow_symlinks=False):
-                        folders.append(below + entry.name + b"/")
-                    elif entry.is_symlink() and os.path.isdir(entry.path):
-                        links.append(below + entry.name + b"/")
-                    # A link without a target is listed, and is then unreadable.
-                    elif is_image_path(entry.name) and (entry.is_file() or entry.is_symlink()):
-                        yield below + entry.name
-
-    try:
-        keys = _to_arrow(iter_paths())
-    except OSError as error:
-        place = printable(os.fsdecode(error.filename or folder))
-        raise WorkFailed(f"cannot read the folder {place}: {error.strerror}") from error
-    return keys.take(pc.sort_indices(keys))
-
-
-def _to_arrow(values: Iterable[bytes | None]) -> pa.Array:
-    """Convert bytes to large_binary in chunks: a million Python objects would take 100 MB."""
-    values, chunks = iter(values), [pa.array([], pa.large_binary())]
-    while chunk := list(islice(values, NAME_CHUNK)):
-        chunks.append(pa.array(chunk, pa.large_binary()))
-    array = pa.concat_arrays(chunks)
-    chunks.clear()
-    pa.default_memory_pool().release_unused()  # half of it: the chunks grew by doubling
-    return array
-
-
-def _path_component(paths: pa.Array, depth: int) -> pa.DictionaryArray:
-    """Return the name of each path's folder at a depth; null if there is none."""
-    pattern, names = "^" + "[^/]*/" * depth + "(?P<name>[^/]*)/", []
-    for start in range(0, len(paths), NAME_CHUNK):
-        matches = pc.extract_regex(paths[start : start + NAME_CHUNK], pattern)
-        names.append(matches.flatten()[0].dictionary_encode())  # `field` would lose the nulls
-    chunked = pa.chunked_array(names, pa.dictionary(pa.int32(), paths.type))
-    return chunked.unify_dictionaries().combine_chunks()
-
-
 def _encode_labels(names: pa.DictionaryArray) -> tuple[np.ndarray | None, tuple[str, ...]]:
     """Return labels as positions in a sorted tuple of their names; None and () if one is null."""
     if names.null_count:
@@ -459,6 +389,7 @@ def _open_tree(
     keys: pa.Array,
     make_storage: Callable[[Names, np.ndarray | slice], Storage],
     options: _Options,
+    counts: FileCounts,
     skip_outer_folders: bool = False,
 ) -> Source:
     """Find splits and classes from the paths of images in a folder or an archive.
@@ -468,6 +399,7 @@ def _open_tree(
         keys: The paths of the images in it.
         make_storage: From names and their positions in `keys` to the storage of these images.
         options: What the user says about splits and labels.
+        counts: The other files that are there; updated by the images in no split.
         skip_outer_folders: Ignore folders that contain everything else.
 
     Returns:
@@ -477,7 +409,7 @@ def _open_tree(
         UsageError: There is no image, or none where `--splits` says.
     """
     if not len(keys):
-        raise _no_image_error([str(path)])
+        raise no_image_error([str(path)], counts)
     depth, first = 0, path_component(keys, 0)
     if skip_outer_folders:
         while (
@@ -498,10 +430,13 @@ def _open_tree(
     left_out = np.ones(len(keys), bool)
     for part in used:
         left_out[part.rows] = False
-    notes = note_left_out(keys, np.flatnonzero(left_out), depth, given=options.splits is not None)
+    counts.passed_over[NO_SPLIT] += int(left_out.sum())
+    notes = counts.notes(len(keys))
+    notes += note_left_out(keys, np.flatnonzero(left_out), depth, given=options.splits is not None)
     if not chosen:
         notes += note_split_like(keys, depth, labeled=bool(classes))
-    return replace(source, notes=(*notes, *note_folder_labels(classes)))
+    notes += note_folder_labels(classes)
+    return replace(source, notes=tuple(notes), passed_over=+counts.passed_over)
 
 
 def _merge_parts(
@@ -532,9 +467,9 @@ def _open_list(path: Path, options: _Options) -> Source:
         raise WorkFailed(f"cannot read {printable(str(path))}: {error.strerror}") from error
     if not lines:
         raise UsageError(f"{printable(str(path))} lists no image: write one path per line")
-    names = Names(_to_arrow(_split_line(line)[0] for line in lines))
+    names = Names(to_arrow(_split_line(line)[0] for line in lines))
     images = Images(names, FolderFiles(path.absolute().parent, names))
-    labels = _to_arrow(_split_line(line)[1] or None for line in lines)
+    labels = to_arrow(_split_line(line)[1] or None for line in lines)
     return _build_source(
         path, {"train": (images, *_encode_labels(labels.dictionary_encode()))}, options
     )
@@ -550,16 +485,16 @@ def _split_line(line: bytes) -> tuple[bytes, bytes]:
 
 def _open_archive(path: Path, options: _Options) -> Source:
     """Open the images in a .zip or .tar; of two with one name the last, as if unpacked."""
-    entries = array("q")
+    entries, counts = array("q"), FileCounts()
 
     def iter_names() -> Iterator[bytes]:
         is_zip = path.suffix.lower() == ".zip"
-        for name, entry in (_iter_zip_images if is_zip else _iter_tar_images)(path):
+        for name, entry in (iter_zip_images if is_zip else iter_tar_images)(path, counts):
             entries.extend(entry)
             yield name
 
     try:
-        keys = _to_arrow(iter_names())
+        keys = to_arrow(iter_names())
     except UsageError:
         raise
     except ARCHIVE_ERRORS as error:
@@ -570,48 +505,16 @@ def _open_archive(path: Path, options: _Options) -> Source:
     keys = keys.take(order)
     last = pa.array(np.append(pc.not_equal(keys[1:], keys[:-1]), True)[: len(keys)])
     rows = order.filter(last).to_numpy()
+    counts.passed_over[REPLACED] += len(keys) - len(rows)
     members = ArchiveMembers(path.absolute(), np.asarray(entries).reshape(-1, 5)[rows])
     return _open_tree(
         path,
         keys.filter(last),
         lambda _, indices: members.take(indices),
         options,
+        counts,
         skip_outer_folders=True,
     )
-
-
-def _member_image_path(name: str) -> bytes | None:
-    """Return the path of an image in an archive; None for other, hidden and outside paths."""
-    path = normalize_member_path(name)
-    return path if path and is_image_path(path) else None
-
-
-def _iter_zip_images(path: Path) -> Iterator[tuple[bytes, tuple[int, int, int, int, int]]]:
-    """Yield the name and the entry (see `ArchiveMembers`) of each image in a .zip."""
-    with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
-        for info in archive.infolist():
-            name = _member_image_path(info.filename)
-            if name is None or info.is_dir() or stat.S_ISLNK(info.external_attr >> 16):
-                continue
-            supported = info.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-            if info.flag_bits & 1 or not supported:
-                raise UsageError(
-                    f"{printable(str(path))} is encrypted or compressed with a method "
-                    "that is not supported: unpack it"
-                )
-            # At byte 26 are the lengths of the local header's two variable fields.
-            file.seek(info.header_offset + 26)
-            start = info.header_offset + 30 + sum(struct.unpack("<2H", file.read(4)))
-            deflated = info.compress_type == zipfile.ZIP_DEFLATED
-            yield name, (start, info.compress_size, info.file_size, deflated, info.CRC)
-
-
-def _iter_tar_images(path: Path) -> Iterator[tuple[bytes, tuple[int, int, int, int, int]]]:
-    """Yield the name and the entry (see `ArchiveMembers`) of each image in a .tar."""
-    with open(path, "rb") as file:
-        for info in iter_tar_members(file):
-            if info.isreg() and not info.issparse() and (name := _member_image_path(info.name)):
-                yield name, (info.offset_data, info.size, info.size, False, -1)
 
 
 def find_shards(location: str) -> dict[str, tuple[int, str]]:

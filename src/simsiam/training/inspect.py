@@ -20,6 +20,7 @@ from simsiam.data.images import Images
 from simsiam.errors import UsageError, WorkFailed
 from simsiam.runs.choose import choose_recipe
 from simsiam.sources.file_index import Index, load_index
+from simsiam.sources.file_kinds import join_kinds
 from simsiam.sources.open_source import Source, open_source
 from simsiam.training.facts import (
     check_out_file,
@@ -42,6 +43,15 @@ class ImageFacts(TypedDict):
     count: int
     bytes: int
     splits: dict[str, int]  # images by split
+
+
+class FileFacts(TypedDict):
+    """Every file of a folder or an archive; images in shards and lists count as files."""
+
+    total: int
+    read: int  # images that can be read, in any split
+    unreadable: int
+    passed_over: dict[str, int]  # files by kind: an extension, or "hidden", "in no split", ...
 
 
 class SizeFacts(TypedDict, total=False):
@@ -115,6 +125,7 @@ class SourceFacts(TypedDict, total=False):
 
     source: str
     notes: list[str]  # what names decided, and which images are left out
+    files: FileFacts
     images: ImageFacts
     sizes: SizeFacts
     formats: FormatFacts
@@ -195,7 +206,14 @@ def dataset_facts(source: Source, index: Index) -> SourceFacts:
     unreadable = table.select(["key", "reason"]).filter(pa.array(~readable))
     reasons = [[_name(key), reason.as_py()] for key, reason in zip(*unreadable.columns)]
     splits = {name: len(images) for name, images in source.splits.items()}
+    passed_over = dict(source.passed_over)
     return {
+        "files": {
+            "total": len(table) + sum(passed_over.values()),
+            "read": int(readable.sum()),
+            "unreadable": len(reasons),
+            "passed_over": passed_over,
+        },
         "images": {"count": len(table), "bytes": pc.sum(table["bytes"]).as_py(), "splits": splits},
         "sizes": _size_facts(*(table[name].to_numpy()[readable] for name in ("height", "width"))),
         "formats": _file_format_facts(table, readable),
@@ -355,6 +373,16 @@ def estimate_duration(source: Source, recipe: ResolvedRecipe, index: Index) -> T
 # --- the facts as text ----------------------------------------------------------------------------
 
 
+def _format_files(fact: FileFacts) -> list[str]:
+    lines = [f"{fact['total']:,}: {fact['read']:,} can be read"]
+    if fact["unreadable"]:
+        lines[0] += f", {fact['unreadable']:,} cannot"
+    if kinds := fact["passed_over"]:
+        lines[0] += f", {sum(kinds.values()):,} are passed over:"
+        lines += [f"  {text}" for text in join_kinds(kinds, most=len(kinds)).split(", ")]
+    return lines
+
+
 def _format_images(fact: ImageFacts) -> list[str]:
     splits = ", ".join(f"{count:,} {split}" for split, count in fact["splits"].items())
     total = f"{fact['count']:,} in {format_bytes(fact['bytes'])}"
@@ -466,6 +494,7 @@ def _first_examples(lines: Sequence[str]) -> list[str]:
 
 
 FACT_FORMATTERS: dict[str, Callable[[Any], list[str]]] = {
+    "files": _format_files,
     "images": _format_images,
     "sizes": _format_sizes,
     "formats": _format_file_formats,

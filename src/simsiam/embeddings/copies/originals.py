@@ -23,9 +23,9 @@ CACHE_SIZE = 512  # images in memory, of at most 1 MiB each
 BY_THUMBNAIL = "by thumbnail"  # the note of images whose thumbnails were compared
 WITHOUT_ALPHA = (".jpg", ".jpeg", ".jpe", ".jfif")  # formats that have no alpha channel
 
-LOSSY = ("JPEG", "WEBP", "GIF")  # formats that change pixels
+LOSSY = ("JPEG", "JPEG2000", "WEBP", "GIF", "HEIF", "AVIF")  # formats that change pixels
 
-Quality: TypeAlias = tuple[int, bool, int]
+Quality: TypeAlias = tuple[bool, int, bool, int]
 T = TypeVar("T")
 
 
@@ -106,9 +106,10 @@ class Originals:
             row: A row that has been read.
 
         Returns:
-            The number of pixels, whether the format keeps all pixels, and the number of bytes.
+            Whether it is a RAW photograph, of which only a preview is read; the number of pixels;
+            whether the format keeps all pixels; and the number of bytes.
         """
-        return self._qualities.get(row, (0, False, 0))
+        return self._qualities.get(row, (False, 0, False, 0))
 
     def thumbnail(self, row: int) -> Detail:
         """Return the detail of a thumbnail.
@@ -171,7 +172,8 @@ def _read_detail(images: Images, i: int) -> tuple[Detail, Quality]:
     """Read an image, and what tells the better of two copies; see `quality`."""
     file, header = images.file(i), images.read_header(i)
     num_bytes = len(file) if isinstance(file, bytes) else Path(file).stat().st_size
-    quality = (header.height * header.width, header.format not in LOSSY, num_bytes)
+    num_pixels, is_lossless = header.height * header.width, header.format not in LOSSY
+    quality = (header.format == "RAW", num_pixels, is_lossless, num_bytes)
     return make_detail(_read_with_alpha(images, i)), quality
 
 
