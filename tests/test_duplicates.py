@@ -420,6 +420,18 @@ def test_the_image_that_is_kept_is_the_best_copy(groups_of, tmp_path):
     ]
 
 
+def test_a_raw_photograph_is_kept(groups_of, tmp_path):
+    """Only its preview is read, which has fewer pixels than the photograph and than other files."""
+    pytest.importorskip("rawpy")
+    test_file_kinds = pytest.importorskip("test_file_kinds")  # which needs pillow-heif
+    picture = textured(0, (800, 600))
+    preview = picture.resize((640, 480))
+    (tmp_path / "images" / "raw.dng").write_bytes(test_file_kinds.make_dng(preview))
+    picture.save(tmp_path / "images" / "developed.jpg")
+    textured(1).save(tmp_path / "images" / "other.jpg")
+    assert groups_of() == [["raw.dng", "developed.jpg"]]
+
+
 def test_crops_and_mirrored_copies_are_found_with_an_option(groups_of, tmp_path):
     pytest.importorskip("cv2")
     source = tmp_path / "images"

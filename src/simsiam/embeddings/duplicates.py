@@ -40,7 +40,7 @@ REDUCED_SIDE = 12
 NUM_CANDIDATES = 20  # nearest thumbnails that each thumbnail is compared with
 CANDIDATE_DISTANCE = 0.4  # of the reduced thumbnails; copies had at most 0.31
 CONTRAST_FLOOR = 4.0  # gray levels; contrast of a reduced thumbnail below this is noise
-THRESHOLD = 0.28  # the largest distance of copies; docs/duplicates.md says how it was chosen
+THRESHOLD = 0.28  # the largest distance of copies; results/duplicates has what it finds
 CHUNK_SIZE = 128  # pairs that are compared at a time
 
 ONE_COLOR = "one color"  # the note of images without content
@@ -74,10 +74,10 @@ def duplicates(
 ) -> list[list[Duplicate]]:
     """Find groups of near-duplicates.
 
-    The first image of a group is the one to keep: of its images the one with the most pixels, then
-    one in a format that keeps all pixels, then the largest file. None of the others is farther from
-    it than the threshold. An image is in one group at most. Images of one color are compared by
-    their color, among themselves.
+    The first image of a group is the one to keep: a RAW photograph, else the image with the most
+    pixels, then one in a format that keeps all pixels, then the largest file. None of the others is
+    farther from it than the threshold. An image is in one group at most. Images of one color are
+    compared by their color, among themselves.
 
     The files of images that may be copies are read again. Where that is not possible, thumbnails
     are compared, which do not show text; a line on stderr and the notes say so.
