@@ -68,8 +68,9 @@ def read_tar(path: Path, pattern: str, count: int, rng: np.random.Generator) -> 
 
 def photographs(data: Path, rng: np.random.Generator) -> list[Image.Image]:
     """Photographs, and bursts: the camera is held by hand, or a subject moves."""
-    photos = read_tar(data / "imagenette224.tar", "train/", NUM_SCENES - 40, rng)
-    for photo in photos[:4]:  # the hand moves the camera a little between two frames
+    found = read_tar(data / "imagenette224.tar", "train/", NUM_SCENES - 36, rng)
+    photos = found[4:]
+    for photo in found[:4]:  # the hand moves the camera a little between two frames
         x, y = rng.uniform(2, 6, 2)
         for _ in range(5):
             angle, zoom = rng.normal(0, 0.4), rng.normal(1, 0.004)

@@ -161,16 +161,7 @@ def measure(kind: str, data: Path, work: Path, seed: int) -> dict[str, object]:
     }
     if find_spec("imagededup"):
         methods |= {m: lambda m=m: search_with_imagededup(folder, m) for m in PEERS}
-    commit = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-    result: dict[str, object] = {
-        "kind": kind,
-        "seed": seed,
-        "commit": subprocess.check_output(commit, text=True).strip(),
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} thread(s)",
-        "imagededup": version("imagededup") if find_spec("imagededup") else "not installed",
-        "distances": measure_threshold(file),
-    }
+    result: dict[str, object] = {"distances": measure_threshold(file)}
     for method, run in methods.items():
         start = time.process_time()
         counts = judge(shown, run())
@@ -279,13 +270,21 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
     options = parser.parse_args()
+    commit = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    setup = {
+        "commit": subprocess.check_output(commit, text=True).strip(),
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} thread(s)",
+        "imagededup": version("imagededup") if find_spec("imagededup") else "not installed",
+    }
     options.work.mkdir(parents=True, exist_ok=True)
     CELLS.mkdir(parents=True, exist_ok=True)
     for kind in options.kinds:
         for seed in options.seeds:
             path = CELLS / f"{kind.replace(' ', '_')}_{seed}.json"
             if not path.exists():
-                cell = measure(kind, options.data, options.work, seed)
+                cell = {"kind": kind, "seed": seed, **setup}
+                cell |= measure(kind, options.data, options.work, seed)
                 path.write_text(json.dumps(cell, indent=1) + "\n")
     write_page()
 
