@@ -22,7 +22,6 @@ from simsiam.data.images import load_into_memory
 from simsiam.embeddings import embed as module
 from simsiam.embeddings import search
 from simsiam.embeddings.cluster import cluster
-from simsiam.embeddings.duplicates import duplicates
 from simsiam.embeddings.embed import embed
 from simsiam.embeddings.neighbors import neighbors
 from simsiam.embeddings.outliers import outliers
@@ -226,52 +225,6 @@ def test_faiss_finds_the_same_neighbors(monkeypatch):
     monkeypatch.setattr(search, "FAISS_THRESHOLD", 100)
     cosine, index = search_neighbors(x, 5)
     assert torch.equal(index, exact[1]) and torch.allclose(cosine, exact[0], atol=1e-5)
-
-
-def photographs(count: int, seed: int = 0) -> list[Image.Image]:
-    """Pictures of colored clouds, which differ as much as photographs do."""
-    rng = np.random.default_rng(seed)
-    small = rng.integers(0, 256, (count, 6, 8, 3), np.uint8)
-    return [Image.fromarray(x).resize((160, 120), Image.Resampling.BICUBIC) for x in small]
-
-
-def test_only_copies_are_found(run, tmp_path):
-    """Resized and recompressed copies, pictures of one color, and 60 pictures without a copy."""
-    source = tmp_path / "photos"
-    source.mkdir()
-    pictures = photographs(70)
-    for i, picture in enumerate(pictures):
-        picture.save(source / f"{i:02}.png")
-    for i, (size, quality) in enumerate(
-        [((80, 60), 90), ((320, 240), 20), ((160, 120), 10), ((53, 40), 50)]
-    ):
-        pictures[i].resize(size, Image.Resampling.LANCZOS).save(
-            source / f"{i:02} copy.jpg", quality=quality
-        )
-    pictures[0].save(source / "00 third.jpg", quality=40)
-    for name in ("a", "b"):
-        Image.new("RGB", (64, 64), (200, 30, 30)).save(source / f"plain {name}.png")
-    Image.new("RGB", (64, 64), (30, 30, 200)).save(source / "plain blue.png")
-    file = embed(run, source, out=tmp_path / "photos.parquet", device="cpu")
-    sizes = {Image.open(io.BytesIO(x)).size for x in read_embeddings(file).thumbnails}
-    assert sizes == {(96, 96), (64, 64), (60, 60), (40, 40)}  # the network is given 32 pixels
-    groups = duplicates(file, out=tmp_path / "copies.csv", html=tmp_path / "copies.html")
-    expected = [{"00.png", "00 copy.jpg", "00 third.jpg"}, {"plain a.png", "plain b.png"}]
-    expected += [{f"{i:02}.png", f"{i:02} copy.jpg"} for i in (1, 2, 3)]
-    assert sorted(sorted(c.path for c in group) for group in groups) == sorted(
-        map(sorted, expected)
-    )
-    assert [len(group) for group in groups] == [3, 2, 2, 2, 2] and all(
-        group[0].distance == 0 for group in groups
-    )
-    lines = rows_of(tmp_path / "copies.csv")
-    assert [(line["group"], line["path"]) for line in lines] == [
-        (str(n), c.path) for n, group in enumerate(groups, 1) for c in group
-    ]
-    assert (tmp_path / "copies.html").read_text().count("<img ") == 11
-    assert duplicates(file, threshold=0.0) == [
-        group for group in groups if "plain" in group[0].path
-    ]
 
 
 def blobs(tmp_path, labels: bool = True):

@@ -17,15 +17,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """
     add_embeddings(parser)
     note = (
-        "two images are copies if their distance is at most X; images that are linked by a chain "
-        "of such pairs form one group. The distance is the RMS difference of two thumbnails, "
-        "divided by the standard deviation of their pixels; for unrelated images it is about 1.4 "
-        "[0.28]"
+        "an image is a copy of another one if their distance is at most X; in a group, no image is "
+        "farther from the first one. The distance is the largest difference of two tiles at the "
+        "same place, relative to their contrast, about 0.5 for unrelated images [0.28]"
     )
     parser.add_argument(
         "--threshold", metavar="X", type=float, default=argparse.SUPPRESS, help=note
     )
-    add_csv(parser, "group, path and distance")
+    note = (
+        "find crops and mirrored copies as well; reads all images again and needs OpenCV (pip "
+        'install "simsiam[crops]")'
+    )
+    parser.add_argument("--crops", action="store_true", help=note)
+    add_csv(parser, "group, path, distance and note")
     add_html(parser, "the groups")
 
 

@@ -126,6 +126,22 @@ def read_header(file: str | os.PathLike[str] | bytes, channels: int = 3) -> Imag
         return ImageHeader(opened.height, opened.width, str(opened.format))
 
 
+def has_alpha(file: str | os.PathLike[str] | bytes) -> bool:
+    """Find out whether an image has an alpha channel or a transparent color; decodes nothing.
+
+    Args:
+        file: A path, or the content of a file.
+
+    Returns:
+        Whether it has. NumPy and multichannel TIFF files are not asked: False.
+
+    Raises:
+        Unreadable: The file is missing, damaged or not supported.
+    """
+    with _open_image(file, 3) as opened:
+        return isinstance(opened, Image.Image) and opened.has_transparency_data
+
+
 class _ArrayImage(NamedTuple):
     """An image that is stored as an array and has not been read yet."""
 

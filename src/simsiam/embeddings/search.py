@@ -33,22 +33,35 @@ def search_neighbors(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if len(x) < 2:
         raise UsageError("there is only one image: it has no neighbors")
     k = min(k, len(x) - 1)
-    if len(x) > FAISS_THRESHOLD and find_spec("faiss") is not None:
-        cosine, index = _search_with_faiss(x, k + 1)
-    else:
-        cosine, index = map(torch.cat, zip(*iter_nearest(x, x, k + 1)))
+    cosine, index = nearest_rows(x, x, k + 1)
     is_self = index == torch.arange(len(x))[:, None]
     cosine = cosine.masked_fill(is_self, -2)  # the row itself is sorted last and cut off
     cosine, order = cosine.sort(dim=1, descending=True, stable=True)
     return cosine[:, :k], index.gather(1, order)[:, :k]
 
 
-def _search_with_faiss(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def nearest_rows(queries: Tensor, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Find, for each query, the k rows with the largest cosine; see `search_neighbors`.
+
+    Args:
+        queries: (M, d) float32.
+        x: (N, d) float32.
+        k: The number of rows; at most N are returned.
+
+    Returns:
+        Cosines, (M, k) float32, and row numbers, (M, k) int64, in no particular order.
+    """
+    if len(x) > FAISS_THRESHOLD and find_spec("faiss") is not None:
+        return _search_with_faiss(queries, x, k)
+    cosine, index = zip(*iter_nearest(x, queries, k))
+    return torch.cat(cosine), torch.cat(index)
+
+
+def _search_with_faiss(queries: Tensor, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     import faiss
 
-    unit = F.normalize(x, dim=1).numpy()
-    graph = faiss.IndexHNSWFlat(unit.shape[1], HNSW_LINKS, faiss.METRIC_INNER_PRODUCT)
+    graph = faiss.IndexHNSWFlat(x.shape[1], HNSW_LINKS, faiss.METRIC_INNER_PRODUCT)
     graph.hnsw.efSearch = max(HNSW_EF_SEARCH, 2 * k)
-    graph.add(unit)
-    cosine, index = graph.search(unit, k)
+    graph.add(F.normalize(x, dim=1).numpy())
+    cosine, index = graph.search(F.normalize(queries, dim=1).numpy(), k)
     return torch.from_numpy(cosine), torch.from_numpy(index)
