@@ -101,7 +101,7 @@ def pans(data: Path, rng: np.random.Generator) -> list[Image.Image]:
         frames += [wide.crop((x, 0, x + 200, 200)) for x in range(0, PAN_FRAMES * step, step)]
     clouds = Image.fromarray(rng.integers(0, 256, (12, 40, 3), np.uint8))
     clouds = clouds.resize((800, 240), Image.Resampling.BICUBIC)
-    frames += [clouds.crop((2 * i, 0, 2 * i + 240, 240)) for i in range(PAN_FRAMES)]
+    frames += [clouds.crop((4 * i, 0, 4 * i + 240, 240)) for i in range(PAN_FRAMES)]
     return frames
 
 

@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     note = (
         "an image is a copy of another one if their distance is at most X; in a group, no image is "
         "farther from the first one. The distance is the largest difference of two tiles at the "
-        "same place, relative to their contrast, about 0.5 for unrelated images [0.28]"
+        "same place, relative to their contrast, about 0.47 for unrelated images [0.28]"
     )
     parser.add_argument(
         "--threshold", metavar="X", type=float, default=argparse.SUPPRESS, help=note
