@@ -234,7 +234,7 @@ def test_the_page_says_what_it_cannot_show(photos, tmp_path, capsys):
     (unfinished.path / "backbone.safetensors").unlink()
     data = page_data(report([moved.path, unfinished.path], out=tmp_path / "page.html"))
     no_images, no_map = [run["missing"] for run in data["runs"]]
-    assert no_images.startswith("no images: no such file or folder: ")
+    assert no_images.startswith("no images: the images of this run cannot be opened: no such file")
     assert "no map: " in no_map and "simsiam resume" in no_map
     assert [bool(run["views"]) for run in data["runs"]] == [False, True]
     assert data["galleries"] == [] and no_images in capsys.readouterr().out

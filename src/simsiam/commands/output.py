@@ -2,6 +2,10 @@
 
 import json
 import os
+import shutil
+import sys
+import textwrap
+from functools import partial
 from pathlib import Path
 
 from simsiam.errors import printable
@@ -11,10 +15,17 @@ from simsiam.monitoring.verdict import features_table
 def print_lines(text: object) -> None:
     """Print text with control characters made visible, so no file name can control the terminal.
 
+    A terminal gets its lines broken between words.
+
     Args:
         text: Anything; it is converted to a string.
     """
-    print("\n".join(map(printable, str(text).splitlines())))
+    lines = [*map(printable, str(text).splitlines())]
+    if sys.stdout.isatty():
+        width = shutil.get_terminal_size().columns
+        wrap = partial(textwrap.wrap, width=width, break_on_hyphens=False, break_long_words=False)
+        lines = [part for line in lines for part in (wrap(line) if len(line) > width else [line])]
+    print("\n".join(lines))
 
 
 def print_run_summary(run: Path) -> None:

@@ -34,6 +34,7 @@ from typing import Any, NamedTuple
 
 MIN_VERDICT_STEPS = 200
 WARNING_FIRST_STEP = 20
+WARNING_RANK = 6  # effective rank of z, at most
 GOOD_STEPS = 10_000  # that runs on small images need before features are good: docs/label_free.md
 # What a table of features calls the network before its first step and after its last one, and the
 # simple features that it has to be better than.
@@ -120,8 +121,9 @@ def judge_run(
 def early_warning(lines: Sequence[Mapping[str, Any]]) -> str | None:
     """Warn of a bad beginning: of outputs that become alike within the first steps.
 
-    The thresholds are those of `partial collapse`, of the median of three records from step
-    WARNING_FIRST_STEP on. There is one warning in a run.
+    The median of three records counts, from step WARNING_FIRST_STEP on. The threshold of the
+    standard deviation is that of `partial collapse`, that of the rank is twice as high: the ranks
+    of runs with the default recipes are above 9 then. There is one warning in a run.
 
     Args:
         lines: The records of metrics.jsonl so far, the latest one last.
@@ -136,7 +138,7 @@ def early_warning(lines: Sequence[Mapping[str, Any]]) -> str | None:
     std, rank = (
         median(record[key] for record in records[-3:]) for key in ("z_std_sqrt_d", "z_rank")
     )
-    if std >= 0.5 and rank > 3:
+    if std >= 0.5 and rank > WARNING_RANK:
         return None
     return (
         f"the outputs z of all images become alike (effective rank {rank:.1f}, standard deviation "
@@ -169,9 +171,9 @@ def judge_worth(
         others = " or ".join(FEATURE_NAMES[name] for name in unbeaten)
         factor = max(4, math.ceil(GOOD_STEPS / steps))
         remedy = (
-            f"The features are not better than {others}: train {factor} times as many epochs, or a "
-            "smaller network (--width 32); with few images, `simsiam adapt SOURCE` finds better "
-            "features in minutes."
+            f"The features are not better than {others}: train {factor} times as many epochs, with "
+            "half the --width if that takes too long; with few images, `simsiam adapt SOURCE` "
+            "finds better features in minutes."
         )
     return Verdict("learned little", remedy)
 

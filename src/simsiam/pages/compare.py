@@ -12,6 +12,7 @@ from simsiam.errors import UsageError, printable
 from simsiam.runs.run_folder import Run
 
 LAST_STEP_METRICS = ("loss", "z_std_sqrt_d", "z_rank")  # taken from the last logged step
+LABEL_FREE_METRICS = ("rankme", "spectrum_auc", "alignment", "uniformity", "view_retrieval")
 ENVIRONMENT_KEYS = ("device", "precision", "threads", "processes", "commit")
 
 # Row name -> one value per run; None where a run has no such value.
@@ -26,7 +27,7 @@ def compare(runs: Sequence[str | os.PathLike[str]]) -> dict[str, ComparisonRows]
 
     Returns:
         The tables "recipe" and "environment", with the rows in which the runs differ, and
-        "results", with all rows.
+        "results", with all rows that have a value.
 
     Raises:
         UsageError: Fewer than two runs were given, or a path is not a run folder.
@@ -37,7 +38,7 @@ def compare(runs: Sequence[str | os.PathLike[str]]) -> dict[str, ComparisonRows]
     tables = {
         "recipe": differing_rows(align_rows([flatten(run.recipe.to_dict()) for run in folders])),
         "environment": differing_rows(align_rows([environment_values(run) for run in folders])),
-        "results": align_rows([result_values(run) for run in folders]),
+        "results": known_rows(align_rows([result_values(run) for run in folders])),
     }
     print_tables(tables, [escape(printable(str(run.path))) for run in folders])
     return tables
@@ -77,6 +78,15 @@ def align_rows(columns: Sequence[Mapping[str, object]]) -> ComparisonRows:
     return {name: [column.get(name) for column in columns] for name in names}
 
 
+def known_rows(rows: ComparisonRows) -> ComparisonRows:
+    """Keep the rows in which at least one run has a value.
+
+    Args:
+        rows: Rows with one value per run.
+    """
+    return {name: values for name, values in rows.items() if any(v is not None for v in values)}
+
+
 def differing_rows(rows: ComparisonRows) -> ComparisonRows:
     """Keep the rows whose values are not all equal.
 
@@ -111,18 +121,25 @@ def result_values(run: Run) -> dict[str, object]:
         run: The run.
 
     Returns:
-        The verdict, the last values of the monitors, and the top-1 accuracy of each evaluation,
-        named by protocol, setting, features, checkpoint and source.
+        The verdict, the last values of the monitors, the label-free score at start and end, and of
+        each evaluation the top-1 accuracy or the label-free signals, named by protocol, setting,
+        features, checkpoint and source.
     """
     summary, lines = run.json("summary.json"), run.metrics()
     knn = summary.get("knn_top1") or {}
     values = {name: summary.get(name) for name in ("verdict", "steps", "images_per_second")}
     values |= {name: lines[-1].get(name) if lines else None for name in LAST_STEP_METRICS}
     values |= {f"knn_top1 {name}": knn.get(name) for name in ("last", "best")}
+    for end in ("start", "end"):
+        values[f"label-free score at the {end}"] = (summary.get(end) or {}).get("score")
     for record in run.evaluations():
+        setting = f"{record['protocol']} {record['name']}, {record['features']}"
+        place = f"{record['checkpoint']}, {record['source']}"
         if "top1" in record:
-            setting = f"{record['protocol']} {record['name']}, {record['features']}"
-            values[f"{setting}, {record['checkpoint']}, {record['source']}"] = record["top1"]
+            values[f"{setting}, {place}"] = record["top1"]
+        for name in LABEL_FREE_METRICS:
+            if name in record:
+                values[f"{setting}, {place}: {name}"] = record[name]
     return values
 
 

@@ -12,6 +12,8 @@ from simsiam.config.recipes import Recipe
 from simsiam.data.images import measure_sizes, sampled_error
 from simsiam.sources.open_source import Source
 
+FOLDER = "folder"  # the name of the recipe for folders
+
 
 def choose_recipe(names: Sequence[str], source: Source) -> tuple[Recipe, list[str]]:
     """Choose the recipe for a source.
@@ -37,10 +39,19 @@ def choose_recipe(names: Sequence[str], source: Source) -> tuple[Recipe, list[st
     if side <= 32 and count >= 10_000:
         recipe = Recipe().replace(**recipes.cifar_recipe())
         return recipe, ["cifar: appendix D of the paper", reason]
-    settings = recipes.folder_recipe(count, side)
-    size = settings["image_size"] or side
-    summary = (
-        f"folder: {settings['backbone']}, {recipes.default_stem(size)} stem, views of {size} px, "
-        f"crops from {settings['crop_min']:.0%} of the area"
-    )
-    return Recipe().replace(**settings), [summary, reason]
+    recipe = Recipe().replace(**recipes.folder_recipe(count, side))
+    return recipe, [summarize_folder_recipe(recipe, recipe.image_size or side), reason]
+
+
+def summarize_folder_recipe(recipe: Recipe, size: int) -> str:
+    """Say what was chosen for a folder of images.
+
+    Args:
+        recipe: The recipe.
+        size: Side of its views in pixels.
+    """
+    network = recipe.backbone
+    if network.startswith("resnet"):
+        network += f", {recipe.stem or recipes.default_stem(size)} stem"
+    crop_min = recipe.method.views[0].crop_min
+    return f"{FOLDER}: {network}, views of {size} px, crops from {crop_min:.0%} of the area"

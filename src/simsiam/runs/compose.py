@@ -25,7 +25,7 @@ from simsiam.data.transform import Transform, iter_crops
 from simsiam.errors import UsageError, none_readable, unknown_name
 from simsiam.model.backbones import RESNETS, input_size
 from simsiam.model.siamese import check_names
-from simsiam.runs.choose import choose_recipe
+from simsiam.runs.choose import FOLDER, choose_recipe, summarize_folder_recipe
 from simsiam.runs.recipe_file import read_recipe
 from simsiam.runs.run_folder import Run
 from simsiam.runs.weights import (
@@ -96,6 +96,8 @@ def compose_recipe(
         mean, std = published or channel_statistics(opened.train, size, complete.channels)
         complete = complete.replace(mean=complete.mean or mean, std=complete.std or std)
     resolved = complete.resolve()
+    if reasons and reasons[0].startswith(f"{FOLDER}:"):  # flags may have changed what was chosen
+        reasons = [summarize_folder_recipe(resolved, resolved.image_size), *reasons[1:]]
     if folder is not None:
         reasons = [*reasons, *describe_resampling(folder, resolved)]
     return resolved, opened, reasons

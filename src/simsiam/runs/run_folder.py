@@ -521,7 +521,7 @@ def choose_run_path(
 
 @contextmanager
 def reserved_run_path(
-    out: str | os.PathLike[str] | None, name: str, recipe: ResolvedRecipe
+    out: str | os.PathLike[str] | None, name: str, recipe: ResolvedRecipe | None
 ) -> Iterator[Path]:
     """Choose where a run goes, and keep the place until the context ends.
 

@@ -187,7 +187,7 @@ def run_training(training: Training[B], messages: Sequence[str] = ()) -> Outcome
                     place = {"step": step, "epoch": round(step / per_epoch, 4)}
                     if warning := training.log(place | record):
                         line.print_line(f"warning  {warning}")
-                    line.update(step, record)
+                line.update(step, record)
                 if kept:
                     training.save(f"epoch-{step // per_epoch:04d}")
                 if saved:

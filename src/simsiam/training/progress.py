@@ -4,9 +4,11 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Column
 
 from simsiam.distributed.process_group import rank
 from simsiam.errors import printable
@@ -14,13 +16,16 @@ from simsiam.errors import printable
 # What the line shows after the time left, in this order, where it is known.
 FORMATS = {
     "images_per_second": "{:.0f}/s",
-    "data_wait": "wait {:.0%}",
     "loss": "loss {:.2f}",
     "z_std_sqrt_d": "std {:.2f}",
     "view_retrieval": "views {:.0f}%",
     "knn_top1": "kNN {:.1f}",
     "val_top1": "val {:.1f}",
+    "data_wait": "wait {:.0%}",
 }
+MIN_BAR = 8  # columns of the bar; values that leave it less are not shown
+MIN_WAIT = 0.1  # share of the time; below this, waiting for data is not shown
+PRINT_SECONDS = 60  # between two lines in a file, at most
 
 
 class ProgressLine:
@@ -35,38 +40,46 @@ class ProgressLine:
     def __init__(self, start_step: int, steps: int, steps_per_epoch: int):
         self.start_step, self.steps, self.steps_per_epoch = start_step, steps, steps_per_epoch
         self.start_time, self.last_printed_step = time.monotonic(), start_step
+        self.last_printed_time = self.start_time
         self.values: dict[str, float] = {}
         self.console = Console(stderr=True, highlight=False, quiet=rank() != 0)
+        whole, rest = Column(no_wrap=True), Column(ratio=1, min_width=MIN_BAR)
         self.progress = Progress(
-            TextColumn("{task.fields[epochs]}"),
-            BarColumn(5),
-            TextColumn("{task.fields[text]}"),
+            TextColumn("epoch {task.fields[epochs]}", table_column=whole),
+            BarColumn(None, table_column=rest),
+            TextColumn("{task.fields[text]}", table_column=whole),
             console=self.console,
             disable=not self.console.is_terminal,
+            expand=True,
         )
         self.task = self.progress.add_task(
             "", total=steps, completed=start_step, epochs="", text="starting"
         )
 
     def update(self, step: int, values: Mapping[str, float | None]) -> None:
-        """Show a step and new values.
+        """Show a step and new values; in a file, every tenth of the training and every minute.
 
         Args:
             step: Steps done so far.
             values: New values by name; values that are missing or None keep what was shown last.
         """
         self.values |= {name: value for name, value in values.items() if value is not None}
-        elapsed = time.monotonic() - self.start_time
-        left = elapsed / max(1, step - self.start_step) * (self.steps - step)
-        epochs = f"{step / self.steps_per_epoch:.4g}/{self.steps / self.steps_per_epoch:.4g}"
-        shown = [
-            form.format(self.values[name]) for name, form in FORMATS.items() if name in self.values
-        ]
-        text = f"{int(left // 60)}:{int(left % 60):02d} left {' '.join(shown)}"
+        now = time.monotonic()
+        left = (now - self.start_time) / max(1, step - self.start_step) * (self.steps - step)
+        epochs = f"{step / self.steps_per_epoch:.1f}/{self.steps / self.steps_per_epoch:.4g}"
+        text = f"{timedelta(seconds=int(left))} left"
+        room = self.console.width - len(f"epoch {epochs}  ") - MIN_BAR
+        for name, form in FORMATS.items():
+            if name in self.values and (name != "data_wait" or self.values[name] >= MIN_WAIT):
+                longer = f"{text} {form.format(self.values[name])}"
+                if self.console.is_terminal and len(longer) > room:
+                    break
+                text = longer
         self.progress.update(self.task, completed=step, epochs=epochs, text=text)
         tenth_done = step - self.last_printed_step >= self.steps / 10
-        if not self.console.is_terminal and (tenth_done or step == self.steps):
-            self.last_printed_step = step
+        due = tenth_done or step == self.steps or now - self.last_printed_time >= PRINT_SECONDS
+        if not self.console.is_terminal and due:
+            self.last_printed_step, self.last_printed_time = step, now
             self.console.print(f"epoch {epochs} {text}", soft_wrap=True)
 
     def print_line(self, text: str) -> None:

@@ -53,7 +53,7 @@ class ImageMap {
     this.indices = Array.from({ length: this.count }, (_, i) => i);
     this.searchNames = this.gallery.names.map(searchForm);
     const numClusters = run.map.clusters.reduce((a, b) => Math.max(a, b), 0) + 1;
-    const clusterNames = Array.from({ length: numClusters }, (_, c) => `cluster ${c + 1}`);
+    const clusterNames = Array.from({ length: numClusters }, (_, c) => `cluster ${c}`);
     this.categories = {
       label: { of: this.gallery.labels, names: this.gallery.classes },
       cluster: { of: run.map.clusters, names: clusterNames },
@@ -110,7 +110,7 @@ class ImageMap {
   }
 
   describe(i) {
-    const cluster = `cluster ${this.data.clusters[i] + 1}`;
+    const cluster = `cluster ${this.data.clusters[i]}`;
     return [labelOf(this.gallery, i), cluster].filter(Boolean).join(" · ");
   }
 
