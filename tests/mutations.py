@@ -32,6 +32,85 @@ def m(description: str, file: str, old: str, new: str, test: str) -> Mutation:
 
 GRADIENT_TEST = "rows.py::test_a_gradient_comes_through_the_target_only_when_asked"
 MUTATIONS = [
+    # files of all kinds
+    m(
+        "read no file without an extension",
+        "sources/file_kinds",
+        "found = not known and find_format(read_start()) in SIGNED_FORMATS",
+        "found = False",
+        "file_kinds.py::test_inspect_accounts_for_every_file",
+    ),
+    m(
+        "count no hidden folder",
+        "sources/listing",
+        "counts.passed_over[HIDDEN] += sum(len(f) for *_, f in os.walk(entry.path))",
+        "pass",
+        "file_kinds.py::test_inspect_accounts_for_every_file",
+    ),
+    m(
+        "keep a text of a PNG that Pillow refuses",
+        "data/decode",
+        "if is_critical or (",
+        "if True or (",
+        "file_kinds.py::test_what_is_odd_in_a_png_beside_its_pixels_loses_no_pixel",
+    ),
+    m(
+        "keep the upper byte of 12 bits in 16",
+        "data/decode",
+        "bits = max(8, int(pixels.max()).bit_length()) if pixels.size else 8",
+        "bits = 16",
+        "file_kinds.py::test_the_upper_eight_of_the_bits_that_an_image_uses_are_kept",
+    ),
+    m(
+        "turn no RAW preview",
+        "data/decode",
+        "turns = {3: 2, 5: 1, 6: 3}.get(flip, 0)",
+        "turns = 0",
+        "file_kinds.py::test_of_a_raw_photograph_the_preview_is_read_upright",
+    ),
+    m(
+        "take backslashes of Windows as parts of names",
+        "sources/listing",
+        "if info.create_system == 0 else",
+        "if False else",
+        "file_kinds.py::test_a_zip_of_windows_has_folders",
+    ),
+    # the place of a run
+    m(
+        "give runs that start together one folder",
+        "runs/run_folder",
+        "path.mkdir(parents=True)\n            except (Perm",
+        "path.mkdir(parents=True, exist_ok=True)\n            except (Perm",
+        "places.py::test_runs_that_start_together_get_different_folders",
+    ),
+    m(
+        "let workers hang without shared memory",
+        "data/batches",
+        "if needed > free:",
+        "if False:",
+        "places.py::test_too_little_shared_memory_is_said_before_workers_hang",
+    ),
+    m(
+        "resize a thin image as a whole",
+        "data/transform",
+        "longest = MAX_ASPECT * min(height, width)",
+        "longest = max(height, width)",
+        "places.py::test_of_a_thin_image_only_the_center_is_resized",
+    ),
+    m(
+        "forget that the images have moved",
+        "training/launch",
+        "run.recipe = run.recipe.replace(source=[absolute_source(name) for name in names])",
+        "pass",
+        "places.py::test_a_run_goes_on_when_its_images_have_moved",
+    ),
+    m(
+        "move the progress line when a record is logged only",
+        "training/progress",
+        "self.progress.update(self.task, completed=step, epochs=epochs, text=text)",
+        "self.progress.update(self.task, completed=step, epochs=epochs, text='')",
+        "terminal.py::test_the_progress_line_has_a_bar_hours_and_whole_words",
+    ),
     # the method
     m(
         "remove the stop-gradient",

@@ -294,6 +294,22 @@ def test_labels_from_a_spreadsheet_may_have_spaces_and_capitals(file, tmp_path):
         read_labels(labels, images)
 
 
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "cp1252"])
+def test_labels_as_spreadsheets_of_all_countries_write_them(separator, encoding, file, tmp_path):
+    """Labels stay texts: 007 and 7 are two classes."""
+    images, table = read_embeddings(file), tmp_path / "labels.csv"
+    labels = ["007", "7", "a, b; c", "Blüte"]
+    with open(table, "w", newline="", encoding=encoding) as to:
+        writer = csv.writer(to, delimiter=separator)
+        writer.writerows([("path", "label"), *zip(images.paths, labels)])
+    if encoding == "cp1252":
+        with pytest.raises(UsageError, match="is not a text in UTF-8: save it as CSV in UTF-8"):
+            read_labels(table, images)
+    else:
+        assert read_labels(table, images) == dict(enumerate(labels))
+
+
 def test_probe_reads_the_table_that_it_wrote_with_more_labels(tmp_path, capsys):
     file, labels, out = blobs(tmp_path), tmp_path / "labels.csv", tmp_path / "all.csv"
     labels.write_text("path,label\n" + "".join(f"d/{i}.jpg,{'abc'[i % 3]}\n" for i in range(6)))
@@ -321,7 +337,7 @@ def test_probe_reads_the_table_that_it_wrote_with_more_labels(tmp_path, capsys):
         ("path,label\nd/1.jpg,\nd/2.jpg,\n", "labels no image: fill in the column label of a few"),
         ("path,label\n", "labels no image"),
         ("path,class\nd/1.jpg,a\n", "has no column 'label': its first line is path,label"),
-        ("path;label\nd/1.jpg;a\n", "has no column 'path': its first line is path,label"),
+        ("path|label\nd/1.jpg|a\n", "has no column 'path': its first line is path,label"),
         ("path,label\nd/1.jpg,a\n1.jpg,b\n", "line 3: 1.jpg already has another label, 'a'"),
     ],
 )

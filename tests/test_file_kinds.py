@@ -280,10 +280,24 @@ def test_images_beside_shards_are_counted(tmp_path, capsys):
 
 def test_a_webdataset_names_the_images_that_it_cannot_read(tmp_path):
     with tarfile.open(tmp_path / "00.tar", "w") as archive:
-        for name in ("0.jpg", "0.cls", "1.mp4", "1.cls", "2.mov"):
-            data = encode(picture(), "JPEG") if name.endswith("jpg") else b"1"
+        for name in ("0.JPG", "0.cls", "1.mp4", "1.cls", "2.mov"):
+            data = encode(picture(), "JPEG") if name.endswith("JPG") else b"1"
             info = tarfile.TarInfo(name)
             info.size = len(data)
             archive.addfile(info, io.BytesIO(data))
     source = open_source(tmp_path)
     assert source.damage == (("00.tar", "not read: 1 .mov (videos), 1 .mp4 (videos)"),)
+
+
+def test_a_label_may_have_a_name_before_its_extension_as_the_image_has(tmp_path):
+    with tarfile.open(tmp_path / "00.tar", "w") as archive:
+        for i in range(4):
+            for name, data in (
+                ("image.jpg", encode(picture(), "JPEG")),
+                ("Label.cls", b"%d" % (i % 2)),
+            ):
+                info = tarfile.TarInfo(f"{i}.{name}")
+                info.size = len(data)
+                archive.addfile(info, io.BytesIO(data))
+    images = open_source(tmp_path).train
+    assert images.classes == ("0", "1") and images.labels.tolist() == [0, 1, 0, 1]

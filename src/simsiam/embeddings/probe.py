@@ -1,8 +1,10 @@
 """The verb `probe`: predict the label of every image from a few labels, with a confidence."""
 
+import codecs
 import csv
 import os
 from collections import Counter
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -17,6 +19,7 @@ from simsiam.utils.intervals import wilson_interval
 if TYPE_CHECKING:
     from sklearn.linear_model import LogisticRegression
 
+UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 MAX_FOLDS = 5  # folds of cross-validation; fewer if the smallest class has fewer images
 # Inverse strengths of the l2 penalty. The one with the smallest cross-validated log loss is chosen,
 # so that confidences are not too high; without cross-validation it is the middle one.
@@ -94,7 +97,8 @@ def read_labels(path: Path, images: Embeddings) -> dict[int, str]:
     """Read a .csv file of labels.
 
     Args:
-        path: A .csv file with the columns path and label; rows without a label are passed over.
+        path: A .csv file with the columns path and label, separated by commas, semicolons or
+            tabs, in UTF-8 or UTF-16; rows without a label are passed over.
         images: The embedded images that it names.
 
     Returns:
@@ -105,13 +109,17 @@ def read_labels(path: Path, images: Embeddings) -> dict[int, str]:
             embedded, or gives an image two labels.
     """
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            # Tables from spreadsheets have spaces around headings and labels, and capitals.
-            header = [name.strip().lower() for name in reader.fieldnames or ()]
-            reader.fieldnames = header
-            rows = list(reader)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        data = path.read_bytes()
+        text = data.decode("utf-16" if data.startswith(UTF16_MARKS) else "utf-8-sig")
+        separator = max(",;\t", key=text.partition("\n")[0].count)  # that of the first line
+        reader = csv.DictReader(StringIO(text, newline=""), delimiter=separator)
+        # Tables from spreadsheets have spaces around headings and labels, and capitals.
+        header = [name.strip().lower() for name in reader.fieldnames or ()]
+        reader.fieldnames = header
+        rows = list(reader)
+    except UnicodeDecodeError:
+        raise UsageError(f"{path} is not a text in UTF-8: save it as CSV in UTF-8") from None
+    except (OSError, csv.Error) as error:
         raise UsageError(f"{path} cannot be read: {error}") from None
     if missing := [name for name in ("path", "label") if name not in header]:
         raise UsageError(

@@ -538,11 +538,12 @@ class _TarScan:
             self.sample = sample
         if is_image_path(name):
             self.images.append((name, info.offset_data, info.size))
-        elif extension.lower() in (b"cls", b"json") and info.size <= MAX_METADATA_BYTES:
-            opened.seek(info.offset_data)
-            self.metadata |= _parse_sample_metadata(extension.lower(), opened.read(info.size))
-        elif (kind := f".{os.fsdecode(extension).lower()}") in {*OPTIONAL_EXTENSIONS, *VIDEOS}:
-            self.not_read[kind] += 1
+        elif (kind := extension.lower().rpartition(b".")[2]) in (b"cls", b"json"):
+            if info.size <= MAX_METADATA_BYTES:
+                opened.seek(info.offset_data)
+                self.metadata |= _parse_sample_metadata(kind, opened.read(info.size))
+        elif (suffix := f".{os.fsdecode(kind)}") in {*OPTIONAL_EXTENSIONS, *VIDEOS}:
+            self.not_read[suffix] += 1
 
     def close_sample(self) -> None:
         """Record the images of the current sample."""
