@@ -64,8 +64,8 @@ MUTATIONS = [
     m(
         "turn no RAW preview",
         "data/decode",
-        "turns = {3: 2, 5: 1, 6: 3}.get(flip, 0)",
-        "turns = 0",
+        "{3: 2, 5: 1, 6: 3}.get(flip, 0)",
+        "0",
         "file_kinds.py::test_of_a_raw_photograph_the_preview_is_read_upright",
     ),
     m(

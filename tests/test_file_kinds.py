@@ -41,7 +41,7 @@ def encode_heic(image, **options):
     return stream.getvalue()
 
 
-def make_dng(preview, orientation=1):
+def make_dng(preview, orientation=1, jpeg=True):
     """Write a DNG as a camera does: a small thumbnail, the values of the sensor, a JPEG preview."""
     out = bytearray(b"II*\0\0\0\0\0")
 
@@ -72,9 +72,10 @@ def make_dng(preview, orientation=1):
     sensor |= {33421: (3, (2, 2)), 33422: (1, (0, 1, 1, 2)), 50717: (4, 4095)}
     large = plane(preview.size, 8, 6, 7, 1, encode(preview, "JPEG", quality=95), 3)
     first = plane(small.size, 8, 2, 1, 1, small.tobytes(), 3)
+    directories = (directory(sensor), directory(large))
     first |= {
         271: (2, b"Test\0"), 272: (2, b"Test Camera\0"), 274: (3, orientation),
-        330: (4, (directory(sensor), directory(large))), 50706: (1, (1, 4, 0, 0)),
+        330: (4, directories if jpeg else directories[:1]), 50706: (1, (1, 4, 0, 0)),
         50707: (1, (1, 1, 0, 0)), 50708: (2, b"Test Camera\0"),
     }  # fmt: skip
     struct.pack_into("<I", out, 4, directory(first))
@@ -117,6 +118,9 @@ def test_of_a_raw_photograph_the_preview_is_read_upright(orientation, turn):
     preview = picture(640, 480)
     upright = preview.transpose(Image.Transpose[turn]) if turn else preview
     assert near(decode_image(make_dng(preview, orientation)), upright)
+    size = (32, 24) if orientation in (1, 3) else (24, 32)
+    small = decode_image(make_dng(preview, orientation, jpeg=False))
+    assert near(small, upright.resize(size))
 
 
 @pytest.mark.parametrize(

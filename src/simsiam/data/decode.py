@@ -20,7 +20,7 @@ from io import BytesIO
 from typing import BinaryIO, NamedTuple, TypeAlias
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image, ImageOps
 from PIL.BmpImagePlugin import BmpImageFile
 from PIL.GifImagePlugin import GifImageFile
 from PIL.Jpeg2KImagePlugin import Jpeg2KImageFile
@@ -249,19 +249,14 @@ def _open_raw(stream: BinaryIO, channels: int) -> _ArrayImage:
         preview, flip = raw.extract_thumb(), raw.sizes.flip
     image: Image.Image
     if isinstance(preview.data, bytes):
-        image = JpegImageFile(BytesIO(preview.data))
+        image = JpegImageFile(
+            BytesIO(preview.data)
+        )  # with EXIF: LibRaw adds it where it is missing
     else:
-        image = Image.fromarray(preview.data)
-    # The camera's orientation, which the preview seldom repeats: LibRaw's code for a half turn and
-    # for a quarter turn against and with the clock.
-    turns = {3: 2, 5: 1, 6: 3}.get(flip, 0)
-    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-        turns = 0
-    width, height = image.size if turns % 2 == 0 else image.size[::-1]
-    _check_pixel_count(height, width, MAX_PIXELS)
-    return _ArrayImage(
-        height, width, "RAW", lambda: np.rot90(_image_to_array(image, channels), turns).copy()
-    )
+        # LibRaw's codes for a half turn, and for a quarter turn against and with the clock.
+        image = Image.fromarray(np.rot90(preview.data, {3: 2, 5: 1, 6: 3}.get(flip, 0)).copy())
+    _check_pixel_count(image.height, image.width, MAX_PIXELS)
+    return _ArrayImage(image.height, image.width, "RAW", lambda: _image_to_array(image, channels))
 
 
 def _open_tiff(stream: BinaryIO, channels: int) -> _OpenedImage:
