@@ -30,7 +30,7 @@ from simsiam.monitoring.candidates import (
     measure,
     read_sample,
 )
-from simsiam.runs.closed_form import encoder_recipe
+from simsiam.runs.closed_form import encoder_recipe, write_encoder
 from simsiam.runs.encoder import eval_transform
 from simsiam.runs.run_folder import Run
 from simsiam.runs.weights import open_weights
@@ -214,6 +214,24 @@ def test_an_existing_run_is_a_start_that_can_stay(adapted, tmp_path, capsys):
     path = simsiam.adapt("shapes", init=adapted, limit=300, out=tmp_path / "run")
     table = json.loads((path / "adapt.json").read_text())
     assert table["candidates"][0]["candidate"].endswith("unchanged")
+    kept = table["chosen"] == table["candidates"][0]["candidate"]
+    advice = Run(path).json("summary.json")["advice"]
+    assert advice.startswith("Unchanged is best: nothing") == kept and bool(advice) == kept
+    assert Run(adapted).json("summary.json")["advice"] == ""
+    assert kept == ("advice   Unchanged is best" in capsys.readouterr().err)
+
+
+def test_the_advice_of_an_encoder_that_is_kept_is_to_keep_it(sample, branches, tmp_path):
+    """The verdict is `healthy`: nothing was trained."""
+    start = make_candidate("net unchanged", [branches[0]], [None], sample)
+    row = {"candidate": start.name, "score": 0.5, "taken": True}
+    recipe = encoder_recipe(["shapes"], 3, UNIT)
+    write_encoder(tmp_path / "run", recipe, start, [row, {"candidate": "b", "taken": False}], [])
+    summary = Run(tmp_path / "run").json("summary.json")
+    assert summary["verdict"] == "healthy"
+    assert summary["advice"] == (
+        "Unchanged is best: nothing that was tried is better than net unchanged."
+    )
 
 
 def test_too_few_images_are_refused_in_one_line(tmp_path):

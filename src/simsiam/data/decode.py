@@ -58,6 +58,8 @@ PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # the Pillow mode for a number of cha
 # Warnings of the decoders about metadata would disturb the output of a run; real damage becomes
 # Unreadable.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+# LibRaw develops photographs with OpenMP, which may hang in forked workers; previews need none.
+warnings.filterwarnings("ignore", category=RuntimeWarning, module="rawpy")
 for name in ("PIL", "tifffile"):
     logging.getLogger(name).addHandler(logging.NullHandler())
 

@@ -48,6 +48,8 @@ def write_encoder(
     name, encoder, patches = build_encoder(candidate)
     first = next(row for row in rows if row["taken"])
     last = next(row for row in reversed(rows) if row["taken"])
+    unchanged = candidate.name == rows[0]["candidate"]
+    advice = f"Unchanged is best: nothing that was tried is better than {candidate.name}."
     start, end = ({k: v for k, v in row.items() if k in MEASURED} for row in (first, last))
     with atomic_folder(path) as part:
         run = Run.create(part, recipe.replace(backbone=name))
@@ -63,6 +65,7 @@ def write_encoder(
                 "remedy": f"The best of {len(rows)} encoders is {candidate.name}.",
                 "start": start,
                 "end": end,
+                "advice": advice if unchanged else "",
             },
         )
         if encoder.head is not None:

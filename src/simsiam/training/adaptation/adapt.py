@@ -135,6 +135,8 @@ def adapt(
         best, rows = choose(tried)
         write_encoder(path, recipe, best, rows, chosen.skipped)
         print_labeled("chosen", best.name)
+        if advice := Run(path).json("summary.json").get("advice"):
+            print_labeled("advice", str(advice))
         if stop is not None:
             raise stop
     return path
