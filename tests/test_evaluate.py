@@ -167,7 +167,7 @@ def test_a_protocol_is_added_by_one_module(run, tmp_path):
         environment = os.environ | {"PYTHONPATH": str(package.parent)}
         return subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
 
-    assert "label_free toy that" in " ".join(simsiam_evaluate("--help").stdout.split())
+    assert "label_free, toy; without labels" in " ".join(simsiam_evaluate("--help").stdout.split())
     assert "length" in simsiam_evaluate(run, "--protocol", "toy", "--device", "cpu").stdout
     (record,) = read(run, "toy")
     assert (record["protocol"], record["name"]) == ("toy", "toy") and record["length"] > 0

@@ -17,9 +17,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """
     add_embeddings(parser)
     note = (
-        "an image is a copy of another one if their distance is at most X; in a group, no image is "
-        "farther from the first one. The distance is the largest difference of two tiles at the "
-        "same place, relative to their contrast, about 0.47 for unrelated images [0.28]"
+        "two images are copies if their distance is at most X. In a group, every image is within X "
+        "of the group's first image. To compute the distance, both images are divided into tiles. "
+        "Each tile is compared with the tile at the same place in the other image, relative to the "
+        "contrast of the two; the largest difference is the distance. For unrelated images it is "
+        "about 0.47 [0.28]"
     )
     parser.add_argument(
         "--threshold", metavar="X", type=float, default=argparse.SUPPRESS, help=note

@@ -22,7 +22,7 @@ HELP = (
 GROUP = "evaluation"
 USAGE = "simsiam evaluate RUN [SOURCE ...] [--protocol NAME ...] [--FLAG VALUE ...]"
 EPILOG = (
-    "Values in brackets are the defaults. For a source without labels, give --protocol label_free. "
+    "Values in brackets are the defaults. "
     "Test images are those of the split `test` of the source; if there is none, those of `val`; "
     f"if there is neither, a fifth of the training images. {PAPER_NOTE}"
 )
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         help=f"protocols: {', '.join(PROTOCOLS)}; few_label is a classifier from few labels, and "
         "label_free measures what needs no labels, such as alignment and RankMe "
-        f"[those of {' '.join(FROZEN_PROTOCOLS)} that the labels allow]",
+        f"[{', '.join(FROZEN_PROTOCOLS)}; without labels, only label_free]",
     )
     note = "last, best (highest kNN accuracy during training) or epoch-NNNN [last]"
     parser.add_argument("--checkpoint", metavar="NAME", default="last", help=note)

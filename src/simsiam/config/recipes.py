@@ -79,7 +79,7 @@ class Recipe:
         "for evaluation and embedding, not for the views of training: the shorter side of an image "
         "is resized to N pixels, then its center is cropped to image_size [the value stored with "
         "the initial weights, if their image_size is that of this run; otherwise 8/7 of image_size "
-        "for images above 64 px, and image_size for smaller ones]",
+        "if image_size is above 64, else image_size]",
     )
     eval_interpolation: Literal["bilinear", "bicubic"] = setting(
         "bilinear",
