@@ -217,10 +217,10 @@ def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
     add_setting_flags(parser, Recipe, "run settings", SETTING_TYPES)
     add_setting_flags(parser, Method, "method settings", SETTING_TYPES)
     add_setting_flags(parser, Views, "augmentation settings", SETTING_TYPES)
-    terms = ", ".join(EQUAL_TERMS).replace("views", "augmentation")
+    *terms, last = (term.replace("views", "augmentation") for term in EQUAL_TERMS)
     note = (
-        "for these settings, use the values that the recipe has for SimSiam, whatever --method is: "
-        f"{terms}. Methods can then be compared on equal terms (appendix D)"
+        f"take {', '.join(terms)} and {last} from the recipe's values for SimSiam, whatever "
+        "--method is; methods can then be compared on equal terms (appendix D)"
     )
     parser.add_argument("--equal-terms", action="store_true", default=argparse.SUPPRESS, help=note)
 

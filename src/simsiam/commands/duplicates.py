@@ -19,9 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     note = (
         "two images are copies if their distance is at most X. In a group, every image is within X "
         "of the group's first image. To compute the distance, both images are divided into tiles. "
-        "Each tile is compared with the tile at the same place in the other image, relative to the "
-        "contrast of the two; the largest difference is the distance. For unrelated images it is "
-        "about 0.47 [0.28]"
+        "Each tile is compared with the tile at the same place in the other image: their "
+        "difference is divided by the contrast of the two tiles. The largest of these values is "
+        "the distance. For unrelated images it is about 0.47 [0.28]"
     )
     parser.add_argument(
         "--threshold", metavar="X", type=float, default=argparse.SUPPRESS, help=note

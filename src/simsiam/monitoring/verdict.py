@@ -34,7 +34,9 @@ from typing import Any, NamedTuple
 
 MIN_VERDICT_STEPS = 200
 WARNING_FIRST_STEP = 20
-WARNING_RANK = 6  # effective rank of z, at most
+# Of the effective rank of z at the first step. With the default recipes more than a quarter is left
+# after 200 steps.
+WARNING_RANK_SHARE = 0.22
 GOOD_STEPS = 10_000  # that runs on small images need before features are good: docs/label_free.md
 # What a table of features calls the network before its first step and after its last one, and the
 # simple features that it has to be better than.
@@ -122,8 +124,8 @@ def early_warning(lines: Sequence[Mapping[str, Any]]) -> str | None:
     """Warn of a bad beginning: of outputs that become alike within the first steps.
 
     The median of three records counts, from step WARNING_FIRST_STEP on. The threshold of the
-    standard deviation is that of `partial collapse`, that of the rank is twice as high: the ranks
-    of runs with the default recipes are above 9 then. There is one warning in a run.
+    standard deviation is that of `partial collapse`, that of the rank a share of the rank at the
+    first step, but not below that of `partial collapse`. There is one warning in a run.
 
     Args:
         lines: The records of metrics.jsonl so far, the latest one last.
@@ -138,7 +140,8 @@ def early_warning(lines: Sequence[Mapping[str, Any]]) -> str | None:
     std, rank = (
         median(record[key] for record in records[-3:]) for key in ("z_std_sqrt_d", "z_rank")
     )
-    if std >= 0.5 and rank > WARNING_RANK:
+    first = next(record["z_rank"] for record in lines if record.get("z_rank") is not None)
+    if std >= 0.5 and rank > max(3, WARNING_RANK_SHARE * first):
         return None
     return (
         f"the outputs z of all images become alike (effective rank {rank:.1f}, standard deviation "

@@ -88,7 +88,8 @@ class ProgressLine:
         Args:
             text: The line.
         """
-        self.console.print(printable(text), soft_wrap=True, markup=False)
+        wrap = self.console.is_terminal  # between words
+        self.console.print(printable(text), soft_wrap=not wrap, markup=False)
 
     def __enter__(self) -> "ProgressLine":
         self.progress.start()
