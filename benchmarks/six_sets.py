@@ -238,8 +238,8 @@ def write_page(cells: Path) -> None:
         "kNN accuracy (k = 20, τ = 0.1) in percent on the test split; the mean over seeds, with",
         "their number in brackets. `python benchmarks/six_sets.py DATA` measures what is missing",
         "and writes this page; cells/ has each measurement. Of large sets, at most "
-        f"{MAX_TRAIN:,} images",
-        f"vote and {MAX_TEST:,} are classified, so CIFAR-10 has lower numbers than with all images.",
+        f"{MAX_TRAIN:,} images vote and {MAX_TEST:,} are classified, so CIFAR-10 has lower numbers "
+        "than with all images.",
         "",
     ]
     lines += ["| features | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
