@@ -35,6 +35,7 @@ from simsiam.monitoring.worth import (
     measure_start,
     not_beaten,
     table_row,
+    worse_than,
 )
 from simsiam.runs.run_folder import Run
 from simsiam.sources.open_source import open_source
@@ -103,6 +104,15 @@ def test_the_best_features_are_the_preferred_ones_among_equals():
     assert best_features(candidates).name == "end"
     assert best_features([*candidates, fake("pixels", more)]).name == "pixels"
     assert not_beaten([*candidates, fake("pixels", [False] * 200)], "end") == ["start"]
+
+
+def test_a_network_that_training_made_worse_is_said_to_be_worse():
+    same, more = [True, False] * 100, [True] * 200
+    lost = [fake("end", same), fake("start", more)]
+    assert worse_than(lost, "end", "start") == "kNN 50.0 % instead of kNN 100.0 %"
+    assert worse_than(lost, "start", "end") == ""
+    assert worse_than([fake("end", same), fake("start", same)], "end", "start") == ""
+    assert worse_than(lost[:1], "end", "start") == ""
 
 
 # --- the verdict ----------------------------------------------------------------------------------

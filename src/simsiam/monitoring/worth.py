@@ -270,6 +270,23 @@ def not_beaten(candidates: Sequence[Candidate], name: str) -> list[str]:
     ]
 
 
+def worse_than(candidates: Sequence[Candidate], name: str, other: str) -> str:
+    """Say how much worse an encoder is than another one.
+
+    Args:
+        candidates: The encoders.
+        name: The name of the encoder in question.
+        other: The name of the other one.
+
+    Returns:
+        Both values in words; "" if one was not measured, or it is not worse beyond noise.
+    """
+    by_name = {candidate.name: candidate for candidate in candidates}
+    if not {name, other} <= by_name.keys() or not is_better(by_name[other], by_name[name]):
+        return ""
+    return f"{by_name[name].describe()} instead of {by_name[other].describe()}"
+
+
 def best_features(candidates: Sequence[Candidate]) -> Candidate:
     """Find the best encoder: of those before it in the list, each must be beaten beyond noise.
 

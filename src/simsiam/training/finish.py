@@ -24,6 +24,7 @@ from simsiam.monitoring.worth import (
     measure_end,
     not_beaten,
     table_row,
+    worse_than,
 )
 from simsiam.runs.encoder import eval_transform
 from simsiam.runs.run_folder import Run
@@ -89,6 +90,8 @@ def finish(
     verdict = judge_worth(verdict, unbeaten, init=recipe.init, steps=outcome.step)
     advice = []
     if worth.candidates:
+        if recipe.init is not None and (loss := worse_than(worth.candidates, END, START)):
+            advice.append(f"The features are worse than those of the initial weights: {loss}.")
         best = best_features(worth.candidates)
         advice.append(advise_features(best.name, best.describe(), init=recipe.init))
     if verdict.verdict == "healthy":
