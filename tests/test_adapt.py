@@ -311,7 +311,7 @@ def test_all_layers_are_trained_and_too_little_time_trains_none(sample, network)
     assert len(late_parameters(network, 1.0)) == len(list(network.parameters()))
     training = layer_training(network, sample, share=1.0)
     assert not training.fit_steps(0.01)
-    assert training.fit_steps(3600) and training.steps > 1000
+    assert training.fit_steps(1e6) and training.steps > 1000
 
 
 def test_training_ends_with_its_time_where_steps_become_slower(sample, network):
@@ -337,7 +337,7 @@ def test_a_signal_during_training_keeps_the_best_of_what_was_tried(tmp_path, mon
         "shapes", out=tmp_path / "run", backbone="resnet10", width=8, steps=2, batch_size=16
     )
     with pytest.raises(simsiam.Stopped, match="the best of what was tried before is kept"):
-        simsiam.adapt("shapes", init=network, minutes=3, limit=64, out=tmp_path / "adapted")
+        simsiam.adapt("shapes", init=network, minutes=60, limit=64, out=tmp_path / "adapted")
     rows = Run(tmp_path / "adapted").json("adapt.json")["candidates"]
     assert len(rows) > 3 and not any("trained" in row["candidate"] for row in rows)
     assert simsiam.load(tmp_path / "adapted") is not None
