@@ -36,7 +36,7 @@ MUTATIONS = [
     m(
         "read no file without an extension",
         "sources/file_kinds",
-        "found = not known and find_format(read_start()) in SIGNED_FORMATS",
+        "found = extension not in KNOWN_EXTENSIONS and find_format(read_start()) in SIGNED_FORMATS",
         "found = False",
         "file_kinds.py::test_inspect_accounts_for_every_file",
     ),

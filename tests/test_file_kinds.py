@@ -262,7 +262,8 @@ def test_without_a_package_its_files_are_passed_over_and_the_package_is_named(
 ):
     fewer = decode.EXTENSIONS - {".heic", ".dng"}
     monkeypatch.setattr(file_kinds, "EXTENSIONS", fewer)
-    monkeypatch.setattr(file_kinds.is_image_path, "__defaults__", (fewer,))
+    suffixes = tuple(extension.encode() for extension in fewer)
+    monkeypatch.setattr(file_kinds, "IMAGE_SUFFIXES", suffixes)
     mixed(tmp_path, 1)
     source = open_source(tmp_path)
     assert source.passed_over[".heic"] == 2 and source.passed_over[".dng"] == 1

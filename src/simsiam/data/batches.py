@@ -44,10 +44,11 @@ ORDER_STREAM = 2  # the seed's stream for the order of images; views draw from t
 DEFAULT_VIEW_COUNT = 2  # views of each image where nothing is trained on them
 SEQUENTIAL_STEP_OFFSET = 2**40  # steps from here on go through all images in order, once
 
-# Crops uint8 (views, N, C, size, size), the images (N,) they are of, and (key, reason) of each
-# unreadable image that was replaced.
 SHARED_MEMORY = "/dev/shm"  # where workers put the crops that they have made
 WORKER_PREFETCH = 2  # steps that a worker makes ahead
+
+# Crops uint8 (views, N, C, size, size), the images (N,) they are of, and (key, reason) of each
+# unreadable image that was replaced.
 CropBatch: TypeAlias = tuple[Tensor, Tensor, list[tuple[str, str]]]
 
 

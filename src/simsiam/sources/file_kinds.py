@@ -8,7 +8,7 @@ torch.
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from simsiam.data.decode import EXTENSIONS, OPTIONAL_EXTENSIONS, find_format
@@ -34,6 +34,8 @@ OTHER_EXTENSIONS = {
     ".tgz", ".toml", ".tsv", ".txt", ".wav", ".xls", ".xlsx", ".xml", ".xmp", ".xz", ".yaml",
     ".yml", ".zip", ".zst", ".7z",
 }  # fmt: skip
+IMAGE_SUFFIXES = tuple(extension.encode() for extension in EXTENSIONS)
+KNOWN_EXTENSIONS = VIDEOS | OTHER_EXTENSIONS | OPTIONAL_EXTENSIONS.keys()
 
 
 @dataclass
@@ -58,13 +60,12 @@ class FileCounts:
         """
         if is_image_path(path):
             return True
-        if any(part.startswith(b".") for part in path.split(b"/")):
+        if _is_hidden(path):
             self.passed_over[HIDDEN] += 1
             return False
         match = EXTENSION.search(os.fsdecode(path).lower())
         extension = match[0] if match else ""
-        known = extension in VIDEOS | OTHER_EXTENSIONS | OPTIONAL_EXTENSIONS.keys()
-        found = not known and find_format(read_start()) in SIGNED_FORMATS
+        found = extension not in KNOWN_EXTENSIONS and find_format(read_start()) in SIGNED_FORMATS
         counter = self.by_content if found else self.passed_over
         counter[extension or NO_EXTENSION] += 1
         return found
@@ -117,17 +118,17 @@ def _explain(kind: str) -> str:
     return ""
 
 
-def is_image_path(name: bytes, extensions: Iterable[str] = EXTENSIONS) -> bool:
+def is_image_path(name: bytes) -> bool:
     """Return whether a path is that of an image file that is not hidden.
 
     Args:
         name: The path, with "/".
-        extensions: Those of images.
 
     Returns:
         Whether it has an extension of an image, and no part starts with a dot.
     """
-    suffixes = tuple(extension.encode() for extension in extensions)
-    return name.lower().endswith(suffixes) and not any(
-        part.startswith(b".") for part in name.split(b"/")
-    )
+    return name.lower().endswith(IMAGE_SUFFIXES) and not _is_hidden(name)
+
+
+def _is_hidden(path: bytes) -> bool:
+    return any(part.startswith(b".") for part in path.split(b"/"))

@@ -103,8 +103,8 @@ def to_arrow(values: Iterable[bytes | None]) -> pa.Array:
     return array
 
 
-def iter_zip_images(path: Path, counts: FileCounts) -> Iterator[tuple[bytes, Entry]]:
-    """List the images in a .zip.
+def iter_archive_images(path: Path, counts: FileCounts) -> Iterator[tuple[bytes, Entry]]:
+    """List the images in a .zip or .tar.
 
     Args:
         path: The archive.
@@ -114,8 +114,14 @@ def iter_zip_images(path: Path, counts: FileCounts) -> Iterator[tuple[bytes, Ent
         The path and the place of each image.
 
     Raises:
-        UsageError: The archive is encrypted, or compressed with another method than deflate.
+        UsageError: A .zip is encrypted, or compressed with another method than deflate.
+        tarfile.TarError: A .tar is damaged.
     """
+    iter_images = _iter_zip_images if path.suffix.lower() == ".zip" else _iter_tar_images
+    yield from iter_images(path, counts)
+
+
+def _iter_zip_images(path: Path, counts: FileCounts) -> Iterator[tuple[bytes, Entry]]:
     with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
         for info in archive.infolist():
             # Some programs for Windows, system 0, separate folders by backslashes.
@@ -149,19 +155,7 @@ def iter_zip_images(path: Path, counts: FileCounts) -> Iterator[tuple[bytes, Ent
             yield member, (start, info.compress_size, info.file_size, deflated, info.CRC)
 
 
-def iter_tar_images(path: Path, counts: FileCounts) -> Iterator[tuple[bytes, Entry]]:
-    """List the images in a .tar.
-
-    Args:
-        path: The archive.
-        counts: Counts the other files.
-
-    Yields:
-        The path and the place of each image.
-
-    Raises:
-        tarfile.TarError: The archive is damaged.
-    """
+def _iter_tar_images(path: Path, counts: FileCounts) -> Iterator[tuple[bytes, Entry]]:
     with open(path, "rb") as file, open(path, "rb") as second:
         for info in iter_tar_members(file):
             member = normalize_member_path(info.name)

@@ -62,8 +62,7 @@ from simsiam.sources.catalog import (
 )
 from simsiam.sources.file_kinds import NO_SPLIT, REPLACED, FileCounts, is_image_path
 from simsiam.sources.listing import (
-    iter_tar_images,
-    iter_zip_images,
+    iter_archive_images,
     list_folder,
     no_image_error,
     to_arrow,
@@ -491,8 +490,7 @@ def _open_archive(path: Path, options: _Options) -> Source:
     entries, counts = array("q"), FileCounts()
 
     def iter_names() -> Iterator[bytes]:
-        is_zip = path.suffix.lower() == ".zip"
-        for name, entry in (iter_zip_images if is_zip else iter_tar_images)(path, counts):
+        for name, entry in iter_archive_images(path, counts):
             entries.extend(entry)
             yield name
 
