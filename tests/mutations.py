@@ -79,8 +79,8 @@ MUTATIONS = [
     m(
         "give runs that start together one folder",
         "runs/run_folder",
-        "path.mkdir(parents=True)\n            except (Perm",
-        "path.mkdir(parents=True, exist_ok=True)\n            except (Perm",
+        "path.mkdir(parents=True)\n            return path",
+        "path.mkdir(parents=True, exist_ok=True)\n            return path",
         "places.py::test_runs_that_start_together_get_different_folders",
     ),
     m(
@@ -100,7 +100,7 @@ MUTATIONS = [
     m(
         "forget that the images have moved",
         "training/launch",
-        "run.recipe = run.recipe.replace(source=[absolute_source(name) for name in names])",
+        "run.recipe = run.recipe.replace(source=absolute_sources(source))",
         "pass",
         "places.py::test_a_run_goes_on_when_its_images_have_moved",
     ),

@@ -42,7 +42,7 @@ from simsiam.runs.compose import open_run_source
 from simsiam.runs.encoder import eval_transform, load, weight_digests
 from simsiam.runs.run_folder import Run
 from simsiam.runs.weights import open_weights
-from simsiam.sources.open_source import absolute_source
+from simsiam.sources.open_source import absolute_sources
 from simsiam.utils.files import atomic_write, exclusive_lock, start_or_continue_job, write_csv
 from simsiam.utils.names import utf8_name
 from simsiam.utils.progress_bar import progress_bar
@@ -102,7 +102,7 @@ def embed(
         "run": str(run.absolute()),
         **weight_digests(run),
         "source": opened.name,
-        "sources": [absolute_source(name) for name in _source_names(source or recipe.source)],
+        "sources": absolute_sources(source or recipe.source),
         "splits": splits if source else splits or recipe.splits,
         "channels": recipe.channels,
         "transform": describe_transform(transform),
@@ -152,12 +152,6 @@ def sample_splits(splits: Sequence[Images], limit: int | None) -> list[Images]:
     bounds = np.cumsum([0, *sizes])
     counts = np.diff(np.searchsorted(evenly_spaced(int(bounds[-1]), limit), bounds))
     return [sample(images, int(count)) for images, count in zip(splits, counts) if count]
-
-
-def _source_names(
-    source: str | os.PathLike[str] | Sequence[str],
-) -> Sequence[str | os.PathLike[str]]:
-    return [source] if isinstance(source, str | os.PathLike) else source
 
 
 def _work_folder(path: Path) -> Path:

@@ -12,7 +12,6 @@ import os
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from itertools import count
 from pathlib import Path
 from typing import cast
 
@@ -586,12 +585,13 @@ def check_vacant(path: str | os.PathLike[str], recipe: ResolvedRecipe | None = N
 
 def _claim_run_path(name: str) -> Path:
     """Create the first free folder of runs/NAME-1, runs/NAME-2, ..., empty."""
-    for number in count(1):
+    number = 1
+    while True:
         path = Path("runs") / f"{name}-{number}"
-        with suppress(FileExistsError):
-            try:
-                path.mkdir(parents=True)
-            except (PermissionError, NotADirectoryError) as error:
-                raise UsageError(f"cannot write to {path}: {error.strerror}") from None
+        try:
+            path.mkdir(parents=True)
             return path
-    raise AssertionError("there is always a free number")
+        except FileExistsError:
+            number += 1
+        except (PermissionError, NotADirectoryError) as error:
+            raise UsageError(f"cannot write to {path}: {error.strerror}") from None

@@ -237,6 +237,21 @@ def absolute_source(name: str | os.PathLike[str]) -> str:
     return text if text in BUILTIN_SOURCES or is_url(text) else os.path.abspath(text)
 
 
+def absolute_sources(
+    names: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+) -> list[str]:
+    """Make one or several sources independent of the working directory.
+
+    Args:
+        names: A name, path or URL, or several.
+
+    Returns:
+        Each as `absolute_source` returns it.
+    """
+    several = [names] if isinstance(names, str | os.PathLike) else names
+    return [absolute_source(name) for name in several]
+
+
 def _open_one(text: str, options: _Options) -> Source:
     text = text.removeprefix("file://")
     if text == "shapes":

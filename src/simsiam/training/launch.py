@@ -20,7 +20,7 @@ from simsiam.runs.journal import MetricsLogger
 from simsiam.runs.recipe_file import write_recipe
 from simsiam.runs.run_folder import Run, reserved_run_path
 from simsiam.runs.weights import record_origin
-from simsiam.sources.open_source import absolute_source
+from simsiam.sources.open_source import absolute_sources
 from simsiam.training.budget import fit_to_minutes
 from simsiam.training.finish import finish
 from simsiam.training.loop import run_training
@@ -109,8 +109,7 @@ def resume(
                 )
             run.recipe = run.recipe.replace(epochs=epochs)
         if source is not None:
-            names = [source] if isinstance(source, str | os.PathLike) else source
-            run.recipe = run.recipe.replace(source=[absolute_source(name) for name in names])
+            run.recipe = run.recipe.replace(source=absolute_sources(source))
         # The checkpoint holds all weights, so `init` is needed only before the first one.
         recipe = run.recipe.replace(init=None) if run.has_checkpoint else run.recipe
         data = prepare_data(run.recipe, open_run_source(run.recipe))
