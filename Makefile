@@ -14,6 +14,8 @@ lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy --platform win32
+	$(BIN)/mypy --platform darwin
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

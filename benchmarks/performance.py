@@ -27,11 +27,11 @@ GROUPS = {  # operations, by the beginning of their names
 
 def profile(batch_size: int = 128) -> dict[str, Any]:
     """Shares of a step's time by operation: SimSiam, ResNet-18 for 32 px, d = 2048."""
-    from simsiam.commands.main import keep_memory
     from simsiam.model.precision import Compute
     from simsiam.runs.environment import collect_environment
+    from simsiam.utils.system import keep_freed_memory
 
-    keep_memory()
+    keep_freed_memory()
     compute = Compute.pick("cpu")
     steps = {
         "plain": shares(batch_size, "float32", fast=False),

@@ -86,7 +86,7 @@ MUTATIONS = [
     m(
         "let workers hang without shared memory",
         "data/batches",
-        "if needed > free:",
+        "and needed > free:",
         "if False:",
         "places.py::test_too_little_shared_memory_is_said_before_workers_hang",
     ),
@@ -891,15 +891,15 @@ MUTATIONS = [
     m(
         "clear what living processes write",
         "utils/files",
-        "pid.isdigit() and not _process_exists(int(pid))",
+        "pid.isdigit() and not psutil.pid_exists(int(pid))",
         "pid.isdigit()",
         "faults.py::test_what_a_killed_process_left_is_cleared_and_what_a_living_one_writes_is_not",
     ),
     m(
         "let a second process in",
         "utils/files",
-        "                yield False\n",
-        "                yield True\n",
+        "            yield False\n",
+        "            yield True\n",
         "faults.py::test_of_two_processes_the_second_is_refused_and_a_killed_one_lets_go",
     ),
     m(

@@ -154,11 +154,11 @@ def test_killed_and_started_anew_it_is_the_same_folder(photos, tmp_path):
         [sys.executable, "-c", code, str(photos), str(out)], start_new_session=True
     )
     work = tmp_path / "out.parts"
-    while len(list(work.glob("*.tar"))) < 3 and process.poll() is None:
+    while len(list(work.glob("whole/*.tar"))) < 3 and process.poll() is None:
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    done = {path: path.stat().st_mtime_ns for path in work.glob("*.tar")}
+    done = {path: path.stat().st_mtime_ns for path in work.glob("whole/*.tar")}
     assert 3 <= len(done) < 15 and not out.exists()
     with pytest.raises(UsageError, match="parts of another job"):
         write_shards(photos, out=out, per_shard=5)

@@ -93,6 +93,42 @@ def test_what_shows_runs_and_embeddings_imports_nothing_that_trains():
     assert not {name for name in reachable("pages") if name.startswith(trains)}
 
 
+def test_what_depends_on_the_system_is_in_one_module():
+    """`mypy --platform` of `make lint` checks the names of the standard library."""
+    modules = {"fcntl", "msvcrt", "winreg", "resource", "pwd", "grp", "termios", "ctypes"}
+    for name, path in MODULES.items():
+        if name == "utils.system":
+            continue
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            names = node.names if isinstance(node, ast.Import | ast.ImportFrom) else []
+            imported = {alias.name for alias in names} & modules
+            assert not imported, f"{name} imports {imported}"
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                assert not node.value.startswith(("/proc", "/dev/", "/sys/")), name
+            if isinstance(node, ast.Attribute) and ast.unparse(node) in ("sys.platform", "os.name"):
+                raise AssertionError(f"{name}, line {node.lineno} asks for the system")
+
+
+def test_text_files_are_utf_8_on_every_system():
+    """Python's default encoding is another one on Windows."""
+    for name, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if not isinstance(node, ast.Call):
+                continue
+            call, place = ast.unparse(node.func), f"{name}, line {node.lineno}"
+            words = {word.arg: word.value for word in node.keywords}
+            method = call.rpartition(".")[2]
+            if method in ("read_text", "write_text") and call != method:
+                positions = {"read_text": 1, "write_text": 2}[method]
+                assert "encoding" in words or len(node.args) >= positions, place
+            if call in ("open", "os.fdopen"):
+                mode = node.args[1] if len(node.args) > 1 else words.get("mode")
+                mode = ast.literal_eval(mode) if mode else "r"
+                assert "b" in mode or "encoding" in words, place
+            if words.get("text") is not None and call.startswith("subprocess"):
+                raise AssertionError(f"{place}: give encoding=, not text=True")
+
+
 def test_importing_and_helping_load_no_torch():
     code = (
         "import sys, simsiam, simsiam.commands.main\n"

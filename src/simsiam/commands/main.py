@@ -5,7 +5,6 @@ nothing that loads torch: a verb imports what it needs when it runs.
 """
 
 import argparse
-import ctypes
 import io
 import os
 import pkgutil
@@ -15,13 +14,13 @@ import sys
 import textwrap
 import threading
 from collections.abc import Sequence
-from contextlib import suppress
 from importlib import import_module
 from types import ModuleType
 
 from simsiam import __version__, commands
 from simsiam.commands.arguments import Parser
 from simsiam.errors import Stopped, UsageError, WorkFailed, printable, unknown_name
+from simsiam.utils.system import STOP_SIGNALS, is_broken_pipe, keep_freed_memory
 
 NOT_VERBS = ("main", "arguments", "output")  # modules of this package that are no verbs
 GROUPS = (
@@ -146,15 +145,6 @@ def run_command(arguments: Sequence[str]) -> None:
     verb.run(options)
 
 
-def keep_memory() -> None:
-    """Make glibc keep freed memory: the next step needs as much, and mapping new pages is slow."""
-    mmap_max, trim_threshold = -4, -1  # M_MMAP_MAX, M_TRIM_THRESHOLD of malloc.h
-    with suppress(AttributeError, OSError, TypeError):  # macOS, Windows and musl have no mallopt
-        libc = ctypes.CDLL(None)
-        libc.mallopt(mmap_max, 0)
-        libc.mallopt(trim_threshold, -1)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and print errors as one line on stderr.
 
@@ -164,18 +154,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code. 0: done. 1: the work failed. 2: wrong usage. 128 + n: stopped by signal n.
     """
-    keep_memory()
+    keep_freed_memory()
     for stream in (sys.stdout, sys.stderr):  # a terminal may not have every character
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    previous_handler = None
+    previous_handlers = {}
     try:
         if threading.current_thread() is threading.main_thread():
-            previous_handler = signal.signal(signal.SIGTERM, raise_interrupt)
+            for number in set(STOP_SIGNALS) - {signal.SIGINT}:
+                previous_handlers[number] = signal.signal(number, raise_interrupt)
         run_command(sys.argv[1:] if argv is None else argv)
         return 0
     except (UsageError, WorkFailed, Stopped, OSError) as error:
-        if isinstance(error, BrokenPipeError):  # the reader has ended, as in `... | head`
+        if is_broken_pipe(error):  # the reader has ended, as in `... | head`
             # What is left in the buffer is discarded, so that Python does not complain at its exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 128 + BROKEN_PIPE
@@ -190,12 +181,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"simsiam: {message}", file=sys.stderr)
         return 128 + number
     finally:
-        if previous_handler is not None:
-            signal.signal(signal.SIGTERM, previous_handler)
+        for number, handler in previous_handlers.items():
+            signal.signal(number, handler)
 
 
 def raise_interrupt(number: int, frame: object) -> None:
-    """Handle SIGTERM like Ctrl-C, so that half-written files are removed.
+    """Handle another stop signal like Ctrl-C, so that half-written files are removed.
 
     KeyboardInterrupt is no Exception, so code that skips unreadable images does not catch it.
 

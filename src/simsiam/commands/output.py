@@ -36,7 +36,7 @@ def print_run_summary(run: Path) -> None:
     """
     if os.environ.get("RANK", "0") != "0":
         return
-    summary = json.loads((run / "summary.json").read_text())
+    summary = json.loads((run / "summary.json").read_text("utf-8"))
     speed = f"{summary['images_per_second']:.0f} images/s"
     print_lines(f"{summary['verdict']} after {summary['steps']} steps at {speed}")
     if knn := summary.get("knn_top1"):

@@ -15,8 +15,6 @@ processes, which decode an image once for all its views and crop it; color, blur
 follow on the device.
 """
 
-import os
-import shutil
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -38,13 +36,13 @@ from simsiam.data.images import Images
 from simsiam.data.storage import Blocks
 from simsiam.distributed.process_group import local_slice, world_size
 from simsiam.errors import UsageError, WorkFailed, none_readable, printable
+from simsiam.utils.system import SHARED_MEMORY, free_shared_memory, process_context
 from simsiam.utils.workers import CPU_CORES
 
 ORDER_STREAM = 2  # the seed's stream for the order of images; views draw from their own stream
 DEFAULT_VIEW_COUNT = 2  # views of each image where nothing is trained on them
 SEQUENTIAL_STEP_OFFSET = 2**40  # steps from here on go through all images in order, once
 
-SHARED_MEMORY = "/dev/shm"  # where workers put the crops that they have made
 WORKER_PREFETCH = 2  # steps that a worker makes ahead
 
 # Crops uint8 (views, N, C, size, size), the images (N,) they are of, and (key, reason) of each
@@ -331,6 +329,7 @@ def _streamed_batches(
         pin_memory=device.type == "cuda",
         timeout=recipe.read_timeout if workers else 0,
         prefetch_factor=WORKER_PREFETCH if workers else None,
+        multiprocessing_context=process_context() if workers else None,
     )
     results = _iter_loader(loader, images, current_image)
     for step in range(start, stop):
@@ -350,10 +349,7 @@ def _check_shared_memory(recipe: ResolvedRecipe, batch_size: int, workers: int, 
     count = -(-batch_size // parts) * recipe.method.view_count
     num_bytes = count * recipe.channels * recipe.image_size**2  # of what a worker makes at a time
     needed = (WORKER_PREFETCH + 1) * workers * num_bytes
-    if not os.path.isdir(SHARED_MEMORY):  # other systems have no such limit
-        return
-    free = shutil.disk_usage(SHARED_MEMORY).free
-    if needed > free:
+    if (free := free_shared_memory()) is not None and needed > free:
         raise WorkFailed(
             f"{workers} data workers need {needed / 2**20:,.1f} MiB of shared memory, and "
             f"{SHARED_MEMORY} has {free / 2**20:,.1f} MiB: give the container more, as with "
@@ -378,7 +374,7 @@ def _iter_loader(
             if "timed out" in str(error):
                 raise WorkFailed(
                     f"a data worker has not come back for {loader.timeout:g} s from reading "
-                    f"{names or 'an image'}: check the disk and the shared memory (/dev/shm), or "
+                    f"{names or 'an image'}: check the disk and the shared memory, or "
                     "give a larger --read-timeout"
                 ) from error
             raise WorkFailed(

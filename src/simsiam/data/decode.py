@@ -31,6 +31,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from simsiam.errors import printable
+from simsiam.utils.system import open_nonblocking
 
 # Extensions of images that only an optional package reads: its name, and the module to import.
 OPTIONAL_EXTENSIONS = {
@@ -330,10 +331,6 @@ def open_regular_file(file: str | os.PathLike[str]) -> BinaryIO:
         Unreadable: The path is not a regular file.
         OSError: The file cannot be opened.
     """
-
-    def open_nonblocking(path: str, flags: int) -> int:
-        return os.open(path, flags | os.O_NONBLOCK)
-
     stream = open(file, "rb", opener=open_nonblocking)  # noqa: SIM115
     if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
         stream.close()

@@ -5,7 +5,6 @@ tar, or a row group of Parquet. Reading it takes one request; reading its images
 take forty. This module does not import torch.
 """
 
-import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
@@ -20,6 +19,7 @@ import pyarrow.parquet as pq
 from simsiam.data.decode import Unreadable
 from simsiam.data.storage import MAX_FILE_BYTES, NO_BYTES, Blocks, Indices, Storage, select_rows
 from simsiam.errors import UsageError, WorkFailed, printable
+from simsiam.utils.system import read_at
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -323,7 +323,7 @@ def read_ranges(ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
     for file, start, stop in ranges:
         try:
             with open(file, "rb") as opened:
-                parts.append(os.pread(opened.fileno(), stop - start, start))
+                parts.append(read_at(opened, start, stop - start))
         except OSError as error:
             raise read_error(file, error) from None
     return parts

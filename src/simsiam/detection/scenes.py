@@ -14,6 +14,7 @@ from PIL import Image
 
 from simsiam.detection.metrics import encode_mask, import_pycocotools
 from simsiam.sources.shapes import SIGNED_DISTANCES
+from simsiam.utils.system import replace_path
 
 CLASSES = ("bar", "disc", "plus", "ring", "star")
 HEIGHT, WIDTH = 96, 128  # pixels
@@ -36,7 +37,7 @@ def prepare_scenes(split_sizes: Mapping[str, int] | None = None) -> Path:
         part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
         write_scenes(part, sizes)
         try:
-            os.rename(part, folder)
+            replace_path(part, folder)
         except OSError:  # another process has finished the same set first
             assert folder.exists()
     return folder
@@ -66,7 +67,7 @@ def write_scenes(folder: Path, split_sizes: Mapping[str, int]) -> None:
                 annotations.append(ids | coco_annotation(mask))
         categories = [{"id": label + 1, "name": name} for label, name in enumerate(CLASSES)]
         content = {"images": images, "annotations": annotations, "categories": categories}
-        (folder / "annotations" / f"{split}.json").write_text(json.dumps(content))
+        (folder / "annotations" / f"{split}.json").write_text(json.dumps(content), "utf-8")
 
 
 def coco_annotation(mask: np.ndarray) -> dict[str, object]:

@@ -49,6 +49,7 @@ from simsiam.training.loop import (
     run_training,
     save_state,
 )
+from simsiam.utils.system import process_context
 from simsiam.utils.workers import CPU_CORES
 
 RNG_STREAM = 3  # of the seed; the order of images and the views of pretraining use other streams
@@ -167,12 +168,14 @@ def load_batches(
     Raises:
         WorkFailed: If no image can be read.
     """
+    workers = CPU_CORES if device.type == "cuda" else 0  # on a CPU the network needs the cores
     loader = DataLoader(
         step_dataset,
         sampler=range(start, stop),
         batch_size=None,
-        num_workers=CPU_CORES if device.type == "cuda" else 0,  # on a CPU the network needs them
+        num_workers=workers,
         collate_fn=identity,
+        multiprocessing_context=process_context() if workers else None,
     )
     clock = time.monotonic()
     for batch in loader:

@@ -3,7 +3,6 @@
 On GPUs PyTorch has it. On CPUs it has none, and `CPUSyncBatchNorm` computes it here.
 """
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor, distributed, nn
 
 from simsiam.distributed.collectives import check_replicas_equal
 from simsiam.distributed.process_group import world_size
+from simsiam.utils.system import yield_core
 
 # tests/test_torch_private.py holds what is relied upon in these two, which PyTorch does not
 # document. The first is F.batch_norm that writes into memory it is given.
@@ -206,7 +206,7 @@ def all_gather_stats(x: Tensor) -> Tensor:
     gathered = x.new_empty(world_size(), *x.shape)
     work = distributed.all_gather_into_tensor(gathered, x[None], async_op=True)
     while not work.is_completed():
-        os.sched_yield()
+        yield_core()
     work.wait()
     return gathered
 

@@ -43,9 +43,10 @@ from simsiam.runs.encoder import eval_transform, load, weight_digests
 from simsiam.runs.run_folder import Run
 from simsiam.runs.weights import open_weights
 from simsiam.sources.open_source import absolute_sources
-from simsiam.utils.files import atomic_write, exclusive_lock, start_or_continue_job, write_csv
+from simsiam.utils.files import atomic_write, locked_work_folder, start_or_continue_job, write_csv
 from simsiam.utils.names import utf8_name
 from simsiam.utils.progress_bar import progress_bar
+from simsiam.utils.system import replace_path
 
 PART_SIZE = 2048  # images per part: the most that is lost if the process is killed; a row group
 CHUNK_SIZE = 64  # images that the network is given at a time, and that the progress bar moves by
@@ -116,7 +117,7 @@ def embed(
     }
     compute.place(network)
     work = _work_folder(path)
-    with rank_zero_context(exclusive_lock(work / ".lock", str(path))):
+    with rank_zero_context(locked_work_folder(path)):
         rank_zero_only(start_or_continue_job)(work, job)
         parts = {
             work / f"{number:06}.parquet": images
@@ -211,7 +212,7 @@ def merge_parts(
     metadata: Mapping[str, object],
     num_images: int,
 ) -> None:
-    """Merge the parts into the output, and delete them.
+    """Merge the parts into the output.
 
     Args:
         writer: The writer of the output's format.
@@ -223,7 +224,6 @@ def merge_parts(
     Raises:
         WorkFailed: If none of the images could be read, or the output cannot be written.
     """
-    work = parts[0].parent
     unreadable = [
         entry
         for part in parts
@@ -232,12 +232,11 @@ def merge_parts(
     if unreadable:
         key, reason = unreadable[0]
         if len(unreadable) == num_images:
-            shutil.rmtree(work)
+            shutil.rmtree(parts[0].parent, ignore_errors=True)
             raise none_readable(num_images, key, reason)
         counts = f"{len(unreadable):,} of {num_images:,} images cannot be read"
         print(f"{counts}; the first, {printable(key)}: {reason}", file=sys.stderr)
     writer(parts, path, json.dumps({**metadata, "unreadable": unreadable}))
-    shutil.rmtree(work)
 
 
 def is_intact(part: Path) -> bool:
@@ -429,7 +428,7 @@ def _write_folder(parts: Sequence[Path], path: Path, metadata: str) -> None:
     for number, file_parts in enumerate(files):
         name = f"embeddings-{number:05}-of-{len(files):05}.parquet"
         _write_parquet(file_parts, folder / name, metadata)
-    os.replace(folder, path)
+    replace_path(folder, path)
 
 
 def _write_npy(parts: Sequence[Path], path: Path, metadata: str) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from simsiam.embeddings.table import Embeddings
 from simsiam.errors import UsageError, printable
-from simsiam.utils.files import atomic_write
+from simsiam.utils.files import write_text
 
 HTML_HEAD = """<!doctype html>
 <html lang="en">
@@ -63,8 +63,7 @@ def write_page(
             picture = f'<img loading="lazy" alt="" src="data:image/jpeg;base64,{data}">'
             lines.append(f"<figure>{picture}<figcaption>{_escape(caption)}</figcaption></figure>\n")
         lines.append("</div>\n")
-    with atomic_write(path) as part:
-        part.write_text("".join(lines), encoding="utf-8")
+    write_text(path, "".join(lines))
 
 
 def _escape(text: str) -> str:

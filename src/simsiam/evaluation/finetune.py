@@ -48,7 +48,7 @@ from simsiam.training.loop import (
     run_training,
     save_state,
 )
-from simsiam.utils.files import atomic_write, exclusive_lock
+from simsiam.utils.files import atomic_write, exclusive_lock, write_text
 
 # Colors of Okabe and Ito, which color-blind people can distinguish; with these dash patterns the
 # lines also differ in gray.
@@ -476,8 +476,7 @@ def write_curve(path: Path, rows: Sequence[Mapping[str, float]]) -> None:
     Raises:
         WorkFailed: If the file cannot be written.
     """
-    with atomic_write(path) as part:
-        part.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    write_text(path, "".join(f"{json.dumps(row)}\n" for row in rows))
 
 
 @rank_zero_only

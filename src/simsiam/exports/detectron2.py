@@ -73,7 +73,7 @@ def write(network: nn.Module, run: Run, folder: Path) -> None:
         raise missing_backbone("detectron2", recipe)
     (folder / "backbone.pkl").write_bytes(pickle_checkpoint(network.state_dict()))
     config = config_overrides(depth, eval_transform(recipe))
-    (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), "utf-8")
 
 
 def reload(folder: Path, recipe: ResolvedRecipe) -> Network:
@@ -89,7 +89,7 @@ def reload(folder: Path, recipe: ResolvedRecipe) -> Network:
     weights_path, config_path = folder / "backbone.pkl", folder / "config.yaml"
     transform = eval_transform(recipe)
     mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (transform.mean, transform.std))
-    config: Config = yaml.safe_load(config_path.read_text())
+    config: Config = yaml.safe_load(config_path.read_text("utf-8"))
     if find_spec("detectron2") is not None:
         network = load_with_detectron2(weights_path, config_path)
     else:

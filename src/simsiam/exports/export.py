@@ -100,9 +100,9 @@ def export(
     with atomic_folder(path) as part:
         kind.write(network, folder, part)
         config = json.dumps(preprocessing_config(recipe), indent=2)
-        (part / "preprocessing.json").write_text(f"{config}\n")
+        (part / "preprocessing.json").write_text(f"{config}\n", "utf-8")
         if format == "huggingface":
-            (part / "README.md").write_text(model_card(folder, license), encoding="utf-8")
+            (part / "README.md").write_text(model_card(folder, license), "utf-8")
         delta = max_difference(network, kind.reload(part, recipe), recipe)
     if push:
         upload_to_hub(path, push)

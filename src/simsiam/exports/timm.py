@@ -65,7 +65,7 @@ def write(network: nn.Module, run: Run, folder: Path) -> None:
             **classifier,
         },
     }
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
     save_weights(state, folder / "model.safetensors", {"format": "pt"})
 
 

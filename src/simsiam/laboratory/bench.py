@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
-from math import isnan, nan
+from math import isnan
 from pathlib import Path
 from statistics import median
 from typing import TypedDict
@@ -26,7 +26,8 @@ from simsiam.errors import UsageError, unknown_name
 from simsiam.laboratory.bench_cases import CASES, BenchContext, Case, Comparison, is_installed
 from simsiam.model.precision import Compute
 from simsiam.runs.environment import collect_environment
-from simsiam.utils.files import atomic_write
+from simsiam.utils import system
+from simsiam.utils.files import write_text
 from simsiam.utils.workers import CPU_CORES
 
 ROUNDS = 5
@@ -102,8 +103,7 @@ def bench(
     }
     report |= {"rounds": ROUNDS, "cases": results}
     if out is not None:
-        with atomic_write(Path(out)) as part:
-            part.write_text(json.dumps(report, indent=1) + "\n")
+        write_text(Path(out), json.dumps(report, indent=1) + "\n")
     return report
 
 
@@ -194,13 +194,7 @@ def peak_memory_mib(device: torch.device, reset: bool = False) -> float:
         if reset:
             torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.max_memory_allocated(device) / 2**20
-    try:
-        if reset:
-            Path("/proc/self/clear_refs").write_text("5")
-        status = Path("/proc/self/status").read_text()
-    except OSError:
-        return nan
-    return int(status.partition("VmHWM:")[2].split()[0]) / 2**10
+    return system.peak_memory(reset=reset)
 
 
 @cache

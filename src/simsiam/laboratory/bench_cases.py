@@ -359,7 +359,7 @@ def bench_processes(
     """
     settings = backbone, width, batch_size, steps
     spawn = multiprocessing.get_context("spawn")
-    # As commands.main.keep_memory sets them.
+    # As utils.system.keep_freed_memory sets them.
     os.environ |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1"}
     connections = []
     for rank in range(2):

@@ -21,7 +21,7 @@ from simsiam.runs.run_folder import Run, choose_run_path
 from simsiam.sources.open_source import Source, open_source
 from simsiam.training.launch import pretrain
 from simsiam.training.prepare import build_training_setup
-from simsiam.utils.files import atomic_write
+from simsiam.utils.files import write_text
 
 # Two epochs for each of SimSiam's, which makes two views of an image.
 SUPERVISED_SETTINGS: dict[str, Any] = {
@@ -85,8 +85,7 @@ def demo(*, seeds: int = 1, out: str | None = None) -> dict[str, list[float]]:
     keys = ("commit", "device", "threads", "precision", "versions")
     record = {"top1": top1, "training_seconds": seconds, "verdicts": verdicts}
     record |= {key: environment[key] for key in keys}
-    with atomic_write(folder / "demo.json") as part:
-        part.write_text(json.dumps(record, indent=2) + "\n")
+    write_text(folder / "demo.json", json.dumps(record, indent=2) + "\n")
     return top1
 
 

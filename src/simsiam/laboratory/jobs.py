@@ -52,7 +52,7 @@ class Job:
     def summary(self) -> RunSummary:
         """The content of the run's summary.json, {} if there is none."""
         path = self.path / "summary.json"
-        return json.loads(path.read_text()) if path.exists() else {}
+        return json.loads(path.read_text("utf-8")) if path.exists() else {}
 
     @property
     def state(self) -> str:

@@ -36,7 +36,7 @@ from simsiam.laboratory.scales import SCALES, Scale
 from simsiam.runs.run_folder import Run
 from simsiam.sources.open_source import absolute_source, open_source
 from simsiam.training.launch import pretrain, resume
-from simsiam.utils.files import atomic_write, file_lock
+from simsiam.utils.files import file_lock, write_text
 
 
 def reproduce(
@@ -550,14 +550,3 @@ def select_curves(curves: MetricValues, metric: str) -> dict[str, list[drawing.C
         cell: [by_metric[metric] for by_metric in seeds.values() if metric in by_metric]
         for cell, seeds in curves.items()
     }
-
-
-def write_text(path: Path, content: str) -> None:
-    """Write a text file atomically.
-
-    Args:
-        path: The file.
-        content: Its content.
-    """
-    with atomic_write(path) as part:
-        part.write_text(content, encoding="utf-8")

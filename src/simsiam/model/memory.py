@@ -4,8 +4,7 @@ Tensors on the `meta` device have shapes and no data, so the model runs there wi
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -14,6 +13,7 @@ from simsiam.config.recipes import ResolvedRecipe
 from simsiam.distributed.process_group import world_size
 from simsiam.errors import WorkFailed
 from simsiam.model.siamese import Siamese, build
+from simsiam.utils import system
 
 # A step's peak memory divided by `min_step_bytes`: 1.4 to 1.5 was measured. Views, gradients of
 # activations and so on make the difference.
@@ -107,16 +107,7 @@ def available_memory(device: torch.device) -> int | None:
     """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    limits: list[int] = []
-    with suppress(OSError, ValueError, StopIteration):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        kib = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
-        limits.append(1024 * kib)
-    with suppress(OSError, ValueError):  # a container's limit; "max" if it has none
-        group = Path("/sys/fs/cgroup")
-        limit = int((group / "memory.max").read_text())
-        limits.append(limit - int((group / "memory.current").read_text()))
-    return min(limits, default=None) if device.type == "cpu" else None
+    return system.available_memory() if device.type == "cpu" else None
 
 
 def out_of_memory_message(

@@ -48,7 +48,7 @@ from simsiam.runs.environment import utc_now
 from simsiam.runs.run_folder import Run
 from simsiam.runs.weights import open_weights
 from simsiam.sources.open_source import Source
-from simsiam.utils.files import atomic_write
+from simsiam.utils.files import write_text
 
 # Bytes of thumbnails on a page. As base64 they take a third more, so a page with 10,000 images has
 # 5 MB left for everything else if it is to stay below 25 MB.
@@ -151,8 +151,7 @@ def report(
     page = render_report(
         {"created": utc_now(), "version": __version__, "runs": summaries, "galleries": encoded}
     )
-    with atomic_write(path) as part:
-        part.write_text(page, encoding="utf-8")
+    write_text(path, page)
     return path
 
 

@@ -16,6 +16,7 @@ import torch
 from simsiam.distributed.process_group import world_size
 from simsiam.model.precision import Compute
 from simsiam.runs.records import Record
+from simsiam.utils.system import cpu_name
 
 PACKAGES = ("simsiam", "torchvision", "numpy", "pillow", "pyarrow")  # besides Python and torch
 # What changes the bits of a run, besides the version of torch.
@@ -40,7 +41,7 @@ def git_commit() -> str | None:
     def git(*arguments: str) -> str:
         command = ["git", *arguments]
         return subprocess.run(
-            command, cwd=package, capture_output=True, text=True, timeout=10, check=True
+            command, cwd=package, capture_output=True, encoding="utf-8", timeout=10, check=True
         ).stdout
 
     try:
@@ -62,11 +63,15 @@ def collect_environment(compute: Compute) -> Record:
     """
     versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
     on_gpu = compute.device.type == "cuda"
+    if on_gpu:
+        device = torch.cuda.get_device_name(compute.device)
+    else:
+        device = f"{cpu_name()}, {os.cpu_count()} cores"
     return {
         "versions": versions | {name: version(name) for name in PACKAGES},
         "commit": git_commit(),
         "command": sys.argv,
-        "device": torch.cuda.get_device_name(compute.device) if on_gpu else _cpu_name(),
+        "device": device,
         "device_type": compute.device.type,
         "precision": compute.precision,
         "threads": torch.get_num_threads(),
@@ -81,14 +86,3 @@ def numerical_conditions(env: Record) -> Record:
         env: What `collect_environment` returned.
     """
     return {name: env[name] for name in NUMERICAL_KEYS} | {"torch": env["versions"]["torch"]}
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(
-            line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
-        )
-    except (OSError, StopIteration):
-        name = platform.processor() or platform.machine()
-    return f"{name}, {os.cpu_count()} cores"

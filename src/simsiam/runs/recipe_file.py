@@ -7,7 +7,7 @@ import yaml
 from simsiam.config.recipes import Recipe
 from simsiam.distributed.process_group import rank_zero_only
 from simsiam.errors import UsageError, printable, truncate
-from simsiam.utils.files import atomic_write
+from simsiam.utils.files import write_text
 
 MAX_RECIPE_BYTES = 2**18
 
@@ -68,5 +68,4 @@ def write_recipe(path: Path, recipe: Recipe) -> None:
     text = yaml.safe_dump(
         recipe.to_dict(), sort_keys=False, default_flow_style=None, allow_unicode=True
     )
-    with atomic_write(path / "recipe.yaml") as part:
-        part.write_text(text, encoding="utf-8")
+    write_text(path / "recipe.yaml", text)

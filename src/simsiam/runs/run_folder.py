@@ -28,8 +28,9 @@ from simsiam.runs.preprocessing import weights_metadata
 from simsiam.runs.recipe_file import read_recipe, write_recipe
 from simsiam.runs.records import MetricsRecord, Record, TrainingState
 from simsiam.runs.weight_files import ChecksumError, load_state, save_weights, tensors_sha256
-from simsiam.utils.files import atomic_write, exclusive_lock, remove_stale_parts
+from simsiam.utils.files import atomic_write, exclusive_lock, remove_stale_parts, write_text
 from simsiam.utils.names import read_names, reason_line, write_names
+from simsiam.utils.system import replace_path
 
 CHECKPOINT_FORMAT = 1  # the version that is stored in a checkpoint
 SUBFOLDERS = ("checkpoints", "evaluations")
@@ -63,7 +64,7 @@ class TrainingFolder:
     def metrics(self) -> list[MetricsRecord]:
         """Read metrics.jsonl, up to the first line that a crash cut short."""
         path, records = self.path / "metrics.jsonl", []
-        for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        for line in path.read_text("utf-8", "replace").splitlines() if path.exists() else []:
             try:
                 record = json.loads(line)
             except (ValueError, RecursionError):
@@ -115,7 +116,7 @@ class TrainingFolder:
     def _read_json(self, name: str) -> object:
         path = self.path / name
         try:
-            return json.loads(path.read_text()) if path.exists() else {}
+            return json.loads(path.read_text("utf-8")) if path.exists() else {}
         except (ValueError, RecursionError) as error:
             raise UsageError(f"{printable(str(path))} is damaged: {error}") from None
 
@@ -131,8 +132,7 @@ class TrainingFolder:
             WorkFailed: The file cannot be written.
         """
         text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
-        with atomic_write(self.path / name) as part:
-            part.write_text(text)
+        write_text(self.path / name, text)
 
 
 class Run(TrainingFolder):
@@ -330,7 +330,7 @@ class Run(TrainingFolder):
             return []
         except UsageError as error:
             step = read_checkpoint(previous)["step"]
-            os.replace(previous, last)
+            replace_path(previous, last)
             return [f"note     {error}; continuing from previous.pt, step {step}"]
 
     @rank_zero_only

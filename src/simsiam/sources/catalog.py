@@ -42,7 +42,7 @@ from simsiam.data.shards import (
 from simsiam.data.storage import MAX_FILE_BYTES, Names
 from simsiam.errors import UsageError, WorkFailed
 from simsiam.sources.file_kinds import VIDEOS, is_image_path, join_kinds
-from simsiam.utils.files import atomic_write, cache_dir, file_lock
+from simsiam.utils.files import atomic_write, cache_dir, file_lock, open_arrow_file
 from simsiam.utils.workers import parallel_map_with_progress
 
 CATALOG_VERSION = 3  # of the files in the cache
@@ -257,7 +257,7 @@ def _build_catalog(
 def _read_cached(path: Path, files: Sequence[ShardFile], cache_key: CacheKey) -> Catalog | None:
     """Map the catalog in the cache; return None if there is none of exactly these files."""
     with suppress(OSError, ValueError, LookupError, TypeError, pa.ArrowException):
-        reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        reader = open_arrow_file(path)
         metadata = json.loads(reader.schema.metadata[b"simsiam"])
         if metadata["files"] == cache_key and reader.num_record_batches == len(files):
             batches = [reader.get_batch(i) for i in range(len(files))]
@@ -301,7 +301,7 @@ def _read_sidecar(
             if is_url(path):
                 copy, (system, remote_path) = f"{folder}/{CATALOG_FILE}", filesystem(path)
                 system.get_file(remote_path, copy)
-            reader = pa.ipc.open_file(pa.memory_map(copy))
+            reader = open_arrow_file(copy)
             return _check_sidecar(reader, files, notes)
     except (
         OSError,

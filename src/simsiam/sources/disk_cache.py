@@ -170,7 +170,8 @@ def with_disk_cache(
             if not len(pixel_file):
                 remove_stale_parts(folder)
                 for old in folder.glob(f"{source}-*.npy"):
-                    old.unlink()
+                    with suppress(PermissionError):  # Windows, if another run has mapped it
+                        old.unlink()
                 write_pixel_file(images, path, min_side, limit_bytes)
                 pixel_file = PixelFile(path, images.channels)
     except (OSError, UsageError, WorkFailed) as error:

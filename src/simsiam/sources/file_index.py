@@ -35,7 +35,7 @@ from simsiam.sources.open_source import (
     find_nested_shards,
     find_shards,
 )
-from simsiam.utils.files import atomic_write, cache_dir
+from simsiam.utils.files import atomic_write, cache_dir, open_arrow_file
 from simsiam.utils.workers import parallel_map
 
 INDEX_VERSION = 1  # of the files in the cache
@@ -184,7 +184,7 @@ def load_index(names: Sequence[str | os.PathLike[str]], source: Source, channels
 def _read_index(path: Path, containers: list[ContainerStamp]) -> Index:
     """Read an index; an empty one if it is missing, damaged, or of other containers."""
     with suppress(OSError, ValueError, LookupError, TypeError, pa.ArrowException):
-        table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        table = open_arrow_file(path).read_all()
         table.validate(full=True)
         metadata = json.loads(table.schema.metadata[b"simsiam"])
         if table.schema.equals(INDEX_SCHEMA) and metadata["containers"] == containers:

@@ -23,8 +23,9 @@ from simsiam.data.shards import BLOCK_BYTES
 from simsiam.errors import UsageError, none_readable, printable, unknown_name
 from simsiam.sources.catalog import ShardFile, write_sidecar_catalog
 from simsiam.sources.open_source import open_source
-from simsiam.utils.files import atomic_write, exclusive_lock, start_or_continue_job
+from simsiam.utils.files import atomic_write, locked_work_folder, start_or_continue_job
 from simsiam.utils.names import read_names, reason_line, utf8_name, write_names
+from simsiam.utils.system import replace_path
 from simsiam.utils.workers import parallel_map_with_progress
 
 SHARD_FORMATS = ("tar", "parquet")
@@ -75,7 +76,6 @@ def write_shards(
             f"{printable(str(folder))} exists and is not written over: choose another --out"
         )
     opened = open_source(sources, channels, no_labels=no_labels, splits=splits).splits
-    work = folder.with_name(folder.name + ".parts")
     job = {
         "format": format,
         "per_shard": per_shard,
@@ -83,9 +83,11 @@ def write_shards(
         "no_labels": no_labels,
         "images": fingerprint(list(opened.values())),
     }
-    with exclusive_lock(work / ".lock", str(folder)):
+    with locked_work_folder(folder) as work:
         start_or_continue_job(work, job)
-        shards = _plan_shards(opened, work, format, per_shard)
+        whole = work / "whole"
+        whole.mkdir(exist_ok=True)
+        shards = _plan_shards(opened, whole, format, per_shard)
         missing = [
             (shard.images, shard.path, shard.start)
             for shard in shards
@@ -93,8 +95,8 @@ def write_shards(
         ]
         write = _write_tar if format == "tar" else _write_parquet
         parallel_map_with_progress(write, missing, "writing shards")
-        _finish_shards(shards, work, format)
-        os.replace(work, folder)
+        _finish_shards(shards, whole, format)
+        replace_path(whole, folder)
     return folder
 
 
@@ -108,36 +110,36 @@ class _Shard(NamedTuple):
 
 
 def _plan_shards(
-    splits: Mapping[str, Images], work: Path, format: str, per_shard: int
+    splits: Mapping[str, Images], folder: Path, format: str, per_shard: int
 ) -> list[_Shard]:
     shards = []
     for split, images in splits.items():
         count = -(-len(images) // per_shard)
         for n in range(count):
             parquet_name = f"{split}-{n:05}-of-{count:05}.parquet"
-            path = work / (f"{split}-{n:06}.tar" if format == "tar" else parquet_name)
+            path = folder / (f"{split}-{n:06}.tar" if format == "tar" else parquet_name)
             start = n * per_shard
             shards.append(_Shard(images.take(slice(start, start + per_shard)), path, split, start))
     return shards
 
 
-def _finish_shards(shards: Sequence[_Shard], work: Path, format: str) -> None:
+def _finish_shards(shards: Sequence[_Shard], folder: Path, format: str) -> None:
     """Write the catalog and the list of images left out, and remove the temporary files."""
     lists = [_left_out_path(shard.path) for shard in shards]
     lines = [line for file in lists for line in read_names(file)]
     if len(lines) == sum(len(shard.images) for shard in shards):
-        shutil.rmtree(work)
+        shutil.rmtree(folder.parent, ignore_errors=True)
         name, _, reason = lines[0].partition("\t")
         raise none_readable(len(lines), name, reason)
     if format == "tar":
         files = [
             ShardFile(str(s.path), s.path.stat().st_size, "", s.split, s.path.name) for s in shards
         ]
-        write_sidecar_catalog(work, files)
+        write_sidecar_catalog(folder, files)
     if lines:
-        with atomic_write(work / LEFT_OUT_FILE) as part:
+        with atomic_write(folder / LEFT_OUT_FILE) as part:
             write_names(part, lines)
-    for file in (*lists, work / "job.json", work / ".lock"):
+    for file in lists:
         file.unlink()
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from simsiam.errors import UsageError, printable
-from simsiam.utils.files import atomic_write
+from simsiam.utils.files import write_text
 
 TEXT_WIDTH = 80  # columns
 INDENT = 12  # columns for the name of a fact
@@ -56,8 +56,7 @@ def write_facts(path: Path | None, facts: Mapping[str, object]) -> None:
         facts: The facts, as JSON values.
     """
     if path:
-        with atomic_write(path) as part:
-            part.write_text(json.dumps(facts, indent=2) + "\n")
+        write_text(path, json.dumps(facts, indent=2) + "\n")
 
 
 def print_fact_lines(name: str, lines: Sequence[str]) -> None:

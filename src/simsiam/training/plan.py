@@ -381,7 +381,7 @@ def speed_from_bench(
 
 def _read_bench_file(file: str | os.PathLike[str]) -> dict[str, Any]:
     try:
-        report = json.loads(Path(file).read_text())
+        report = json.loads(Path(file).read_text("utf-8"))
     except OSError as error:
         raise UsageError(f"cannot read {printable(str(file))}: {error.strerror}") from None
     except ValueError:

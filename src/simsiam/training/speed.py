@@ -5,16 +5,17 @@ import math
 import os
 import platform
 import time
-from glob import glob
 from importlib.metadata import version
 from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
+import psutil
 
 from simsiam.config.recipes import ResolvedRecipe
 from simsiam.data.images import Images, evenly_spaced, load_into_memory
 from simsiam.errors import WorkFailed
 from simsiam.sources.file_index import Index
+from simsiam.utils.system import gpu_devices
 from simsiam.utils.workers import CPU_CORES
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def measure_speed(
     from simsiam.runs.environment import collect_environment
     from simsiam.training.prepare import build_training_setup
 
-    load = round(os.getloadavg()[0] / CPU_CORES, 2) if hasattr(os, "getloadavg") else 0.0
+    load = round(psutil.getloadavg()[0] / CPU_CORES, 2)
     setup = build_training_setup(recipe)
     setup.model.begin(images=len(images), labels=None, steps=1, per_epoch=1)
     device = setup.compute.device
@@ -113,8 +114,7 @@ def kept_speed(index: Index, recipe: ResolvedRecipe, images: Images, *, resident
         WorkFailed: A batch does not fit in the memory of the device.
     """
     variables = [os.environ.get(name) for name in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")]
-    gpus = sorted(glob("/dev/nvidia[0-9]*"))
-    machine = [platform.node(), CPU_CORES, *variables, gpus, version("torch")]
+    machine = [platform.node(), CPU_CORES, *variables, gpu_devices(), version("torch")]
     settings = {k: v for k, v in recipe.to_dict().items() if k not in SPEED_INDEPENDENT}
     key = f"speed of {json.dumps([machine, resident, settings])}"
     speed: Speed = index.get_or_measure(

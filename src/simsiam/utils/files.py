@@ -1,21 +1,26 @@
 """Files that appear complete or not at all, and locks between processes."""
 
 import csv
-import errno
-import fcntl
 import glob
 import json
 import os
 import shutil
 import socket
-import stat
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+from platformdirs import user_cache_dir
 
 from simsiam.errors import UsageError, WorkFailed, printable
+from simsiam.utils.system import WINDOWS, replace_path, try_lock, user_temporary_folder
+
+if TYPE_CHECKING:
+    from pyarrow.ipc import RecordBatchFileReader
 
 
 @contextmanager
@@ -38,8 +43,8 @@ def atomic_write(path: Path, *, backup: Path | None = None) -> Iterator[Path]:
         with open(part, "rb+") as file:
             os.fsync(file.fileno())
         if backup is not None and path.exists():
-            os.replace(path, backup)
-        os.replace(part, path)
+            replace_path(path, backup)
+        replace_path(part, path)
     except Exception as error:
         if (reason := os_error_reason(error)) is None:
             raise
@@ -86,7 +91,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     try:
         part.mkdir(parents=True)
         yield part
-        os.replace(part, path)
+        replace_path(part, path)
     except Exception as error:
         if (reason := os_error_reason(error)) is None:
             raise
@@ -122,7 +127,7 @@ def remove_stale_parts(folder: Path, name: str = "") -> None:
     """
     for part in folder.glob(f"{glob.escape(name) or '*'}.*.part"):
         pid = part.name.split(".")[-2]
-        if pid.isdigit() and not _process_exists(int(pid)):
+        if pid.isdigit() and not psutil.pid_exists(int(pid)):
             with suppress(OSError):
                 _remove(part)
 
@@ -141,23 +146,11 @@ def _part_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.{os.getpid()}.part")
 
 
-def _process_exists(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (OSError, OverflowError):  # another user's
-        return True
-    return True
-
-
 @contextmanager
 def file_lock(path: Path, *, wait: bool = False) -> Iterator[bool]:
     """Lock a file against other processes; the lock ends with the process, however that ends.
 
-    It is a record lock and not flock: data workers, which outlive a killed process by seconds, do
-    not inherit it, and NFS keeps it between hosts. On a file system without locks every process
-    gets the lock.
+    On a file system without locks every process gets the lock.
 
     Args:
         path: The lock file, which is created if it does not exist.
@@ -171,22 +164,16 @@ def file_lock(path: Path, *, wait: bool = False) -> Iterator[bool]:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a")  # noqa: SIM115
+        file = open(path, "a", encoding="utf-8")  # noqa: SIM115
     except OSError as error:
         folder, reason = printable(str(path.parent)), error.strerror or error
         raise UsageError(f"cannot write to {folder}: {reason}") from None
     with file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EACCES):
-                yield False
-                return
-            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-                raise
-        with suppress(
-            OSError
-        ):  # on a full disk the lock holds without the text, which is for users
+        if not try_lock(file, wait=wait):
+            yield False
+            return
+        # On a full disk the lock holds without the text, which is for users.
+        with suppress(OSError):
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}")
             file.flush()
@@ -209,9 +196,45 @@ def exclusive_lock(path: Path, work_name: str) -> Iterator[None]:
     """
     with file_lock(path) as locked:
         if not locked:
-            process = path.read_text() or "another process"
+            process = path.read_text("utf-8") or "another process"
             raise UsageError(f"{work_name} is being worked on by {process}: one at a time")
         yield
+
+
+@contextmanager
+def locked_work_folder(out: Path) -> Iterator[Path]:
+    """Lock the folder for the parts of an output, beside it; delete it when the output is complete.
+
+    If the body fails, the folder stays, and the parts in it are used the next time.
+
+    Args:
+        out: The output.
+
+    Yields:
+        The folder.
+
+    Raises:
+        UsageError: If another process has the lock, or the folder cannot be written.
+    """
+    work = out.with_name(f"{out.name}.parts")
+    with exclusive_lock(work / ".lock", printable(str(out))):
+        yield work
+        shutil.rmtree(work, ignore_errors=True)  # under the lock: nobody else works in it
+    if WINDOWS:  # where an open file, such as the lock, cannot be deleted
+        with suppress(OSError):
+            (work / ".lock").unlink()
+            work.rmdir()
+
+
+def write_text(path: Path, content: str) -> None:
+    """Write a text file in UTF-8, the same on every system, complete or not at all.
+
+    Args:
+        path: The file.
+        content: The text.
+    """
+    with atomic_write(path) as part:
+        part.write_text(content, encoding="utf-8", newline="\n")
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
@@ -226,6 +249,19 @@ def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]
         csv.writer(file).writerows([header, *rows])
 
 
+def open_arrow_file(path: str | os.PathLike[str]) -> "RecordBatchFileReader":
+    """Open a file of Arrow's, mapped into memory.
+
+    Windows does not replace a mapped file, so it is read there.
+
+    Args:
+        path: The file.
+    """
+    import pyarrow as pa
+
+    return pa.ipc.open_file((pa.OSFile if WINDOWS else pa.memory_map)(os.fspath(path)))
+
+
 def cache_dir(name: str) -> Path:
     """Return a folder in the user's cache.
 
@@ -233,10 +269,9 @@ def cache_dir(name: str) -> Path:
         name: Its name.
 
     Returns:
-        The folder in $SIMSIAM_CACHE, or in `simsiam` in $XDG_CACHE_HOME or ~/.cache.
+        The folder in $SIMSIAM_CACHE, or in the system's place for caches.
     """
-    if not (root := os.environ.get("SIMSIAM_CACHE")):
-        root = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "simsiam")
+    root = os.environ.get("SIMSIAM_CACHE") or user_cache_dir("simsiam", appauthor=False)
     return Path(os.path.expanduser(root), name)
 
 
@@ -253,7 +288,7 @@ def writable_cache() -> Iterator[None]:
         with tempfile.TemporaryFile(dir=root):
             pass
     except OSError as error:
-        temporary = temporary_cache()
+        temporary = user_temporary_folder()
         text = (
             f"the cache {root} cannot be written to ({error.strerror or error}): {temporary} is "
             "used instead; SIMSIAM_CACHE names another folder"
@@ -272,18 +307,6 @@ def writable_cache() -> Iterator[None]:
             os.environ["SIMSIAM_CACHE"] = previous
 
 
-def temporary_cache() -> Path:
-    """Return a temporary folder of this user: the same every time, if nobody else can write it."""
-    folder = Path(tempfile.gettempdir(), f"simsiam-{os.getuid()}")
-    with suppress(OSError):
-        folder.mkdir(mode=0o700, exist_ok=True)
-        status = os.lstat(folder)
-        own = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid()
-        if own and not status.st_mode & 0o022:
-            return folder
-    return Path(tempfile.mkdtemp(prefix="simsiam-"))
-
-
 def start_or_continue_job(work_folder: Path, job: Mapping[str, object]) -> None:
     """Prepare a folder for work in parts, keeping the parts of the same unfinished job.
 
@@ -300,12 +323,11 @@ def start_or_continue_job(work_folder: Path, job: Mapping[str, object]) -> None:
     if not record.exists():
         for path in work_folder.glob("[!.]*"):  # a finished job was killed while it cleaned up
             _remove(path)
-        with atomic_write(record) as part:
-            part.write_text(description)
-    if record.read_text() != description:
+        write_text(record, description)
+    if record.read_text("utf-8") != description:
         raise UsageError(
             f"{work_folder} holds the parts of another job, which was not finished: "
             "delete it, or change --out"
         )
-    for part in work_folder.glob("*.part"):  # under the lock, whoever wrote it has ended
+    for part in [*work_folder.rglob("*.part")]:  # under the lock, whoever wrote it has ended
         _remove(part)

@@ -1,13 +1,15 @@
-"""SIGINT and SIGTERM during training: the step ends and is saved before the program stops."""
+"""Stop signals during training: the step ends and is saved before the program stops."""
 
 import signal
 import threading
 from types import TracebackType
 from typing import Any
 
+from simsiam.utils.system import STOP_SIGNALS
+
 
 class InterruptHandler:
-    """A context in which SIGINT and SIGTERM are stored in `signum` and do not end the program.
+    """A context in which stop signals are stored in `signum` and do not end the program.
 
     A second signal of the same kind has its usual effect. Outside the main thread, signals are left
     alone.
@@ -19,7 +21,7 @@ class InterruptHandler:
 
     def __enter__(self) -> "InterruptHandler":
         if threading.current_thread() is threading.main_thread():
-            for signum in (signal.SIGINT, signal.SIGTERM):
+            for signum in STOP_SIGNALS:
                 self.previous_handlers[signum] = signal.signal(signum, self._handle_signal)
         return self
 

@@ -4,23 +4,22 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from multiprocessing import get_context
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
 from simsiam.errors import UsageError, WorkFailed
+from simsiam.utils.system import (
+    block_stop_signals,
+    count_cores,
+    process_context,
+    unblock_stop_signals,
+)
 
 T = TypeVar("T")
 
-if hasattr(os, "sched_getaffinity"):
-    CPU_CORES = len(os.sched_getaffinity(0))
-else:
-    CPU_CORES = os.cpu_count() or 1
 # The processes of a run share a host.
-CPU_CORES = max(1, CPU_CORES // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-# Signals cannot be blocked on Windows.
-STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM} if hasattr(signal, "pthread_sigmask") else set()
+CPU_CORES = max(1, count_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def parallel_map(function: Callable[..., T], jobs: Sequence[tuple[object, ...]]) -> Iterator[T]:
@@ -36,10 +35,13 @@ def parallel_map(function: Callable[..., T], jobs: Sequence[tuple[object, ...]])
     Returns:
         An iterator of results, in the order of the jobs. It raises UsageError or WorkFailed if the
         function does, and WorkFailed if a process is killed.
+
+    Raises:
+        UsageError: A script without a guard cannot start processes on this system.
     """
     if len(jobs) < 2:
         return iter([function(*job) for job in jobs])
-    context: Any = get_context("fork" if sys.platform == "linux" else None)
+    context: Any = process_context()
     pipes = []
     with block_stop_signals():
         for worker in range(min(CPU_CORES, len(jobs))):
@@ -65,23 +67,6 @@ def parallel_map(function: Callable[..., T], jobs: Sequence[tuple[object, ...]])
                 receiver.close()
 
     return results()
-
-
-@contextmanager
-def block_stop_signals() -> Iterator[None]:
-    """Delay SIGINT and SIGTERM until the body has run.
-
-    An exception that a signal handler raises in the middle of a fork would be lost.
-
-    Yields:
-        Nothing.
-    """
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS) if STOP_SIGNALS else None
-    try:
-        yield
-    finally:
-        if mask is not None:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def parallel_map_with_progress(
@@ -119,8 +104,7 @@ def _worker_loop(
 ) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())  # from the main process, when it ends
-    if STOP_SIGNALS:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    unblock_stop_signals()
     for receiver in pipes:
         receiver.close()  # while it is open in any process, sending into the pipe succeeds
     with suppress(BrokenPipeError):

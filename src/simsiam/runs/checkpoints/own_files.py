@@ -54,7 +54,7 @@ def own_settings(path: Path, content: WeightFile) -> Record:
         backbone = {"backbone": metadata["backbone"]}
         return backbone | described_settings(_parse(metadata["preprocessing"]))
     if described.is_file():
-        settings = described_settings(_parse(described.read_text(errors="replace")))
+        settings = described_settings(_parse(described.read_text("utf-8", "replace")))
         name = timm_architecture(path.parent)
         if name is None:
             return settings

@@ -140,7 +140,7 @@ def timm_architecture(folder: Path) -> str | None:
         Its name in timm; None if config.json is missing or not of timm.
     """
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = json.loads((folder / "config.json").read_text("utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
     name = config.get("architecture") if isinstance(config, dict) else None

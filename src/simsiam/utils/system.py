@@ -1,0 +1,289 @@
+"""What depends on the operating system. Everything outside of this module is portable."""
+
+import ctypes
+import errno
+import os
+import platform
+import signal
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from glob import glob
+from math import nan
+from multiprocessing import get_context, get_start_method
+from multiprocessing.context import BaseContext
+from pathlib import Path
+from shutil import disk_usage
+from typing import IO
+
+import psutil
+
+from simsiam.errors import UsageError, printable
+
+if sys.platform == "win32":
+    import msvcrt
+else:
+    import fcntl
+
+WINDOWS = sys.platform == "win32"
+LOCKED_BYTE = 2**30  # the byte that is locked on Windows, behind the text, which others can read
+LOCK_POLLING_SECONDS = 0.05
+REPLACE_SECONDS = 2.0  # time in which another program on Windows has to close a file
+SHARED_MEMORY = "/dev/shm"  # where data workers put the crops that they have made
+# Ctrl-C, the request to end, and on Windows Ctrl-Break, which also stands for a closed window.
+STOP_SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREAK") if hasattr(signal, name)
+)
+
+
+def count_cores() -> int:
+    """Return how many processor cores this process may use."""
+    if sys.platform == "darwin":
+        return os.cpu_count() or 1
+    return len(psutil.Process().cpu_affinity())
+
+
+def cpu_name() -> str:
+    """Return the name of the processor."""
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(x.split(":", 1)[1].strip() for x in lines if x.startswith("model name"))
+    if sys.platform == "darwin":
+        command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+        with suppress(OSError, subprocess.CalledProcessError):
+            return subprocess.check_output(command, encoding="utf-8").strip()
+    return platform.processor() or platform.machine()
+
+
+def gpu_devices() -> list[str]:
+    """List NVIDIA's GPUs without initializing CUDA; none where the system does not list them."""
+    return sorted(glob("/dev/nvidia[0-9]*"))
+
+
+def available_memory() -> int:
+    """Return the main memory that this process can still allocate, in bytes."""
+    available = psutil.virtual_memory().available
+    with suppress(OSError, ValueError):  # a container's limit; "max" if it has none
+        group = Path("/sys/fs/cgroup")
+        limit, used = (
+            int((group / name).read_text(encoding="utf-8"))
+            for name in ("memory.max", "memory.current")
+        )
+        available = min(available, limit - used)
+    return available
+
+
+def peak_memory(*, reset: bool = False) -> float:
+    """Return the most main memory that this process has used at once.
+
+    Args:
+        reset: Whether to set the peak to the current use first.
+
+    Returns:
+        MiB; nan if the system does not say, as only Linux does.
+    """
+    try:
+        if reset:
+            Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+    except OSError:
+        return nan
+    return int(status.partition("VmHWM:")[2].split()[0]) / 2**10
+
+
+def free_shared_memory() -> int | None:
+    """Return the bytes of shared memory that are free; None where the system has no such limit."""
+    return disk_usage(SHARED_MEMORY).free if os.path.isdir(SHARED_MEMORY) else None
+
+
+def keep_freed_memory() -> None:
+    """Make glibc keep freed memory: the next step needs as much, and mapping new pages is slow."""
+    mmap_max, trim_threshold = -4, -1  # M_MMAP_MAX, M_TRIM_THRESHOLD of malloc.h
+    with suppress(AttributeError, OSError, TypeError):  # macOS, Windows and musl have no mallopt
+        libc = ctypes.CDLL(None)
+        libc.mallopt(mmap_max, 0)
+        libc.mallopt(trim_threshold, -1)
+
+
+def yield_core() -> None:
+    """Let another process use the core, if one waits for it."""
+    if sys.platform == "linux":
+        os.sched_yield()
+    else:
+        time.sleep(0)
+
+
+def process_context() -> BaseContext:
+    """Return how processes are started.
+
+    Linux forks, which is much the fastest, also from Python 3.14 on, where that is no longer the
+    default. Other systems start a new interpreter. `multiprocessing.set_start_method` decides
+    otherwise.
+
+    Returns:
+        A context of multiprocessing.
+
+    Raises:
+        UsageError: A new interpreter would import the running script, which would start again.
+    """
+    default = "fork" if sys.platform == "linux" else "spawn"
+    method = get_start_method(allow_none=True) or default
+    script = Path(getattr(sys.modules["__main__"], "__file__", None) or os.devnull)
+    guarded = not script.is_file() or "__name__" in script.read_text("utf-8", "replace")
+    if method != "fork" and not guarded:
+        raise UsageError(
+            f"each process that {printable(str(script))} starts will import it: put what it runs "
+            'under `if __name__ == "__main__":`'
+        )
+    return get_context(method)
+
+
+@contextmanager
+def block_stop_signals() -> Iterator[None]:
+    """Delay the stop signals until the body has run. Windows cannot delay them.
+
+    An exception that a signal handler raises in the middle of a fork would be lost.
+
+    Yields:
+        Nothing.
+    """
+    if sys.platform == "win32":
+        yield
+        return
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def unblock_stop_signals() -> None:
+    """Deliver the stop signals that `block_stop_signals` of a parent process delays."""
+    if sys.platform != "win32":
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+
+
+def is_broken_pipe(error: BaseException) -> bool:
+    """Return whether the reader of a pipe has ended, as in `... | head`.
+
+    Args:
+        error: What writing into the pipe raised. Windows calls it an invalid argument.
+    """
+    invalid = isinstance(error, OSError) and error.errno == errno.EINVAL and not error.filename
+    return isinstance(error, BrokenPipeError) or (WINDOWS and invalid)
+
+
+def try_lock(file: IO[str], *, wait: bool = False) -> bool:
+    """Lock an open file against other processes until it is closed.
+
+    On POSIX it is a record lock and not flock: data workers, which outlive a killed process by
+    seconds, do not inherit it, and NFS keeps it between hosts. On a file system without locks every
+    process gets the lock.
+
+    Args:
+        file: A file that is open for writing.
+        wait: Whether to wait until the lock is free.
+
+    Returns:
+        Whether this process has the lock.
+
+    Raises:
+        OSError: The system cannot lock it for another reason.
+    """
+    while True:
+        try:
+            if sys.platform == "win32":
+                os.lseek(file.fileno(), LOCKED_BYTE, os.SEEK_SET)
+                msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+            else:
+                fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            return True
+        except OSError as error:
+            if error.errno in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                return True
+            if error.errno not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK):
+                raise
+            if not wait:
+                return False
+            time.sleep(LOCK_POLLING_SECONDS)
+
+
+def open_nonblocking(path: str, flags: int) -> int:
+    """Open a file without waiting for the other end of a pipe; an `opener` of `open`.
+
+    Args:
+        path: The file.
+        flags: The flags of `os.open`.
+
+    Returns:
+        A file descriptor.
+    """
+    if sys.platform != "win32":
+        flags |= os.O_NONBLOCK
+    return os.open(path, flags)
+
+
+def read_at(file: IO[bytes], offset: int, size: int) -> bytes:
+    """Read a part of a file.
+
+    Args:
+        file: The open file.
+        offset: The first byte.
+        size: Number of bytes.
+
+    Returns:
+        The bytes; fewer if the file ends before.
+    """
+    if sys.platform != "win32":
+        return os.pread(file.fileno(), size, offset)
+    file.seek(offset)
+    return file.read(size)
+
+
+def replace_path(source: Path, target: Path) -> None:
+    """Move a file or folder to `target`, in place of a file or of an empty folder.
+
+    Windows refuses while another program has the file open, as virus scanners do for a moment,
+    and where a folder exists.
+
+    Args:
+        source: What to move.
+        target: Where to.
+
+    Raises:
+        OSError: The system refuses.
+    """
+    if WINDOWS and source.is_dir():
+        with suppress(OSError):
+            target.rmdir()
+    deadline = time.monotonic() + REPLACE_SECONDS
+    while True:
+        try:
+            os.replace(source, target)
+            return
+        except PermissionError:
+            if not WINDOWS or time.monotonic() > deadline:
+                raise
+            time.sleep(LOCK_POLLING_SECONDS)
+
+
+def user_temporary_folder() -> Path:
+    """Return a temporary folder of this user: the same every time, if nobody else can write it."""
+    if sys.platform == "win32":  # where each user has temporary files of their own
+        folder = Path(tempfile.gettempdir(), "simsiam")
+        with suppress(OSError):
+            folder.mkdir(exist_ok=True)
+            return folder
+        return Path(tempfile.mkdtemp(prefix="simsiam-"))
+    folder = Path(tempfile.gettempdir(), f"simsiam-{os.getuid()}")
+    with suppress(OSError):
+        folder.mkdir(mode=0o700, exist_ok=True)
+        status = os.lstat(folder)
+        own = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid()
+        if own and not status.st_mode & 0o022:
+            return folder
+    return Path(tempfile.mkdtemp(prefix="simsiam-"))
