@@ -155,7 +155,7 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     Args:
         parser: The verb's parser.
     """
-    note = "cpu, cuda, cuda:1, ...; auto uses a GPU if there is one [auto]"
+    note = "cpu, cuda, cuda:1, mps, ...; auto uses a GPU if there is one [auto]"
     parser.add_argument("--device", metavar="NAME", default="auto", help=note)
 
 

@@ -109,7 +109,7 @@ class Recipe:
         "(section 3)",
     )
     seed: int = setting(0, "random seed of the initial weights, the order of images and all views")
-    device: str = setting("auto", "cpu, cuda, cuda:1, ...; auto uses a GPU if there is one")
+    device: str = setting("auto", "cpu, cuda, cuda:1, mps, ...; auto uses a GPU if there is one")
     precision: Literal["auto", "bfloat16", "float32"] = setting(
         "auto",
         "precision of training; auto: bfloat16 on devices that compute it fast, else float32",

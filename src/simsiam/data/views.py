@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from simsiam.config.methods import Views
+from simsiam.utils.devices import device_traits
 
 # The second half of the Philox key: whatever else draws from the seed uses another number.
 VIEW_STREAM = 1
@@ -272,14 +273,15 @@ def finish_view(
         compiled: Whether to use compiled kernels.
 
     Returns:
-        (N, C, size, size) float32, normalized, in channels-last memory format.
+        (N, C, size, size) float32, normalized, in the device's memory format.
 
     Raises:
         ValueError: There are not as many means and standard deviations as channels.
     """
     n, channels, *cropped = pixels.shape
     shape = (n, channels, size, size) if size else (n, channels, *cropped)
-    view = torch.empty(shape, device=pixels.device, memory_format=torch.channels_last)
+    memory_format = device_traits(pixels.device).memory_format
+    view = torch.empty(shape, device=pixels.device, memory_format=memory_format)
     if not channels == len(mean) == len(std):
         raise ValueError(
             f"{len(mean)} means and {len(std)} standard deviations for {channels} channels"
@@ -325,7 +327,7 @@ def make_views(
         compiled: Whether to use compiled kernels.
 
     Returns:
-        The views, each (N, C, size, size) float32, normalized, in channels-last memory format.
+        The views, each (N, C, size, size) float32, normalized, in the device's memory format.
     """
     sizes = np.broadcast_to(images.shape[2:], (len(images), 2))
     views = []

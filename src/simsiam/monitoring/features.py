@@ -13,6 +13,7 @@ from simsiam.distributed.collectives import all_gather, all_gather_objects
 from simsiam.distributed.process_group import local_slice, rank, world_size
 from simsiam.errors import none_readable
 from simsiam.model.precision import Compute
+from simsiam.utils.devices import device_traits
 from simsiam.utils.progress_bar import progress_bar
 
 
@@ -106,7 +107,8 @@ def compute_outputs(
     Returns:
         The tensors as float32 on the CPU.
     """
-    x = transform.normalize(pixels.to(compute.device)).contiguous(memory_format=torch.channels_last)
+    x = transform.normalize(pixels.to(compute.device))
+    x = x.contiguous(memory_format=device_traits(compute.device).memory_format)
     with torch.no_grad(), compute.autocast():
         return [h.float().cpu() for h in forward(x)]
 

@@ -1,7 +1,7 @@
 """The gradients of one step: Algorithm 1 from the views to the backward pass."""
 
 from collections.abc import Sequence
-from copy import copy
+from copy import copy, deepcopy
 
 import torch
 from torch import Tensor, nn
@@ -10,13 +10,17 @@ from simsiam.config.recipes import ResolvedRecipe
 from simsiam.data.views import compile_works
 from simsiam.distributed.collectives import wrap_ddp
 from simsiam.distributed.process_group import world_size
+from simsiam.errors import WorkFailed
 from simsiam.model.precision import Compute
 from simsiam.model.siamese import Output, Siamese
 from simsiam.training.prepare import TrainingSetup
+from simsiam.utils.devices import device_traits
 
-GRAPH_WARMUP_STEPS = (
-    3  # before a graph is recorded: libraries choose their kernels in the first ones
-)
+CPU = torch.device("cpu")
+# Relative difference between the loss and the gradients of two devices that rounding may cause.
+FLOAT32_TOLERANCE = 1e-3
+# Before a graph is recorded: libraries choose their kernels in the first steps.
+GRAPH_WARMUP_STEPS = 3
 
 
 class GradientStep:
@@ -37,6 +41,7 @@ class GradientStep:
         self.graph: torch.cuda.CUDAGraph | None = None
         record = compute.device.type == "cuda" and world_size() == 1
         self.warmup_calls_left = GRAPH_WARMUP_STEPS if record else -1  # -1: never record
+        self.trusted = device_traits(compute.device).trusted
 
     def __call__(self, views: Sequence[Tensor], index: Tensor, weight: float = 1.0) -> Output:
         """Compute the loss of a batch and its gradients.
@@ -48,7 +53,13 @@ class GradientStep:
 
         Returns:
             What the network computed, detached. On CUDA it is valid until the next call.
+
+        Raises:
+            WorkFailed: The device is not trusted, and the first step differs from that of the CPU.
         """
+        if not self.trusted:
+            self.trusted = True
+            return self._compare_with_cpu(views, index, weight)
         if self.warmup_calls_left:
             self.warmup_calls_left -= self.warmup_calls_left > 0
             return self.compute_gradients(views, index, weight)
@@ -64,6 +75,24 @@ class GradientStep:
             static.copy_(new)
         self.graph.replay()
         return self.static_output
+
+    def _compare_with_cpu(self, views: Sequence[Tensor], index: Tensor, weight: float) -> Output:
+        """Compute the gradients on the CPU as well: they differ by rounding, or the device errs."""
+        on_cpu = GradientStep(deepcopy(self.network).cpu(), Compute(CPU, "float32"))
+        expected = on_cpu.compute_gradients([view.cpu() for view in views], index.cpu(), weight)
+        output = self.compute_gradients(views, index, weight)
+        pairs = [(output.loss, expected.loss)]
+        for own, other in zip(self.network.parameters(), on_cpu.network.parameters(), strict=True):
+            if own.grad is not None and other.grad is not None:
+                pairs.append((own.grad, other.grad))
+        a, b = (torch.cat([x.cpu().flatten() for x in column]) for column in zip(*pairs))
+        difference = ((a - b).norm() / b.norm()).item()
+        if not difference < FLOAT32_TOLERANCE:
+            raise WorkFailed(
+                f"the first step on {self.compute.device.type} differs from that on the CPU by "
+                f"{100 * difference:.2g} %, which is more than rounding: use --device cpu"
+            )
+        return output
 
     def compute_gradients(self, views: Sequence[Tensor], index: Tensor, weight: float) -> Output:
         """Do the same without a graph."""
