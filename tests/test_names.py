@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import unicodedata
+from pathlib import Path, PureWindowsPath
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -221,3 +222,42 @@ def test_a_list_may_spell_names_in_another_normal_form(tmp_path, parent):
         assert same(images.read(0), picture(0)) and same(images.read(1), picture(1))
         assert (images.storage.file_stats() > 0).all()
     assert encode(images.read(0)) == encode(picture(0)) and np.all(images.labels is None)
+
+
+def test_lists_tables_and_queries_of_windows_name_the_same_files(run, tmp_path):
+    """A backslash separates folders, unless a file has it in its name."""
+    names = ["cats/Zoë/a.png", "cats/b.png", "dogs/a.png"]
+    root = tree(tmp_path / "photos", *names, size=(16, 16))
+    there = [str(PureWindowsPath(name)) for name in names]
+    (root / "list.txt").write_bytes("".join(f"{n}\t{n[:4]}\r\n" for n in there).encode("utf-16"))
+    source = open_source(root / "list.txt").train
+    assert all(same(source.read(i), picture(i, 16, 16)) for i in range(3))
+    assert list(source.classes) == ["cats", "dogs"] and (source.storage.file_stats() > 0).all()
+
+    (root / "few.txt").write_text(f"{there[0]}\n{there[2]}\n", "utf-8")
+    tree(root, *names, size=(16, 16))
+    photos = open_source(root).train
+    rows = read_label_list(photos, root / "few.txt")
+    assert [photos.keys[i] for i in rows] == [names[0], names[2]]
+
+    embeddings = read_embeddings(embed(run, root, out=tmp_path / "x.parquet", **CPU))
+    assert [embeddings.find(name) for name in there] == [embeddings.find(name) for name in names]
+    labels = "path,label\n" + "".join(f"{name},{name[:4]}\n" for name in there)
+    (tmp_path / "labels.csv").write_text(labels, "utf-8")
+    assert (
+        len(
+            simsiam.probe(
+                tmp_path / "x.parquet", tmp_path / "labels.csv", out=tmp_path / "y.csv"
+            ).labels
+        )
+        == 3
+    )
+
+
+@pytest.mark.skipif(os.sep == "\\", reason="a name on Windows has no backslash")
+def test_a_name_with_a_backslash_is_still_found(tmp_path):
+    root = tree(tmp_path / "x", "a/b.png", size=(16, 16))
+    (root / "a\\b.png").write_bytes(encode(picture(7)))
+    (root / "list.txt").write_text("a\\b.png\n")
+    assert same(open_source(root / "list.txt").train.read(0), picture(7))
+    assert not Path(root, "a", "a\\b.png").exists()

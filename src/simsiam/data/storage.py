@@ -389,11 +389,11 @@ def _byte_lengths(values: pa.Array | pa.ChunkedArray) -> pa.Array:
 
 def _stat_files(folder: Path, names: pa.ChunkedArray) -> np.ndarray:
     """Return bytes and mtimes in ns of files, int64 (2, N); 0 and -1 where there is none."""
-    prefix, stats = os.fsencode(folder) + b"/", []
+    stats = []
     for name in names.to_pylist():
         try:
-            path = name if name.startswith(b"/") else prefix + name
-            status = os.stat(find_spelling(os.fsdecode(path)))
+            path = os.path.join(folder, os.fsdecode(name))
+            status = os.stat(find_spelling(path))
             stats.append((status.st_size, status.st_mtime_ns))
         except (OSError, ValueError):  # ValueError: there is a zero byte in the name
             stats.append((0, -1))

@@ -25,7 +25,7 @@ from simsiam.data.decode import Unreadable
 from simsiam.data.images import Images
 from simsiam.data.storage import FolderFiles, Names
 from simsiam.errors import UsageError, WorkFailed, printable, unknown_name
-from simsiam.utils.names import reason_line
+from simsiam.utils.names import reason_line, slashed
 from simsiam.utils.workers import CPU_CORES
 
 SOURCE_KINDS = (
@@ -284,7 +284,7 @@ def read_voc(folders: Sequence[tuple[Path, str]], faults: Faults) -> dict[str, D
                 for name, box, difficult in annotation.objects
             ]
             objects.append(build_objects(annotation.size, rows))
-            keys.append(os.path.normpath(os.path.relpath(annotation.image, root)))
+            keys.append(slashed(os.path.relpath(annotation.image, root)))
         splits[split] = DetectionDataset(
             images_from_names(keys, root), tuple(objects), tuple(classes)
         )
@@ -601,7 +601,7 @@ def parse_coco_split(
             continue
         faults.add("object left out", file, f"annotations[{position}] {reason}")
     prefix = os.path.relpath(folder, root)
-    keys = [os.path.normpath(os.path.join(prefix, name)) for name, _ in rows.values()]
+    keys = [slashed(os.path.normpath(os.path.join(prefix, name))) for name, _ in rows.values()]
     objects = tuple(build_objects(size, objects_of[key]) for key, (_, size) in rows.items())
     return DetectionDataset(images_from_names(keys, root), objects, classes)
 

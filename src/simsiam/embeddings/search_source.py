@@ -24,7 +24,7 @@ from simsiam.runs.run_folder import Run
 from simsiam.runs.weights import PATCHES, open_weights, run_folder_of
 from simsiam.sources.open_source import open_source
 from simsiam.utils.files import check_writable, writable_cache
-from simsiam.utils.names import normalize_name
+from simsiam.utils.names import normalize_name, slashed
 
 # The commands' help names license and size.
 DEFAULT_ENCODERS = ("timm:vit_small_patch16_224.dino", "lite0", PATCHES)
@@ -165,7 +165,7 @@ def _find_query(query: str, splits: Sequence[Images], images: Embeddings) -> Que
         for storage in (split.storage for split in splits):
             if isinstance(storage, FolderFiles):
                 path = os.path.abspath(query)
-                below = os.path.relpath(path, os.path.abspath(storage.folder))
+                below = slashed(os.path.relpath(path, os.path.abspath(storage.folder)))
                 for name in (below, path):  # lists may have absolute paths
                     for position in images.positions(name):
                         if normalize_name(images.paths[position]) == normalize_name(name):

@@ -59,9 +59,9 @@ class Embeddings:
     @cached_property
     def _positions_by_normal_name(self) -> dict[str, list[int]]:
         positions: dict[str, list[int]] = {}
-        for name, found in self.positions_by_name.items():
-            known = positions.setdefault(normalize_name(name), [])
-            known += [i for i in found if i not in known]
+        for i, path in enumerate(map(normalize_name, self.paths)):
+            for name in {path, path.rpartition("/")[2]}:
+                positions.setdefault(name, []).append(i)
         return positions
 
     def positions(self, name: str) -> list[int]:

@@ -43,6 +43,7 @@ from simsiam.data.storage import MAX_FILE_BYTES, Names
 from simsiam.errors import UsageError, WorkFailed
 from simsiam.sources.file_kinds import VIDEOS, is_image_path, join_kinds
 from simsiam.utils.files import atomic_write, cache_dir, file_lock, open_arrow_file
+from simsiam.utils.names import slashed
 from simsiam.utils.workers import parallel_map_with_progress
 
 CATALOG_VERSION = 3  # of the files in the cache
@@ -148,9 +149,9 @@ def list_files(folder: str, depth: int = 0) -> dict[str, tuple[int, str]]:
                 continue
             if entry.is_file():
                 status = entry.stat()
-                stats[entry.path] = status.st_size, str(status.st_mtime_ns)
+                stats[slashed(entry.path)] = status.st_size, str(status.st_mtime_ns)
             elif depth and entry.is_dir():
-                stats |= list_files(entry.path, depth - 1)
+                stats |= list_files(slashed(entry.path), depth - 1)
     return dict(sorted(stats.items()))
 
 

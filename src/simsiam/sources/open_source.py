@@ -81,7 +81,7 @@ from simsiam.sources.splits import (
     path_component,
     shard_splits,
 )
-from simsiam.utils.names import read_list
+from simsiam.utils.names import read_list, slashed
 
 BUILTIN_SOURCES = ("shapes", "cifar10", "cifar100", "stl10")  # data sets with a name
 SOURCE_KINDS = (
@@ -196,7 +196,7 @@ def open_source(
         WorkFailed: It cannot be downloaded or read.
     """
     names = [source] if isinstance(source, str | os.PathLike) else list(source)
-    texts = [os.path.expanduser(os.fspath(name)) for name in names]
+    texts = [slashed(os.path.expanduser(os.fspath(name))) for name in names]
     options = _Options(splits, no_labels)
     suffix = Path(texts[0]).suffix.lower() if len(texts) == 1 else ""
     one_set = len(texts) == 1 and texts[0] not in BUILTIN_SOURCES
@@ -308,12 +308,16 @@ def _open_several(texts: list[str], options: _Options) -> Source:
     keys, labels, visited, counts = [], [], set[tuple[int, int]](), FileCounts()
     for folder in folders:
         paths_below = list_folder(Path(folder), visited, counts)
-        prefix = b"" if Path(folder) == root else os.fsencode(os.path.relpath(folder, root)) + b"/"
+        prefix = (
+            b""
+            if Path(folder) == root
+            else os.fsencode(slashed(os.path.relpath(folder, root))) + b"/"
+        )
         empty = pa.scalar(b"", paths_below.type)
         prefix_scalar = pa.scalar(prefix, pa.large_binary())
         keys.append(pc.binary_join_element_wise(prefix_scalar, paths_below, empty))
         labels.append(path_component(paths_below, 0))
-    relative_files = [os.fsencode(os.path.relpath(file, root)) for file in files]
+    relative_files = [os.fsencode(slashed(os.path.relpath(file, root))) for file in files]
     file_keys = pa.array(relative_files, pa.large_binary())
     in_folders = pc.is_in(file_keys, pa.chunked_array(keys, file_keys.type))
     file_keys = file_keys.filter(pc.invert(in_folders))

