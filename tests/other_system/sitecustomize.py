@@ -44,15 +44,22 @@ MISSING = {
 }  # fmt: skip
 
 
-def stand_in(name: str, system: str) -> types.ModuleType:
-    """A module of the standard library without what the other system lacks."""
-    lacks = MISSING[system].get(name, [])
-    module = types.ModuleType(name)
-    real = importlib.import_module(name)
-    module.__dict__.update({k: v for k, v in vars(real).items() if k not in lacks})
-    if name == "sys":
-        module.platform = system
-    return module
+class StandIn(types.ModuleType):
+    """A module of the standard library, without what the other system lacks."""
+
+    def __init__(self, name: str, system: str):
+        super().__init__(name)
+        own = {"platform": system} if name == "sys" else {}
+        real, lacks = importlib.import_module(name), MISSING[system].get(name, [])
+        self.__dict__.update(real=real, lacks=lacks, **own)
+
+    def __getattr__(self, name: str) -> object:
+        if name in self.lacks:
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+        return getattr(self.real, name)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        setattr(self.real, name, value)
 
 
 def stand_in_msvcrt() -> types.ModuleType:
@@ -104,7 +111,7 @@ def install(system: str) -> None:
     if system == "win32":
         for name in ("replace", "rename", "unlink", "remove"):
             setattr(os, name, refuse_open_files(getattr(os, name)))
-    stand_ins = {name: stand_in(name, system) for name in ("os", "signal", "sys")}
+    stand_ins = {name: StandIn(name, system) for name in ("os", "signal", "sys")}
     if system == "win32":
         stand_ins["msvcrt"] = stand_in_msvcrt()
     import_module = builtins.__import__
