@@ -184,5 +184,5 @@ def test_commands_work_where_it_is_installed(kind, tmp_path, request):
     assert "<style>" in Path("report.html").read_text(encoding="utf-8")
     run(program, "embed", "run", "photos", "--out", "photos.parquet")
     assert "8.jpg" in run(program, "search", "photos", "photos/7.jpg", "--encoder", "run")
-    assert "Figure 3" in run(program, "reproduce", "figure3", "--out", "results")
+    assert "wrote" in run(program, "reproduce", "figure3", "--out", "results")
     assert "supervised, all labels" in run(program, "demo", "--out", "demo")
