@@ -10,7 +10,7 @@ demo: .venv/ready
 test: lint
 	$(BIN)/pytest
 
-# What is too long for every commit: hours. It builds and installs the package, which needs a package index.
+# What is too long for every commit: hours. Building the package needs a package index.
 test-all: lint
 	$(BIN)/pytest -m ""
 	$(BIN)/python tests/equality.py
