@@ -2,13 +2,19 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-all lint clean
 
 demo: .venv/ready
 	$(BIN)/simsiam demo
 
 test: lint
 	$(BIN)/pytest
+
+# What is too long for every commit: hours. Building the package needs a package index.
+test-all: lint
+	$(BIN)/pytest -m ""
+	$(BIN)/python tests/equality.py
+	$(BIN)/python tests/mutations.py
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -32,6 +32,21 @@ def m(description: str, file: str, old: str, new: str, test: str) -> Mutation:
 
 GRADIENT_TEST = "rows.py::test_a_gradient_comes_through_the_target_only_when_asked"
 MUTATIONS = [
+    # installation
+    m(
+        "ignore the version that the build wrote",
+        "__init__",
+        "    from simsiam._version import __version__",
+        "    raise ModuleNotFoundError",
+        "install.py::test_the_version_is_what_the_build_wrote",
+    ),
+    m(
+        "need a build before the first import",
+        "__init__",
+        "except ModuleNotFoundError:",
+        "except ZeroDivisionError:",
+        "install.py::test_the_version_is_what_the_build_wrote",
+    ),
     # files of all kinds
     m(
         "read no file without an extension",

@@ -20,7 +20,10 @@ keyword arguments. Names are loaded when they are first used, so importing the p
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
+try:
+    from simsiam._version import __version__  # the build writes this file, from the tag
+except ModuleNotFoundError:  # a checkout that was never built or installed
+    __version__ = "0.0.dev0"
 
 if TYPE_CHECKING:
     from simsiam.config.methods import METHODS as METHODS

@@ -139,20 +139,22 @@ def containers(folder: Path, images: dict[str, bytes]) -> dict[str, Path]:
     pq.write_table(
         table.replace_schema_metadata({"huggingface": json.dumps(metadata)}), folder / "a.parquet"
     )
-    with contextlib.chdir(folder):
-        (folder / "photos").mkdir()
-        for i in range(20):
-            shade = np.full((32, 32, 3), 10 * i, np.uint8)
-            Image.fromarray(shade).save(folder / "photos" / f"{i}.png")
-        code, output = run_verb(["pretrain", "photos", "--out", "run", *TINY.split()])
+    before = Path.cwd()
+    os.chdir(folder)
+    (folder / "photos").mkdir()
+    for i in range(20):
+        shade = np.full((32, 32, 3), 10 * i, np.uint8)
+        Image.fromarray(shade).save(folder / "photos" / f"{i}.png")
+    code, output = run_verb(["pretrain", "photos", "--out", "run", *TINY.split()])
+    assert code == 0, output
+    code, output = run_verb(["embed", "run", "--out", "e.parquet"])
+    assert code == 0, output
+    for kind in ("tar", "parquet"):
+        code, output = run_verb(
+            ["shard", "a.zip", "--out", f"{kind} shards", "--format", kind, "--per-shard", "10"]
+        )
         assert code == 0, output
-        code, output = run_verb(["embed", "run", "--out", "e.parquet"])
-        assert code == 0, output
-        for kind in ("tar", "parquet"):
-            code, output = run_verb(
-                ["shard", "a.zip", "--out", f"{kind} shards", "--format", kind, "--per-shard", "10"]
-            )
-            assert code == 0, output
+    os.chdir(before)
     weights = build("simsiam", backbone="resnet10", width=4, image_size=32).backbone.state_dict()
     torch.save({"state_dict": weights, "epoch": 3}, folder / "a.pt")
     torch.save({"state_dict": weights}, folder / "old.pth", _use_new_zipfile_serialization=False)
