@@ -90,6 +90,63 @@ MUTATIONS = [
         "if False else",
         "file_kinds.py::test_a_zip_of_windows_has_folders",
     ),
+    # other systems
+    m(
+        "let each worker run a script without a guard again",
+        "utils/system",
+        'if method != "fork" and not guarded:',
+        "if False:",
+        "system.py::test_a_script_without_a_guard_is_told_so_in_one_line[spawn]",
+    ),
+    m(
+        "lock nothing on Windows",
+        "utils/system",
+        "msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)",
+        "pass",
+        "system.py::test_a_lock_excludes_other_handles_and_ends_with_the_file",
+    ),
+    m(
+        "map files on Windows that are replaced later",
+        "utils/files",
+        "(pa.OSFile if WINDOWS else pa.memory_map)",
+        "pa.memory_map",
+        "system.py::test_every_verb_runs_as_if_on[win32]",
+    ),
+    m(
+        "read a part of a file from its start where there is no pread",
+        "utils/system",
+        "    file.seek(offset)\n",
+        "",
+        "system.py::test_a_part_of_a_file_is_read_the_same_with_and_without_pread",
+    ),
+    m(
+        "take backslashes in a list as parts of names",
+        "utils/names",
+        'slashes = find_spelling(path.replace("\\\\", "/"))',
+        "slashes = path",
+        "names.py::test_lists_tables_and_queries_of_windows_name_the_same_files",
+    ),
+    m(
+        "take backslashes in a table as parts of names",
+        "utils/names",
+        'utf8_name(name)).replace("\\\\", "/")',
+        "utf8_name(name))",
+        "names.py::test_lists_tables_and_queries_of_windows_name_the_same_files",
+    ),
+    m(
+        "trust Apple's GPU",
+        "utils/devices",
+        '"mps": DeviceTraits(torch.contiguous_format, bfloat16=False, trusted=False)',
+        '"mps": DeviceTraits(torch.contiguous_format, bfloat16=False, trusted=True)',
+        "devices.py::test_apples_gpu_computes_in_float32_and_contiguous",
+    ),
+    m(
+        "take a NaN for rounding",
+        "training/step",
+        "if not difference < FLOAT32_TOLERANCE:",
+        "if difference > FLOAT32_TOLERANCE:",
+        "devices.py::test_a_device_that_errs_stops_the_run[nan]",
+    ),
     # the place of a run
     m(
         "give runs that start together one folder",
