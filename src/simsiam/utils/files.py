@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 
 from simsiam.errors import UsageError, WorkFailed, printable
@@ -212,6 +213,20 @@ def exclusive_lock(path: Path, work_name: str) -> Iterator[None]:
             process = path.read_text() or "another process"
             raise UsageError(f"{work_name} is being worked on by {process}: one at a time")
         yield
+
+
+def append_bytes(file: FileIO, data: bytes) -> None:
+    """Write bytes to an unbuffered file, all of them or with an error.
+
+    Args:
+        file: The file.
+        data: The bytes.
+
+    Raises:
+        OSError: Not all of them could be written.
+    """
+    if file.write(data) < len(data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
