@@ -76,17 +76,24 @@ def wandb_records(run):
     from wandb.proto.wandb_internal_pb2 import Record
 
     [path] = (run / "wandb").glob("offline-run-*/*.wandb")
-    data, place, content = path.read_bytes(), 7, b""
-    while place + 7 <= len(data):
-        if 2**15 - place % 2**15 < 7:
-            place += 2**15 - place % 2**15
-            continue
-        length, kind = struct.unpack("<HB", data[place + 4 : place + 7])
-        content += data[place + 7 : place + 7 + length]
-        place += 7 + length
-        if kind in (1, 4):  # a whole record, or the last part of one
-            yield Record.FromString(content)
-            content = b""
+    for _ in range(200):  # W&B's process may still be writing
+        data, place, content, records = path.read_bytes(), 7, b"", []
+        while place + 7 <= len(data):
+            if 2**15 - place % 2**15 < 7:
+                place += 2**15 - place % 2**15
+                continue
+            length, kind = struct.unpack("<HB", data[place + 4 : place + 7])
+            place += 7 + length
+            if place > len(data):
+                break
+            content += data[place - length : place]
+            if kind in (1, 4):  # a whole record, or the last part of one
+                records.append(Record.FromString(content))
+                content = b""
+        if any(r.HasField("exit") for r in records):
+            return records
+        time.sleep(0.1)
+    raise AssertionError(f"W&B did not finish {path}")
 
 
 def wandb_items(items) -> dict:
@@ -166,7 +173,7 @@ def test_every_logger_gets_the_numbers_the_recipe_and_the_summary(tmp_path, caps
     for name in READERS:
         assert_has_metrics(name, run)
     summary, recipe = Run(run).json("summary.json"), Run(run).recipe
-    records = list(wandb_records(run))
+    records = wandb_records(run)
     config = wandb_items(x for r in records for x in r.run.config.update)
     assert config.pop("_wandb") is not None and config == recipe.to_dict()
     of_wandb = wandb_items(x for r in records for x in r.summary.update)
@@ -220,8 +227,22 @@ def test_a_resumed_run_continues_its_curve(tmp_path, monkeypatch, name):
     assert_has_metrics(name, run, without=TIMES)
 
 
+def test_a_logger_that_failed_gets_what_it_lacks(tmp_path, monkeypatch, name):
+    run, log = tmp_path / "run", LOGGERS[name].log
+
+    def failing(self, records):
+        log(self, records[:1])
+        raise ConnectionError("gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LOGGERS[name], "log", failing)
+        crash(monkeypatch, run, logger=name, save_seconds=0)
+    assert Run(run).checkpoint()["step"] == 3
+    simsiam.resume(run)
+    assert_has_metrics(name, run)
+
+
 def test_a_logger_that_comes_later_gets_the_whole_curve(tmp_path, name):
-    """Also one whose server was gone for a while: metrics.jsonl has all that it lacks."""
     run = simsiam.pretrain("shapes", out=tmp_path / "run", logger="none", **SIX)
     simsiam.resume(run, logger=name)
     assert_has_metrics(name, run)
@@ -332,7 +353,11 @@ def test_a_logger_that_hangs_does_not_hold_the_run(tmp_path, monkeypatch, capfd)
     simsiam.pretrain("shapes", out=tmp_path / "run", **QUICK)
     [line] = [x for x in capfd.readouterr().err.splitlines() if "tensorboard" in x]
     assert "not everything was sent within" in line
+    [thread] = [x for x in threading.enumerate() if x.name == "tensorboard"]
+    monkeypatch.setattr(Failing, "close", lambda self, summary, status: 1 / 0)
     released.set()
+    thread.join()
+    assert not capfd.readouterr().err  # said once
 
 
 def test_a_full_disk_ends_tensorboard_and_not_the_run(tmp_path, monkeypatch, capfd):

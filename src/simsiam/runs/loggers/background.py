@@ -31,6 +31,7 @@ class BackgroundLogger(threading.Thread):
         self.opened = threading.Event()
         self.summary: Record = {}
         self.status: Status = "failed"
+        self.given_up = False
 
     def run(self) -> None:
         """Log what is put into the queue, until it is None."""
@@ -52,12 +53,21 @@ class BackgroundLogger(threading.Thread):
             self.logger.close(self.summary, self.status)
         except (Exception, SystemExit) as error:
             reason = hide_keys(" ".join(str(error).split())) or type(error).__name__
-            self.say(
-                f"{truncate(reason)}; the run goes on without {self.name}, metrics.jsonl has all "
-                "numbers, and `simsiam resume` sends what is missing"
-            )
+            self.give_up(f"{truncate(reason)}; the run goes on without {self.name}")
+            with suppress(Exception, SystemExit):  # it lets go of its files and connections
+                self.logger.close({}, "failed")
         finally:
             self.opened.set()
+
+    def give_up(self, reason: str) -> None:
+        """Say once that the logger does not get all numbers.
+
+        Args:
+            reason: Why.
+        """
+        if not self.given_up:
+            self.given_up = True
+            self.say(f"{reason}; metrics.jsonl has all numbers, `simsiam resume` sends the rest")
 
     def say(self, text: str) -> None:
         """Print a line about the logger to stderr.
@@ -108,7 +118,4 @@ class BackgroundLoggers:
         for thread in self.threads:
             thread.join(max(0.0, deadline - time.monotonic()))
             if thread.is_alive():
-                thread.say(
-                    f"not everything was sent within {CLOSE_SECONDS:.0f} seconds: metrics.jsonl "
-                    "has all numbers, and `simsiam resume` sends what is missing"
-                )
+                thread.give_up(f"not everything was sent within {CLOSE_SECONDS:.0f} seconds")

@@ -15,6 +15,7 @@ import socket
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -92,11 +93,18 @@ class TensorBoardLogger(Logger):
 
     @override
     def open(self) -> tuple[int, str]:
+        from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
         folder = self.run.path / "tensorboard"
-        last_step = self.run.step if folder.exists() else -1
         folder.mkdir(exist_ok=True)
+        steps = (
+            event.step
+            for path in folder.glob("events.out.tfevents.*")
+            for event in LegacyEventFileLoader(str(path)).Load()
+            if event.HasField("summary")
+        )
+        last_step = min(max(steps, default=-1), self.run.step)
         name = f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.{os.getpid()}"
         self.file = open(folder / name, "wb", buffering=0)  # noqa: SIM115
         start = SessionLog(status=SessionLog.START)  # hides what other files have from its step on
@@ -174,13 +182,13 @@ class WandbLogger(Logger):
                 finish_timeout_raises=True,
             ),
         )
-        folder = Path(self.wandb_run.dir).parent
-        for other in (self.run.path / "wandb").glob(f"offline-run-*-{self.run.id}*"):
-            if other.name != folder.name:
+        folder, own = self.run.path / "wandb", Path(self.wandb_run.dir).parent
+        for other in folder.glob(f"offline-run-*-{self.run.id}*"):
+            if own.parent == folder and own != other:
                 shutil.rmtree(other, ignore_errors=True)
         note = self.wandb_run.url or ""
         if offline:
-            note = f"offline; `wandb sync {shlex.quote(str(folder.parent))}` sends it"
+            note = f"offline; `wandb sync {shlex.quote(str(folder))}` sends it"
         return self.wandb_run.starting_step - 1, note
 
     @override
@@ -190,7 +198,7 @@ class WandbLogger(Logger):
 
     @override
     def close(self, summary: Record, status: Status) -> None:
-        self.wandb_run.summary.update({f"summary/{k}": v for k, v in flatten(summary)})
+        self.wandb_run.summary.update(summary_values(summary))
         self.wandb_run.finish(exit_code=0 if status == "finished" else 1)
 
 
@@ -218,12 +226,11 @@ class MlflowLogger(Logger):
             note = f"`mlflow ui --backend-store-uri {shlex.quote(uri)}` shows it"
         self.client = mlflow.MlflowClient(tracking_uri=uri)
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
+        if self.client.get_experiment_by_name(name) is None:
+            with suppress(mlflow.MlflowException):  # another run may create it at the same time
+                self.client.create_experiment(name, artifact_location=artifacts)
         experiment = self.client.get_experiment_by_name(name)
-        experiment_id = (
-            experiment.experiment_id
-            if experiment
-            else self.client.create_experiment(name, artifact_location=artifacts)
-        )
+        experiment_id = experiment.experiment_id if experiment else ""
         tag = "simsiam.id"
         found = self.client.search_runs([experiment_id], f"tags.`{tag}` = '{self.run.id}'")
         if found:
@@ -259,7 +266,7 @@ class MlflowLogger(Logger):
     def close(self, summary: Record, status: Status) -> None:
         from mlflow.entities import RunTag
 
-        values = {f"summary/{k}": v for k, v in flatten(summary)}
+        values = summary_values(summary)
         self.log([{"step": summary.get("steps", 0)} | values])
         tags = [RunTag(k, v) for k, v in values.items() if isinstance(v, str)]
         self.client.log_batch(self.run_id, tags=tags, synchronous=True)
@@ -295,6 +302,16 @@ def flatten(content: Mapping[str, object], prefix: str = "") -> Iterator[tuple[s
             yield from flatten(value, f"{prefix}{key}/")
         else:
             yield prefix + key, value
+
+
+def summary_values(summary: Record) -> dict[str, str | float]:
+    """Return the texts and numbers of summary.json, with names such as "summary/knn_top1/best".
+
+    Args:
+        summary: The summary. Its tables are left out.
+    """
+    items = flatten(summary, "summary/")
+    return {name: value for name, value in items if isinstance(value, str | int | float)}
 
 
 def without_credentials(recipe: Mapping[str, object]) -> Record:
