@@ -146,6 +146,41 @@ MUTATIONS = [
         "if not difference < FLOAT32_TOLERANCE:",
         "if difference > FLOAT32_TOLERANCE:",
         "devices.py::test_a_device_that_errs_stops_the_run[nan]",
+    # loggers
+    m(
+        "let an error of a logger end its thread with a traceback",
+        "runs/loggers/background",
+        "except (Exception, SystemExit) as error:",
+        "except ZeroDivisionError as error:",
+        "loggers.py::test_a_logger_that_fails_is_said_once_and_ends_nothing",
+    ),
+    m(
+        "send to a logger what it has",
+        "runs/loggers/background",
+        'r["step"] > last_step',
+        "True",
+        "loggers.py::test_a_run_of_wandb_that_is_online_is_continued_under_its_id",
+    ),
+    m(
+        "forget which steps MLflow has",
+        "runs/loggers/loggers",
+        "max((metric.step for metric in history), default=-1)",
+        "-1",
+        "loggers.py::test_a_resumed_run_continues_its_curve",
+    ),
+    m(
+        "begin a new run of W&B when a run is resumed",
+        "runs/loggers/choice",
+        "choice.id or uuid4().hex}",
+        "uuid4().hex}",
+        "loggers.py::test_a_change_of_loggers_keeps_the_id",
+    ),
+    m(
+        "send passwords of URLs",
+        "runs/loggers/loggers",
+        're.sub("://[^/]*@", "://", text)',
+        "text",
+        "loggers.py::test_urls_are_logged_without_keys",
     ),
     # the place of a run
     m(

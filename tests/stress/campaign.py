@@ -40,9 +40,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow.parquet as pq
 import sklearn.linear_model  # noqa: F401  imported here once, for all forks
+import tensorboard.summary.writer.record_writer  # noqa: F401
 import timm  # noqa: F401
 import torch
-import torch.utils.tensorboard
 from matplotlib import figure  # noqa: F401
 from PIL import Image
 

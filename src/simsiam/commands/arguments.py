@@ -149,6 +149,21 @@ def add_limit(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", metavar="N", type=int, help=note)
 
 
+def add_logger(parser: argparse.ArgumentParser, default: str | None) -> None:
+    """Add the flag --logger.
+
+    Args:
+        parser: The verb's parser.
+        default: The default; None for the loggers that the run has.
+    """
+    note = (
+        "where the numbers of metrics.jsonl are shown besides: tensorboard, wandb (Weights & "
+        "Biases; offline if you are not logged in), mlflow, or several of them; none: nowhere "
+        f"[{default or 'as before'}]"
+    )
+    parser.add_argument("--logger", metavar="NAME", nargs="+", default=default, help=note)
+
+
 def add_device(parser: argparse.ArgumentParser) -> None:
     """Add the flag --device.
 

@@ -2,7 +2,7 @@
 
 import argparse
 
-from simsiam.commands.arguments import SETTINGS_NOTE, add_recipe_flags, add_source
+from simsiam.commands.arguments import SETTINGS_NOTE, add_logger, add_recipe_flags, add_source
 from simsiam.commands.output import print_run_summary
 
 HELP = "train a backbone on images without labels, and write a run folder"
@@ -27,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "given [no limit]"
     )
     parser.add_argument("--minutes", metavar="N", type=float, help=note)
+    add_logger(parser, "tensorboard")
     add_recipe_flags(parser)
 
 

@@ -2,7 +2,7 @@
 
 import argparse
 
-from simsiam.commands.arguments import add_run
+from simsiam.commands.arguments import add_logger, add_run
 from simsiam.commands.output import print_run_summary
 
 HELP = (
@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--epochs", metavar="N", type=int, help=note)
     note = "where the images of the run are now, if they have moved [as in the recipe]"
     parser.add_argument("--source", metavar="SOURCE", nargs="+", help=note)
+    add_logger(parser, None)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -38,4 +39,5 @@ def run(options: argparse.Namespace) -> None:
     """
     from simsiam.training.launch import resume
 
-    print_run_summary(resume(options.run, epochs=options.epochs, source=options.source))
+    path = resume(options.run, epochs=options.epochs, source=options.source, logger=options.logger)
+    print_run_summary(path)

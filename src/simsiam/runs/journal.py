@@ -1,48 +1,67 @@
-"""The logged numbers of a run: metrics.jsonl and TensorBoard events."""
+"""The logged numbers of a run: metrics.jsonl, and the loggers that show them elsewhere."""
 
-import errno
 import json
 import math
-import os
 from collections.abc import Mapping
 from typing import Any
 
+from simsiam.config.recipes import Recipe
 from simsiam.distributed.process_group import rank
-from simsiam.errors import WorkFailed
+from simsiam.errors import Stopped, WorkFailed
 from simsiam.monitoring.verdict import early_warning
+from simsiam.runs.loggers.background import BackgroundLoggers
+from simsiam.runs.loggers.choice import LoggerChoice
+from simsiam.runs.loggers.loggers import LoggedRun, Status
+from simsiam.runs.records import Record
 from simsiam.runs.run_folder import TrainingFolder
+from simsiam.utils.files import append_bytes
 
 
 class MetricsLogger:
-    """A context in which records are added to metrics.jsonl and to TensorBoard's events.
+    """A context in which records are added to metrics.jsonl and given to loggers.
 
-    Both are cut back to `step` first, so that no step is ever in them twice.
+    metrics.jsonl is cut back to `step` first, so that no step is ever in it twice. An error in a
+    logger is said once and changes nothing else; one in writing metrics.jsonl ends the run.
 
     Args:
         folder: The folder of the training.
         step: The last step that is kept.
         warn: Whether to warn of outputs that become alike; those of a classifier may be.
+        choice: The loggers.
+        recipe: The recipe, for the loggers.
 
     Attributes:
         folder: The folder of the training.
         step: The step of the latest record.
         lines: All records of metrics.jsonl.
+        summary: What summary.json holds, for the loggers.
     """
 
-    def __init__(self, folder: TrainingFolder, step: int, *, warn: bool = True):
+    def __init__(
+        self,
+        folder: TrainingFolder,
+        step: int,
+        *,
+        warn: bool = True,
+        choice: LoggerChoice | None = None,
+        recipe: Recipe | None = None,
+    ):
         self.folder, self.step, self.warn = folder, step, warn
+        self.choice, self.recipe = choice or LoggerChoice(), recipe
         self.lines = [record for record in folder.metrics() if record["step"] <= step]
+        self.summary: Record = {}
 
     def __enter__(self) -> "MetricsLogger":
-        # TensorBoard is slow to import, and only training needs it.
-        from torch.utils.tensorboard import SummaryWriter
-
         lines = "".join(json.dumps(record) + "\n" for record in self.lines)
         self.folder.write("metrics.jsonl", lines)
         if rank() == 0:
-            path = self.folder.path
+            path = self.folder.path.absolute()
             self.file = open(path / "metrics.jsonl", "ab", buffering=0)
-            self.tensorboard = SummaryWriter(str(path / "tensorboard"), purge_step=self.step + 1)
+            settings = {} if self.recipe is None else self.recipe.to_dict()
+            logged_run = LoggedRun(path, self.step, self.choice.id, settings)
+            self.loggers = BackgroundLoggers(self.choice.names, logged_run)
+            for line in self.lines:
+                self.loggers.log(line)
         return self
 
     def log(self, record: Mapping[str, float | None]) -> str | None:
@@ -55,7 +74,7 @@ class MetricsLogger:
             The warning, or None.
 
         Raises:
-            WorkFailed: It cannot be written.
+            WorkFailed: It cannot be written to metrics.jsonl.
         """
         line: dict[str, Any] = {
             name: None if isinstance(value, float) and not math.isfinite(value) else value
@@ -68,22 +87,21 @@ class MetricsLogger:
             line["warning"] = warning
         if rank() != 0:
             return None
-        data = (json.dumps(line) + "\n").encode()
         try:
-            if self.file.write(data) < len(data):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            for name, value in line.items():
-                if name not in ("step", "warning") and value is not None:
-                    self.tensorboard.add_scalar(name, value, self.step)
+            append_bytes(self.file, (json.dumps(line) + "\n").encode())
         except OSError as error:  # a line that is cut short is removed when the run continues
             reason = error.strerror or error
             raise WorkFailed(
-                f"cannot write metrics.jsonl or tensorboard/ in {self.folder.path}: {reason}; "
+                f"cannot write metrics.jsonl in {self.folder.path}: {reason}; "
                 "`simsiam resume` continues the run"
             ) from error
+        self.loggers.log(line)
         return warning
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         if rank() == 0:
             self.file.close()
-            self.tensorboard.close()
+            status: Status = "finished" if kind is None else "failed"
+            if kind is not None and issubclass(kind, Stopped | KeyboardInterrupt):
+                status = "stopped"
+            self.loggers.close(self.summary, status)

@@ -17,6 +17,7 @@ from simsiam.model.targets import eta_bytes
 from simsiam.runs.compose import compose_recipe, open_run_source
 from simsiam.runs.environment import collect_environment
 from simsiam.runs.journal import MetricsLogger
+from simsiam.runs.loggers.choice import choose_loggers, parse_loggers, read_choice
 from simsiam.runs.recipe_file import write_recipe
 from simsiam.runs.run_folder import Run, reserved_run_path
 from simsiam.runs.weights import record_origin
@@ -36,6 +37,7 @@ def pretrain(
     recipe: str | Recipe | None = None,
     out: str | os.PathLike[str] | None = None,
     minutes: float | None = None,
+    logger: str | Sequence[str] = "tensorboard",
     **overrides: Unpack[PretrainSettings],
 ) -> Path:
     """Pretrain a backbone on images without labels.
@@ -49,6 +51,8 @@ def pretrain(
         out: The run folder; it must not exist. The default is runs/SOURCE-METHOD-N.
         minutes: Time from start to end on this machine, evaluation included. It chooses the number
             of steps, and the size of views, the width and the batch unless these are given.
+        logger: Where the numbers of metrics.jsonl are shown besides: "tensorboard", "wandb" or
+            "mlflow", several of them, or "none".
         **overrides: Any setting of the recipe, under the name of its flag with underscores.
 
     Returns:
@@ -60,6 +64,7 @@ def pretrain(
         Stopped: After SIGINT or SIGTERM; the run is saved.
     """
     begun = time.monotonic()
+    loggers = parse_loggers(logger)
     complete, opened, reasons = compose_recipe(source, recipe, overrides)
     if minutes is not None:
         elapsed = time.monotonic() - begun
@@ -73,6 +78,7 @@ def pretrain(
         messages += format_labeled_lines("run", [str(path)])
         with Run.create(path, complete).lock() as run:
             record_origin(run)
+            choose_loggers(run, loggers)
             train_run(run, data, setup, messages)
     return path
 
@@ -83,6 +89,7 @@ def resume(
     *,
     epochs: int | None = None,
     source: str | os.PathLike[str] | Sequence[str] | None = None,
+    logger: str | Sequence[str] | None = None,
 ) -> Path:
     """Continue a run bit for bit from its last checkpoint.
 
@@ -91,6 +98,8 @@ def resume(
         epochs: A larger number of epochs extends the run; its learning rate schedule is stretched,
             which is printed.
         source: Where the run's images are now, if they have moved; it is kept in the recipe.
+        logger: As in `pretrain`; by default the loggers that the run has. They are sent what they
+            lack, also of a run that is complete.
 
     Returns:
         The path of the run folder.
@@ -100,6 +109,7 @@ def resume(
         WorkFailed: If the loss diverged or no image can be read.
         Stopped: After SIGINT or SIGTERM; the run is saved.
     """
+    loggers = None if logger is None else parse_loggers(logger)
     with rank_zero_only(Run)(path).lock() as run:
         if epochs is not None:
             if epochs < run.recipe.epochs or run.recipe.steps is not None:
@@ -115,6 +125,8 @@ def resume(
         data = prepare_data(run.recipe, open_run_source(run.recipe))
         setup = build_training_setup(recipe)
         write_recipe(run.path, run.recipe)
+        if loggers is not None:
+            choose_loggers(run, loggers)
         train_run(run, data, setup, messages=[])
     return run.path
 
@@ -135,7 +147,13 @@ def train_run(run: Run, data: RunData, setup: TrainingSetup, messages: list[str]
     recipe, method, num_images = run.recipe, run.recipe.method, len(data.train)
     model, optimizer, compute = setup
     state, changes = run.load_or_create_state(collect_environment(compute), num_images=num_images)
-    with MetricsLogger(run, state["step"], warn=method.target != "labels") as logger:
+    with MetricsLogger(
+        run,
+        state["step"],
+        warn=method.target != "labels",
+        choice=read_choice(run),
+        recipe=recipe,
+    ) as logger:
         training = Pretraining(run, data, setup, state, logger)
         if training.step:
             messages = [*messages, f"from     step {training.step} of {training.steps}"]
@@ -159,10 +177,11 @@ def train_run(run: Run, data: RunData, setup: TrainingSetup, messages: list[str]
         with catch_out_of_memory(recipe.replace(precision=compute.precision), compute.device):
             outcome = run_training(training, messages + changes)
 
-    verdict = finish(run, training, outcome, logger.lines, data)
-    if outcome.diverged:
-        raise WorkFailed(
-            f"diverged: loss and weights were finite at step {outcome.last_finite_step} and are no "
-            f"longer at step {outcome.step}. {verdict.remedy}"
-        )
-    outcome.raise_if_stopped(f"saved; `simsiam resume {run.path}` continues the run")
+        verdict = finish(run, training, outcome, logger.lines, data)
+        logger.summary = run.json("summary.json")
+        if outcome.diverged:
+            raise WorkFailed(
+                f"diverged: loss and weights were finite at step {outcome.last_finite_step} and "
+                f"are no longer at step {outcome.step}. {verdict.remedy}"
+            )
+        outcome.raise_if_stopped(f"saved; `simsiam resume {run.path}` continues the run")

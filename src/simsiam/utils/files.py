@@ -1,6 +1,7 @@
 """Files that appear complete or not at all, and locks between processes."""
 
 import csv
+import errno
 import glob
 import json
 import os
@@ -10,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -235,6 +237,20 @@ def write_text(path: Path, content: str) -> None:
     """
     with atomic_write(path) as part:
         part.write_text(content, encoding="utf-8", newline="\n")
+
+
+def append_bytes(file: FileIO, data: bytes) -> None:
+    """Write bytes to an unbuffered file, all of them or with an error.
+
+    Args:
+        file: The file.
+        data: The bytes.
+
+    Raises:
+        OSError: Not all of them could be written.
+    """
+    if file.write(data) < len(data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
