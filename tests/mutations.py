@@ -146,6 +146,7 @@ MUTATIONS = [
         "if not difference < FLOAT32_TOLERANCE:",
         "if difference > FLOAT32_TOLERANCE:",
         "devices.py::test_a_device_that_errs_stops_the_run[nan]",
+    ),
     # loggers
     m(
         "let an error of a logger end its thread with a traceback",
