@@ -170,6 +170,13 @@ MUTATIONS = [
         "loggers.py::test_a_resumed_run_continues_its_curve",
     ),
     m(
+        "take TensorBoard to have all steps up to the checkpoint",
+        "runs/loggers/loggers",
+        "min(max(steps, default=-1), self.run.step)",
+        "self.run.step",
+        "loggers.py::test_a_logger_that_failed_gets_what_it_lacks",
+    ),
+    m(
         "begin a new run of W&B when a run is resumed",
         "runs/loggers/choice",
         "choice.id or uuid4().hex}",
