@@ -68,3 +68,19 @@ def test_lines_are_broken_between_words():
         "Fewer than 200 steps are too few for a verdict: train longer, or use a smaller",
         "batch.",
     ]
+
+
+def test_a_closed_output_ends_no_command():
+    command = f"{sys.executable} -m simsiam methods >&-"
+    result = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_ctrl_c_while_the_interpreter_ends_prints_nothing():
+    code = (
+        "import atexit, os, signal, sys\nfrom simsiam.commands.main import main\n"
+        "atexit.register(os.kill, os.getpid(), signal.SIGINT)\n"
+        "sys.argv = ['simsiam', '--version']\nsys.exit(main())\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0 and result.stderr == ""

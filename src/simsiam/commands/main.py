@@ -183,6 +183,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         for number, handler in previous_handlers.items():
             signal.signal(number, handler)
+        if argv is None and previous_handlers:  # Ctrl-C at the end of Python prints a traceback
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def raise_interrupt(number: int, frame: object) -> None:

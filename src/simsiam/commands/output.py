@@ -21,7 +21,7 @@ def print_lines(text: object) -> None:
         text: Anything; it is converted to a string.
     """
     lines = [*map(printable, str(text).splitlines())]
-    if sys.stdout.isatty():
+    if sys.stdout is not None and sys.stdout.isatty():  # None if it was closed, as by >&-
         width = shutil.get_terminal_size().columns
         wrap = partial(textwrap.wrap, width=width, break_on_hyphens=False, break_long_words=False)
         lines = [part for line in lines for part in (wrap(line) if len(line) > width else [line])]
