@@ -1,6 +1,8 @@
 """Steps and sizes of a plan are those of the run, and its other numbers follow from the speed."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -179,3 +181,14 @@ def test_a_wrong_request_is_one_line(tmp_path, capsys):
     text, facts = capsys.readouterr().out, json.loads((tmp_path / "x.json").read_text())
     assert max(map(len, text.splitlines())) <= 80
     assert all(f"\n{name} " in "\n" + text for name in facts)
+
+
+def test_flops_are_counted_without_a_word_where_triton_is_missing():
+    code = (
+        "import sys\nsys.modules['triton'] = None\nimport torch\n"
+        "from simsiam.utils.flops import count_flops\n"
+        "with count_flops() as counter:\n    torch.ones(2, 3) @ torch.ones(3, 5)\n"
+        "print(counter.get_total_flops())\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (result.stdout, result.stderr) == ("60\n", "")

@@ -23,7 +23,6 @@ import torch
 from PIL import Image, ImageFilter
 from torch import Tensor, distributed, nn
 from torch.utils.data import DataLoader, Dataset
-from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms as T
 
 from simsiam.config.method import Views
@@ -48,6 +47,7 @@ from simsiam.monitoring.nearest_neighbors import IMAGENET_K, knn_scores
 from simsiam.sources.disk_cache import PixelFile, with_pixel_file, write_pixel_file
 from simsiam.training.prepare import build_training_setup
 from simsiam.training.step import build_gradient_step
+from simsiam.utils.flops import count_flops
 from simsiam.utils.workers import CPU_CORES
 
 MEAN, STD = CHANNEL_STATISTICS["cifar10"]
@@ -279,7 +279,7 @@ def bench_training(
 
         return run
 
-    with FlopCounterMode(display=False) as counter:
+    with count_flops() as counter:
         make_training_steps(recipe, train, 1)()
     ways = {
         "plain loop, torchvision's transforms": loop(torchvision_transform(views, 32)),

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 from typing_extensions import Unpack
 
 from simsiam.config.keyword_settings import PretrainSettings
@@ -40,6 +39,7 @@ from simsiam.training.facts import (
 from simsiam.training.inspect import BUSY_LINES, RecipeFacts, format_recipe
 from simsiam.training.prepare import build_training_setup
 from simsiam.training.speed import BUSY_LOAD, Speed, kept_speed, seconds_per_image
+from simsiam.utils.flops import count_flops
 from simsiam.utils.workers import CPU_CORES
 
 FILE_SAMPLE_SIZE = 200  # images whose files are measured
@@ -447,7 +447,7 @@ def model_costs(recipe: ResolvedRecipe, precision: str) -> tuple[ModelCosts, flo
         for _ in range(recipe.method.view_count)
     ]
     index = torch.arange(count)
-    with FlopCounterMode(display=False) as counter:
+    with count_flops() as counter:
         with compute.autocast():
             output = model(*x, index=index)
         output.loss.backward()
