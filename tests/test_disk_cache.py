@@ -1,7 +1,6 @@
 """The disk cache changes only the time, not one bit of a batch, whatever happens to its file."""
 
 import pickle
-import resource
 import tarfile
 from pathlib import Path
 
@@ -169,6 +168,7 @@ def test_a_file_that_is_not_whole_is_written_anew(photos, kept, harm):
 
 
 def test_a_full_disk_costs_a_line(photos, kept, capfd):
+    resource = pytest.importorskip("resource")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(
         resource.RLIMIT_FSIZE, (100_000, before[1])

@@ -1,15 +1,15 @@
 """What a person sees in a terminal of 80 columns."""
 
-import fcntl
 import os
-import pty
 import re
 import struct
 import subprocess
 import sys
-import termios
 
 import pytest
+
+# Only POSIX has pseudo-terminals.
+fcntl, pty, termios = map(pytest.importorskip, ("fcntl", "pty", "termios"))
 
 PROGRESS = """
 import time
