@@ -43,7 +43,13 @@ from simsiam.runs.encoder import eval_transform, load, weight_digests
 from simsiam.runs.run_folder import Run
 from simsiam.runs.weights import open_weights
 from simsiam.sources.open_source import absolute_sources
-from simsiam.utils.files import atomic_write, locked_work_folder, start_or_continue_job, write_csv
+from simsiam.utils.files import (
+    atomic_write,
+    locked_work_folder,
+    parts_folder,
+    start_or_continue_job,
+    write_csv,
+)
 from simsiam.utils.names import utf8_name
 from simsiam.utils.progress_bar import progress_bar
 from simsiam.utils.system import replace_path
@@ -116,7 +122,7 @@ def embed(
         "images": fingerprint(chosen),
     }
     compute.place(network)
-    work = _work_folder(path)
+    work = parts_folder(path)
     with rank_zero_context(locked_work_folder(path)):
         rank_zero_only(start_or_continue_job)(work, job)
         parts = {
@@ -155,10 +161,6 @@ def sample_splits(splits: Sequence[Images], limit: int | None) -> list[Images]:
     return [sample(images, int(count)) for images, count in zip(splits, counts) if count]
 
 
-def _work_folder(path: Path) -> Path:
-    return path.with_name(path.name + ".parts")
-
-
 def _choose_writer(path: Path) -> Writer:
     """The writer for a suffix. Raises UsageError if there is none, or the output exists."""
     writer = WRITERS.get(path.suffix)
@@ -168,7 +170,7 @@ def _choose_writer(path: Path) -> Writer:
         )
     table = path.with_suffix(".csv")
     # A table next to unfinished parts is not in the way: this job wrote it before it was killed.
-    blocked = path.suffix == ".npy" and table.exists() and not _work_folder(path).exists()
+    blocked = path.suffix == ".npy" and table.exists() and not parts_folder(path).exists()
     if blocked or path.exists():
         existing = table if blocked else path
         raise UsageError(f"{existing} exists and is not overwritten: choose another --out")

@@ -203,9 +203,18 @@ def exclusive_lock(path: Path, work_name: str) -> Iterator[None]:
         yield
 
 
+def parts_folder(out: Path) -> Path:
+    """Return the folder for the parts of an output, beside it.
+
+    Args:
+        out: The output.
+    """
+    return out.with_name(f"{out.name}.parts")
+
+
 @contextmanager
 def locked_work_folder(out: Path) -> Iterator[Path]:
-    """Lock the folder for the parts of an output, beside it; delete it when the output is complete.
+    """Lock the folder for the parts of an output; delete it when the output is complete.
 
     If the body fails, the folder stays, and the parts in it are used the next time.
 
@@ -218,7 +227,7 @@ def locked_work_folder(out: Path) -> Iterator[Path]:
     Raises:
         UsageError: If another process has the lock, or the folder cannot be written.
     """
-    work = out.with_name(f"{out.name}.parts")
+    work = parts_folder(out)
     with exclusive_lock(work / ".lock", printable(str(out))):
         yield work
         shutil.rmtree(work, ignore_errors=True)  # under the lock: nobody else works in it

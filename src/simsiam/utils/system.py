@@ -273,15 +273,12 @@ def replace_path(source: Path, target: Path) -> None:
 
 def user_temporary_folder() -> Path:
     """Return a temporary folder of this user: the same every time, if nobody else can write it."""
-    if sys.platform == "win32":  # where each user has temporary files of their own
-        folder = Path(tempfile.gettempdir(), "simsiam")
-        with suppress(OSError):
-            folder.mkdir(exist_ok=True)
-            return folder
-        return Path(tempfile.mkdtemp(prefix="simsiam-"))
-    folder = Path(tempfile.gettempdir(), f"simsiam-{os.getuid()}")
+    name = "simsiam" if sys.platform == "win32" else f"simsiam-{os.getuid()}"
+    folder = Path(tempfile.gettempdir(), name)
     with suppress(OSError):
         folder.mkdir(mode=0o700, exist_ok=True)
+        if sys.platform == "win32":  # where each user has a folder for temporary files
+            return folder
         status = os.lstat(folder)
         own = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid()
         if own and not status.st_mode & 0o022:
