@@ -34,6 +34,7 @@ from simsiam.sources.open_source import open_source
 from simsiam.sources.write_shards import format_shard_summary, write_shards
 from simsiam.training.launch import pretrain
 from simsiam.training.prepare import prepare_data
+from simsiam.utils.files import start_or_continue_job
 
 CPU = torch.device("cpu")
 
@@ -732,3 +733,12 @@ def test_inspect_and_pretrain_take_shards(photos, tmp_path):
     }
     run = pretrain(out, out=tmp_path / "run", **words)
     assert json.loads((run / "summary.json").read_text())["steps"] == 7
+
+
+def test_a_part_that_a_worker_of_a_killed_process_finishes_meanwhile_is_no_error(
+    tmp_path, monkeypatch
+):
+    """Workers outlive a killed process: the part is gone between the listing and the deletion."""
+    monkeypatch.setattr(Path, "rglob", lambda self, pattern: [self / "x.tar.1.part"])
+    (tmp_path / "job.json").write_text('{\n  "a": 1\n}')
+    start_or_continue_job(tmp_path, {"a": 1})

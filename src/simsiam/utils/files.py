@@ -139,7 +139,7 @@ def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
-        path.unlink()
+        path.unlink(missing_ok=True)  # a worker of a killed process may still finish its file
 
 
 def _part_path(path: Path) -> Path:
@@ -354,5 +354,5 @@ def start_or_continue_job(work_folder: Path, job: Mapping[str, object]) -> None:
             f"{work_folder} holds the parts of another job, which was not finished: "
             "delete it, or change --out"
         )
-    for part in [*work_folder.rglob("*.part")]:  # under the lock, whoever wrote it has ended
+    for part in [*work_folder.rglob("*.part")]:  # of processes that have ended, or are about to
         _remove(part)
