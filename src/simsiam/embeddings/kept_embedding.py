@@ -33,7 +33,7 @@ from simsiam.model.precision import Compute
 from simsiam.runs.encoder import eval_transform, load, weight_digests
 from simsiam.runs.run_folder import Run
 from simsiam.sources.file_index import STAMP_SCHEMA, ContainerStamp, source_stamps
-from simsiam.sources.open_source import Source, absolute_source
+from simsiam.sources.open_source import Source, absolute_sources
 from simsiam.utils.files import atomic_write, cache_dir, file_lock, remove_stale_parts
 from simsiam.utils.progress_bar import progress_bar
 
@@ -72,7 +72,7 @@ class SourceImages:
     """
 
     def __init__(self, names: Sequence[str | os.PathLike[str]], source: Source):
-        self.names = [absolute_source(name) for name in names]
+        self.names = absolute_sources(names)
         self.name = source.name
         self.splits = list(source.splits.values())
         self.containers: list[ContainerStamp]

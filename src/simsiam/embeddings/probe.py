@@ -1,6 +1,5 @@
 """The verb `probe`: predict the label of every image from a few labels, with a confidence."""
 
-import codecs
 import csv
 import os
 from collections import Counter
@@ -15,11 +14,11 @@ from simsiam.errors import UsageError, printable
 from simsiam.monitoring.features import standardization_stats
 from simsiam.utils.files import check_writable, write_csv
 from simsiam.utils.intervals import wilson_interval
+from simsiam.utils.names import UTF16_MARKS
 
 if TYPE_CHECKING:
     from sklearn.linear_model import LogisticRegression
 
-UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 MAX_FOLDS = 5  # folds of cross-validation; fewer if the smallest class has fewer images
 # Inverse strengths of the l2 penalty. The one with the smallest cross-validated log loss is chosen,
 # so that confidences are not too high; without cross-validation it is the middle one.

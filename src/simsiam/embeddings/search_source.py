@@ -22,7 +22,7 @@ from simsiam.model.precision import Compute
 from simsiam.runs.closed_form import fit_patches_run
 from simsiam.runs.run_folder import Run
 from simsiam.runs.weights import PATCHES, open_weights, run_folder_of
-from simsiam.sources.open_source import open_source
+from simsiam.sources.open_source import open_source, source_names
 from simsiam.utils.files import check_writable, writable_cache
 from simsiam.utils.names import normalize_name, slashed
 
@@ -79,9 +79,7 @@ def search(
     check_ranges(SimpleNamespace(k=k, relearn=relearn), k=(1, inf), relearn=(0, 1))
     check_writable(html)
     compute = Compute.pick(device, precision)
-    names: list[str | os.PathLike[str]] = (
-        [source] if isinstance(source, str | os.PathLike) else list(source)
-    )
+    names = source_names(source)
     with writable_cache():
         chosen = choose_encoder(encoder, backbone, names, channels or 3, splits)
         if chosen.run is not None:

@@ -165,14 +165,13 @@ def measure(
         """(views, n, d) for each backbone."""
         with torch.no_grad(), compute.autocast():
             return [
-                torch.stack([net(x.to(compute.device)).float().cpu() for x in views])
+                torch.stack([net(compute.place(x)).float().cpu() for x in views])
                 for net in backbones.values()
             ]
 
     def prepare(part: Tensor, start: int, count: int) -> list[Tensor]:
         if not count:
-            x = transform.normalize(transform.crop(part))
-            return [x.contiguous(memory_format=torch.channels_last)]
+            return [transform.normalize(transform.crop(part))]
         return make_views(
             part,
             (NOISE_VIEWS,),

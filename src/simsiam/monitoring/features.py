@@ -13,7 +13,6 @@ from simsiam.distributed.collectives import all_gather, all_gather_objects
 from simsiam.distributed.process_group import local_slice, rank, world_size
 from simsiam.errors import none_readable
 from simsiam.model.precision import Compute
-from simsiam.utils.devices import device_traits
 from simsiam.utils.progress_bar import progress_bar
 
 
@@ -107,8 +106,7 @@ def compute_outputs(
     Returns:
         The tensors as float32 on the CPU.
     """
-    x = transform.normalize(pixels.to(compute.device))
-    x = x.contiguous(memory_format=device_traits(compute.device).memory_format)
+    x = compute.place(transform.normalize(pixels.to(compute.device)))
     with torch.no_grad(), compute.autocast():
         return [h.float().cpu() for h in forward(x)]
 

@@ -23,7 +23,7 @@ from simsiam.monitoring.candidates import (
 from simsiam.runs.environment import collect_environment
 from simsiam.runs.run_folder import Run, write_untrained
 from simsiam.sources.file_index import source_stamps, update_with_stamps
-from simsiam.sources.open_source import Source, absolute_source, open_source
+from simsiam.sources.open_source import Source, absolute_sources, open_source, source_names
 from simsiam.utils.files import atomic_folder, cache_dir
 
 MEASURED = ("score", "view_retrieval", "knn_top1")  # columns of the table that summary.json repeats
@@ -94,7 +94,7 @@ def fit_patches_run(
     Raises:
         UsageError: There are too few images.
     """
-    names = [source] if isinstance(source, str | os.PathLike) else list(source)
+    names = source_names(source)
     opened = open_source(names, channels, no_labels=True, splits=splits)
     path = out or cache_dir("patches") / _source_digest(names, opened, channels)
     if not path.exists():
@@ -114,7 +114,7 @@ def fit_patches_run(
 
 def _source_digest(names: Sequence[str | os.PathLike[str]], source: Source, channels: int) -> str:
     """Digest what changes if an image of a source does: places, names, sizes and times."""
-    places = [absolute_source(name) for name in names]
+    places = absolute_sources(names)
     splits = list(source.splits.values())
     containers, stamps = source_stamps(places, splits)
     identity = (places, containers, channels, [len(images) for images in splits])
@@ -136,7 +136,7 @@ def encoder_recipe(
     return (
         Recipe()
         .replace(
-            source=[absolute_source(name) for name in source],
+            source=absolute_sources(source),
             channels=channels,
             image_size=transform.size,
             mean=transform.mean,

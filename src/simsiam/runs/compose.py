@@ -35,7 +35,7 @@ from simsiam.runs.weights import (
     left_out_head,
     open_weights,
 )
-from simsiam.sources.open_source import Source, absolute_source, open_source
+from simsiam.sources.open_source import Source, absolute_sources, open_source, source_names
 
 # Images that mean and standard deviation are measured on, spread evenly over the training set.
 STATISTICS_SAMPLE_SIZE = 1000
@@ -62,7 +62,7 @@ def compose_recipe(
         WorkFailed: No image can be read.
     """
     base, reasons = _named_recipe(recipe)
-    names = _source_names(sources) or (list(base.source) if base else ["shapes"])
+    names = source_names(sources or []) or (list(base.source) if base else ["shapes"])
     own = {name: getattr(base or Recipe(), name) for name in SOURCE_SETTINGS}
     settings = Recipe().replace(**{name: overrides.get(name, own[name]) for name in own})
     folder, weights = None, dict[str, object]()
@@ -84,8 +84,7 @@ def compose_recipe(
         overrides.get("backbone", "resnet18") not in RESNETS
     ):  # it has no width and no stem to choose
         base = replace(base, width=Recipe.width, stem=None)
-    source = [absolute_source(name) for name in names]
-    complete = base.replace(**{"source": source} | dict(overrides))
+    complete = base.replace(**{"source": absolute_sources(names)} | dict(overrides))
     check_names(complete.method)
     if complete.init is not None:
         complete = replace(complete, init=canonical_name(complete.init))
@@ -203,12 +202,6 @@ def _named_recipe(recipe: str | Recipe | None) -> tuple[Recipe | None, list[str]
     if not Path(recipe).is_file():
         raise unknown_name("recipe", recipe, [*recipes.RECIPES, "a YAML file"])
     return read_recipe(Path(recipe)), [f"from {recipe}"]
-
-
-def _source_names(sources: str | os.PathLike[str] | Sequence[str] | None) -> list[str]:
-    if isinstance(sources, str | os.PathLike):
-        return [os.fspath(sources)]
-    return list(sources or [])
 
 
 def channel_statistics(

@@ -31,7 +31,7 @@ from simsiam.data.images import Images
 from simsiam.data.shards import is_url
 from simsiam.sources.open_source import (
     Source,
-    absolute_source,
+    absolute_sources,
     find_nested_shards,
     find_shards,
 )
@@ -144,7 +144,7 @@ def load_index(names: Sequence[str | os.PathLike[str]], source: Source, channels
     Raises:
         WorkFailed: A worker was killed. What was inspected until then, or until Ctrl-C, is saved.
     """
-    paths = [absolute_source(name) for name in names]
+    paths = absolute_sources(names)
     splits = list(source.splits.values())
     pa.default_memory_pool().release_unused()  # what opening a large source used temporarily
     containers, stamps = source_stamps(paths, splits)

@@ -195,8 +195,7 @@ def open_source(
         UsageError: The source is none of these, or has no images.
         WorkFailed: It cannot be downloaded or read.
     """
-    names = [source] if isinstance(source, str | os.PathLike) else list(source)
-    texts = [slashed(os.path.expanduser(os.fspath(name))) for name in names]
+    texts = [slashed(os.path.expanduser(name)) for name in source_names(source)]
     options = _Options(splits, no_labels)
     suffix = Path(texts[0]).suffix.lower() if len(texts) == 1 else ""
     one_set = len(texts) == 1 and texts[0] not in BUILTIN_SOURCES
@@ -224,6 +223,18 @@ def _say_once(source: tuple[str, ...], line: str) -> None:
         print(printable(line), file=sys.stderr)
 
 
+def source_names(
+    sources: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+) -> list[str]:
+    """List the names of one or several sources.
+
+    Args:
+        sources: A name or a path, or several.
+    """
+    several = [sources] if isinstance(sources, str | os.PathLike) else sources
+    return [os.fspath(source) for source in several]
+
+
 def absolute_source(name: str | os.PathLike[str]) -> str:
     """Make a source independent of the working directory.
 
@@ -248,8 +259,7 @@ def absolute_sources(
     Returns:
         Each as `absolute_source` returns it.
     """
-    several = [names] if isinstance(names, str | os.PathLike) else names
-    return [absolute_source(name) for name in several]
+    return [absolute_source(name) for name in source_names(names)]
 
 
 def _open_one(text: str, options: _Options) -> Source:

@@ -15,19 +15,6 @@ TEXT_WIDTH = 80  # columns
 INDENT = 12  # columns for the name of a fact
 
 
-def source_names(
-    sources: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
-) -> list[str]:
-    """List the names of one or several sources.
-
-    Args:
-        sources: A name or a path, or several.
-    """
-    if isinstance(sources, str | os.PathLike):
-        return [os.fspath(sources)]
-    return [os.fspath(source) for source in sources]
-
-
 def check_out_file(out: str | os.PathLike[str] | None) -> Path | None:
     """Check that a file can be written.
 

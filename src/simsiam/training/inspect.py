@@ -21,13 +21,12 @@ from simsiam.errors import UsageError, WorkFailed
 from simsiam.runs.choose import choose_recipe
 from simsiam.sources.file_index import Index, load_index
 from simsiam.sources.file_kinds import join_kinds
-from simsiam.sources.open_source import Source, open_source
+from simsiam.sources.open_source import Source, open_source, source_names
 from simsiam.training.facts import (
     check_out_file,
     format_bytes,
     format_duration,
     print_fact_lines,
-    source_names,
     write_facts,
 )
 from simsiam.training.speed import BUSY_LOAD, kept_speed, seconds_per_image

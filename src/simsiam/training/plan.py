@@ -28,12 +28,12 @@ from simsiam.runs.compose import compose_recipe
 from simsiam.runs.environment import collect_environment
 from simsiam.runs.run_folder import checkpoint_bytes
 from simsiam.sources.file_index import Index, load_index
+from simsiam.sources.open_source import source_names
 from simsiam.training.facts import (
     check_out_file,
     format_bytes,
     format_duration,
     print_fact_lines,
-    source_names,
     write_facts,
 )
 from simsiam.training.inspect import BUSY_LINES, RecipeFacts, format_recipe
@@ -442,10 +442,7 @@ def model_costs(recipe: ResolvedRecipe, precision: str) -> tuple[ModelCosts, flo
     labels = torch.zeros(count, dtype=torch.long) if recipe.method.target == "labels" else None
     model.begin(images=count, labels=labels, steps=1, per_epoch=1)
     shape = (count, recipe.channels, recipe.image_size, recipe.image_size)
-    x = [
-        torch.randn(shape).contiguous(memory_format=torch.channels_last)
-        for _ in range(recipe.method.view_count)
-    ]
+    x = [compute.place(torch.randn(shape)) for _ in range(recipe.method.view_count)]
     index = torch.arange(count)
     with count_flops() as counter:
         with compute.autocast():

@@ -12,6 +12,8 @@ from pathlib import Path
 
 from simsiam.errors import UsageError, printable
 
+UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # at the start of a file
+
 
 def utf8_name(name: str) -> str:
     r"""Return a file name as text that can be written in UTF-8.
@@ -133,7 +135,7 @@ def read_list(path: Path) -> list[bytes]:
     """
     data = path.read_bytes()
     try:
-        if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        if data.startswith(UTF16_MARKS):
             data = os.fsencode(data.decode("utf-16"))
         if data.count(0) > len(data) // 4:  # every second byte of Latin letters
             raise ValueError

@@ -1,4 +1,7 @@
-"""What depends on the operating system. Everything outside of this module is portable."""
+"""What depends on the operating system. Everything outside of this module is portable.
+
+`simsiam --help` imports it, so it imports what takes long where it is used.
+"""
 
 import ctypes
 import errno
@@ -6,24 +9,20 @@ import os
 import platform
 import signal
 import stat
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from glob import glob
 from math import nan
-from multiprocessing import get_context, get_start_method
-from multiprocessing.context import BaseContext
 from pathlib import Path
 from shutil import disk_usage
-from typing import IO
-
-import psutil
+from typing import IO, TYPE_CHECKING
 
 from simsiam.errors import UsageError, printable
 
+if TYPE_CHECKING:
+    from multiprocessing.context import BaseContext
 if sys.platform == "win32":
     import msvcrt
 else:
@@ -44,6 +43,8 @@ def count_cores() -> int:
     """Return how many processor cores this process may use."""
     if sys.platform == "darwin":
         return os.cpu_count() or 1
+    import psutil
+
     return len(psutil.Process().cpu_affinity())
 
 
@@ -53,6 +54,8 @@ def cpu_name() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next(x.split(":", 1)[1].strip() for x in lines if x.startswith("model name"))
     if sys.platform == "darwin":
+        import subprocess
+
         command = ["sysctl", "-n", "machdep.cpu.brand_string"]
         with suppress(OSError, subprocess.CalledProcessError):
             return subprocess.check_output(command, encoding="utf-8").strip()
@@ -66,6 +69,8 @@ def gpu_devices() -> list[str]:
 
 def available_memory() -> int:
     """Return the main memory that this process can still allocate, in bytes."""
+    import psutil
+
     available = psutil.virtual_memory().available
     with suppress(OSError, ValueError):  # a container's limit; "max" if it has none
         group = Path("/sys/fs/cgroup")
@@ -117,7 +122,7 @@ def yield_core() -> None:
         time.sleep(0)
 
 
-def process_context() -> BaseContext:
+def process_context() -> "BaseContext":
     """Return how processes are started.
 
     Linux forks, which is much the fastest, also from Python 3.14 on, where that is no longer the
@@ -130,6 +135,8 @@ def process_context() -> BaseContext:
     Raises:
         UsageError: A new interpreter would import the running script, which would start again.
     """
+    from multiprocessing import get_context, get_start_method
+
     default = "fork" if sys.platform == "linux" else "spawn"
     method = get_start_method(allow_none=True) or default
     script = Path(getattr(sys.modules["__main__"], "__file__", None) or os.devnull)
@@ -273,12 +280,15 @@ def replace_path(source: Path, target: Path) -> None:
 
 def user_temporary_folder() -> Path:
     """Return a temporary folder of this user: the same every time, if nobody else can write it."""
-    name = "simsiam" if sys.platform == "win32" else f"simsiam-{os.getuid()}"
-    folder = Path(tempfile.gettempdir(), name)
+    import tempfile
+
+    folder = Path(tempfile.gettempdir(), "simsiam")
     with suppress(OSError):
-        folder.mkdir(mode=0o700, exist_ok=True)
         if sys.platform == "win32":  # where each user has a folder for temporary files
+            folder.mkdir(exist_ok=True)
             return folder
+        folder = folder.with_name(f"simsiam-{os.getuid()}")
+        folder.mkdir(mode=0o700, exist_ok=True)
         status = os.lstat(folder)
         own = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid()
         if own and not status.st_mode & 0o022:

@@ -39,7 +39,7 @@ from simsiam.runs.closed_form import encoder_recipe, write_encoder
 from simsiam.runs.encoder import eval_transform, load
 from simsiam.runs.run_folder import Run, reserved_run_path
 from simsiam.runs.weights import open_weights
-from simsiam.sources.open_source import absolute_source, open_source
+from simsiam.sources.open_source import absolute_sources, open_source, source_names
 from simsiam.training.adaptation.layers import trained_candidates
 from simsiam.training.progress import print_labeled
 
@@ -92,7 +92,7 @@ def adapt(
         raise UsageError("adapt runs in one process: start it without torchrun")
     if minutes is not None and not minutes > 0:
         raise UsageError(f"minutes is {minutes}: give a number above 0")
-    names = [source] if isinstance(source, str | os.PathLike) else list(source)
+    names = source_names(source)
     start, channels = open_init(init, backbone, names, channels, splits)
     opened = open_source(names, channels, no_labels=no_labels, splits=splits)
     images = sample(opened.train, limit)
@@ -103,8 +103,7 @@ def adapt(
         recipe = encoder_recipe(names, channels, transform).replace(splits=splits)
     else:
         run = Run(start)
-        absolute_names = [absolute_source(name) for name in names]
-        recipe = run.recipe.replace(source=absolute_names, splits=splits)
+        recipe = run.recipe.replace(source=absolute_sources(names), splits=splits)
         network, transform = load(run.path, head=False), eval_transform(recipe)
         chosen = read_sample(images, transform.resize, seed=seed)
     with reserved_run_path(out, f"{opened.name}-adapt", recipe) as path:
