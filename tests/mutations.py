@@ -928,7 +928,7 @@ MUTATIONS = [
     m(
         "read UTF-16 as UTF-8",
         "utils/names",
-        "data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))",
+        "data.startswith(UTF16_MARKS)",
         "False",
         "sources.py::test_a_list_may_be_in_utf16_or_have_spaces_before_its_labels",
     ),
