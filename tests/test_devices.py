@@ -1,5 +1,7 @@
 """What depends on the type of device, with stand-ins where there is no such device."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -88,3 +90,10 @@ def test_a_cpu_without_instructions_for_bfloat16_takes_what_it_is_faster_in(monk
 
 def test_the_speed_of_both_precisions_is_measured():
     assert 0 < bfloat16_speedup() < np.inf
+
+
+def test_no_module_but_the_table_names_a_memory_format():
+    """The format is wrong or slow on some devices, so it is looked up."""
+    sources = Path(simsiam.__file__).parent.rglob("*.py")
+    named = [path.name for path in sources if "torch.channels_last" in path.read_text("utf-8")]
+    assert named == ["devices.py"]

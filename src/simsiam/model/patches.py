@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from simsiam.errors import UsageError
 from simsiam.model.precision import at_least_float32, without_autocast
+from simsiam.utils.devices import device_traits
 
 PATCHES_PREFIX = "patches/"  # begins the names of these backbones: "patches/32", "patches/24+48"
 PATCH_SIDE = 6  # pixels
@@ -125,10 +126,9 @@ class PatchResponses(nn.Module):
 
     def shrink(self, pixels: Tensor) -> Tensor:
         """Return the images at the size of this module, (N, C, size, size)."""
-        if pixels.shape[-1] == self.size:
-            return pixels.contiguous(memory_format=torch.channels_last)
-        x = self.resize @ pixels @ self.resize.T
-        return x.contiguous(memory_format=torch.channels_last)
+        same_size = pixels.shape[-1] == self.size
+        x = pixels if same_size else self.resize @ pixels @ self.resize.T
+        return x.contiguous(memory_format=device_traits(x.device).memory_format)
 
 
 class Patches(nn.Module):
