@@ -13,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -71,23 +70,12 @@ def train(method: Method, shares: tuple[int, ...]) -> dict[str, list[Tensor]]:
     if world_size() > 1 and method.bn != "split":
         convert_sync_batchnorm(model, torch.device("cpu"))
     optimizer, network = build_optimizer(model, method), wrap_ddp(model)
-    begin = partial(
-        model.begin, images=IMAGES, labels=torch.arange(IMAGES) % 10, steps=STEPS, per_epoch=4
-    )
-    begin()
-    if method.target == "moving_average":
-        assert len(model.target.eta) == len(range(rank(), IMAGES, world_size())), (
-            "eta is not sharded"
-        )
-        part = torch.arange(IMAGES).tensor_split(world_size())[rank()]
-        model.target.set_eta(
-            torch.randn(IMAGES, 12, generator=torch.Generator().manual_seed(9)).double()[part], part
-        )
+    begin_run(model)
     results: dict[str, list[Tensor]] = {"loss": [], "gradient": []}
     for step in range(STEPS):
         if step == 2:  # as if the run were resumed from a checkpoint
             state = checkpoint(model)
-            begin()
+            begin_run(model)
             model.load_state_dict(state)
         x, index = batch(step, method.view_count, n)
         set_lr(optimizer, step, peak_lr=method.base_lr * n / 256, steps=STEPS, warmup_steps=0)
@@ -105,6 +93,22 @@ def train(method: Method, shares: tuple[int, ...]) -> dict[str, list[Tensor]]:
     states = optimizer.state.values()
     results["momentum"] = [s["momentum_buffer"] for s in states if "momentum_buffer" in s]
     return results
+
+
+def begin_run(model: Siamese) -> None:
+    """Begin, and give each image what its target keeps: an eta or a cluster."""
+    labels = torch.arange(IMAGES) % 10
+    model.begin(images=IMAGES, labels=labels, steps=STEPS, per_epoch=4)
+    if model.method.target in ("moving_average", "teacher"):
+        assert len(model.target.eta) == len(range(rank(), IMAGES, world_size())), (
+            "eta is not sharded"
+        )
+        part = torch.arange(IMAGES).tensor_split(world_size())[rank()]
+        eta = torch.randn(IMAGES, 12, generator=torch.Generator().manual_seed(9)).double()
+        model.target.set_eta(eta[part], part)
+    if model.method.target == "kmeans":
+        model.target.labels.copy_(labels)
+        model.criterion.balance(labels)
 
 
 def checkpoint(model: Siamese) -> dict[str, Tensor]:

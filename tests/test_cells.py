@@ -14,15 +14,23 @@ from simsiam.data.batches import iter_batches, steps_per_epoch
 from simsiam.data.images import hold_out, sample
 from simsiam.errors import Stopped
 from simsiam.model.optimizers import set_lr
+from simsiam.model.patches import CENTERS, GRID
 from simsiam.runs.compose import compose_recipe
 from simsiam.runs.run_folder import Run
 from simsiam.training.prepare import build_training_setup, initialize_eta
 
 
+def needed(row) -> dict[str, object]:
+    """The settings without which a row cannot begin: a teacher, whose features have a width."""
+    patches = {"teacher": "patches", "dim": GRID**2 * CENTERS}
+    return patches if row.target == "teacher" else {}
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_every_row_trains_three_steps_on_shapes(name):
     row = METHODS[name]
-    run = simsiam.pretrain("shapes", method=name, **QUICK | {"base_lr": row.base_lr, "dim": 16})
+    words = QUICK | {"base_lr": row.base_lr, "dim": 16} | needed(row)
+    run = simsiam.pretrain("shapes", method=name, **words)
     losses = [line["loss"] for line in Run(run).metrics()]
     assert len(losses) == 3 and all(torch.tensor(losses).isfinite())
     method = Run(run).recipe.method
@@ -60,7 +68,10 @@ CELLS = [
     {"method": "swav", "prototype_norm": "outside", "freeze_prototypes": 1,
      "sinkhorn_iterations": 1},
     {"method": "byol", "target": "shared", "predictor_lr_scale": 10.0},
-    *({"method": name, "equal_terms": True} for name in METHODS),
+    *({"method": name, "equal_terms": True} | needed(row) for name, row in METHODS.items()),
+    {"method": "instance_discrimination", "target_fresh": True},
+    {"target": "teacher", "teacher": "patches", "dim": GRID**2 * CENTERS},
+    {"interpolation": "bicubic"},
 ]  # fmt: skip
 
 
@@ -77,7 +88,7 @@ def test_every_cell_trains_three_steps_on_shapes(cells):
     model.begin(
         images=len(images), labels=torch.from_numpy(images.labels), steps=3, per_epoch=per_epoch
     )
-    initialize_eta(model, images, recipe, compute)
+    initialize_eta(model, images, recipe, compute, resumed=False)
     before = [p.clone() for p in model.parameters()]
     for batch in iter_batches(images, recipe, 0, 3, compute.device):
         set_lr(
@@ -104,7 +115,7 @@ def test_eta_starts_with_one_pass_over_every_image():
     images = sample(source.train, 52)
     model.begin(images=len(images))
     before = {k: v.clone() for k, v in model.state_dict().items() if k != "target.eta"}
-    initialize_eta(model, images, recipe, compute)
+    initialize_eta(model, images, recipe, compute, resumed=False)
     torch.testing.assert_close(model.target.eta.norm(dim=1), torch.ones(52))
     assert len(model.target.eta.unique(dim=0)) == 52
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in before.items())
@@ -113,7 +124,8 @@ def test_eta_starts_with_one_pass_over_every_image():
 STATEFUL = [
     {"target": "moving_average", "predictor": "none"}, {"target": "alternation", "target_steps": 4},
     {"method": "byol", "base_lr": 1.0}, {"method": "moco_v2_plus", "queue": 100},
-    {"method": "swav", "base_lr": 1.0},
+    {"method": "swav", "base_lr": 1.0}, {"method": "instance_discrimination", "queue": 30},
+    {"method": "deepcluster"}, {"method": "distillation"} | needed(METHODS["distillation"]),
 ]  # fmt: skip
 
 
@@ -121,7 +133,8 @@ STATEFUL = [
 def test_what_targets_remember_survives_a_resume_bit_for_bit(cells, monkeypatch, capfd):
     words = QUICK | {"dim": 16, "steps": 6} | cells
     whole = simsiam.pretrain("shapes", out="whole", **words)
-    assert ("eta      " in capfd.readouterr().err) == ("moving_average" in cells.values())
+    kept = Run(whole).recipe.method.target in ("moving_average", "teacher")
+    assert ("eta      " in capfd.readouterr().err) == kept
     module = importlib.import_module("simsiam.training.pretrain")
     real, signals = module.compute_gauges, [signal.SIGTERM]
     monkeypatch.setattr(

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from simsiam.config.methods import METHODS, Method
-from simsiam.model.optimizers import LARS, build_optimizer, set_lr
+from simsiam.model.optimizers import LARS, build_optimizer, set_lr, update_weights
 from simsiam.model.siamese import build
 
 SMALL = {"backbone": "resnet10", "width": 4, "image_size": 16}
@@ -69,9 +69,10 @@ def test_biases_and_norms_are_excluded_where_the_row_says_so():
     )
 
 
-def test_prototypes_rest_and_then_move():
+@pytest.mark.parametrize("name", ["lars", "sgd", "adamw"])
+def test_prototypes_rest_and_then_move(name):
     """SwAV drops their gradients in the first steps, so they have no momentum yet either."""
-    model = build(row("swav", freeze_prototypes=2), **SMALL)
+    model = build(row("swav", freeze_prototypes=2, optimizer=name), **SMALL)
     optimizer, weight = build_optimizer(model, model.method), model.criterion.prototypes.weight
     before = weight.detach().clone()
     for step in range(3):
@@ -79,11 +80,19 @@ def test_prototypes_rest_and_then_move():
             p.grad = torch.ones_like(p)
         lr = set_lr(optimizer, step, peak_lr=1.0, steps=10, warmup_steps=0)
         assert (lr["criterion"] > 0) == (step == 2) and lr["encoder"] > 0
-        optimizer.step()
+        update_weights(optimizer)
         assert torch.equal(weight.detach(), before) == (step < 2)
-    update = torch.ones_like(before) + 1e-6 * before
-    expected = before - lr["criterion"] * 1e-3 * before.norm() / update.norm() * update
-    torch.testing.assert_close(weight.detach(), expected)
+    # The first step of a new optimizer of torch (LARS: of the formula) from the same weights.
+    decay, rate = 1e-6, lr["criterion"]
+    update = torch.ones_like(before) + decay * before
+    if name == "lars":
+        expected = before - rate * 1e-3 * before.norm() / update.norm() * update
+    else:
+        expected = before.clone().requires_grad_()
+        expected.grad = torch.ones_like(before)
+        kind = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[name]
+        kind([expected], lr=rate, weight_decay=decay).step()
+    torch.testing.assert_close(weight.detach(), expected.detach())
 
 
 def test_adamw_is_torchs():

@@ -5,12 +5,14 @@ from copy import deepcopy
 import pytest
 import torch
 import torch.nn.functional as F
+from sklearn.metrics import normalized_mutual_info_score
 
 from simsiam.config.methods import METHODS, Method
 from simsiam.errors import UsageError
 from simsiam.model.optimizers import build_optimizer, cosine_schedule, set_lr
 from simsiam.model.siamese import build
 from simsiam.model.targets import eta_bytes
+from simsiam.training.prepare import cluster_features
 
 SMALL = {"backbone": "resnet10", "width": 4, "image_size": 16}
 N, IMAGES = 8, 24  # a batch; an epoch is three
@@ -188,6 +190,80 @@ def test_memory_of_eta():
     model = build(small(target="moving_average"), **SMALL)
     model.begin(images=100)
     assert model.target.eta.nbytes == eta_bytes(model.method, 100)
+
+
+def test_a_memory_bank_is_instance_discrimination():
+    """Wu et al., 2018, in plain loops: the bank before the step, and negatives drawn from it."""
+    cells = {"predictor": "none", "pairs": "single", "criterion": "info_nce", "tau": 0.07}
+    method = small(target="moving_average", target_decay=0.5, target_fresh=False, queue=10, **cells)
+    model = build(method, **SMALL)
+    model.begin(images=IMAGES)
+    bank = F.normalize(torch.randn(IMAGES, 12), dim=1)
+    model.target.set_eta(bank, torch.arange(IMAGES))
+    negatives = model.criterion.queue.clone()  # of the first step: random directions
+    for step in range(3):
+        (x,), index = batch(step, views=1)
+        out = model(x, index=index)
+        v = F.normalize(out.projections[0], dim=1)
+        by_hand = 0.0
+        for n, i in enumerate(index.tolist()):
+            scores = torch.stack([v[n] @ bank[i], *(v[n] @ other for other in negatives)]) / 0.07
+            by_hand = by_hand - scores.log_softmax(0)[0] / N
+        torch.testing.assert_close(out.loss, by_hand)
+        weight = model.projector[0].weight
+        torch.testing.assert_close(
+            *(
+                torch.autograd.grad(loss, weight, retain_graph=True)[0]
+                for loss in (out.loss, by_hand)
+            )
+        )
+        model.after_step(out, step, index)
+        bank[index] = F.normalize((bank[index] + v.detach()) / 2, dim=1)
+        torch.testing.assert_close(model.target.eta, bank)
+        negatives = model.criterion.queue.clone()
+        rows = torch.cdist(negatives, bank).argmin(1)
+        torch.testing.assert_close(negatives, bank[rows])
+        assert len(rows.unique()) > 3
+
+
+def test_a_teachers_features_are_constant_targets():
+    model = build(small(predictor="none", pairs="single", target="teacher"), **SMALL)
+    model.begin(images=IMAGES)
+    features = torch.randn(IMAGES, 12)
+    model.target.set_eta(features, torch.arange(IMAGES))
+    before = set(model.state_dict())
+    for step in range(2):
+        (x,), index = batch(step, views=1)
+        out = model(x, index=index)
+        cosine = F.cosine_similarity(out.predictions[0], features[index])
+        torch.testing.assert_close(out.loss, -cosine.mean())
+        model.after_step(out, step, index)
+        torch.testing.assert_close(model.target.eta, F.normalize(features, dim=1))
+    assert set(model.state_dict()) == before and not any("eta" in key for key in before)
+
+
+def test_clusters_count_alike():
+    """The weighted loss is that of images drawn uniformly over the clusters (DeepCluster, 3.3)."""
+    cells = {"predictor": "none", "pairs": "single", "criterion": "classification"}
+    model = build(small(target="kmeans", **cells), **SMALL)
+    model.begin(images=IMAGES)
+    labels = torch.tensor([0] * 12 + [1] * 8 + [2] * 4)
+    model.target.labels.copy_(labels)
+    model.criterion.balance(labels)
+    x, index = torch.randn(IMAGES, 3, 16, 16), torch.arange(IMAGES)
+    out = model(x, index=index)
+    losses = F.cross_entropy(out.predictions[0], labels, reduction="none")
+    torch.testing.assert_close(
+        out.loss, torch.stack([losses[labels == k].mean() for k in range(3)]).mean()
+    )
+
+
+def test_clusters_are_those_of_the_features():
+
+    centers = torch.randn(5, 40).mul(20)
+    kinds = torch.arange(100) % 5
+    found = cluster_features((centers[kinds] + torch.randn(100, 40)).numpy(), 5, seed=0)
+    assert normalized_mutual_info_score(kinds.numpy(), found) == 1
 
 
 def test_expectation_is_the_minimizer_of_etas_problem():

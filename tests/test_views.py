@@ -9,7 +9,7 @@ import torch
 import torchvision.transforms.v2 as T
 import torchvision.transforms.v2.functional as F
 from PIL import ImageFilter
-from torchvision.transforms.functional import pil_to_tensor
+from torchvision.transforms.functional import InterpolationMode, pil_to_tensor
 
 from simsiam.config.methods import Views
 from simsiam.data import views
@@ -140,10 +140,13 @@ def test_pixels_are_never_read_back():
 
 # Pixels.
 
+MODES = {"bilinear": InterpolationMode.BILINEAR, "bicubic": InterpolationMode.BICUBIC}
+
 
 @pytest.mark.parametrize("h, w, size", [(32, 32, 32), (20, 50, 32), (97, 64, 24), (9, 11, 40)])
 @pytest.mark.parametrize("channels", [1, 3, 5])
-def test_crop_is_resized_crop_then_flip(h, w, size, channels):
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_crop_is_resized_crop_then_flip(h, w, size, channels, interpolation):
     images = photos(24, h, w, channels)
     d = many(Views(crop_min=0.05), 24, (h, w))
     d = replace(
@@ -151,29 +154,33 @@ def test_crop_is_resized_crop_then_flip(h, w, size, channels):
         height=np.append(d.height[1:], h),
         top=np.append(np.minimum(d.top[:-1], h - d.height[1:]), 0),
     )
-    ours = resized_crop(images, d, size)
+    ours = resized_crop(images, d, size, interpolation=interpolation)
     assert ours.dtype == torch.float32 and ours.shape == (24, channels, size, size)
     assert ours.min() >= 0 and ours.max() <= 1 and d.flip.any() and not d.flip.all()
     for i, image in enumerate(images / 255):
         box = [int(v[i]) for v in (d.top, d.left, d.height, d.width)]
-        theirs = F.resized_crop(image, *box, size=[size, size], antialias=True)
+        theirs = F.resized_crop(
+            image, *box, size=[size, size], interpolation=MODES[interpolation], antialias=True
+        ).clamp(0, 1)  # a bicubic filter overshoots
         torch.testing.assert_close(
             ours[i], F.hflip(theirs) if d.flip[i] else theirs, rtol=0, atol=1e-5
         )
 
 
 @pytest.mark.parametrize("h, w, size", [(32, 32, 32), (97, 64, 24), (20, 50, 40)])
-def test_crop_one_is_pillows_to_one_level_and_agrees_with_crop(h, w, size):
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_crop_one_is_pillows_to_one_level_and_agrees_with_crop(h, w, size, interpolation):
     images, d = photos(16, h, w), many(Views(crop_min=0.05), 16, (h, w))
-    together = resized_crop(images, d, size)
+    together = resized_crop(images, d, size, interpolation=interpolation)
     for i in range(16):
         top, left, height, width, flip = (
             v[i].item() for v in (d.top, d.left, d.height, d.width, d.flip)
         )
         image = F.to_pil_image(images[i])
-        ours = resized_crop_one(np.asarray(image), top, left, height, width, flip, size)
+        box = top, left, height, width
+        ours = resized_crop_one(np.asarray(image), *box, flip, size, interpolation)
         assert ours.dtype == torch.uint8 and ours.is_contiguous()
-        theirs = F.resized_crop(image, top, left, height, width, [size, size])
+        theirs = F.resized_crop(image, *box, [size, size], MODES[interpolation])
         off = (ours.int() - pil_to_tensor(F.hflip(theirs) if flip else theirs)).abs()
         assert off.max() <= 1 and (off > 0).float().mean() < 0.1
         assert (ours / 255 - together[i]).abs().max() < 1.5 / 255
@@ -376,12 +383,13 @@ def test_a_compiled_kernel_is_the_eager_one(monkeypatch):
     assert compiled is not views.EAGER_KERNELS
     some = torch.linspace(0.2, 1.0, 5).view(5, 1, 1)
     spans = 3 * some, 20 * some, 24, 16, (some > 0.5).float()
-    torch.testing.assert_close(
-        compiled.resampling_matrix(*spans),
-        views.EAGER_KERNELS.resampling_matrix(*spans),
-        rtol=0,
-        atol=1e-5,
-    )
+    for cubic in (False, True):
+        torch.testing.assert_close(
+            compiled.resampling_matrix(*spans, cubic),
+            views.EAGER_KERNELS.resampling_matrix(*spans, cubic),
+            rtol=0,
+            atol=1e-5,
+        )
     blends = some[..., None], (some[..., None] > 0.7).float(), (some[..., None] < 0.5).float()
     for name, values in {"blend": blends, "shift_hue": (some[..., None],)}.items():
         x, eager = pixels(5, 24, 16), pixels(5, 24, 16)

@@ -17,6 +17,7 @@ class PretrainSettings(TypedDict, total=False):
     width: int
     stem: Literal["small", "large"] | None
     init: str | None
+    teacher: str | None
     channels: int
     image_size: int | None
     mean: tuple[float, ...] | None
@@ -58,6 +59,7 @@ class PretrainSettings(TypedDict, total=False):
     bn: Literal["per_view", "joint", "split"]
     target: str
     target_decay: float | None
+    target_fresh: bool
     target_schedule: Literal["constant", "cosine"]
     target_steps: int
     target_views: int

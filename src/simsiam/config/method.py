@@ -24,6 +24,8 @@ BUILTIN_TARGETS = {
     "alternation": "z of an earlier copy of the encoder, section 5.2",
     "moving_average": "an exponential moving average of the image's z over the epochs, section 5.2",
     "expectation": "the mean of z over several views, equation 9",
+    "teacher": "the image's feature of a frozen network, --teacher",
+    "kmeans": "the image's cluster, found by k-means before each epoch (DeepCluster)",
     "labels": "the image's label",
 }
 BUILTIN_CRITERIA = {
@@ -34,8 +36,11 @@ BUILTIN_CRITERIA = {
     "swapped": "SwAV",
     "barlow_twins": "Barlow Twins",
     "vicreg": "VICReg",
-    "classification": "cross-entropy with labels",
+    "classification": "cross-entropy with labels or clusters",
 }
+CLASS_TARGETS = ("labels", "kmeans")  # targets that are numbers of classes
+# Targets that an image has, not a view: its only view can be compared with them.
+PER_IMAGE_TARGETS = ("moving_average", "teacher", *CLASS_TARGETS)
 SECOND_ENCODER_TARGETS = ("momentum", "alternation")  # targets that a second encoder computes
 
 # The terms of the loss, each (view of p, view of t). Views are counted from 0 (section 4.6).
@@ -77,6 +82,11 @@ class Views:
     solarize: float = setting(
         0.0,
         "probability of solarization, which inverts bright pixels (used by BYOL, not by SimSiam)",
+    )
+    interpolation: Literal["bilinear", "bicubic"] = setting(
+        "bilinear",
+        "how crops are resized, with antialiasing: bilinear is torchvision's default; the codes of "
+        "BYOL, SimCLR, Barlow Twins and VICReg use bicubic",
     )
 
     def __post_init__(self) -> None:
@@ -134,6 +144,11 @@ class Method:
         "with --target momentum or moving_average: share of the old value that each update keeps "
         "[momentum: 0.99 (BYOL); moving_average: 0.8 (section 5.2)]",
     )
+    target_fresh: bool = setting(
+        True,
+        "with --target moving_average: the average includes this step's z (footnote 5); off: it is "
+        "the one before, as in a memory bank (instance discrimination)",
+    )
     target_schedule: Literal["constant", "cosine"] = setting(
         "constant",
         "with --target momentum: --target-decay is constant, or rises to 1 (cosine, BYOL)",
@@ -162,12 +177,14 @@ class Method:
     pairs: Pairs = setting(
         "symmetric",
         "pairs (view of the prediction, view of the target) in the loss. symmetric: (1,2), (2,1); "
-        "asymmetric: (1,2); asymmetric_2x: (1,2), (3,4) (section 4.6); single: one view and its "
-        "label",
+        "asymmetric: (1,2); asymmetric_2x: (1,2), (3,4) (section 4.6); single: one view and what "
+        "its image has: a label, cluster, moving average or a teacher's feature",
     )
     tau: float = setting(0.1, "with --criterion nt_xent, info_nce or swapped: temperature")
     queue: int = setting(
-        65536, "with --criterion info_nce: number of past targets used as negatives"
+        65536,
+        "with --criterion info_nce: number of past targets used as negatives; with --target "
+        "moving_average they are drawn from the averages of all images",
     )
     barlow_lambda: float = setting(
         5e-3, "with --criterion barlow_twins: weight of the off-diagonal correlations"
@@ -227,19 +244,19 @@ class Method:
                 f"pairs is asymmetric_2x (section 4.6), and {self.criterion} is symmetric already: "
                 "use pairs asymmetric and a larger batch"
             )
-        if (self.target == "labels") != (self.criterion == "classification"):
+        if (self.target in CLASS_TARGETS) != (self.criterion == "classification"):
             raise UsageError(
                 f"target is {self.target} and criterion is {self.criterion}: "
-                "target labels and criterion classification go together"
+                "criterion classification goes together with target labels or kmeans"
             )
-        if self.pairs == "single" and self.target != "labels":
+        if self.pairs == "single" and self.target not in PER_IMAGE_TARGETS:
             raise UsageError(
-                "pairs single compares a view with the label of its image: "
-                "use target labels or other pairs"
+                "pairs single compares a view with what its image has: use other pairs, or target "
+                + " or ".join(PER_IMAGE_TARGETS)
             )
-        if self.target == "moving_average" and self.criterion == "swapped":
+        if self.target in ("moving_average", "teacher") and self.criterion == "swapped":
             raise UsageError(
-                "target moving_average averages z, and the targets of swapped are codes: "
+                f"target {self.target} gives features, and the targets of swapped are codes: "
                 "use target shared"
             )
 
@@ -271,6 +288,7 @@ class Method:
 _SWAPPED = ("criterion", ("swapped",))
 SETTING_CONDITIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     "target_decay": ("target", ("momentum", "moving_average")),
+    "target_fresh": ("target", ("moving_average",)),
     "target_schedule": ("target", ("momentum",)),
     "target_steps": ("target", ("alternation",)),
     "target_views": ("target", ("expectation",)),

@@ -11,8 +11,9 @@ from simsiam.config.method import Method, Views
 
 # fmt: off
 BYOL_VIEWS = (  # BYOL's appendix B, table 6: the two views differ in blur and solarization
-    Views(crop_min=0.08, jitter=(0.4, 0.4, 0.2, 0.1), blur=1.0),
-    Views(crop_min=0.08, jitter=(0.4, 0.4, 0.2, 0.1), blur=0.1, solarize=0.2),
+    Views(crop_min=0.08, jitter=(0.4, 0.4, 0.2, 0.1), blur=1.0, interpolation="bicubic"),
+    Views(crop_min=0.08, jitter=(0.4, 0.4, 0.2, 0.1), blur=0.1, solarize=0.2,
+          interpolation="bicubic"),
 )
 STRONG_JITTER = (0.8, 0.8, 0.8, 0.2)  # SimCLR's jitter of strength 1 (its appendix A)
 
@@ -39,7 +40,7 @@ SIMCLR = Method(
     bn="joint",  # code: both views are one batch
     predictor="none", predictor_lr="cosine", stop_gradient=False,
     criterion="nt_xent", tau=0.1,  # code, for ImageNet; 0.5 for CIFAR-10
-    views=(Views(crop_min=0.08, jitter=STRONG_JITTER),),  # appendix A
+    views=(Views(crop_min=0.08, jitter=STRONG_JITTER, interpolation="bicubic"),),  # A; code
     # 2.2, for batch 4096
     optimizer="lars", base_lr=0.3, weight_decay=1e-6, exclude="bias_and_norm", warmup_epochs=10,
 )
@@ -52,7 +53,8 @@ MOCO_V2 = Method(
     target="momentum", target_decay=0.999,  # code: constant
     criterion="info_nce", tau=0.2, queue=65536,  # 3; code
     pairs="asymmetric",  # one view is the query, the other the key
-    base_lr=0.03, weight_decay=1e-4,  # code, batch 256
+    # code, batch 256; there the last scale of a residual branch does not start at 0
+    base_lr=0.03, weight_decay=1e-4,
 )
 
 MOCO_V2_PLUS = replace(
@@ -70,8 +72,9 @@ SWAV = Method(
     sinkhorn_epsilon=0.05, sinkhorn_iterations=3,  # 4.1 and code
     prototype_norm="inside",  # as in SimSiam's reproduction (footnote 8); originally outside
     freeze_prototypes=313,  # an epoch of batch 4096 (code)
-    views=(Views(crop_min=0.14, jitter=STRONG_JITTER),),  # code; 0.08 in that without multi-crop
-    # code: LARC on every parameter, lr 4.8 for batch 4096
+    views=(Views(crop_min=0.08, jitter=STRONG_JITTER),),  # code; 0.14 with multi-crop
+    # code: LARC on every parameter, lr 4.8 for batch 4096; it ends at 0.001 of that, and the last
+    # scale of a residual branch does not start at 0
     optimizer="lars", base_lr=0.3, weight_decay=1e-6, warmup_epochs=10,
 )
 
@@ -84,7 +87,7 @@ BARLOW_TWINS = Method(
     loss_scale=0.024,  # code; it affects biases and norms only: lr 0.0048 instead of 0.2
     pairs="asymmetric",  # its D is symmetric
     views=BYOL_VIEWS,  # 2.2
-    # code, for batch 2048
+    # code, for batch 2048; the lr ends at 0.001 of its peak there
     optimizer="lars", base_lr=0.2, weight_decay=1e-6, exclude="bias_and_norm", warmup_epochs=10,
 )
 
@@ -96,8 +99,37 @@ VICREG = Method(
     criterion="vicreg", vicreg_weights=(25.0, 25.0, 1.0),  # 4.2; the code halves the second
     pairs="asymmetric",  # its D is symmetric
     views=BYOL_VIEWS,  # code
-    # code, for batch 2048
-    optimizer="lars", base_lr=0.2, weight_decay=1e-6, exclude="bias_and_norm", warmup_epochs=10,
+    # code, for 100 epochs and batch 2048 (0.2 for 1000); the lr ends at 0.001 of its peak there
+    optimizer="lars", base_lr=0.3, weight_decay=1e-6, exclude="bias_and_norm", warmup_epochs=10,
+)
+
+DISTILLATION = Method(
+    name="distillation",  # the student predicts a teacher's features: Hinton et al., 2015
+    dim=1280, proj_layers=2, head_bn=("proj_hidden",),  # a run sets dim to the teacher's
+    predictor="none", predictor_lr="cosine",
+    target="teacher", pairs="single",
+    views=(Views(jitter_p=0.0, gray=0.0, blur=0.0),),  # a random crop and a flip
+)
+
+CROP_AND_FLIP = (Views(crop_min=0.08, jitter_p=0.0, gray=0.0, blur=0.0),)
+
+DEEPCLUSTER = Method(
+    name="deepcluster",  # Caron et al., 2018, without its Sobel filter
+    dim=10000, proj_layers=1, head_bn=(),  # 3.3: a linear classifier of 10,000 clusters
+    predictor="none", predictor_lr="cosine",
+    target="kmeans", criterion="classification", pairs="single",  # 3.2; clustered each epoch (3.3)
+    views=CROP_AND_FLIP,  # 3.3; code
+    base_lr=0.05, weight_decay=1e-5,  # 3.3; code: constant lr
+)
+
+INSTANCE_DISCRIMINATION = Method(
+    name="instance_discrimination",  # Wu et al., 2018, with InfoNCE in place of NCE, as in MoCo
+    dim=128, proj_layers=1, head_bn=(),  # 3.1; code: one linear layer
+    predictor="none", predictor_lr="cosine",
+    target="moving_average", target_decay=0.5, target_fresh=False,  # code: the memory bank
+    criterion="info_nce", tau=0.07, queue=4096, pairs="single",  # 4.1; 3.2: 4096 negatives
+    views=(Views(crop_min=0.2, jitter=(0.4, 0.4, 0.4, 0.4), jitter_p=1.0, blur=0.0),),  # code
+    base_lr=0.03, weight_decay=1e-4,  # 4.1; code: divided by 10 every 40 epochs after 120
 )
 
 SUPERVISED = Method(
@@ -105,7 +137,7 @@ SUPERVISED = Method(
     dim=1000, proj_layers=1, head_bn=(),  # one logit for each class of ImageNet; some may be unused
     predictor="none", predictor_lr="cosine",
     target="labels", criterion="classification", pairs="single",
-    views=(Views(crop_min=0.08, jitter_p=0.0, gray=0.0, blur=0.0),),  # a random crop and a flip
+    views=CROP_AND_FLIP,
     base_lr=0.1, weight_decay=1e-4,
 )
 # fmt: on
@@ -121,6 +153,9 @@ METHODS: dict[str, Method] = {
         SWAV,
         BARLOW_TWINS,
         VICREG,
+        DISTILLATION,
+        DEEPCLUSTER,
+        INSTANCE_DISCRIMINATION,
         SUPERVISED,
     )
 }

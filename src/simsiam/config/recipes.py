@@ -57,6 +57,11 @@ class Recipe:
         "ResNet50_Weights.IMAGENET1K_V2, or a file (with --backbone, "
         "unless its network is a ResNet) [random]",
     )
+    teacher: str | None = setting(
+        None,
+        "with --target teacher: the frozen network whose features are predicted; as for --init, or "
+        "patches, learned from these images",
+    )
     channels: int = setting(
         3,
         "number of channels that images are decoded to: 1 (gray), 3 (RGB), 4 (RGBA); NumPy and "
@@ -83,8 +88,7 @@ class Recipe:
     )
     eval_interpolation: Literal["bilinear", "bicubic"] = setting(
         "bilinear",
-        "how images are resized for evaluation and embedding; views of training are always "
-        "bilinear",
+        "how images are resized for evaluation and embedding; --interpolation is for views",
     )
     limit: int | None = setting(None, "use only N images, evenly spaced in the source [all]")
     no_labels: bool = setting(

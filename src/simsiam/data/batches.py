@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.cuda import Event
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from simsiam.config.method import Views
 from simsiam.config.recipes import ResolvedRecipe
 from simsiam.data import views
 from simsiam.data.decode import Unreadable
@@ -544,8 +545,15 @@ def crop_images(
     for view in range(view_count):
         d = _sample_view_params(recipe, step, view, sizes, first_position)
         boxes = zip(d.top, d.left, d.height, d.width, d.flip, strict=True)
-        pairs = zip(batch, boxes, strict=True)
-        crops.append(torch.stack([views.resized_crop_one(x, *box, size) for x, box in pairs]))
+        interpolation = _augmentation(recipe, view).interpolation
+        crops.append(
+            torch.stack(
+                [
+                    views.resized_crop_one(x, *box, size, interpolation)
+                    for x, box in zip(batch, boxes, strict=True)
+                ]
+            )
+        )
     return torch.stack(crops), torch.tensor(indices), skipped
 
 
@@ -556,8 +564,16 @@ def _sample_view_params(
     sizes: list[tuple[int, int]],
     first_position: int = 0,
 ) -> views.ViewParams:
-    augmentation = recipe.method.views[min(view, len(recipe.method.views) - 1)]
     positions = np.arange(first_position, first_position + len(sizes))
     return views.sample_view_params(
-        augmentation, np.array(sizes), seed=recipe.seed, step=step, view=view, positions=positions
+        _augmentation(recipe, view),
+        np.array(sizes),
+        seed=recipe.seed,
+        step=step,
+        view=view,
+        positions=positions,
     )
+
+
+def _augmentation(recipe: ResolvedRecipe, view: int) -> Views:
+    return recipe.method.views[min(view, len(recipe.method.views) - 1)]

@@ -168,18 +168,24 @@ def sample_view_params(
 
 
 def resized_crop(
-    images: Tensor, view_params: ViewParams, size: int, *, compiled: bool = False
+    images: Tensor,
+    view_params: ViewParams,
+    size: int,
+    *,
+    interpolation: str = "bilinear",
+    compiled: bool = False,
 ) -> Tensor:
     """Crop images, resize the crops with antialiasing, and flip some of them.
 
     The operation is linear and separable: one matrix for the rows of each image and one for its
-    columns. If no crop can shrink, each row of a matrix has two nonzero numbers, and `grid_sample`
-    takes a quarter of the time.
+    columns. If it is bilinear and no crop can shrink, each row of a matrix has two nonzero numbers,
+    and `grid_sample` takes a quarter of the time.
 
     Args:
         images: uint8 (N, C, H, W).
         view_params: Parameters of the N images.
         size: Side of the views in pixels.
+        interpolation: "bilinear" or "bicubic".
         compiled: Whether to use compiled kernels.
 
     Returns:
@@ -189,20 +195,28 @@ def resized_crop(
         [view_params.top, view_params.height, view_params.left, view_params.width, view_params.flip]
     )
     top, height, left, width, flip = _to_device(params, images.device)[..., None, None]
-    if max(images.shape[2:]) <= size:
+    cubic = interpolation == "bicubic"
+    if max(images.shape[2:]) <= size and not cubic:
         y = _grid_coordinates(top, height, images.shape[2], size, torch.zeros_like(flip))
         x = _grid_coordinates(left, width, images.shape[3], size, flip).mT
         grid = torch.stack(torch.broadcast_tensors(x, y), dim=3)
         return F.grid_sample(images / 255, grid, align_corners=False).clamp_(0, 1)
     resampling = _get_kernels(images.device, compiled).resampling_matrix
-    rows = resampling(top, height, images.shape[2], size, torch.zeros_like(flip)).div_(255)
-    columns = resampling(left, width, images.shape[3], size, flip)
+    rows = resampling(top, height, images.shape[2], size, torch.zeros_like(flip), cubic).div_(255)
+    columns = resampling(left, width, images.shape[3], size, flip, cubic)
     x = images.float().flatten(1, 2) @ columns.mT  # all channels in one product
     return (rows[:, None] @ x.unflatten(1, images.shape[1:3])).clamp_(0, 1)
 
 
 def resized_crop_one(
-    image: np.ndarray, top: int, left: int, height: int, width: int, flip: bool, size: int
+    image: np.ndarray,
+    top: int,
+    left: int,
+    height: int,
+    width: int,
+    flip: bool,
+    size: int,
+    interpolation: str = "bilinear",
 ) -> Tensor:
     """Crop one image of any size, resize the crop with antialiasing, and flip it, all in uint8.
 
@@ -216,6 +230,7 @@ def resized_crop_one(
         width: Width of the crop in pixels.
         flip: Whether to flip it left to right.
         size: Side of the result in pixels.
+        interpolation: "bilinear" or "bicubic".
 
     Returns:
         uint8 (C, size, size).
@@ -223,7 +238,7 @@ def resized_crop_one(
     box = torch.from_numpy(image[top : top + height, left : left + width].copy())
     # `interpolate` is fast here because channels are last in memory.
     box = box.permute(2, 0, 1)[None]
-    pixels = F.interpolate(box, (size, size), mode="bilinear", antialias=True)[0]
+    pixels = F.interpolate(box, (size, size), mode=interpolation, antialias=True)[0]
     return (pixels.flip(2) if flip else pixels).contiguous()
 
 
@@ -260,6 +275,7 @@ def finish_view(
     size: int | None = None,
     mean: Sequence[float],
     std: Sequence[float],
+    interpolation: str = "bilinear",
     compiled: bool = False,
 ) -> Tensor:
     """Make a view of images, or of crops of them. Call it outside autocast (see `make_views`).
@@ -270,6 +286,7 @@ def finish_view(
         size: Side of the view in pixels; None if `pixels` are crops already.
         mean: Mean of each channel, for normalization.
         std: Standard deviation of each channel.
+        interpolation: How images are resized, "bilinear" or "bicubic".
         compiled: Whether to use compiled kernels.
 
     Returns:
@@ -290,7 +307,9 @@ def finish_view(
     for part in _chunk_slices(view):
         params = view_params[part]
         if size:
-            x = resized_crop(pixels[part], params, size, compiled=compiled)
+            x = resized_crop(
+                pixels[part], params, size, interpolation=interpolation, compiled=compiled
+            )
         else:
             x = pixels[part] / 255
         x, out = augment_color(x, params, compiled=compiled), view[part]
@@ -337,7 +356,15 @@ def make_views(
             augmentation, sizes, seed=seed, step=step, view=view, positions=positions
         )
         with _disable_autocast(images.device.type):  # crop and blur in full precision
-            x = finish_view(images, params, size=size, mean=mean, std=std, compiled=compiled)
+            x = finish_view(
+                images,
+                params,
+                size=size,
+                mean=mean,
+                std=std,
+                interpolation=augmentation.interpolation,
+                compiled=compiled,
+            )
         views.append(x)
     return views
 
@@ -353,8 +380,9 @@ def describe_augmentation(augmentation: Views) -> list[str]:
     """
     names = zip(("brightness", "contrast", "saturation", "hue"), augmentation.jitter, strict=True)
     jitter = ", ".join(f"{name} by {strength:g}" for name, strength in names if strength)
+    bicubic = ", bicubically" * (augmentation.interpolation == "bicubic")
     lines = [
-        (1, f"crop {augmentation.crop_min:.0%} to 100% of the area and resize"),
+        (1, f"crop {augmentation.crop_min:.0%} to 100% of the area and resize{bicubic}"),
         (augmentation.flip, "flip left to right"),
         (augmentation.jitter_p if jitter else 0, f"jitter {jitter}, in random order"),
         (augmentation.gray, "turn gray"),
@@ -462,17 +490,23 @@ def _grid_coordinates(
 
 
 def _resampling_matrix(
-    start: Tensor, length: Tensor, source_size: int, size: int, flip: Tensor
+    start: Tensor, length: Tensor, source_size: int, size: int, flip: Tensor, cubic: bool
 ) -> Tensor:
     """Return matrices (N, size, source_size) that resize, and flip if `flip`, part of a line.
 
     The part is the pixels start to start + length of source_size; tensor arguments are (N, 1, 1).
-    The filter is a triangle two pixels wide, of the input or the output, whichever are larger. It
-    uses no pixel outside the crop.
+    The filter is a triangle two pixels wide, or Keys' cubic (a = -1/2) four pixels wide, as in
+    Pillow: pixels of the input or the output, whichever are larger. It uses no pixel outside the
+    crop.
     """
     pixel = torch.arange(source_size, device=start.device) + 0.5
     center = _pixel_centers(start, length, size, flip)
-    weight = ((length / size).clamp(min=1) - (pixel - center).abs_()).clamp_(min=0)
+    u = (pixel - center).abs_() / (length / size).clamp(min=1)
+    if cubic:
+        inner, outer = (1.5 * u - 2.5) * u * u + 1, ((2.5 - 0.5 * u) * u - 4) * u + 2
+        weight = torch.where(u < 1, inner, outer.where(u < 2, 0.0))
+    else:
+        weight = (1 - u).clamp_(min=0)
     weight *= (pixel > start) & (pixel < start + length)
     return weight.div_(weight.sum(2, keepdim=True))
 

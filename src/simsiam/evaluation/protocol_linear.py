@@ -4,6 +4,8 @@
   is chosen on training images that are held out.
 - paper: on random crops, with LARS (appendix A).
 - sgd: on random crops, with plain SGD, as MoCo does it.
+
+An epoch of paper and sgd has whole batches only; the authors' code also trains on the rest.
 """
 
 from collections.abc import Iterator, Sequence

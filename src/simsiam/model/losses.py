@@ -124,8 +124,10 @@ def barlow_twins(p: Tensor, t: Tensor, *, weight: float) -> Tensor:
     Returns:
         A scalar.
     """
-    p, t = (F.normalize(x - x.mean(0), dim=0) for x in (all_gather(p), all_gather(t)))
-    c = p.T @ t
+    p, t = (x - x.mean(0) for x in (all_gather(p), all_gather(t)))
+    # The code normalizes by batch norm, whose eps keeps a channel without variance finite.
+    p, t = (x * (x.square().mean(0) + 1e-5).rsqrt() for x in (p, t))
+    c = p.T @ t / len(p)
     on = c.diagonal()
     return (on - 1).square().sum() + weight * (c.square().sum() - on.square().sum())
 
@@ -366,11 +368,33 @@ class VICReg(Criterion):
 
 
 class Classification(Criterion):
-    """The cross-entropy of logits with labels, for supervised learning."""
+    """The cross-entropy of logits with labels, or with clusters, which count alike."""
+
+    class_weights: Tensor | None  # (d,), of clusters; None: every image counts alike
+
+    def __init__(self, method: Method):
+        """Keep the row; clusters get weights, which are 1 until `balance`."""
+        super().__init__(method)
+        weights = torch.ones(method.dim) if method.target == "kmeans" else None
+        self.register_buffer("class_weights", weights)
+
+    def balance(self, labels: Tensor) -> None:
+        """Weigh each class by the inverse of its size, or a few large ones would decide all.
+
+        Args:
+            labels: (images,) int64. The mean weight of these images is 1.
+        """
+        sizes = labels.bincount(minlength=self.method.dim)
+        assert self.class_weights is not None
+        self.class_weights.copy_(len(labels) / (sizes.clamp_min(1) * (sizes > 0).sum()))
 
     def forward(self, p: Tensor, t: Tensor) -> Tensor:
         """Return the cross-entropy of logits p (N, d) with labels t (N,) int64."""
-        return F.cross_entropy(at_least_float32(p), t)
+        losses = F.cross_entropy(at_least_float32(p), t, reduction="none")
+        # A weighted mean would divide by the weights of the batch, which processes do not share.
+        return (
+            losses.mean() if self.class_weights is None else (losses * self.class_weights[t]).mean()
+        )
 
     def loss_range(self, batch_size: int) -> tuple[float, float]:
         """Return log d, the loss where all classes are equally likely, and 0."""

@@ -55,8 +55,6 @@ class LARS(Optimizer):
     The lr is applied outside the momentum, as in the code of BYOL, Barlow Twins and VICReg. SimCLR
     applies it inside, which is the same while the lr changes little within ten steps. SwAV's LARC
     adds the norms of gradient and decay, which is the same while the decay is small.
-
-    A group whose lr is 0 is skipped; its momentum does not change either.
     """
 
     def __init__(
@@ -92,7 +90,7 @@ class LARS(Optimizer):
         Args:
             closure: Not supported.
         """
-        for group in (group for group in self.param_groups if group["lr"]):
+        for group in self.param_groups:
             for w in (w for w in group["params"] if w.grad is not None):
                 update = w.grad.add(w, alpha=group["weight_decay"])
                 if group["adapt"]:
@@ -151,6 +149,21 @@ def build_optimizer(model: nn.Module, method: Method) -> Optimizer:
 
 def _is_excluded(p: nn.Parameter, method: Method) -> bool:
     return method.exclude == "bias_and_norm" and p.ndim == 1
+
+
+def update_weights(optimizer: Optimizer) -> None:
+    """Take a step with the groups that move.
+
+    A group whose lr is 0 keeps its momentum, as well as its weights: SwAV's code removes the
+    gradients of prototypes that are frozen, so that their momentum starts with the first step.
+
+    Args:
+        optimizer: An optimizer of `build_optimizer`, whose lr are set.
+    """
+    groups = optimizer.param_groups
+    optimizer.param_groups = [group for group in groups if group["lr"]]
+    optimizer.step()
+    optimizer.param_groups = groups
 
 
 def set_lr(

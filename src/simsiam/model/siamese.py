@@ -10,8 +10,8 @@ from simsiam.config.methods import METHODS, Method
 from simsiam.errors import UsageError, unknown_name
 from simsiam.model.backbones import create_backbone, feature_dim
 from simsiam.model.heads import BN_GROUPINGS, build_predictor, build_projector
-from simsiam.model.losses import CRITERIA
-from simsiam.model.targets import TARGETS
+from simsiam.model.losses import CRITERIA, InfoNCE
+from simsiam.model.targets import TARGETS, MovingAverageTarget
 
 
 class Output(NamedTuple):
@@ -44,6 +44,7 @@ class Siamese(nn.Module):
         self.forward_views = BN_GROUPINGS[method.bn]
         self.pairs = PAIRS[method.pairs]
         self.predicted_views = sorted({i for i, _ in self.pairs})
+        self.encoded_views = sorted({*self.predicted_views, *self.target.required_views})
 
     @property
     def f(self) -> nn.Module:
@@ -62,8 +63,7 @@ class Siamese(nn.Module):
         """
         if len(x) != (count := self.method.view_count):
             raise UsageError(f"{self.method.name} takes {count} views of each image, not {len(x)}")
-        views = sorted({*self.predicted_views, *self.target.required_views})
-        h = self.forward_views(self.backbone, {i: x[i] for i in views})
+        h = self.forward_views(self.backbone, {i: x[i] for i in self.encoded_views})
         z = self.forward_views(self.projector, h)
         p = self.forward_views(self.predictor, {i: z[i] for i in self.predicted_views})
         eta = self.target(x, z, index)
@@ -101,8 +101,12 @@ class Siamese(nn.Module):
             step: The step, counted from 0; needed by targets with a schedule.
             index: The `index` given to `forward`.
         """
-        self.target.after_step(self.f, output.targets, step, index)
-        self.criterion.after_step(output.targets)
+        z = dict(zip(self.encoded_views, output.projections, strict=True))
+        self.target.after_step(self.f, z, step, index)
+        negatives = output.targets
+        if isinstance(self.criterion, InfoNCE) and isinstance(self.target, MovingAverageTarget):
+            negatives = [self.target.draw(self.method.queue, step)]  # from the memory bank
+        self.criterion.after_step(negatives)
 
 
 def check_names(method: Method) -> None:

@@ -79,13 +79,13 @@ class SharedTarget(nn.Module):
         return {j: z[j] for j in self.views}
 
     def after_step(
-        self, f: nn.Module, t: list[Tensor], step: int | None, index: Tensor | None
+        self, f: nn.Module, z: TensorsByView, step: int | None, index: Tensor | None
     ) -> None:
         """Update what the target remembers, after a step of the optimizer.
 
         Args:
             f: The encoder.
-            t: The step's targets, (N, d) for each of `views`.
+            z: The step's projections, as `forward` was given them.
             step: The step, counted from 0.
             index: (N,) int64, the positions of the images in the training set.
         """
@@ -162,7 +162,7 @@ class EncoderCopyTarget(SharedTarget):
 
     @torch.no_grad()
     def after_step(
-        self, f: nn.Module, t: list[Tensor], step: int | None, index: Tensor | None
+        self, f: nn.Module, z: TensorsByView, step: int | None, index: Tensor | None
     ) -> None:
         """Move the copy's weights towards those of f (see `SharedTarget`)."""
         if (m := self.momentum_at(step)) < 1:
@@ -170,12 +170,8 @@ class EncoderCopyTarget(SharedTarget):
                 copied.lerp_(new, 1 - m)
 
 
-class MovingAverageTarget(SharedTarget):
-    """One eta for each image: a moving average of its projections, as unit vectors (section 5.2).
-
-    t is the average that already includes this step's z (footnote 5). What is kept includes the
-    mean z of the step's views. Several processes share the rows of eta (see `shard_rows`), and the
-    state dict of rank zero has all of them.
+class PerImageTarget(SharedTarget):
+    """One eta for each image, as unit vectors. Several processes share its rows (`shard_rows`).
 
     Attributes:
         eta: This process's rows, (images / processes, d). It is not a buffer, because buffers are
@@ -186,8 +182,6 @@ class MovingAverageTarget(SharedTarget):
         """Create the target without images (see `SharedTarget`)."""
         super().__init__(method, f)
         self.eta = torch.empty(0, method.dim)
-        self.register_state_dict_post_hook(_save_eta)
-        self.register_load_state_dict_pre_hook(_load_eta)
 
     def begin(
         self, f: nn.Module, *, images: int, labels: Tensor | None, steps: int, per_epoch: int
@@ -198,31 +192,87 @@ class MovingAverageTarget(SharedTarget):
 
     @torch.no_grad()
     def set_eta(self, z: Tensor, index: Tensor) -> None:
-        """Set the eta of some images to their normalized projections.
+        """Set the eta of some images to normalized vectors.
 
         Args:
-            z: (n, d) projections.
+            z: (n, d), their projections, or features of a teacher.
             index: (n,) int64, the positions of the images in the training set.
         """
         write_rows(self.eta, index, F.normalize(at_least_float32(z), dim=1))
 
-    def forward(self, x: Sequence[Tensor], z: TensorsByView, index: Tensor | None) -> TensorsByView:
-        """Return m eta + (1 - m) z with normalized z, (N, d) for each of `views`."""
+    def lookup(self, index: Tensor | None) -> Tensor:
+        """Return the eta of the images of a batch, (N, d).
+
+        Args:
+            index: (N,) int64, the positions of the images in the training set.
+
+        Raises:
+            UsageError: `begin` or the index is missing.
+        """
         if index is None or not len(self.eta):
-            _raise_not_begun("moving_average", "images, and an index with every batch")
-        m, eta = self.method.decay, lookup_rows(self.eta, index)
-        return {
-            j: m * eta + (1 - m) * F.normalize(at_least_float32(z[j]), dim=1) for j in self.views
-        }
+            _raise_not_begun(self.method.target, "images, and an index with every batch")
+        return lookup_rows(self.eta, index)
+
+
+class MovingAverageTarget(PerImageTarget):
+    """A moving average of each image's projections (section 5.2), or a memory bank of them.
+
+    t is the average that already includes this step's z (footnote 5) or, in a memory bank, the one
+    before. What is kept includes the mean z of the step's views. The state dict of rank zero has
+    the rows of all processes.
+    """
+
+    def __init__(self, method: Method, f: nn.Module):
+        """Create the target without images (see `SharedTarget`)."""
+        super().__init__(method, f)
+        self.images = 0
+        self.register_state_dict_post_hook(_save_eta)
+        self.register_load_state_dict_pre_hook(_load_eta)
+
+    def begin(
+        self, f: nn.Module, *, images: int, labels: Tensor | None, steps: int, per_epoch: int
+    ) -> None:
+        """Create eta for `images` images, all zero (see `SharedTarget`)."""
+        super().begin(f, images=images, labels=labels, steps=steps, per_epoch=per_epoch)
+        self.images = images
+
+    def forward(self, x: Sequence[Tensor], z: TensorsByView, index: Tensor | None) -> TensorsByView:
+        """Return m eta + (1 - m) z with normalized z, or eta: (N, d) for each of `views`."""
+        eta = self.lookup(index)
+        if not self.method.target_fresh:
+            return dict.fromkeys(self.views, eta)
+        return {j: self._update(eta, z[j]) for j in self.views}
+
+    def _update(self, eta: Tensor, z: Tensor) -> Tensor:
+        m = self.method.decay
+        return m * eta + (1 - m) * F.normalize(at_least_float32(z), dim=1)
 
     @torch.no_grad()
     def after_step(
-        self, f: nn.Module, t: list[Tensor], step: int | None, index: Tensor | None
+        self, f: nn.Module, z: TensorsByView, step: int | None, index: Tensor | None
     ) -> None:
-        """Set eta to the normalized mean of the step's targets (see `SharedTarget`)."""
-        if index is None:
-            _raise_not_begun("moving_average", "images, and an index with every batch")
-        self.set_eta(torch.stack(t).mean(0), index)
+        """Set eta to its normalized mean update over the step's views (see `SharedTarget`)."""
+        eta = self.lookup(index)
+        assert index is not None
+        self.set_eta(torch.stack([self._update(eta, z[j]) for j in self.views]).mean(0), index)
+
+    def draw(self, count: int, step: int | None) -> Tensor:
+        """Return the eta of images drawn at random, the same ones on all processes.
+
+        Args:
+            count: How many.
+            step: The step, counted from 0, which decides what is drawn.
+
+        Returns:
+            (count, d).
+
+        Raises:
+            UsageError: The step is not known.
+        """
+        if step is None:
+            raise UsageError("a memory bank depends on the step: give it to model.after_step")
+        index = torch.randint(self.images, (count,), generator=torch.Generator().manual_seed(step))
+        return self.lookup(index.to(self.eta.device))
 
 
 def _save_eta(
@@ -235,6 +285,18 @@ def _load_eta(
     target: MovingAverageTarget, state: dict[str, Tensor], prefix: str, *_: object
 ) -> None:
     target.eta.copy_(shard_rows(state.pop(prefix + "eta")))
+
+
+class TeacherTarget(PerImageTarget):
+    """The feature that a frozen network has of each image: distillation.
+
+    The features are computed once, of the image as in evaluation, and not of each view. They are
+    not in the state dict: a run that continues computes them again.
+    """
+
+    def forward(self, x: Sequence[Tensor], z: TensorsByView, index: Tensor | None) -> TensorsByView:
+        """Return eta, (N, d) for each of `views`."""
+        return dict.fromkeys(self.views, self.lookup(index))
 
 
 class ExpectationTarget(SharedTarget):
@@ -280,6 +342,21 @@ class LabelTarget(SharedTarget):
         return dict.fromkeys(self.views, self.labels[index])
 
 
+class KMeansTarget(LabelTarget):
+    """The cluster of each image: eta as k-means solves it before each epoch (section 5.1)."""
+
+    def __init__(self, method: Method, f: nn.Module):
+        """Create the target without images (see `SharedTarget`)."""
+        super().__init__(method, f)
+        self.register_buffer("labels", torch.empty(0, dtype=torch.long))
+
+    def begin(
+        self, f: nn.Module, *, images: int, labels: Tensor | None, steps: int, per_epoch: int
+    ) -> None:
+        """Put all images into cluster 0, until they are clustered (see `SharedTarget`)."""
+        self.labels = self.labels.new_zeros(images)
+
+
 def _raise_not_begun(name: str, missing: str) -> NoReturn:
     raise UsageError(f"{name} depends on the run: call model.begin with {missing}")
 
@@ -294,7 +371,7 @@ def eta_bytes(method: Method, images: int) -> int:
     Returns:
         Bytes over all processes together: d float32 numbers per image, or 0.
     """
-    return 4 * method.dim * images if method.target == "moving_average" else 0
+    return 4 * method.dim * images if issubclass(TARGETS[method.target], PerImageTarget) else 0
 
 
 TARGETS: dict[str, type[SharedTarget]] = {
@@ -303,5 +380,7 @@ TARGETS: dict[str, type[SharedTarget]] = {
     "alternation": EncoderCopyTarget,
     "moving_average": MovingAverageTarget,
     "expectation": ExpectationTarget,
+    "teacher": TeacherTarget,
+    "kmeans": KMeansTarget,
     "labels": LabelTarget,
 }

@@ -26,6 +26,7 @@ from simsiam.errors import UsageError, none_readable, unknown_name
 from simsiam.model.backbones import RESNETS, input_size
 from simsiam.model.siamese import check_names
 from simsiam.runs.choose import FOLDER, choose_recipe, summarize_folder_recipe
+from simsiam.runs.encoder import load
 from simsiam.runs.recipe_file import read_recipe
 from simsiam.runs.run_folder import Run
 from simsiam.runs.weights import (
@@ -85,6 +86,7 @@ def compose_recipe(
     ):  # it has no width and no stem to choose
         base = replace(base, width=Recipe.width, stem=None)
     complete = base.replace(**{"source": absolute_sources(names)} | dict(overrides))
+    complete = _with_teacher(complete, overrides)
     check_names(complete.method)
     if complete.init is not None:
         complete = replace(complete, init=canonical_name(complete.init))
@@ -134,6 +136,30 @@ def _describe_init(
             )
     line = f"{own.backbone}, the network of the initial weights {init}"
     return folder, network | known_preprocessing(folder), [line, *left_out_head(folder)]
+
+
+def _with_teacher(complete: Recipe, overrides: Mapping[str, object]) -> Recipe:
+    """Give the predictions the width of the teacher's features."""
+    if (complete.teacher is None) != (complete.method.target != "teacher"):
+        raise UsageError(
+            "target teacher and --teacher WEIGHTS go together: give both, such as --method "
+            "distillation --teacher lite0"
+        )
+    if complete.teacher is None:
+        return complete
+    folder = open_weights(
+        complete.teacher,
+        source=complete.source,
+        channels=complete.channels,
+        splits=complete.splits,
+    )
+    dim = load(folder).dim
+    if overrides.get("dim", dim) != dim:
+        raise UsageError(
+            f"teacher {complete.teacher} has {dim} features and --dim is {overrides['dim']}: leave "
+            "--dim out"
+        )
+    return complete.replace(dim=dim, teacher=canonical_name(complete.teacher))
 
 
 def _with_weights(

@@ -2,26 +2,32 @@
 
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
+import numpy as np
 import torch
+from torch import nn
 from torch.optim import Optimizer
 
 from simsiam.config.method import BN_SPLITS
 from simsiam.config.recipes import ResolvedRecipe
 from simsiam.data.batches import min_decode_side, sequential_batches, steps_per_epoch
 from simsiam.data.images import Images, hold_out, load_into_memory, sample
+from simsiam.data.transform import Transform
 from simsiam.distributed.collectives import all_gather_objects
-from simsiam.distributed.process_group import world_size
+from simsiam.distributed.process_group import local_slice, rank_zero_only, world_size
 from simsiam.distributed.sync_batch_norm import convert_sync_batchnorm
 from simsiam.errors import UsageError
+from simsiam.model.losses import Classification
 from simsiam.model.memory import check_memory
 from simsiam.model.optimizers import build_optimizer
 from simsiam.model.patches import PATCHES_PREFIX
 from simsiam.model.precision import Compute
 from simsiam.model.siamese import Siamese, build
-from simsiam.model.targets import MovingAverageTarget
-from simsiam.runs.weights import load_init_weights
+from simsiam.model.targets import KMeansTarget, MovingAverageTarget, TeacherTarget
+from simsiam.monitoring.features import extract_features
+from simsiam.runs.encoder import eval_transform, load
+from simsiam.runs.weights import load_init_weights, open_weights
 from simsiam.sources.disk_cache import with_disk_cache
 from simsiam.sources.open_source import Source
 
@@ -85,6 +91,11 @@ def prepare_data(recipe: ResolvedRecipe, source: Source) -> RunData:
     check_process_split(recipe, len(train))
     if recipe.method.target == "labels":
         check_labels(train, recipe.method.dim, source.name)
+    if recipe.method.target == "kmeans" and len(train) < recipe.method.dim:
+        raise UsageError(
+            f"target kmeans finds {recipe.method.dim} clusters (--dim) in {len(train)} images: "
+            f"use --dim {max(2, len(train) // 20)} or so"
+        )
     cache_bytes = int(recipe.disk_cache_gib * 2**30)
     train = with_disk_cache(
         train, recipe.source, source.train, min_decode_side(recipe), cache_bytes
@@ -188,21 +199,84 @@ def build_training_setup(recipe: ResolvedRecipe) -> TrainingSetup:
 
 
 def initialize_eta(
-    model: Siamese, images: Images, recipe: ResolvedRecipe, compute: Compute
+    model: Siamese, images: Images, recipe: ResolvedRecipe, compute: Compute, *, resumed: bool
 ) -> None:
-    """Set the first eta of every image to its projection by the initial network (section 5.2).
+    """Set the eta of every image before the first step of a process.
 
-    Only a moving-average target keeps an eta for each image. Without this pass, t would be the
-    other view's z alone in the first epoch: Table 1a, which collapses.
+    A moving average begins with the projection by the initial network (section 5.2). Without this
+    pass, t would be the other view's z alone in the first epoch: Table 1a, which collapses. A
+    teacher's features are centered, since what all images share teaches nothing.
 
     Args:
         model: The model before its first step.
         images: The training images.
         recipe: The recipe of the run.
         compute: Device and precision.
+        resumed: Whether the model was loaded from a checkpoint.
     """
-    if isinstance(model.target, MovingAverageTarget):
+    if isinstance(model.target, TeacherTarget):
+        teacher = load(
+            open_weights(
+                recipe.teacher or "",
+                source=recipe.source,
+                channels=recipe.channels,
+                splits=recipe.splits,
+            )
+        )
+        transform = cast(Transform, teacher.transform)
+        found = extract_features(compute.place(teacher), images, transform, compute=compute)
+        h, own = found.matrices[0], local_slice(len(found.kept_indices))
+        index = torch.as_tensor(found.kept_indices)
+        model.target.set_eta((h - h.mean(0))[own].to(compute.device), index[own].to(compute.device))
+    if isinstance(model.target, MovingAverageTarget) and not resumed:
         f = deepcopy(model.f)  # a copy, so that the running statistics of the model do not change
         for batch in sequential_batches(images, recipe, compute.device):
             with torch.no_grad(), compute.autocast():
                 model.target.set_eta(f(batch.views[0]), batch.index.to(compute.device))
+
+
+def solve_clusters(
+    setup: TrainingSetup, images: Images, recipe: ResolvedRecipe, epoch: int
+) -> None:
+    """Cluster all images by the backbone as it is, and begin a new classifier (DeepCluster, 3.3).
+
+    Args:
+        setup: The model, whose target is `KMeansTarget`, and its optimizer.
+        images: The training images.
+        recipe: The recipe of the run.
+        epoch: The epoch that begins.
+    """
+    model, optimizer, compute = setup
+    target, criterion, head = model.target, model.criterion, model.projector[-1]
+    assert isinstance(target, KMeansTarget) and isinstance(criterion, Classification)
+    assert isinstance(head, nn.Linear)
+    features = extract_features(model.backbone, images, eval_transform(recipe), compute=compute)
+    found = cluster_features(features.matrices[0].numpy(), recipe.method.dim, recipe.seed + epoch)
+    target.labels[torch.as_tensor(features.kept_indices)] = torch.as_tensor(found).to(target.labels)
+    criterion.balance(target.labels)
+    generator = torch.Generator().manual_seed(recipe.seed + epoch)
+    with torch.no_grad():
+        head.weight.copy_(torch.randn(head.weight.shape, generator=generator) * 0.01)
+        head.bias.zero_()
+    for p in head.parameters():
+        optimizer.state.pop(p, None)
+
+
+@rank_zero_only
+def cluster_features(h: np.ndarray, clusters: int, seed: int) -> np.ndarray:
+    """Find clusters as DeepCluster does (3.3): PCA to 256 dimensions, whitened, of unit length.
+
+    Args:
+        h: (N, d) features.
+        clusters: The number of clusters, at most N.
+        seed: Seed of the first centers.
+
+    Returns:
+        (N,) int32, the cluster of each row.
+    """
+    from sklearn.cluster import KMeans
+    from sklearn.decomposition import PCA
+    from sklearn.preprocessing import normalize
+
+    x = normalize(PCA(min(256, *h.shape), whiten=True, random_state=seed).fit_transform(h))
+    return KMeans(clusters, n_init=1, max_iter=20, random_state=seed).fit(x).labels_

@@ -6,7 +6,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from simsiam.data.batches import ViewBatch, iter_batches, steps_per_epoch
-from simsiam.model.optimizers import set_lr
+from simsiam.model.optimizers import set_lr, update_weights
 from simsiam.model.siamese import Siamese
 from simsiam.monitoring.gauges import compute_gauges, grad_norm
 from simsiam.monitoring.label_free_monitor import label_free_monitor
@@ -17,7 +17,7 @@ from simsiam.runs.journal import MetricsLogger
 from simsiam.runs.records import TrainingState
 from simsiam.runs.run_folder import Run
 from simsiam.training.loop import Metrics, SkippedFiles, Training
-from simsiam.training.prepare import RunData, TrainingSetup, initialize_eta
+from simsiam.training.prepare import RunData, TrainingSetup, initialize_eta, solve_clusters
 from simsiam.training.step import build_gradient_step
 
 
@@ -44,6 +44,7 @@ class Pretraining(Training[ViewBatch]):
     ):
         recipe = run.recipe
         self.run, self.data, self.state, self.logger = run, data, state, logger
+        self.setup = setup
         self.model, self.optimizer, self.compute = setup
         self.gradient_step = build_gradient_step(recipe, setup)
         self.batch_size, self.log_every = recipe.batch_size, recipe.log_every
@@ -56,9 +57,10 @@ class Pretraining(Training[ViewBatch]):
 
     @override
     def begin(self) -> None:
-        if "model" not in self.state:
-            recipe, train, compute = self.run.recipe, self.data.train, self.compute
-            initialize_eta(self.model, train, recipe, compute)
+        recipe, train, compute = self.run.recipe, self.data.train, self.compute
+        resumed = "model" in self.state
+        initialize_eta(self.model, train, recipe, compute, resumed=resumed)
+        if not resumed:
             backbone, transform = self.model.backbone, eval_transform(recipe)
             self.state["start"] = measure_start(
                 backbone, train, recipe, transform, self.steps, compute=compute
@@ -73,13 +75,16 @@ class Pretraining(Training[ViewBatch]):
     @override
     def train_step(self, batch: ViewBatch) -> Tensor:
         recipe, index = self.run.recipe, batch.index.to(self.compute.device)
+        epoch, step = divmod(batch.step, self.steps_per_epoch)
+        if recipe.method.target == "kmeans" and not step:
+            solve_clusters(self.setup, self.data.train, recipe, epoch)
         warmup = recipe.method.warmup_epochs * self.steps_per_epoch
         peak_lr, steps = recipe.peak_lr, self.steps
         self.lr = set_lr(
             self.optimizer, batch.step, peak_lr=peak_lr, steps=steps, warmup_steps=warmup
         )
         self.output = self.gradient_step(batch.views, index, batch.weight)
-        self.optimizer.step()
+        update_weights(self.optimizer)
         self.model.after_step(self.output, batch.step, index)
         return self.output.loss
 
