@@ -17,6 +17,13 @@ COLUMNS = (
 PANEL_WIDTH, PANEL_HEIGHT = 168, 250  # pixels
 PANELS_PER_ROW = 5
 DEFAULT_COLOR = "#24292f"
+# Targets that no trained encoder computes from this step's view.
+RIGHT_BOXES = {
+    "labels": "labels",
+    "teacher": "teacher",
+    "kmeans": "k-means",
+    "moving_average": "memory bank",
+}
 HIGHLIGHT_COLOR = "#cf222e"  # red, as in the paper, for components that SimSiam does not have
 
 
@@ -87,14 +94,15 @@ def draw_panel(row: Method) -> str:
     Returns:
         SVG elements.
     """
-    left, right, labels = 44, 124, row.target == "labels"
+    left, right = 44, 124
     # What stands between the right encoder and D.
     between = {"swapped": "Sinkhorn", "info_nce": "queue"}.get(row.criterion, "")
-    second = "encoder"
-    if labels:
-        second = row.target
-    elif row.target in SECOND_ENCODER_TARGETS:
+    second = RIGHT_BOXES.get(row.target, "encoder")
+    if row.target in SECOND_ENCODER_TARGETS:
         second = f"{row.target} encoder"
+    if row.target == "moving_average":  # which is the queue
+        between = ""
+    from_image = row.target not in RIGHT_BOXES or row.target == "teacher"
     second_color = DEFAULT_COLOR if second == "encoder" else HIGHLIGHT_COLOR
     loss_color = DEFAULT_COLOR if row.criterion == SIMSIAM.criterion else HIGHLIGHT_COLOR
     parts = [
@@ -103,7 +111,7 @@ def draw_panel(row: Method) -> str:
         _dashed_line(left - 14),
     ]
     parts += [_stop_gradient_bar(right)] if row.stop_gradient else [_dashed_line(right + 14)]
-    parts += [_arrow(left, 206, 182)] + [_arrow(right, 206, 182)] * (not labels)
+    parts += [_arrow(left, 206, 182)] + [_arrow(right, 206, 182)] * from_image
     parts += [_arrow(left, 154, 62), _arrow(right, 154, 62)]
     parts += [
         _box(left, 168, "encoder", DEFAULT_COLOR),
