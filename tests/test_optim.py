@@ -7,7 +7,13 @@ import torch
 from torch import nn
 
 from simsiam.config.methods import METHODS, Method
-from simsiam.model.optimizers import LARS, build_optimizer, set_lr, update_weights
+from simsiam.model.optimizers import (
+    LARS,
+    build_optimizer,
+    constant_decay_schedule,
+    set_lr,
+    update_weights,
+)
 from simsiam.model.siamese import build
 
 SMALL = {"backbone": "resnet10", "width": 4, "image_size": 16}
@@ -114,3 +120,43 @@ def test_adamw_is_torchs():
         reference.step()
     for p, q in zip(ours.parameters(), theirs.parameters()):
         torch.testing.assert_close(p, q)
+
+
+def test_a_run_of_other_length_begins_alike_with_constant_decay():
+    short, long = ([constant_decay_schedule(s, n, 5) for s in range(n)] for n in (100, 300))
+    assert short[:80] == long[:80] == [0.2, 0.4, 0.6, 0.8] + [1.0] * 76
+    assert short[90] == pytest.approx(0.5) and short[-1] == pytest.approx(0.05)
+    model = build(row("simsiam", lr_schedule="constant_decay"), **SMALL)
+    optimizer = build_optimizer(model, model.method)
+    lr = set_lr(optimizer, 90, peak_lr=2.0, steps=100, warmup_steps=5)
+    assert lr == {"encoder": pytest.approx(1.0), "predictor": 2.0}
+
+
+def test_the_predictor_has_a_weight_decay_of_its_own():
+    method = row("simsiam", predictor_weight_decay=0.0, exclude="bias_and_norm")
+    groups = build_optimizer(build(method, **SMALL), method).param_groups
+    decay = {group["name"]: group["weight_decay"] for group in groups}
+    assert decay == {
+        "encoder": method.weight_decay,
+        "encoder, excluded": 0.0,
+        "predictor": 0.0,
+        "predictor, excluded": 0.0,
+    }
+
+
+def test_cut_init_changes_the_size_of_weights_and_nothing_that_batch_norm_sees():
+    """Draganov et al., 2025: z is the same, and the gradient is as much larger as z's weights."""
+    x = torch.randn(16, 3, 16, 16, dtype=torch.float64)
+    models = [build(row("simsiam", cut_init=c), **SMALL).double() for c in (1.0, 3.0)]
+    for model in models:
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+                module.eps = 0.0
+    plain, cut = models
+    torch.testing.assert_close(cut.f(x), plain.f(x))
+    for p, q in zip(plain.parameters(), cut.parameters(), strict=True):
+        torch.testing.assert_close(q, p / 3 if p.ndim > 1 else p)
+    for model in models:
+        (model.f(x) ** 3).sum().backward()
+    one, other = (model.backbone.conv1.weight.grad for model in models)
+    torch.testing.assert_close(other, 3 * one)

@@ -53,6 +53,7 @@ class PretrainSettings(TypedDict, total=False):
     pred_dim: int
     predictor_lr: Literal["constant", "cosine"]
     predictor_lr_scale: float
+    predictor_weight_decay: float | None
     head_bn: tuple[HeadBN, ...]
     output_bn_affine: bool
     output_bias: bool
@@ -81,6 +82,8 @@ class PretrainSettings(TypedDict, total=False):
     momentum: float
     weight_decay: float
     exclude: Literal["none", "bias_and_norm"]
+    lr_schedule: Literal["cosine", "constant_decay"]
+    cut_init: float
     warmup_epochs: int
     crop_min: float
     flip: float

@@ -119,6 +119,9 @@ class Method:
     predictor_lr_scale: float = setting(
         1.0, "peak lr of the predictor divided by that of backbone and projector"
     )
+    predictor_weight_decay: float | None = setting(
+        None, "weight decay of the predictor [that of the other parts]"
+    )
     # Both heads.
     head_bn: tuple[HeadBN, ...] = setting(
         ("proj_hidden", "proj_out", "pred_hidden"),
@@ -225,6 +228,16 @@ class Method:
         "parameters without weight decay and without LARS adaptation: none, or biases and the "
         "parameters of norm layers (appendix A)",
     )
+    lr_schedule: Literal["cosine", "constant_decay"] = setting(
+        "cosine",
+        "schedule of the lr: half a cosine (section 3); or constant, then a linear decay to 0 in "
+        "the last fifth of the steps: a run of other length has the same beginning",
+    )
+    cut_init: float = setting(
+        1.0,
+        "divide the initial weights of all layers by this, so that the first steps turn them more "
+        "(Draganov et al., 2025, use 9)",
+    )
     warmup_epochs: int = setting(
         0,
         "epochs of linear lr warmup; the paper uses 10 for batches of 1024 and more (Table 2) "
@@ -270,6 +283,7 @@ class Method:
         check_ranges(self, sinkhorn_epsilon=(1e-3, 1e30), sinkhorn_iterations=count)
         check_ranges(self, base_lr=weight, momentum=(0, 1), weight_decay=weight)
         check_ranges(self, predictor_lr_scale=weight, warmup_epochs=(0, inf))
+        check_ranges(self, predictor_weight_decay=weight, cut_init=(1e-3, 1e3))
 
     @property
     def view_count(self) -> int:

@@ -12,6 +12,8 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from simsiam.config.method import Method
 
+DECAY_SHARE = 0.2  # of the steps of `constant_decay_schedule`
+
 
 def cosine_schedule(step: float, steps: float, warmup: int = 0) -> float:
     """Return the fraction of the peak lr: a linear rise, then half a cosine (section 3).
@@ -45,7 +47,28 @@ def constant_schedule(step: int, steps: int, warmup: int = 0) -> float:
     return 1.0
 
 
-SCHEDULES = {"cosine": cosine_schedule, "constant": constant_schedule}
+def constant_decay_schedule(step: float, steps: float, warmup: int = 0) -> float:
+    """Return the fraction of the peak lr: a linear rise, then 1, then a linear decay to 0.
+
+    The decay takes the last fifth of the steps (Haegele et al., 2024). Until then the lr does not
+    depend on the number of steps.
+
+    Args:
+        step: The step, 0 <= step < steps.
+        steps: Number of steps of the run.
+        warmup: Number of steps of the linear rise.
+
+    Returns:
+        A fraction from 0 to 1.
+    """
+    return min(1.0, (step + 1) / max(warmup, 1), (steps - step) / (DECAY_SHARE * steps))
+
+
+SCHEDULES = {
+    "cosine": cosine_schedule,
+    "constant": constant_schedule,
+    "constant_decay": constant_decay_schedule,
+}
 
 
 class LARS(Optimizer):
@@ -121,9 +144,12 @@ def build_optimizer(model: nn.Module, method: Method) -> Optimizer:
     """
     rest = method.freeze_prototypes if method.criterion == "swapped" else 0
     schedules: dict[str, dict[str, object]] = {
-        "encoder": {"schedule": "cosine", "lr_scale": 1.0},
-        "predictor": {"schedule": method.predictor_lr, "lr_scale": method.predictor_lr_scale},
-        "criterion": {"schedule": "cosine", "lr_scale": 1.0, "rest": rest},
+        "encoder": {"schedule": method.lr_schedule, "lr_scale": 1.0},
+        "predictor": {
+            "schedule": "constant" if method.predictor_lr == "constant" else method.lr_schedule,
+            "lr_scale": method.predictor_lr_scale,
+        },
+        "criterion": {"schedule": method.lr_schedule, "lr_scale": 1.0, "rest": rest},
     }
     parameters: dict[str, list[nn.Parameter]] = {name: [] for name in schedules}
     for path, p in model.named_parameters():
@@ -138,6 +164,9 @@ def build_optimizer(model: nn.Module, method: Method) -> Optimizer:
         groups.append({"name": name, "params": regular, **schedule})
         groups.append({"name": f"{name}, excluded", "params": excluded, **schedule, **no_decay})
     groups = [group for group in groups if group["params"]]
+    for group in groups:
+        if group["name"] == "predictor" and method.predictor_weight_decay is not None:
+            group["weight_decay"] = method.predictor_weight_decay
     lr, weight_decay, momentum = method.base_lr, method.weight_decay, method.momentum
     if method.optimizer == "adamw":
         betas = (momentum, 0.999)

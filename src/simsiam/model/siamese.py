@@ -148,4 +148,21 @@ def build(
             backbone = create_backbone(
                 backbone, image_size=image_size, width=width, stem=stem, channels=channels
             )
-        return Siamese(backbone, method)
+        model = Siamese(backbone, method)
+    cut_weights(model, method.cut_init)
+    return model
+
+
+@torch.no_grad()
+def cut_weights(model: nn.Module, divisor: float) -> None:
+    """Divide the weights of all layers but batch norm's (Draganov et al., 2025, section 4).
+
+    What follows a batch norm is the same, but a step turns smaller weights by a larger angle.
+
+    Args:
+        model: The model.
+        divisor: What to divide by.
+    """
+    for p in model.parameters():
+        if p.ndim > 1:
+            p /= divisor
