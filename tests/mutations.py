@@ -265,8 +265,8 @@ MUTATIONS = [
     m(
         "sum instead of the mean",
         "model/siamese",
-        "for i, j in self.pairs]).mean()",
-        "for i, j in self.pairs]).sum()",
+        "for i, views in self.terms]).mean()",
+        "for i, views in self.terms]).sum()",
         "method.py::test_simsiam_is_algorithm_1",
     ),
     m(
@@ -300,8 +300,8 @@ MUTATIONS = [
     m(
         "encode what is not predicted",
         "model/siamese",
-        "views = sorted({*self.predicted_views, *self.target.required_views})",
-        "views = range(len(x))",
+        "sorted({*self.predicted_views, *self.target.required_views})",
+        "list(range(method.view_count))",
         "rows.py::test_no_row_wastes_encoder_passes[moco_v2-2]",
     ),
     m(

@@ -71,7 +71,10 @@ CELLS = [
     *({"method": name, "equal_terms": True} | needed(row) for name, row in METHODS.items()),
     {"method": "instance_discrimination", "target_fresh": True},
     {"target": "teacher", "teacher": "patches", "dim": GRID**2 * CENTERS},
-    {"interpolation": "bicubic"},
+    {"interpolation": "bicubic"}, {"num_views": 3}, {"num_views": 3, "pairs": "asymmetric"},
+    {"num_views": 3, "target": "moving_average", "predictor": "none"},
+    {"num_views": 3, "criterion": "nt_xent"}, {"cut_init": 9.0},
+    {"lr_schedule": "constant_decay", "predictor_lr": "cosine", "predictor_weight_decay": 0.0},
 ]  # fmt: skip
 
 

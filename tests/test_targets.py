@@ -280,6 +280,38 @@ def test_expectation_is_the_minimizer_of_etas_problem():
     assert len(out.projections) == 5 and len(out.predictions) == len(out.targets) == 2
 
 
+def test_one_predicting_view_of_several_is_the_expectation():
+    """FastSiam with pairs asymmetric is equation 9 with one view less in the mean."""
+    cells = {"pairs": "asymmetric"}
+    assert same(
+        train(small(num_views=4, **cells)),
+        train(small(target="expectation", target_views=3, **cells)),
+    )
+
+
+def test_each_view_predicts_the_mean_of_the_others():
+    """FastSiam (Pototzky et al., 2022, equation 2), in plain loops over images and views."""
+    model = build(small(num_views=3), **SMALL)
+    x, _ = batch(0, views=3)
+    out = model(*x)
+    z, p = out.projections, out.predictions
+    by_hand = 0.0
+    for i, (a, b) in enumerate([(1, 2), (0, 2), (0, 1)]):
+        for n in range(N):
+            t = (z[a][n] + z[b][n]).detach() / 2
+            by_hand = by_hand - p[i][n] @ t / (p[i][n].norm() * t.norm()) / (3 * N)
+    torch.testing.assert_close(out.loss, by_hand)
+    weight = model.predictor[-1].weight
+    torch.testing.assert_close(
+        *(torch.autograd.grad(loss, weight, retain_graph=True)[0] for loss in (out.loss, by_hand))
+    )
+    momentum = build(small(num_views=3, target="momentum"), **SMALL)
+    copies = [momentum.target.copy(view) for view in x]
+    expected = [(copies[a] + copies[b]) / 2 for a, b in [(0, 1), (0, 2), (1, 2)]]
+    for ours, theirs in zip(momentum(*x).targets, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 def test_labels_are_targets():
     model = build(METHODS["supervised"], **SMALL)
     with pytest.raises(UsageError, match=r"call model\.begin with labels"):

@@ -68,6 +68,7 @@ class PretrainSettings(TypedDict, total=False):
     criterion: str
     loss_scale: float
     pairs: Pairs
+    num_views: int
     tau: float
     queue: int
     barlow_lambda: float

@@ -183,6 +183,11 @@ class Method:
         "asymmetric: (1,2); asymmetric_2x: (1,2), (3,4) (section 4.6); single: one view and what "
         "its image has: a label, cluster, moving average or a teacher's feature",
     )
+    num_views: int = setting(
+        2,
+        "views of each image; with more than 2, each view (with pairs asymmetric the first alone) "
+        "is compared with the mean target of all others (FastSiam)",
+    )
     tau: float = setting(0.1, "with --criterion nt_xent, info_nce or swapped: temperature")
     queue: int = setting(
         65536,
@@ -273,10 +278,28 @@ class Method:
                 "use target shared"
             )
 
+        if self.num_views > 2:
+            self._check_num_views()
+
+    def _check_num_views(self) -> None:
+        if self.target in ("expectation", *CLASS_TARGETS) or self.criterion == "swapped":
+            given = self.criterion if self.criterion == "swapped" else f"target {self.target}"
+            raise UsageError(
+                f"num_views is {self.num_views}, which averages targets, and {given} does not go "
+                "with it: use target shared and criterion cosine"
+            )
+        if self.pairs not in ("symmetric", "asymmetric"):
+            raise UsageError(
+                f"num_views is {self.num_views} and pairs {self.pairs}: use pairs symmetric, or "
+                "asymmetric for one predicting view"
+            )
+
     def _check_ranges(self) -> None:
         count, weight, width = (1, inf), (0, 1e30), (1, inf)
         check_ranges(self, dim=width, proj_layers=(1, 100), proj_hidden=width, pred_dim=width)
-        check_ranges(self, target_decay=(0, 1), target_steps=(0, inf), target_views=count)
+        check_ranges(
+            self, num_views=(2, 100), target_decay=(0, 1), target_steps=(0, inf), target_views=count
+        )
         check_ranges(self, loss_scale=(1e-30, 1e30), tau=(1e-6, 1e30), queue=count)
         check_ranges(self, barlow_lambda=weight, vicreg_weights=weight)
         check_ranges(self, prototypes=count, freeze_prototypes=(0, inf))
@@ -286,10 +309,19 @@ class Method:
         check_ranges(self, predictor_weight_decay=weight, cut_init=(1e-3, 1e3))
 
     @property
+    def terms(self) -> tuple[tuple[int, tuple[int, ...]], ...]:
+        """The terms of the loss: the view of p, and the views whose targets are averaged."""
+        if self.num_views > 2:
+            predicting = range(self.num_views if self.pairs == "symmetric" else 1)
+            return tuple((i, (*range(i), *range(i + 1, self.num_views))) for i in predicting)
+        count = 1 + max(map(max, PAIRS[self.pairs]))
+        extra = self.target_views - 1 if self.target == "expectation" else 0
+        return tuple((i, (j, *range(count, count + extra))) for i, j in PAIRS[self.pairs])
+
+    @property
     def view_count(self) -> int:
         """Number of views of each image in a step."""
-        extra = self.target_views - 1 if self.target == "expectation" else 0
-        return 1 + max(map(max, PAIRS[self.pairs])) + extra
+        return 1 + max(max(i, *views) for i, views in self.terms)
 
     @property
     def decay(self) -> float:

@@ -54,7 +54,7 @@ def activation_bytes(model: Siamese, recipe: ResolvedRecipe, batch_size: int) ->
     bytes_per_value = 4 if recipe.precision == "float32" else 2
     shape = (batch_size, recipe.channels, recipe.image_size, recipe.image_size)
     with torch.device("meta"):
-        views = {i: torch.empty(shape) for i in model.predicted_views + model.target.required_views}
+        views = {i: torch.empty(shape) for i in model.encoded_views}
     weights = model.state_dict(keep_vars=True).values()
     weight_storages = {tensor.untyped_storage()._cdata for tensor in weights}
     saved: dict[int, Tensor] = {}

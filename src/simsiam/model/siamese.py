@@ -5,7 +5,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from simsiam.config.method import PAIRS
 from simsiam.config.methods import METHODS, Method
 from simsiam.errors import UsageError, unknown_name
 from simsiam.model.backbones import create_backbone, feature_dim
@@ -21,7 +20,8 @@ class Output(NamedTuple):
     features: list[Tensor]  # h, (N, dim) each
     projections: list[Tensor]  # z, (N, d) each
     predictions: list[Tensor]  # p, (N, d) each
-    targets: list[Tensor]  # t, (N, d) each; codes (N, K) in SwAV, labels (N,) if supervised
+    targets: list[Tensor]  # t, (N, d) each; codes (N, K) in SwAV, labels (N,) if supervised;
+    # one for each set of views that is averaged
 
 
 class Siamese(nn.Module):
@@ -42,8 +42,8 @@ class Siamese(nn.Module):
         self.target = TARGETS[method.target](method, self.f)
         self.criterion = CRITERIA[method.criterion](method)
         self.forward_views = BN_GROUPINGS[method.bn]
-        self.pairs = PAIRS[method.pairs]
-        self.predicted_views = sorted({i for i, _ in self.pairs})
+        self.terms = method.terms
+        self.predicted_views = sorted({i for i, _ in self.terms})
         self.encoded_views = sorted({*self.predicted_views, *self.target.required_views})
 
     @property
@@ -67,10 +67,11 @@ class Siamese(nn.Module):
         z = self.forward_views(self.projector, h)
         p = self.forward_views(self.predictor, {i: z[i] for i in self.predicted_views})
         eta = self.target(x, z, index)
-        t = {j: self.criterion.encode_target(eta[j]) for j in eta}
+        t = {views: mean_target(eta, views) for views in sorted({views for _, views in self.terms})}
+        t = {views: self.criterion.encode_target(t[views]) for views in t}
         if self.method.stop_gradient:
-            t = {j: t[j].detach() for j in t}
-        loss = torch.stack([self.criterion(p[i], t[j]) for i, j in self.pairs]).mean()
+            t = {views: t[views].detach() for views in t}
+        loss = torch.stack([self.criterion(p[i], t[views]) for i, views in self.terms]).mean()
         return Output(self.method.loss_scale * loss, *(list(v.values()) for v in (h, z, p, t)))
 
     def high_loss_threshold(self, batch_size: int) -> float | None:
@@ -107,6 +108,16 @@ class Siamese(nn.Module):
         if isinstance(self.criterion, InfoNCE) and isinstance(self.target, MovingAverageTarget):
             negatives = [self.target.draw(self.method.queue, step)]  # from the memory bank
         self.criterion.after_step(negatives)
+
+
+def mean_target(eta: dict[int, Tensor], views: tuple[int, ...]) -> Tensor:
+    """Return the mean target of some views: of one, itself; of several, equation 9.
+
+    Args:
+        eta: The targets by view, (N, d) each.
+        views: The views.
+    """
+    return eta[views[0]] if len(views) == 1 else torch.stack([eta[j] for j in views]).mean(0)
 
 
 def check_names(method: Method) -> None:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from simsiam.config.method import BN_SPLITS, PAIRS, Method
+from simsiam.config.method import BN_SPLITS, Method
 from simsiam.distributed.collectives import (
     all_gather,
     gather_rows,
@@ -44,12 +44,12 @@ class SharedTarget(nn.Module):
         """Create the target.
 
         Args:
-            method: The row; `target...` fields are the settings, `pairs` says which views need t.
+            method: The row; `target...` fields are the settings, `terms` says which views need t.
             f: The encoder, x (N, C, H, W) to z (N, d).
         """
         super().__init__()
         self.method = method
-        self.views = sorted({j for _, j in PAIRS[method.pairs]})
+        self.views = sorted({view for _, views in method.terms for view in views})
         self.required_views = self.views
 
     def begin(
@@ -299,23 +299,6 @@ class TeacherTarget(PerImageTarget):
         return dict.fromkeys(self.views, self.lookup(index))
 
 
-class ExpectationTarget(SharedTarget):
-    """The mean over n views (equation 9): the pair's own and n - 1 more, which all pairs share."""
-
-    def __init__(self, method: Method, f: nn.Module):
-        """Create the target (see `SharedTarget`)."""
-        super().__init__(method, f)
-        count = method.view_count
-        self.extra_views = list(range(count - method.target_views + 1, count))
-        self.required_views = self.views + self.extra_views
-
-    def forward(self, x: Sequence[Tensor], z: TensorsByView, index: Tensor | None) -> TensorsByView:
-        """Return the mean projections, (N, d) for each of `views`."""
-        return {
-            j: torch.stack([z[view] for view in (j, *self.extra_views)]).mean(0) for j in self.views
-        }
-
-
 class LabelTarget(SharedTarget):
     """Each image's label: the target of supervised learning."""
 
@@ -379,7 +362,7 @@ TARGETS: dict[str, type[SharedTarget]] = {
     "momentum": EncoderCopyTarget,
     "alternation": EncoderCopyTarget,
     "moving_average": MovingAverageTarget,
-    "expectation": ExpectationTarget,
+    "expectation": SharedTarget,  # the mean is taken by Siamese: see `Method.terms`
     "teacher": TeacherTarget,
     "kmeans": KMeansTarget,
     "labels": LabelTarget,
