@@ -12,7 +12,7 @@ import simsiam
 from simsiam.config.methods import METHODS
 from simsiam.data.batches import iter_batches, steps_per_epoch
 from simsiam.data.images import hold_out, sample
-from simsiam.errors import Stopped
+from simsiam.errors import Stopped, UsageError
 from simsiam.model.optimizers import set_lr
 from simsiam.model.patches import CENTERS, GRID
 from simsiam.runs.compose import compose_recipe
@@ -122,6 +122,26 @@ def test_eta_starts_with_one_pass_over_every_image():
     torch.testing.assert_close(model.target.eta.norm(dim=1), torch.ones(52))
     assert len(model.target.eta.unique(dim=0)) == 52
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in before.items())
+
+
+@pytest.mark.parametrize("words", [{"method": "distillation"}, {"teacher": "patches"}])
+def test_a_teacher_and_its_target_go_together(words):
+    with pytest.raises(UsageError, match="--teacher WEIGHTS go together"):
+        compose_recipe("shapes", None, QUICK | words)
+
+
+def test_a_teacher_decides_the_width_of_the_predictions():
+    words = QUICK | needed(METHODS["distillation"]) | {"method": "distillation"}
+    del words["dim"]
+    recipe, _, _ = compose_recipe("shapes", None, words)
+    assert recipe.method.dim == GRID**2 * CENTERS
+    with pytest.raises(UsageError, match="leave --dim out"):
+        compose_recipe("shapes", None, words | {"dim": 7})
+
+
+def test_more_clusters_than_images_are_refused_before_training():
+    with pytest.raises(UsageError, match=r"finds 10000 clusters .* use --dim"):
+        simsiam.pretrain("shapes", **QUICK | {"method": "deepcluster", "dim": 10000})
 
 
 STATEFUL = [

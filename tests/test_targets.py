@@ -259,10 +259,8 @@ def test_clusters_count_alike():
 
 
 def test_clusters_are_those_of_the_features():
-
-    centers = torch.randn(5, 40).mul(20)
-    kinds = torch.arange(100) % 5
-    found = cluster_features((centers[kinds] + torch.randn(100, 40)).numpy(), 5, seed=0)
+    centers, kinds = torch.randn(5, 40) * 20, torch.arange(400) % 5
+    found = cluster_features((centers[kinds] + torch.randn(400, 40)).numpy(), 5, seed=0)
     assert normalized_mutual_info_score(kinds.numpy(), found) == 1
 
 

@@ -595,7 +595,7 @@ def _get_kernels(device: torch.device, compiled: bool) -> Kernels:
     )
     x, ones = torch.zeros(2, 3, 8, 8, device=device), torch.ones(2, 1, 1, 1, device=device)
     try:
-        kernels.resampling_matrix(ones[0], ones[0], 8, 4, ones[0])
+        kernels.resampling_matrix(ones[0], ones[0], 8, 4, ones[0], False)
         kernels.blend(x, ones, ones, ones)
         kernels.shift_hue(x, ones)
         kernels.box_filter(x, torch.ones(2, 3, device=device), 2)

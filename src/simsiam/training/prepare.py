@@ -259,12 +259,16 @@ def solve_clusters(
         head.weight.copy_(torch.randn(head.weight.shape, generator=generator) * 0.01)
         head.bias.zero_()
     for p in head.parameters():
-        optimizer.state.pop(p, None)
+        for value in optimizer.state[p].values():  # of momentum, and AdamW's count of steps
+            value.zero_()
 
 
 @rank_zero_only
 def cluster_features(h: np.ndarray, clusters: int, seed: int) -> np.ndarray:
     """Find clusters as DeepCluster does (3.3): PCA to 256 dimensions, whitened, of unit length.
+
+    Of narrower features than DeepCluster's 4096, at most a quarter of the dimensions are kept:
+    whitening all of them would give noise the same weight as everything else.
 
     Args:
         h: (N, d) features.
@@ -278,5 +282,7 @@ def cluster_features(h: np.ndarray, clusters: int, seed: int) -> np.ndarray:
     from sklearn.decomposition import PCA
     from sklearn.preprocessing import normalize
 
-    x = normalize(PCA(min(256, *h.shape), whiten=True, random_state=seed).fit_transform(h))
+    x = normalize(
+        PCA(min(256, len(h), h.shape[1] // 4), whiten=True, random_state=seed).fit_transform(h)
+    )
     return KMeans(clusters, n_init=1, max_iter=20, random_state=seed).fit(x).labels_
