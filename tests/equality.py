@@ -46,6 +46,8 @@ CASES = {
     "moving_average": small("simsiam", target="moving_average"),
     "alternation": small("simsiam", target="alternation", target_steps=2),
     "expectation": small("simsiam", target="expectation", target_views=2),
+    "num_views": small("simsiam", num_views=3),
+    "direct predictor": small("simsiam", predictor="direct", iso_loss=True),
     "cross_entropy": small("simsiam", criterion="cross_entropy"),
     "asymmetric_2x": small("simsiam", pairs="asymmetric_2x"),
     "prototypes outside": small("swav", prototype_norm="outside"),

@@ -74,6 +74,7 @@ CELLS = [
     {"interpolation": "bicubic"}, {"num_views": 3}, {"num_views": 3, "pairs": "asymmetric"},
     {"num_views": 3, "target": "moving_average", "predictor": "none"},
     {"num_views": 3, "criterion": "nt_xent"}, {"cut_init": 9.0},
+    {"predictor": "direct"}, {"predictor": "direct", "direct_power": 1.0, "iso_loss": True},
     {"lr_schedule": "constant_decay", "predictor_lr": "cosine", "predictor_weight_decay": 0.0},
 ]  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from copy import deepcopy
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +10,7 @@ from sklearn.metrics import normalized_mutual_info_score
 
 from simsiam.config.methods import METHODS, Method
 from simsiam.errors import UsageError
+from simsiam.model.losses import CRITERIA, Criterion
 from simsiam.model.optimizers import build_optimizer, cosine_schedule, set_lr
 from simsiam.model.siamese import build
 from simsiam.model.targets import eta_bytes
@@ -342,3 +344,46 @@ def test_split_statistics_are_an_eighths_and_the_copys_company_differs():
     for view, z, t in zip(x, out.projections, out.targets):
         torch.testing.assert_close(z[2:4], f(view[2:4]))
         torch.testing.assert_close(t[[1, 9]], f(view[[1, 9]]))
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0])
+def test_the_direct_predictor_is_computed_from_the_correlations(power):
+    """Wang et al., 2021, in NumPy: W = (F / |F|) ** power + epsilon I, F a moving average."""
+    method = small(predictor="direct", direct_power=power)
+    model, f = build(method, **SMALL), np.zeros((12, 12))
+    assert torch.equal(model.predictor.weight, 0.1 * torch.eye(12))
+    for step in range(3):
+        x, index = batch(step)
+        out = model(*x, index=index)
+        p = [z.detach().numpy() @ model.predictor.weight.numpy() for z in out.projections]
+        np.testing.assert_allclose(out.predictions[0].detach(), p[0], rtol=1e-4, atol=1e-6)
+        model.after_step(out, step, index)
+        z = torch.cat(out.projections).detach().double().numpy()
+        f = 0.3 * f + 0.7 * z.T @ z / len(z)
+        s, u = np.linalg.eigh(f)
+        w = u @ np.diag((s / s.max()).clip(0) ** power + 0.1) @ u.T
+        np.testing.assert_allclose(model.predictor.weight, w, atol=2e-3)
+    assert not list(model.predictor.parameters())
+
+
+def test_iso_loss_is_the_gradient_of_its_equation():
+    """Halvagal et al., 2023: |z1 - sg(z2 + z1 - W z1)| ** 2 / 2 has the gradient W z1 - z2."""
+    method = small(predictor="direct", iso_loss=True, pairs="asymmetric", criterion="square")
+    CRITERIA["square"] = type(
+        "Square", (Criterion,), {"forward": lambda self, p, t: (p - t).square().sum() / 2}
+    )
+    try:
+        model = build(method, **SMALL).double()
+        model.predictor.weight.copy_(torch.randn(12, 12))
+        x, _ = batch(0)
+        out = model(*(view.double() for view in x))
+        z1, z2 = out.projections
+        w = model.predictor.weight
+        by_hand = (z1 - (z2 + z1 - z1 @ w).detach()).square().sum() / 2
+        torch.testing.assert_close(out.loss, by_hand)
+        weight = model.projector[0].weight
+        torch.testing.assert_close(
+            *(torch.autograd.grad(y, weight, retain_graph=True)[0] for y in (out.loss, by_hand))
+        )
+    finally:
+        del CRITERIA["square"]

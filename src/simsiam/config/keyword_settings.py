@@ -49,7 +49,11 @@ class PretrainSettings(TypedDict, total=False):
     dim: int
     proj_layers: int
     proj_hidden: int
-    predictor: Literal["mlp", "none", "fixed"]
+    predictor: Literal["mlp", "none", "fixed", "direct"]
+    direct_power: float
+    direct_epsilon: float
+    direct_decay: float
+    iso_loss: bool
     pred_dim: int
     predictor_lr: Literal["constant", "cosine"]
     predictor_lr_scale: float

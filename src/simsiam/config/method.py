@@ -107,10 +107,26 @@ class Method:
     proj_layers: int = setting(3, "linear layers of the projector; 2 for CIFAR-10 (appendix D)")
     proj_hidden: int = setting(2048, "width of the projector's hidden layers (section 3)")
     # The predictor h.
-    predictor: Literal["mlp", "none", "fixed"] = setting(
+    predictor: Literal["mlp", "none", "fixed", "direct"] = setting(
         "mlp",
         "mlp: two layers; none: no predictor (Table 1a); fixed: its random weights are not trained "
-        "(Table 1b)",
+        "(Table 1b); direct: one matrix, computed from the correlations of z (DirectPred)",
+    )
+    direct_power: float = setting(
+        0.5,
+        "with --predictor direct: power of the eigenvalues of the correlations; 0.5: DirectPred "
+        "(Tian et al., 2021); 1: DirectCopy (Wang et al., 2021)",
+    )
+    direct_epsilon: float = setting(
+        0.1, "with --predictor direct: what is added to each eigenvalue of the matrix"
+    )
+    direct_decay: float = setting(
+        0.3, "with --predictor direct: share of the old correlations that each step keeps"
+    )
+    iso_loss: bool = setting(
+        False,
+        "with --predictor direct: z gets the gradient of p, so that all eigenspaces learn at one "
+        "rate (IsoLoss, Halvagal et al., 2023)",
     )
     pred_dim: int = setting(512, "width of the predictor's hidden layer, a bottleneck (appendix B)")
     predictor_lr: Literal["constant", "cosine"] = setting(
@@ -306,6 +322,7 @@ class Method:
         check_ranges(self, sinkhorn_epsilon=(1e-3, 1e30), sinkhorn_iterations=count)
         check_ranges(self, base_lr=weight, momentum=(0, 1), weight_decay=weight)
         check_ranges(self, predictor_lr_scale=weight, warmup_epochs=(0, inf))
+        check_ranges(self, direct_power=(0, 10), direct_epsilon=(0, 10), direct_decay=(0, 1))
         check_ranges(self, predictor_weight_decay=weight, cut_init=(1e-3, 1e3))
 
     @property
@@ -332,7 +349,12 @@ class Method:
 
 # Settings that have an effect only if another setting has one of these values.
 _SWAPPED = ("criterion", ("swapped",))
+_DIRECT = ("predictor", ("direct",))
 SETTING_CONDITIONS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "direct_power": _DIRECT,
+    "direct_epsilon": _DIRECT,
+    "direct_decay": _DIRECT,
+    "iso_loss": _DIRECT,
     "target_decay": ("target", ("momentum", "moving_average")),
     "target_fresh": ("target", ("moving_average",)),
     "target_schedule": ("target", ("momentum",)),
@@ -369,7 +391,8 @@ def check_setting_conditions(method: Method, names: set[str]) -> None:
     for name in sorted(names & SETTING_CONDITIONS.keys()):
         owner, values = SETTING_CONDITIONS[name]
         value = getattr(method, owner)
-        if value in (*BUILTIN_TARGETS, *BUILTIN_CRITERIA) and value not in values:
+        known = owner == "predictor" or value in (*BUILTIN_TARGETS, *BUILTIN_CRITERIA)
+        if known and value not in values:
             raise UsageError(
                 f"{name} has no effect here: it belongs to {owner} {' or '.join(values)}, "
                 f"not to {value}"

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from simsiam.config.method import BN_SPLITS, Method
+from simsiam.distributed.collectives import all_gather
 from simsiam.distributed.process_group import world_size
 from simsiam.distributed.sync_batch_norm import separate_views, synchronizes_on_cpu
 from simsiam.errors import UsageError
+from simsiam.model.precision import at_least_float32
 
 
 def mlp(
@@ -84,13 +86,51 @@ def build_predictor(method: Method) -> nn.Module:
 
     Returns:
         A two-layer bottleneck; the identity for "none" (Table 1a); parameters that get no gradient
-        for "fixed" (Table 1b).
+        for "fixed" (Table 1b); `DirectPredictor` for "direct".
     """
     if method.predictor == "none":
         return nn.Identity()
+    if method.predictor == "direct":
+        return DirectPredictor(method)
     bn = {"hidden_bn": "pred_hidden" in method.head_bn, "out_bn": "pred_out" in method.head_bn}
     head = mlp([method.dim, method.pred_dim, method.dim], out_bias=method.output_bias, **bn)
     return head.requires_grad_(method.predictor != "fixed")
+
+
+class DirectPredictor(nn.Module):
+    """A linear predictor p = W z, computed instead of trained (DirectSet, Wang et al., 2021).
+
+    F is a moving average of the correlations E[z z'] and W = (F / |F|) ** power + epsilon I, with
+    the spectral norm |F|. A trained linear predictor aligns its eigenspaces with those of F (Tian
+    et al., 2021); this one is aligned from the start.
+    """
+
+    correlation: Tensor  # F, (d, d)
+    weight: Tensor  # W, (d, d)
+
+    def __init__(self, method: Method):
+        """Create the predictor, which is epsilon I before the first step."""
+        super().__init__()
+        self.method = method
+        self.register_buffer("correlation", torch.zeros(method.dim, method.dim))
+        self.register_buffer("weight", method.direct_epsilon * torch.eye(method.dim))
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Return p (N, d) for z (N, d)."""
+        return z @ self.weight.to(z.dtype)
+
+    @torch.no_grad()
+    def after_step(self, z: list[Tensor]) -> None:
+        """Update F and W, after a step of the optimizer.
+
+        Args:
+            z: The step's projections of each predicting view, (N, d) each.
+        """
+        rows = torch.cat([all_gather(at_least_float32(view)) for view in z])
+        self.correlation.lerp_(rows.T @ rows / len(rows), 1 - self.method.direct_decay)
+        values, vectors = torch.linalg.eigh(self.correlation)
+        power = (values / values[-1]).clamp_min(0) ** self.method.direct_power
+        self.weight.copy_((vectors * (power + self.method.direct_epsilon)) @ vectors.T)
 
 
 # --- batch norm's grouping: a network applied to views, {view: (N, ...)} to {view: (N, d)} ---

@@ -8,7 +8,12 @@ from torch import Tensor, nn
 from simsiam.config.methods import METHODS, Method
 from simsiam.errors import UsageError, unknown_name
 from simsiam.model.backbones import create_backbone, feature_dim
-from simsiam.model.heads import BN_GROUPINGS, build_predictor, build_projector
+from simsiam.model.heads import (
+    BN_GROUPINGS,
+    DirectPredictor,
+    build_predictor,
+    build_projector,
+)
 from simsiam.model.losses import CRITERIA, InfoNCE
 from simsiam.model.targets import TARGETS, MovingAverageTarget
 
@@ -66,6 +71,8 @@ class Siamese(nn.Module):
         h = self.forward_views(self.backbone, {i: x[i] for i in self.encoded_views})
         z = self.forward_views(self.projector, h)
         p = self.forward_views(self.predictor, {i: z[i] for i in self.predicted_views})
+        if self.method.iso_loss:
+            p = {i: z[i] + (p[i] - z[i]).detach() for i in p}  # p, with the gradient given to z
         eta = self.target(x, z, index)
         t = {views: mean_target(eta, views) for views in sorted({views for _, views in self.terms})}
         t = {views: self.criterion.encode_target(t[views]) for views in t}
@@ -104,6 +111,8 @@ class Siamese(nn.Module):
         """
         z = dict(zip(self.encoded_views, output.projections, strict=True))
         self.target.after_step(self.f, z, step, index)
+        if isinstance(self.predictor, DirectPredictor):
+            self.predictor.after_step([z[i] for i in self.predicted_views])
         negatives = output.targets
         if isinstance(self.criterion, InfoNCE) and isinstance(self.target, MovingAverageTarget):
             negatives = [self.target.draw(self.method.queue, step)]  # from the memory bank
