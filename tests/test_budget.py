@@ -67,9 +67,11 @@ def test_few_images_get_a_smaller_batch_and_a_given_batch_is_kept(images, speed)
 
 
 def test_the_monitors_have_their_share_of_the_time():
-    """Five measurements of all images, each a sixth of the work of training on them."""
+    """One measurement an epoch, at most five, each a sixth of the work of training on them."""
     assert trained_images(100.0, 600, 0) == 60_000 - 5 * 6000 / 6
     assert trained_images(100.0, 600, 1200) == trained_images(100.0, 600, 0) - 1000
+    assert trained_images(100.0, 600, 54_000) == 60_000 - 10_000  # less than an epoch: one
+    assert trained_images(100.0, 600, 24_000) == 2 * 24_000  # two, and no third
 
 
 def test_what_contradicts_a_time_limit_is_one_line(images, speed):

@@ -21,7 +21,7 @@ ENOUGH_IMAGES = 300_000  # that training should see, counting repetitions
 ENOUGH_STEPS = 1500
 SIDES, WIDTHS = (128, 64), (32, 16)  # that are tried where the recipe's own are too slow
 MIN_BATCH = 64
-MEASUREMENTS = 5  # of the monitors, in a run
+MEASUREMENTS = 5  # of the monitors, in a run; at most one an epoch, and one at the end
 TRIAL_SECONDS = 3.0  # for the speed of one choice
 START_SECONDS, END_SECONDS = 6, 10  # loading the program; writing files
 PATCH_SECONDS = 45  # for learning patches at the end of a run of ten minutes or longer
@@ -152,5 +152,6 @@ def trained_images(rate: float, seconds: float, count: int) -> int:
         seconds: The time.
         count: Number of training images, all of which the monitors read.
     """
-    monitors = MEASUREMENTS * (count + 3 * 2000) * FORWARD_SHARE
-    return int(rate * seconds - monitors)
+    monitor = (count + 3 * 2000) * FORWARD_SHARE
+    limits = {number: number * count for number in range(1, MEASUREMENTS)} | {MEASUREMENTS: math.inf}
+    return int(max(min(rate * seconds - n * monitor, limits[n]) for n in limits))
