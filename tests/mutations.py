@@ -446,6 +446,13 @@ MUTATIONS = [
         "criteria.py::test_barlow_twins_is_equations_1_and_2",
     ),
     m(
+        "a large learning rate for pretrained weights",
+        "training/budget",
+        'recipe.method.name == "simsiam" and recipe.init is None',
+        'recipe.method.name == "simsiam"',
+        "budget.py::test_few_steps_get_a_large_learning_rate_unless_weights_or_the_user_say_otherwise",
+    ),
+    m(
         "divide by n",
         "model/losses",
         "x.T @ x / (len(x) - 1)",

@@ -97,3 +97,15 @@ def test_the_choice_is_printed_and_stands_in_the_recipe(tmp_path, monkeypatch, c
     assert recipe.batch_size == 64 and 0 < recipe.steps <= 3 and recipe.width == 8
     assert f"0.6 minutes: {recipe.steps} steps of 64 images" in capsys.readouterr().err
     assert Run(run).json("summary.json")["steps"] == recipe.steps
+
+
+def test_few_steps_get_a_large_learning_rate_unless_weights_or_the_user_say_otherwise(
+    images, speed
+):
+    chosen, lines = fit(images, 10)
+    assert chosen.steps < budget.FEW_STEPS and chosen.peak_lr == pytest.approx(0.25)
+    assert "peak lr 0.25" in lines[0]
+    assert fit(images, 10, base_lr=0.1)[0].method.base_lr == 0.1
+    assert fit(images, 10**5)[0].method.base_lr == PHOTOS.method.base_lr  # many steps
+    weights = fit(images, 10, recipe=PHOTOS.replace(init="lite0"))[0]
+    assert weights.method.base_lr == PHOTOS.method.base_lr
