@@ -900,9 +900,37 @@ MUTATIONS = [
     m(
         "unpack anything",
         "data/shards",
-        "if size > limit:",
+        "if not 0 <= size <= limit:",
         "if False:",
         "shards.py::test_parquet_that_unpacks_to_gigabytes_is_refused_or_read_a_block_at_a_time",
+    ),
+    m(
+        "decode everything without limits",
+        "data/decode",
+        "                raise _NotPlain\n",
+        "                checked = stream\n",
+        "hostile_files.py::test_a_decoder_that_is_killed_costs_one_image",
+    ),
+    m(
+        "believe the footer of a Parquet file",
+        "data/parquet_files",
+        '        if needed > limit:\n            raise UsageError(\n                f"row group',
+        '        if False:\n            raise UsageError(\n                f"row group',
+        "hostile_files.py::test_a_footer_that_lies_about_its_pages_is_not_believed",
+    ),
+    m(
+        "map what was not checked",
+        "data/arrow_files",
+        "if content[size : size + DIGEST_BYTES].to_pybytes() != digest:",
+        "if False:",
+        "hostile_files.py::test_a_damaged_file_in_the_cache_is_made_again[tar]",
+    ),
+    m(
+        "go back in a tar",
+        "sources/catalog",
+        "if archive.offset <= end or info.size < 0:",
+        "if False:",
+        "hostile_files.py::test_a_tar_whose_sizes_are_negative_ends[False--1024]",
     ),
     m(
         "find splits without a word about the rest",

@@ -8,7 +8,6 @@ Thumbnails say which pairs may be copies, and the image files, read again, which
 than the threshold.
 """
 
-import io
 import os
 import sys
 from collections.abc import Iterable, Sequence
@@ -139,10 +138,9 @@ def downsample_thumbnails(images: Embeddings) -> Tensor:
         raise UsageError(
             "the file has no thumbnails to compare: use a file that `simsiam embed` wrote"
         )
-    thumbnails = images.thumbnails
 
     def reduce(i: int) -> np.ndarray:
-        image = Image.open(io.BytesIO(thumbnails[i])).convert("RGB")
+        image = Image.fromarray(images.thumbnail(i))
         return np.asarray(image.resize((REDUCED_SIDE, REDUCED_SIDE), Image.Resampling.BOX))
 
     with ThreadPoolExecutor(CPU_CORES) as pool:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as TF
 
 from simsiam.data.images import Images, evenly_spaced, fingerprint, sample
+from simsiam.data.parquet_files import count_parquet_rows, read_parquet, read_parquet_schema
 from simsiam.data.transform import Transform, iter_crops, iter_processed
 from simsiam.distributed.collectives import all_reduce_max
 from simsiam.distributed.process_group import (
@@ -229,7 +230,7 @@ def merge_parts(
     unreadable = [
         entry
         for part in parts
-        for entry in json.loads(pq.read_schema(part).metadata[b"unreadable"])
+        for entry in json.loads(read_parquet_schema(part).metadata[b"unreadable"])
     ]
     if unreadable:
         key, reason = unreadable[0]
@@ -253,9 +254,9 @@ def is_intact(part: Path) -> bool:
     try:
         if not part.exists():
             return False
-        pq.ParquetFile(part, page_checksum_verification=True).read()
+        read_parquet(part)
         return True
-    except (pa.ArrowException, OSError):
+    except (pa.ArrowException, OSError, UsageError):
         return False
 
 
@@ -407,11 +408,11 @@ def encode_jpeg(pixels: np.ndarray) -> bytes:
 
 
 def _read_parts(parts: Sequence[Path]) -> Iterator[pa.Table]:
-    return (pq.ParquetFile(part).read() for part in parts)
+    return (read_parquet(part) for part in parts)
 
 
 def _write_parquet(parts: Sequence[Path], path: Path, metadata: str) -> None:
-    schema = pq.read_schema(parts[0]).with_metadata({"simsiam": metadata})
+    schema = read_parquet_schema(parts[0]).with_metadata({"simsiam": metadata})
     with (
         atomic_write(path) as file,
         pq.ParquetWriter(file, schema, write_page_checksum=True) as writer,
@@ -435,8 +436,8 @@ def _write_folder(parts: Sequence[Path], path: Path, metadata: str) -> None:
 
 def _write_npy(parts: Sequence[Path], path: Path, metadata: str) -> None:
     """Write the vectors, (N, d) float32, and next to them a .csv file with one row per image."""
-    num_rows = sum(pq.read_metadata(part).num_rows for part in parts)
-    schema = pq.read_schema(parts[0])
+    num_rows = sum(count_parquet_rows(part) for part in parts)
+    schema = read_parquet_schema(parts[0])
     dim = schema.field("vector").type.list_size
     names = [name for name in ("path", "label") if name in schema.names]
     rows: list[Sequence[str]] = []

@@ -13,16 +13,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import psutil
 from platformdirs import user_cache_dir
 
 from simsiam.errors import UsageError, WorkFailed, printable
 from simsiam.utils.system import WINDOWS, replace_path, try_lock, user_temporary_folder
-
-if TYPE_CHECKING:
-    from pyarrow.ipc import RecordBatchFileReader
 
 
 @contextmanager
@@ -272,19 +268,6 @@ def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]
     """
     with atomic_write(path) as part, open(part, "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([header, *rows])
-
-
-def open_arrow_file(path: str | os.PathLike[str]) -> "RecordBatchFileReader":
-    """Open a file of Arrow's, mapped into memory.
-
-    Windows does not replace a mapped file, so it is read there.
-
-    Args:
-        path: The file.
-    """
-    import pyarrow as pa
-
-    return pa.ipc.open_file((pa.OSFile if WINDOWS else pa.memory_map)(os.fspath(path)))
 
 
 def cache_dir(name: str) -> Path:

@@ -11,7 +11,9 @@ from functools import lru_cache
 from pathlib import Path
 
 from simsiam.errors import UsageError, printable
+from simsiam.utils.read_files import read_bytes
 
+MAX_LIST_BYTES = 2**30  # of a list of files
 UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # at the start of a file
 
 
@@ -133,7 +135,7 @@ def read_list(path: Path) -> list[bytes]:
         OSError: It cannot be read.
         UsageError: It is in another encoding.
     """
-    data = path.read_bytes()
+    data = read_bytes(path, MAX_LIST_BYTES)
     try:
         if data.startswith(UTF16_MARKS):
             data = os.fsencode(data.decode("utf-16"))

@@ -27,6 +27,7 @@ if sys.platform == "win32":
     import msvcrt
 else:
     import fcntl
+    import resource
 
 WINDOWS = sys.platform == "win32"
 LOCKED_BYTE = 2**30  # the byte that is locked on Windows, behind the text, which others can read
@@ -98,6 +99,25 @@ def peak_memory(*, reset: bool = False) -> float:
     except OSError:
         return nan
     return int(status.partition("VmHWM:")[2].split()[0]) / 2**10
+
+
+def limit_process(*, memory: int | None = None, cpu_seconds: int | None = None) -> None:
+    """Limit what this process may use from now on. It cannot be limited on Windows.
+
+    Args:
+        memory: Bytes of address space. macOS does not keep to it.
+        cpu_seconds: Seconds of processor time, after which the process is ended by SIGXCPU.
+    """
+    if sys.platform == "win32":
+        return
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if memory is not None:
+        with suppress(ValueError):  # macOS refuses less than what is in use
+            resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    if cpu_seconds is not None:
+        used = int(time.process_time()) + 1
+        _, hard = resource.getrlimit(resource.RLIMIT_CPU)
+        resource.setrlimit(resource.RLIMIT_CPU, (used + cpu_seconds, hard))
 
 
 def free_shared_memory() -> int | None:

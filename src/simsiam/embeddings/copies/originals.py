@@ -1,6 +1,5 @@
 """The image files behind an embedding file, read again for comparisons in detail."""
 
-import io
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -8,7 +7,6 @@ from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
-from PIL import Image
 
 from simsiam.data.decode import Unreadable, has_alpha
 from simsiam.data.images import Images
@@ -117,9 +115,7 @@ class Originals:
         Args:
             row: Its row.
         """
-        assert self.embeddings.thumbnails is not None, "checked when the file was opened"
-        image = Image.open(io.BytesIO(self.embeddings.thumbnails[row]))
-        return make_detail(np.asarray(image.convert("RGB")))
+        return make_detail(self.embeddings.thumbnail(row))
 
     def rows_with_alpha(self) -> list[int]:
         """Find the images that have an alpha channel; the header of each file is read."""
