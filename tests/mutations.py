@@ -90,6 +90,42 @@ MUTATIONS = [
         "if False else",
         "file_kinds.py::test_a_zip_of_windows_has_folders",
     ),
+    # files of runs
+    m(
+        "believe a record that does not match its checksum",
+        "utils/checksums",
+        "record.pop(CHECKSUM_KEY) == record_checksum(record)",
+        "bool(record.pop(CHECKSUM_KEY))",
+        "run_files.py::test_a_changed_value_of_a_json_file_is_seen",
+    ),
+    m(
+        "read JSON of any type",
+        "utils/typed_json",
+        "_adapter(schema).validate_json(",
+        "_adapter(object).validate_json(",
+        "run_files.py::test_a_value_of_another_type_is_one_line",
+    ),
+    m(
+        "save a checkpoint before the metrics are on the disk",
+        "runs/run_folder",
+        "os.fsync(file.fileno())",
+        "pass",
+        "run_files.py::test_the_metrics_are_on_the_disk_before_the_checkpoint_that_assumes_them",
+    ),
+    m(
+        "show any picture of the disk",
+        "runs/run_folder",
+        "if path.is_relative_to(self.path.resolve()):",
+        "if True:",
+        "run_files.py::test_a_record_names_no_picture_outside_of_the_run",
+    ),
+    m(
+        "give pycocotools run lengths of another size",
+        "detection/annotations",
+        "and sum(lengths) == size[0] * size[1]",
+        "",
+        "annotations.py::test_a_strange_object_costs_only_itself",
+    ),
     # other systems
     m(
         "let each worker run a script without a guard again",

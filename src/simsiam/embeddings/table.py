@@ -5,18 +5,19 @@ if any image has one; `vector`, the feature h as float32; and `thumbnail`, a sma
 that the network was given. So no verb needs the images again.
 """
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from simsiam.data.decode import Unreadable, decode_image, read_header
 from simsiam.data.parquet_files import open_parquet
@@ -24,6 +25,21 @@ from simsiam.data.storage import Column
 from simsiam.errors import UsageError, WorkFailed, printable
 from simsiam.sources.open_source import find_shards
 from simsiam.utils.names import normalize_name, utf8_name
+from simsiam.utils.typed_json import parse_json
+
+
+class EmbeddingMetadata(TypedDict, total=False):
+    """What is checked of the metadata of an embedding file."""
+
+    run: str
+    backbone_sha256: str
+    head_sha256: str
+    source: str
+    sources: list[str]
+    splits: list[str] | None
+    channels: int
+    transform: dict[str, object]
+    unreadable: list[tuple[str, str]]
 
 COLUMNS = ("path", "label", "vector", "thumbnail")
 MAX_THUMBNAIL_PIXELS = 2**20
@@ -174,20 +190,24 @@ def read_embeddings(path: str | os.PathLike[str]) -> Embeddings:
         raise UsageError(
             f"{path} does not exist: create it with `simsiam embed RUN SOURCE --out {path}`"
         )
-    embeddings = table_to_embeddings(_read_table(path))
+    embeddings = table_to_embeddings(_read_table(path), printable(str(path)))
     if not embeddings.vectors.isfinite().all():
         raise WorkFailed(f"{path} has vectors that are not finite: its run has diverged")
     return embeddings
 
 
-def table_to_embeddings(table: pa.Table) -> Embeddings:
+def table_to_embeddings(table: pa.Table, name: str = "the embedding") -> Embeddings:
     """Turn the rows of an embedding file into embeddings.
 
     Args:
         table: At least one row, with the columns path and vector.
+        name: What the table is, for errors.
 
     Returns:
         The embeddings.
+
+    Raises:
+        UsageError: The metadata of the table are damaged.
     """
     flat = np.concatenate([chunk.flatten().to_numpy() for chunk in table["vector"].chunks])
     texts = {
@@ -200,8 +220,25 @@ def table_to_embeddings(table: pa.Table) -> Embeddings:
         vectors=torch.from_numpy(flat.astype(np.float32, copy=False).reshape(len(table), -1)),
         labels=texts.get("label"),
         thumbnails=Column(table["thumbnail"]) if "thumbnail" in table.column_names else None,
-        metadata=json.loads((table.schema.metadata or {}).get(b"simsiam", b"{}")),
+        metadata=table_metadata(table, name),
     )
+
+
+def table_metadata(table: pa.Table, name: str) -> dict[str, object]:
+    """Read what `embed` says in the metadata of a table.
+
+    Args:
+        table: The table.
+        name: What it is, for errors.
+
+    Returns:
+        The metadata; {} if another program wrote the file.
+
+    Raises:
+        UsageError: They are damaged.
+    """
+    text = (table.schema.metadata or {}).get(b"simsiam", b"{}")
+    return cast(dict[str, object], parse_json(text, EmbeddingMetadata, f"{name}: its description"))
 
 
 def _read_table(path: Path) -> pa.Table:

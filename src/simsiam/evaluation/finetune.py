@@ -39,7 +39,6 @@ from simsiam.model.precision import Compute
 from simsiam.monitoring.features import extract_features
 from simsiam.runs.encoder import build_backbone, eval_transform, load
 from simsiam.runs.run_folder import BACKBONE_FILE, Run
-from simsiam.runs.weight_files import file_sha256
 from simsiam.training.loop import (
     Metrics,
     SkippedFiles,
@@ -48,6 +47,7 @@ from simsiam.training.loop import (
     run_training,
     save_state,
 )
+from simsiam.utils.checksums import file_sha256, seal
 from simsiam.utils.files import atomic_write, exclusive_lock, write_text
 
 # Colors of Okabe and Ito, which color-blind people can distinguish; with these dash patterns the
@@ -476,7 +476,7 @@ def write_curve(path: Path, rows: Sequence[Mapping[str, float]]) -> None:
     Raises:
         WorkFailed: If the file cannot be written.
     """
-    write_text(path, "".join(f"{json.dumps(row)}\n" for row in rows))
+    write_text(path, "".join(f"{json.dumps(seal(row))}\n" for row in rows))
 
 
 @rank_zero_only

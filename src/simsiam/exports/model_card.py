@@ -4,6 +4,7 @@ from typing import cast
 
 import yaml
 
+from simsiam.errors import printable
 from simsiam.model.encoder import Encoder
 from simsiam.monitoring.verdict import features_table
 from simsiam.runs.encoder import eval_transform, load
@@ -62,7 +63,8 @@ def license_lines(license: str | None, origin: Record) -> list[str]:
     """
     lines = [f"{license}."] if license else []
     if origin:
-        name, license = escape_cell(str(origin.get("weights"))), origin.get("license", "unknown")
+        name = escape_cell(str(origin.get("weights")))
+        license = escape_cell(origin.get("license", "unknown"))
         lines.append(f"Made from the weights {name}, whose license is: {license}.")
     return lines or ["The author has not said which license these weights have."]
 
@@ -133,9 +135,10 @@ def results_table(run: Run) -> list[str]:
         Lines of Markdown.
     """
     rows = [
-        f"| {r['protocol']} | {escape_cell(r['name'])} | {r['features']} | "
-        f"{escape_cell(r['source'])} | {r['checkpoint']} | {r['top1']:.1f} | "
-        f"{format_interval(r)} | {r['n']} |"
+        f"| {escape_cell(r['protocol'])} | {escape_cell(r['name'])} | "
+        f"{escape_cell(r['features'])} | {escape_cell(r['source'])} | "
+        f"{escape_cell(r['checkpoint'])} | {r['top1']:.1f} | {format_interval(r)} | "
+        f"{r.get('n', '')} |"
         for r in run.evaluations()
         if "top1" in r
     ]
@@ -162,7 +165,7 @@ def worth_lines(summary: Record) -> list[str]:
     if not (rows := features_table(summary)):
         return []
     heading, *others = ("| " + " | ".join(map(escape_cell, row)) + " |" for row in rows)
-    advice = escape_cell(f"{summary['remedy']} {summary['advice']}")
+    advice = escape_cell(f"{summary.get('remedy', '')} {summary.get('advice', '')}")
     return ["## Features compared", "", heading, "|---|---|---|", *others, "", advice, ""]
 
 
@@ -174,7 +177,7 @@ def format_interval(record: Record) -> str:
     """
     if "interval" in record:
         return "{:.1f} to {:.1f}".format(*record["interval"])
-    return f"± {record['top1_std']:.1f}"
+    return f"± {record['top1_std']:.1f}" if record.get("top1_std") is not None else ""
 
 
 def escape_cell(text: str) -> str:
@@ -183,4 +186,4 @@ def escape_cell(text: str) -> str:
     Args:
         text: Any text.
     """
-    return text.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
+    return printable(text.replace("\n", " ")).replace("|", "\\|").replace("<", "&lt;")

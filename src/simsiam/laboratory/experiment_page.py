@@ -25,8 +25,9 @@ from simsiam.laboratory.claims import (
     SeedValues,
 )
 from simsiam.laboratory.experiments import EXPERIMENTS, Experiment
-from simsiam.laboratory.jobs import RunRecord
+from simsiam.laboratory.jobs import RunRecord, SavedPage
 from simsiam.laboratory.scales import Scale
+from simsiam.utils.typed_json import read_json
 
 # An index begins with this; a README.md that does not is never overwritten.
 INDEX_TITLE = "# The paper at scale"
@@ -273,7 +274,7 @@ def render_index(folder: Path, scale: Scale) -> str:
         if not experiment.cells and (folder / f"{name}.md").exists():
             parts += [f"## [{experiment.title}]({name}.md)", f"![{experiment.title}]({name}.svg)"]
         if (path := folder / f"{name}.json").exists():
-            claims = json.loads(path.read_text(encoding="utf-8"))["claims"]
+            claims = read_json(path, SavedPage).get("claims", [])
             verdicts = [claim["verdict"] for claim in claims]
             all_verdicts += verdicts
             lines = [f"- {claim['says']}: **{claim['verdict']}**" for claim in claims]

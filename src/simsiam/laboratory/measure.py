@@ -75,11 +75,11 @@ def _measure_metrics(run: Run, scale: Scale, *, measure_predictor: bool = False)
     lines = [line for line in run.metrics() if "loss" in line]
     summary = run.json("summary.json")
     values: dict[str, Any] = {
-        "verdict": summary["verdict"],
-        "seconds": summary["training_seconds"],
+        "verdict": summary.get("verdict", "unknown"),
+        "seconds": summary.get("training_seconds") or 0.0,
         "diverged": 0.0,
     }
-    if summary["verdict"] == "diverged":
+    if values["verdict"] == "diverged":
         return values | {"diverged": 1.0, "collapsed": 0.0}
     recent = lines[-max(3, len(lines) // 10) :]
     for key in ("loss", "z_std_sqrt_d", "z_rank"):

@@ -2,7 +2,7 @@
 
 The page needs no network. Its data is JSON in an element of its own, and the script of the page
 shows it as text, never as markup. The page's security policy allows this script, identified by its
-digest, and no connections.
+digest, and no connections. A page whose data do not match their checksum says that it is damaged.
 """
 
 import base64
@@ -15,11 +15,11 @@ from importlib.resources import files
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TypedDict, cast
-
-from PIL import Image
+from zlib import crc32
 
 from simsiam import __version__
 from simsiam.config.protocols import PROTOCOLS
+from simsiam.data.decode import Unreadable, decode_image
 from simsiam.data.images import evenly_spaced, sample
 from simsiam.embeddings.table import read_embeddings
 from simsiam.errors import UsageError, WorkFailed, check_ranges, printable
@@ -45,10 +45,11 @@ from simsiam.pages.thumbnails import (
 from simsiam.runs.compose import open_run_source
 from simsiam.runs.encoder import eval_transform, load
 from simsiam.runs.environment import utc_now
-from simsiam.runs.run_folder import Run
+from simsiam.runs.run_folder import Run, say_once
 from simsiam.runs.weights import open_weights
 from simsiam.sources.open_source import Source
 from simsiam.utils.files import write_text
+from simsiam.utils.read_files import read_bytes
 
 # Bytes of thumbnails on a page. As base64 they take a third more, so a page with 10,000 images has
 # 5 MB left for everything else if it is to stay below 25 MB.
@@ -148,8 +149,9 @@ def report(
     encoded: list[GalleryData] = [
         encode_gallery(gallery, MAX_THUMBNAIL_BYTES // len(galleries)) for gallery in galleries
     ]
+    shown = escape_texts(summaries)  # of galleries the page escapes the names: it offers a list
     page = render_report(
-        {"created": utc_now(), "version": __version__, "runs": summaries, "galleries": encoded}
+        {"created": utc_now(), "version": __version__, "runs": shown, "galleries": encoded}
     )
     write_text(path, page)
     return path
@@ -195,6 +197,22 @@ def collect_summaries(
     return summaries, galleries
 
 
+def escape_texts(value: object) -> object:
+    """Escape control characters in all texts of the page's data.
+
+    Args:
+        value: Anything that JSON can express.
+
+    Returns:
+        A copy of the value.
+    """
+    if isinstance(value, Mapping):
+        return {printable(str(key)): escape_texts(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [escape_texts(item) for item in value]
+    return printable(value) if isinstance(value, str) else value
+
+
 def render_report(data: Mapping[str, object]) -> str:
     """Render the page that shows the data.
 
@@ -209,6 +227,7 @@ def render_report(data: Mapping[str, object]) -> str:
     js = "\n".join((folder / name).read_text("utf-8") for name in SCRIPTS)
     text = json.dumps(replace_nonfinite(data), separators=(",", ":")).replace("<", "\\u003c")
     page = html.replace("{css-digest}", _digest(css)).replace("{js-digest}", _digest(js))
+    page = page.replace("{data-crc32}", f"{crc32(text.encode('ascii')):08x}")
     return page.replace("{css}", css).replace("{js}", js).replace("{data}", text)
 
 
@@ -245,7 +264,7 @@ def summarize_run(run: Run) -> RunData:
     Raises:
         UsageError: A file of the run folder is damaged.
     """
-    unreadable = [printable(line) for line in run.read_quarantine()]
+    unreadable = run.read_quarantine()
     return {
         "path": printable(str(run.path)),
         "embedding": None,
@@ -287,13 +306,13 @@ def transfer_records(run: Run) -> list[dict[str, object]]:
     for record in run.transfers():
         shown = None
         try:
-            with Image.open(run.path / "transfers" / str(record.get("picture"))) as file:
-                picture = file.convert("RGB")
-        except (OSError, ValueError):
-            pass
-        else:
-            picture.thumbnail((MAX_DETECTION_SIDE, MAX_DETECTION_SIDE), Image.Resampling.LANCZOS)
-            shown = webp_data_uri(encode_webp(picture, DETECTION_QUALITY))
+            if name := record.get("picture"):
+                data = read_bytes(run.own_file(f"transfers/{name}"))
+                picture = shrink_to_image(decode_image(data, 3), MAX_DETECTION_SIDE)
+                shown = webp_data_uri(encode_webp(picture, DETECTION_QUALITY))
+        except (OSError, UsageError, Unreadable) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            say_once(f"note     no picture of {record['protocol']}: {reason}")
         records.append(record | {"shown": shown})
     return records
 
@@ -352,9 +371,9 @@ def summarize_embedding(
     """
     embeddings = read_embeddings(path)
     reasons = cast(list[tuple[str, str]], embeddings.metadata.get("unreadable", []))
-    lines = [f"{printable(key)}\t{reason}" for key, reason in reasons]
+    lines = [f"{key}\t{reason}" for key, reason in reasons]
     n, dim = embeddings.vectors.shape
-    source = printable(str(embeddings.metadata.get("source", "")))
+    source = str(embeddings.metadata.get("source", ""))
     summary: RunData = {
         "path": printable(str(path)),
         "embedding": {"images": n, "dim": dim, "source": source},

@@ -85,4 +85,5 @@ def numerical_conditions(env: Record) -> Record:
     Args:
         env: What `collect_environment` returned.
     """
-    return {name: env[name] for name in NUMERICAL_KEYS} | {"torch": env["versions"]["torch"]}
+    values = {name: env.get(name) for name in NUMERICAL_KEYS}
+    return values | {"torch": env.get("versions", {}).get("torch")}

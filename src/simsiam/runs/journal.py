@@ -14,6 +14,7 @@ from simsiam.runs.loggers.choice import LoggerChoice
 from simsiam.runs.loggers.loggers import LoggedRun, Status
 from simsiam.runs.records import Record
 from simsiam.runs.run_folder import TrainingFolder
+from simsiam.utils.checksums import seal
 from simsiam.utils.files import append_bytes
 
 
@@ -52,7 +53,7 @@ class MetricsLogger:
         self.summary: Record = {}
 
     def __enter__(self) -> "MetricsLogger":
-        lines = "".join(json.dumps(record) + "\n" for record in self.lines)
+        lines = "".join(json.dumps(seal(record)) + "\n" for record in self.lines)
         self.folder.write("metrics.jsonl", lines)
         if rank() == 0:
             path = self.folder.path.absolute()
@@ -88,7 +89,7 @@ class MetricsLogger:
         if rank() != 0:
             return None
         try:
-            append_bytes(self.file, (json.dumps(line) + "\n").encode())
+            append_bytes(self.file, (json.dumps(seal(line)) + "\n").encode())
         except OSError as error:  # a line that is cut short is removed when the run continues
             reason = error.strerror or error
             raise WorkFailed(

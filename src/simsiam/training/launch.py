@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import nn
+from torch.optim import Optimizer
 from typing_extensions import Unpack
 
 from simsiam.config.keyword_settings import PretrainSettings
 from simsiam.config.recipes import Recipe
 from simsiam.distributed.process_group import distributed_entry_point, rank_zero_only, world_size
-from simsiam.errors import UsageError, WorkFailed
+from simsiam.errors import UsageError, WorkFailed, printable, truncate
 from simsiam.model.memory import catch_out_of_memory
 from simsiam.model.targets import eta_bytes
 from simsiam.runs.compose import compose_recipe, open_run_source
@@ -19,6 +21,7 @@ from simsiam.runs.environment import collect_environment
 from simsiam.runs.journal import MetricsLogger
 from simsiam.runs.loggers.choice import choose_loggers, parse_loggers, read_choice
 from simsiam.runs.recipe_file import write_recipe
+from simsiam.runs.records import TrainingState
 from simsiam.runs.run_folder import Run, reserved_run_path
 from simsiam.runs.weights import record_origin
 from simsiam.sources.open_source import absolute_sources
@@ -131,6 +134,28 @@ def resume(
     return run.path
 
 
+def restore(model: nn.Module, optimizer: Optimizer, state: TrainingState, run: Run) -> None:
+    """Load the state of a checkpoint into model and optimizer.
+
+    Args:
+        model: The model.
+        optimizer: Its optimizer.
+        state: What the checkpoint holds.
+        run: The run, for the error.
+
+    Raises:
+        UsageError: The state does not fit.
+    """
+    try:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+    except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
+        reason = truncate(" ".join(str(error).split()))
+        raise UsageError(
+            f"the checkpoint of {run.path} does not fit its recipe: {printable(reason)}"
+        ) from None
+
+
 def train_run(run: Run, data: RunData, setup: TrainingSetup, messages: list[str]) -> None:
     """Train a run from its last checkpoint, or from the start, to its end; finish its folder.
 
@@ -171,8 +196,7 @@ def train_run(run: Run, data: RunData, setup: TrainingSetup, messages: list[str]
             per_epoch=training.steps_per_epoch,
         )
         if "model" in state:
-            model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
+            restore(model, optimizer, state, run)
         run.quarantine(data.unreadable, images_seen=data.total_images)
         with catch_out_of_memory(recipe.replace(precision=compute.precision), compute.device):
             outcome = run_training(training, messages + changes)

@@ -74,7 +74,7 @@ def check_writable(*paths: str | os.PathLike[str] | None) -> None:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Fill a folder beside `path` and move it to `path` once it is complete.
+    """Fill a folder beside `path` and move it to `path` once it is complete and on the disk.
 
     Args:
         path: The folder to create; an empty folder may exist there.
@@ -89,6 +89,10 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     try:
         part.mkdir(parents=True)
         yield part
+        for file in part.rglob("*"):
+            if file.is_file() and not file.is_symlink():
+                with open(file, "rb+") as opened:
+                    os.fsync(opened.fileno())
         replace_path(part, path)
     except Exception as error:
         if (reason := os_error_reason(error)) is None:

