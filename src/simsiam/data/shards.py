@@ -294,7 +294,7 @@ def read_error(file: str, error: Exception) -> WorkFailed:
         The error, one line.
     """
     reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-    return WorkFailed(f"cannot read {printable(file)}: {reason}")
+    return WorkFailed(printable(f"cannot read {file}: {reason}"))
 
 
 def read_ranges(ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:

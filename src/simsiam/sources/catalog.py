@@ -40,7 +40,7 @@ from simsiam.data.shards import (
     uncompressed_sizes,
 )
 from simsiam.data.storage import MAX_FILE_BYTES, Names
-from simsiam.errors import UsageError, WorkFailed
+from simsiam.errors import UsageError, WorkFailed, printable
 from simsiam.sources.file_kinds import VIDEOS, is_image_path, join_kinds
 from simsiam.utils.files import atomic_write, cache_dir, file_lock, open_arrow_file
 from simsiam.utils.names import slashed
@@ -403,7 +403,8 @@ def detect_parquet_layout(parquet: pq.ParquetFile, file: str) -> ParquetLayout:
         key=lambda f: (kinds.get(f.name) != "Image", _rank(f.name, IMAGE_NAMES)),
     )
     if not images:
-        raise UsageError(f"no column of image files in {file!r}, only {', '.join(schema.names)}")
+        columns = ", ".join(schema.names)
+        raise UsageError(printable(f"no column of image files in {file!r}, only {columns}"))
     named = [f for f in schema if kinds.get(f.name) == "ClassLabel" or f.name in LABEL_NAMES]
     labels = [f.name for f in named if _is_label_type(f.type)]
     labels.sort(key=lambda name: (kinds.get(name) != "ClassLabel", _rank(name, LABEL_NAMES)))

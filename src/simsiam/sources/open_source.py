@@ -81,7 +81,7 @@ from simsiam.sources.splits import (
     path_component,
     shard_splits,
 )
-from simsiam.utils.names import read_list, slashed
+from simsiam.utils.names import hide_keys, read_list, slashed
 
 BUILTIN_SOURCES = ("shapes", "cifar10", "cifar100", "stl10")  # data sets with a name
 SOURCE_KINDS = (
@@ -713,7 +713,7 @@ def _read_parquet_columns(file: str) -> tuple[pa.ChunkedArray, np.ndarray | None
             tables = [parquet.read_row_group(i, columns) for i in groups]
             table = pa.concat_tables(tables or [parquet.read(columns)])
     except (pa.ArrowException, OSError) as error:
-        raise WorkFailed(f"cannot read {file!r}: {' '.join(str(error).split())[:200]}") from error
+        raise read_error(file, error) from error
     encoded = extract_image_column(table, image)
     if not label:
         return encoded, None, ()
@@ -754,7 +754,7 @@ def _build_source(path: str | Path, parts: Mapping[str, SplitParts], options: _O
             new_codes[used] = [classes.index(names[code]) for code in used]
             images = replace(images, labels=new_codes[codes], classes=classes)
         splits[split] = images
-    absolute = Path(os.path.abspath(path))
+    absolute = Path(os.path.abspath(hide_keys(str(path))))
     stem = absolute.stem if absolute.is_file() else absolute.name
     name = re.sub(r"[^\w.-]+", "-", stem, flags=re.ASCII).strip("-.") or "images"
     return Source(
