@@ -383,7 +383,7 @@ def work_off(task: Task, send: Any, root: Path, until: float) -> None:
         before = {path.name for path in root.iterdir()}
         os.chdir(work)
         events.clear()
-        allowed_folders[:] = [str(work), os.environ["SIMSIAM_CACHE"]]
+        allowed_folders[:] = [str(work), *(os.environ[f"SIMSIAM_{x}"] for x in ("CACHE", "STATE"))]
         try:
             end, wrong = trial(work)
         except BaseException:
@@ -877,6 +877,7 @@ def main() -> int:
     valid, trials = root / "valid", root / "trials"
     valid.mkdir(), trials.mkdir()
     os.environ["SIMSIAM_CACHE"] = str(root / "cache")
+    os.environ["SIMSIAM_STATE"] = str(root / "state")
     started, start = utc_now(), time.monotonic()
     try:
         images = pictures()

@@ -25,6 +25,7 @@ class TrainingState(TypedDict, total=False):
         knn: kNN accuracies in percent: `last`, `best`, and `best_step`.
         images: Number of training images.
         environment: What `collect_environment` returned.
+        fingerprint: That of the source; see `simsiam.sources.fingerprint`.
         start: What was measured before the first step, as `simsiam.monitoring.worth.Start`; None if
             there were too few images.
         neighbors: Nearest neighbors at the last measurement, (N, k) int32.
@@ -39,6 +40,7 @@ class TrainingState(TypedDict, total=False):
     knn: dict[str, float]
     images: int
     environment: Record
+    fingerprint: dict[str, str]
     start: Mapping[str, Any] | None
     neighbors: Tensor
     model: dict[str, Tensor]
