@@ -47,6 +47,35 @@ MUTATIONS = [
         "except ZeroDivisionError:",
         "install.py::test_the_version_is_what_the_build_wrote",
     ),
+    # places, keys and changed images
+    m(
+        "open what only the run of a stranger names",
+        "sources/own_marks",
+        "    if set(names) <= set(HARMLESS.get(setting, ())):",
+        "    if True:",
+        "own_marks.py::test_an_address_in_a_run_of_a_stranger_is_not_asked",
+    ),
+    m(
+        "show keys in URLs",
+        "errors",
+        '    if "://" in name:',
+        "    if False:",
+        "keys.py::test_texts_for_people_have_no_keys",
+    ),
+    m(
+        "compare no content of images",
+        "sources/fingerprint",
+        '    "content": "other content",\n',
+        "",
+        "fingerprint.py::test_a_change_is_seen_and_a_move_is_none",
+    ),
+    m(
+        "compute memory with a state dict, for which processes talk",
+        "model/memory",
+        "    return [*model.parameters(), *model.buffers()]",
+        "    return list(model.state_dict().values())",
+        "processes.py::test_two_processes_train_towards_every_target",
+    ),
     # files of all kinds
     m(
         "read no file without an extension",

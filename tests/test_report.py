@@ -226,10 +226,7 @@ def test_thumbnails_are_the_images_in_order_and_fit_the_space():
 
 
 def test_the_page_says_what_it_cannot_show(photos, tmp_path, capsys):
-    moved = run_folder(tmp_path / "moved", photos)
-    moved.write(
-        "recipe.yaml", (moved.path / "recipe.yaml").read_text().replace("<photos>", "<gone>")
-    )
+    moved = run_folder(tmp_path / "moved", tmp_path / "<gone>")
     unfinished = run_folder(tmp_path / "unfinished", photos)
     (unfinished.path / "backbone.safetensors").unlink()
     data = page_data(report([moved.path, unfinished.path], out=tmp_path / "page.html"))

@@ -646,6 +646,7 @@ def main() -> int:
         signal.SIGINT, signal.default_int_handler
     )  # a shell starts background processes without it
     os.environ["SIMSIAM_CACHE"] = str(ROOT / "cache")
+    os.environ["SIMSIAM_STATE"] = str(ROOT / "state")
     start, started_at, environment = (
         time.monotonic(),
         utc_now(),

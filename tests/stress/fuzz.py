@@ -438,7 +438,7 @@ def work_off(task: Task, send: Any, root: Path, until: float) -> None:
         before = {path.name for path in root.iterdir()}
         os.chdir(work)
         events.clear()
-        allowed_folders[:] = [str(work), os.environ["SIMSIAM_CACHE"]]
+        allowed_folders[:] = [str(work), *(os.environ[f"SIMSIAM_{x}"] for x in ("CACHE", "STATE"))]
         costs.start()
         try:
             end, wrong = trial(work)
@@ -1013,6 +1013,7 @@ def main() -> int:
     valid, trials = root / "valid", root / "trials"
     valid.mkdir(), trials.mkdir()
     os.environ["SIMSIAM_CACHE"] = str(root / "cache")
+    os.environ["SIMSIAM_STATE"] = str(root / "state")
     started, start = utc_now(), time.monotonic()
     try:
         images = pictures()

@@ -24,10 +24,9 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as TF
 
-from simsiam.data.images import Images, evenly_spaced, fingerprint, sample
+from simsiam.data.images import Images, evenly_spaced, sample
 from simsiam.data.parquet_files import count_parquet_rows, read_parquet, read_parquet_schema
 from simsiam.data.transform import Transform, iter_crops, iter_processed
-from simsiam.distributed.collectives import all_reduce_max
 from simsiam.distributed.process_group import (
     distributed_entry_point,
     rank,
@@ -39,19 +38,24 @@ from simsiam.errors import UsageError, check_ranges, none_readable, printable
 from simsiam.model.backbones import feature_dim
 from simsiam.model.precision import Compute
 from simsiam.monitoring.features import compute_outputs
-from simsiam.runs.compose import open_run_source
+from simsiam.runs.compose import open_run_source, source_flags
 from simsiam.runs.encoder import eval_transform, load, weight_digests
 from simsiam.runs.run_folder import Run
 from simsiam.runs.weights import open_weights
-from simsiam.sources.open_source import absolute_sources
+from simsiam.sources.fingerprint import (
+    check_still_the_same,
+    fingerprint_source,
+    start_or_continue_on_source,
+)
+from simsiam.sources.open_source import absolute_sources, source_names
+from simsiam.sources.own_marks import make_mark
 from simsiam.utils.files import (
     atomic_write,
     locked_work_folder,
     parts_folder,
-    start_or_continue_job,
     write_csv,
 )
-from simsiam.utils.names import utf8_name
+from simsiam.utils.names import hide_keys, utf8_name
 from simsiam.utils.progress_bar import progress_bar
 from simsiam.utils.system import replace_path
 
@@ -75,6 +79,7 @@ def embed(
     device: str = "auto",
     precision: str = "auto",
     backbone: str | None = None,
+    accept_changed_source: bool = False,
 ) -> Path:
     """Write the features of all readable images of a source to a file.
 
@@ -89,13 +94,15 @@ def embed(
         device: "auto", "cpu", "cuda", "cuda:1", ...
         precision: "auto", "bfloat16" or "float32", of the backbone.
         backbone: The network of a file of weights.
+        accept_changed_source: If images have changed since a process that was killed wrote the
+            first parts: whether to begin again with the images as they are.
 
     Returns:
         The path of the written file or folder.
 
     Raises:
-        UsageError: If an argument is wrong, the output exists, another process is writing it, or
-            an unfinished job with other arguments is in the way.
+        UsageError: If an argument is wrong, the output exists, another process is writing it, an
+            unfinished job with other arguments is in the way, or the images have changed.
         WorkFailed: If no image can be read, or the output cannot be written.
     """
     check_ranges(SimpleNamespace(limit=limit), limit=(1, inf))
@@ -104,34 +111,47 @@ def embed(
     run = open_weights(run, backbone=backbone, source=source, splits=splits)
     network, recipe = load(run), Run(run).recipe
     transform, compute = eval_transform(recipe), Compute.pick(device, precision)
-    opened = open_run_source(recipe, source, no_labels=no_labels, splits=splits)
+    opened = open_run_source(
+        Run(run),
+        source,
+        command=lambda names: (
+            ["embed", str(run), *names, "--out", str(path), *source_flags(recipe)]
+        ),
+        no_labels=no_labels,
+        splits=splits,
+    )
     chosen = sample_splits(list(opened.splits.values()), limit)
+    places = [hide_keys(name) for name in absolute_sources(source or recipe.source)]
     metadata = {
         "run": str(run.absolute()),
         **weight_digests(run),
         "source": opened.name,
-        "sources": absolute_sources(source or recipe.source),
+        "sources": places,
+        "own_mark": make_mark("sources", places),
         "splits": splits if source else splits or recipe.splits,
         "channels": recipe.channels,
         "transform": describe_transform(transform),
     }
     labeled = any(images.labels is not None for images in chosen)
-    job = metadata | {
+    # Images that have moved are the same images.
+    job = {k: v for k, v in metadata.items() if k not in ("source", "sources", "own_mark")} | {
         "device": compute.device.type,
         "precision": compute.precision,
         "labeled": labeled,
-        "images": fingerprint(chosen),
+        "limit": limit,
     }
     compute.place(network)
-    work = parts_folder(path)
+    work, names = parts_folder(path), source_names(source or recipe.source)
+    fingerprint, accept = fingerprint_source(opened, names), accept_changed_source
     with rank_zero_context(locked_work_folder(path)):
-        rank_zero_only(start_or_continue_job)(work, job)
+        start_or_continue_on_source(work, job, fingerprint, accept=accept)
         parts = {
             work / f"{number:06}.parquet": images
             for number, images in enumerate(_split_into_parts(chosen))
         }
         _write_parts(parts, network, transform, compute, labeled)
-        all_reduce_max(0)  # wait until every process has written its parts
+        # This also waits until every process has written its parts.
+        check_still_the_same(opened, names, fingerprint, accept=accept)
         merge_parts(writer, list(parts), path, metadata, sum(map(len, chosen)))
     return path
 

@@ -41,6 +41,7 @@ class EmbeddingMetadata(TypedDict, total=False):
     transform: dict[str, object]
     unreadable: list[tuple[str, str]]
 
+
 COLUMNS = ("path", "label", "vector", "thumbnail")
 MAX_THUMBNAIL_PIXELS = 2**20
 

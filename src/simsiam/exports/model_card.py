@@ -11,6 +11,7 @@ from simsiam.runs.encoder import eval_transform, load
 from simsiam.runs.records import Record
 from simsiam.runs.run_folder import HEAD_FILE, ORIGIN_FILE, PATCHES_KEY, Run
 from simsiam.runs.weight_files import load_metadata
+from simsiam.utils.names import hide_keys
 
 
 def model_card(run: Run, license: str | None = None) -> str:
@@ -102,7 +103,7 @@ def run_facts(run: Run) -> dict[str, str]:
     """
     recipe, summary = run.recipe, run.json("summary.json")
     environment, origin = run.json("environment.json"), run.json(ORIGIN_FILE)
-    source = ", ".join(part.rstrip("/").rpartition("/")[2] for part in recipe.source)
+    source = ", ".join(hide_keys(part).rstrip("/").rpartition("/")[2] for part in recipe.source)
     labels = "with" if recipe.method.target == "labels" else "without"
     start = recipe.init or str(origin.get("weights", "random weights"))
     steps = summary.get("steps", "?")
@@ -117,7 +118,7 @@ def run_facts(run: Run) -> dict[str, str]:
         "backbone": f"{recipe.backbone}, width {recipe.width}",
         **head_facts(run),
         **({"weights": str(origin.get("origin"))} if origin else {}),
-        "started from": start.rstrip("/").rpartition("/")[2],
+        "started from": hide_keys(start).rstrip("/").rpartition("/")[2],
         "training": f"{steps} steps of {recipe.batch_size} images, seed {recipe.seed}",
         "verdict": str(summary.get("verdict", "not finished")),
         "hardware": f"{device}, {precision}",

@@ -24,6 +24,7 @@ from simsiam.laboratory.experiments import EXPERIMENTS, Experiment
 from simsiam.laboratory.jobs import (
     FINISHED,
     INTERRUPTED,
+    MISSING,
     Job,
     JobGrid,
     RunRecord,
@@ -34,7 +35,8 @@ from simsiam.laboratory.jobs import (
 )
 from simsiam.laboratory.scales import SCALES, Scale
 from simsiam.runs.run_folder import Run
-from simsiam.sources.open_source import absolute_source, open_source
+from simsiam.sources.open_source import absolute_source, absolute_sources, open_source
+from simsiam.sources.own_marks import mark_places
 from simsiam.training.launch import pretrain, resume
 from simsiam.utils.files import file_lock, write_text
 
@@ -343,6 +345,8 @@ class Campaign:
             Stopped: After SIGINT or SIGTERM.
         """
         try:
+            if job.state != MISSING:
+                self.mark_source(job)
             try:
                 if job.state == INTERRUPTED:
                     resume(job.path)
@@ -361,6 +365,16 @@ class Campaign:
         except Exception as error:  # the other runs continue, and the exit code is 1
             return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         return ""
+
+    def mark_source(self, job: Job) -> None:
+        """Mark the images of a run as named by the user, if this command names them.
+
+        Args:
+            job: The run, which is there already.
+        """
+        source = tuple(absolute_sources(job.recipe.source))
+        if Run(job.path).recipe.source == source:
+            mark_places(job.path, source=source)
 
     def measure_detectors(self, job: Job, experiment: Experiment, cell: str) -> dict[str, object]:
         """Fine-tune a run as a detector, unless that was done before.

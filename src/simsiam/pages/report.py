@@ -10,6 +10,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from hashlib import sha256
 from importlib.resources import files
 from pathlib import Path
@@ -48,7 +49,9 @@ from simsiam.runs.environment import utc_now
 from simsiam.runs.run_folder import Run, say_once
 from simsiam.runs.weights import open_weights
 from simsiam.sources.open_source import Source
+from simsiam.sources.own_marks import is_named
 from simsiam.utils.files import write_text
+from simsiam.utils.names import without_credentials
 from simsiam.utils.read_files import read_bytes
 
 # Bytes of thumbnails on a page. As base64 they take a third more, so a page with 10,000 images has
@@ -104,6 +107,7 @@ def report(
     runs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     *,
     out: str | os.PathLike[str] | None = None,
+    source: str | os.PathLike[str] | Sequence[str] | None = None,
     limit: int = 3000,
     images: bool = True,
     no_labels: bool = False,
@@ -119,6 +123,8 @@ def report(
             files or folders that `embed` wrote.
         out: The HTML file to write; an existing file is replaced. The default is report.html in the
             first run folder or folder, NAME-report.html beside the file NAME.parquet.
+        source: Where the images of the runs are; by default where their recipes say, if you have
+            named these places before.
         limit: The number of images on the map, 5 to 20,000, evenly spaced in the training set.
         images: Whether to read images; without them the page has no views and no map.
         no_labels: Whether to ignore the labels of the images.
@@ -145,7 +151,13 @@ def report(
         folder = printable(str(path.parent))
         raise UsageError(f"--out is {name}, and there is no folder {folder}")
     check_ranges(SimpleNamespace(limit=limit), limit=(MIN_MAP_IMAGES, MAX_MAP_IMAGES))
-    summaries, galleries = collect_summaries(entries, limit, images=images, no_labels=no_labels)
+    if source and not any(isinstance(entry, Run) for entry in entries):
+        raise UsageError(
+            "--source is the place of the images of runs, and only embeddings are given"
+        )
+    summaries, galleries = collect_summaries(
+        entries, limit, source=source, images=images, no_labels=no_labels
+    )
     encoded: list[GalleryData] = [
         encode_gallery(gallery, MAX_THUMBNAIL_BYTES // len(galleries)) for gallery in galleries
     ]
@@ -169,13 +181,19 @@ def default_page(entry: Run | Path) -> Path:
 
 
 def collect_summaries(
-    entries: Sequence[Run | Path], limit: int, *, images: bool, no_labels: bool
+    entries: Sequence[Run | Path],
+    limit: int,
+    *,
+    source: str | os.PathLike[str] | Sequence[str] | None = None,
+    images: bool,
+    no_labels: bool,
 ) -> tuple[list[RunData], list[Gallery]]:
     """Collect what the page shows.
 
     Args:
         entries: Runs, and paths of embeddings.
         limit: The number of images on a map.
+        source: Where the images of the runs are; None for where their recipes say.
         images: Whether there are to be views and maps.
         no_labels: Whether to ignore the labels of the images.
 
@@ -183,7 +201,9 @@ def collect_summaries(
         The summary of each, and the galleries that their maps refer to by position.
     """
     runs = [(entry, summarize_run(entry)) for entry in entries if isinstance(entry, Run)]
-    galleries = add_views_and_maps(runs, limit, no_labels=no_labels) if images else []
+    galleries = []
+    if images:
+        galleries = add_views_and_maps(runs, limit, source=source, no_labels=no_labels)
     of_run, summaries = iter([summary for _, summary in runs]), []
     for entry in entries:
         if isinstance(entry, Run):
@@ -274,8 +294,8 @@ def summarize_run(run: Run) -> RunData:
         "transfers": transfer_records(run),
         "features": features_table(run.json("summary.json")),
         "candidates": (run.json("adapt.json") or run.json("head.json")).get("candidates", []),
-        "recipe": run.recipe.to_dict(),
-        "environment": run.json("environment.json"),
+        "recipe": without_credentials(run.recipe.to_dict()),
+        "environment": without_credentials(run.json("environment.json")),
         "unreadable": {"count": len(unreadable), "first": unreadable[:MAX_UNREADABLE_NAMES]},
         "views": None,
         "map": None,
@@ -407,13 +427,18 @@ def summarize_embedding(
 
 
 def add_views_and_maps(
-    runs: Sequence[tuple[Run, RunData]], limit: int, *, no_labels: bool
+    runs: Sequence[tuple[Run, RunData]],
+    limit: int,
+    *,
+    source: str | os.PathLike[str] | Sequence[str] | None = None,
+    no_labels: bool,
 ) -> list[Gallery]:
     """Add the views and the map of each run to its summary, or the reason why there are none.
 
     Args:
         runs: The runs with their summaries, of which "views", "map" and "missing" are set.
         limit: The number of images on a map.
+        source: Where the images of the runs are; None for where their recipes say.
         no_labels: Whether to ignore the labels of the sources.
 
     Returns:
@@ -426,8 +451,15 @@ def add_views_and_maps(
         recipe = run.recipe
         key = recipe.source, recipe.channels, recipe.no_labels, recipe.splits
         try:
-            if key not in sources:
-                sources[key] = open_run_source(run.recipe, no_labels=no_labels)
+            # Each run has its own marks, so only one that has them gets a source that is open.
+            known = source or is_named(run.path, "source", recipe.source)
+            if key not in sources or not known:
+                sources[key] = open_run_source(
+                    run,
+                    place=source,
+                    command=partial(_command_with_source, run.path),
+                    no_labels=no_labels,
+                )
             summary["views"] = render_views(run, sources[key])
             encoder = load(run.path)
             if key not in galleries:
@@ -441,6 +473,11 @@ def add_views_and_maps(
             summary["missing"] = f"no {part}: {' '.join(str(error).split())}"
             print(f"{summary['path']}: {summary['missing']}", flush=True)
     return list(galleries.values())
+
+
+def _command_with_source(run: Path, names: Sequence[str]) -> list[str]:
+    """The words of a command that names the images of a run."""
+    return ["report", str(run), "--source", *names]
 
 
 def render_views(run: Run, source: Source) -> ViewsData:

@@ -16,6 +16,7 @@ import torch
 from simsiam.distributed.process_group import world_size
 from simsiam.model.precision import Compute
 from simsiam.runs.records import Record
+from simsiam.utils.names import hide_keys
 from simsiam.utils.system import cpu_name
 
 PACKAGES = ("simsiam", "torchvision", "numpy", "pillow", "pyarrow")  # besides Python and torch
@@ -58,8 +59,8 @@ def collect_environment(compute: Compute) -> Record:
         compute: Where to compute, and in which precision.
 
     Returns:
-        `versions` (a dictionary), `commit`, `command` (a list), `device` (its name), `device_type`,
-        `precision`, `threads` and `processes`.
+        `versions` (a dictionary), `commit`, `command` (a list; its URLs are without keys), `device`
+        (its name), `device_type`, `precision`, `threads` and `processes`.
     """
     versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
     on_gpu = compute.device.type == "cuda"
@@ -70,7 +71,7 @@ def collect_environment(compute: Compute) -> Record:
     return {
         "versions": versions | {name: version(name) for name in PACKAGES},
         "commit": git_commit(),
-        "command": sys.argv,
+        "command": [hide_keys(word) for word in sys.argv],
         "device": device,
         "device_type": compute.device.type,
         "precision": compute.precision,

@@ -211,6 +211,7 @@ class TrainingState(TypedDict, total=False):
         images: Number of training images.
         environment: What `collect_environment` returned.
         metrics: How long metrics.jsonl was; older checkpoints do not have it.
+        fingerprint: That of the source; see `simsiam.sources.fingerprint`.
         start: What was measured before the first step, as `simsiam.monitoring.worth.Start`; None if
             there were too few images.
         neighbors: Nearest neighbors at the last measurement, (N, k) int32.
@@ -226,6 +227,7 @@ class TrainingState(TypedDict, total=False):
     images: int
     environment: Record
     metrics: MetricsExtent
+    fingerprint: dict[str, str]
     start: Mapping[str, Any] | None
     neighbors: Tensor
     model: dict[str, Tensor]

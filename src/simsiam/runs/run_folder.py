@@ -9,6 +9,7 @@ only rank 0 reads and writes a run folder; it broadcasts what it read.
 import io
 import json
 import os
+import shlex
 import sys
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from simsiam.config.recipes import ResolvedRecipe
+from simsiam.config.recipes import CONVERTED_SOURCES, ResolvedRecipe
 from simsiam.config.settings import MAX_INT
 from simsiam.distributed.process_group import rank, rank_zero_context, rank_zero_only
 from simsiam.errors import UsageError, WorkFailed, printable, truncate
@@ -50,6 +51,8 @@ from simsiam.runs.weight_files import (
     save_weights,
     tensors_sha256,
 )
+from simsiam.sources.fingerprint import compare_sources
+from simsiam.sources.own_marks import mark_places
 from simsiam.utils.checksums import is_intact, read_with_checksum, write_with_checksum
 from simsiam.utils.files import atomic_write, exclusive_lock, remove_stale_parts, write_text
 from simsiam.utils.names import join_names, reason_line, split_names
@@ -312,6 +315,8 @@ class Run(TrainingFolder):
     def create(cls, path: str | os.PathLike[str], recipe: ResolvedRecipe) -> "Run":
         """Create a run folder, or open the run that `check_vacant` allows to continue.
 
+        Its source is marked as named by the user; see `simsiam.sources.own_marks`.
+
         Args:
             path: The folder.
             recipe: The recipe of the run.
@@ -325,6 +330,8 @@ class Run(TrainingFolder):
         except OSError as error:
             raise UsageError(f"cannot write to {path}: {error.strerror or error}") from None
         write_recipe(path, recipe)
+        if recipe.source not in CONVERTED_SOURCES:
+            mark_places(path, source=recipe.source)
         for name in SUBFOLDERS:
             (path / name).mkdir(exist_ok=True)
         return cls(path)
@@ -418,19 +425,28 @@ class Run(TrainingFolder):
     # --- writing ---
 
     @rank_zero_only
-    def load_or_create_state(self, env: Record, num_images: int) -> tuple[TrainingState, list[str]]:
+    def load_or_create_state(
+        self,
+        env: Record,
+        num_images: int,
+        fingerprint: dict[str, str],
+        *,
+        accept_changed_source: bool = False,
+    ) -> tuple[TrainingState, list[str]]:
         """Load the state to continue from: that of the last checkpoint, or a new one.
 
         Args:
             env: What `collect_environment` returned.
             num_images: Number of training images.
+            fingerprint: That of the source.
+            accept_changed_source: Whether the run goes on with other images than it began with.
 
         Returns:
             The state, and lines that say what has changed since the checkpoint.
 
         Raises:
-            UsageError: The run cannot be continued: its checkpoint is missing, or the number of
-                images has changed.
+            UsageError: The run cannot be continued: its checkpoint is missing, or the images have
+                changed.
         """
         messages = self._repair()
         saved = self.checkpoint()
@@ -441,10 +457,9 @@ class Run(TrainingFolder):
                 f"{self.path} has logged steps and no checkpoints/last.pt to continue from"
             )
         state = new_state(env, num_images) if saved is None else saved
-        if state["images"] != num_images:
-            raise UsageError(
-                f"the source has {num_images} images now and had {state['images']} at the start"
-            )
+        if saved is not None:
+            messages += self._compare_images(state, num_images, fingerprint, accept_changed_source)
+        state["images"], state["fingerprint"] = num_images, fingerprint
         start = self.json("environment.json").get("start", utc_now())
         self.write(
             "environment.json", env | {"seed": self.recipe.seed, "start": start, "end": None}
@@ -466,6 +481,29 @@ class Run(TrainingFolder):
         ]
         state["environment"] = env
         return state, messages
+
+    def _compare_images(
+        self, state: TrainingState, num_images: int, fingerprint: dict[str, str], accept: bool
+    ) -> list[str]:
+        """Compare the images with those of a checkpoint; see `load_or_create_state`."""
+        advice = (
+            f"`simsiam resume {shlex.quote(str(self.path))} --accept-changed-source` goes on with "
+            "the images as they are, and --source PLACE with those at another place"
+        )
+        before = state.get("fingerprint", {})
+        lines = compare_sources(before, fingerprint, advice=advice, accept=accept)
+        if state["images"] != num_images:
+            counts = f"{num_images} images to train on, and there were {state['images']} before"
+            if not accept:
+                raise UsageError(f"there are {counts}; {advice}")
+            if self.recipe.method.target == "moving_average":
+                raise UsageError(
+                    f"there are {counts}: target moving_average keeps a vector of each image, so "
+                    "this run cannot go on; start a new one"
+                )
+        if accept:
+            state.pop("neighbors", None)  # of the images as they were
+        return [f"note     {line}" for line in lines]
 
     def _repair(self) -> list[str]:
         """Repair what a kill or a bad disk left: unfinished files, a damaged or missing last.pt."""

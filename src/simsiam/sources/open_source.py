@@ -76,7 +76,7 @@ from simsiam.sources.splits import (
     path_component,
     shard_splits,
 )
-from simsiam.utils.names import read_list, slashed
+from simsiam.utils.names import hide_keys, read_list, slashed
 
 BUILTIN_SOURCES = ("shapes", "cifar10", "cifar100", "stl10")  # data sets with a name
 SOURCE_KINDS = (
@@ -694,7 +694,7 @@ def _read_parquet_columns(file: str) -> tuple[pa.ChunkedArray, np.ndarray | None
             columns = [read_image_column(parquet, group, image) for group in groups]
             raw = parquet.read([label])[label] if label else None
     except (pa.ArrowException, OSError) as error:
-        raise WorkFailed(f"cannot read {file!r}: {' '.join(str(error).split())[:200]}") from error
+        raise read_error(file, error) from error
     chunks = [_dictionary_encode(chunk) for column in columns for chunk in column.chunks]
     encoded = pa.chunked_array(chunks, ENCODED_TYPE)
     if raw is None:
@@ -735,7 +735,7 @@ def _build_source(path: str | Path, parts: Mapping[str, SplitParts], options: _O
             new_codes[used] = [classes.index(names[code]) for code in used]
             images = replace(images, labels=new_codes[codes], classes=classes)
         splits[split] = images
-    absolute = Path(os.path.abspath(path))
+    absolute = Path(os.path.abspath(hide_keys(str(path))))
     stem = absolute.stem if absolute.is_file() else absolute.name
     name = re.sub(r"[^\w.-]+", "-", stem, flags=re.ASCII).strip("-.") or "images"
     return Source(

@@ -18,12 +18,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from simsiam.data.decode import Unreadable, read_header
-from simsiam.data.images import Images, fingerprint
+from simsiam.data.images import Images
 from simsiam.data.shards import BLOCK_BYTES
 from simsiam.errors import UsageError, none_readable, printable, unknown_name
 from simsiam.sources.catalog import ShardFile, write_sidecar_catalog
-from simsiam.sources.open_source import open_source
-from simsiam.utils.files import atomic_write, locked_work_folder, start_or_continue_job
+from simsiam.sources.fingerprint import (
+    check_still_the_same,
+    fingerprint_source,
+    start_or_continue_on_source,
+)
+from simsiam.sources.open_source import open_source, source_names
+from simsiam.utils.files import atomic_write, locked_work_folder
 from simsiam.utils.names import read_names, reason_line, utf8_name, write_names
 from simsiam.utils.system import replace_path
 from simsiam.utils.workers import parallel_map_with_progress
@@ -43,6 +48,7 @@ def write_shards(
     channels: int = 3,
     no_labels: bool = False,
     splits: Sequence[str] | None = None,
+    accept_changed_source: bool = False,
 ) -> Path:
     """Write the images of a source, in its order, as shards into a new folder.
 
@@ -58,12 +64,15 @@ def write_shards(
         channels: Number of channels that images will be decoded to.
         no_labels: Whether to leave out the labels.
         splits: Which folder or shard is which split; see `open_source`.
+        accept_changed_source: If images have changed since a process that was killed wrote the
+            first shards: whether to begin again with the images as they are.
 
     Returns:
         The folder.
 
     Raises:
-        UsageError: `out` exists or was started with other arguments, or an argument is not allowed.
+        UsageError: `out` exists or was started with other arguments, an argument is not allowed, or
+            the images have changed.
         WorkFailed: No image can be read, or the source cannot be read.
     """
     if format not in SHARD_FORMATS:
@@ -75,19 +84,20 @@ def write_shards(
         raise UsageError(
             f"{printable(str(folder))} exists and is not written over: choose another --out"
         )
-    opened = open_source(sources, channels, no_labels=no_labels, splits=splits).splits
+    source = open_source(sources, channels, no_labels=no_labels, splits=splits)
+    names, accept = source_names(sources), accept_changed_source
+    fingerprint = fingerprint_source(source, names)
     job = {
         "format": format,
         "per_shard": per_shard,
         "channels": channels,
         "no_labels": no_labels,
-        "images": fingerprint(list(opened.values())),
     }
     with locked_work_folder(folder) as work:
-        start_or_continue_job(work, job)
+        start_or_continue_on_source(work, job, fingerprint, accept=accept)
         whole = work / "whole"
         whole.mkdir(exist_ok=True)
-        shards = _plan_shards(opened, whole, format, per_shard)
+        shards = _plan_shards(source.splits, whole, format, per_shard)
         missing = [
             (shard.images, shard.path, shard.start)
             for shard in shards
@@ -95,6 +105,7 @@ def write_shards(
         ]
         write = _write_tar if format == "tar" else _write_parquet
         parallel_map_with_progress(write, missing, "writing shards")
+        check_still_the_same(source, names, fingerprint, accept=accept)
         _finish_shards(shards, whole, format)
         replace_path(whole, folder)
     return folder

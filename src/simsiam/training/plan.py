@@ -200,7 +200,7 @@ def plan(
         if value is not None and value < 1:
             raise UsageError(f"{name} is {value}; it is at least 1")
     names = source_names(sources)
-    resolved, source, (chosen, *reasons) = compose_recipe(names, recipe, settings)
+    resolved, source, (chosen, *reasons) = compose_recipe(names, recipe, settings, ["plan"])
     if resolved.batch_size % gpus:
         raise UsageError(
             f"batch_size {resolved.batch_size} cannot be divided evenly among {gpus} processes: "

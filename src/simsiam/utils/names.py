@@ -5,8 +5,9 @@ What a person reads on a terminal or a page goes through `simsiam.errors.printab
 
 import codecs
 import os
+import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 
@@ -172,3 +173,33 @@ def read_list(path: Path) -> list[bytes]:
         ) from None
     lines = data.removeprefix(codecs.BOM_UTF8).splitlines()
     return [line for line in lines if line.strip()]
+
+
+def hide_keys(text: str) -> str:
+    """Remove user names, passwords and query strings from a URL: each may be a key.
+
+    Args:
+        text: A source, or any text.
+
+    Returns:
+        The text; after a URL with a query, nothing of it is kept.
+    """
+    text = re.sub("://[^/]*@", "://", text)
+    return re.sub("(://[^?#]*)[?#].*", r"\1", text, flags=re.DOTALL)
+
+
+def without_credentials(values: Mapping[str, object]) -> dict[str, object]:
+    """Remove what may be a key from the URLs in plain data, such as a recipe; see `hide_keys`.
+
+    Args:
+        values: Texts, numbers, lists and mappings, by name.
+    """
+    return {name: _hide_all_keys(value) for name, value in values.items()}
+
+
+def _hide_all_keys(value: object) -> object:
+    if isinstance(value, Mapping):
+        return without_credentials(value)
+    if isinstance(value, list | tuple):
+        return [_hide_all_keys(item) for item in value]
+    return hide_keys(value) if isinstance(value, str) else value

@@ -8,7 +8,6 @@ anything: `BackgroundLogger` calls it. Its package is imported where it is opene
 import io
 import logging
 import os
-import re
 import shlex
 import shutil
 import socket
@@ -24,6 +23,7 @@ from typing_extensions import override
 
 from simsiam.runs.records import MetricsRecord, Record
 from simsiam.utils.files import append_bytes
+from simsiam.utils.names import hide_keys, without_credentials
 
 Status: TypeAlias = Literal["finished", "stopped", "failed"]  # how a run ended
 PROJECT = "simsiam"  # the project of W&B and the experiment of MLflow, where the user names none
@@ -312,34 +312,3 @@ def summary_values(summary: Record) -> dict[str, str | float]:
     """
     items = flatten(summary, "summary/")
     return {name: value for name, value in items if isinstance(value, str | int | float)}
-
-
-def without_credentials(recipe: Mapping[str, object]) -> Record:
-    """Remove what may be a key from the URLs in a recipe; see `hide_keys`.
-
-    Args:
-        recipe: The recipe, as plain data.
-    """
-
-    def hide(value: object) -> object:
-        if isinstance(value, list):
-            return [hide(item) for item in value]
-        return hide_keys(value) if isinstance(value, str) else value
-
-    return {
-        name: without_credentials(value) if isinstance(value, Mapping) else hide(value)
-        for name, value in recipe.items()
-    }
-
-
-def hide_keys(text: str) -> str:
-    """Remove user names, passwords and query strings from the URLs in a text.
-
-    Args:
-        text: The text.
-
-    Returns:
-        The text; after a URL with a query, nothing of it is kept.
-    """
-    text = re.sub("://[^/]*@", "://", text)
-    return re.sub("(://[^?#]*)[?#].*", r"\1", text, flags=re.DOTALL)
