@@ -10,6 +10,7 @@ from pathlib import Path
 
 from simsiam.errors import printable
 from simsiam.monitoring.verdict import features_table
+from simsiam.utils.read_files import read_text
 
 
 def print_lines(text: object) -> None:
@@ -36,7 +37,7 @@ def print_run_summary(run: Path) -> None:
     """
     if os.environ.get("RANK", "0") != "0":
         return
-    summary = json.loads((run / "summary.json").read_text("utf-8"))
+    summary = json.loads(read_text(run / "summary.json"))
     speed = f"{summary['images_per_second']:.0f} images/s"
     print_lines(f"{summary['verdict']} after {summary['steps']} steps at {speed}")
     if knn := summary.get("knn_top1"):

@@ -8,6 +8,7 @@ from simsiam.config.recipes import Recipe
 from simsiam.distributed.process_group import rank_zero_only
 from simsiam.errors import UsageError, printable, truncate
 from simsiam.utils.files import write_text
+from simsiam.utils.read_files import read_text
 
 MAX_RECIPE_BYTES = 2**18
 
@@ -41,11 +42,9 @@ def read_recipe(path: Path) -> Recipe:
     """
     name = printable(str(path))
     try:
-        if (size := path.stat().st_size) > MAX_RECIPE_BYTES:
-            raise UsageError(f"{size:,} bytes; a recipe has at most {MAX_RECIPE_BYTES:,}")
-        content = yaml.load(path.read_text(encoding="utf-8"), NoAliasLoader)
-    except UsageError as error:
-        raise UsageError(f"{name}: {error}") from None
+        content = yaml.load(read_text(path, MAX_RECIPE_BYTES), NoAliasLoader)
+    except UsageError:
+        raise
     except Exception as error:  # a malicious document can make the parser raise anything
         raise UsageError(f"{name} is not YAML: {truncate(' '.join(str(error).split()))}") from None
     try:

@@ -28,9 +28,16 @@ from simsiam.runs.preprocessing import weights_metadata
 from simsiam.runs.recipe_file import read_recipe, write_recipe
 from simsiam.runs.records import MetricsRecord, Record, TrainingState
 from simsiam.runs.weight_files import ChecksumError, load_state, save_weights, tensors_sha256
-from simsiam.utils.files import atomic_write, exclusive_lock, remove_stale_parts, write_text
+from simsiam.utils.files import (
+    atomic_write,
+    exclusive_lock,
+    remove_stale_parts,
+    stale_parts,
+    write_text,
+)
 from simsiam.utils.names import read_names, reason_line, write_names
-from simsiam.utils.system import replace_path
+from simsiam.utils.read_files import open_regular, read_text
+from simsiam.utils.system import guard_folder, replace_path
 
 CHECKPOINT_FORMAT = 1  # the version that is stored in a checkpoint
 SUBFOLDERS = ("checkpoints", "evaluations")
@@ -40,6 +47,7 @@ ORIGIN_FILE = "origin.json"  # where published weights come from, and their lice
 # In its metadata: the digest of the backbone that it belongs to, and the name of the second branch.
 BACKBONE_KEY, PATCHES_KEY = "backbone", "patches"
 METRIC_NAMES = ("loss", "lr", "z_std", "z_std_sqrt_d", "z_rank", "images_per_second")
+MAX_METRICS_BYTES = 2**30  # three million logged steps
 MIN_IMAGES_SEEN = 20  # with fewer images, the share of unreadable ones says little
 
 # The settings in which a checkpoint's recipe may differ from the run's: where things are, and how
@@ -64,7 +72,8 @@ class TrainingFolder:
     def metrics(self) -> list[MetricsRecord]:
         """Read metrics.jsonl, up to the first line that a crash cut short."""
         path, records = self.path / "metrics.jsonl", []
-        for line in path.read_text("utf-8", "replace").splitlines() if path.exists() else []:
+        text = read_text(path, MAX_METRICS_BYTES, errors="replace") if path.exists() else ""
+        for line in text.splitlines():
             try:
                 record = json.loads(line)
             except (ValueError, RecursionError):
@@ -116,7 +125,7 @@ class TrainingFolder:
     def _read_json(self, name: str) -> object:
         path = self.path / name
         try:
-            return json.loads(path.read_text("utf-8")) if path.exists() else {}
+            return json.loads(read_text(path)) if os.path.lexists(path) else {}
         except (ValueError, RecursionError) as error:
             raise UsageError(f"{printable(str(path))} is damaged: {error}") from None
 
@@ -159,6 +168,7 @@ class Run(TrainingFolder):
                     f"{printable(entry.path)} is a link, and a run writes only inside its folder: "
                     "link the whole folder instead"
                 )
+        guard_folder(self.path)
         self.recipe = read_recipe(self.path / "recipe.yaml").resolve()
 
     @classmethod
@@ -405,8 +415,7 @@ class Run(TrainingFolder):
         lines = [reason_line(key, reason) for key, reason in unreadable]
         new = dict.fromkeys([*lines, *known])
         if len(new) > len(known):
-            with atomic_write(self.path / "quarantine.txt") as part:
-                write_names(part, sorted(new))
+            write_names(self.path / "quarantine.txt", sorted(new))
         limit = max(images_seen or 0, MIN_IMAGES_SEEN) * self.recipe.max_unreadable
         if images_seen and len(new) > limit:
             raise WorkFailed(
@@ -460,9 +469,12 @@ def read_checkpoint(path: Path) -> Record:
         UsageError: It is missing or damaged.
     """
     try:
-        if not zipfile.is_zipfile(path) and path.exists():
-            raise ChecksumError("it is cut short, or not a checkpoint")
+        with open_regular(path) as file:
+            if not zipfile.is_zipfile(file):
+                raise ChecksumError("it is cut short, or not a checkpoint")
         return cast(Record, load_state(path))
+    except UsageError:
+        raise
     except FileNotFoundError:
         reason = "is missing"
     except ChecksumError as error:
@@ -567,8 +579,11 @@ def check_vacant(path: str | os.PathLike[str], recipe: ResolvedRecipe | None = N
         UsageError: There is something else.
     """
     path = Path(path)
-    remove_stale_parts(path)  # of a process that was killed before it had written the recipe
-    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+    if not path.exists():
+        return path
+    # A process may have been killed before it had written the recipe.
+    if path.is_dir() and set(path.iterdir()) <= set(stale_parts(path)):
+        remove_stale_parts(path)
         return path
     restarted = recipe is not None and "TORCHELASTIC_RUN_ID" in os.environ
     if not restarted or not (path / "recipe.yaml").is_file():

@@ -17,6 +17,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 
 from simsiam.errors import UsageError, truncate
+from simsiam.utils.read_files import open_regular
 
 CHECKSUM_KEY = "sha256 of tensors"  # in the metadata of a safetensors file
 # What programs call a state dict in a checkpoint. The first of these counts, else the largest; of
@@ -37,7 +38,7 @@ def file_sha256(path: Path) -> str:
         path: The file.
     """
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
@@ -56,7 +57,7 @@ def load_state(path: Path) -> object:
         ChecksumError: A record of the file does not match its checksum.
         Exception: Whatever a broken file makes torch raise.
     """
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         if zipfile.is_zipfile(file):  # files written by torch before 1.6 have no checksums
             with zipfile.ZipFile(file) as archive:
                 if record := archive.testzip():
@@ -99,7 +100,7 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     Raises:
         ChecksumError: They do not match it.
     """
-    with safe_open(path, "pt") as file:
+    with open_regular(path), safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
     if CHECKSUM_KEY in metadata and metadata[CHECKSUM_KEY] != tensors_sha256(tensors):
@@ -116,7 +117,7 @@ def load_metadata(path: Path) -> dict[str, str]:
     Returns:
         Texts, by name.
     """
-    with safe_open(path, "pt") as file:
+    with open_regular(path), safe_open(path, "pt") as file:
         return file.metadata() or {}
 
 
@@ -313,6 +314,8 @@ def _read_file(path: Path) -> tuple[object, list[str], Mapping[str, str]]:
             if path.suffix == ".safetensors":
                 return load_weights(path), [], load_metadata(path)
             return *load_foreign_state(path), {}
+    except UsageError:
+        raise
     except Exception as error:  # a damaged pickle can raise anything
         if isinstance(error, pickle.UnpicklingError) and (name := _unsupported_name(error)):
             raise UsageError(

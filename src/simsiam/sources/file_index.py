@@ -29,6 +29,7 @@ from simsiam.data.decode import (
 )
 from simsiam.data.images import Images
 from simsiam.data.shards import is_url
+from simsiam.errors import WorkFailed
 from simsiam.sources.open_source import (
     Source,
     absolute_sources,
@@ -115,7 +116,7 @@ class Index:
         """Write the index to the cache. A cache that cannot be written is not an error."""
         metadata = json.dumps({"containers": self.containers, "facts": self.facts})
         table = self.table.replace_schema_metadata({"simsiam": metadata})
-        with suppress(OSError):
+        with suppress(OSError, WorkFailed):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with (
                 atomic_write(self.path) as part,

@@ -22,7 +22,7 @@ from simsiam.monitoring.gauges import all_finite
 from simsiam.runs.records import Record
 from simsiam.runs.run_folder import read_checkpoint
 from simsiam.training.progress import ProgressLine, Stopwatch
-from simsiam.utils.files import atomic_write
+from simsiam.utils.files import atomic_write, make_folder
 from simsiam.utils.interrupt import InterruptHandler
 
 Metrics: TypeAlias = Mapping[str, float | None]  # named numbers; None where there is none yet
@@ -215,7 +215,7 @@ def load_state(
         UsageError: If the folder holds a training with other settings, or a damaged file.
     """
     path = folder / "last.pt"
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     if not path.exists():
         return dict(initial)
     try:

@@ -40,6 +40,7 @@ from simsiam.training.inspect import BUSY_LINES, RecipeFacts, format_recipe
 from simsiam.training.prepare import build_training_setup
 from simsiam.training.speed import BUSY_LOAD, Speed, kept_speed, seconds_per_image
 from simsiam.utils.flops import count_flops
+from simsiam.utils.read_files import read_text
 from simsiam.utils.workers import CPU_CORES
 
 FILE_SAMPLE_SIZE = 200  # images whose files are measured
@@ -381,7 +382,9 @@ def speed_from_bench(
 
 def _read_bench_file(file: str | os.PathLike[str]) -> dict[str, Any]:
     try:
-        report = json.loads(Path(file).read_text("utf-8"))
+        report = json.loads(read_text(file))
+    except UsageError:
+        raise
     except OSError as error:
         raise UsageError(f"cannot read {printable(str(file))}: {error.strerror}") from None
     except ValueError:

@@ -11,7 +11,10 @@ from functools import lru_cache
 from pathlib import Path
 
 from simsiam.errors import UsageError, printable
+from simsiam.utils.files import atomic_write
+from simsiam.utils.read_files import read_bytes
 
+MAX_LIST_BYTES = 2**30  # of a list of files: ten million names of a hundred bytes
 UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # at the start of a file
 
 
@@ -98,13 +101,20 @@ def reason_line(name: str, reason: str) -> str:
 
 
 def write_names(path: Path, lines: Iterable[str]) -> None:
-    """Write lines that contain file names, as the bytes that the names have on the disk.
+    """Write a file of lines that contain file names, as the bytes that these have on the disk.
+
+    It appears complete or not at all.
 
     Args:
         path: The file.
         lines: The lines, without line breaks.
+
+    Raises:
+        WorkFailed: It cannot be written.
     """
-    path.write_bytes("".join(f"{line}\n" for line in lines).encode("utf-8", "surrogateescape"))
+    text = "".join(f"{line}\n" for line in lines)
+    with atomic_write(path) as part:
+        part.write_bytes(text.encode("utf-8", "surrogateescape"))
 
 
 def read_names(path: Path) -> list[str]:
@@ -116,7 +126,8 @@ def read_names(path: Path) -> list[str]:
     Returns:
         The lines.
     """
-    return path.read_bytes().decode("utf-8", "surrogateescape").split("\n")[:-1]
+    data = read_bytes(path, MAX_LIST_BYTES)
+    return data.decode("utf-8", "surrogateescape").split("\n")[:-1]
 
 
 def read_list(path: Path) -> list[bytes]:
@@ -131,9 +142,9 @@ def read_list(path: Path) -> list[bytes]:
 
     Raises:
         OSError: It cannot be read.
-        UsageError: It is in another encoding.
+        UsageError: It is in another encoding, or not a regular file.
     """
-    data = path.read_bytes()
+    data = read_bytes(path, MAX_LIST_BYTES)
     try:
         if data.startswith(UTF16_MARKS):
             data = os.fsencode(data.decode("utf-16"))
