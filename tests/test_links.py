@@ -19,7 +19,6 @@ import simsiam
 from simsiam.commands.main import main
 from simsiam.errors import UsageError
 from simsiam.utils.files import atomic_write, file_lock
-from simsiam.utils.system import check_no_link, guard_folder
 
 SECONDS = 60  # after which a command counts as hanging
 SMALL = [*flags(**QUICK), "--device", "cpu"]
@@ -176,6 +175,8 @@ def test_a_run_folder_may_itself_be_a_link_and_lie_behind_one(run, tmp_path):
 
 
 def test_a_file_in_a_guarded_folder_is_written_at_every_depth_but_behind_no_link(tmp_path, outside):
+    from simsiam.utils.system import guard_folder
+
     root = tmp_path / "root"
     (root / "a" / "b").mkdir(parents=True)
     guard_folder(root)
@@ -232,6 +233,8 @@ def test_links_are_refused_as_if_on_windows(tmp_path, outside):
 
 
 def test_a_junction_of_windows_is_a_link():
+    from simsiam.utils.system import check_no_link
+
     status = SimpleNamespace(st_mode=stat.S_IFDIR | 0o777, st_reparse_tag=0xA0000003)
     with pytest.raises(UsageError, match="is a link"):
         check_no_link("folder", status)
