@@ -79,8 +79,8 @@ def test_a_file_that_cannot_be_written_leaves_what_was_there(tmp_path):
 def test_what_a_killed_process_left_is_cleared_and_what_a_living_one_writes_is_not(tmp_path):
     dead = subprocess.Popen(["true"])
     dead.wait()
-    living = tmp_path / f"a.{os.getppid()}.part"
-    strays = [tmp_path / f"a.{dead.pid}.part", tmp_path / f"b.{dead.pid}.part"]
+    living = tmp_path / f"a.simsiam-{os.getppid()}.part"
+    strays = [tmp_path / f"{name}.simsiam-{dead.pid}.part" for name in "ab"]
     for path in (living, *strays):
         path.write_text("half")
     with atomic_write(tmp_path / "a") as part:

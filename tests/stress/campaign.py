@@ -274,8 +274,14 @@ class Ended(NamedTuple):
     output: str
 
 
-def launch(arguments: list[str], work: Path, *, real: bool = False) -> int:
-    """Start a verb in the folder `work`; return the process id."""
+def launch(
+    arguments: list[str],
+    work: Path,
+    *,
+    real: bool = False,
+    harm: Callable[[], None] = lambda: None,
+) -> int:
+    """Start a verb in the folder `work`, after `harm` in its process; return the process id."""
     output = os.open(work / "output.txt", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
     if real:
         command = [sys.executable, "-m", "simsiam", *arguments]
@@ -289,6 +295,7 @@ def launch(arguments: list[str], work: Path, *, real: bool = False) -> int:
             shrink()
             signal.signal(signal.SIGTERM, lambda *_: os._exit(OUTSIDE))
             sys.argv = ["simsiam", *arguments]
+            harm()
             code = cli.main(arguments)
         except KeyboardInterrupt:
             code = OUTSIDE

@@ -415,8 +415,7 @@ class TransferPlan:
     def write_faults(self) -> None:
         """Write the faults of the annotations, if there are any, as faults.txt."""
         if lines := sorted(self.source.faults.lines):
-            with atomic_write(self.folder / "faults.txt") as part:
-                write_names(part, lines)
+            write_names(self.folder / "faults.txt", lines)
 
 
 def main_metric(source_metric: str, task: str) -> str:

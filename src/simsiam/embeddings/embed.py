@@ -5,6 +5,7 @@ computed again, and it depends only on its images. So if the process is killed a
 the file is the same, bit for bit.
 """
 
+import filecmp
 import io
 import json
 import os
@@ -51,6 +52,8 @@ from simsiam.sources.open_source import absolute_sources, source_names
 from simsiam.sources.own_marks import make_mark
 from simsiam.utils.files import (
     atomic_write,
+    delete_parts,
+    delete_parts_of_finished,
     locked_work_folder,
     parts_folder,
     write_csv,
@@ -192,6 +195,8 @@ def _choose_writer(path: Path) -> Writer:
     table = path.with_suffix(".csv")
     # A table next to unfinished parts is not in the way: this job wrote it before it was killed.
     blocked = path.suffix == ".npy" and table.exists() and not parts_folder(path).exists()
+    if path.exists():
+        delete_parts_of_finished(path)
     if blocked or path.exists():
         existing = table if blocked else path
         raise UsageError(f"{existing} exists and is not overwritten: choose another --out")
@@ -255,7 +260,7 @@ def merge_parts(
     if unreadable:
         key, reason = unreadable[0]
         if len(unreadable) == num_images:
-            shutil.rmtree(parts[0].parent, ignore_errors=True)
+            delete_parts(path)
             raise none_readable(num_images, key, reason)
         counts = f"{len(unreadable):,} of {num_images:,} images cannot be read"
         print(f"{counts}; the first, {printable(key)}: {reason}", file=sys.stderr)
@@ -464,10 +469,14 @@ def _write_npy(parts: Sequence[Path], path: Path, metadata: str) -> None:
     header = {"descr": "<f4", "fortran_order": False, "shape": (num_rows, dim)}
     with atomic_write(path) as part, open(part, "wb") as file:
         np.lib.format.write_array_header_1_0(file, header)
-        for table in _read_parts(parts):
-            file.write(table["vector"].combine_chunks().flatten().to_numpy().astype("<f4"))
-            rows += zip(*(table[name].to_pylist() for name in names))
-        write_csv(path.with_suffix(".csv"), names, rows)
+        for part_table in _read_parts(parts):
+            file.write(part_table["vector"].combine_chunks().flatten().to_numpy().astype("<f4"))
+            rows += zip(*(part_table[name].to_pylist() for name in names))
+        table, draft = path.with_suffix(".csv"), parts[0].with_name("table.csv")
+        write_csv(draft, names, rows)
+        if table.exists() and not filecmp.cmp(draft, table, shallow=False):
+            raise UsageError(f"{table} exists and is not overwritten: choose another --out")
+        replace_path(draft, table)
 
 
 WRITERS: dict[str, Writer] = {".parquet": _write_parquet, "": _write_folder, ".npy": _write_npy}

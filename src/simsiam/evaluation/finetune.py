@@ -48,7 +48,7 @@ from simsiam.training.loop import (
     save_state,
 )
 from simsiam.utils.checksums import file_sha256, seal
-from simsiam.utils.files import atomic_write, exclusive_lock, write_text
+from simsiam.utils.files import atomic_write, exclusive_lock, keep_fonts_in_cache, write_text
 
 # Colors of Okabe and Ito, which color-blind people can distinguish; with these dash patterns the
 # lines also differ in gray.
@@ -503,6 +503,7 @@ def plot_accuracy_curves(
         >>> curves = {"pretrained": [result["val_top1"]], "from scratch": [other["val_top1"]]}
         >>> plot_accuracy_curves(curves, "finetune.png")
     """
+    keep_fonts_in_cache()
     from matplotlib.figure import Figure  # pyplot would need a display and keep global state
 
     figure = Figure(figsize=(7, 4.5), dpi=200, layout="constrained")

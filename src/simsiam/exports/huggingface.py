@@ -17,6 +17,7 @@ from simsiam.runs.encoder import load
 from simsiam.runs.recipe_file import write_recipe
 from simsiam.runs.run_folder import HEAD_FILE, ORIGIN_FILE, Run
 from simsiam.utils.names import without_credentials
+from simsiam.utils.read_files import open_regular
 
 
 def write(network: nn.Module, run: Run, folder: Path) -> None:
@@ -32,7 +33,8 @@ def write(network: nn.Module, run: Run, folder: Path) -> None:
     safetensors.write(backbone, run, folder)
     for name in (HEAD_FILE, ORIGIN_FILE):
         if (run.path / name).exists():
-            shutil.copyfile(run.path / name, folder / name)
+            with open_regular(run.path / name) as file, open(folder / name, "wb") as copy:
+                shutil.copyfileobj(file, copy)
     if timm.holds(network, run.recipe):
         timm.write(network, run, folder)
 

@@ -38,7 +38,9 @@ from simsiam.runs.run_folder import Run
 from simsiam.sources.open_source import absolute_source, absolute_sources, open_source
 from simsiam.sources.own_marks import mark_places
 from simsiam.training.launch import pretrain, resume
-from simsiam.utils.files import file_lock, write_text
+from simsiam.utils.files import file_lock, make_folder, write_text
+from simsiam.utils.read_files import read_text
+from simsiam.utils.system import guard_folder
 
 
 def reproduce(
@@ -174,6 +176,7 @@ def open_campaign(
         if number is not None and number < 1:
             raise UsageError(f"{name} is {number}; it is at least 1")
     pages_folder = Path(out or f"results/{scale}")
+    guard_folder(pages_folder)
     check_index(pages_folder / "README.md")
     sets = [
         text if text == "shapes" else str(Path(text).expanduser().resolve()) for text in annotated
@@ -195,7 +198,7 @@ def check_index(path: Path) -> None:
     """
     if not path.exists():
         return
-    if not path.read_text(encoding="utf-8", errors="replace").startswith(pages.INDEX_TITLE):
+    if not read_text(path, errors="replace").startswith(pages.INDEX_TITLE):
         raise UsageError(
             f"{path} is not an index of experiments and would be overwritten; "
             "choose another folder with --out"
@@ -405,7 +408,7 @@ class Campaign:
         Returns:
             The page.
         """
-        self.pages_folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.pages_folder)
         path, title = self.pages_folder / name, f"{experiment.title} ({self.scale.name})"
         page = path.with_suffix(".md")
         if not experiment.cells:

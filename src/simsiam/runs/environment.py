@@ -40,7 +40,7 @@ def git_commit() -> str | None:
         return None
 
     def git(*arguments: str) -> str:
-        command = ["git", *arguments]
+        command = ["git", "--no-optional-locks", *arguments]  # it takes no lock of the repository
         return subprocess.run(
             command, cwd=package, capture_output=True, encoding="utf-8", timeout=10, check=True
         ).stdout

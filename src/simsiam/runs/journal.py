@@ -16,6 +16,7 @@ from simsiam.runs.records import Record
 from simsiam.runs.run_folder import TrainingFolder
 from simsiam.utils.checksums import seal
 from simsiam.utils.files import append_bytes
+from simsiam.utils.system import open_own
 
 
 class MetricsLogger:
@@ -57,7 +58,7 @@ class MetricsLogger:
         self.folder.write("metrics.jsonl", lines)
         if rank() == 0:
             path = self.folder.path.absolute()
-            self.file = open(path / "metrics.jsonl", "ab", buffering=0)
+            self.file = open_own(path / "metrics.jsonl", "ab")
             settings = {} if self.recipe is None else self.recipe.to_dict()
             logged_run = LoggedRun(path, self.step, self.choice.id, settings)
             self.loggers = BackgroundLoggers(self.choice.names, logged_run)

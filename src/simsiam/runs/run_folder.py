@@ -54,10 +54,16 @@ from simsiam.runs.weight_files import (
 from simsiam.sources.fingerprint import compare_sources
 from simsiam.sources.own_marks import mark_places
 from simsiam.utils.checksums import is_intact, read_with_checksum, write_with_checksum
-from simsiam.utils.files import atomic_write, exclusive_lock, remove_stale_parts, write_text
+from simsiam.utils.files import (
+    atomic_write,
+    exclusive_lock,
+    remove_stale_parts,
+    stale_parts,
+    write_text,
+)
 from simsiam.utils.names import join_names, reason_line, split_names
-from simsiam.utils.read_files import read_bytes, read_text
-from simsiam.utils.system import replace_path
+from simsiam.utils.read_files import open_regular, read_bytes, read_text
+from simsiam.utils.system import guard_folder, replace_path
 from simsiam.utils.typed_json import check_type, read_json, to_json
 
 CHECKPOINT_FORMAT = 1  # the version that is stored in a checkpoint
@@ -283,6 +289,7 @@ class Run(TrainingFolder):
                     f"{printable(entry.path)} is a link, and a run writes only inside its folder: "
                     "link the whole folder instead"
                 )
+        guard_folder(self.path)
         self.recipe = read_recipe(self.path / "recipe.yaml").resolve()
         if rank() == 0:
             self._name_edits()
@@ -649,9 +656,12 @@ def read_checkpoint(path: Path) -> Record:
         UsageError: It is missing or damaged.
     """
     try:
-        if not zipfile.is_zipfile(path) and path.exists():
-            raise ChecksumError("it is cut short, or not a checkpoint")
+        with open_regular(path) as file:
+            if not zipfile.is_zipfile(file):
+                raise ChecksumError("it is cut short, or not a checkpoint")
         return cast(Record, load_state(path))
+    except UsageError:
+        raise
     except FileNotFoundError:
         reason = "is missing"
     except ChecksumError as error:
@@ -779,8 +789,11 @@ def check_vacant(path: str | os.PathLike[str], recipe: ResolvedRecipe | None = N
         UsageError: There is something else.
     """
     path = Path(path)
-    remove_stale_parts(path)  # of a process that was killed before it had written the recipe
-    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+    if not path.exists():
+        return path
+    # A process may have been killed before it had written the recipe.
+    if path.is_dir() and set(path.iterdir()) <= set(stale_parts(path)):
+        remove_stale_parts(path)
         return path
     restarted = recipe is not None and "TORCHELASTIC_RUN_ID" in os.environ
     if not restarted or not (path / "recipe.yaml").is_file():

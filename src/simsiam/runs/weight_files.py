@@ -117,7 +117,7 @@ def load_weights(path: Path) -> dict[str, Tensor]:
         ChecksumError: They do not match it.
     """
     metadata = load_metadata(path)
-    with safe_open(path, "pt") as file:
+    with open_regular(path), safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
     if CHECKSUM_KEY in metadata and metadata[CHECKSUM_KEY] != tensors_sha256(tensors):
         raise ChecksumError("its tensors do not match their checksum")
@@ -357,6 +357,8 @@ def _read_file(path: Path) -> tuple[object, list[str], Mapping[str, str]]:
             if path.suffix == ".safetensors":
                 return load_weights(path), [], load_metadata(path)
             return *load_foreign_state(path), {}
+    except UsageError:
+        raise
     except Exception as error:  # a damaged pickle can raise anything
         if isinstance(error, pickle.UnpicklingError) and (name := _unsupported_name(error)):
             raise UsageError(

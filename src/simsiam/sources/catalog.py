@@ -40,7 +40,7 @@ from simsiam.data.shards import ROW_GROUP_STRIDE, ImageLocations, Shards, uncomp
 from simsiam.data.storage import Names
 from simsiam.errors import UsageError, WorkFailed, printable
 from simsiam.sources.file_kinds import VIDEOS, is_image_path, join_kinds
-from simsiam.utils.files import cache_dir, file_lock
+from simsiam.utils.files import cache_dir, file_lock, writable_cache
 from simsiam.utils.names import slashed
 from simsiam.utils.read_files import open_regular
 from simsiam.utils.workers import parallel_map_with_progress
@@ -212,18 +212,19 @@ def load_catalog(
     path = cache_dir("catalogs") / f"{name}.arrow"
     if (catalog := _read_cached(path, files, cache_key)) is not None:
         return catalog
-    path.parent.mkdir(parents=True, exist_ok=True)
     # The processes of a run open their source at the same time: one scans, the others wait.
-    with file_lock(path.with_suffix(".lock"), wait=True):
-        if (catalog := _read_cached(path, files, cache_key)) is not None:
-            return catalog
-        notes: list[tuple[str, str]] = []
-        sidecar = _read_sidecar(location, files, notes) if layout is None else None
-        if sidecar is None:
-            _build_catalog(path, files, cache_key, layout, notes)
-        else:
-            _write_catalog(path, sidecar, cache_key)
-        catalog = _read_cached(path, files, cache_key)
+    with writable_cache():
+        path = cache_dir("catalogs") / path.name
+        with file_lock(path.with_suffix(".lock"), wait=True):
+            if (catalog := _read_cached(path, files, cache_key)) is not None:
+                return catalog
+            notes: list[tuple[str, str]] = []
+            sidecar = _read_sidecar(location, files, notes) if layout is None else None
+            if sidecar is None:
+                _build_catalog(path, files, cache_key, layout, notes)
+            else:
+                _write_catalog(path, sidecar, cache_key)
+            catalog = _read_cached(path, files, cache_key)
     assert catalog is not None
     return catalog
 

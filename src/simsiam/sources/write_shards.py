@@ -7,7 +7,6 @@ complete; if the work is killed and started again, it continues with the first m
 import io
 import json
 import os
-import shutil
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -28,7 +27,13 @@ from simsiam.sources.fingerprint import (
     start_or_continue_on_source,
 )
 from simsiam.sources.open_source import open_source, source_names
-from simsiam.utils.files import atomic_write, locked_work_folder
+from simsiam.utils.files import (
+    atomic_write,
+    delete_parts,
+    delete_parts_of_finished,
+    locked_work_folder,
+    make_folder,
+)
 from simsiam.utils.names import read_names, reason_line, utf8_name, write_names
 from simsiam.utils.system import replace_path
 from simsiam.utils.workers import parallel_map_with_progress
@@ -81,6 +86,7 @@ def write_shards(
         raise UsageError(f"per_shard is {per_shard}; it is at least 1")
     folder = Path(out)
     if folder.exists():
+        delete_parts_of_finished(folder)
         raise UsageError(
             f"{printable(str(folder))} exists and is not written over: choose another --out"
         )
@@ -96,7 +102,7 @@ def write_shards(
     with locked_work_folder(folder) as work:
         start_or_continue_on_source(work, job, fingerprint, accept=accept)
         whole = work / "whole"
-        whole.mkdir(exist_ok=True)
+        make_folder(whole)
         shards = _plan_shards(source.splits, whole, format, per_shard)
         missing = [
             (shard.images, shard.path, shard.start)
@@ -106,7 +112,7 @@ def write_shards(
         write = _write_tar if format == "tar" else _write_parquet
         parallel_map_with_progress(write, missing, "writing shards")
         check_still_the_same(source, names, fingerprint, accept=accept)
-        _finish_shards(shards, whole, format)
+        _finish_shards(shards, whole, format, folder)
         replace_path(whole, folder)
     return folder
 
@@ -134,12 +140,12 @@ def _plan_shards(
     return shards
 
 
-def _finish_shards(shards: Sequence[_Shard], folder: Path, format: str) -> None:
+def _finish_shards(shards: Sequence[_Shard], folder: Path, format: str, out: Path) -> None:
     """Write the catalog and the list of images left out, and remove the temporary files."""
     lists = [_left_out_path(shard.path) for shard in shards]
     lines = [line for file in lists for line in read_names(file)]
     if len(lines) == sum(len(shard.images) for shard in shards):
-        shutil.rmtree(folder.parent, ignore_errors=True)
+        delete_parts(out)
         name, _, reason = lines[0].partition("\t")
         raise none_readable(len(lines), name, reason)
     if format == "tar":
@@ -148,8 +154,7 @@ def _finish_shards(shards: Sequence[_Shard], folder: Path, format: str) -> None:
         ]
         write_sidecar_catalog(folder, files)
     if lines:
-        with atomic_write(folder / LEFT_OUT_FILE) as part:
-            write_names(part, lines)
+        write_names(folder / LEFT_OUT_FILE, lines)
     for file in lists:
         file.unlink()
 
@@ -192,8 +197,7 @@ def _iter_readable(images: Images, left_out_path: Path) -> Iterator[tuple[int, b
             lines.append(reason_line(images.keys[i], reason))
             continue
         yield i, data, FORMAT_SUFFIXES.get(kind, kind.lower())
-    with atomic_write(left_out_path) as part:
-        write_names(part, lines)
+    write_names(left_out_path, lines)
 
 
 def _write_tar(images: Images, path: Path, start_index: int) -> None:

@@ -22,7 +22,7 @@ from simsiam.monitoring.gauges import all_finite
 from simsiam.runs.records import Record, SavedTraining
 from simsiam.runs.run_folder import TrainingFolder, read_checkpoint, say_once
 from simsiam.training.progress import ProgressLine, Stopwatch
-from simsiam.utils.files import atomic_write
+from simsiam.utils.files import atomic_write, make_folder
 from simsiam.utils.interrupt import InterruptHandler
 from simsiam.utils.typed_json import check_type
 
@@ -216,7 +216,7 @@ def load_state(
         UsageError: If the folder holds a training with other settings, or a damaged file.
     """
     path = folder / "last.pt"
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     if not path.exists():
         return dict(initial)
     try:

@@ -12,9 +12,10 @@ from functools import lru_cache
 from pathlib import Path
 
 from simsiam.errors import UsageError, printable
+from simsiam.utils.files import atomic_write
 from simsiam.utils.read_files import read_bytes
 
-MAX_LIST_BYTES = 2**30  # of a list of files
+MAX_LIST_BYTES = 2**30  # of a list of files: ten million names of a hundred bytes
 UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # at the start of a file
 
 
@@ -101,13 +102,19 @@ def reason_line(name: str, reason: str) -> str:
 
 
 def write_names(path: Path, lines: Iterable[str]) -> None:
-    """Write lines that contain file names, as the bytes that the names have on the disk.
+    """Write a file of lines that contain file names, as the bytes that these have on the disk.
+
+    It appears complete or not at all.
 
     Args:
         path: The file.
         lines: The lines, without line breaks.
+
+    Raises:
+        WorkFailed: It cannot be written.
     """
-    path.write_bytes(join_names(lines))
+    with atomic_write(path) as part:
+        part.write_bytes(join_names(lines))
 
 
 def read_names(path: Path) -> list[str]:
@@ -119,7 +126,7 @@ def read_names(path: Path) -> list[str]:
     Returns:
         The lines.
     """
-    return split_names(path.read_bytes())
+    return split_names(read_bytes(path, MAX_LIST_BYTES))
 
 
 def join_names(lines: Iterable[str]) -> bytes:
@@ -158,7 +165,7 @@ def read_list(path: Path) -> list[bytes]:
 
     Raises:
         OSError: It cannot be read.
-        UsageError: It is in another encoding.
+        UsageError: It is in another encoding, or not a regular file.
     """
     data = read_bytes(path, MAX_LIST_BYTES)
     try:

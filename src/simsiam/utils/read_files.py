@@ -4,11 +4,12 @@ A pipe or a device would block, or never end. Images are read by `simsiam.data.d
 """
 
 import os
-import stat
+from io import BufferedReader
+from pathlib import Path
 from typing import BinaryIO
 
 from simsiam.errors import UsageError, printable
-from simsiam.utils.system import open_nonblocking
+from simsiam.utils.system import check_regular, find_guarded, open_nonblocking, open_own
 
 MAX_BYTES = 2**26  # of a file that is read as a whole: no JSON of this size needs 3 GiB of memory
 
@@ -17,19 +18,21 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
     """Open a regular file for reading; wait for nothing.
 
     Args:
-        path: The file, or a link to it.
+        path: The file, or a link to it. Below a guarded folder no link is followed.
 
     Returns:
         The open file, to be closed by the caller.
 
     Raises:
         OSError: There is no such file, or the system refuses.
-        UsageError: It is a folder, a pipe, a device or a socket.
+        UsageError: It is a folder, a pipe, a device or a socket, or behind a link in a run folder.
     """
-    _check_regular(path, os.stat(path))  # before it is opened: opening a device may do something
+    if find_guarded(path) is not None:
+        return BufferedReader(open_own(Path(path), "rb"))
+    check_regular(path, os.stat(path))  # before it is opened: opening a device may do something
     file = open(path, "rb", opener=open_nonblocking)  # noqa: SIM115
     try:
-        _check_regular(path, os.fstat(file.fileno()))
+        check_regular(path, os.fstat(file.fileno()))
     except UsageError:
         file.close()
         raise
@@ -50,9 +53,13 @@ def read_bytes(path: str | os.PathLike[str], limit: int = MAX_BYTES) -> bytes:
         OSError: There is no such file, or the system refuses.
         UsageError: It is not a regular file, or it is too large.
     """
-    with open_regular(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        data = file.read(limit + 1) if size <= limit else b""
+    try:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            data = file.read(limit + 1) if size <= limit else b""
+    except OSError as error:
+        error.filename = os.fspath(path)  # which the system does not say of an error in reading
+        raise
     if max(size, len(data)) > limit:
         raise UsageError(
             f"{printable(os.fspath(path))} is too large to be read here: it has "
@@ -86,9 +93,3 @@ def read_text(
             f"{error.start:,}"
         ) from None
     return text.replace("\r\n", "\n").replace("\r", "\n")
-
-
-def _check_regular(path: str | os.PathLike[str], status: os.stat_result) -> None:
-    if not stat.S_ISREG(status.st_mode):
-        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe, a device or a socket"
-        raise UsageError(f"{printable(os.fspath(path))} is {kind}, not a regular file")
