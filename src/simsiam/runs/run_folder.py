@@ -63,7 +63,7 @@ from simsiam.utils.files import (
 )
 from simsiam.utils.names import join_names, reason_line, split_names
 from simsiam.utils.read_files import open_regular, read_bytes, read_text
-from simsiam.utils.system import guard_folder, replace_path
+from simsiam.utils.system import guard_folder, open_own, replace_path
 from simsiam.utils.typed_json import check_type, read_json, to_json
 
 CHECKPOINT_FORMAT = 1  # the version that is stored in a checkpoint
@@ -232,7 +232,7 @@ class TrainingFolder:
         path, data = self.path / "metrics.jsonl", b""
         if path.exists():
             try:
-                with open(path, "rb+") as file:
+                with open_own(path, "rb+") as file:
                     os.fsync(file.fileno())
                     data = file.read()
             except OSError as error:

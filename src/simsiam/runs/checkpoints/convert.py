@@ -1,7 +1,6 @@
 """The verb `convert`: make a run folder, which every verb can use, from another checkpoint."""
 
 import os
-import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -45,7 +44,8 @@ from simsiam.runs.run_folder import (
 )
 from simsiam.runs.weight_files import read_weight_file, tensors_sha256
 from simsiam.utils.checksums import file_sha256
-from simsiam.utils.files import atomic_folder
+from simsiam.utils.files import atomic_folder, atomic_write
+from simsiam.utils.read_files import open_regular
 
 NO_HEADS = "only a backbone: there is no z"  # a note in converted.json
 
@@ -280,7 +280,8 @@ def write_run(folder: Path, made: Conversion) -> None:
     env = collect_environment(Compute(torch.device("cpu"), "float32"))
     write_untrained(run, made.state, env, summary)
     if made.head is not None:
-        shutil.copyfile(made.head, run.path / HEAD_FILE)
+        with atomic_write(run.path / HEAD_FILE) as part, open_regular(made.head) as head:
+            part.write_bytes(head.read())
 
 
 def conversion_notes(
