@@ -38,6 +38,7 @@ import torch
 from duplicate_images import EDITS, KINDS, write_images
 from performance import page
 
+from simsiam.embeddings.copies.originals import Originals
 from simsiam.embeddings.duplicates import (
     THRESHOLD,
     Comparison,
@@ -101,7 +102,7 @@ def measure_threshold(file: Path) -> dict[str, list[float]]:
         candidates alone: of each scene that to the nearest other one. Both in increasing order.
     """
     images = read_embeddings(file)
-    x, comparison = downsample_thumbnails(images), Comparison(images, inf)
+    x, comparison = downsample_thumbnails(images), Comparison(images, Originals(images, file), inf)
     scenes = {scene_of(path): i for i, path in enumerate(images.paths) if not edit_of(path)}
     comparison.find_flat(x)
     copies = [

@@ -1,8 +1,14 @@
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
 
+# The key of the user who runs the tests; not that in their own home.
+os.environ["SIMSIAM_STATE"] = tempfile.mkdtemp(prefix="simsiam-state-")
+atexit.register(shutil.rmtree, os.environ["SIMSIAM_STATE"], ignore_errors=True)
 SHARED = Path(__file__).parents[2] / "shared"
 
 # A run small enough for a test: 16 steps an epoch, 12 k parameters.

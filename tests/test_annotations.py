@@ -2,14 +2,21 @@
 
 import json
 import os
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from simsiam.detection.annotations import keep_masked_objects, open_annotated
-from simsiam.detection.metrics import decode_masks
+from simsiam.detection.annotations import (
+    decode_run_lengths,
+    keep_masked_objects,
+    open_annotated,
+)
+from simsiam.detection.metrics import decode_masks, encode_mask
+from simsiam.detection.pictures import _arrange
+from simsiam.detection.transfer_record import TransferRecord, print_record
 from simsiam.errors import UsageError, WorkFailed
 
 pytest.importorskip("pycocotools")
@@ -216,3 +223,140 @@ def test_boxes_stay_with_their_images(tmp_path):
     for subset in (rest, held_out, rest.concat(held_out)):
         for key, objects in zip(subset.images.keys, subset.objects):
             assert np.isclose(objects.boxes[0, 0], "abcdef".index(Path(key).stem))
+
+
+# --- files of strangers ---------------------------------------------------------------------------
+
+BOX = {"image_id": 7, "category_id": 3, "bbox": [10, 10, 30, 30]}
+
+
+def opened_line(source: Path) -> str:
+    """Open a source, and use its masks; return its error, one short line, or its faults."""
+    try:
+        opened = open_annotated(source)
+        for source in (opened, keep_masked_objects(opened)):
+            for objects in (
+                objects for split in source.splits.values() for objects in split.objects
+            ):
+                assert decode_masks(objects).shape == (len(objects), *objects.size)
+    except (UsageError, WorkFailed) as error:
+        assert len(str(error)) < 1000
+        return str(error)
+    assert all(len(line) < 1000 for line in opened.faults.lines)
+    return " ".join(opened.faults.lines)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"category_id": ["x"]}, "has category ['x']"),
+        ({"category_id": {}}, "has category {}"),
+        ({"image_id": [1]}, "belongs to image [1]"),
+        ({"image_id": 10**400}, "belongs to image 1000"),
+        ({"bbox": [10**400, 0, 1, 1]}, "has the box [1000"),
+        ({"bbox": [1e308, 1e308, 1e308, 1e308]}, "has no area in the image"),
+        ({"bbox": ["a", None, [], {}]}, "has the box"),
+        ({"bbox": list(range(100_000))}, "has the box"),
+        ({"segmentation": [["1", "2", "3", "4", "5", "6"]]}, "has no mask"),
+        ({"segmentation": [[1e300, 0, 1e300, 9, 0, 9]]}, "has no mask"),
+        ({"segmentation": [[True] * 6]}, "has no mask"),
+        ({"segmentation": {"counts": [-5, 4805], "size": [60, 80]}}, "has no mask"),
+        ({"segmentation": {"counts": [10**9, 10**9], "size": [60, 80]}}, "has no mask"),
+        ({"segmentation": {"counts": [10, 4790], "size": [60, 10**9]}}, "has no mask"),
+        ({"segmentation": {"counts": [10, "x"], "size": [60, 80]}}, "has no mask"),
+        ({"segmentation": {"counts": "o" * 40, "size": [60, 80]}}, "has no mask"),
+        ({"segmentation": {"counts": "zzzz", "size": [60, 80]}}, "has no mask"),
+        ({"segmentation": {"counts": "\u20ac", "size": [60, 80]}}, "has no mask"),
+    ],
+)  # fmt: skip
+def test_a_strange_object_costs_only_itself(change, said, tmp_path):
+    good = [BOX | {"image_id": 7 + i, "segmentation": [[10, 10, 40, 10, 40, 40]]} for i in range(8)]
+    source = coco(tmp_path, [good[0] | change, *good], images=8)
+    assert said in opened_line(source)
+    assert sum(map(len, open_annotated(source).splits["train"].objects)) >= 8
+
+
+def test_compressed_run_lengths_are_read_as_pycocotools_writes_them(tmp_path):
+    mask = np.zeros((60, 80), np.uint8)
+    mask[5:50, 7:60], mask[9:20, 30:40] = 1, 0
+    encoded = encode_mask(mask)["counts"].decode()
+    lengths = decode_run_lengths(encoded)
+    assert sum(lengths) == 60 * 80 and sum(lengths[1::2]) == mask.sum()
+    segmentation = {"counts": encoded, "size": [60, 80]}
+    source = coco(tmp_path, [BOX | {"segmentation": segmentation}] * 8, images=8)
+    (objects, *_) = open_annotated(source).splits["train"].objects
+    assert (decode_masks(objects)[0] == mask).all()
+
+
+def change_coco(source: Path, **changes) -> Path:
+    path = source / "annotations" / "instances_train2017.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return source
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"categories": [{"id": 3, "name": "a"}, {"id": "x", "name": "b"}]}, ""),
+        ({"categories": [{"id": [3], "name": "a"}]}, "has no valid id"),
+        ({"categories": [{"id": 3, "name": "\x1b[2J" * 900}, {"id": 3}]}, "another name elsewhere"),
+        ({"categories": [{"id": 3, "name": ["deep"] * 9000}, {"id": 3}]}, "another name elsewhere"),
+        ({"annotations": {"a": 1}}, "no object is annotated"),
+        ({"images": [3, None, []]}, "has no unique id or no file_name"),
+        ({"images": [{"id": 7, "file_name": "a\0b.png"}]}, "leads out of the folder"),
+        ({"images": [{"id": 7, "file_name": "\ud800.png"}]}, "leads out of the folder"),
+        ({"images": [{"id": 7, "file_name": "/etc/passwd"}]}, "leads out of the folder"),
+        ({"images": [{"id": 7, "file_name": "../../../x.png"}]}, "leads out of the folder"),
+    ],
+)
+def test_strange_lists_are_one_line(changes, said, tmp_path):
+    source = coco(tmp_path / "in", [BOX | {"image_id": 7 + i} for i in range(8)], images=8)
+    line = opened_line(change_coco(source, **changes))
+    assert said in line and "\n" not in line
+
+
+def test_nested_json_is_one_line(tmp_path):
+    source = coco(tmp_path, [BOX])
+    path = source / "annotations" / "instances_train2017.json"
+    path.write_text("[" * 100_000)
+    with pytest.raises(WorkFailed, match=r"cannot read .*json: maximum recursion depth"):
+        open_annotated(source)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '<?xml version="1.0" encoding="klingon"?><annotation/>',
+        "<annotation>" * 50_000,
+        '<!DOCTYPE a [<!ENTITY a "' + "x" * 99 + '">'
+        + "".join(f'<!ENTITY a{i} "{f"&a{i - 1};" * 9 if i else "&a;" * 9}">' for i in range(9))
+        + "]><annotation>&a8;</annotation>",
+        "",
+        "\0",
+    ],
+)  # fmt: skip
+def test_strange_xml_costs_only_its_image(text, tmp_path):
+    files = {name: xml([CAR]) for name in "abcdefgh"}
+    source = voc(tmp_path / "in", files | {"x": text}, {"train": ["x", *files, "../../secret"]})
+    (tmp_path / "secret.xml").write_text(xml([("secret", (1, 1, 30, 30), 0)]))
+    opened = open_annotated(source)
+    faults = " ".join(opened.faults.lines)
+    assert "not XML" in faults and "its name leads out of the folder" in faults
+    assert opened.splits["train"].classes == ("car",)
+    assert all(len(line) < 1000 and "\n" not in line for line in opened.faults.lines)
+
+
+def test_names_of_classes_are_escaped_on_terminal_and_picture(tmp_path, capsys):
+    names = ("a\nb", "\x1b[2J", "[/]")
+    boxes = [BOX | {"image_id": 7 + i, "category_id": 3 + 2 * (i % 3)} for i in range(9)]
+    source = open_annotated(coco(tmp_path, boxes, images=9, categories=names))
+    classes = source.splits["train"].classes
+    assert classes == names  # the true names
+    _arrange([(Image.new("RGB", (8, 8)), Image.new("RGB", (8, 8)))], classes)
+    aps = {"metric": "", "AP": 1.0, "AP50": 1.0, "AP75": 1.0}
+    metrics = {"voc_box": aps | {"AP50_of_class": dict.fromkeys(classes, 1.0)}}
+    values = {f.name: f.name for f in fields(TransferRecord)} | {"metrics": metrics}
+    values |= {"init": {"from": "[/]\x1b"}, "tested_by": "voc_box"}
+    print_record(TransferRecord(**values))
+    said = capsys.readouterr().out
+    assert "\x1b" not in said and "a\\nb 1.0, \\x1b[2J 1.0, [/] 1.0" in said

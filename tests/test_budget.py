@@ -67,9 +67,11 @@ def test_few_images_get_a_smaller_batch_and_a_given_batch_is_kept(images, speed)
 
 
 def test_the_monitors_have_their_share_of_the_time():
-    """Five measurements of all images, each a sixth of the work of training on them."""
+    """One measurement an epoch, at most five, each a sixth of the work of training on them."""
     assert trained_images(100.0, 600, 0) == 60_000 - 5 * 6000 / 6
     assert trained_images(100.0, 600, 1200) == trained_images(100.0, 600, 0) - 1000
+    assert trained_images(100.0, 600, 54_000) == 60_000 - 10_000  # less than an epoch: one
+    assert trained_images(100.0, 600, 24_000) == 2 * 24_000  # two, and no third
 
 
 def test_what_contradicts_a_time_limit_is_one_line(images, speed):
@@ -95,3 +97,15 @@ def test_the_choice_is_printed_and_stands_in_the_recipe(tmp_path, monkeypatch, c
     assert recipe.batch_size == 64 and 0 < recipe.steps <= 3 and recipe.width == 8
     assert f"0.6 minutes: {recipe.steps} steps of 64 images" in capsys.readouterr().err
     assert Run(run).json("summary.json")["steps"] == recipe.steps
+
+
+def test_few_steps_get_a_large_learning_rate_unless_weights_or_the_user_say_otherwise(
+    images, speed
+):
+    chosen, lines = fit(images, 10)
+    assert chosen.steps < budget.FEW_STEPS and chosen.peak_lr == pytest.approx(0.25)
+    assert "peak lr 0.25" in lines[0]
+    assert fit(images, 10, base_lr=0.1)[0].method.base_lr == 0.1
+    assert fit(images, 10**5)[0].method.base_lr == PHOTOS.method.base_lr  # many steps
+    weights = fit(images, 10, recipe=PHOTOS.replace(init="lite0"))[0]
+    assert weights.method.base_lr == PHOTOS.method.base_lr

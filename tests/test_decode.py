@@ -391,7 +391,18 @@ def test_a_tiff_with_a_fourth_band_keeps_it():
     assert same(decode_image(tiff(pixels, photometric=2)), pixels[..., :3])
 
 
+def read_in_this_process(monkeypatch):
+    """Patches are in this process only."""
+
+    def read_here(work, file, channels, min_side=0):
+        request = {"work": work, "channels": channels, "min_side": min_side}
+        return module.read_image(file, request)
+
+    monkeypatch.setattr(module, "call_decoder", read_here)
+
+
 def test_without_tifffile_its_images_are_unreadable_and_say_what_to_install(monkeypatch):
+    read_in_this_process(monkeypatch)
     monkeypatch.setitem(sys.modules, "tifffile", None)
     assert "pip install tifffile" in reason(tiff(picture(0, 20, 30, 5)), 5)
     assert same(decode_image(tiff(picture(0), photometric=2)), picture(0))
@@ -483,6 +494,7 @@ def test_a_bomb_is_refused_by_its_size():
 
 
 def test_what_is_too_large_is_refused_unless_it_is_a_jpeg(monkeypatch):
+    read_in_this_process(monkeypatch)
     monkeypatch.setattr(module, "MAX_PIXELS", 64 * 96)
     assert decode_image(encode(smooth(64, 96))).shape == (64, 96, 3)
     for data in (encode(smooth(64, 97)), npy(smooth(64, 97)), encode(smooth(64, 97), "TIFF")):

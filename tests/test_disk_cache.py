@@ -162,7 +162,7 @@ def test_a_file_that_is_not_whole_is_written_anew(photos, kept, harm):
     (file,) = kept.glob("*.npy")
     good = file.read_bytes()
     file.write_bytes(harm(good))
-    (kept / f"{file.name}.{2**22 + 1}.part").touch()  # left by a process that was killed
+    (kept / f"{file.name}.simsiam-{2**22 + 1}.part").touch()  # left by a process that was killed
     assert seen(recipe(photos)) == plain and file.read_bytes() == good
     assert sorted(path.name for path in kept.iterdir()) == sorted([file.name, "lock"])
 

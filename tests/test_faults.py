@@ -79,8 +79,8 @@ def test_a_file_that_cannot_be_written_leaves_what_was_there(tmp_path):
 def test_what_a_killed_process_left_is_cleared_and_what_a_living_one_writes_is_not(tmp_path):
     dead = subprocess.Popen(["true"])
     dead.wait()
-    living = tmp_path / f"a.{os.getppid()}.part"
-    strays = [tmp_path / f"a.{dead.pid}.part", tmp_path / f"b.{dead.pid}.part"]
+    living = tmp_path / f"a.simsiam-{os.getppid()}.part"
+    strays = [tmp_path / f"{name}.simsiam-{dead.pid}.part" for name in "ab"]
     for path in (living, *strays):
         path.write_text("half")
     with atomic_write(tmp_path / "a") as part:
@@ -350,7 +350,7 @@ def test_too_large_a_batch_is_told_the_one_that_fits(tmp_path, monkeypatch, caps
         (f"epochs: {'9' * 5000}", "is not YAML"),
         (f"epochs: 0x{'f' * 5000}", "it takes a whole number"),
         (f"base_lr: 0x{'f' * 5000}", "unknown key in recipe 'base_lr'"),
-        (f"backbone: {'x' * 300_000}", "a recipe has at most"),
+        (f"backbone: {'x' * 300_000}", "is too large to be read here"),
         (f"{'x' * 900}: 3", "unknown key in recipe"),
     ],
 )

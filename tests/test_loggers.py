@@ -20,9 +20,10 @@ from simsiam.errors import UsageError
 from simsiam.runs import journal
 from simsiam.runs.loggers import background, loggers
 from simsiam.runs.loggers.choice import parse_loggers
-from simsiam.runs.loggers.loggers import LOGGERS, LoggedRun, Logger, hide_keys, metrics
+from simsiam.runs.loggers.loggers import LOGGERS, LoggedRun, Logger, metrics
 from simsiam.runs.run_folder import Run
 from simsiam.training.pretrain import Pretraining
+from simsiam.utils.names import hide_keys, without_credentials
 
 SIX = QUICK | {"steps": 6, "save_seconds": 1e6}
 TIMES = {"images_per_second", "data_wait"}
@@ -476,7 +477,7 @@ def test_a_damaged_choice_is_one_line(tmp_path, capsys, text):
 def test_urls_are_logged_without_keys(text, shown):
     assert hide_keys(text) == shown
     recipe = {"source": [text], "method": {"name": text}, "epochs": 3}
-    assert loggers.without_credentials(recipe) == {
+    assert without_credentials(recipe) == {
         "source": [shown],
         "method": {"name": shown},
         "epochs": 3,

@@ -13,8 +13,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import TINY, flags
+from conftest import QUICK, TINY, flags
 from equality import CASES, LIMIT, compared
+from PIL import Image
 
 import simsiam
 from simsiam.commands.main import main
@@ -25,6 +26,7 @@ from simsiam.data.images import from_arrays
 from simsiam.distributed.process_group import local_slice
 from simsiam.distributed.sync_batch_norm import convert_sync_batchnorm
 from simsiam.errors import UsageError
+from simsiam.model.targets import TARGETS
 from simsiam.runs.run_folder import Run, choose_run_path
 
 PROTOCOLS = ("knn", "label_free")
@@ -221,3 +223,65 @@ def test_several_processes_start_from_a_file_of_weights(calm, tmp_path, monkeypa
         process.kill()
     assert process.returncode == 0, output
     assert Run(tmp_path / "run").json("summary.json")["steps"] == 1
+
+
+def test_two_processes_train_towards_every_target(tmp_path):
+    """From the command to the end and once more, with rows of eta that the processes share."""
+    (tmp_path / "each.py").write_text(
+        "import sys, simsiam\n"
+        "from simsiam.model.targets import TARGETS\n"
+        "for name in TARGETS:\n"
+        "    labels = name == 'labels'\n"
+        "    row = {'method': 'supervised', 'dim': 12} if labels else {'target': name}\n"
+        f"    settings = {QUICK | {'save_seconds': 0}!r} | row\n"
+        "    run = simsiam.pretrain('shapes', out=f'{sys.argv[1]}/{name}', **settings)\n"
+        "    simsiam.resume(run)\n"
+    )
+    ended(torchrun(str(tmp_path / "each.py"), str(tmp_path)))
+    for name in TARGETS:
+        assert Run(tmp_path / name).json("summary.json")["steps"] == QUICK["steps"]
+    eta = Run(tmp_path / "moving_average").checkpoint()["model"]["target.eta"]
+    assert torch.allclose(eta.norm(dim=1), torch.ones(QUICK["limit"]), atol=1e-5)
+
+
+def test_a_run_of_two_processes_that_diverges_says_so(tmp_path):
+    """The good weights come back, also where the processes share the rows of eta."""
+    settings = QUICK | {"target": "moving_average", "base_lr": 1e30, "save_seconds": 0}
+    arguments = ["shapes", "--out", str(tmp_path / "run"), *flags(**settings)]
+    output, _ = torchrun("-m", "simsiam", "pretrain", *arguments).communicate()
+    assert "diverged: loss and weights" in output and "Traceback (" not in output
+    assert Run(tmp_path / "run").json("summary.json")["verdict"] == "diverged"
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/cwd").exists(), reason="needs a path that each process has"
+)
+def test_every_process_compares_its_images(tmp_path):
+    """Each process is a machine of its own here: its home, and its copy of the images."""
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 16, 16, 3)).astype(np.uint8)
+    for rank in "01":
+        (tmp_path / rank / "photos").mkdir(parents=True)
+        for i, image in enumerate(pixels):
+            Image.fromarray(image).save(tmp_path / rank / "photos" / f"{i:02}.bmp")
+    settings = QUICK | {"limit": None, "save_seconds": 0}
+    (tmp_path / "both.py").write_text(
+        "import os, sys, simsiam\n"
+        "from pathlib import Path\n"
+        "rank = os.environ['RANK']\n"
+        "os.chdir(Path(sys.argv[1], rank))\n"
+        "os.environ['SIMSIAM_STATE'] = f'{os.getcwd()}/state'\n"
+        f"run = simsiam.pretrain('/proc/self/cwd/photos', out='{tmp_path}/run', **{settings!r})\n"
+        "simsiam.resume(run)\n"
+        "if rank == '1':\n"
+        "    Path('photos/03.bmp').write_bytes(Path('photos/04.bmp').read_bytes())\n"
+        "try:\n"
+        "    simsiam.resume(run)\n"
+        "except simsiam.errors.UsageError as error:\n"
+        "    print(f'process {rank}: {error}')\n"
+    )
+    output = ended(torchrun(str(tmp_path / "both.py"), str(tmp_path)))
+    for rank in "01":
+        line = f"process {rank}: the processes do not see the same images"
+        assert f"{line}; on another process: other content" in output
+    assert [path.name for path in (tmp_path / "0" / "state").glob("*.txt")] == ["run_key.txt"]
+    assert not (tmp_path / "1" / "state").exists()  # the first process decides

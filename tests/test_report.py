@@ -226,10 +226,7 @@ def test_thumbnails_are_the_images_in_order_and_fit_the_space():
 
 
 def test_the_page_says_what_it_cannot_show(photos, tmp_path, capsys):
-    moved = run_folder(tmp_path / "moved", photos)
-    moved.write(
-        "recipe.yaml", (moved.path / "recipe.yaml").read_text().replace("<photos>", "<gone>")
-    )
+    moved = run_folder(tmp_path / "moved", tmp_path / "<gone>")
     unfinished = run_folder(tmp_path / "unfinished", photos)
     (unfinished.path / "backbone.safetensors").unlink()
     data = page_data(report([moved.path, unfinished.path], out=tmp_path / "page.html"))
@@ -285,7 +282,7 @@ def test_a_wrong_request_is_one_line(run, options, message, capsys):
 def test_damaged_evaluations_are_named(photos, tmp_path):
     run = run_folder(tmp_path / "run", photos)
     run.write("evaluations/linear.json", '{"top1": 3}')
-    with pytest.raises(UsageError, match=r"linear.json is not a list of records"):
+    with pytest.raises(UsageError, match=r"linear.json is damaged: its content should be"):
         report(run.path, images=False)
 
 
@@ -461,6 +458,43 @@ def test_an_unfinished_run_has_a_page(visit, tmp_path):
     assert (
         tab.locator(".verdict").inner_text() == "unfinished" and tab.locator("section").count() == 1
     )
+
+
+def test_one_strange_record_leaves_no_page_blank(visit, photos, tmp_path):
+    """Records that lack keys, lines without an epoch, and what a newer version may write."""
+    run = run_folder(tmp_path / "run", photos)
+    (run.path / "transfers").mkdir()
+    records = [
+        {"protocol": "detection, a", "metrics": {"voc_box": {"AP": 1.0}}},
+        {"protocol": "detection, b", "init": {}, "metrics": {"new": {}}, "n": None},
+    ]
+    (run.path / "transfers" / "detection.json").write_text(json.dumps(records[:1]))
+    (run.path / "evaluations" / "linear.json").write_text('[{"protocol": "linear", "top1": 12.5}]')
+    run.write("metrics.jsonl", '{"step": 1, "loss": 0.5}\n{"step": 2, "loss": 0.25}\n')
+    run.write("summary.json", {"features": [], "knn_top1": None, "start": None})
+    tab = visit(report(run.path, images=False))
+    text = tab.locator("body").inner_text()
+    assert "detection, a" in text and "12.5" in text and "simsiam resume continues it" in text
+
+
+def test_a_part_that_fails_leaves_the_others(visit, run, tmp_path):
+    page = tmp_path / "page.html"
+    data = page_data(report(run.path, images=False))
+    data["runs"][0]["results"] = [{"protocol": "knn", "top1": "high"}]  # as no run folder can have
+    page.write_text(render_report(data))
+    text = visit(page).locator("body").inner_text()
+    assert (
+        "This part of the page cannot be shown" in text and "healthy" in text and "backbone" in text
+    )
+
+
+def test_a_damaged_page_says_so(browser, run, tmp_path):
+    page = report(run.path, images=False, out=tmp_path / "page.html")
+    page.write_text(page.read_text().replace('"top1":71.43', '"top1":71.53'))
+    tab = browser.new_page()
+    tab.goto(page.as_uri())
+    assert tab.locator("body").inner_text().strip().startswith("This page is damaged")
+    tab.close()
 
 
 def test_the_encoders_that_adapt_compared_are_a_table(visit, tmp_path):

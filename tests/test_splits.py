@@ -9,7 +9,8 @@ from test_sources import parquet, refused, tarred, tree, zipped
 import simsiam
 from simsiam.commands.main import main
 from simsiam.runs.compose import compose_recipe, open_run_source
-from simsiam.runs.recipe_file import read_recipe, write_recipe
+from simsiam.runs.recipe_file import read_recipe
+from simsiam.runs.run_folder import Run
 from simsiam.sources.open_source import open_source
 
 PNG = encode(picture(0, 8, 8))
@@ -184,11 +185,13 @@ def test_a_run_keeps_its_splits(tmp_path):
     source = tree(tmp_path / "photos", *[f"{f}/{i}.png" for f in "AB" for i in range(20)])
     recipe, opened, _ = compose_recipe(source, None, {"splits": ["train=A", "test=B"]})
     assert counts(opened) == {"train": 20, "test": 20}
-    write_recipe(tmp_path, recipe)
-    stored = read_recipe(tmp_path / "recipe.yaml")
+    run = Run.create(tmp_path / "run", recipe)
+    stored = read_recipe(run.path / "recipe.yaml")
     assert stored.splits == recipe.splits == ("train=A", "test=B")
-    assert counts(open_run_source(recipe)) == {"train": 20, "test": 20}
-    assert counts(open_run_source(recipe, source)) == {"train": 40}  # named anew: names decide
+    assert counts(open_run_source(run, command=list)) == {"train": 20, "test": 20}
+    assert counts(open_run_source(run, place=source, command=list)) == {"train": 20, "test": 20}
+    # Named anew: names decide.
+    assert counts(open_run_source(run, source, command=list)) == {"train": 40}
     assert counts(compose_recipe(None, stored, {})[1]) == {"train": 20, "test": 20}
     assert simsiam.Recipe().replace(splits="none").splits is None
 

@@ -1,6 +1,7 @@
 """The structure: imports go one way, help loads no torch, and what a newcomer reads is short."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -163,3 +164,176 @@ def test_mutations_name_one_place_each_and_a_test_that_is_there():
 def test_public_names_exist():
     for name in simsiam.__all__:
         assert getattr(simsiam, name).__doc__ if name != "METHODS" else simsiam.METHODS
+
+
+# --- one door for each kind of file ---------------------------------------------------------------
+
+# What reads or writes a file, and the modules in which it may be called: the doors.
+WRITERS = {"utils.files", "utils.names", "utils.system"}
+DOORS = {
+    "open for writing": WRITERS,
+    "open for reading": {
+        "utils.read_files", "data.decode", "data.remote_files", "data.shards", "sources.listing",
+        "sources.catalog", "runs.weight_files",
+    },
+    "os.open": {"utils.system"},
+    "FileIO": {"utils.system"},
+    "Path.read_text": {"utils.read_files", "utils.system"},
+    "Path.read_bytes": {"utils.read_files"},
+    "json.loads of a file": {"utils.typed_json"},
+    "json.load": set(),
+    "yaml.load": {"runs.recipe_file"},
+    "Image.open": {"data.decode"},
+    "np.load": {"data.decode", "sources.disk_cache"},
+    "shutil.copyfile": set(),
+    "np.memmap": {"sources.disk_cache"},
+    "pickle.load": set(),
+    "torch.load": {"runs.weight_files"},
+    "safe_open": {"runs.weight_files"},
+    "load_file": set(),
+    "zipfile.ZipFile": {"sources.listing", "runs.weight_files"},
+    "tarfile.open": {"sources.listing", "sources.catalog", "sources.write_shards"},
+    "pq.": {"data.parquet_files"},
+    "pa.memory_map": {"data.arrow_files"},
+    "pa.OSFile": {"data.arrow_files"},
+    "pa.ipc.open_file": {"data.arrow_files"},
+}  # fmt: skip
+PARQUET_WRITERS = ("pq.write_table", "pq.ParquetWriter")  # into what atomic_write opened
+# Modules in which calls are right though they are no doors.
+ALLOWED = {
+    # They write into, and read from, a folder that atomic_folder has just made.
+    "exports.detectron2": {
+        "open for writing", "Path.read_text", "Path.read_bytes", "pickle.load", "yaml.load",
+    },
+    "exports.export": {"open for writing"},
+    "utils.checksums": {"open for writing"},
+    "exports.huggingface": {"open for writing"},
+    "exports.safetensors": {"load_file"},
+    "exports.timm": {"open for writing"},
+    "exports.torchvision": {"open for writing", "torch.load"},
+    # They use files that they have made a moment before.
+    "laboratory.bench_cases": {"open for writing"},
+    "detection.scenes": {"open for writing"},
+    # The files of the package.
+    "laboratory.experiment_page": {"Path.read_text", "json.loads of a file"},
+    "pages.report": {"Path.read_text"},
+    # The null device.
+    "commands.main": {"os.open"},
+    "data.decoder_process": {"os.open"},
+    # A file in the cache, in a folder of its own.
+    "sources.catalog": {"open for writing"},
+    # Texts that `read_text` has read, of other programs: each wrong value costs its object only.
+    "detection.annotations": {"json.loads of a file"},
+    "runs.checkpoints.published_weights": {"yaml.load"},
+    # Into what atomic_write opened, in a function of its own.
+    "runs.weight_files": {"open for writing"},
+}  # fmt: skip
+
+
+def names_of_parts(function: ast.AST) -> set[str]:
+    """The names that `with atomic_write(...) as NAME` binds."""
+    return {
+        item.optional_vars.id
+        for node in ast.walk(function)
+        if isinstance(node, ast.With)
+        for item in node.items
+        if isinstance(item.optional_vars, ast.Name)
+        and ast.unparse(item.context_expr).startswith(("atomic_write(", "atomic_folder("))
+    }
+
+
+def open_mode(call: ast.Call) -> str | None:
+    """The mode of `open(path, mode)` or `path.open(mode)`; None for another call."""
+    name = ast.unparse(call.func)
+    words = {word.arg: word.value for word in call.keywords}
+    if name in ("open", "io.open"):
+        mode = words.get("mode", call.args[1] if len(call.args) > 1 else ast.Constant("r"))
+        return mode.value if isinstance(mode, ast.Constant) else "w"
+    if not name.endswith(".open"):
+        return None
+    modes = [a.value for a in (*call.args, *words.values()) if isinstance(a, ast.Constant)]
+    return next((mode for mode in modes if re.fullmatch("[rwax][bt+]*", str(mode))), None)
+
+
+def kind_of_access(call: ast.Call, parts: set[str]) -> str | None:
+    """How a call reads or writes a file; None if not, or if it writes what atomic_write opened."""
+    name, mode = ast.unparse(call.func), open_mode(call)
+    owner, _, last = name.rpartition(".")
+    door = next((d for d in DOORS if name == d or (d[-1] == "." and name.startswith(d))), None)
+    into_part = {owner, ast.unparse(call.args[0]) if call.args else ""} & parts
+    reads_file = any(
+        isinstance(node, ast.Call)
+        and ast.unparse(node.func).rpartition(".")[2] in ("read_text", "read_bytes", "read")
+        for node in ast.walk(call)
+        if node is not call
+    )
+    if door in ("tarfile.open", "Image.open"):
+        return door
+    if (mode and set("wax+") & set(mode)) or (owner and last in ("write_text", "write_bytes")):
+        return None if into_part else "open for writing"
+    if mode:
+        return "open for reading"
+    if owner and last in ("read_text", "read_bytes"):
+        return None if owner.endswith("storage") else f"Path.{last}"
+    if name == "json.loads":
+        return "json.loads of a file" if reads_file else None
+    if door is None:
+        return {"yaml.safe_load": "yaml.load", "pickle.loads": "pickle.load"}.get(name)
+    writes = name in PARQUET_WRITERS or (name == "pa.OSFile" and len(call.args) > 1)
+    return None if writes else door
+
+
+def accesses(path: Path) -> set[str]:
+    """The kinds in which a module reads and writes files."""
+    found = set()
+    tree = ast.parse(path.read_text("utf-8"))
+    parts = names_of_parts(tree)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and (kind := kind_of_access(node, parts)):
+            found.add(kind)
+    return found
+
+
+def test_every_kind_of_file_is_read_and_written_through_one_door():
+    """Only the doors check that a file is regular, bounded, complete, and no link out of a run."""
+    wrong = {}
+    for name, path in MODULES.items():
+        found = {kind for kind in accesses(path) if name not in DOORS[kind]}
+        if found := found - ALLOWED.get(name, set()):
+            wrong[name] = found
+    assert not wrong
+
+
+def test_the_lists_of_the_doors_name_only_what_is_there():
+    for name, kinds in ALLOWED.items():
+        assert kinds <= accesses(MODULES[name]), f"{name}: {kinds - accesses(MODULES[name])}"
+
+
+def test_the_search_for_doors_finds_what_it_looks_for():
+    for text, kind in {
+        "open(path)": "open for reading",
+        "open(path, 'rb')": "open for reading",
+        "open(path, mode='ab')": "open for writing",
+        "open(path, 'rb+')": "open for writing",
+        "path.open('w')": "open for writing",
+        "path.open('rb')": "open for reading",
+        "path.write_text(x)": "open for writing",
+        "(a / b).write_bytes(x)": "open for writing",
+        "path.read_text('utf-8')": "Path.read_text",
+        "json.loads(path.read_text())": "json.loads of a file",
+        "json.loads(read_text(path))": "json.loads of a file",
+        "json.loads(text)": None,
+        "json.load(file)": "json.load",
+        "Image.open(x)": "Image.open",
+        "pq.read_table(x)": "pq.",
+        "FileIO(path, 'wb')": "FileIO",
+        "torch.load(x)": "torch.load",
+        "np.load(x)": "np.load",
+        "open(part, 'wb')": None,
+        "part.write_bytes(x)": None,
+        "read_text(path)": None,
+        "loaded.storage.read_bytes(i)": None,
+    }.items():
+        call = ast.parse(text, mode="eval").body
+        assert isinstance(call, ast.Call)
+        assert kind_of_access(call, {"part"}) == kind, text

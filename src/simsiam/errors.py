@@ -10,6 +10,12 @@ from math import inf
 CONTROL_CHARACTERS = re.compile(
     r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 )
+# In the URLs of a text: user names and passwords; queries; fragments. Each may be a key.
+URL_KEYS = (
+    (re.compile(r"://[^/\s]*@"), "://"),
+    (re.compile(r"(://[^?]*)\?[^\s'\"`]+"), r"\1"),
+    (re.compile(r"(://[^\s#]*)#[^\s'\"`]+"), r"\1"),
+)
 MAX_VALUE_CHARS = 200  # characters of a wrong value that an error repeats
 
 
@@ -114,8 +120,12 @@ def printable(name: str) -> str:
         name: The name of a file, or any text.
 
     Returns:
-        One line. Letters, spaces of any width and marks of any language stay as they are.
+        One line. Letters, spaces of any width and marks of any language stay as they are. URLs are
+        without what may be a key; see `simsiam.utils.names.hide_keys`.
     """
+    if "://" in name:
+        for pattern, replacement in URL_KEYS:
+            name = pattern.sub(replacement, name)
     return CONTROL_CHARACTERS.sub(lambda c: c[0].encode("unicode_escape").decode(), name)
 
 

@@ -83,6 +83,7 @@ def main(folder: Path) -> None:
 
     os.chdir(folder)
     os.environ["SIMSIAM_CACHE"] = str(folder / "cache")
+    os.environ["SIMSIAM_STATE"] = str(folder / "state")
     write_inputs(folder)
     failed = []
     for command in COMMANDS:

@@ -1,6 +1,6 @@
-"""Kill verbs, fill their disk and damage their files, and check that each ends correctly.
+"""Kill verbs, fill or cut off their disk and damage their files; check that each ends correctly.
 
-    python tests/stress/campaign.py --kills 220 --full 60 --corruptions 60 --real 4 \\
+    python tests/stress/campaign.py --kills 220 --full 60 --corruptions 60 --real 4 --cuts 40 \\
         --out results/faults/campaign
 
 A trial runs a verb in a process forked from this one. (Starting Python anew would take most of the
@@ -11,10 +11,12 @@ without times. A verb must end with the right result or with one line that says 
 kills        SIGKILL, SIGTERM or SIGINT at a uniformly random moment of the verb
 full         the verb writes to a tmpfs of random size, usually too small; then space is freed
 corruptions  a flipped bit, a stretch of zeros or noise, or a cut in checkpoints, weights and parts
+cuts         the verb writes to ext4 in a file; what this file holds at a random moment is all that
+             is left, as after a power cut: what was not synced is lost, the journal is replayed
 
---full mounts file systems and needs root. All randomness comes from --seed, and each trial has its
-own random stream. So the same command continues with the trials that PATH.json does not have, and
-repeats those that failed.
+--full and --cuts mount file systems and need root. All randomness comes from --seed, and each trial
+has its own random stream. So the same command continues with the trials that PATH.json does not
+have, and repeats those that failed.
 """
 
 import argparse
@@ -75,6 +77,8 @@ TIMES = {
     "environment",
     "made",
     "start",
+    "bytes",  # of metrics.jsonl, which has the times above
+    "crc32",
 }
 OUTSIDE = 98  # exit code: a signal came before or after the verb, while this script ran
 LIMIT = 120  # seconds after which a verb counts as hanging
@@ -270,8 +274,14 @@ class Ended(NamedTuple):
     output: str
 
 
-def launch(arguments: list[str], work: Path, *, real: bool = False) -> int:
-    """Start a verb in the folder `work`; return the process id."""
+def launch(
+    arguments: list[str],
+    work: Path,
+    *,
+    real: bool = False,
+    harm: Callable[[], None] = lambda: None,
+) -> int:
+    """Start a verb in the folder `work`, after `harm` in its process; return the process id."""
     output = os.open(work / "output.txt", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
     if real:
         command = [sys.executable, "-m", "simsiam", *arguments]
@@ -285,6 +295,7 @@ def launch(arguments: list[str], work: Path, *, real: bool = False) -> int:
             shrink()
             signal.signal(signal.SIGTERM, lambda *_: os._exit(OUTSIDE))
             sys.argv = ["simsiam", *arguments]
+            harm()
             code = cli.main(arguments)
         except KeyboardInterrupt:
             code = OUTSIDE
@@ -420,6 +431,68 @@ def fill(case: Case, work: Path, expected: Any, need: int, rng: random.Random) -
         return done, compared(case, work, expected)
     finally:
         subprocess.run(["umount", work], check=True)
+
+
+IMAGE_BYTES = 2**27
+
+
+def mount_image(image: Path, work: Path, *options: str) -> None:
+    chosen = ",".join(["loop", *options])
+    subprocess.run(["mount", "-o", chosen, image, work], check=True, capture_output=True)
+
+
+def cut_power(
+    case: Case, work: Path, expected: Any, seconds: float, rng: random.Random
+) -> tuple[str, str]:
+    """Run a verb on a disk whose power is cut, then repeat it on what the disk holds."""
+    image, copy = work.with_name("disk"), work.with_name("disk.copy")
+    with open(image, "wb") as file:
+        file.truncate(IMAGE_BYTES)
+    subprocess.run(["mkfs.ext4", "-q", "-F", image], check=True)
+    commit = rng.choice([5, 300])  # seconds between two commits that no program asks for
+    mount_image(image, work, f"commit={commit}")
+    outside = work.with_name(work.name + ".output")
+    outside.mkdir()
+    try:
+        case.before(work)
+        (work / "output.txt").symlink_to(outside / "output.txt")
+        subprocess.run(["sync", "-f", work], check=True)
+        wait, begin = rng.uniform(0.2, 1.1) * seconds, time.monotonic()
+        pid = launch(case.command(work), work)
+        time.sleep(wait)
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGSTOP)
+        hold_still(image, copy)
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        ended = finish(pid, work, begin)
+        done = f"cut after {wait:.2f} s, commits every {commit} s: {ended.code}"
+    finally:
+        subprocess.run(["umount", work], check=True)
+    image.unlink()
+    mount_image(copy, work)  # which replays the journal
+    try:
+        if empty := [path.name for path in work.rglob("*.safetensors") if not path.stat().st_size]:
+            return done, f"empty files: {empty}"
+        ended = perform(case, work)
+        wrong = complaint(ended, {0, 2})
+        if ended.code == 2 and "exists and is not" not in ended.output:
+            wrong = ended.output.strip()[-300:]
+        if "is not what it was when the checkpoint" in ended.output:
+            wrong = last_line(ended) + ": metrics.jsonl was not synced"
+        (work / "output.txt").unlink()
+        return done, wrong or compared(case, work, expected)
+    finally:
+        subprocess.run(["umount", work], check=True)
+        copy.unlink()
+
+
+def hold_still(image: Path, copy: Path) -> None:
+    """Copy a disk that the kernel may still write to, as it was at one moment."""
+    while True:
+        shutil.copyfile(image, copy)
+        if content(image) == content(copy):
+            return
 
 
 def damage(path: Path, rng: random.Random) -> str:
@@ -567,6 +640,7 @@ def main() -> int:
     parser.add_argument(
         "--real", type=int, default=0, help="also kill so many newly started programs"
     )
+    parser.add_argument("--cuts", type=int, default=0)
     parser.add_argument("--only", nargs="+", help="cases")
     parser.add_argument(
         "--minutes", type=float, default=1e9, help="start no trial after so many minutes"
@@ -579,6 +653,7 @@ def main() -> int:
         signal.SIGINT, signal.default_int_handler
     )  # a shell starts background processes without it
     os.environ["SIMSIAM_CACHE"] = str(ROOT / "cache")
+    os.environ["SIMSIAM_STATE"] = str(ROOT / "state")
     start, started_at, environment = (
         time.monotonic(),
         utc_now(),
@@ -645,6 +720,13 @@ def main() -> int:
         often,
         options.full,
         lambda k, w, rng: fill(chosen[k], w, expected[k], need[k], rng),
+        False,
+    )
+    plan(
+        "cut",
+        often,
+        options.cuts,
+        lambda k, w, rng: cut_power(chosen[k], w, expected[k], seconds[k], rng),
         False,
     )
     needs = {"backbone": "embed", "part": "embed", "finetune": "finetune"}

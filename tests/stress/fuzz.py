@@ -7,8 +7,9 @@ every format are mutated (bits, bytes, sizes, cuts, splices) and read as the ver
 by `decode_image`, containers and run folders by the command line. Other files are made by hand to
 do harm. Processes forked from this one do the reading, so a crash or a hang affects one trial only.
 An audit hook in each records every file opened for writing, every process started and every
-connection. Allowed outcomes are: pixels; one short reason; exit code 0; exit code 1 or 2 and one
-line. All randomness comes from --seed.
+connection; one in the processes that decode images ends them. Memory and time of each trial are
+measured, those processes included: at most 3 GiB and 10 s. Allowed outcomes are: pixels; one short
+reason; exit code 0; exit code 1 or 2 and one line. All randomness comes from --seed.
 """
 
 import argparse
@@ -36,7 +37,9 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
+import hostile_files
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -51,6 +54,7 @@ import simsiam.sources.open_source
 import simsiam.training.inspect
 import simsiam.utils.workers
 from simsiam.commands import main as cli
+from simsiam.data import decoder_process
 from simsiam.data.decode import Unreadable, decode_image, read_header
 from simsiam.model.precision import Compute
 from simsiam.model.siamese import build
@@ -58,10 +62,26 @@ from simsiam.runs.environment import collect_environment, utc_now
 from simsiam.sources.file_index import load_index
 from simsiam.sources.open_source import open_source
 from simsiam.utils.files import atomic_write
+from simsiam.utils.system import peak_memory
 
-HANG = 5.0  # seconds after which a trial counts as hanging
+HANG = 10.0  # seconds of CPU after which a trial counts as hanging
 CHUNK = 200  # trials per process
-MEMORY = 3 * 2**30  # bytes of memory that a process may use
+MEMORY = 3 * 2**30  # bytes of memory that a trial may use
+# Ends a process that decodes images if it writes, starts or connects to anything.
+DECODER_HOOK = """
+import os, sys
+sys.dont_write_bytecode = True
+def hook(event, arguments):
+    started = event in ("os.system", "os.exec", "os.fork", "subprocess.Popen", "socket.connect")
+    written = event == "open" and arguments[0] != os.devnull and (
+        isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+    ) and not isinstance(arguments[0], int)
+    if started or written:
+        os._exit(99)
+sys.addaudithook(hook)
+"""
+DECODER_ESCAPED = "exit code 99"  # in the reason
+decoder_process.START = DECODER_HOOK.replace("{", "{{").replace("}", "}}") + decoder_process.START
 NUMBERS = (0, 1, 0x7F, 0x80, 0xFF, 0x7FFF, 0x8000, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF)
 TINY = (
     "--backbone resnet10 --width 4 --dim 16 --proj-hidden 16 --pred-dim 4 --batch-size 16 "
@@ -154,6 +174,14 @@ def containers(folder: Path, images: dict[str, bytes]) -> dict[str, Path]:
             ["shard", "a.zip", "--out", f"{kind} shards", "--format", kind, "--per-shard", "10"]
         )
         assert code == 0, output
+    cache, os.environ["SIMSIAM_CACHE"] = os.environ["SIMSIAM_CACHE"], str(folder / "kept cache")
+    resident = simsiam.sources.open_source.MAX_RESIDENT_BYTES
+    simsiam.sources.open_source.MAX_RESIDENT_BYTES = 0
+    for kind in ("tar", "parquet"):
+        open_source(str(folder / f"{kind} shards"))
+    indexed(folder / "photos")
+    simsiam.sources.open_source.MAX_RESIDENT_BYTES = resident
+    os.environ["SIMSIAM_CACHE"] = cache
     os.chdir(before)
     weights = build("simsiam", backbone="resnet10", width=4, image_size=32).backbone.state_dict()
     torch.save({"state_dict": weights, "epoch": 3}, folder / "a.pt")
@@ -170,6 +198,7 @@ def containers(folder: Path, images: dict[str, bytes]) -> dict[str, Path]:
         "safetensors": folder / "a.safetensors",
         "run folder": folder / "run",
         "embedding": folder / "e.parquet",
+        "cache": folder / "kept cache",
     }
 
 
@@ -237,9 +266,8 @@ def hook(event: str, arguments: tuple[Any, ...]) -> None:
         paths = [arguments[0]]
     elif event in ("os.rename", "os.link", "os.symlink"):
         paths = [arguments[1]]
-    elif (
-        event in WATCHED and "git" not in arguments[:1]
-    ):  # git is started to record the commit of a run
+    elif event in WATCHED and "git" not in arguments[:1] and not is_decoder(arguments):
+        # git is started to record the commit of a run
         events.append(f"{event} {arguments!r}"[:200])
     for path in paths:
         where = (
@@ -253,6 +281,13 @@ def hook(event: str, arguments: tuple[Any, ...]) -> None:
             and not any(where.startswith(folder) for folder in allowed_folders)
         ):
             events.append(f"{event} {where}")
+
+
+def is_decoder(arguments: tuple[Any, ...]) -> bool:
+    """Return whether a process that is started is one that decodes images."""
+    return len(arguments) > 1 and any(
+        isinstance(word, str) and word.startswith(DECODER_HOOK) for word in arguments[1]
+    )
 
 
 def run_verb(arguments: list[str]) -> tuple[int, str]:
@@ -286,9 +321,8 @@ def one_image(data: bytes, rng: random.Random) -> tuple[str, str]:
         pixels = decode_image(data, channels, rng.choice([0, 0, 16]))
     except Unreadable as error:
         reason = str(error)
-        return "a reason", "" if reason.isprintable() and len(
-            reason
-        ) < 300 else f"the reason {reason!r}"
+        fine = reason.isprintable() and len(reason) < 300 and DECODER_ESCAPED not in reason
+        return "a reason", "" if fine else f"the reason {reason!r}"
     fine = pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] == channels
     return "pixels", "" if fine else f"pixels {pixels.dtype} {pixels.shape}"
 
@@ -303,9 +337,12 @@ def one_source(path: Path) -> tuple[str, str]:
     for images in source.splits.values():
         images = images.prefetch(np.arange(min(len(images), 50)))
         for i in range(min(len(images), 50)):
-            with contextlib.suppress(Unreadable):
+            try:
                 images.read(i)
                 count += 1
+            except Unreadable as error:
+                if DECODER_ESCAPED in str(error):
+                    return "", f"the reason {error}"
     return f"{'some' if count else 'no'} pixels", ""
 
 
@@ -348,6 +385,8 @@ def one_container(
     if kind.endswith("shards"):
         mutate_one(work / "shards", path, rng, other)
         return one_source(work / "shards")
+    if kind == "cache":
+        return one_cache(path, work, rng, other)
     file = work / f"x{path.suffix}"
     file.write_bytes(mutate(path.read_bytes(), other, rng))
     if kind in ("zip", "tar", "parquet"):
@@ -355,6 +394,21 @@ def one_container(
     if kind == "embedding":
         return check_verb(["neighbors", str(file), "0.png", "--html", "near.html"])
     return check_verb(["convert", str(file), "--out", "made"])
+
+
+def one_cache(cache: Path, work: Path, rng: random.Random, other: bytes) -> tuple[str, str]:
+    """Mutate one file of the cache, and open the sources that it is about."""
+    mutate_one(work / "cache", cache, rng, other)
+    before, os.environ["SIMSIAM_CACHE"] = os.environ["SIMSIAM_CACHE"], str(work / "cache")
+    try:
+        simsiam.sources.open_source.MAX_RESIDENT_BYTES = 0
+        ends = [one_source(cache.parent / f"{kind} shards") for kind in ("tar", "parquet")]
+        ends.append(indexed(cache.parent / "photos"))
+    finally:
+        os.environ["SIMSIAM_CACHE"] = before
+    wrongs = [wrong for _, wrong in ends if wrong]
+    whole = [end for end, _ in ends] == ["some pixels", "some pixels", "20 of 20 can be read"]
+    return "as without it", "; ".join([*wrongs, *[f"it reads {ends}"] * (not whole)])
 
 
 @dataclass
@@ -376,6 +430,7 @@ def work_off(task: Task, send: Any, root: Path, until: float) -> None:
     # Without worker processes: the hook could not tell their start from one caused by a file.
     simsiam.utils.workers.parallel_map = lambda work, jobs: (work(*job) for job in jobs)
     root = Path(tempfile.mkdtemp(dir=root))  # each process has its own
+    costs = Costs()
     for trial in task.trials:
         if time.monotonic() > until:
             break
@@ -383,28 +438,64 @@ def work_off(task: Task, send: Any, root: Path, until: float) -> None:
         before = {path.name for path in root.iterdir()}
         os.chdir(work)
         events.clear()
-        allowed_folders[:] = [str(work), os.environ["SIMSIAM_CACHE"]]
+        allowed_folders[:] = [str(work), *(os.environ[f"SIMSIAM_{x}"] for x in ("CACHE", "STATE"))]
+        costs.start()
         try:
             end, wrong = trial(work)
         except BaseException:
             end, wrong = "", traceback.format_exc()[-1500:]
         allowed_folders.clear()
+        seconds, size = costs.stop()
+        if seconds > task.limit or size > MEMORY:
+            wrong += f" it took {seconds:.1f} s and {size / 2**30:.2f} GiB"
         if events:
             wrong += f" it did {events[:3]}"
         if strays := {path.name for path in root.iterdir()} - before:
             wrong += f" it left {strays}"
         os.chdir(root)
         shutil.rmtree(work, ignore_errors=True)
-        send.send((end, wrong, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
+        send.send((end, wrong, seconds, size))
     send.close()
+
+
+class Costs:
+    """CPU seconds and the most memory of a trial, with the processes that decode for it."""
+
+    def start(self) -> None:
+        peak_memory(reset=True)
+        self.before, self.dead = self.seconds(), self.largest_dead()
+        for child in psutil.Process().children():
+            with contextlib.suppress(OSError):
+                Path(f"/proc/{child.pid}/clear_refs").write_text("5")
+
+    def stop(self) -> tuple[float, int]:
+        size, children = peak_memory() * 2**20, psutil.Process().children()
+        for child in children:
+            with contextlib.suppress(OSError):
+                status = Path(f"/proc/{child.pid}/status").read_text()
+                size += int(status.partition("VmHWM:")[2].split()[0]) * 2**10
+        if (dead := self.largest_dead()) > self.dead:  # a decoder was ended
+            size += dead
+        return self.seconds() - self.before, int(size)
+
+    def seconds(self) -> float:
+        ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+        here = resource.getrusage(resource.RUSAGE_SELF)
+        children = psutil.Process().children()
+        alive = sum(cpu(child.pid) for child in children)
+        return here.ru_utime + here.ru_stime + ended.ru_utime + ended.ru_stime + alive
+
+    def largest_dead(self) -> int:
+        return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 2**10
 
 
 def run_all(
     tasks: list[Task], root: Path, processes: int, until: float
-) -> tuple[Counter, list[dict[str, Any]], int]:
-    """Run tasks. Return counts of outcomes, what was wrong, and the largest process in KiB."""
+) -> tuple[Counter, list[dict[str, Any]], list[dict[str, Any]]]:
+    """Run tasks. Return counts of outcomes, what was wrong, and time and memory of each trial."""
     context = multiprocessing.get_context("fork")
-    waiting, ends, wrongs, largest = list(reversed(tasks)), Counter(), list[dict[str, Any]](), 0
+    waiting, ends, wrongs = list(reversed(tasks)), Counter(), list[dict[str, Any]]()
+    costs = list[dict[str, Any]]()
     at_work: dict[Any, list[Any]] = {}
     clock, last = 0.0, time.monotonic()
     while waiting or at_work:
@@ -420,11 +511,12 @@ def run_all(
         for receive in wait(list(at_work), timeout=0.2):
             task, process, done, since, _ = at_work[receive]
             try:
-                end, wrong, size = receive.recv()
+                end, wrong, seconds, size = receive.recv()
             except EOFError:
                 process.join()
                 del at_work[receive]
                 if done < len(task.trials) and process.exitcode != 0:
+                    ends[task.kind, "ended by a signal"] += 1
                     wrongs.append(
                         {
                             "kind": task.kind,
@@ -443,18 +535,20 @@ def run_all(
             ends[task.kind, end or "wrong"] += 1
             if wrong:
                 wrongs.append({"kind": task.kind, "trial": name_of(task, done), "wrong": wrong})
-            largest = max(largest, size)
+            cost = {"seconds": round(seconds, 3), "mib": round(size / 2**20)}
+            costs.append({"kind": task.kind, "trial": name_of(task, done), **cost})
             at_work[receive][2:] = [done + 1, clock, cpu(process.pid)]
         for task, process, done, since, used in list(at_work.values()):
             # On a busy machine a process may only wait for its turn: its own CPU time counts, or
             # a minute of clock time.
             slow = cpu(process.pid) - used > task.limit or clock - since > 12 * task.limit
-            if (slow or memory_bytes(process.pid) > MEMORY) and process.is_alive():
+            pids = [process.pid, *child_pids(process.pid)]
+            if (slow or sum(map(memory_bytes, pids)) > MEMORY) and process.is_alive():
                 reason = f"more than {task.limit:g} s" if slow else f"more than {MEMORY:,} bytes"
                 wrongs.append({"kind": task.kind, "trial": name_of(task, done), "wrong": reason})
                 process.kill()
                 process.join()
-    return ends, wrongs, largest
+    return ends, wrongs, costs
 
 
 def in_a_child(make: Callable[..., Any], *arguments: Any) -> Any:
@@ -478,12 +572,25 @@ def cpu(pid: int | None) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
+def child_pids(pid: int | None) -> list[int]:
+    try:
+        return [child.pid for child in psutil.Process(pid).children()]
+    except psutil.Error:
+        return []
+
+
 def memory_bytes(pid: int | None) -> int:
     """Return the bytes of memory that a process uses."""
     try:
         return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * resource.getpagesize()
     except OSError:
         return 0
+
+
+def most(costs: list[dict[str, Any]], what: str) -> dict[str, Any]:
+    """Return the trial that took the most."""
+    none = {"mib": 0, "seconds": 0.0, "trial": "none"}
+    return max(costs, key=lambda cost: cost[what], default=none)
 
 
 def name_of(task: Task, done: int) -> str:
@@ -639,6 +746,35 @@ def hostile(folder: Path, images: dict[str, bytes]) -> dict[str, Callable[[Path]
     for name in ("traversal", "sizes", "headers"):
         source(f"{name} shards").mkdir()
         shutil.copy(folder / f"{name}.tar", folder / f"{name} shards" / "train-000000.tar")
+
+    hostile_files.write_tar_of_negative_size(source("negative.tar"))
+    hostile_files.write_tar_cut_in_a_sparse_header(source("sparse.tar"))
+    hostile_files.write_lying_footer(source("lying.parquet"), 2**29)
+    hostile_files.write_sparse(source("sparse.jpg"), images["jpeg"], 6 * 2**30)
+    in_a_child(hostile_files.write_packed, folder)  # which takes memory of its own
+    for name in hostile_files.images():
+        source(f"packed {name}.zip")
+    for name, write in {
+        "vectors": lambda path: hostile_files.write_vectors(path, 2**17, 2048),
+        "paths": lambda path: hostile_files.write_repeated_text(path, 4000, 2**20),
+        "labels": lambda path: hostile_files.write_repeated_text(path, 4000, 2**20, "label"),
+        "beginnings": lambda path: hostile_files.write_shared_beginnings(path, 20_000, 2**10),
+    }.items():
+        write(folder / f"{name} embedding.parquet")
+        trials[f"neighbors of {name}"] = lambda work, name=name: check_verb(
+            ["neighbors", str(folder / f"{name} embedding.parquet"), "0.jpg"]
+        )
+    for number, settings in enumerate(("width: 16384", "dim: 1000000000", "proj_hidden: 65536")):
+        path = folder / f"model{number}.yaml"
+        path.write_text(f"backbone: resnet50\n{settings}\n")
+        trials[f"a model of {settings}"] = lambda work, path=path: check_verb(
+            ["pretrain", str(folder / "photos"), "--recipe", str(path), "--out", "run"]
+        )
+    for suffix in (".tar", ".zip", ".parquet", ".txt", ".npy", ".jpg"):
+        os.mkfifo(folder / f"pipe{suffix}")
+        for verb in (["inspect"], ["shard", "--out", "shards"], ["preview", "--out", "a.png"]):
+            order = [verb[0], str(folder / f"pipe{suffix}"), *verb[1:]]
+            trials[f"{verb[0]} a pipe{suffix}"] = lambda work, order=order: check_verb(order)
 
     photos = folder / "pipes"
     photos.mkdir()
@@ -877,6 +1013,7 @@ def main() -> int:
     valid, trials = root / "valid", root / "trials"
     valid.mkdir(), trials.mkdir()
     os.environ["SIMSIAM_CACHE"] = str(root / "cache")
+    os.environ["SIMSIAM_STATE"] = str(root / "state")
     started, start = utc_now(), time.monotonic()
     try:
         images = pictures()
@@ -931,7 +1068,7 @@ def main() -> int:
                 for n, t in made.items()
             ]
         until = start + 60 * options.minutes
-        ends, wrongs, largest = run_all(
+        ends, wrongs, costs = run_all(
             sorted(tasks, key=lambda task: task.when), trials, options.processes, until
         )
     finally:
@@ -942,16 +1079,20 @@ def main() -> int:
     )
     environment = collect_environment(Compute(torch.device("cpu"), "float32"))
     command = "python tests/stress/fuzz.py " + " ".join(sys.argv[1:])
+    signals = sum(n for (_, end), n in ends.items() if end.endswith("signal"))
+    largest, longest = most(costs, "mib"), most(costs, "seconds")
     rows = "\n".join(f"| {kind} | {end} | {n:,} |" for (kind, end), n in sorted(ends.items()))
     summary = (
         f"`{command}`\n\ncommit {environment['commit']}, {environment['device']}, "
         f"torch {environment['versions']['torch']}, pillow {environment['versions']['pillow']}, "
         f"{started}, {(time.monotonic() - start) / 60:.1f} min "
         f"({cpu_seconds / 60:.1f} CPU-minutes). "
-        f"{sum(ends.values()):,} trials, {len(wrongs)} wrong: a crash, more than {HANG:g} s, a "
-        "process started, a file elsewhere, a traceback, or more than one line. "
-        "The largest process took "
-        f"{largest / 2**20:.2f} GiB, Python and torch included.\n\n"
+        f"{sum(ends.values()):,} trials, {len(wrongs)} wrong: a crash, more than {HANG:g} s or "
+        f"{MEMORY / 2**30:g} GiB, a process started, a file elsewhere, a traceback, or more than "
+        f"one line. {signals:,} ended by a signal. "
+        "The most memory, with Python and torch and the process that decodes: "
+        f"{largest['mib'] / 2**10:.2f} GiB ({largest['trial']}). The longest: "
+        f"{longest['seconds']:.1f} s of CPU ({longest['trial']}).\n\n"
         "| file | outcome | trials |\n| --- | --- | --- |\n" + rows + "\n"
     )
     print(summary)
@@ -965,7 +1106,9 @@ def main() -> int:
             "cpu_seconds": round(cpu_seconds, 1),
         }
         counts = [{"kind": kind, "end": end, "n": n} for (kind, end), n in sorted(ends.items())]
-        report |= {"largest_kib": largest, "trials": counts, "wrong": wrongs}
+        dearest = sorted(costs, key=lambda cost: -cost["mib"])[:50]
+        dearest += sorted(costs, key=lambda cost: -cost["seconds"])[:50]
+        report |= {"trials": counts, "wrong": wrongs, "dearest": dearest}
         for kind, text in {"json": json.dumps(report, indent=1) + "\n", "md": summary}.items():
             with atomic_write(Path(f"{options.out}.{kind}")) as part:
                 part.write_text(text)

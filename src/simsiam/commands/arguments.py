@@ -164,6 +164,16 @@ def add_logger(parser: argparse.ArgumentParser, default: str | None) -> None:
     parser.add_argument("--logger", metavar="NAME", nargs="+", default=default, help=note)
 
 
+def add_accept_changed_source(parser: argparse.ArgumentParser, note: str) -> None:
+    """Add the flag --accept-changed-source.
+
+    Args:
+        parser: The verb's parser.
+        note: Its help text.
+    """
+    parser.add_argument("--accept-changed-source", action="store_true", help=note)
+
+
 def add_device(parser: argparse.ArgumentParser) -> None:
     """Add the flag --device.
 

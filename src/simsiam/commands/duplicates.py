@@ -31,6 +31,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         'install "simsiam[crops]")'
     )
     parser.add_argument("--crops", action="store_true", help=note)
+    note = (
+        "where the images are. Without it, the place in FILE.parquet is used, if you have named it "
+        "in the `simsiam embed` that wrote the file, or for its run [as in FILE.parquet]"
+    )
+    parser.add_argument("--source", metavar="SOURCE", nargs="+", help=note)
     add_csv(parser, "group, path, distance and note")
     add_html(parser, "the groups")
 

@@ -3,6 +3,7 @@
 import argparse
 
 from simsiam.commands.arguments import (
+    add_accept_changed_source,
     add_device,
     add_limit,
     add_no_labels,
@@ -37,6 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", metavar="FILE.parquet", required=True, help=note)
     add_limit(parser)
+    add_accept_changed_source(
+        parser,
+        "begin again with the images as they are, if they have changed since an earlier command "
+        "wrote the first parts; without this flag, the command then ends with a line that says so",
+    )
     add_no_labels(parser)
     add_splits(parser)
     add_device(parser)

@@ -5,6 +5,7 @@ nothing that loads torch: a verb imports what it needs when it runs.
 """
 
 import argparse
+import codecs
 import io
 import os
 import pkgutil
@@ -26,6 +27,9 @@ NOT_VERBS = ("main", "arguments", "output")  # modules of this package that are 
 GROUPS = (
     "training", "data", "evaluation", "embeddings", "checkpoints", "run folders", "laboratory",
 )  # fmt: skip
+ASCII_SYMBOLS = str.maketrans(
+    {"–": "-", "−": "-", "±": "+-", "×": "x", "√": "sqrt ", "τ": "tau", "²": "^2"}
+)
 BROKEN_PIPE = 13  # the number of SIGPIPE
 VERB_COLUMN = 14  # characters that a verb's name takes in the list of verbs
 
@@ -157,21 +161,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     keep_freed_memory()
     for stream in (sys.stdout, sys.stderr):  # a terminal may not have every character
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+            stream.reconfigure(errors="symbols")
     previous_handlers = {}
     try:
         if threading.current_thread() is threading.main_thread():
             for number in set(STOP_SIGNALS) - {signal.SIGINT}:
                 previous_handlers[number] = signal.signal(number, raise_interrupt)
         run_command(sys.argv[1:] if argv is None else argv)
+        flush_output()  # at Python's end, an error would be a traceback
         return 0
     except (UsageError, WorkFailed, Stopped, OSError) as error:
         if is_broken_pipe(error):  # the reader has ended, as in `... | head`
-            # What is left in the buffer is discarded, so that Python does not complain at its exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            discard_output()
             return 128 + BROKEN_PIPE
+        said = str(error)
+        if isinstance(error, OSError) and not error.filename:
+            said = f"{error.strerror or error}: of the output, or of a file that has no name here"
         rank = f", process {os.environ['RANK']}" if "RANK" in os.environ else ""
-        print(f"simsiam{rank}: {printable(' '.join(str(error).split()))}", file=sys.stderr)
+        print(f"simsiam{rank}: {printable(' '.join(said.split()))}", file=sys.stderr)
         if isinstance(error, Stopped):
             return 128 + error.signum
         return 2 if isinstance(error, UsageError) else 1
@@ -185,6 +192,46 @@ def main(argv: Sequence[str] | None = None) -> int:
             signal.signal(number, handler)
         if argv is None and previous_handlers:  # Ctrl-C at the end of Python prints a traceback
             signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def flush_output() -> None:
+    """Write what is left for the standard output.
+
+    Raises:
+        WorkFailed: It cannot be written.
+        OSError: Its reader has ended.
+    """
+    try:
+        if sys.stdout is not None:  # None if it was closed
+            sys.stdout.flush()
+    except OSError as error:
+        if is_broken_pipe(error):
+            raise
+        discard_output()
+        raise WorkFailed(f"cannot write the output: {error.strerror}") from None
+
+
+def discard_output() -> None:
+    """Discard what is left for the standard output, so that Python does not complain at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def replace_symbols(error: UnicodeError) -> tuple[str, int]:
+    """Write the symbols of tables in ASCII, and other characters that a terminal lacks as escapes.
+
+    Args:
+        error: What encoding a text raised.
+
+    Returns:
+        The replacement, and where to go on.
+    """
+    if isinstance(error, UnicodeEncodeError):
+        text = error.object[error.start : error.end].translate(ASCII_SYMBOLS)
+        return text.encode("ascii", "backslashreplace").decode(), error.end
+    raise error
+
+
+codecs.register_error("symbols", replace_symbols)
 
 
 def raise_interrupt(number: int, frame: object) -> None:

@@ -1,15 +1,16 @@
 """What verbs print."""
 
-import json
 import os
 import shutil
 import sys
 import textwrap
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from simsiam.errors import printable
 from simsiam.monitoring.verdict import features_table
+from simsiam.utils.typed_json import read_json
 
 
 def print_lines(text: object) -> None:
@@ -36,7 +37,7 @@ def print_run_summary(run: Path) -> None:
     """
     if os.environ.get("RANK", "0") != "0":
         return
-    summary = json.loads((run / "summary.json").read_text("utf-8"))
+    summary = read_json(run / "summary.json", dict[str, Any])
     speed = f"{summary['images_per_second']:.0f} images/s"
     print_lines(f"{summary['verdict']} after {summary['steps']} steps at {speed}")
     if knn := summary.get("knn_top1"):

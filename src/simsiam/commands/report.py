@@ -30,6 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "FILE-report.html beside it]"
     )
     parser.add_argument("--out", metavar="FILE.html", help=note)
+    note = (
+        "where the images of RUN are. Without it, the place in the recipe of RUN is used, if you "
+        "have named it in an earlier command, as in `simsiam pretrain` [as in the recipe]"
+    )
+    parser.add_argument("--source", metavar="SOURCE", nargs="+", help=note)
     note = "number of images on the map, evenly spaced in the source [3000]"
     parser.add_argument("--limit", metavar="N", type=int, default=3000, help=note)
     note = "do not read images; the page then has no views and no map"

@@ -2,7 +2,7 @@
 
 import argparse
 
-from simsiam.commands.arguments import add_logger, add_run
+from simsiam.commands.arguments import add_accept_changed_source, add_logger, add_run
 from simsiam.commands.output import print_run_summary
 
 HELP = (
@@ -26,8 +26,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "a run with N epochs from the start"
     )
     parser.add_argument("--epochs", metavar="N", type=int, help=note)
-    note = "where the images of the run are now, if they have moved [as in the recipe]"
+    note = (
+        "where the images of the run are now, if they have moved; or, for a run that is not yours, "
+        "where they are [as in the recipe]"
+    )
     parser.add_argument("--source", metavar="SOURCE", nargs="+", help=note)
+    add_accept_changed_source(
+        parser,
+        "go on although images of the run are missing, new, renamed, labeled otherwise or have "
+        "another content; without this flag, the command ends with a line that says what changed",
+    )
     add_logger(parser, None)
 
 
@@ -39,5 +47,5 @@ def run(options: argparse.Namespace) -> None:
     """
     from simsiam.training.launch import resume
 
-    path = resume(options.run, epochs=options.epochs, source=options.source, logger=options.logger)
-    print_run_summary(path)
+    settings = vars(options)
+    print_run_summary(resume(settings.pop("run"), **settings))

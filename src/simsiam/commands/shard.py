@@ -2,7 +2,13 @@
 
 import argparse
 
-from simsiam.commands.arguments import add_channels, add_no_labels, add_source, add_splits
+from simsiam.commands.arguments import (
+    add_accept_changed_source,
+    add_channels,
+    add_no_labels,
+    add_source,
+    add_splits,
+)
 
 HELP = (
     "pack the images of a source into a few large files, tar or Parquet; "
@@ -29,6 +35,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     note = "images in a shard [10000]"
     parser.add_argument("--per-shard", metavar="N", type=int, default=10_000, help=note)
     add_channels(parser)
+    add_accept_changed_source(
+        parser,
+        "begin again with the images as they are, if they have changed since an earlier command "
+        "wrote the first parts; without this flag, the command then ends with a line that says so",
+    )
     add_no_labels(parser)
     add_splits(parser)
 

@@ -12,6 +12,10 @@ from typing import Literal
 from simsiam.config.settings import setting
 from simsiam.errors import UsageError, check_ranges
 
+MAX_PARAMETERS = 2**29  # of a network whose widths are settings: 2 GiB
+MAX_WIDTH = 2**16  # of a layer
+MAX_TARGET_VIEWS = 1000
+
 HeadBN = Literal["proj_hidden", "proj_out", "pred_hidden", "pred_out"]
 Pairs = Literal["symmetric", "asymmetric", "asymmetric_2x", "single"]
 
@@ -311,10 +315,14 @@ class Method:
             )
 
     def _check_ranges(self) -> None:
-        count, weight, width = (1, inf), (0, 1e30), (1, inf)
+        count, weight, width = (1, inf), (0, 1e30), (1, MAX_WIDTH)
         check_ranges(self, dim=width, proj_layers=(1, 100), proj_hidden=width, pred_dim=width)
         check_ranges(
-            self, num_views=(2, 100), target_decay=(0, 1), target_steps=(0, inf), target_views=count
+            self,
+            num_views=(2, MAX_TARGET_VIEWS),
+            target_decay=(0, 1),
+            target_steps=(0, inf),
+            target_views=(1, MAX_TARGET_VIEWS),
         )
         check_ranges(self, loss_scale=(1e-30, 1e30), tau=(1e-6, 1e30), queue=count)
         check_ranges(self, barlow_lambda=weight, vicreg_weights=weight)
@@ -324,6 +332,17 @@ class Method:
         check_ranges(self, predictor_lr_scale=weight, warmup_epochs=(0, inf))
         check_ranges(self, direct_power=(0, 10), direct_epsilon=(0, 10), direct_decay=(0, 1))
         check_ranges(self, predictor_weight_decay=weight, cut_init=(1e-3, 1e3))
+        # Without the projector's first layer, whose size also depends on the backbone.
+        hidden_layers = (self.proj_layers - 2) * self.proj_hidden**2
+        predictor_rows = {"none": 0, "direct": 2 * self.dim}.get(self.predictor, 2 * self.pred_dim)
+        rows = self.proj_hidden + predictor_rows
+        rows += {"info_nce": self.queue, "swapped": self.prototypes}.get(self.criterion, 0)
+        if (parameters := hidden_layers + rows * self.dim) > MAX_PARAMETERS:
+            raise UsageError(
+                f"the heads, the queue and the prototypes have {parameters:,} numbers; at most "
+                f"{MAX_PARAMETERS:,} are allowed: give smaller values for dim, proj_hidden, "
+                "pred_dim, proj_layers, queue or prototypes"
+            )
 
     @property
     def terms(self) -> tuple[tuple[int, tuple[int, ...]], ...]:

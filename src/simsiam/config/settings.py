@@ -128,3 +128,24 @@ def to_builtin_types(value: object) -> object:
     if isinstance(value, dict):
         return {k: to_builtin_types(v) for k, v in value.items()}
     return [to_builtin_types(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def flatten(value: object, name: str = "") -> dict[str, object]:
+    """Flatten nested mappings into one mapping with dotted names.
+
+    Args:
+        value: A mapping, a list of mappings, or a leaf.
+        name: The dotted name of `value` itself; empty at the top.
+
+    Returns:
+        The leaves by name, such as "method.dim" or "method.views.0.blur".
+    """
+    if isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
+        value = dict(enumerate(value))
+    if not isinstance(value, Mapping):
+        return {name: value}
+    return {
+        leaf_name: leaf
+        for key, item in value.items()
+        for leaf_name, leaf in flatten(item, f"{name}.{key}".lstrip(".")).items()
+    }

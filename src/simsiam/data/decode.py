@@ -4,12 +4,14 @@ Pillow decodes photographs and NumPy its own arrays. If they are installed, pill
 HEIC, rawpy the previews in RAW photographs, and tifffile the TIFFs that Pillow does not support.
 Broken files are common in large collections, so they have their own exception, `Unreadable`, with a
 short reason, and do not stop a run.
+
+This is the only way in which images are read from files or bytes. Ordinary JPEG, PNG and NumPy
+files are decoded at once. All others are decoded in a process with limits of memory and time.
 """
 
 import logging
 import os
 import re
-import stat
 import struct
 import warnings
 import zlib
@@ -20,7 +22,7 @@ from io import BytesIO
 from typing import BinaryIO, NamedTuple, TypeAlias
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 from PIL.BmpImagePlugin import BmpImageFile
 from PIL.GifImagePlugin import GifImageFile
 from PIL.Jpeg2KImagePlugin import Jpeg2KImageFile
@@ -30,8 +32,10 @@ from PIL.PpmImagePlugin import PpmImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-from simsiam.errors import printable
-from simsiam.utils.system import open_nonblocking
+from simsiam.data.decoder_process import MEMORY_LIMIT, Answer, Request, Work, call_decoder
+from simsiam.data.plain_images import MAX_SCANS, count_scans, open_plain
+from simsiam.errors import UsageError, printable
+from simsiam.utils.read_files import open_regular
 
 # Extensions of images that only an optional package reads: its name, and the module to import.
 OPTIONAL_EXTENSIONS = {
@@ -51,9 +55,20 @@ EXTENSIONS = {
     *(name for name, (_, module) in OPTIONAL_EXTENSIONS.items() if find_spec(module)),
 }  # fmt: skip
 MAX_PIXELS = 2**28 // 3  # of one image: 256 MiB in RGB
-MAX_SCANS = 100  # of a progressive JPEG; encoders make about ten
+MAX_FILE_BYTES = 2**29  # of the file of an image
+MAX_ARRAY_BYTES = 2**30  # of an image that is stored as an array
 MAX_PNG_TEXT = 2**16  # bytes of a text in a PNG that may hold its orientation
 SIGNATURE_BYTES = 64  # at the start of a file, which show its format
+# How an image is turned upright, by its orientation in EXIF data.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 PIL_MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # the Pillow mode for a number of channels
 
 # Warnings of the decoders about metadata would disturb the output of a run; real damage becomes
@@ -106,10 +121,9 @@ def decode_image(
     Raises:
         Unreadable: The file is missing, damaged, too large or not supported.
     """
-    with _open_image(file, channels) as opened:
-        if isinstance(opened, Image.Image):
-            return _image_to_array(_apply_draft(opened, min_side), channels)
-        return opened.read_pixels()
+    _, pixels = _read_within_limits("pixels", file, channels, min_side)
+    assert pixels is not None
+    return pixels
 
 
 def read_header(file: str | os.PathLike[str] | bytes, channels: int = 3) -> ImageHeader:
@@ -125,8 +139,7 @@ def read_header(file: str | os.PathLike[str] | bytes, channels: int = 3) -> Imag
     Raises:
         Unreadable: The file is missing, damaged or not supported.
     """
-    with _open_image(file, channels) as opened:
-        return ImageHeader(opened.height, opened.width, str(opened.format))
+    return ImageHeader(*_read_within_limits("header", file, channels)[0]["header"])
 
 
 def has_alpha(file: str | os.PathLike[str] | bytes) -> bool:
@@ -141,8 +154,60 @@ def has_alpha(file: str | os.PathLike[str] | bytes) -> bool:
     Raises:
         Unreadable: The file is missing, damaged or not supported.
     """
-    with _open_image(file, 3) as opened:
-        return isinstance(opened, Image.Image) and opened.has_transparency_data
+    return _read_within_limits("alpha", file, 3)[0]["alpha"]
+
+
+class _NotPlain(Exception):
+    """An image is to be read in a process with limits."""
+
+
+def _read_within_limits(
+    work: Work, file: str | os.PathLike[str] | bytes, channels: int, min_side: int = 0
+) -> tuple[Answer, np.ndarray | None]:
+    """Read an image here if it is plain, and otherwise in a process with limits."""
+    try:
+        return _read_here(work, file, channels, min_side, only_plain=True)
+    except _NotPlain:
+        answer, pixels = call_decoder(work, file, channels, min_side)
+    if "reason" in answer:
+        raise Unreadable(answer["reason"])
+    return answer, pixels
+
+
+def read_image(file: str | bytes, request: Request) -> tuple[Answer, np.ndarray | None]:
+    """Read an image in a process with limits; see `decoder_process`.
+
+    Args:
+        file: A path, or the content of a file.
+        request: What to find out.
+
+    Returns:
+        The answer, and the pixels if they are asked for.
+    """
+    try:
+        return _read_here(
+            request["work"], file, request["channels"], request["min_side"], only_plain=False
+        )
+    except Unreadable as error:
+        return Answer(reason=str(error)), None
+
+
+def _read_here(
+    work: Work, file: str | os.PathLike[str] | bytes, channels: int, min_side: int, only_plain: bool
+) -> tuple[Answer, np.ndarray | None]:
+    with _open_image(file, channels, work, only_plain) as opened:
+        if work == "header":
+            return Answer(header=(opened.height, opened.width, str(opened.format))), None
+        if work == "alpha":
+            has = isinstance(opened, Image.Image) and opened.has_transparency_data
+            return Answer(alpha=has), None
+        if isinstance(opened, JpegImageFile) and not only_plain:
+            _check_scans(opened)
+        if isinstance(opened, Image.Image):
+            pixels = _image_to_array(_apply_draft(opened, min_side), channels)
+        else:
+            pixels = opened.read_pixels()
+        return Answer(shape=pixels.shape), pixels
 
 
 class _ArrayImage(NamedTuple):
@@ -158,7 +223,11 @@ _OpenedImage: TypeAlias = Image.Image | _ArrayImage
 
 
 def _make_array_image(
-    shape: tuple[int, ...], channels: int, format: str, read_array: Callable[[], np.ndarray]
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    channels: int,
+    format: str,
+    read_array: Callable[[], np.ndarray],
 ) -> _ArrayImage:
     """Make an image of the array that `read_array` returns.
 
@@ -173,6 +242,8 @@ def _make_array_image(
     axes = (0, 1, 2) if shape_3d[2] == channels else (1, 2, 0)
     height, width = shape_3d[axes[0]], shape_3d[axes[1]]
     _check_pixel_count(height, width, MAX_PIXELS)
+    if (size := height * width * channels * dtype.itemsize) > MAX_ARRAY_BYTES:
+        raise Unreadable(f"{size:,} bytes of {dtype} pixels; at most {MAX_ARRAY_BYTES:,}")
 
     def read_pixels() -> np.ndarray:
         return np.ascontiguousarray(_to_uint8(read_array()).reshape(shape_3d).transpose(axes))
@@ -195,7 +266,9 @@ def _open_npy(stream: BinaryIO, channels: int) -> _ArrayImage:
             f"damaged NPY: {dtype} {shape} takes {size:,} bytes, and there are {end - start:,}"
         )
     stream.seek(0)
-    return _make_array_image(shape, channels, "NPY", lambda: np.load(stream, allow_pickle=False))
+    return _make_array_image(
+        shape, dtype, channels, "NPY", lambda: np.load(stream, allow_pickle=False)
+    )
 
 
 def _missing(what: str, package: str) -> Unreadable:
@@ -279,7 +352,7 @@ def _open_tiff(stream: BinaryIO, channels: int) -> _OpenedImage:
     except ImportError:
         raise Unreadable("a TIFF that only tifffile may read: pip install tifffile") from None
     series = tifffile.TiffFile(stream).series[0]
-    return _make_array_image(series.shape, channels, "TIFF", series.asarray)
+    return _make_array_image(series.shape, np.dtype(series.dtype), channels, "TIFF", series.asarray)
 
 
 # The first bytes of each format (a regular expression), and what opens it. `Image.open` is not used
@@ -331,30 +404,66 @@ def open_regular_file(file: str | os.PathLike[str]) -> BinaryIO:
         Unreadable: The path is not a regular file.
         OSError: The file cannot be opened.
     """
-    stream = open(file, "rb", opener=open_nonblocking)  # noqa: SIM115
-    if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
-        stream.close()
-        raise Unreadable("not a regular file")
-    return stream
+    try:
+        return open_regular(file)
+    except UsageError:
+        reason = "Is a directory" if os.path.isdir(file) else "not a regular file"
+        raise Unreadable(reason) from None
+
+
+def read_file(file: str | os.PathLike[str]) -> bytes:
+    """Read the file of an image.
+
+    Args:
+        file: Its path.
+
+    Returns:
+        Its bytes.
+
+    Raises:
+        Unreadable: The path is not a regular file, or the file is too large to be an image.
+        OSError: The file cannot be read.
+    """
+    with open_regular_file(file) as stream:
+        _check_file_size(stream)
+        return stream.read()
+
+
+def _check_file_size(stream: BinaryIO) -> None:
+    """Reject a file that is too large; return to its beginning."""
+    if (size := stream.seek(0, os.SEEK_END)) > MAX_FILE_BYTES:
+        raise Unreadable(f"a file of {size:,} bytes; at most {MAX_FILE_BYTES:,}")
+    stream.seek(0)
 
 
 @contextmanager
-def _open_image(file: str | os.PathLike[str] | bytes, channels: int) -> Iterator[_OpenedImage]:
-    """Open an image without decoding it; any error, here or in the body, becomes Unreadable."""
+def _open_image(
+    file: str | os.PathLike[str] | bytes, channels: int, work: Work, only_plain: bool
+) -> Iterator[_OpenedImage]:
+    """Open an image without decoding it; any error, here or in the body, becomes Unreadable.
+
+    Raises _NotPlain if the image is not plain and `only_plain` is true.
+    """
     format = "file"
     try:
         with BytesIO(file) if isinstance(file, bytes) else open_regular_file(file) as stream:
             start = stream.read(SIGNATURE_BYTES)
-            stream.seek(0)
             if not start:
                 raise Unreadable("an empty file")
+            _check_file_size(stream)
             found = find_format(start)
             if found is None:
                 raise Unreadable(f"not one of {', '.join(FORMATS)}")
             format = found
-            yield FORMATS[format][1](stream, channels)
-    except Unreadable:
+            checked = open_plain(stream, format, header=work == "header") if only_plain else stream
+            if checked is None:
+                raise _NotPlain
+            yield FORMATS[format][1](checked, channels)
+    except (Unreadable, _NotPlain):
         raise
+    except MemoryError:
+        limit = f"{MEMORY_LIMIT / 2**30:g} GiB of memory"
+        raise Unreadable(f"decoding it takes more than {limit}") from None
     except Exception as error:  # a damaged file makes decoders raise anything
         if isinstance(error, OSError) and error.strerror:
             raise Unreadable(error.strerror) from error  # its str would repeat the path
@@ -367,8 +476,6 @@ def _apply_draft(image: Image.Image, min_side: int) -> Image.Image:
     width, height = image.size
     if "progressive" in image.info:  # at any scale, all its coefficients are in memory at once
         _check_pixel_count(height, width, 2 * MAX_PIXELS)
-        if (scans := _count_scans(image)) > MAX_SCANS:
-            raise Unreadable(f"{scans:,} scans of a progressive JPEG; at most {MAX_SCANS}")
     # The largest scale that keeps `min_side`, and the smallest that keeps MAX_PIXELS.
     largest = min(width, height) // min_side if min_side else 1
     smallest = next((s for s in (1, 2, 4) if -(-width // s) * -(-height // s) <= MAX_PIXELS), 8)
@@ -378,9 +485,14 @@ def _apply_draft(image: Image.Image, min_side: int) -> Image.Image:
     return image
 
 
-def _count_scans(image: Image.Image) -> int:
-    """Count the scans of a progressive JPEG: a small file can have thousands, all slow."""
-    return _read_file(image).count(b"\xff\xda")
+def _check_scans(image: JpegImageFile) -> None:
+    """Reject a JPEG whose scans are too many, or too large to be in memory together."""
+    stream: BinaryIO = vars(image)["fp"]
+    scans = count_scans(_read_file(image), stream.tell())
+    if scans > MAX_SCANS:
+        raise Unreadable(f"{scans:,} scans of a JPEG; at most {MAX_SCANS}")
+    if scans > 1:
+        _check_pixel_count(image.height, image.width, 2 * MAX_PIXELS)
 
 
 def _read_file(image: Image.Image) -> bytes:
@@ -407,7 +519,8 @@ def _image_to_array(image: Image.Image, channels: int) -> np.ndarray:
         )
     image.load()
     with suppress(Exception):  # the pixels are good even if the EXIF data is broken
-        ImageOps.exif_transpose(image, in_place=True)
+        if (orientation := image.getexif().get(ExifTags.Base.Orientation)) in TURNS:
+            image = image.transpose(TURNS[orientation])
     if image.mode == "F":
         image = Image.fromarray(_to_uint8(np.asarray(image)))
     elif image.mode.startswith("I"):  # 16-bit gray, which `convert` would clip at 255
@@ -431,7 +544,10 @@ def _to_uint8(pixels: np.ndarray) -> np.ndarray:
     if kind == "u" and pixels.dtype.itemsize == 2:  # of either byte order
         return _upper_byte(pixels)
     if kind == "b" or (kind == "f" and pixels.min() >= 0 and pixels.max() <= 1):  # nan is neither
-        return np.rint(pixels.astype(np.float32) * 255).astype(np.uint8)
+        result = np.empty(pixels.shape, np.uint8)
+        for part, rounded in zip(pixels, result):  # not at once, which would need much memory
+            rounded[...] = np.rint(part.astype(np.float32) * 255)
+        return result
     raise Unreadable(f"{pixels.dtype} pixels: they should be uint8, uint16, or floats from 0 to 1")
 
 
@@ -455,7 +571,8 @@ def to_pixels(image: AnyImage, channels: int = 3, min_side: int = 0) -> np.ndarr
         Unreadable: The image is missing, damaged or not supported.
     """
     if isinstance(image, np.ndarray):
-        return _make_array_image(image.shape, channels, "array", lambda: image).read_pixels()
+        opened = _make_array_image(image.shape, image.dtype, channels, "array", lambda: image)
+        return opened.read_pixels()
     if not isinstance(image, Image.Image):
         return decode_image(image, channels, min_side)
     try:

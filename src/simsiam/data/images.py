@@ -4,12 +4,10 @@ The code that uses `Images` never asks where an image came from: it asks for ima
 does not import torch.
 """
 
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from hashlib import blake2b
 
 import numpy as np
 
@@ -335,22 +333,6 @@ def sampled_error(images: Images) -> WorkFailed:
         reason = str(error)
     kind = "images" if len(images) <= SAMPLE_SIZE else "images of a sample"
     return none_readable(min(len(images), SAMPLE_SIZE), images.keys[0], reason, kind)
-
-
-def fingerprint(splits: Sequence[Images]) -> str:
-    """Digest the names of all images.
-
-    Args:
-        splits: The images of each split.
-
-    Returns:
-        32 hexadecimal digits that change if an image is added, removed, moved or renamed.
-    """
-    digest = blake2b(digest_size=16)
-    for images in splits:
-        for key in images.keys:
-            digest.update(os.fsencode(key) + b"\0")
-    return digest.hexdigest()
 
 
 class _SizeMismatch(Exception):

@@ -10,25 +10,25 @@ from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from simsiam.data.decode import Unreadable
-from simsiam.data.storage import MAX_FILE_BYTES, NO_BYTES, Blocks, Indices, Storage, select_rows
-from simsiam.errors import UsageError, WorkFailed, printable
-from simsiam.utils.system import read_at
-
-if TYPE_CHECKING:
-    from fsspec import AbstractFileSystem
+from simsiam.data.parquet_files import ParquetReader, open_parquet
+from simsiam.data.remote_files import is_corruption, printable_name, read_error, read_ranges
+from simsiam.data.storage import NO_BYTES, Blocks, Indices, Storage, select_rows
+from simsiam.errors import UsageError
 
 # Bytes of a tar that are read at once. At a latency of 50 ms and 100 MB/s, half of the time is
 # then spent on the transfer.
 BLOCK_BYTES = 2**22
 # What a row group may decompress to: this many bytes, or this multiple of its size in the file.
 MIN_UNCOMPRESSED_LIMIT, MAX_COMPRESSION_RATIO = 2**24, 100
+MAX_GROUP_BYTES = 2**30  # of a row group
+ROW_BYTES = 16  # of a row in memory, besides its image
+# What all row groups of a file may decompress to: many of them are in memory together.
+MIN_FILE_LIMIT, MAX_FILE_RATIO = 2**30, 8
 ROW_GROUP_STRIDE = 2**32  # Parquet: an image starts at row group * stride + row in the group
 MAX_CONCURRENT_READS = 8  # blocks that a process requests at the same time
 
@@ -234,182 +234,84 @@ class Shards(Storage):
         return stats
 
 
-# --- reading local and remote files -------------------------------------------------------------
-
-
-def is_url(location: str) -> bool:
-    """Return whether a location is a URL rather than a path.
-
-    Args:
-        location: A path or a URL.
-
-    Returns:
-        Whether it contains "://".
-    """
-    return "://" in location
-
-
-def printable_name(file: str) -> str:
-    """Return the name of a file without its folder, with unprintable characters escaped.
-
-    Args:
-        file: A path or a URL.
-
-    Returns:
-        Its last component.
-    """
-    return printable(file.rsplit("/", 1)[-1])
-
-
-def filesystem(url: str) -> tuple["AbstractFileSystem", str]:
-    """Open the file system of a URL.
-
-    Args:
-        url: A URL with a protocol that fsspec knows.
-
-    Returns:
-        The file system, and the path of the URL in it.
-
-    Raises:
-        UsageError: The protocol is unknown, or a package for it is missing.
-    """
-    try:
-        from fsspec.core import url_to_fs
-
-        return url_to_fs(url)
-    except (ImportError, ValueError) as error:
-        raise UsageError(
-            f"{printable(url)} cannot be opened: {' '.join(str(error).split())[:200]}"
-        ) from None
-
-
-def read_error(file: str, error: Exception) -> WorkFailed:
-    """Make the error to raise if a file that existed can no longer be read.
-
-    Args:
-        file: A path or a URL.
-        error: What reading it raised.
-
-    Returns:
-        The error, one line.
-    """
-    reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-    return WorkFailed(f"cannot read {printable(file)}: {reason}")
-
-
-def read_ranges(ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
-    """Read parts of files; remote ones concurrently.
-
-    Args:
-        ranges: (file, start, stop) of each part: the bytes start to stop - 1.
-
-    Returns:
-        The bytes of each part; fewer if the file ends before.
-
-    Raises:
-        WorkFailed: A file can no longer be read.
-    """
-    if not ranges:
-        return []
-    parts = []
-    if is_url(ranges[0][0]):
-        system, _ = filesystem(ranges[0][0])
-        files, starts, stops = (list(column) for column in zip(*ranges))
-        for file, part in zip(files, system.cat_ranges(files, starts, stops, on_error="return")):
-            if isinstance(part, Exception):
-                raise read_error(file, part)
-            parts.append(bytes(part))
-        return parts
-    for file, start, stop in ranges:
-        try:
-            with open(file, "rb") as opened:
-                parts.append(read_at(opened, start, stop - start))
-        except OSError as error:
-            raise read_error(file, error) from None
-    return parts
-
-
-def open_file(file: str) -> BinaryIO:
-    """Open a local or remote file to read from.
-
-    Args:
-        file: A path or a URL.
-
-    Returns:
-        The open file.
-
-    Raises:
-        OSError: It cannot be opened; fsspec may raise other errors for URLs.
-        UsageError: The protocol of the URL is not supported.
-    """
-    if not is_url(file):
-        return open(file, "rb")
-    system, path = filesystem(file)
-    return system.open(path, "rb")
-
-
-def is_corruption(error: Exception) -> bool:
-    """Tell a damaged file from a failing disk or network; pyarrow raises OSError for both.
-
-    Args:
-        error: What reading a file raised.
-
-    Returns:
-        Whether the content of the file is the cause.
-    """
-    return not isinstance(error, OSError) or (type(error) is OSError and error.errno is None)
+# --- Parquet ---
 
 
 def _read_row_group(file: str, group: int, column: str) -> pa.ChunkedArray | Unreadable:
     """Read the image files of a row group, equal ones once; Unreadable if it is damaged."""
     try:
-        with open_file(file) as opened:
-            parquet = pq.ParquetFile(opened, read_dictionary=[column])
-            return extract_image_column(parquet.read_row_group(group, columns=[column]), column)
-    except (pa.ArrowException, OSError) as error:
+        with open_parquet(file) as parquet:
+            return read_image_column(parquet, group, column)
+    except (pa.ArrowException, OSError, UsageError) as error:
         if not is_corruption(error):
             raise read_error(file, error) from None
-        reason = " ".join(str(error).split())[:100]
+        reason = " ".join(str(error).split())[:200]
         return Unreadable(f"row group {group} of {printable_name(file)} is damaged: {reason}")
 
 
-def uncompressed_sizes(
-    parquet: pq.ParquetFile, column: str, file: str, file_bytes: int
-) -> list[int]:
-    """Read from a Parquet footer how many bytes the images of each row group decompress to.
-
-    A gigabyte of zeros, or one image a million times, takes few bytes in a file. So this is checked
-    before any memory is allocated.
+def read_image_column(parquet: ParquetReader, group: int, column: str) -> pa.ChunkedArray:
+    """Read the image files of a row group, equal ones once.
 
     Args:
-        parquet: The open file.
+        parquet: The file.
+        group: The number of the row group.
+        column: The column of images, such as "image.bytes".
+
+    Returns:
+        The image files as bytes.
+
+    Raises:
+        UsageError: They take more memory than a row group may.
+        pa.ArrowException: The row group is damaged.
+        OSError: The file cannot be read.
+    """
+    part = parquet.metadata.row_group(group).column(_place_of(parquet, column))
+    limit = _group_limit(part.total_compressed_size) + ROW_BYTES * part.num_values
+    return extract_image_column(parquet.read_row_group(group, [column], limit), column)
+
+
+def uncompressed_sizes(parquet: ParquetReader, column: str) -> list[int]:
+    """Read from a Parquet footer how many bytes the images of each row group decompress to.
+
+    A gigabyte of zeros takes few bytes in a file. So this is checked before anything is read.
+
+    Args:
+        parquet: The file.
         column: Its column of images.
-        file: Its path or URL.
-        file_bytes: Its size in bytes.
 
     Returns:
         Bytes of each row group.
 
     Raises:
-        UsageError: The file claims an implausible number of images, or a row group is too large.
+        UsageError: A row group is too large, or all of them together are.
     """
-    sizes, rows = list[int](), parquet.metadata.num_rows
-    name = printable_name(file)
-    if rows > file_bytes:
-        raise UsageError(f"{name} claims to hold {rows:,} images in {file_bytes:,} bytes")
-    place = next(i for i in range(len(parquet.schema)) if parquet.schema.column(i).path == column)
+    sizes, place = list[int](), _place_of(parquet, column)
     for group in range(parquet.metadata.num_row_groups):
         part = parquet.metadata.row_group(group).column(place)
         packed, size = part.total_compressed_size, part.total_uncompressed_size
-        allowed = max(MIN_UNCOMPRESSED_LIMIT, MAX_COMPRESSION_RATIO * packed)
-        limit = min(allowed, MAX_FILE_BYTES)
-        if size > limit:
+        limit = _group_limit(packed)
+        if not 0 <= size <= limit:
             raise UsageError(
-                f"row group {group} of {name}, {packed:,} bytes, unpacks to {size:,}; "
+                f"row group {group} of {parquet.name}, {packed:,} bytes, unpacks to {size:,}; "
                 f"at most {limit:,}: write it with smaller row groups"
             )
         sizes.append(size)
+    if sum(sizes) > (limit := max(MIN_FILE_LIMIT, MAX_FILE_RATIO * parquet.num_bytes)):
+        raise UsageError(
+            f"{parquet.name}, {parquet.num_bytes:,} bytes, unpacks to {sum(sizes):,}; at most "
+            f"{limit:,}: write it with less compression"
+        )
     return sizes
+
+
+def _place_of(parquet: ParquetReader, column: str) -> int:
+    schema = parquet.metadata.schema
+    return next(i for i in range(len(schema)) if schema.column(i).path == column)
+
+
+def _group_limit(packed: int) -> int:
+    """Return the bytes that a row group of so many bytes may decompress to."""
+    return min(max(MIN_UNCOMPRESSED_LIMIT, MAX_COMPRESSION_RATIO * packed), MAX_GROUP_BYTES)
 
 
 def extract_image_column(table: pa.Table, column: str) -> pa.ChunkedArray:

@@ -16,21 +16,22 @@ from typing import Generic, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from PIL import Image
 
 from simsiam.data.decode import (
+    MAX_FILE_BYTES,
     ImageHeader,
     Unreadable,
     decode_image,
-    open_regular_file,
+    read_file,
     read_header,
 )
-from simsiam.errors import printable
+from simsiam.data.parquet_files import byte_lengths
+from simsiam.errors import UsageError, printable
 from simsiam.utils.names import find_spelling
+from simsiam.utils.read_files import open_regular
 from simsiam.utils.workers import parallel_map
 
-MAX_FILE_BYTES = 2**30  # limit for one image file in an archive or tar, and for one row group
 # Of a null in Parquet.
 NO_BYTES = "no image in this row: Parquet needs the bytes of image files, not only their paths"
 STATUS_CHUNK = 10_000  # file names that are Python objects at the same time
@@ -91,10 +92,7 @@ class Storage(Protocol):
     def read_bytes(self, i: int) -> bytes:
         """Return the content of the file of image i."""
         file = self.file(i)
-        if isinstance(file, bytes):
-            return file
-        with open_regular_file(file) as stream:
-            return stream.read()
+        return file if isinstance(file, bytes) else read_file(file)
 
     def read(self, i: int, channels: int, min_side: int = 0) -> np.ndarray:
         """Decode image i to uint8 (H, W, channels); see `decode_image`."""
@@ -191,7 +189,7 @@ class EncodedColumn(Column[bytes | None], Storage):
     def file_stats(self) -> np.ndarray:
         """Return sizes, and unknown times; see `Storage.file_stats`."""
         stats = super().file_stats()
-        sizes = _byte_lengths(self.values).fill_null(0).to_numpy()
+        sizes = byte_lengths(self.values).fill_null(0).to_numpy()
         stats[0] = sizes if self.rows is None else sizes[self.rows]
         return stats
 
@@ -260,12 +258,12 @@ class ArchiveMembers(Storage):
             raise Unreadable(f"{size:,} bytes in the archive; at most {MAX_FILE_BYTES:,}")
         damaged = f"{printable(self.path.name)} is damaged here"
         try:
-            with open(self.path, "rb") as file:
+            with open_regular(self.path) as file:
                 file.seek(start)
                 data = file.read(packed)
             if deflated:  # stop one byte after the announced size, however much there is
                 data = zlib.decompressobj(-15).decompress(data, size + 1)
-        except (OSError, ValueError, zlib.error) as error:
+        except (OSError, UsageError, ValueError, zlib.error) as error:
             raise Unreadable(f"{damaged}: {error}") from error
         if len(data) != size:
             raise Unreadable(f"{damaged}: {len(data):,} of {size:,} bytes")
@@ -376,15 +374,6 @@ def encode_pixels(pixels: np.ndarray) -> bytes:
     else:
         np.save(file, pixels)
     return file.getvalue()
-
-
-def _byte_lengths(values: pa.Array | pa.ChunkedArray) -> pa.Array:
-    """Return the bytes of each value; Arrow may store equal values once for many rows."""
-    if isinstance(values, pa.ChunkedArray):
-        return pa.chunked_array([_byte_lengths(chunk) for chunk in values.chunks], pa.int64())
-    if pa.types.is_dictionary(values.type):
-        return _byte_lengths(values.dictionary).take(values.indices)
-    return pc.binary_length(values).cast(pa.int64())
 
 
 def _stat_files(folder: Path, names: pa.ChunkedArray) -> np.ndarray:

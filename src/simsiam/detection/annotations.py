@@ -24,8 +24,9 @@ import pyarrow as pa
 from simsiam.data.decode import Unreadable
 from simsiam.data.images import Images
 from simsiam.data.storage import FolderFiles, Names
-from simsiam.errors import UsageError, WorkFailed, printable, unknown_name
+from simsiam.errors import UsageError, WorkFailed, printable, truncate, unknown_name
 from simsiam.utils.names import reason_line, slashed
+from simsiam.utils.read_files import read_bytes, read_text
 from simsiam.utils.workers import CPU_CORES
 
 SOURCE_KINDS = (
@@ -42,6 +43,9 @@ SPLIT_ALIASES = {
     "validation": "val",
     "test": "test",
 }
+MAX_ANNOTATION_BYTES = 2**29  # of a COCO JSON file; that of COCO itself has 448 MB
+MAX_XML_BYTES = 2**24
+MAX_COORDINATE = 100_000  # pixels, of a polygon
 MAX_LOST_FRACTION = 0.5  # of the annotated images; losing more is treated as an error
 
 CategoryId = int | str
@@ -329,7 +333,7 @@ def read_image_list(path: Path) -> list[str]:
     Returns:
         The names, in the order of the file.
     """
-    lines = path.read_text("utf-8", "replace").splitlines()
+    lines = read_text(path, errors="replace").splitlines()
     return list(dict.fromkeys(line.split()[0] for line in lines if line.split()))
 
 
@@ -358,14 +362,21 @@ def parse_voc(folder_and_name: tuple[Path, str]) -> VocAnnotation:
     annotation = VocAnnotation(
         folder / "Annotations" / f"{name}.xml", folder / "JPEGImages" / f"{name}.jpg"
     )
+    if not is_inside(name):
+        annotation.faults.append(("image left out", "its name leads out of the folder"))
+        return annotation
     try:
-        root = ET.parse(annotation.file).getroot()
-    except (OSError, ET.ParseError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else f"not XML: {error}"
+        root = ET.fromstring(read_bytes(annotation.file, MAX_XML_BYTES))
+    except (OSError, UsageError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
         annotation.faults.append(("image left out", str(reason)))
         return annotation
+    except (ET.ParseError, ValueError, LookupError) as error:  # LookupError: of an encoding
+        annotation.faults.append(("image left out", f"not XML: {truncate(error)}"))
+        return annotation
     file_name = (root.findtext("filename") or "").strip()
-    if not annotation.image.exists() and file_name and os.path.basename(file_name) == file_name:
+    plain = is_inside(file_name) and os.path.basename(file_name) == file_name
+    if plain and not annotation.image.exists():
         annotation.image = folder / "JPEGImages" / file_name
     height, width = (to_finite_float(root.findtext(f"size/{side}")) for side in ("height", "width"))
     known = height and width and min(height, width) >= 1
@@ -395,7 +406,7 @@ def to_finite_float(value: object) -> float | None:
     """
     try:
         number = float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
     return number if isfinite(number) else None
 
@@ -431,16 +442,17 @@ def read_coco(root: Path, faults: Faults) -> dict[str, DetectionDataset]:
             category_id, name = category.get("id"), str(category.get("name", ""))
             if not is_valid_id(category_id) or categories.get(category_id, name) != name:
                 raise WorkFailed(
-                    f"{printable(str(files[split][0]))}: category {category_id!r} "
-                    f"{printable(name)!r} has no valid id, or its id has another name elsewhere"
+                    f"{printable(str(files[split][0]))}: category {truncate(category_id, repr)} "
+                    f"{truncate(name, repr)} has no valid id, or its id has another name elsewhere"
                 )
             categories[category_id] = name
     used = {
-        annotation.get("category_id")
+        category_id
         for content in contents.values()
         for annotation in only_dicts(content.get("annotations"))
+        if is_valid_id(category_id := annotation.get("category_id"))
     }
-    ids = sorted(key for key in categories if key in used)  # type: ignore[type-var]
+    ids = sorted(categories.keys() & used, key=lambda key: (isinstance(key, str), key))
     labels = {category_id: label for label, category_id in enumerate(ids)}
     classes = tuple(categories[category_id] for category_id in ids)
     return {
@@ -485,8 +497,8 @@ def load_coco_json(file: Path) -> dict[str, object]:
         WorkFailed: If it cannot be read or is not in COCO format.
     """
     try:
-        content = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+        content = json.loads(read_text(file, MAX_ANNOTATION_BYTES))
+    except (OSError, ValueError, RecursionError) as error:
         raise WorkFailed(
             f"cannot read {printable(str(file))}: {' '.join(str(error).split())[:160]}"
         ) from None
@@ -512,6 +524,25 @@ def only_dicts(value: object) -> list[dict[str, object]]:
     return [row for row in value if isinstance(row, dict)] if isinstance(value, list) else []
 
 
+def is_inside(name: str) -> bool:
+    """Check that a name in an annotation is that of a file in the folder that it is relative to.
+
+    Args:
+        name: The name.
+
+    Returns:
+        Whether it leads out of no folder, and a file system can have it.
+    """
+    parts = slashed(name).split("/")
+    if not name or "\0" in name or ".." in parts or os.path.isabs(name):
+        return False
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def is_valid_segmentation(value: object) -> TypeGuard[list[object] | dict[str, object]]:
     """Check for polygons of at least three corners each, or run lengths.
 
@@ -528,9 +559,57 @@ def is_valid_segmentation(value: object) -> TypeGuard[list[object] | dict[str, o
         isinstance(polygon, list)
         and len(polygon) >= 6
         and not len(polygon) % 2
-        and None not in map(to_finite_float, polygon)
+        and all(type(end) in (int, float) and abs(end) <= MAX_COORDINATE for end in polygon)
         for polygon in polygons
     )
+
+
+def has_run_lengths_of(segments: Segments, size: tuple[int, int]) -> bool:
+    """Check the run lengths of a mask: with others, pycocotools reads or writes beyond its memory.
+
+    Args:
+        segments: A mask as polygons, as run lengths, or None.
+        size: Height and width of the image in pixels.
+
+    Returns:
+        Whether it is a mask of this size; True if it is not given as run lengths.
+    """
+    if not isinstance(segments, dict):
+        return True
+    counts = segments["counts"]
+    lengths = decode_run_lengths(counts) if isinstance(counts, str) else counts
+    return (
+        segments["size"] == list(size)
+        and isinstance(lengths, list)
+        and all(type(length) is int and length >= 0 for length in lengths)
+        and sum(lengths) == size[0] * size[1]
+    )
+
+
+def decode_run_lengths(text: str) -> list[int] | None:
+    """Decode COCO's compressed run lengths, as rleFrString in pycocotools does.
+
+    Args:
+        text: Characters of six bits each: five are digits of a number, the sixth says that more
+            follow. From the fourth on, numbers are differences to the one two places before.
+
+    Returns:
+        The lengths; None if the text is no such code.
+    """
+    lengths, number, shift = list[int](), 0, 0
+    for character in text:
+        digit = ord(character) - 48
+        if not 0 <= digit < 64 or shift > 30:
+            return None
+        number |= (digit & 31) << shift
+        shift += 5
+        if digit & 32:
+            continue
+        if digit & 16:
+            number -= 1 << shift
+        lengths.append(number + lengths[-2] if len(lengths) > 2 else number)
+        number, shift = 0, 0
+    return None if shift else lengths
 
 
 def is_valid_id(value: object) -> TypeGuard[CategoryId]:
@@ -572,11 +651,16 @@ def parse_coco_split(
     rows: dict[CategoryId, tuple[str, tuple[int, int]]] = {}
     objects_of: dict[CategoryId, list[RawObject]] = {}
     images, annotations = content.get("images"), content.get("annotations")
+    prefix = os.path.relpath(folder, root)
     for position, image in enumerate(images if isinstance(images, list) else ()):
         fields = image if isinstance(image, dict) else {}
         key, name = fields.get("id"), fields.get("file_name")
         if not is_valid_id(key) or not isinstance(name, str) or key in rows:
             reason = f"images[{position}] has no unique id or no file_name"
+            faults.add("image left out", file, reason)
+            continue
+        if not is_inside(os.path.normpath(os.path.join(prefix, name))):
+            reason = f"images[{position}] has a file_name that leads out of the folder"
             faults.add("image left out", file, reason)
             continue
         height, width = (to_finite_float(fields.get(side)) for side in ("height", "width"))
@@ -587,11 +671,11 @@ def parse_coco_split(
         key, category, box = (fields.get(k) for k in ("image_id", "category_id", "bbox"))
         sides = [to_finite_float(value) for value in box] if isinstance(box, list) else []
         if not is_valid_id(key) or key not in rows:
-            reason = f"belongs to image {key!r}, which is not in the file"
+            reason = f"belongs to image {truncate(key, repr)}, which is not in the file"
         elif not is_valid_id(category) or category not in labels:
-            reason = f"has category {category!r}, which is not in the file"
+            reason = f"has category {truncate(category, repr)}, which is not in the file"
         elif len(sides) != 4 or None in sides:
-            reason = f"has the box {box!r} instead of x, y, width, height"
+            reason = f"has the box {truncate(box, repr)} instead of x, y, width, height"
         else:
             x, y, w, h = (value for value in sides if value is not None)
             segments = fields.get("segmentation")
@@ -600,7 +684,6 @@ def parse_coco_split(
             objects_of[key].append(([x, y, x + w, y + h], labels[category], False, crowd, mask))
             continue
         faults.add("object left out", file, f"annotations[{position}] {reason}")
-    prefix = os.path.relpath(folder, root)
     keys = [slashed(os.path.normpath(os.path.join(prefix, name))) for name, _ in rows.values()]
     objects = tuple(build_objects(size, objects_of[key]) for key, (_, size) in rows.items())
     return DetectionDataset(images_from_names(keys, root), objects, classes)
@@ -636,9 +719,11 @@ def build_objects(size: tuple[int, int], rows: Sequence[RawObject]) -> Objects:
     boxes, labels, difficult, crowd, segments = (
         zip(*rows, strict=True) if rows else ((), (), (), (), ())
     )
+    with np.errstate(over="ignore"):  # numbers too large for float32 are cut at the image's edge
+        corners = np.array(boxes, np.float32).reshape(-1, 4)
     return Objects(
         size,
-        np.array(boxes, np.float32).reshape(-1, 4),
+        corners,
         np.array(labels, np.int64),
         np.array(difficult, bool),
         np.array(crowd, bool),
@@ -679,8 +764,21 @@ def validate_images(dataset: DetectionDataset, faults: Faults, channels: int) ->
         else:
             sized = replace(objects, size=size if objects.size == (0, 0) else objects.size)
             rows.append(i)
-            clipped.append(clip_boxes(sized, key, dataset.classes, faults))
+            clipped.append(clip_boxes(drop_wrong_masks(sized), key, dataset.classes, faults))
     return replace(dataset, images=images.take(np.array(rows, np.int64)), objects=tuple(clipped))
+
+
+def drop_wrong_masks(objects: Objects) -> Objects:
+    """Drop the masks whose run lengths are not of the image's size; the boxes stay.
+
+    Args:
+        objects: The objects of one image of known size.
+
+    Returns:
+        The objects.
+    """
+    segments = tuple(x if has_run_lengths_of(x, objects.size) else None for x in objects.segments)
+    return replace(objects, segments=segments if any(segments) else ())
 
 
 def clip_boxes(objects: Objects, file: str, classes: Sequence[str], faults: Faults) -> Objects:

@@ -349,13 +349,16 @@ def decode_masks(objects: Objects) -> np.ndarray:
     """Draw the masks of all objects.
 
     Args:
-        objects: The K objects of an image, with masks.
+        objects: The K objects of an image, of which some may have no mask.
 
     Returns:
         (K, H, W) uint8, 1 inside.
     """
-    rows = [import_pycocotools().mask.decode(object_rle(objects, k)) for k in range(len(objects))]
-    return np.stack(rows) if rows else np.zeros((0, *objects.size), np.uint8)
+    masks = np.zeros((len(objects), *objects.size), np.uint8)
+    for k, segments in enumerate(objects.segments):
+        if segments is not None:
+            masks[k] = import_pycocotools().mask.decode(object_rle(objects, k))
+    return masks
 
 
 def encode_mask(mask: np.ndarray) -> RunLengths:

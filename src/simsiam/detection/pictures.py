@@ -10,6 +10,7 @@ from simsiam.data.images import evenly_spaced
 from simsiam.detection.annotations import DetectionDataset
 from simsiam.detection.metrics import Detections, decode_masks, import_pycocotools
 from simsiam.detection.train_detector import read_image
+from simsiam.errors import printable, truncate
 from simsiam.pages.preview import BACKGROUND_COLOR, GAP, MARGIN, MUTED_COLOR, TEXT_COLOR
 from simsiam.utils.files import atomic_write
 
@@ -75,7 +76,7 @@ def _arrange(
         sheet.paste(below, (left, height + 2 * MARGIN + GAP // 2))
         left += above.width + GAP
     left, top = MARGIN, sheet.height - MARGIN
-    for label, name in enumerate(classes):
+    for label, name in enumerate(printable(truncate(name)) for name in classes):
         pen.rectangle([left, top, left + 12, top + 12], COLORS[label % len(COLORS)])
         pen.text((left + 18, top - 3), name, MUTED_COLOR, font)
         left += 36 + int(pen.textlength(name, font))

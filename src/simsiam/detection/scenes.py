@@ -13,8 +13,9 @@ import numpy as np
 from PIL import Image
 
 from simsiam.detection.metrics import encode_mask, import_pycocotools
+from simsiam.errors import WorkFailed
 from simsiam.sources.shapes import SIGNED_DISTANCES
-from simsiam.utils.system import replace_path
+from simsiam.utils.files import atomic_folder
 
 CLASSES = ("bar", "disc", "plus", "ring", "star")
 HEIGHT, WIDTH = 96, 128  # pixels
@@ -34,12 +35,12 @@ def prepare_scenes(split_sizes: Mapping[str, int] | None = None) -> Path:
     cache = Path(os.path.expanduser(os.environ.get("SIMSIAM_DATA") or "~/.cache/simsiam/data"))
     folder = cache / ("scenes-" + "-".join(map(str, sizes.values())))
     if not folder.exists():
-        part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
-        write_scenes(part, sizes)
         try:
-            replace_path(part, folder)
-        except OSError:  # another process has finished the same set first
-            assert folder.exists()
+            with atomic_folder(folder) as part:
+                write_scenes(part, sizes)
+        except WorkFailed:
+            if not folder.exists():  # no other process has finished the same set first
+                raise
     return folder
 
 

@@ -76,9 +76,10 @@ def split_source(source: AnnotatedSource) -> TransferSplits:
     splits = source.splits
     train = splits["train"]
     if "test" in splits and "val" in splits:
-        return TransferSplits(
-            train.concat(splits["val"]).trainable_subset(),
-            train.trainable_subset(),
+        return _with_objects(
+            source.name,
+            train.concat(splits["val"]),
+            train,
             splits["val"],
             splits["test"],
             {"train": "train and val", "test": "test", "val": "val"},
@@ -95,6 +96,19 @@ def split_source(source: AnnotatedSource) -> TransferSplits:
         train, test = train.hold_out(len(train) // 5)
         descriptions |= {"train": "four fifths of train", "test": "a fifth of train"}
     search_train, val = train.hold_out(max(1, len(train) // 10))
-    return TransferSplits(
-        train.trainable_subset(), search_train.trainable_subset(), val, test, descriptions
-    )
+    return _with_objects(source.name, train, search_train, val, test, descriptions)
+
+
+def _with_objects(
+    name: str,
+    train: DetectionDataset,
+    search_train: DetectionDataset,
+    val: DetectionDataset,
+    test: DetectionDataset,
+    descriptions: dict[str, str],
+) -> TransferSplits:
+    """Leave the training images without an object out."""
+    train, search_train = train.trainable_subset(), search_train.trainable_subset()
+    if not len(train) or not len(search_train):
+        raise UsageError(f"{name} has too few training images with objects")
+    return TransferSplits(train, search_train, val, test, descriptions)

@@ -41,7 +41,7 @@ from simsiam.distributed.process_group import (
     rank_zero_only,
     world_size,
 )
-from simsiam.errors import UsageError, WorkFailed, unknown_name
+from simsiam.errors import UsageError, WorkFailed, printable, unknown_name
 from simsiam.model.precision import Compute
 from simsiam.runs.environment import collect_environment, utc_now
 from simsiam.runs.run_folder import Run
@@ -121,7 +121,7 @@ def transfer(
     )
     console = Console(stderr=True, highlight=False, quiet=rank() != 0)
     for line in plan.summary():
-        console.print(line, soft_wrap=True, markup=False)
+        console.print(printable(line), soft_wrap=True, markup=False)
     ap_of_lr = plan.search_lr(console)
     lr = max(plan.schedule.lr, key=lambda lr: ap_of_lr.get(f"{lr:g}") or 0.0)
     record = plan.train_and_test(lr, ap_of_lr)
@@ -335,11 +335,12 @@ class TransferPlan:
         ap_of_lr: dict[str, float | None] = {}
         for lr in self.schedule.lr if len(self.schedule.lr) > 1 else ():
             judge = self.splits.descriptions["val"]
-            console.print(f"lr       {lr:g}, compared on {judge}", soft_wrap=True)
+            line = printable(f"lr       {lr:g}, compared on {judge}")
+            console.print(line, soft_wrap=True, markup=False)
             try:
                 model, _ = self.train(self.splits.search_train, lr, self.folder / f"lr-{lr:g}")
             except WorkFailed as error:
-                console.print(f"         {error}", soft_wrap=True)
+                console.print(f"         {printable(str(error))}", soft_wrap=True, markup=False)
                 ap_of_lr[f"{lr:g}"] = None
             else:
                 ap_of_lr[f"{lr:g}"] = validation_ap(model, self.splits.val, self.task, self.compute)
@@ -414,8 +415,7 @@ class TransferPlan:
     def write_faults(self) -> None:
         """Write the faults of the annotations, if there are any, as faults.txt."""
         if lines := sorted(self.source.faults.lines):
-            with atomic_write(self.folder / "faults.txt") as part:
-                write_names(part, lines)
+            write_names(self.folder / "faults.txt", lines)
 
 
 def main_metric(source_metric: str, task: str) -> str:

@@ -6,9 +6,11 @@ from dataclasses import asdict, dataclass
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from simsiam.detection.metrics import ApRecord
+from simsiam.errors import printable
 from simsiam.runs.run_folder import Run
 from simsiam.utils.files import file_lock
 
@@ -62,7 +64,7 @@ def save_record(run: Run, record: TransferRecord) -> None:
     name = f"transfers/{record.task}.json"
     with file_lock(run.path / "transfers" / ".lock", wait=True):  # two may finish at the same time
         others = [other for other in run.read_records(name) if other.get("folder") != record.folder]
-        run.write(name, json.dumps([*others, record.to_dict()], indent=2) + "\n")
+        run.write(name, [*others, record.to_dict()])
 
 
 def print_record(record: TransferRecord) -> None:
@@ -79,7 +81,7 @@ def print_record(record: TransferRecord) -> None:
     for metric, aps in record.metrics.items():
         table.add_row(
             record.protocol,
-            record.init["from"],
+            escape(printable(record.init["from"])),
             METRIC_LABELS[metric],
             *(f"{value:.1f}" for value in (aps["AP50"], aps["AP"], aps["AP75"])),
             str(record.n),
@@ -89,4 +91,5 @@ def print_record(record: TransferRecord) -> None:
     console.print(table)
     ap50_of_class = record.metrics[record.tested_by]["AP50_of_class"]
     numbers = ", ".join(f"{name} {value:.1f}" for name, value in list(ap50_of_class.items())[:10])
-    console.print(f"AP50 of {numbers}{' ...' if len(ap50_of_class) > 10 else ''}")
+    more = " ..." if len(ap50_of_class) > 10 else ""
+    console.print(f"AP50 of {printable(numbers)}{more}", markup=False)

@@ -8,7 +8,6 @@ Thumbnails say which pairs may be copies, and the image files, read again, which
 than the threshold.
 """
 
-import io
 import os
 import sys
 from collections.abc import Iterable, Sequence
@@ -69,6 +68,7 @@ def duplicates(
     *,
     threshold: float = THRESHOLD,
     crops: bool = False,
+    source: str | os.PathLike[str] | Sequence[str] | None = None,
     out: str | os.PathLike[str] | None = None,
     html: str | os.PathLike[str] | None = None,
 ) -> list[list[Duplicate]]:
@@ -87,6 +87,8 @@ def duplicates(
         threshold: The largest distance between an image and its copy (see `tile_distance`), at
             least 0.
         crops: Whether to find crops and mirrored copies as well. All images are read again.
+        source: Where the images are; by default where `file` says, if you have named these places
+            before.
         out: A .csv file to write, with one row per image of a group: group, path, distance, note.
         html: A web page to write, which shows the groups.
 
@@ -103,7 +105,7 @@ def duplicates(
     check_writable(out, html)
     images = read_embeddings(file)
     x = downsample_thumbnails(images)
-    comparison = Comparison(images, threshold)
+    comparison = Comparison(images, Originals(images, Path(file), source), threshold)
     flat = comparison.find_flat(x)
     groups = [*comparison.find_groups(x, flat, crops), *comparison.find_flat_groups(flat)]
     comparison.say_what_was_not_read()
@@ -139,10 +141,9 @@ def downsample_thumbnails(images: Embeddings) -> Tensor:
         raise UsageError(
             "the file has no thumbnails to compare: use a file that `simsiam embed` wrote"
         )
-    thumbnails = images.thumbnails
 
     def reduce(i: int) -> np.ndarray:
-        image = Image.open(io.BytesIO(thumbnails[i])).convert("RGB")
+        image = Image.fromarray(images.thumbnail(i))
         return np.asarray(image.resize((REDUCED_SIDE, REDUCED_SIDE), Image.Resampling.BOX))
 
     with ThreadPoolExecutor(CPU_CORES) as pool:
@@ -197,12 +198,12 @@ class Comparison:
 
     Args:
         images: The images.
+        originals: Their files.
         threshold: The largest distance of copies.
     """
 
-    def __init__(self, images: Embeddings, threshold: float):
-        self.images, self.threshold = images, threshold
-        self.originals = Originals(images)
+    def __init__(self, images: Embeddings, originals: Originals, threshold: float):
+        self.images, self.originals, self.threshold = images, originals, threshold
         self.matches: dict[tuple[int, int], Match] = {}
         self.edited: dict[tuple[int, int], Match] = {}  # a picture and a part or a mirrored copy
         self.parts: set[int] = set()  # the images that are parts of others

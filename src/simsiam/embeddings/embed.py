@@ -5,6 +5,7 @@ computed again, and it depends only on its images. So if the process is killed a
 the file is the same, bit for bit.
 """
 
+import filecmp
 import io
 import json
 import os
@@ -24,9 +25,9 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as TF
 
-from simsiam.data.images import Images, evenly_spaced, fingerprint, sample
+from simsiam.data.images import Images, evenly_spaced, sample
+from simsiam.data.parquet_files import count_parquet_rows, read_parquet, read_parquet_schema
 from simsiam.data.transform import Transform, iter_crops, iter_processed
-from simsiam.distributed.collectives import all_reduce_max
 from simsiam.distributed.process_group import (
     distributed_entry_point,
     rank,
@@ -38,19 +39,26 @@ from simsiam.errors import UsageError, check_ranges, none_readable, printable
 from simsiam.model.backbones import feature_dim
 from simsiam.model.precision import Compute
 from simsiam.monitoring.features import compute_outputs
-from simsiam.runs.compose import open_run_source
+from simsiam.runs.compose import open_run_source, source_flags
 from simsiam.runs.encoder import eval_transform, load, weight_digests
 from simsiam.runs.run_folder import Run
 from simsiam.runs.weights import open_weights
-from simsiam.sources.open_source import absolute_sources
+from simsiam.sources.fingerprint import (
+    check_still_the_same,
+    fingerprint_source,
+    start_or_continue_on_source,
+)
+from simsiam.sources.open_source import absolute_sources, source_names
+from simsiam.sources.own_marks import make_mark
 from simsiam.utils.files import (
     atomic_write,
+    delete_parts,
+    delete_parts_of_finished,
     locked_work_folder,
     parts_folder,
-    start_or_continue_job,
     write_csv,
 )
-from simsiam.utils.names import utf8_name
+from simsiam.utils.names import hide_keys, utf8_name
 from simsiam.utils.progress_bar import progress_bar
 from simsiam.utils.system import replace_path
 
@@ -74,6 +82,7 @@ def embed(
     device: str = "auto",
     precision: str = "auto",
     backbone: str | None = None,
+    accept_changed_source: bool = False,
 ) -> Path:
     """Write the features of all readable images of a source to a file.
 
@@ -88,13 +97,15 @@ def embed(
         device: "auto", "cpu", "cuda", "cuda:1", ...
         precision: "auto", "bfloat16" or "float32", of the backbone.
         backbone: The network of a file of weights.
+        accept_changed_source: If images have changed since a process that was killed wrote the
+            first parts: whether to begin again with the images as they are.
 
     Returns:
         The path of the written file or folder.
 
     Raises:
-        UsageError: If an argument is wrong, the output exists, another process is writing it, or
-            an unfinished job with other arguments is in the way.
+        UsageError: If an argument is wrong, the output exists, another process is writing it, an
+            unfinished job with other arguments is in the way, or the images have changed.
         WorkFailed: If no image can be read, or the output cannot be written.
     """
     check_ranges(SimpleNamespace(limit=limit), limit=(1, inf))
@@ -103,34 +114,47 @@ def embed(
     run = open_weights(run, backbone=backbone, source=source, splits=splits)
     network, recipe = load(run), Run(run).recipe
     transform, compute = eval_transform(recipe), Compute.pick(device, precision)
-    opened = open_run_source(recipe, source, no_labels=no_labels, splits=splits)
+    opened = open_run_source(
+        Run(run),
+        source,
+        command=lambda names: (
+            ["embed", str(run), *names, "--out", str(path), *source_flags(recipe)]
+        ),
+        no_labels=no_labels,
+        splits=splits,
+    )
     chosen = sample_splits(list(opened.splits.values()), limit)
+    places = [hide_keys(name) for name in absolute_sources(source or recipe.source)]
     metadata = {
         "run": str(run.absolute()),
         **weight_digests(run),
         "source": opened.name,
-        "sources": absolute_sources(source or recipe.source),
+        "sources": places,
+        "own_mark": make_mark("sources", places),
         "splits": splits if source else splits or recipe.splits,
         "channels": recipe.channels,
         "transform": describe_transform(transform),
     }
     labeled = any(images.labels is not None for images in chosen)
-    job = metadata | {
+    # Images that have moved are the same images.
+    job = {k: v for k, v in metadata.items() if k not in ("source", "sources", "own_mark")} | {
         "device": compute.device.type,
         "precision": compute.precision,
         "labeled": labeled,
-        "images": fingerprint(chosen),
+        "limit": limit,
     }
     compute.place(network)
-    work = parts_folder(path)
+    work, names = parts_folder(path), source_names(source or recipe.source)
+    fingerprint, accept = fingerprint_source(opened, names), accept_changed_source
     with rank_zero_context(locked_work_folder(path)):
-        rank_zero_only(start_or_continue_job)(work, job)
+        start_or_continue_on_source(work, job, fingerprint, accept=accept)
         parts = {
             work / f"{number:06}.parquet": images
             for number, images in enumerate(_split_into_parts(chosen))
         }
         _write_parts(parts, network, transform, compute, labeled)
-        all_reduce_max(0)  # wait until every process has written its parts
+        # This also waits until every process has written its parts.
+        check_still_the_same(opened, names, fingerprint, accept=accept)
         merge_parts(writer, list(parts), path, metadata, sum(map(len, chosen)))
     return path
 
@@ -171,6 +195,8 @@ def _choose_writer(path: Path) -> Writer:
     table = path.with_suffix(".csv")
     # A table next to unfinished parts is not in the way: this job wrote it before it was killed.
     blocked = path.suffix == ".npy" and table.exists() and not parts_folder(path).exists()
+    if path.exists():
+        delete_parts_of_finished(path)
     if blocked or path.exists():
         existing = table if blocked else path
         raise UsageError(f"{existing} exists and is not overwritten: choose another --out")
@@ -229,12 +255,12 @@ def merge_parts(
     unreadable = [
         entry
         for part in parts
-        for entry in json.loads(pq.read_schema(part).metadata[b"unreadable"])
+        for entry in json.loads(read_parquet_schema(part).metadata[b"unreadable"])
     ]
     if unreadable:
         key, reason = unreadable[0]
         if len(unreadable) == num_images:
-            shutil.rmtree(parts[0].parent, ignore_errors=True)
+            delete_parts(path)
             raise none_readable(num_images, key, reason)
         counts = f"{len(unreadable):,} of {num_images:,} images cannot be read"
         print(f"{counts}; the first, {printable(key)}: {reason}", file=sys.stderr)
@@ -253,9 +279,9 @@ def is_intact(part: Path) -> bool:
     try:
         if not part.exists():
             return False
-        pq.ParquetFile(part, page_checksum_verification=True).read()
+        read_parquet(part)
         return True
-    except (pa.ArrowException, OSError):
+    except (pa.ArrowException, OSError, UsageError):
         return False
 
 
@@ -407,11 +433,11 @@ def encode_jpeg(pixels: np.ndarray) -> bytes:
 
 
 def _read_parts(parts: Sequence[Path]) -> Iterator[pa.Table]:
-    return (pq.ParquetFile(part).read() for part in parts)
+    return (read_parquet(part) for part in parts)
 
 
 def _write_parquet(parts: Sequence[Path], path: Path, metadata: str) -> None:
-    schema = pq.read_schema(parts[0]).with_metadata({"simsiam": metadata})
+    schema = read_parquet_schema(parts[0]).with_metadata({"simsiam": metadata})
     with (
         atomic_write(path) as file,
         pq.ParquetWriter(file, schema, write_page_checksum=True) as writer,
@@ -435,18 +461,22 @@ def _write_folder(parts: Sequence[Path], path: Path, metadata: str) -> None:
 
 def _write_npy(parts: Sequence[Path], path: Path, metadata: str) -> None:
     """Write the vectors, (N, d) float32, and next to them a .csv file with one row per image."""
-    num_rows = sum(pq.read_metadata(part).num_rows for part in parts)
-    schema = pq.read_schema(parts[0])
+    num_rows = sum(count_parquet_rows(part) for part in parts)
+    schema = read_parquet_schema(parts[0])
     dim = schema.field("vector").type.list_size
     names = [name for name in ("path", "label") if name in schema.names]
     rows: list[Sequence[str]] = []
     header = {"descr": "<f4", "fortran_order": False, "shape": (num_rows, dim)}
     with atomic_write(path) as part, open(part, "wb") as file:
         np.lib.format.write_array_header_1_0(file, header)
-        for table in _read_parts(parts):
-            file.write(table["vector"].combine_chunks().flatten().to_numpy().astype("<f4"))
-            rows += zip(*(table[name].to_pylist() for name in names))
-        write_csv(path.with_suffix(".csv"), names, rows)
+        for part_table in _read_parts(parts):
+            file.write(part_table["vector"].combine_chunks().flatten().to_numpy().astype("<f4"))
+            rows += zip(*(part_table[name].to_pylist() for name in names))
+        table, draft = path.with_suffix(".csv"), parts[0].with_name("table.csv")
+        write_csv(draft, names, rows)
+        if table.exists() and not filecmp.cmp(draft, table, shallow=False):
+            raise UsageError(f"{table} exists and is not overwritten: choose another --out")
+        replace_path(draft, table)
 
 
 WRITERS: dict[str, Writer] = {".parquet": _write_parquet, "": _write_folder, ".npy": _write_npy}

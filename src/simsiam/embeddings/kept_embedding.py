@@ -26,8 +26,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from simsiam.data.images import Images
+from simsiam.data.parquet_files import read_parquet
 from simsiam.embeddings.embed import PART_SIZE, describe_transform, embed_images, label_names
-from simsiam.embeddings.table import Embeddings, table_to_embeddings
+from simsiam.embeddings.table import Embeddings, table_metadata, table_to_embeddings
 from simsiam.errors import UsageError, WorkFailed, none_readable, printable
 from simsiam.model.precision import Compute
 from simsiam.runs.encoder import eval_transform, load, weight_digests
@@ -302,7 +303,7 @@ def _embed(
 
 
 def _metadata(table: pa.Table) -> dict[str, object]:
-    return json.loads((table.schema.metadata or {}).get(b"simsiam", b"{}"))
+    return table_metadata(table, "the kept embedding")
 
 
 def _read_file(path: Path, identity: Mapping[str, object] | None = None) -> pa.Table | None:
@@ -315,10 +316,10 @@ def _read_file(path: Path, identity: Mapping[str, object] | None = None) -> pa.T
     if not path.exists():
         return None
     try:
-        table = pq.ParquetFile(path, page_checksum_verification=True).read()
+        table = read_parquet(path)
         table.select(STAMP_SCHEMA.names).cast(STAMP_SCHEMA)
         metadata = _metadata(table)
-    except (pa.ArrowException, OSError, ValueError, LookupError) as error:
+    except (pa.ArrowException, OSError, UsageError, ValueError, LookupError) as error:
         _say(f"{path} is damaged and is made again: {' '.join(str(error).split())[:160]}")
         path.unlink()
         return None

@@ -133,7 +133,8 @@ def find_query(query: str, images: Embeddings) -> Query:
         position = images.find(query)
         return Query(query, images.vectors[position], position)
     run = str(images.metadata.get("run", ""))
-    if not run or not Path(run).is_dir():
+    # Of a file that others wrote: a folder on another machine is not asked for.
+    if not run or run.startswith(("//", "\\\\")) or not Path(run).is_dir():
         raise UsageError(
             f"{printable(query)} is not embedded, and the run with the backbone does not exist: "
             f"{run or 'unknown'}"

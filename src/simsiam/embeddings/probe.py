@@ -12,9 +12,10 @@ import numpy as np
 from simsiam.embeddings.table import Embeddings, read_embeddings
 from simsiam.errors import UsageError, printable
 from simsiam.monitoring.features import standardization_stats
-from simsiam.utils.files import check_writable, write_csv
+from simsiam.utils.files import check_writable, plain_text, write_csv
 from simsiam.utils.intervals import wilson_interval
-from simsiam.utils.names import UTF16_MARKS
+from simsiam.utils.names import MAX_LIST_BYTES, UTF16_MARKS
+from simsiam.utils.read_files import read_bytes
 
 if TYPE_CHECKING:
     from sklearn.linear_model import LogisticRegression
@@ -108,7 +109,7 @@ def read_labels(path: Path, images: Embeddings) -> dict[int, str]:
             embedded, or gives an image two labels.
     """
     try:
-        data = path.read_bytes()
+        data = read_bytes(path, MAX_LIST_BYTES)
         text = data.decode("utf-16" if data.startswith(UTF16_MARKS) else "utf-8-sig")
         separator = max(",;\t", key=text.partition("\n")[0].count)  # that of the first line
         reader = csv.DictReader(StringIO(text, newline=""), delimiter=separator)
@@ -127,12 +128,13 @@ def read_labels(path: Path, images: Embeddings) -> dict[int, str]:
         )
     label_of: dict[int, str] = {}
     for number, row in enumerate(rows, 2):
-        name, label = row["path"], (row["label"] or "").strip()
+        name, label = row["path"], plain_text((row["label"] or "").strip())
         if not label:  # as in the table that `probe` writes
             continue
         if not name:
             raise UsageError(f"{path}, line {number}: the label {label!r} has no path")
-        i = images.find(name if images.positions(name) else name.strip())
+        written = (plain_text(name), name, name.strip())
+        i = images.find(next((text for text in written if images.positions(text)), name.strip()))
         if label_of.setdefault(i, label) != label:
             raise UsageError(
                 f"{path}, line {number}: {printable(name)} already has another label, "

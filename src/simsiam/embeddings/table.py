@@ -5,23 +5,45 @@ if any image has one; `vector`, the feature h as float32; and `thumbnail`, a sma
 that the network was given. So no verb needs the images again.
 """
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
+from typing_extensions import TypedDict
 
+from simsiam.data.decode import Unreadable, decode_image, read_header
+from simsiam.data.parquet_files import open_parquet
 from simsiam.data.storage import Column
 from simsiam.errors import UsageError, WorkFailed, printable
 from simsiam.sources.open_source import find_shards
 from simsiam.utils.names import normalize_name, utf8_name
+from simsiam.utils.typed_json import parse_json
+
+
+class EmbeddingMetadata(TypedDict, total=False):
+    """What is checked of the metadata of an embedding file."""
+
+    run: str
+    backbone_sha256: str
+    head_sha256: str
+    source: str
+    sources: list[str]
+    splits: list[str] | None
+    channels: int
+    transform: dict[str, object]
+    unreadable: list[tuple[str, str]]
+
+
+COLUMNS = ("path", "label", "vector", "thumbnail")
+MAX_THUMBNAIL_PIXELS = 2**20
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -113,6 +135,31 @@ class Embeddings:
         """
         return (self.labels[i] or "") if self.labels else ""
 
+    def thumbnail(self, i: int) -> np.ndarray:
+        """Decode the thumbnail of an image.
+
+        Args:
+            i: The position of the image.
+
+        Returns:
+            uint8 (H, W, 3).
+
+        Raises:
+            UsageError: It is damaged or large.
+        """
+        assert self.thumbnails is not None, "checked when the file was opened"
+        data = self.thumbnails[i]
+        try:
+            height, width, _ = read_header(data)
+            if height * width > MAX_THUMBNAIL_PIXELS:
+                raise Unreadable(f"{width}x{height} pixels are too many")
+            return decode_image(data)
+        except Unreadable as error:
+            raise UsageError(
+                f"the thumbnail of {printable(self.paths[i])} cannot be read: {error}; run "
+                "`simsiam embed` again"
+            ) from None
+
     def caption(self, i: int) -> str:
         """Get the path of an image, with its label in parentheses if it has one.
 
@@ -144,20 +191,24 @@ def read_embeddings(path: str | os.PathLike[str]) -> Embeddings:
         raise UsageError(
             f"{path} does not exist: create it with `simsiam embed RUN SOURCE --out {path}`"
         )
-    embeddings = table_to_embeddings(_read_table(path))
+    embeddings = table_to_embeddings(_read_table(path), printable(str(path)))
     if not embeddings.vectors.isfinite().all():
         raise WorkFailed(f"{path} has vectors that are not finite: its run has diverged")
     return embeddings
 
 
-def table_to_embeddings(table: pa.Table) -> Embeddings:
+def table_to_embeddings(table: pa.Table, name: str = "the embedding") -> Embeddings:
     """Turn the rows of an embedding file into embeddings.
 
     Args:
         table: At least one row, with the columns path and vector.
+        name: What the table is, for errors.
 
     Returns:
         The embeddings.
+
+    Raises:
+        UsageError: The metadata of the table are damaged.
     """
     flat = np.concatenate([chunk.flatten().to_numpy() for chunk in table["vector"].chunks])
     texts = {
@@ -170,8 +221,25 @@ def table_to_embeddings(table: pa.Table) -> Embeddings:
         vectors=torch.from_numpy(flat.astype(np.float32, copy=False).reshape(len(table), -1)),
         labels=texts.get("label"),
         thumbnails=Column(table["thumbnail"]) if "thumbnail" in table.column_names else None,
-        metadata=json.loads((table.schema.metadata or {}).get(b"simsiam", b"{}")),
+        metadata=table_metadata(table, name),
     )
+
+
+def table_metadata(table: pa.Table, name: str) -> dict[str, object]:
+    """Read what `embed` says in the metadata of a table.
+
+    Args:
+        table: The table.
+        name: What it is, for errors.
+
+    Returns:
+        The metadata; {} if another program wrote the file.
+
+    Raises:
+        UsageError: They are damaged.
+    """
+    text = (table.schema.metadata or {}).get(b"simsiam", b"{}")
+    return cast(dict[str, object], parse_json(text, EmbeddingMetadata, f"{name}: its description"))
 
 
 def _read_table(path: Path) -> pa.Table:
@@ -183,23 +251,42 @@ def _read_table(path: Path) -> pa.Table:
             "writes one"
         )
     try:
-        table = pa.concat_tables(
-            [pq.ParquetFile(file, page_checksum_verification=True).read() for file in files]
-        )
+        table = pa.concat_tables([_read_columns(file) for file in files])
         for name in {"path", "label"} & set(table.column_names):
             table[name].cast(pa.string())
     except (pa.ArrowException, OSError) as error:
         reason = " ".join(str(error).split())[:160]
         raise UsageError(f"{path} is not a Parquet file of `simsiam embed`: {reason}") from None
-    for name in ("path", "vector"):
-        if name not in table.column_names:
-            columns = ", ".join(table.column_names)[:160]
-            raise UsageError(f"{path} has no column {name!r}, only {columns}")
     vector = table["vector"]
     complete = not (vector.null_count or table["path"].null_count) and len(table)
-    if not pa.types.is_fixed_size_list(vector.type) or not complete:
+    if not _is_vector(vector.type) or not complete or pc.list_flatten(vector).null_count:
         raise UsageError(
             f"{path} needs a path and a vector in each row, all vectors of one length: "
             "use a file that `simsiam embed` wrote"
         )
+    if "thumbnail" in table.column_names and not _are_files(table["thumbnail"]):
+        raise UsageError(
+            f"{path} has a column 'thumbnail' that is not a JPEG file in each row: use a file that "
+            "`simsiam embed` wrote"
+        )
     return table
+
+
+def _read_columns(file: Path) -> pa.Table:
+    """Read the columns of a file that an embedding has."""
+    with open_parquet(file) as parquet:
+        for name in ("path", "vector"):
+            if name not in parquet.schema.names:
+                columns = printable(", ".join(parquet.schema.names)[:160])
+                raise UsageError(f"{file} has no column {name!r}, only {columns}")
+        return parquet.read(COLUMNS)
+
+
+def _are_files(column: pa.ChunkedArray) -> bool:
+    return column.type in (pa.binary(), pa.large_binary()) and not column.null_count
+
+
+def _is_vector(dtype: pa.DataType) -> bool:
+    if not pa.types.is_fixed_size_list(dtype) or dtype.list_size < 1:
+        return False
+    return pa.types.is_floating(dtype.value_type) or pa.types.is_integer(dtype.value_type)

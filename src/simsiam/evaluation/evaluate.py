@@ -27,7 +27,7 @@ from simsiam.evaluation.protocol_few_label import plan_draws
 from simsiam.evaluation.protocol_finetune import evaluate_finetune
 from simsiam.evaluation.scores import score_predictions
 from simsiam.model.precision import Compute
-from simsiam.runs.compose import open_run_source
+from simsiam.runs.compose import open_run_source, source_flags
 from simsiam.runs.encoder import weights_sha256
 from simsiam.runs.environment import collect_environment, utc_now
 from simsiam.runs.run_folder import HEAD_FILE, Run
@@ -104,7 +104,13 @@ def evaluate(
         if protocol not in PROTOCOLS:
             raise unknown_name("protocol", protocol, PROTOCOLS)
     folder = Run(open_weights(run, backbone=backbone, source=source, splits=splits))
-    opened = open_run_source(folder.recipe, source, no_labels=no_labels, splits=splits)
+    opened = open_run_source(
+        folder,
+        source,
+        command=lambda names: ["evaluate", str(folder.path), *names, *source_flags(folder.recipe)],
+        no_labels=no_labels,
+        splits=splits,
+    )
     ignored = no_labels or (not source and folder.recipe.no_labels)
     labeled = ignored or any(images.labels is not None for images in opened.splits.values())
     left_out, asked = [], protocols is not None

@@ -102,7 +102,7 @@ def save_records(run: Run, protocol: str, records: Sequence[EvaluationRecord]) -
             for content in run.read_records(name)
             if EvaluationRecord.from_dict(content).identity not in identities
         ]
-        run.write(name, json.dumps(old + new, indent=2) + "\n")
+        run.write(name, old + new)
 
 
 def print_records(records: Sequence[EvaluationRecord], title: str) -> None:

@@ -39,7 +39,6 @@ from simsiam.model.precision import Compute
 from simsiam.monitoring.features import extract_features
 from simsiam.runs.encoder import build_backbone, eval_transform, load
 from simsiam.runs.run_folder import BACKBONE_FILE, Run
-from simsiam.runs.weight_files import file_sha256
 from simsiam.training.loop import (
     Metrics,
     SkippedFiles,
@@ -48,7 +47,8 @@ from simsiam.training.loop import (
     run_training,
     save_state,
 )
-from simsiam.utils.files import atomic_write, exclusive_lock, write_text
+from simsiam.utils.checksums import file_sha256, seal
+from simsiam.utils.files import atomic_write, exclusive_lock, keep_fonts_in_cache, write_text
 
 # Colors of Okabe and Ito, which color-blind people can distinguish; with these dash patterns the
 # lines also differ in gray.
@@ -476,7 +476,7 @@ def write_curve(path: Path, rows: Sequence[Mapping[str, float]]) -> None:
     Raises:
         WorkFailed: If the file cannot be written.
     """
-    write_text(path, "".join(f"{json.dumps(row)}\n" for row in rows))
+    write_text(path, "".join(f"{json.dumps(seal(row))}\n" for row in rows))
 
 
 @rank_zero_only
@@ -503,6 +503,7 @@ def plot_accuracy_curves(
         >>> curves = {"pretrained": [result["val_top1"]], "from scratch": [other["val_top1"]]}
         >>> plot_accuracy_curves(curves, "finetune.png")
     """
+    keep_fonts_in_cache()
     from matplotlib.figure import Figure  # pyplot would need a display and keep global state
 
     figure = Figure(figsize=(7, 4.5), dpi=200, layout="constrained")

@@ -1,11 +1,10 @@
 """The verb `export`: write the backbone of a run for other programs.
 
 An export is a folder that appears complete or not at all. It holds the weights or the graph,
-preprocessing.json, and for the hub a model card. It is loaded again with the format's own library
-and kept only if its features agree with those of the run's backbone.
+preprocessing.json, SHA256SUMS, and for the hub a model card. It is loaded again with the format's
+own library and kept only if its features agree with those of the run's backbone.
 """
 
-import json
 import os
 from importlib import import_module
 from pathlib import Path
@@ -22,7 +21,9 @@ from simsiam.runs.encoder import load
 from simsiam.runs.preprocessing import preprocessing_config
 from simsiam.runs.run_folder import HEAD_FILE, Run
 from simsiam.runs.weights import open_weights, run_folder_of
+from simsiam.utils.checksums import write_sums
 from simsiam.utils.files import atomic_folder
+from simsiam.utils.typed_json import to_json
 
 FORMATS: dict[str, Format] = {
     name: import_module(f"simsiam.exports.{name}").FORMAT for name in format_names()
@@ -99,11 +100,12 @@ def export(
         )
     with atomic_folder(path) as part:
         kind.write(network, folder, part)
-        config = json.dumps(preprocessing_config(recipe), indent=2)
-        (part / "preprocessing.json").write_text(f"{config}\n", "utf-8")
+        config = to_json(preprocessing_config(recipe))
+        (part / "preprocessing.json").write_text(config, "utf-8")
         if format == "huggingface":
             (part / "README.md").write_text(model_card(folder, license), "utf-8")
         delta = max_difference(network, kind.reload(part, recipe), recipe)
+        write_sums(part)
     if push:
         upload_to_hub(path, push)
     name = recipe.backbone.removeprefix(TIMM_PREFIX)

@@ -16,6 +16,8 @@ from simsiam.model.encoder import Encoder
 from simsiam.runs.encoder import load
 from simsiam.runs.recipe_file import write_recipe
 from simsiam.runs.run_folder import HEAD_FILE, ORIGIN_FILE, Run
+from simsiam.utils.names import without_credentials
+from simsiam.utils.read_files import open_regular
 
 
 def write(network: nn.Module, run: Run, folder: Path) -> None:
@@ -26,12 +28,13 @@ def write(network: nn.Module, run: Run, folder: Path) -> None:
         run: Its run.
         folder: Where to write.
     """
-    write_recipe(folder, run.recipe)
+    write_recipe(folder, ResolvedRecipe.from_dict(without_credentials(run.recipe.to_dict())))
     backbone = network.backbone if isinstance(network, Encoder) else network
     safetensors.write(backbone, run, folder)
     for name in (HEAD_FILE, ORIGIN_FILE):
         if (run.path / name).exists():
-            shutil.copyfile(run.path / name, folder / name)
+            with open_regular(run.path / name) as file, open(folder / name, "wb") as copy:
+                shutil.copyfileobj(file, copy)
     if timm.holds(network, run.recipe):
         timm.write(network, run, folder)
 

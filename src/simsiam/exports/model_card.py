@@ -4,12 +4,14 @@ from typing import cast
 
 import yaml
 
+from simsiam.errors import printable
 from simsiam.model.encoder import Encoder
 from simsiam.monitoring.verdict import features_table
 from simsiam.runs.encoder import eval_transform, load
 from simsiam.runs.records import Record
 from simsiam.runs.run_folder import HEAD_FILE, ORIGIN_FILE, PATCHES_KEY, Run
 from simsiam.runs.weight_files import load_metadata
+from simsiam.utils.names import hide_keys
 
 
 def model_card(run: Run, license: str | None = None) -> str:
@@ -62,7 +64,8 @@ def license_lines(license: str | None, origin: Record) -> list[str]:
     """
     lines = [f"{license}."] if license else []
     if origin:
-        name, license = escape_cell(str(origin.get("weights"))), origin.get("license", "unknown")
+        name = escape_cell(str(origin.get("weights")))
+        license = escape_cell(origin.get("license", "unknown"))
         lines.append(f"Made from the weights {name}, whose license is: {license}.")
     return lines or ["The author has not said which license these weights have."]
 
@@ -100,7 +103,7 @@ def run_facts(run: Run) -> dict[str, str]:
     """
     recipe, summary = run.recipe, run.json("summary.json")
     environment, origin = run.json("environment.json"), run.json(ORIGIN_FILE)
-    source = ", ".join(part.rstrip("/").rpartition("/")[2] for part in recipe.source)
+    source = ", ".join(hide_keys(part).rstrip("/").rpartition("/")[2] for part in recipe.source)
     labels = "with" if recipe.method.target == "labels" else "without"
     start = recipe.init or str(origin.get("weights", "random weights"))
     steps = summary.get("steps", "?")
@@ -115,7 +118,7 @@ def run_facts(run: Run) -> dict[str, str]:
         "backbone": f"{recipe.backbone}, width {recipe.width}",
         **head_facts(run),
         **({"weights": str(origin.get("origin"))} if origin else {}),
-        "started from": start.rstrip("/").rpartition("/")[2],
+        "started from": hide_keys(start).rstrip("/").rpartition("/")[2],
         "training": f"{steps} steps of {recipe.batch_size} images, seed {recipe.seed}",
         "verdict": str(summary.get("verdict", "not finished")),
         "hardware": f"{device}, {precision}",
@@ -133,9 +136,10 @@ def results_table(run: Run) -> list[str]:
         Lines of Markdown.
     """
     rows = [
-        f"| {r['protocol']} | {escape_cell(r['name'])} | {r['features']} | "
-        f"{escape_cell(r['source'])} | {r['checkpoint']} | {r['top1']:.1f} | "
-        f"{format_interval(r)} | {r['n']} |"
+        f"| {escape_cell(r['protocol'])} | {escape_cell(r['name'])} | "
+        f"{escape_cell(r['features'])} | {escape_cell(r['source'])} | "
+        f"{escape_cell(r['checkpoint'])} | {r['top1']:.1f} | {format_interval(r)} | "
+        f"{r.get('n', '')} |"
         for r in run.evaluations()
         if "top1" in r
     ]
@@ -162,7 +166,7 @@ def worth_lines(summary: Record) -> list[str]:
     if not (rows := features_table(summary)):
         return []
     heading, *others = ("| " + " | ".join(map(escape_cell, row)) + " |" for row in rows)
-    advice = escape_cell(f"{summary['remedy']} {summary['advice']}")
+    advice = escape_cell(f"{summary.get('remedy', '')} {summary.get('advice', '')}")
     return ["## Features compared", "", heading, "|---|---|---|", *others, "", advice, ""]
 
 
@@ -174,7 +178,7 @@ def format_interval(record: Record) -> str:
     """
     if "interval" in record:
         return "{:.1f} to {:.1f}".format(*record["interval"])
-    return f"± {record['top1_std']:.1f}"
+    return f"± {record['top1_std']:.1f}" if record.get("top1_std") is not None else ""
 
 
 def escape_cell(text: str) -> str:
@@ -183,4 +187,4 @@ def escape_cell(text: str) -> str:
     Args:
         text: Any text.
     """
-    return text.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
+    return printable(text.replace("\n", " ")).replace("|", "\\|").replace("<", "&lt;")

@@ -1,5 +1,6 @@
 """Format `onnx`: the graph of the network, for any number of images."""
 
+import os
 from pathlib import Path
 
 import torch
@@ -10,6 +11,8 @@ from simsiam.exports.format import Format, Network, example_input, suppress_warn
 from simsiam.runs.run_folder import Run
 
 FILE_NAME = "backbone.onnx"
+# ONNX Runtime sends data about its use to its maker, and reads this once, when it is imported.
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 
 def write(network: nn.Module, run: Run, folder: Path) -> None:

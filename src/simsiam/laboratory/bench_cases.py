@@ -21,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 from PIL import Image, ImageFilter
+from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor, distributed, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms as T
@@ -34,6 +35,7 @@ from simsiam.config.recipes import (
     shapes_recipe,
 )
 from simsiam.data.batches import crop_images, iter_batches, make_training_views, min_decode_side
+from simsiam.data.decode import decode_image
 from simsiam.data.images import Images, from_arrays, load_into_memory
 from simsiam.data.storage import EncodedColumn, FolderFiles, Names, numbered_keys
 from simsiam.data.transform import Transform
@@ -205,7 +207,7 @@ class JpegDataset(Dataset):
 
     def __getitem__(self, i: int) -> list[Tensor]:
         file = self.files[i]
-        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as opened:
+        with JpegImageFile(io.BytesIO(file) if isinstance(file, bytes) else file) as opened:
             image = opened.convert("RGB")
         return [transform(image) for transform in self.transforms]
 
@@ -441,7 +443,7 @@ def bench_small_views(context: BenchContext) -> Comparison:
     """
     count, views, steps = 512, Views(blur=0.0), itertools.count()
     files = make_photographs(count, 32, 32)
-    pixels = np.stack([np.asarray(Image.open(io.BytesIO(file))) for file in files])
+    pixels = np.stack([decode_image(file) for file in files])
     pillow_images = [Image.fromarray(image) for image in pixels]
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().to(context.compute.device)
 

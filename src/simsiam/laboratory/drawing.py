@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from simsiam.evaluation import finetune
 from simsiam.laboratory.claims import MetricValues, SeedValues
-from simsiam.utils.files import atomic_write
+from simsiam.utils.files import atomic_write, keep_fonts_in_cache
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -206,6 +206,7 @@ def new_figure(width: float, height: float) -> "Figure":
     Returns:
         The figure.
     """
+    keep_fonts_in_cache()
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), dpi=150, layout="constrained")

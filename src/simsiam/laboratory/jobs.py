@@ -10,11 +10,14 @@ from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from statistics import median
-from typing import Any, TypedDict
+from typing import Any
+
+from typing_extensions import Required, TypedDict
 
 from simsiam.config.recipes import Recipe
 from simsiam.laboratory.experiments import EXPERIMENTS, Experiment
 from simsiam.laboratory.scales import Scale
+from simsiam.utils.typed_json import read_json
 
 FINISHED, INTERRUPTED, MISSING = "finished", "interrupted", "missing"
 
@@ -24,7 +27,7 @@ class RunSummary(TypedDict, total=False):
 
     verdict: str
     epochs: float
-    images_per_second: float
+    images_per_second: float | None
 
 
 class RunRecord(TypedDict, total=False):
@@ -40,6 +43,20 @@ class RunRecord(TypedDict, total=False):
     state: str  # FINISHED, INTERRUPTED or MISSING, or why it failed
 
 
+class Claim(TypedDict, total=False):
+    """A claim of the paper in the JSON file of a page."""
+
+    says: Required[str]
+    verdict: Required[str]
+
+
+class SavedPage(TypedDict, total=False):
+    """What is read of the JSON file of a page."""
+
+    runs: list[RunRecord]
+    claims: list[Claim]
+
+
 @dataclass(frozen=True)
 class Job:
     """One run that an experiment needs."""
@@ -52,7 +69,7 @@ class Job:
     def summary(self) -> RunSummary:
         """The content of the run's summary.json, {} if there is none."""
         path = self.path / "summary.json"
-        return json.loads(path.read_text("utf-8")) if path.exists() else {}
+        return read_json(path, RunSummary) if path.exists() else {}
 
     @property
     def state(self) -> str:
@@ -60,9 +77,8 @@ class Job:
         if self.saved_record:
             return FINISHED
         summary = self.summary  # an interrupted run has one too
-        if summary and (
-            summary["verdict"] == "diverged" or summary["epochs"] >= self.recipe.epochs
-        ):
+        done = summary.get("epochs", 0) >= self.recipe.epochs
+        if summary and (done or summary.get("verdict") == "diverged"):
             return FINISHED
         return INTERRUPTED if (self.path / "recipe.yaml").exists() else MISSING
 
@@ -143,8 +159,8 @@ def load_saved_records(pages: Path) -> SavedRecords:
     records: dict[tuple[str, str], RunRecord] = {}
     for page in sorted(pages.glob("*.json")):
         by_cell = page.stem in EXPERIMENTS and EXPERIMENTS[page.stem].train_detectors
-        for run in json.loads(page.read_text(encoding="utf-8")).get("runs", []):
-            if "values" in run:
+        for run in read_json(page, SavedPage).get("runs", []):
+            if {"values", "curves", "environment", "recipe", "cell", "run"} <= run.keys():
                 key = Path(run["run"]).name, run["cell"] if by_cell else ""
                 start, record = run["environment"]["start"], records.get(key)
                 if record is None or record["environment"]["start"] < start:
@@ -238,9 +254,9 @@ def estimate_hours(jobs: Iterable[Job], scale: Scale, limit: int | None) -> floa
     """
     images, jobs = min(scale.num_images, limit or scale.num_images), list(jobs)
     speeds = [
-        job.summary["images_per_second"] * job.recipe.method.view_count
+        speed * job.recipe.method.view_count
         for job in jobs
-        if job.state == FINISHED and not job.saved_record
+        if job.state == FINISHED and (speed := job.summary.get("images_per_second"))
     ]
     views_per_second = median(speeds) if speeds else 2 * scale.images_per_second
     views = sum(job.view_epochs * images for job in jobs if job.state != FINISHED)

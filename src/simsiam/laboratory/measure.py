@@ -24,6 +24,7 @@ from simsiam.monitoring.verdict import MIN_VERDICT_STEPS, judge_run
 from simsiam.runs.compose import open_run_source
 from simsiam.runs.run_folder import Run
 from simsiam.training.prepare import build_training_setup
+from simsiam.utils.names import without_credentials
 
 NUM_IMAGES, NUM_VIEWS = 500, 32  # test images, and views of each that E[z] averages over
 VIEW_STEP = 2**62  # the step whose random numbers draw these views; no run gets there
@@ -57,7 +58,7 @@ def measure_run(run: Run, scale: Scale, experiment: Experiment) -> MeasuredRun:
         "values": values,
         "curves": {metric: metric_curve(run, metric, scale) for metric in metrics},
         "environment": environment,
-        "recipe": run.recipe.to_dict(),
+        "recipe": without_credentials(run.recipe.to_dict()),
     }
 
 
@@ -75,11 +76,11 @@ def _measure_metrics(run: Run, scale: Scale, *, measure_predictor: bool = False)
     lines = [line for line in run.metrics() if "loss" in line]
     summary = run.json("summary.json")
     values: dict[str, Any] = {
-        "verdict": summary["verdict"],
-        "seconds": summary["training_seconds"],
+        "verdict": summary.get("verdict", "unknown"),
+        "seconds": summary.get("training_seconds") or 0.0,
         "diverged": 0.0,
     }
-    if summary["verdict"] == "diverged":
+    if values["verdict"] == "diverged":
         return values | {"diverged": 1.0, "collapsed": 0.0}
     recent = lines[-max(3, len(lines) // 10) :]
     for key in ("loss", "z_std_sqrt_d", "z_rank"):
@@ -199,7 +200,7 @@ def predictor_cosines(run: Run) -> dict[str, float]:
     state: Any = run.checkpoint()
     model.load_state_dict(state["model"])
     model.eval()
-    source = open_run_source(recipe)
+    source = open_run_source(run, command=lambda names: ["evaluate", str(run.path), *names])
     _, test, _ = split_train_test(source, require_labels=not recipe.no_labels)
     test = sample(test, min(NUM_IMAGES, len(test)))
     test, _ = load_into_memory(test, int(recipe.cache_gib * 2**30))

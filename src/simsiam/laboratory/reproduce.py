@@ -24,6 +24,7 @@ from simsiam.laboratory.experiments import EXPERIMENTS, Experiment
 from simsiam.laboratory.jobs import (
     FINISHED,
     INTERRUPTED,
+    MISSING,
     Job,
     JobGrid,
     RunRecord,
@@ -34,9 +35,12 @@ from simsiam.laboratory.jobs import (
 )
 from simsiam.laboratory.scales import SCALES, Scale
 from simsiam.runs.run_folder import Run
-from simsiam.sources.open_source import absolute_source, open_source
+from simsiam.sources.open_source import absolute_source, absolute_sources, open_source
+from simsiam.sources.own_marks import mark_places
 from simsiam.training.launch import pretrain, resume
-from simsiam.utils.files import file_lock, write_text
+from simsiam.utils.files import file_lock, make_folder, write_text
+from simsiam.utils.read_files import read_text
+from simsiam.utils.system import guard_folder
 
 
 def reproduce(
@@ -172,6 +176,7 @@ def open_campaign(
         if number is not None and number < 1:
             raise UsageError(f"{name} is {number}; it is at least 1")
     pages_folder = Path(out or f"results/{scale}")
+    guard_folder(pages_folder)
     check_index(pages_folder / "README.md")
     sets = [
         text if text == "shapes" else str(Path(text).expanduser().resolve()) for text in annotated
@@ -193,7 +198,7 @@ def check_index(path: Path) -> None:
     """
     if not path.exists():
         return
-    if not path.read_text(encoding="utf-8", errors="replace").startswith(pages.INDEX_TITLE):
+    if not read_text(path, errors="replace").startswith(pages.INDEX_TITLE):
         raise UsageError(
             f"{path} is not an index of experiments and would be overwritten; "
             "choose another folder with --out"
@@ -343,6 +348,8 @@ class Campaign:
             Stopped: After SIGINT or SIGTERM.
         """
         try:
+            if job.state != MISSING:
+                self.mark_source(job)
             try:
                 if job.state == INTERRUPTED:
                     resume(job.path)
@@ -361,6 +368,16 @@ class Campaign:
         except Exception as error:  # the other runs continue, and the exit code is 1
             return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         return ""
+
+    def mark_source(self, job: Job) -> None:
+        """Mark the images of a run as named by the user, if this command names them.
+
+        Args:
+            job: The run, which is there already.
+        """
+        source = tuple(absolute_sources(job.recipe.source))
+        if Run(job.path).recipe.source == source:
+            mark_places(job.path, source=source)
 
     def measure_detectors(self, job: Job, experiment: Experiment, cell: str) -> dict[str, object]:
         """Fine-tune a run as a detector, unless that was done before.
@@ -391,7 +408,7 @@ class Campaign:
         Returns:
             The page.
         """
-        self.pages_folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.pages_folder)
         path, title = self.pages_folder / name, f"{experiment.title} ({self.scale.name})"
         page = path.with_suffix(".md")
         if not experiment.cells:

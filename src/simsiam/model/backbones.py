@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torchvision import models
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
+from simsiam.config.method import MAX_PARAMETERS
 from simsiam.config.recipes import default_stem
 from simsiam.errors import UsageError, unknown_name
 from simsiam.model.patches import PATCHES_PREFIX, Patches, parse_sizes
@@ -32,6 +33,11 @@ RESNETS: dict[str, tuple[type[BasicBlock | Bottleneck], list[int]]] = {
     "resnet101": (Bottleneck, [3, 4, 23, 3]),
     "resnet152": (Bottleneck, [3, 8, 36, 3]),
 }
+# Parameters of a ResNet at width 64; they grow with the square of the width.
+RESNET_PARAMETERS = {
+    "resnet10": 4.9e6, "resnet18": 11.2e6, "resnet34": 21.3e6, "resnet50": 23.5e6,
+    "resnet101": 42.5e6, "resnet152": 58.1e6,
+}  # fmt: skip
 TIMM_PREFIX = "timm/"  # begins the names of timm's models
 # Words in the names of tensors whose shapes may depend on the image size.
 POSITION_WORDS = ("pos_embed", "relative_position", "rel_pos", "attention_bias", "mlp_tokens")
@@ -146,6 +152,12 @@ def create_backbone(
         raise UsageError(f"channels is {channels}; it lies between 1 and 16")
     if name in RESNETS:
         block, layers = RESNETS[name]
+        count = RESNET_PARAMETERS[name] * (width / 64) ** 2
+        if count > MAX_PARAMETERS:
+            raise UsageError(
+                f"{name} of width {width} has {count:.3g} parameters; at most {MAX_PARAMETERS:,} "
+                "are allowed: give a smaller --width"
+            )
         stem = stem or default_stem(image_size)
         return ResNet(block, layers, width=width, stem=stem, channels=channels)
     if width != 64 or stem is not None:

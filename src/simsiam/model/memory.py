@@ -55,8 +55,7 @@ def activation_bytes(model: Siamese, recipe: ResolvedRecipe, batch_size: int) ->
     shape = (batch_size, recipe.channels, recipe.image_size, recipe.image_size)
     with torch.device("meta"):
         views = {i: torch.empty(shape) for i in model.encoded_views}
-    weights = model.state_dict(keep_vars=True).values()
-    weight_storages = {tensor.untyped_storage()._cdata for tensor in weights}
+    weight_storages = {tensor.untyped_storage()._cdata for tensor in _weights(model)}
     saved: dict[int, Tensor] = {}
 
     def save(tensor: Tensor) -> Tensor:
@@ -85,10 +84,15 @@ def min_step_bytes(recipe: ResolvedRecipe, batch_size: int) -> int:
         Bytes.
     """
     model = build_on_meta(recipe)
-    weights = sum(tensor.nbytes for tensor in model.state_dict().values())
+    weights = sum(tensor.nbytes for tensor in _weights(model))
     copies = 3 if recipe.method.optimizer == "adamw" else 2  # the gradient and one or two momenta
     trained = copies * sum(p.nbytes for p in model.parameters() if p.requires_grad)
     return activation_bytes(model, recipe, batch_size) + weights + trained
+
+
+def _weights(model: Siamese) -> list[Tensor]:
+    """Parameters and buffers. A state dict may gather rows of all processes, which needs data."""
+    return [*model.parameters(), *model.buffers()]
 
 
 def local_batch_size(batch_size: int) -> int:

@@ -14,13 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from simsiam.errors import UsageError
+from simsiam.errors import UsageError, truncate
 from simsiam.model.precision import at_least_float32, without_autocast
 from simsiam.utils.devices import device_traits
 
 PATCHES_PREFIX = "patches/"  # begins the names of these backbones: "patches/32", "patches/24+48"
 PATCH_SIDE = 6  # pixels
 CENTERS = 400  # size of the dictionary
+MAX_SIZES = 8
 GRID = 2  # responses are averaged over GRID x GRID parts of the image
 THRESHOLD = 0.25  # of a response: smaller inner products count as zero
 CONTRAST_FLOOR = 10 / 255**2  # added to a patch's variance, so that flat patches stay small
@@ -43,10 +44,11 @@ def parse_sizes(name: str) -> tuple[int, ...]:
         UsageError: The name has another form.
     """
     parts = name.removeprefix(PATCHES_PREFIX).split("+")
-    if not all(part.isascii() and part.isdigit() and 12 <= int(part) <= 512 for part in parts):
+    are_sizes = all(part.isascii() and part.isdigit() and len(part) < 4 for part in parts)
+    if len(parts) > MAX_SIZES or not are_sizes or not all(12 <= int(p) <= 512 for p in parts):
         raise UsageError(
-            f"backbone {name}: give sizes between 12 and 512 pixels, such as {PATCHES_PREFIX}32 "
-            f"or {PATCHES_PREFIX}24+48"
+            f"backbone {truncate(name)}: give at most {MAX_SIZES} sizes between 12 and 512 pixels, "
+            f"such as {PATCHES_PREFIX}32 or {PATCHES_PREFIX}24+48"
         )
     return tuple(map(int, parts))
 

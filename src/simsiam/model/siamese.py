@@ -185,4 +185,4 @@ def cut_weights(model: nn.Module, divisor: float) -> None:
     """
     for p in model.parameters():
         if p.ndim > 1:
-            p /= divisor
+            p.div_(divisor)

@@ -175,7 +175,7 @@ def advise_training_length(
         )
         noise = 0.0
         if count := counts.get(name):
-            noise = 1.64 * sqrt(best * (100 - best) / count)
+            noise = 1.64 * sqrt(max(0.0, best * (100 - best)) / count)
         rising |= last > first and last - at_two_thirds > max(RISING_FRACTION * value_range, noise)
         falling |= best - last > max(0.5 * value_range, noise)
     if not reasons:

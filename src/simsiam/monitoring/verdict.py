@@ -91,7 +91,7 @@ def judge_run(
     """Judge a run by its logged gauges.
 
     Args:
-        lines: The records of metrics.jsonl. Those without a `loss` are ignored.
+        lines: The records of metrics.jsonl. Those that lack one of the gauges are ignored.
         steps: Number of steps done.
         diverged: Whether the loss stopped being finite.
         high_loss_threshold: A loss above this is `not converging`; None if the criterion does not
@@ -102,15 +102,14 @@ def judge_run(
     Returns:
         The verdict and its remedy.
     """
-    records = [record for record in lines if "loss" in record]
+    gauges = ("loss", "z_std_sqrt_d", "z_rank")
+    records = [x for x in lines if all(x.get(gauge) is not None for gauge in gauges)]
     if diverged:
         return _verdict("diverged")
     if steps < MIN_VERDICT_STEPS or not records:
         return _verdict("too early")
     recent = records[-max(3, len(records) // 10) :]
-    loss, std, rank = (
-        median(record[key] for record in recent) for key in ("loss", "z_std_sqrt_d", "z_rank")
-    )
+    loss, std, rank = (median(record[gauge] for record in recent) for gauge in gauges)
     if not supervised and (std < 0.1 or rank <= 2):
         return _verdict("collapsed")
     if high_loss_threshold is not None and loss > high_loss_threshold:
@@ -134,13 +133,14 @@ def early_warning(lines: Sequence[Mapping[str, Any]]) -> str | None:
         The warning, or None.
     """
     steps = range(WARNING_FIRST_STEP, MIN_VERDICT_STEPS + 1)
-    records = [x for x in lines if x.get("z_rank") is not None and x["step"] in steps]
+    measured = [x for x in lines if None not in (x.get("z_rank"), x.get("z_std_sqrt_d"))]
+    records = [x for x in measured if x["step"] in steps]
     if len(records) < 3 or any("warning" in record for record in lines):
         return None
     std, rank = (
         median(record[key] for record in records[-3:]) for key in ("z_std_sqrt_d", "z_rank")
     )
-    first = next(record["z_rank"] for record in lines if record.get("z_rank") is not None)
+    first = measured[0]["z_rank"]
     if std >= 0.5 and rank > max(3, WARNING_RANK_SHARE * first):
         return None
     return (
@@ -219,7 +219,7 @@ def features_table(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     for row in summary.get("features", []):
         low, high = row["score_interval"]
         score, accuracy = f"{row['score']:.3f} ({low:.3f} to {high:.3f})", ""
-        if "knn_top1" in row:
+        if {"knn_top1", "interval", "n"} <= row.keys():
             low, high = row["interval"]
             accuracy = f"{row['knn_top1']:.1f} ({low:.1f} to {high:.1f}), n = {row['n']}"
         rows.append((row["features"], score, accuracy))

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from simsiam.config.settings import flatten
 from simsiam.errors import UsageError, printable
 from simsiam.runs.run_folder import Run
 
@@ -42,27 +43,6 @@ def compare(runs: Sequence[str | os.PathLike[str]]) -> dict[str, ComparisonRows]
     }
     print_tables(tables, [escape(printable(str(run.path))) for run in folders])
     return tables
-
-
-def flatten(value: object, name: str = "") -> dict[str, object]:
-    """Flatten nested mappings into one mapping with dotted names.
-
-    Args:
-        value: A mapping, a list of mappings, or a leaf.
-        name: The dotted name of `value` itself; empty at the top.
-
-    Returns:
-        The leaves by name, such as "method.dim" or "method.views.0.blur".
-    """
-    if isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
-        value = dict(enumerate(value))
-    if not isinstance(value, Mapping):
-        return {name: value}
-    return {
-        leaf_name: leaf
-        for key, item in value.items()
-        for leaf_name, leaf in flatten(item, f"{name}.{key}".lstrip(".")).items()
-    }
 
 
 def align_rows(columns: Sequence[Mapping[str, object]]) -> ComparisonRows:

@@ -100,7 +100,8 @@ def preview(
         folder = printable(str(path.parent))
         raise UsageError(f"--out is {printable(str(path))}, and there is no folder {folder}")
     check_ranges(SimpleNamespace(rows=rows, views=views), rows=(1, 100), views=(1, 20))
-    sheet = build_sheet(*compose_recipe(sources, recipe, settings), rows=rows, views=views)
+    composed = compose_recipe(sources, recipe, settings, ["preview", "--out", str(path)])
+    sheet = build_sheet(*composed, rows=rows, views=views)
     picture = draw_sheet(sheet)
     with atomic_write(path) as part:
         picture.save(part, format="PNG")

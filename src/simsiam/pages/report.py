@@ -2,7 +2,7 @@
 
 The page needs no network. Its data is JSON in an element of its own, and the script of the page
 shows it as text, never as markup. The page's security policy allows this script, identified by its
-digest, and no connections.
+digest, and no connections. A page whose data do not match their checksum says that it is damaged.
 """
 
 import base64
@@ -10,16 +10,17 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from hashlib import sha256
 from importlib.resources import files
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TypedDict, cast
-
-from PIL import Image
+from zlib import crc32
 
 from simsiam import __version__
 from simsiam.config.protocols import PROTOCOLS
+from simsiam.data.decode import Unreadable, decode_image
 from simsiam.data.images import evenly_spaced, sample
 from simsiam.embeddings.table import read_embeddings
 from simsiam.errors import UsageError, WorkFailed, check_ranges, printable
@@ -45,10 +46,13 @@ from simsiam.pages.thumbnails import (
 from simsiam.runs.compose import open_run_source
 from simsiam.runs.encoder import eval_transform, load
 from simsiam.runs.environment import utc_now
-from simsiam.runs.run_folder import Run
+from simsiam.runs.run_folder import Run, say_once
 from simsiam.runs.weights import open_weights
 from simsiam.sources.open_source import Source
+from simsiam.sources.own_marks import is_named
 from simsiam.utils.files import write_text
+from simsiam.utils.names import without_credentials
+from simsiam.utils.read_files import read_bytes
 
 # Bytes of thumbnails on a page. As base64 they take a third more, so a page with 10,000 images has
 # 5 MB left for everything else if it is to stay below 25 MB.
@@ -103,6 +107,7 @@ def report(
     runs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     *,
     out: str | os.PathLike[str] | None = None,
+    source: str | os.PathLike[str] | Sequence[str] | None = None,
     limit: int = 3000,
     images: bool = True,
     no_labels: bool = False,
@@ -118,6 +123,8 @@ def report(
             files or folders that `embed` wrote.
         out: The HTML file to write; an existing file is replaced. The default is report.html in the
             first run folder or folder, NAME-report.html beside the file NAME.parquet.
+        source: Where the images of the runs are; by default where their recipes say, if you have
+            named these places before.
         limit: The number of images on the map, 5 to 20,000, evenly spaced in the training set.
         images: Whether to read images; without them the page has no views and no map.
         no_labels: Whether to ignore the labels of the images.
@@ -144,12 +151,19 @@ def report(
         folder = printable(str(path.parent))
         raise UsageError(f"--out is {name}, and there is no folder {folder}")
     check_ranges(SimpleNamespace(limit=limit), limit=(MIN_MAP_IMAGES, MAX_MAP_IMAGES))
-    summaries, galleries = collect_summaries(entries, limit, images=images, no_labels=no_labels)
+    if source and not any(isinstance(entry, Run) for entry in entries):
+        raise UsageError(
+            "--source is the place of the images of runs, and only embeddings are given"
+        )
+    summaries, galleries = collect_summaries(
+        entries, limit, source=source, images=images, no_labels=no_labels
+    )
     encoded: list[GalleryData] = [
         encode_gallery(gallery, MAX_THUMBNAIL_BYTES // len(galleries)) for gallery in galleries
     ]
+    shown = escape_texts(summaries)  # of galleries the page escapes the names: it offers a list
     page = render_report(
-        {"created": utc_now(), "version": __version__, "runs": summaries, "galleries": encoded}
+        {"created": utc_now(), "version": __version__, "runs": shown, "galleries": encoded}
     )
     write_text(path, page)
     return path
@@ -167,13 +181,19 @@ def default_page(entry: Run | Path) -> Path:
 
 
 def collect_summaries(
-    entries: Sequence[Run | Path], limit: int, *, images: bool, no_labels: bool
+    entries: Sequence[Run | Path],
+    limit: int,
+    *,
+    source: str | os.PathLike[str] | Sequence[str] | None = None,
+    images: bool,
+    no_labels: bool,
 ) -> tuple[list[RunData], list[Gallery]]:
     """Collect what the page shows.
 
     Args:
         entries: Runs, and paths of embeddings.
         limit: The number of images on a map.
+        source: Where the images of the runs are; None for where their recipes say.
         images: Whether there are to be views and maps.
         no_labels: Whether to ignore the labels of the images.
 
@@ -181,7 +201,9 @@ def collect_summaries(
         The summary of each, and the galleries that their maps refer to by position.
     """
     runs = [(entry, summarize_run(entry)) for entry in entries if isinstance(entry, Run)]
-    galleries = add_views_and_maps(runs, limit, no_labels=no_labels) if images else []
+    galleries = []
+    if images:
+        galleries = add_views_and_maps(runs, limit, source=source, no_labels=no_labels)
     of_run, summaries = iter([summary for _, summary in runs]), []
     for entry in entries:
         if isinstance(entry, Run):
@@ -193,6 +215,22 @@ def collect_summaries(
             galleries.append(gallery)
         summaries.append(summary)
     return summaries, galleries
+
+
+def escape_texts(value: object) -> object:
+    """Escape control characters in all texts of the page's data.
+
+    Args:
+        value: Anything that JSON can express.
+
+    Returns:
+        A copy of the value.
+    """
+    if isinstance(value, Mapping):
+        return {printable(str(key)): escape_texts(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [escape_texts(item) for item in value]
+    return printable(value) if isinstance(value, str) else value
 
 
 def render_report(data: Mapping[str, object]) -> str:
@@ -209,6 +247,7 @@ def render_report(data: Mapping[str, object]) -> str:
     js = "\n".join((folder / name).read_text("utf-8") for name in SCRIPTS)
     text = json.dumps(replace_nonfinite(data), separators=(",", ":")).replace("<", "\\u003c")
     page = html.replace("{css-digest}", _digest(css)).replace("{js-digest}", _digest(js))
+    page = page.replace("{data-crc32}", f"{crc32(text.encode('ascii')):08x}")
     return page.replace("{css}", css).replace("{js}", js).replace("{data}", text)
 
 
@@ -245,7 +284,7 @@ def summarize_run(run: Run) -> RunData:
     Raises:
         UsageError: A file of the run folder is damaged.
     """
-    unreadable = [printable(line) for line in run.read_quarantine()]
+    unreadable = run.read_quarantine()
     return {
         "path": printable(str(run.path)),
         "embedding": None,
@@ -255,8 +294,8 @@ def summarize_run(run: Run) -> RunData:
         "transfers": transfer_records(run),
         "features": features_table(run.json("summary.json")),
         "candidates": (run.json("adapt.json") or run.json("head.json")).get("candidates", []),
-        "recipe": run.recipe.to_dict(),
-        "environment": run.json("environment.json"),
+        "recipe": without_credentials(run.recipe.to_dict()),
+        "environment": without_credentials(run.json("environment.json")),
         "unreadable": {"count": len(unreadable), "first": unreadable[:MAX_UNREADABLE_NAMES]},
         "views": None,
         "map": None,
@@ -287,13 +326,13 @@ def transfer_records(run: Run) -> list[dict[str, object]]:
     for record in run.transfers():
         shown = None
         try:
-            with Image.open(run.path / "transfers" / str(record.get("picture"))) as file:
-                picture = file.convert("RGB")
-        except (OSError, ValueError):
-            pass
-        else:
-            picture.thumbnail((MAX_DETECTION_SIDE, MAX_DETECTION_SIDE), Image.Resampling.LANCZOS)
-            shown = webp_data_uri(encode_webp(picture, DETECTION_QUALITY))
+            if name := record.get("picture"):
+                data = read_bytes(run.own_file(f"transfers/{name}"))
+                picture = shrink_to_image(decode_image(data, 3), MAX_DETECTION_SIDE)
+                shown = webp_data_uri(encode_webp(picture, DETECTION_QUALITY))
+        except (OSError, UsageError, Unreadable) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            say_once(f"note     no picture of {record['protocol']}: {reason}")
         records.append(record | {"shown": shown})
     return records
 
@@ -352,9 +391,9 @@ def summarize_embedding(
     """
     embeddings = read_embeddings(path)
     reasons = cast(list[tuple[str, str]], embeddings.metadata.get("unreadable", []))
-    lines = [f"{printable(key)}\t{reason}" for key, reason in reasons]
+    lines = [f"{key}\t{reason}" for key, reason in reasons]
     n, dim = embeddings.vectors.shape
-    source = printable(str(embeddings.metadata.get("source", "")))
+    source = str(embeddings.metadata.get("source", ""))
     summary: RunData = {
         "path": printable(str(path)),
         "embedding": {"images": n, "dim": dim, "source": source},
@@ -388,13 +427,18 @@ def summarize_embedding(
 
 
 def add_views_and_maps(
-    runs: Sequence[tuple[Run, RunData]], limit: int, *, no_labels: bool
+    runs: Sequence[tuple[Run, RunData]],
+    limit: int,
+    *,
+    source: str | os.PathLike[str] | Sequence[str] | None = None,
+    no_labels: bool,
 ) -> list[Gallery]:
     """Add the views and the map of each run to its summary, or the reason why there are none.
 
     Args:
         runs: The runs with their summaries, of which "views", "map" and "missing" are set.
         limit: The number of images on a map.
+        source: Where the images of the runs are; None for where their recipes say.
         no_labels: Whether to ignore the labels of the sources.
 
     Returns:
@@ -407,8 +451,15 @@ def add_views_and_maps(
         recipe = run.recipe
         key = recipe.source, recipe.channels, recipe.no_labels, recipe.splits
         try:
-            if key not in sources:
-                sources[key] = open_run_source(run.recipe, no_labels=no_labels)
+            # Each run has its own marks, so only one that has them gets a source that is open.
+            known = source or is_named(run.path, "source", recipe.source)
+            if key not in sources or not known:
+                sources[key] = open_run_source(
+                    run,
+                    place=source,
+                    command=partial(_command_with_source, run.path),
+                    no_labels=no_labels,
+                )
             summary["views"] = render_views(run, sources[key])
             encoder = load(run.path)
             if key not in galleries:
@@ -422,6 +473,11 @@ def add_views_and_maps(
             summary["missing"] = f"no {part}: {' '.join(str(error).split())}"
             print(f"{summary['path']}: {summary['missing']}", flush=True)
     return list(galleries.values())
+
+
+def _command_with_source(run: Path, names: Sequence[str]) -> list[str]:
+    """The words of a command that names the images of a run."""
+    return ["report", str(run), "--source", *names]
 
 
 def render_views(run: Run, source: Source) -> ViewsData:

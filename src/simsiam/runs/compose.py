@@ -5,7 +5,7 @@ mean and the standard deviation of the channels are not known, they are measured
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,6 +37,7 @@ from simsiam.runs.weights import (
     open_weights,
 )
 from simsiam.sources.open_source import Source, absolute_sources, open_source, source_names
+from simsiam.sources.own_marks import is_named, unnamed_places_error
 
 # Images that mean and standard deviation are measured on, spread evenly over the training set.
 STATISTICS_SAMPLE_SIZE = 1000
@@ -47,6 +48,7 @@ def compose_recipe(
     sources: str | os.PathLike[str] | Sequence[str] | None,
     recipe: str | Recipe | None,
     overrides: Mapping[str, object],
+    command: Sequence[str] = ("pretrain",),
 ) -> tuple[ResolvedRecipe, Source, list[str]]:
     """Compose the complete recipe of a run.
 
@@ -54,16 +56,22 @@ def compose_recipe(
         sources: What to train on; by default the source of the recipe, else "shapes".
         recipe: A recipe, its name, or a YAML file; by default the source decides.
         overrides: Single settings, which override the recipe.
+        command: The verb, and flags that it needs besides, for an error.
 
     Returns:
         The recipe, the opened source, and lines that say where the recipe comes from.
 
     Raises:
-        UsageError: A name is unknown, or a setting is wrong.
+        UsageError: A name is unknown, or a setting is wrong, or a YAML file names places that the
+            user has not named.
         WorkFailed: No image can be read.
     """
     base, reasons = _named_recipe(recipe)
     names = source_names(sources or []) or (list(base.source) if base else ["shapes"])
+    if base is not None and isinstance(recipe, str) and recipe not in recipes.RECIPES:
+        unnamed = [] if sources else ["source"]
+        unnamed += [] if "init" in overrides else ["init"]
+        _check_named(Path(recipe), base, unnamed, [command[0], *names, *command[1:]])
     own = {name: getattr(base or Recipe(), name) for name in SOURCE_SETTINGS}
     settings = Recipe().replace(**{name: overrides.get(name, own[name]) for name in own})
     folder, weights = None, dict[str, object]()
@@ -183,32 +191,71 @@ def _with_weights(
     return base.replace(**changes)
 
 
+def source_flags(recipe: ResolvedRecipe) -> list[str]:
+    """Return the flags with which a command opens the images of a run as the run does.
+
+    Args:
+        recipe: The recipe of the run.
+    """
+    splits = ["--splits", *recipe.splits] if recipe.splits else []
+    return [*splits, *(["--no-labels"] if recipe.no_labels else [])]
+
+
+def _check_named(
+    file: Path, recipe: Recipe, settings: Sequence[str], command: Sequence[str]
+) -> None:
+    """Raise UsageError if a recipe names places that its user has not named; see `own_marks`.
+
+    Args:
+        file: The file of the recipe; beside that of a run are the marks of the run.
+        recipe: The recipe.
+        settings: Those of source and init that the command does not name.
+        command: The words of the command, with the images of the recipe.
+    """
+    places = {"source": recipe.source, "init": (recipe.init,) if recipe.init else ()}
+    unnamed = [name for name in settings if not is_named(file.parent, name, places[name])]
+    if unnamed:
+        kinds = {"source": "images", "init": "initial weights"}
+        init = ["--init", *places["init"]] if places["init"] else []
+        text = " and ".join(kinds[name] for name in unnamed)
+        raise unnamed_places_error(file, text, [*command, "--recipe", str(file), *init])
+
+
 def open_run_source(
-    recipe: ResolvedRecipe,
+    run: Run,
     source: str | os.PathLike[str] | Sequence[str] | None = None,
     *,
+    command: Callable[[Sequence[str]], Sequence[str]],
+    place: str | os.PathLike[str] | Sequence[str] | None = None,
     no_labels: bool = False,
     splits: Sequence[str] | None = None,
 ) -> Source:
     """Open the images that a run was trained on, or others, for its backbone.
 
     Args:
-        recipe: The recipe of the run.
+        run: The run.
         source: Other images; by default the run's own, without labels if it was trained so.
+        command: From the places of images to the words of a command that names them, for an error.
+        place: Where the run's own images are now; by default where the recipe says.
         no_labels: Whether to ignore the labels.
         splits: Which folder or shard is which split; by default as in training for the run's own
             images, decided by names for others.
 
     Raises:
-        UsageError: The source cannot be opened, or has no images.
+        UsageError: The source cannot be opened, or has no images, or only the run names it.
     """
-    if not source and recipe.source in CONVERTED_SOURCES:
-        raise UsageError("these weights were not trained here and have no images: give SOURCE")
+    recipe = run.recipe
     if source:
         return open_source(source, recipe.channels, no_labels=no_labels, splits=splits)
+    if not place and recipe.source in CONVERTED_SOURCES:
+        raise UsageError("these weights were not trained here and have no images: give SOURCE")
+    if not place and not is_named(run.path, "source", recipe.source):
+        raise unnamed_places_error(run.path, "images", command(recipe.source))
     no_labels, splits = no_labels or recipe.no_labels, splits or recipe.splits
     try:
-        return open_source(recipe.source, recipe.channels, no_labels=no_labels, splits=splits)
+        return open_source(
+            place or recipe.source, recipe.channels, no_labels=no_labels, splits=splits
+        )
     except UsageError as error:
         raise UsageError(
             f"the images of this run cannot be opened: {str(error).partition(';')[0]}; if they "

@@ -14,7 +14,8 @@ from simsiam.model.backbones import create_backbone
 from simsiam.model.encoder import Encoder
 from simsiam.runs.preprocessing import eval_transform
 from simsiam.runs.run_folder import BACKBONE_FILE, BACKBONE_KEY, HEAD_FILE, PATCHES_KEY, Run
-from simsiam.runs.weight_files import file_sha256, load_metadata, load_weights, tensors_sha256
+from simsiam.runs.weight_files import load_metadata, load_weights, tensors_sha256
+from simsiam.utils.checksums import file_sha256
 
 
 def build_backbone(recipe: ResolvedRecipe) -> nn.Module:
@@ -129,7 +130,7 @@ def head_fits(run: Run, backbone: nn.Module) -> bool:
     """
     try:
         digest = load_metadata(run.path / HEAD_FILE).get(BACKBONE_KEY)
-    except SafetensorError as error:
+    except (SafetensorError, ValueError) as error:  # ValueError: a wrong checksum
         raise _head_error(run, _one_line(error)) from None
     return digest == tensors_sha256(backbone.state_dict())
 

@@ -16,6 +16,7 @@ import torch
 from simsiam.distributed.process_group import world_size
 from simsiam.model.precision import Compute
 from simsiam.runs.records import Record
+from simsiam.utils.names import hide_keys
 from simsiam.utils.system import cpu_name
 
 PACKAGES = ("simsiam", "torchvision", "numpy", "pillow", "pyarrow")  # besides Python and torch
@@ -39,7 +40,7 @@ def git_commit() -> str | None:
         return None
 
     def git(*arguments: str) -> str:
-        command = ["git", *arguments]
+        command = ["git", "--no-optional-locks", *arguments]  # it takes no lock of the repository
         return subprocess.run(
             command, cwd=package, capture_output=True, encoding="utf-8", timeout=10, check=True
         ).stdout
@@ -58,8 +59,8 @@ def collect_environment(compute: Compute) -> Record:
         compute: Where to compute, and in which precision.
 
     Returns:
-        `versions` (a dictionary), `commit`, `command` (a list), `device` (its name), `device_type`,
-        `precision`, `threads` and `processes`.
+        `versions` (a dictionary), `commit`, `command` (a list; its URLs are without keys), `device`
+        (its name), `device_type`, `precision`, `threads` and `processes`.
     """
     versions = {"python": platform.python_version(), "torch": str(torch.__version__)}
     on_gpu = compute.device.type == "cuda"
@@ -70,7 +71,7 @@ def collect_environment(compute: Compute) -> Record:
     return {
         "versions": versions | {name: version(name) for name in PACKAGES},
         "commit": git_commit(),
-        "command": sys.argv,
+        "command": [hide_keys(word) for word in sys.argv],
         "device": device,
         "device_type": compute.device.type,
         "precision": compute.precision,
@@ -85,4 +86,5 @@ def numerical_conditions(env: Record) -> Record:
     Args:
         env: What `collect_environment` returned.
     """
-    return {name: env[name] for name in NUMERICAL_KEYS} | {"torch": env["versions"]["torch"]}
+    values = {name: env.get(name) for name in NUMERICAL_KEYS}
+    return values | {"torch": env.get("versions", {}).get("torch")}

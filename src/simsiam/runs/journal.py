@@ -14,7 +14,9 @@ from simsiam.runs.loggers.choice import LoggerChoice
 from simsiam.runs.loggers.loggers import LoggedRun, Status
 from simsiam.runs.records import Record
 from simsiam.runs.run_folder import TrainingFolder
+from simsiam.utils.checksums import seal
 from simsiam.utils.files import append_bytes
+from simsiam.utils.system import open_own
 
 
 class MetricsLogger:
@@ -52,11 +54,11 @@ class MetricsLogger:
         self.summary: Record = {}
 
     def __enter__(self) -> "MetricsLogger":
-        lines = "".join(json.dumps(record) + "\n" for record in self.lines)
+        lines = "".join(json.dumps(seal(record)) + "\n" for record in self.lines)
         self.folder.write("metrics.jsonl", lines)
         if rank() == 0:
             path = self.folder.path.absolute()
-            self.file = open(path / "metrics.jsonl", "ab", buffering=0)
+            self.file = open_own(path / "metrics.jsonl", "ab")
             settings = {} if self.recipe is None else self.recipe.to_dict()
             logged_run = LoggedRun(path, self.step, self.choice.id, settings)
             self.loggers = BackgroundLoggers(self.choice.names, logged_run)
@@ -88,7 +90,7 @@ class MetricsLogger:
         if rank() != 0:
             return None
         try:
-            append_bytes(self.file, (json.dumps(line) + "\n").encode())
+            append_bytes(self.file, (json.dumps(seal(line)) + "\n").encode())
         except OSError as error:  # a line that is cut short is removed when the run continues
             reason = error.strerror or error
             raise WorkFailed(

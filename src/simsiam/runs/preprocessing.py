@@ -8,6 +8,7 @@ from simsiam.config.recipes import Recipe, ResolvedRecipe
 from simsiam.data.decode import PIL_MODES
 from simsiam.data.transform import Transform
 from simsiam.errors import UsageError
+from simsiam.utils.typed_json import parse_json
 
 
 def eval_transform(recipe: ResolvedRecipe) -> Transform:
@@ -49,6 +50,25 @@ def weights_metadata(recipe: ResolvedRecipe) -> dict[str, str]:
     """
     config = json.dumps(preprocessing_config(recipe))
     return {"backbone": recipe.backbone, "preprocessing": config}
+
+
+def described_weights(metadata: Mapping[str, str]) -> dict[str, object]:
+    """Read what `weights_metadata` described.
+
+    Args:
+        metadata: The metadata of a safetensors file.
+
+    Returns:
+        The name of the backbone and its preprocessing; {} for a file of another program.
+
+    Raises:
+        UsageError: The description is damaged.
+    """
+    if not {"backbone", "preprocessing"} <= metadata.keys():
+        return {}
+    name = "the description of its preprocessing"
+    config = parse_json(metadata["preprocessing"], dict[str, object], name)
+    return {"backbone": metadata["backbone"], **config}
 
 
 def described_settings(config: object) -> dict[str, object]:

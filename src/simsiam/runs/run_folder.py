@@ -9,28 +9,62 @@ only rank 0 reads and writes a run folder; it broadcasts what it read.
 import io
 import json
 import os
+import shlex
+import sys
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
+from zlib import crc32
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from simsiam.config.recipes import ResolvedRecipe
-from simsiam.distributed.process_group import rank_zero_context, rank_zero_only
-from simsiam.errors import UsageError, WorkFailed, printable
+from simsiam.config.recipes import CONVERTED_SOURCES, ResolvedRecipe
+from simsiam.config.settings import MAX_INT
+from simsiam.distributed.process_group import rank, rank_zero_context, rank_zero_only
+from simsiam.errors import UsageError, WorkFailed, printable, truncate
 from simsiam.model.encoder import Encoder
 from simsiam.runs.environment import numerical_conditions, utc_now
-from simsiam.runs.preprocessing import weights_metadata
-from simsiam.runs.recipe_file import read_recipe, write_recipe
-from simsiam.runs.records import MetricsRecord, Record, TrainingState
-from simsiam.runs.weight_files import ChecksumError, load_state, save_weights, tensors_sha256
-from simsiam.utils.files import atomic_write, exclusive_lock, remove_stale_parts, write_text
-from simsiam.utils.names import read_names, reason_line, write_names
-from simsiam.utils.system import replace_path
+from simsiam.runs.preprocessing import described_weights, weights_metadata
+from simsiam.runs.recipe_file import describe_differences, read_recipe, write_recipe
+from simsiam.runs.records import (
+    EVALUATION_DEFAULTS,
+    SCHEMAS,
+    TRANSFER_DEFAULTS,
+    CheckpointHead,
+    Evaluation,
+    MetricsExtent,
+    MetricsRecord,
+    Record,
+    TrainingState,
+    Transfer,
+)
+from simsiam.runs.weight_files import (
+    ChecksumError,
+    load_metadata,
+    load_state,
+    load_without_numbers,
+    save_weights,
+    tensors_sha256,
+)
+from simsiam.sources.fingerprint import compare_sources
+from simsiam.sources.own_marks import mark_places
+from simsiam.utils.checksums import is_intact, read_with_checksum, write_with_checksum
+from simsiam.utils.files import (
+    atomic_write,
+    exclusive_lock,
+    remove_stale_parts,
+    stale_parts,
+    write_text,
+)
+from simsiam.utils.names import join_names, reason_line, split_names
+from simsiam.utils.read_files import open_regular, read_bytes, read_text
+from simsiam.utils.system import guard_folder, open_own, replace_path
+from simsiam.utils.typed_json import check_type, read_json, to_json
 
 CHECKPOINT_FORMAT = 1  # the version that is stored in a checkpoint
 SUBFOLDERS = ("checkpoints", "evaluations")
@@ -40,6 +74,7 @@ ORIGIN_FILE = "origin.json"  # where published weights come from, and their lice
 # In its metadata: the digest of the backbone that it belongs to, and the name of the second branch.
 BACKBONE_KEY, PATCHES_KEY = "backbone", "patches"
 METRIC_NAMES = ("loss", "lr", "z_std", "z_std_sqrt_d", "z_rank", "images_per_second")
+MAX_METRICS_BYTES = 2**28  # of metrics.jsonl: a million lines
 MIN_IMAGES_SEEN = 20  # with fewer images, the share of unreadable ones says little
 
 # The settings in which a checkpoint's recipe may differ from the run's: where things are, and how
@@ -48,6 +83,33 @@ CHANGEABLE_SETTINGS = {
     "source": (), "init": None, "device": "auto", "workers": None, "epochs": 10**9,
     "save_seconds": 0, "read_timeout": 0,
 }  # fmt: skip
+
+
+@lru_cache(maxsize=1000)
+def say_once(text: str) -> None:
+    """Print a line on stderr, the first time that it is said in this process.
+
+    Args:
+        text: The line.
+    """
+    print(printable(text), file=sys.stderr, flush=True)
+
+
+def _parse_metrics(line: str) -> MetricsRecord | None:
+    """Read a line of metrics.jsonl; None if it is damaged."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or not is_intact(record) or type(record.get("step")) is not int:
+        return None
+    kinds = (int, float, type(None))
+    fine = all(
+        isinstance(value, str if name == "warning" else kinds)
+        and not (isinstance(value, int) and abs(value) > MAX_INT)
+        for name, value in record.items()
+    )
+    return record if fine else None
 
 
 class TrainingFolder:
@@ -60,18 +122,50 @@ class TrainingFolder:
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
 
+    def own_file(self, name: str) -> Path:
+        """Find a file that a file of the folder names.
+
+        Args:
+            name: Its path in the folder.
+
+        Returns:
+            The path of the file.
+
+        Raises:
+            UsageError: It leads out of the folder, by itself or through links.
+        """
+        try:
+            path = (self.path / name).resolve()
+            if path.is_relative_to(self.path.resolve()):
+                return path
+        except (OSError, ValueError, RuntimeError):  # a name that no file can have, circular links
+            pass
+        raise UsageError(
+            f"{printable(truncate(name))} is no file of {printable(str(self.path))}: a run names "
+            "only files in its own folder"
+        )
+
     @rank_zero_only
     def metrics(self) -> list[MetricsRecord]:
-        """Read metrics.jsonl, up to the first line that a crash cut short."""
-        path, records = self.path / "metrics.jsonl", []
-        for line in path.read_text("utf-8", "replace").splitlines() if path.exists() else []:
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError):
-                break
-            if not isinstance(record, dict) or "step" not in record:
-                break
-            records.append(record)
+        """Read metrics.jsonl; a line that is damaged, or cut short, is left out, and this is said.
+
+        Raises:
+            UsageError: It is not a regular file, or too large.
+        """
+        path, records, damaged = self.path / "metrics.jsonl", list[MetricsRecord](), list[str]()
+        text = read_text(path, MAX_METRICS_BYTES, errors="replace") if path.exists() else ""
+        lines = text.split("\n")
+        for number, line in enumerate(lines, 1):
+            if (record := _parse_metrics(line)) is not None:
+                records.append(record)
+            elif line:
+                damaged.append(str(number))
+        if damaged:
+            numbers = f"{', '.join(damaged[:5])}{', ...' if len(damaged) > 5 else ''}"
+            say_once(
+                f"note     {path}: {len(damaged)} of {len(records) + len(damaged)} lines are "
+                f"damaged or cut short, and are left out (line {numbers})"
+            )
         return records
 
     @rank_zero_only
@@ -87,10 +181,8 @@ class TrainingFolder:
         Raises:
             UsageError: The file is damaged.
         """
-        content = self._read_json(name)
-        if not isinstance(content, dict):
-            raise UsageError(f"{self.path / name} is damaged: it is not a JSON object")
-        return content
+        path = self.path / name
+        return read_json(path, SCHEMAS.get(name, Record)) if path.exists() else {}
 
     @rank_zero_only
     def read_records(self, name: str) -> list[Record]:
@@ -100,39 +192,77 @@ class TrainingFolder:
             name: The path of the file in the folder.
 
         Returns:
-            Its records, or [] if there is no such file.
+            Its records, or [] if there is no such file. What they lack is empty.
 
         Raises:
             UsageError: The file is damaged, or holds something else.
         """
-        content = self._read_json(name) or []
-        if not isinstance(content, list) or not all(
-            isinstance(record, dict) and "protocol" in record for record in content
-        ):
-            path = printable(str(self.path / name))
-            raise UsageError(f"{path} is not a list of records: move it away")
-        return content
-
-    def _read_json(self, name: str) -> object:
         path = self.path / name
-        try:
-            return json.loads(path.read_text("utf-8")) if path.exists() else {}
-        except (ValueError, RecursionError) as error:
-            raise UsageError(f"{printable(str(path))} is damaged: {error}") from None
+        if not path.exists():
+            return []
+        if name.startswith("transfers/"):
+            return [TRANSFER_DEFAULTS | record for record in read_json(path, list[Transfer])]
+        return [EVALUATION_DEFAULTS | record for record in read_json(path, list[Evaluation])]
 
     @rank_zero_only
-    def write(self, name: str, content: Mapping[str, object] | str) -> None:
+    def write(
+        self, name: str, content: Mapping[str, object] | Sequence[Mapping[str, object]] | str
+    ) -> None:
         """Write a file, completely or not at all.
 
         Args:
             name: The path of the file in the folder.
-            content: Text, or an object to be written as JSON.
+            content: Text, or an object or a list of objects to be written as JSON, each with its
+                checksum.
 
         Raises:
             WorkFailed: The file cannot be written.
         """
-        text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
-        write_text(self.path / name, text)
+        write_text(self.path / name, content if isinstance(content, str) else to_json(content))
+
+    def sync_metrics(self) -> MetricsExtent:
+        """Bring metrics.jsonl to the disk.
+
+        Returns:
+            How long it is, for the checkpoint that is saved next.
+
+        Raises:
+            WorkFailed: The disk refuses.
+        """
+        path, data = self.path / "metrics.jsonl", b""
+        if path.exists():
+            try:
+                with open_own(path, "rb+") as file:
+                    os.fsync(file.fileno())
+                    data = file.read()
+            except OSError as error:
+                raise WorkFailed(
+                    f"cannot write metrics.jsonl in {self.path}: {error.strerror or error}; "
+                    "`simsiam resume` continues the run"
+                ) from error
+        return {"bytes": len(data), "lines": data.count(b"\n"), "crc32": f"{crc32(data):08x}"}
+
+    def missing_metrics(self, state: Mapping[str, Any]) -> list[str]:
+        """Say what metrics.jsonl lacks of what it was when a checkpoint was saved.
+
+        Args:
+            state: What the checkpoint holds.
+
+        Returns:
+            One line, or none.
+        """
+        before, path = state.get("metrics"), self.path / "metrics.jsonl"
+        if before is None:  # of an older version
+            return []
+        data = read_bytes(path, MAX_METRICS_BYTES) if path.exists() else b""
+        if f"{crc32(data[: before['bytes']]):08x}" == before["crc32"]:
+            return []
+        steps = [record["step"] for record in self.metrics() if record["step"] <= state["step"]]
+        return [
+            f"note     {path} is not what it was when the checkpoint of step {state['step']} was "
+            f"saved: it has {len(steps)} of {before['lines']} lines, the last one of step "
+            f"{max(steps, default=0)}; curves and verdict are made of what is there"
+        ]
 
 
 class Run(TrainingFolder):
@@ -159,12 +289,40 @@ class Run(TrainingFolder):
                     f"{printable(entry.path)} is a link, and a run writes only inside its folder: "
                     "link the whole folder instead"
                 )
+        guard_folder(self.path)
         self.recipe = read_recipe(self.path / "recipe.yaml").resolve()
+        if rank() == 0:
+            self._name_edits()
+
+    def _name_edits(self) -> None:
+        """Say how recipe.yaml, which people may edit, differs from its copy in the checkpoint.
+
+        Without a checkpoint, it is compared with what backbone.safetensors says of the images.
+        """
+        recipe, backbone = self.path / "recipe.yaml", self.path / BACKBONE_FILE
+        paths = [self.path / "checkpoints" / f"{name}.pt" for name in ("last", "previous")]
+        paths = [path for path in paths if path.exists()]
+        for path in paths:
+            if (saved := _saved_recipe(path)) is not None:
+                before, now = saved.to_dict(), self.recipe.to_dict()
+                break
+        else:
+            if paths:
+                say_once(f"note     {recipe} cannot be compared with {paths[0]}: it is damaged")
+            path, now = backbone, described_weights(weights_metadata(self.recipe))
+            before = _described_weights(backbone) or now
+        if differences := describe_differences(before, now):
+            say_once(
+                f"note     {recipe} was changed after {path.name} was saved: "
+                f"{'; '.join(differences)}"
+            )
 
     @classmethod
     @rank_zero_only
     def create(cls, path: str | os.PathLike[str], recipe: ResolvedRecipe) -> "Run":
         """Create a run folder, or open the run that `check_vacant` allows to continue.
+
+        Its source is marked as named by the user; see `simsiam.sources.own_marks`.
 
         Args:
             path: The folder.
@@ -179,6 +337,8 @@ class Run(TrainingFolder):
         except OSError as error:
             raise UsageError(f"cannot write to {path}: {error.strerror or error}") from None
         write_recipe(path, recipe)
+        if recipe.source not in CONVERTED_SOURCES:
+            mark_places(path, source=recipe.source)
         for name in SUBFOLDERS:
             (path / name).mkdir(exist_ok=True)
         return cls(path)
@@ -246,53 +406,67 @@ class Run(TrainingFolder):
             raise UsageError(
                 f"{error}; `simsiam resume {self.path}` continues from the previous one"
             ) from None
-        try:
-            recipe = ResolvedRecipe.from_dict(state["recipe"])
-            if state["format"] != CHECKPOINT_FORMAT:
-                raise UsageError(
-                    f"{path} has format {state['format']}; this version reads {CHECKPOINT_FORMAT}"
-                )
-        except (LookupError, TypeError) as error:
-            reason = f"{type(error).__name__}, {error}"
-            raise UsageError(f"{path} is not a checkpoint of a run: {reason}") from None
+        check_type(state, CheckpointHead, printable(str(path)))
+        if state["format"] != CHECKPOINT_FORMAT:
+            raise UsageError(
+                f"{path} has format {state['format']}; this version reads {CHECKPOINT_FORMAT}"
+            )
+        recipe = ResolvedRecipe.from_dict(state["recipe"])
         if recipe.replace(**CHANGEABLE_SETTINGS) != self.recipe.replace(**CHANGEABLE_SETTINGS):
-            raise UsageError(f"{path} belongs to another recipe than {self.path}/recipe.yaml")
+            raise UsageError(
+                f"{path} belongs to another recipe than {self.path}/recipe.yaml: "
+                f"{'; '.join(describe_differences(recipe.to_dict(), self.recipe.to_dict()))}"
+            )
         return cast(TrainingState, state)
 
     @rank_zero_only
     def read_quarantine(self) -> list[str]:
-        """Read quarantine.txt: one line for each unreadable image, key and reason."""
+        """Read quarantine.txt: one line for each unreadable image, key and reason.
+
+        Raises:
+            UsageError: It is damaged.
+        """
         path = self.path / "quarantine.txt"
-        return read_names(path) if path.exists() else []
+        return split_names(read_with_checksum(path)) if path.exists() else []
 
     # --- writing ---
 
     @rank_zero_only
-    def load_or_create_state(self, env: Record, num_images: int) -> tuple[TrainingState, list[str]]:
+    def load_or_create_state(
+        self,
+        env: Record,
+        num_images: int,
+        fingerprint: dict[str, str],
+        *,
+        accept_changed_source: bool = False,
+    ) -> tuple[TrainingState, list[str]]:
         """Load the state to continue from: that of the last checkpoint, or a new one.
 
         Args:
             env: What `collect_environment` returned.
             num_images: Number of training images.
+            fingerprint: That of the source.
+            accept_changed_source: Whether the run goes on with other images than it began with.
 
         Returns:
             The state, and lines that say what has changed since the checkpoint.
 
         Raises:
-            UsageError: The run cannot be continued: its checkpoint is missing, or the number of
-                images has changed.
+            UsageError: The run cannot be continued: its checkpoint is missing, or the images have
+                changed.
         """
         messages = self._repair()
         saved = self.checkpoint()
-        if saved is None and self.metrics():
+        if saved is not None:
+            messages += self.missing_metrics(saved)
+        elif self.metrics():
             raise UsageError(
                 f"{self.path} has logged steps and no checkpoints/last.pt to continue from"
             )
-        state = saved or new_state(env, num_images)
-        if state["images"] != num_images:
-            raise UsageError(
-                f"the source has {num_images} images now and had {state['images']} at the start"
-            )
+        state = new_state(env, num_images) if saved is None else saved
+        if saved is not None:
+            messages += self._compare_images(state, num_images, fingerprint, accept_changed_source)
+        state["images"], state["fingerprint"] = num_images, fingerprint
         start = self.json("environment.json").get("start", utc_now())
         self.write(
             "environment.json", env | {"seed": self.recipe.seed, "start": start, "end": None}
@@ -314,6 +488,29 @@ class Run(TrainingFolder):
         ]
         state["environment"] = env
         return state, messages
+
+    def _compare_images(
+        self, state: TrainingState, num_images: int, fingerprint: dict[str, str], accept: bool
+    ) -> list[str]:
+        """Compare the images with those of a checkpoint; see `load_or_create_state`."""
+        advice = (
+            f"`simsiam resume {shlex.quote(str(self.path))} --accept-changed-source` goes on with "
+            "the images as they are, and --source PLACE with those at another place"
+        )
+        before = state.get("fingerprint", {})
+        lines = compare_sources(before, fingerprint, advice=advice, accept=accept)
+        if state["images"] != num_images:
+            counts = f"{num_images} images to train on, and there were {state['images']} before"
+            if not accept:
+                raise UsageError(f"there are {counts}; {advice}")
+            if self.recipe.method.target == "moving_average":
+                raise UsageError(
+                    f"there are {counts}: target moving_average keeps a vector of each image, so "
+                    "this run cannot go on; start a new one"
+                )
+        if accept:
+            state.pop("neighbors", None)  # of the images as they were
+        return [f"note     {line}" for line in lines]
 
     def _repair(self) -> list[str]:
         """Repair what a kill or a bad disk left: unfinished files, a damaged or missing last.pt."""
@@ -347,10 +544,10 @@ class Run(TrainingFolder):
         """
         path = self.path / "checkpoints" / f"{name}.pt"
         backup = path.with_name("previous.pt") if name == "last" else None
+        head = {"format": CHECKPOINT_FORMAT, "recipe": self.recipe.to_dict()}
+        metrics = {"metrics": self.sync_metrics()}
         with atomic_write(path, backup=backup) as part, open(part, "wb") as file:
-            torch.save(
-                {"format": CHECKPOINT_FORMAT, "recipe": self.recipe.to_dict(), **state}, file
-            )
+            torch.save({**state, **head, **metrics}, file)
 
     @rank_zero_only
     def finish(self, backbone: Mapping[str, Tensor], summary: Mapping[str, object]) -> None:
@@ -405,8 +602,7 @@ class Run(TrainingFolder):
         lines = [reason_line(key, reason) for key, reason in unreadable]
         new = dict.fromkeys([*lines, *known])
         if len(new) > len(known):
-            with atomic_write(self.path / "quarantine.txt") as part:
-                write_names(part, sorted(new))
+            write_with_checksum(self.path / "quarantine.txt", join_names(sorted(new)))
         limit = max(images_seen or 0, MIN_IMAGES_SEEN) * self.recipe.max_unreadable
         if images_seen and len(new) > limit:
             raise WorkFailed(
@@ -460,9 +656,12 @@ def read_checkpoint(path: Path) -> Record:
         UsageError: It is missing or damaged.
     """
     try:
-        if not zipfile.is_zipfile(path) and path.exists():
-            raise ChecksumError("it is cut short, or not a checkpoint")
+        with open_regular(path) as file:
+            if not zipfile.is_zipfile(file):
+                raise ChecksumError("it is cut short, or not a checkpoint")
         return cast(Record, load_state(path))
+    except UsageError:
+        raise
     except FileNotFoundError:
         reason = "is missing"
     except ChecksumError as error:
@@ -471,6 +670,29 @@ def read_checkpoint(path: Path) -> Record:
         detail = (str(error).splitlines() or ["no message"])[0][:100]
         reason = f"is not a readable checkpoint: {type(error).__name__}, {detail}"
     raise UsageError(f"{path} {reason}")
+
+
+def _saved_recipe(path: Path) -> ResolvedRecipe | None:
+    """Read the recipe in a checkpoint; None if it is missing, or cannot be read."""
+    try:
+        status = path.stat()
+        return _read_saved_recipe(path.absolute(), (status.st_mtime_ns, status.st_size))
+    except Exception:  # whoever needs the checkpoint itself says what is wrong
+        return None
+
+
+def _described_weights(path: Path) -> dict[str, object]:
+    """Read what a backbone's file says of its images; {} if it is missing or cannot be read."""
+    try:
+        return described_weights(load_metadata(path))
+    except Exception:  # whoever needs the backbone says what is wrong
+        return {}
+
+
+@lru_cache(maxsize=100)
+def _read_saved_recipe(path: Path, version: tuple[int, int]) -> ResolvedRecipe:
+    state = check_type(load_without_numbers(path), Record, str(path))
+    return ResolvedRecipe.from_dict(state["recipe"])
 
 
 def checkpoint_bytes(
@@ -567,8 +789,11 @@ def check_vacant(path: str | os.PathLike[str], recipe: ResolvedRecipe | None = N
         UsageError: There is something else.
     """
     path = Path(path)
-    remove_stale_parts(path)  # of a process that was killed before it had written the recipe
-    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+    if not path.exists():
+        return path
+    # A process may have been killed before it had written the recipe.
+    if path.is_dir() and set(path.iterdir()) <= set(stale_parts(path)):
+        remove_stale_parts(path)
         return path
     restarted = recipe is not None and "TORCHELASTIC_RUN_ID" in os.environ
     if not restarted or not (path / "recipe.yaml").is_file():

@@ -6,7 +6,7 @@ import re
 import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeAlias, cast
 
@@ -16,31 +16,26 @@ from safetensors import safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor
 
-from simsiam.errors import UsageError, truncate
+from simsiam.errors import UsageError, printable, truncate
+from simsiam.utils.checksums import record_checksum
+from simsiam.utils.read_files import open_regular
 
 CHECKSUM_KEY = "sha256 of tensors"  # in the metadata of a safetensors file
+METADATA_CHECKSUM_KEY = "crc32 of metadata"
 # What programs call a state dict in a checkpoint. The first of these counts, else the largest; of
 # DINO's two networks, its authors evaluate the teacher.
 STATE_DICT_KEYS = ("state_dict", "model", "teacher", "student")
+# Others are compressed, such as float8, or no weights, such as complex numbers.
+NUMBER_TYPES = (
+    torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.uint8, torch.int8,
+    torch.int16, torch.int32, torch.int64, torch.bool,
+)  # fmt: skip
 MAX_NESTING = 4  # dictionaries in each other that a state dict is looked for in
 MAX_UNKNOWN_NAMES = 100  # classes and functions of other programs in a checkpoint
 
 
 class ChecksumError(ValueError):
     """The content of a file does not match the checksum in it."""
-
-
-def file_sha256(path: Path) -> str:
-    """Compute the sha256 of a file, in hexadecimal digits.
-
-    Args:
-        path: The file.
-    """
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def load_state(path: Path) -> object:
@@ -56,7 +51,7 @@ def load_state(path: Path) -> object:
         ChecksumError: A record of the file does not match its checksum.
         Exception: Whatever a broken file makes torch raise.
     """
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         if zipfile.is_zipfile(file):  # files written by torch before 1.6 have no checksums
             with zipfile.ZipFile(file) as archive:
                 if record := archive.testzip():
@@ -65,10 +60,31 @@ def load_state(path: Path) -> object:
         return torch.load(file, map_location="cpu", weights_only=True)
 
 
+def load_without_numbers(path: Path) -> object:
+    """Load what `torch.save` wrote, with tensors whose numbers are read when they are needed.
+
+    Args:
+        path: The file.
+
+    Returns:
+        What it holds. Everything but the numbers matches its checksum.
+
+    Raises:
+        ChecksumError: It does not match, or the file was not written by torch 1.6 or later.
+        Exception: Whatever a broken file makes torch raise.
+    """
+    with open_regular(path) as file, zipfile.ZipFile(file) as archive:
+        structure = next((name for name in archive.namelist() if name.endswith("data.pkl")), None)
+        if structure is None:
+            raise ChecksumError("it is no checkpoint")
+        archive.read(structure)  # which checks it
+    return torch.load(path, mmap=True, map_location="cpu", weights_only=True)
+
+
 def save_weights(
     tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write a safetensors file with a checksum of the tensors in its metadata.
+    """Write a safetensors file with a checksum of tensors and metadata in its metadata.
 
     The format itself has no checksum. `save_file` is not used because it raises an error of its own
     for a full disk.
@@ -83,12 +99,13 @@ def save_weights(
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, tensor in tensors.items()
     }
+    own = {CHECKSUM_KEY: tensors_sha256(plain), **(metadata or {})}
     with open(path, "wb") as file:
-        file.write(serialize(plain, {CHECKSUM_KEY: tensors_sha256(plain), **(metadata or {})}))
+        file.write(serialize(plain, own | {METADATA_CHECKSUM_KEY: record_checksum(own)}))
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
-    """Load the tensors of a safetensors file, and verify their checksum if there is one.
+    """Load the tensors of a safetensors file, and verify its checksums if there are any.
 
     Args:
         path: The file.
@@ -99,8 +116,8 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     Raises:
         ChecksumError: They do not match it.
     """
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata() or {}
+    metadata = load_metadata(path)
+    with open_regular(path), safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  no mapping
     if CHECKSUM_KEY in metadata and metadata[CHECKSUM_KEY] != tensors_sha256(tensors):
         raise ChecksumError("its tensors do not match their checksum")
@@ -115,9 +132,18 @@ def load_metadata(path: Path) -> dict[str, str]:
 
     Returns:
         Texts, by name.
+
+    Raises:
+        ChecksumError: They do not match their checksum.
+        UsageError: It is not a regular file.
     """
+    open_regular(path).close()
     with safe_open(path, "pt") as file:
-        return file.metadata() or {}
+        metadata = file.metadata() or {}
+    checksum = metadata.pop(METADATA_CHECKSUM_KEY, None)
+    if checksum is not None and checksum != record_checksum(metadata):
+        raise ChecksumError("its metadata do not match their checksum")
+    return metadata
 
 
 def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
@@ -143,6 +169,7 @@ class WeightFile(NamedTuple):
             imported or called.
         recipe: The recipe in a checkpoint of this program.
         metadata: The metadata of a safetensors file.
+        wrong_types: The tensors among what was set aside, with their types.
     """
 
     tensors: dict[str, Tensor]
@@ -150,6 +177,7 @@ class WeightFile(NamedTuple):
     not_loaded: list[str]
     recipe: Mapping[str, object] | None = None
     metadata: Mapping[str, str] = {}
+    wrong_types: Sequence[str] = ()
 
 
 def read_state_dict(path: Path) -> tuple[dict[str, Tensor], list[str]]:
@@ -198,6 +226,15 @@ def read_weight_file(path: Path) -> WeightFile:
     tensors = {
         str(key): x for key, value in dict.items(state) if (x := _to_tensor(value)) is not None
     }
+    wrong_types = [
+        f"{key} ({_type_name(x)})" for key, x in tensors.items() if x.dtype not in NUMBER_TYPES
+    ]
+    tensors = {key: x for key, x in tensors.items() if x.dtype in NUMBER_TYPES}
+    if not tensors:
+        raise UsageError(
+            f"{path} has no tensor of a type that weights can have, such as float32: "
+            f"{printable(truncate(', '.join(wrong_types)))}"
+        )
     set_aside += [str(key) for key in state if str(key) not in tensors]
     for name, tensor in tensors.items():
         if not is_dense_cpu_tensor(tensor):
@@ -207,14 +244,21 @@ def read_weight_file(path: Path) -> WeightFile:
             )
     recipe = dict.get(content, "recipe") if "format" in content else None
     recipe = recipe if isinstance(recipe, dict) else None
-    return WeightFile(tensors, set_aside, not_loaded, recipe, metadata)
+    return WeightFile(tensors, set_aside, not_loaded, recipe, metadata, wrong_types)
 
 
 def _to_tensor(value: object) -> Tensor | None:
     """Return a tensor or an array of numbers as a tensor; None for anything else."""
-    if isinstance(value, np.ndarray) and value.dtype.kind in "fiub":
+    if isinstance(value, np.ndarray) and value.dtype.kind in "fiub" and value.itemsize <= 8:
         return torch.from_numpy(value.astype(value.dtype.newbyteorder("=")))
-    return value.detach() if isinstance(value, Tensor) else None
+    if not isinstance(value, Tensor):
+        return None
+    tensor = value.detach()
+    return tensor.resolve_neg() if tensor.is_neg() else tensor
+
+
+def _type_name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 Level: TypeAlias = tuple[tuple[object, ...], dict[object, object]]
@@ -313,6 +357,8 @@ def _read_file(path: Path) -> tuple[object, list[str], Mapping[str, str]]:
             if path.suffix == ".safetensors":
                 return load_weights(path), [], load_metadata(path)
             return *load_foreign_state(path), {}
+    except UsageError:
+        raise
     except Exception as error:  # a damaged pickle can raise anything
         if isinstance(error, pickle.UnpicklingError) and (name := _unsupported_name(error)):
             raise UsageError(

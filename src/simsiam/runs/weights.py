@@ -37,7 +37,7 @@ from simsiam.runs.checkpoints.timm_weights import (
 from simsiam.runs.closed_form import fit_patches_run
 from simsiam.runs.encoder import build_backbone, load
 from simsiam.runs.run_folder import BACKBONE_FILE, HEAD_FILE, ORIGIN_FILE, Run
-from simsiam.runs.weight_files import file_sha256
+from simsiam.utils.checksums import file_sha256
 from simsiam.utils.files import cache_dir, file_lock, writable_cache
 
 SourceNames = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]

@@ -18,32 +18,31 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, TypeAlias
+from typing import Any, BinaryIO, NamedTuple, TypeAlias
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from simsiam.data.decode import EXTENSIONS, OPTIONAL_EXTENSIONS
+from simsiam.data.arrow_files import open_arrow_file, read_foreign_arrow_file, write_arrow_file
+from simsiam.data.decode import EXTENSIONS, MAX_FILE_BYTES, OPTIONAL_EXTENSIONS
 from simsiam.data.images import Images
-from simsiam.data.shards import (
-    ROW_GROUP_STRIDE,
-    ImageLocations,
-    Shards,
+from simsiam.data.parquet_files import ParquetReader, open_parquet
+from simsiam.data.remote_files import (
     filesystem,
     is_corruption,
     is_url,
     open_file,
     printable_name,
     read_error,
-    uncompressed_sizes,
 )
-from simsiam.data.storage import MAX_FILE_BYTES, Names
-from simsiam.errors import UsageError, WorkFailed
+from simsiam.data.shards import ROW_GROUP_STRIDE, ImageLocations, Shards, uncompressed_sizes
+from simsiam.data.storage import Names
+from simsiam.errors import UsageError, WorkFailed, printable
 from simsiam.sources.file_kinds import VIDEOS, is_image_path, join_kinds
-from simsiam.utils.files import atomic_write, cache_dir, file_lock, open_arrow_file
+from simsiam.utils.files import cache_dir, file_lock, writable_cache
 from simsiam.utils.names import slashed
+from simsiam.utils.read_files import open_regular
 from simsiam.utils.workers import parallel_map_with_progress
 
 CATALOG_VERSION = 3  # of the files in the cache
@@ -57,6 +56,16 @@ MAX_METADATA_BYTES = 2**20  # limit for a .cls, a .json, and a long name in a ta
 # One record batch per shard, one row per image.
 CATALOG_SCHEMA = pa.schema(
     {"key": pa.large_binary(), "start": pa.int64(), "size": pa.int64(), "label": pa.int64()}
+)
+# What `tarfile` raises for damaged files.
+TAR_ERRORS = (
+    tarfile.TarError,
+    ValueError,
+    LookupError,
+    EOFError,
+    OverflowError,
+    RuntimeError,
+    OSError,
 )
 # What scanning one shard shows, before the set of all labels is known.
 SCAN_SCHEMA = pa.schema(
@@ -203,18 +212,19 @@ def load_catalog(
     path = cache_dir("catalogs") / f"{name}.arrow"
     if (catalog := _read_cached(path, files, cache_key)) is not None:
         return catalog
-    path.parent.mkdir(parents=True, exist_ok=True)
     # The processes of a run open their source at the same time: one scans, the others wait.
-    with file_lock(path.with_suffix(".lock"), wait=True):
-        if (catalog := _read_cached(path, files, cache_key)) is not None:
-            return catalog
-        notes: list[tuple[str, str]] = []
-        sidecar = _read_sidecar(location, files, notes) if layout is None else None
-        if sidecar is None:
-            _build_catalog(path, files, cache_key, layout, notes)
-        else:
-            _write_catalog(path, sidecar, cache_key)
-        catalog = _read_cached(path, files, cache_key)
+    with writable_cache():
+        path = cache_dir("catalogs") / path.name
+        with file_lock(path.with_suffix(".lock"), wait=True):
+            if (catalog := _read_cached(path, files, cache_key)) is not None:
+                return catalog
+            notes: list[tuple[str, str]] = []
+            sidecar = _read_sidecar(location, files, notes) if layout is None else None
+            if sidecar is None:
+                _build_catalog(path, files, cache_key, layout, notes)
+            else:
+                _write_catalog(path, sidecar, cache_key)
+            catalog = _read_cached(path, files, cache_key)
     assert catalog is not None
     return catalog
 
@@ -231,7 +241,7 @@ def write_sidecar_catalog(folder: Path, files: Sequence[ShardFile]) -> None:
     """
     cache_key: CacheKey = [CATALOG_VERSION]
     cache_key += [[file.name, file.size, "", file.split] for file in files]
-    _build_catalog(folder / CATALOG_FILE, files, cache_key, None, [])
+    _build_catalog(folder / CATALOG_FILE, files, cache_key, None, [], checksum=False)
 
 
 def _build_catalog(
@@ -240,6 +250,8 @@ def _build_catalog(
     cache_key: CacheKey,
     layout: "ParquetLayout | None",
     notes: list[tuple[str, str]],
+    *,
+    checksum: bool = True,
 ) -> None:
     """Scan the shards that have not been scanned, and merge the results."""
     folder = path.with_suffix(".parts")
@@ -248,7 +260,8 @@ def _build_catalog(
     parts = [folder / f"{digest}.arrow" for digest in digests]
     jobs = [(file, part, layout) for file, part in zip(files, parts) if not part.exists()]
     parallel_map_with_progress(_scan_shard, jobs, "scanning")
-    _write_catalog(path, _merge_parts(files, parts, layout, notes), cache_key)
+    merged = _merge_parts(files, parts, layout, notes)
+    _write_catalog(path, merged, cache_key, checksum=checksum)
     shutil.rmtree(folder)
 
 
@@ -257,7 +270,8 @@ def _build_catalog(
 
 def _read_cached(path: Path, files: Sequence[ShardFile], cache_key: CacheKey) -> Catalog | None:
     """Map the catalog in the cache; return None if there is none of exactly these files."""
-    with suppress(OSError, ValueError, LookupError, TypeError, pa.ArrowException):
+    errors = (OSError, UsageError, ValueError, LookupError, TypeError, pa.ArrowException)
+    with suppress(*errors):
         reader = open_arrow_file(path)
         metadata = json.loads(reader.schema.metadata[b"simsiam"])
         if metadata["files"] == cache_key and reader.num_record_batches == len(files):
@@ -268,7 +282,9 @@ def _read_cached(path: Path, files: Sequence[ShardFile], cache_key: CacheKey) ->
     return None
 
 
-def _write_catalog(path: Path, catalog: Catalog, cache_key: CacheKey) -> None:
+def _write_catalog(
+    path: Path, catalog: Catalog, cache_key: CacheKey, *, checksum: bool = True
+) -> None:
     metadata = {
         "files": cache_key,
         "classes": catalog.classes,
@@ -276,13 +292,7 @@ def _write_catalog(path: Path, catalog: Catalog, cache_key: CacheKey) -> None:
         "column": catalog.column,
     }
     schema = CATALOG_SCHEMA.with_metadata({"simsiam": json.dumps(metadata)})
-    with (
-        atomic_write(path) as part,
-        pa.OSFile(str(part), "wb") as file,
-        pa.ipc.new_file(file, schema) as to,
-    ):
-        for batch in catalog.batches:
-            to.write_batch(batch.replace_schema_metadata(schema.metadata))
+    write_arrow_file(path, schema, catalog.batches, checksum=checksum)
 
 
 def _read_sidecar(
@@ -300,16 +310,19 @@ def _read_sidecar(
         with tempfile.TemporaryDirectory(dir=cache_dir("catalogs")) as folder:
             copy = path
             if is_url(path):
-                copy, (system, remote_path) = f"{folder}/{CATALOG_FILE}", filesystem(path)
-                system.get_file(remote_path, copy)
-            reader = open_arrow_file(copy)
-            return _check_sidecar(reader, files, notes)
+                copy = f"{folder}/{CATALOG_FILE}"
+                with open_file(path) as remote, open(copy, "wb") as local:
+                    shutil.copyfileobj(remote, local)
+            metadata, batches = read_foreign_arrow_file(copy, CATALOG_SCHEMA)
+            return _check_sidecar(json.loads(metadata[b"simsiam"]), batches, files, notes)
     except (
         OSError,
+        UsageError,
         ValueError,
         LookupError,
         TypeError,
         AttributeError,
+        RecursionError,
         pa.ArrowException,
     ) as error:
         if isinstance(error, OSError) and not is_corruption(error):
@@ -319,15 +332,14 @@ def _read_sidecar(
 
 
 def _check_sidecar(
-    reader: pa.RecordBatchFileReader, files: Sequence[ShardFile], notes: list[tuple[str, str]]
+    metadata: Mapping[str, Any],
+    listed_batches: Sequence[pa.RecordBatch],
+    files: Sequence[ShardFile],
+    notes: list[tuple[str, str]],
 ) -> Catalog | None:
     """Return the catalog if it is of exactly these shards; see `_read_sidecar`."""
-    metadata = json.loads(reader.schema.metadata[b"simsiam"])
     version, *listed = metadata["files"]
-    batches = {
-        name: (size, reader.get_batch(i))
-        for i, (name, size, *_) in zip(range(reader.num_record_batches), listed)
-    }
+    batches = {name: (size, batch) for batch, (name, size, *_) in zip(listed_batches, listed)}
     sizes = {file.path.rsplit("/", 1)[-1]: file.size for file in files}
     for name, (size, batch) in batches.items():
         if sizes.get(name) != size:
@@ -345,10 +357,8 @@ def _check_sidecar(
 
 def _check_batch(file: ShardFile, batch: pa.RecordBatch, classes: tuple[str, ...]) -> None:
     """Raise ValueError if a batch has impossible values."""
-    batch.validate(full=True)
-    all_text = all(isinstance(name, str) for name in classes)
-    if not batch.schema.equals(CATALOG_SCHEMA) or not all_text:
-        raise ValueError("schema")
+    if not all(isinstance(name, str) for name in classes):
+        raise ValueError("classes")
     start, size, label = (batch[name].to_numpy() for name in ("start", "size", "label"))
     inside = (
         (start >= 0)
@@ -382,7 +392,7 @@ class ParquetLayout(NamedTuple):
     unused: tuple[str, ...]
 
 
-def detect_parquet_layout(parquet: pq.ParquetFile, file: str) -> ParquetLayout:
+def detect_parquet_layout(parquet: ParquetReader, file: str) -> ParquetLayout:
     """Find the columns of images and labels.
 
     Args:
@@ -395,7 +405,7 @@ def detect_parquet_layout(parquet: pq.ParquetFile, file: str) -> ParquetLayout:
     Raises:
         UsageError: There is no column of image files.
     """
-    schema = parquet.schema_arrow
+    schema = parquet.schema
     features = _huggingface_features(schema.metadata or {})
     kinds = {name: feature.get("_type") for name, feature in features.items()}
     images = sorted(
@@ -403,7 +413,8 @@ def detect_parquet_layout(parquet: pq.ParquetFile, file: str) -> ParquetLayout:
         key=lambda f: (kinds.get(f.name) != "Image", _rank(f.name, IMAGE_NAMES)),
     )
     if not images:
-        raise UsageError(f"no column of image files in {file!r}, only {', '.join(schema.names)}")
+        columns = ", ".join(schema.names)
+        raise UsageError(printable(f"no column of image files in {file!r}, only {columns}"))
     named = [f for f in schema if kinds.get(f.name) == "ClassLabel" or f.name in LABEL_NAMES]
     labels = [f.name for f in named if _is_label_type(f.type)]
     labels.sort(key=lambda name: (kinds.get(name) != "ClassLabel", _rank(name, LABEL_NAMES)))
@@ -478,26 +489,20 @@ def _scan_shard(file: ShardFile, part: Path, layout: ParquetLayout | None) -> No
     """Scan one shard and write the result."""
     table, notes = _scan_tar(file) if layout is None else (_scan_parquet(file, layout), [])
     schema = SCAN_SCHEMA.with_metadata({"simsiam": json.dumps(notes)})
-    with (
-        atomic_write(part) as path,
-        pa.OSFile(str(path), "wb") as to,
-        pa.ipc.new_file(to, schema) as writer,
-    ):
-        writer.write_table(table.replace_schema_metadata(schema.metadata))
+    write_arrow_file(part, schema, table.to_batches())
 
 
 def _scan_parquet(file: ShardFile, layout: ParquetLayout) -> pa.Table:
     """List the rows of a Parquet file; keys are assigned when all rows are counted."""
     try:
-        with open_file(file.path) as opened:
-            parquet = pq.ParquetFile(opened)
+        with open_parquet(file.path) as parquet:
             if (found := detect_parquet_layout(parquet, file.path))[:3] != layout[:3]:
                 raise UsageError(
                     f"{printable_name(file.path)} has other columns or class names than the first: "
                     f"{found[:3]}"
                 )
             starts, sizes = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
-            group_sizes = uncompressed_sizes(parquet, layout.image_column, file.path, file.size)
+            group_sizes = uncompressed_sizes(parquet, layout.image_column)
             for group, size in enumerate(group_sizes):
                 rows = np.arange(parquet.metadata.row_group(group).num_rows)
                 starts.append(group * ROW_GROUP_STRIDE + rows)
@@ -578,7 +583,7 @@ def _scan_tar(file: ShardFile) -> tuple[pa.Table, list[tuple[str, str]]]:
                 if end > file.size:
                     raise tarfile.ReadError("cut off")
                 scan.add(info, opened)
-    except (tarfile.TarError, ValueError, EOFError, OverflowError, RuntimeError, OSError) as error:
+    except TAR_ERRORS as error:
         if not is_corruption(error):
             raise read_error(file.path, error) from None
         scan.close_sample()
@@ -626,11 +631,10 @@ def _encode_name(text: str) -> bytes:
 
 
 def _read_part(path: Path) -> pa.Table:
-    """Read the result of a scan, and close the file: there may be more than can be open at once."""
+    """Read the result of a scan."""
     try:
-        with pa.OSFile(str(path)) as file:
-            return pa.ipc.open_file(file).read_all()
-    except (OSError, pa.ArrowException) as error:
+        return open_arrow_file(path).read_all()
+    except (OSError, ValueError, pa.ArrowException) as error:
         path.unlink(missing_ok=True)
         raise WorkFailed(
             f"a file in the cache was damaged and is deleted now; try again: {error}"
@@ -718,8 +722,8 @@ def is_webdataset(path: str) -> bool:
     """
     scan = _TarScan(b"")
     with (
-        suppress(tarfile.TarError, ValueError, EOFError, OverflowError, RuntimeError, OSError),
-        open(path, "rb") as opened,
+        suppress(*TAR_ERRORS),
+        open_regular(path) as opened,
     ):
         for info in islice(iter_tar_members(opened), WEBDATASET_MEMBERS):
             scan.add(info, opened)
@@ -742,8 +746,12 @@ def iter_tar_members(opened: BinaryIO) -> Iterator[tarfile.TarInfo]:
             errors for damaged files.
     """
     with tarfile.open(fileobj=opened, mode="r:", tarinfo=_CheckedTarInfo) as archive:
+        end = -1
         while (info := archive.next()) is not None:
             archive.members = []  # type: ignore[attr-defined]  # it would keep a kilobyte per file
+            if archive.offset <= end or info.size < 0:  # it would be read again and again
+                raise tarfile.ReadError(f"damaged at byte {end:,}")
+            end = archive.offset
             yield info
         opened.seek(archive.offset)  # tarfile stops at a damaged header as if at the end
         if opened.read(tarfile.BLOCKSIZE).strip(b"\0"):

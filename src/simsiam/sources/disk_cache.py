@@ -31,6 +31,7 @@ from simsiam.errors import UsageError, WorkFailed, printable
 from simsiam.sources.file_index import pixel_cache_dir, source_stamps, update_with_stamps
 from simsiam.utils.files import atomic_write, file_lock, remove_stale_parts
 from simsiam.utils.progress_bar import progress_bar
+from simsiam.utils.read_files import open_regular
 from simsiam.utils.workers import CPU_CORES
 
 PIXEL_CACHE_VERSION = 1  # of the file format, and of what `decode_image` returns
@@ -52,9 +53,10 @@ class PixelFile:
     def __init__(self, path: Path, channels: int):
         self.path, self.channels = path, channels
         self.table, self.pixels = np.zeros(0, ROW_DTYPE), np.zeros(0, np.uint8)
-        with suppress(OSError, ValueError, EOFError):
-            table = np.load(path)
-            if table.dtype == ROW_DTYPE:
+        with suppress(OSError, UsageError, ValueError, EOFError, OverflowError):
+            open_regular(path).close()
+            table = np.array(np.load(path, mmap_mode="r"))  # mapped, it is not larger than the file
+            if table.dtype == ROW_DTYPE and table.ndim == 1:
                 start, height, width, _ = table[np.argmax(table["start"])].item()  # the last image
                 if start + height * width * channels == path.stat().st_size:
                     self.table, self.pixels = table, np.asarray(np.memmap(path, np.uint8, "r"))
@@ -77,9 +79,9 @@ class PixelFile:
         if row >= len(self.table) or not self.table[row]["height"]:
             return None
         start, height, width, crc = self.table[row].item()
-        size = height * width * self.channels
-        pixels = self.pixels[start : start + size]
-        if len(pixels) == size and _crc(pixels.reshape(height, width, self.channels)) == crc:
+        size = max(0, height) * max(0, width) * self.channels
+        pixels = self.pixels[max(0, start) : start + size]
+        if 0 < len(pixels) == size and _crc(pixels.reshape(height, width, self.channels)) == crc:
             return pixels.reshape(height, width, self.channels)
         with suppress(OSError):
             self.path.unlink()  # only one process succeeds, so only one prints the message

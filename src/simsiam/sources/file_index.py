@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from simsiam.data.arrow_files import open_arrow_file, write_arrow_file
 from simsiam.data.decode import (
     EXTENSIONS,
     MAX_PIXELS,
@@ -28,14 +29,15 @@ from simsiam.data.decode import (
     read_header,
 )
 from simsiam.data.images import Images
-from simsiam.data.shards import is_url
+from simsiam.data.remote_files import is_url
+from simsiam.errors import UsageError, WorkFailed
 from simsiam.sources.open_source import (
     Source,
     absolute_sources,
     find_nested_shards,
     find_shards,
 )
-from simsiam.utils.files import atomic_write, cache_dir, open_arrow_file
+from simsiam.utils.files import cache_dir
 from simsiam.utils.workers import parallel_map
 
 INDEX_VERSION = 1  # of the files in the cache
@@ -115,14 +117,9 @@ class Index:
         """Write the index to the cache. A cache that cannot be written is not an error."""
         metadata = json.dumps({"containers": self.containers, "facts": self.facts})
         table = self.table.replace_schema_metadata({"simsiam": metadata})
-        with suppress(OSError):
+        with suppress(OSError, WorkFailed):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with (
-                atomic_write(self.path) as part,
-                pa.OSFile(str(part), "wb") as file,
-                pa.ipc.new_file(file, table.schema) as to,
-            ):
-                to.write_table(table)
+            write_arrow_file(self.path, table.schema, table.to_batches())
 
 
 def load_index(names: Sequence[str | os.PathLike[str]], source: Source, channels: int = 3) -> Index:
@@ -183,9 +180,9 @@ def load_index(names: Sequence[str | os.PathLike[str]], source: Source, channels
 
 def _read_index(path: Path, containers: list[ContainerStamp]) -> Index:
     """Read an index; an empty one if it is missing, damaged, or of other containers."""
-    with suppress(OSError, ValueError, LookupError, TypeError, pa.ArrowException):
+    errors = (OSError, UsageError, ValueError, LookupError, TypeError, pa.ArrowException)
+    with suppress(*errors):
         table = open_arrow_file(path).read_all()
-        table.validate(full=True)
         metadata = json.loads(table.schema.metadata[b"simsiam"])
         if table.schema.equals(INDEX_SCHEMA) and metadata["containers"] == containers:
             table = table.replace_schema_metadata(None)

@@ -16,6 +16,7 @@ from simsiam.data.decode import EXTENSIONS, OPTIONAL_EXTENSIONS, find_format
 HIDDEN, NO_EXTENSION, NO_SPLIT = "hidden", "without extension", "in no split"
 LINK, SPECIAL = "links", "pipes or devices"
 OUTSIDE = "with paths that lead outside"
+TOO_LONG = "folders with paths that are too long for the system"
 REPLACED = "replaced by a later file of the same name"
 EXTENSION = re.compile(r"(?<=[^/])\.\w{1,12}$")
 # Formats that the first bytes show for certain.

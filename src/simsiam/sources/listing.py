@@ -4,6 +4,7 @@ This module does not import torch, and reads no image, except the first bytes of
 do not say what they are.
 """
 
+import errno
 import os
 import stat
 import struct
@@ -20,8 +21,17 @@ import pyarrow.compute as pc
 from simsiam.data.decode import EXTENSIONS, SIGNATURE_BYTES, Unreadable, open_regular_file
 from simsiam.errors import UsageError, WorkFailed, printable
 from simsiam.sources.catalog import iter_tar_members, normalize_member_path
-from simsiam.sources.file_kinds import HIDDEN, LINK, OUTSIDE, SPECIAL, FileCounts, join_kinds
+from simsiam.sources.file_kinds import (
+    HIDDEN,
+    LINK,
+    OUTSIDE,
+    SPECIAL,
+    TOO_LONG,
+    FileCounts,
+    join_kinds,
+)
 from simsiam.sources.splits import NAME_CHUNK
+from simsiam.utils.read_files import open_regular
 
 # Where the content of a member of an archive is; see `ArchiveMembers`.
 Entry: TypeAlias = tuple[int, int, int, int, int]
@@ -50,7 +60,13 @@ def list_folder(folder: Path, visited: set[tuple[int, int]], counts: FileCounts)
             if not folders:
                 links.sort(reverse=True)  # in an order that does not depend on the file system
             below = (folders or links).pop()
-            status = os.stat(os.path.join(root, below))
+            try:
+                status = os.stat(os.path.join(root, below))
+            except OSError as error:
+                if error.errno != errno.ENAMETOOLONG:
+                    raise
+                counts.passed_over[TOO_LONG] += 1
+                continue
             if (status.st_dev, status.st_ino) in visited:
                 continue
             visited.add((status.st_dev, status.st_ino))
@@ -122,7 +138,11 @@ def iter_archive_images(path: Path, counts: FileCounts) -> Iterator[tuple[bytes,
 
 
 def _iter_zip_images(path: Path, counts: FileCounts) -> Iterator[tuple[bytes, Entry]]:
-    with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
+    with (
+        open_regular(path) as opened,
+        zipfile.ZipFile(opened) as archive,
+        open_regular(path) as file,
+    ):
         for info in archive.infolist():
             # Some programs for Windows, system 0, separate folders by backslashes.
             name = info.filename.replace("\\", "/") if info.create_system == 0 else info.filename
@@ -156,7 +176,7 @@ def _iter_zip_images(path: Path, counts: FileCounts) -> Iterator[tuple[bytes, En
 
 
 def _iter_tar_images(path: Path, counts: FileCounts) -> Iterator[tuple[bytes, Entry]]:
-    with open(path, "rb") as file, open(path, "rb") as second:
+    with open_regular(path) as file, open_regular(path) as second:
         for info in iter_tar_members(file):
             member = normalize_member_path(info.name)
             if info.isdir():

@@ -8,7 +8,6 @@ import os
 import re
 import struct
 import sys
-import tarfile
 import zipfile
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,17 +22,12 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from simsiam.data.decode import EXTENSIONS
 from simsiam.data.images import Images, from_arrays
-from simsiam.data.shards import (
-    extract_image_column,
-    is_url,
-    open_file,
-    read_error,
-    uncompressed_sizes,
-)
+from simsiam.data.parquet_files import open_parquet
+from simsiam.data.remote_files import is_url, read_error
+from simsiam.data.shards import read_image_column, uncompressed_sizes
 from simsiam.data.storage import (
     ArchiveMembers,
     EncodedColumn,
@@ -51,6 +45,7 @@ from simsiam.errors import (
     unknown_name,
 )
 from simsiam.sources.catalog import (
+    TAR_ERRORS,
     ParquetLayout,
     ShardFile,
     detect_parquet_layout,
@@ -81,7 +76,7 @@ from simsiam.sources.splits import (
     path_component,
     shard_splits,
 )
-from simsiam.utils.names import read_list, slashed
+from simsiam.utils.names import hide_keys, read_list, slashed
 
 BUILTIN_SOURCES = ("shapes", "cifar10", "cifar100", "stl10")  # data sets with a name
 SOURCE_KINDS = (
@@ -97,16 +92,9 @@ SPACED_LABEL = re.compile(
 )
 NESTED_DEPTH = 3  # folders below a source in which shards are looked for, as in data/CONFIG/train
 
+ENCODED_TYPE = pa.dictionary(pa.int32(), pa.large_binary())  # of image files in memory
 # What zipfile and tarfile raise.
-ARCHIVE_ERRORS = (
-    OSError,
-    ValueError,
-    OverflowError,
-    RuntimeError,
-    struct.error,
-    zipfile.BadZipFile,
-    tarfile.TarError,
-)
+ARCHIVE_ERRORS = (*TAR_ERRORS, struct.error, zipfile.BadZipFile)
 
 # Images, their labels as positions in class names or None, and the class names.
 SplitParts: TypeAlias = tuple[Images, np.ndarray | None, tuple[str, ...]]
@@ -644,8 +632,8 @@ def _open_shards(
 def _read_layout(file: ShardFile) -> ParquetLayout:
     """Find the columns of a Parquet file."""
     try:
-        with open_file(file.path) as opened:
-            return detect_parquet_layout(pq.ParquetFile(opened), file.path)
+        with open_parquet(file.path) as parquet:
+            return detect_parquet_layout(parquet, file.path)
     except (pa.ArrowException, OSError) as error:
         raise read_error(file.path, error) from None
 
@@ -655,10 +643,9 @@ def _total_uncompressed_size(files: Sequence[ShardFile]) -> int:
     total = 0
     for file in files:
         try:
-            with open_file(file.path) as opened:
-                parquet = pq.ParquetFile(opened)
+            with open_parquet(file.path) as parquet:
                 column = detect_parquet_layout(parquet, file.path).image_column
-                total += sum(uncompressed_sizes(parquet, column, file.path, file.size))
+                total += sum(uncompressed_sizes(parquet, column))
         except (pa.ArrowException, OSError) as error:
             raise read_error(file.path, error) from None
     return total
@@ -671,9 +658,8 @@ def _load_parquet(path: str, files: Sequence[ShardFile], options: _Options) -> S
     for split in dict.fromkeys(file.split for file in files):
         contents = (_read_parquet_columns(file.path) for file in files if file.split == split)
         columns, labels, class_names = zip(*contents)
-        chunks = [_dictionary_encode(chunk) for column in columns for chunk in column.chunks]
-        encoded_type = pa.dictionary(pa.int32(), pa.large_binary())
-        encoded = EncodedColumn(pa.chunked_array(chunks, encoded_type))
+        chunks = [chunk for column in columns for chunk in column.chunks]
+        encoded = EncodedColumn(pa.chunked_array(chunks, ENCODED_TYPE))
         names: tuple[str, ...] = next((known for known in class_names if known), ())
         distinct_names |= {known for known in class_names if known}
         codes = None if any(part is None for part in labels) else np.concatenate(labels)
@@ -702,23 +688,18 @@ def _read_parquet_columns(file: str) -> tuple[pa.ChunkedArray, np.ndarray | None
     file has none.
     """
     try:
-        with open_file(file) as opened:
-            parquet = pq.ParquetFile(opened)
+        with open_parquet(file) as parquet:
             image, label, names, _ = detect_parquet_layout(parquet, file)
-            # `read_dictionary` stores equal images once.
-            dictionary = {"metadata": parquet.metadata, "read_dictionary": [image]}
-            parquet = pq.ParquetFile(opened, **dictionary)
-            columns = [image, label] if label else [image]
             groups = range(parquet.metadata.num_row_groups)
-            tables = [parquet.read_row_group(i, columns) for i in groups]
-            table = pa.concat_tables(tables or [parquet.read(columns)])
+            columns = [read_image_column(parquet, group, image) for group in groups]
+            raw = parquet.read([label])[label] if label else None
     except (pa.ArrowException, OSError) as error:
-        raise WorkFailed(f"cannot read {file!r}: {' '.join(str(error).split())[:200]}") from error
-    encoded = extract_image_column(table, image)
-    if not label:
+        raise read_error(file, error) from error
+    chunks = [_dictionary_encode(chunk) for column in columns for chunk in column.chunks]
+    encoded = pa.chunked_array(chunks, ENCODED_TYPE)
+    if raw is None:
         return encoded, None, ()
     # A label of -1 means that Hugging Face withholds the labels of a test set.
-    raw = table[label]
     if not pa.types.is_integer(raw.type):
         raw = label_texts(raw)
         return encoded, None if raw.null_count else np.array(raw.to_pylist(), object), ()
@@ -754,7 +735,7 @@ def _build_source(path: str | Path, parts: Mapping[str, SplitParts], options: _O
             new_codes[used] = [classes.index(names[code]) for code in used]
             images = replace(images, labels=new_codes[codes], classes=classes)
         splits[split] = images
-    absolute = Path(os.path.abspath(path))
+    absolute = Path(os.path.abspath(hide_keys(str(path))))
     stem = absolute.stem if absolute.is_file() else absolute.name
     name = re.sub(r"[^\w.-]+", "-", stem, flags=re.ASCII).strip("-.") or "images"
     return Source(

@@ -7,7 +7,6 @@ complete; if the work is killed and started again, it continues with the first m
 import io
 import json
 import os
-import shutil
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,12 +17,23 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from simsiam.data.decode import Unreadable, read_header
-from simsiam.data.images import Images, fingerprint
+from simsiam.data.images import Images
 from simsiam.data.shards import BLOCK_BYTES
 from simsiam.errors import UsageError, none_readable, printable, unknown_name
 from simsiam.sources.catalog import ShardFile, write_sidecar_catalog
-from simsiam.sources.open_source import open_source
-from simsiam.utils.files import atomic_write, locked_work_folder, start_or_continue_job
+from simsiam.sources.fingerprint import (
+    check_still_the_same,
+    fingerprint_source,
+    start_or_continue_on_source,
+)
+from simsiam.sources.open_source import open_source, source_names
+from simsiam.utils.files import (
+    atomic_write,
+    delete_parts,
+    delete_parts_of_finished,
+    locked_work_folder,
+    make_folder,
+)
 from simsiam.utils.names import read_names, reason_line, utf8_name, write_names
 from simsiam.utils.system import replace_path
 from simsiam.utils.workers import parallel_map_with_progress
@@ -43,6 +53,7 @@ def write_shards(
     channels: int = 3,
     no_labels: bool = False,
     splits: Sequence[str] | None = None,
+    accept_changed_source: bool = False,
 ) -> Path:
     """Write the images of a source, in its order, as shards into a new folder.
 
@@ -58,12 +69,15 @@ def write_shards(
         channels: Number of channels that images will be decoded to.
         no_labels: Whether to leave out the labels.
         splits: Which folder or shard is which split; see `open_source`.
+        accept_changed_source: If images have changed since a process that was killed wrote the
+            first shards: whether to begin again with the images as they are.
 
     Returns:
         The folder.
 
     Raises:
-        UsageError: `out` exists or was started with other arguments, or an argument is not allowed.
+        UsageError: `out` exists or was started with other arguments, an argument is not allowed, or
+            the images have changed.
         WorkFailed: No image can be read, or the source cannot be read.
     """
     if format not in SHARD_FORMATS:
@@ -72,22 +86,24 @@ def write_shards(
         raise UsageError(f"per_shard is {per_shard}; it is at least 1")
     folder = Path(out)
     if folder.exists():
+        delete_parts_of_finished(folder)
         raise UsageError(
             f"{printable(str(folder))} exists and is not written over: choose another --out"
         )
-    opened = open_source(sources, channels, no_labels=no_labels, splits=splits).splits
+    source = open_source(sources, channels, no_labels=no_labels, splits=splits)
+    names, accept = source_names(sources), accept_changed_source
+    fingerprint = fingerprint_source(source, names)
     job = {
         "format": format,
         "per_shard": per_shard,
         "channels": channels,
         "no_labels": no_labels,
-        "images": fingerprint(list(opened.values())),
     }
     with locked_work_folder(folder) as work:
-        start_or_continue_job(work, job)
+        start_or_continue_on_source(work, job, fingerprint, accept=accept)
         whole = work / "whole"
-        whole.mkdir(exist_ok=True)
-        shards = _plan_shards(opened, whole, format, per_shard)
+        make_folder(whole)
+        shards = _plan_shards(source.splits, whole, format, per_shard)
         missing = [
             (shard.images, shard.path, shard.start)
             for shard in shards
@@ -95,7 +111,8 @@ def write_shards(
         ]
         write = _write_tar if format == "tar" else _write_parquet
         parallel_map_with_progress(write, missing, "writing shards")
-        _finish_shards(shards, whole, format)
+        check_still_the_same(source, names, fingerprint, accept=accept)
+        _finish_shards(shards, whole, format, folder)
         replace_path(whole, folder)
     return folder
 
@@ -123,12 +140,12 @@ def _plan_shards(
     return shards
 
 
-def _finish_shards(shards: Sequence[_Shard], folder: Path, format: str) -> None:
+def _finish_shards(shards: Sequence[_Shard], folder: Path, format: str, out: Path) -> None:
     """Write the catalog and the list of images left out, and remove the temporary files."""
     lists = [_left_out_path(shard.path) for shard in shards]
     lines = [line for file in lists for line in read_names(file)]
     if len(lines) == sum(len(shard.images) for shard in shards):
-        shutil.rmtree(folder.parent, ignore_errors=True)
+        delete_parts(out)
         name, _, reason = lines[0].partition("\t")
         raise none_readable(len(lines), name, reason)
     if format == "tar":
@@ -137,8 +154,7 @@ def _finish_shards(shards: Sequence[_Shard], folder: Path, format: str) -> None:
         ]
         write_sidecar_catalog(folder, files)
     if lines:
-        with atomic_write(folder / LEFT_OUT_FILE) as part:
-            write_names(part, lines)
+        write_names(folder / LEFT_OUT_FILE, lines)
     for file in lists:
         file.unlink()
 
@@ -181,8 +197,7 @@ def _iter_readable(images: Images, left_out_path: Path) -> Iterator[tuple[int, b
             lines.append(reason_line(images.keys[i], reason))
             continue
         yield i, data, FORMAT_SUFFIXES.get(kind, kind.lower())
-    with atomic_write(left_out_path) as part:
-        write_names(part, lines)
+    write_names(left_out_path, lines)
 
 
 def _write_tar(images: Images, path: Path, start_index: int) -> None:

@@ -65,7 +65,7 @@ def finish(
 
     Args:
         run: The run folder, held by this process.
-        training: The training that ended. If it diverged, its model gets the last good weights.
+        training: The training that ended. If it diverged, its backbone gets the last good weights.
         outcome: How it ended. The features of a run that was stopped are not measured.
         lines: The records of metrics.jsonl.
         data: The images.
@@ -75,7 +75,9 @@ def finish(
     """
     recipe, model = run.recipe, training.model
     if outcome.diverged and (checkpoint := run.checkpoint()):
-        model.load_state_dict(checkpoint["model"])
+        prefix, weights = "backbone.", checkpoint["model"]  # of all processes: rows of eta as well
+        backbone = {k.removeprefix(prefix): x for k, x in weights.items() if k.startswith(prefix)}
+        model.backbone.load_state_dict(backbone)
     worth = Worth()
     if outcome.step == outcome.steps and not outcome.diverged:
         worth = measure_worth(training, data)

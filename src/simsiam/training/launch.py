@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import nn
+from torch.optim import Optimizer
 from typing_extensions import Unpack
 
 from simsiam.config.keyword_settings import PretrainSettings
-from simsiam.config.recipes import Recipe
+from simsiam.config.recipes import CONVERTED_SOURCES, Recipe
 from simsiam.distributed.process_group import distributed_entry_point, rank_zero_only, world_size
-from simsiam.errors import UsageError, WorkFailed
+from simsiam.errors import UsageError, WorkFailed, printable, truncate
 from simsiam.model.memory import catch_out_of_memory
 from simsiam.model.targets import eta_bytes
 from simsiam.runs.compose import compose_recipe, open_run_source
@@ -19,9 +21,11 @@ from simsiam.runs.environment import collect_environment
 from simsiam.runs.journal import MetricsLogger
 from simsiam.runs.loggers.choice import choose_loggers, parse_loggers, read_choice
 from simsiam.runs.recipe_file import write_recipe
+from simsiam.runs.records import TrainingState
 from simsiam.runs.run_folder import Run, reserved_run_path
 from simsiam.runs.weights import record_origin
-from simsiam.sources.open_source import absolute_sources
+from simsiam.sources.open_source import absolute_sources, source_names
+from simsiam.sources.own_marks import is_named, mark_places, unnamed_places_error
 from simsiam.training.budget import fit_to_minutes
 from simsiam.training.finish import finish
 from simsiam.training.loop import run_training
@@ -65,7 +69,8 @@ def pretrain(
     """
     begun = time.monotonic()
     loggers = parse_loggers(logger)
-    complete, opened, reasons = compose_recipe(source, recipe, overrides)
+    command = ["pretrain", *(["--out", str(out)] if out else [])]
+    complete, opened, reasons = compose_recipe(source, recipe, overrides, command)
     if minutes is not None:
         elapsed = time.monotonic() - begun
         complete, lines = fit_to_minutes(
@@ -79,6 +84,8 @@ def pretrain(
         with Run.create(path, complete).lock() as run:
             record_origin(run)
             choose_loggers(run, loggers)
+            init = [] if complete.init is None else [complete.init]
+            mark_places(run.path, init=init, loggers=loggers)
             train_run(run, data, setup, messages)
     return path
 
@@ -90,6 +97,7 @@ def resume(
     epochs: int | None = None,
     source: str | os.PathLike[str] | Sequence[str] | None = None,
     logger: str | Sequence[str] | None = None,
+    accept_changed_source: bool = False,
 ) -> Path:
     """Continue a run bit for bit from its last checkpoint.
 
@@ -100,12 +108,15 @@ def resume(
         source: Where the run's images are now, if they have moved; it is kept in the recipe.
         logger: As in `pretrain`; by default the loggers that the run has. They are sent what they
             lack, also of a run that is complete.
+        accept_changed_source: Whether the run goes on if its images have changed: if some are
+            missing, new, renamed, labeled otherwise or have another content.
 
     Returns:
         The path of the run folder.
 
     Raises:
-        UsageError: If there is no run, or it cannot be extended.
+        UsageError: If there is no run, it cannot be extended, its images have changed, or only its
+            recipe names them.
         WorkFailed: If the loss diverged or no image can be read.
         Stopped: After SIGINT or SIGTERM; the run is saved.
     """
@@ -118,20 +129,87 @@ def resume(
                     "its steps not set"
                 )
             run.recipe = run.recipe.replace(epochs=epochs)
+        check_named(run, source, loggers)
         if source is not None:
             run.recipe = run.recipe.replace(source=absolute_sources(source))
         # The checkpoint holds all weights, so `init` is needed only before the first one.
         recipe = run.recipe.replace(init=None) if run.has_checkpoint else run.recipe
-        data = prepare_data(run.recipe, open_run_source(run.recipe))
+        opened = open_run_source(run, place=source, command=list)
+        data = prepare_data(run.recipe, opened)
         setup = build_training_setup(recipe)
         write_recipe(run.path, run.recipe)
+        if source is not None:
+            mark_places(run.path, source=run.recipe.source)
         if loggers is not None:
             choose_loggers(run, loggers)
-        train_run(run, data, setup, messages=[])
+            mark_places(run.path, loggers=loggers)
+        train_run(run, data, setup, [], accept_changed_source=accept_changed_source)
     return run.path
 
 
-def train_run(run: Run, data: RunData, setup: TrainingSetup, messages: list[str]) -> None:
+def restore(model: nn.Module, optimizer: Optimizer, state: TrainingState, run: Run) -> None:
+    """Load the state of a checkpoint into model and optimizer.
+
+    Args:
+        model: The model.
+        optimizer: Its optimizer.
+        state: What the checkpoint holds.
+        run: The run, for the error.
+
+    Raises:
+        UsageError: The state does not fit.
+    """
+    try:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+    except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
+        reason = truncate(" ".join(str(error).split()))
+        raise UsageError(
+            f"the checkpoint of {run.path} does not fit its recipe: {printable(reason)}"
+        ) from None
+
+
+def check_named(
+    run: Run,
+    source: str | os.PathLike[str] | Sequence[str] | None,
+    loggers: Sequence[str] | None,
+) -> None:
+    """Check that the user has named all places that a run needs to go on; see `own_marks`.
+
+    Args:
+        run: The run folder.
+        source: The images, if this command names them.
+        loggers: The loggers, if this command names them.
+
+    Raises:
+        UsageError: Only the run names them; the message has the command that does.
+    """
+    recipe, chosen, folder = run.recipe, read_choice(run).names, run.path
+    unnamed = dict[str, list[str]]()
+    known = recipe.source in CONVERTED_SOURCES or is_named(folder, "source", recipe.source)
+    if source is None and not known:
+        unnamed["images"] = ["--source", *recipe.source]
+    if loggers is None and not is_named(folder, "loggers", chosen):
+        unnamed["loggers"] = ["--logger", *chosen]
+    command = ["resume", str(folder), *(word for words in unnamed.values() for word in words)]
+    init = [] if recipe.init is None or run.has_checkpoint else [recipe.init]
+    if not is_named(folder, "init", init):
+        unnamed["initial weights"] = init
+        names = source_names(recipe.source if source is None else source)
+        file = str(folder / "recipe.yaml")
+        command = ["pretrain", *names, "--recipe", file, "--init", *init]
+    if unnamed:
+        raise unnamed_places_error(folder, " and ".join(unnamed), command)
+
+
+def train_run(
+    run: Run,
+    data: RunData,
+    setup: TrainingSetup,
+    messages: list[str],
+    *,
+    accept_changed_source: bool = False,
+) -> None:
     """Train a run from its last checkpoint, or from the start, to its end; finish its folder.
 
     Args:
@@ -139,14 +217,21 @@ def train_run(run: Run, data: RunData, setup: TrainingSetup, messages: list[str]
         data: The images to train on and those kept out.
         setup: Model, optimizer, device and precision.
         messages: Lines to print first.
+        accept_changed_source: Whether other images than before are accepted.
 
     Raises:
+        UsageError: If the images have changed.
         WorkFailed: If the loss diverged.
         Stopped: After a signal.
     """
     recipe, method, num_images = run.recipe, run.recipe.method, len(data.train)
     model, optimizer, compute = setup
-    state, changes = run.load_or_create_state(collect_environment(compute), num_images=num_images)
+    state, changes = run.load_or_create_state(
+        collect_environment(compute),
+        num_images,
+        data.fingerprint,
+        accept_changed_source=accept_changed_source,
+    )
     with MetricsLogger(
         run,
         state["step"],
@@ -171,8 +256,7 @@ def train_run(run: Run, data: RunData, setup: TrainingSetup, messages: list[str]
             per_epoch=training.steps_per_epoch,
         )
         if "model" in state:
-            model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
+            restore(model, optimizer, state, run)
         run.quarantine(data.unreadable, images_seen=data.total_images)
         with catch_out_of_memory(recipe.replace(precision=compute.precision), compute.device):
             outcome = run_training(training, messages + changes)

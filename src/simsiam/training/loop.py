@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, Protocol, TypeAlias, TypeVar
+from typing import Generic, Protocol, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from simsiam.distributed.collectives import all_gather_objects, all_reduce_max
 from simsiam.distributed.process_group import rank_zero_only
 from simsiam.distributed.sync_batch_norm import synchronize_replicas
-from simsiam.errors import Stopped, UsageError
+from simsiam.errors import Stopped, UsageError, printable
 from simsiam.monitoring.gauges import all_finite
-from simsiam.runs.records import Record
-from simsiam.runs.run_folder import read_checkpoint
+from simsiam.runs.records import Record, SavedTraining
+from simsiam.runs.run_folder import TrainingFolder, read_checkpoint, say_once
 from simsiam.training.progress import ProgressLine, Stopwatch
-from simsiam.utils.files import atomic_write
+from simsiam.utils.files import atomic_write, make_folder
 from simsiam.utils.interrupt import InterruptHandler
+from simsiam.utils.typed_json import check_type
 
 Metrics: TypeAlias = Mapping[str, float | None]  # named numbers; None where there is none yet
 SkippedFiles: TypeAlias = Sequence[tuple[str, str]]  # key and reason of unreadable files
@@ -215,19 +216,21 @@ def load_state(
         UsageError: If the folder holds a training with other settings, or a damaged file.
     """
     path = folder / "last.pt"
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     if not path.exists():
         return dict(initial)
     try:
-        state = read_checkpoint(path)
+        state = check_type(read_checkpoint(path), SavedTraining, printable(str(path)))
     except UsageError as error:
         raise UsageError(f"{error}: delete it to start the training again") from None
+    for line in TrainingFolder(folder).missing_metrics(state):
+        say_once(line)
     for name, value in settings.items():
         if (saved := state["settings"].get(name)) != value:
             raise UsageError(
                 f"{folder} holds a training with {name} {saved}, not {value}: choose another folder"
             )
-    return state
+    return cast(Record, state)
 
 
 @rank_zero_only
@@ -242,5 +245,6 @@ def save_state(folder: Path, settings: Mapping[str, object], state: Mapping[str,
     Raises:
         WorkFailed: If the file cannot be written; the one before is kept.
     """
+    metrics = {"metrics": TrainingFolder(folder).sync_metrics()}
     with atomic_write(folder / "last.pt") as part, open(part, "wb") as file:
-        torch.save({"settings": dict(settings)} | dict(state), file)
+        torch.save({"settings": dict(settings)} | dict(state) | metrics, file)

@@ -4,7 +4,6 @@ Sizes are counted on the model itself. The speed is measured on this machine or 
 `simsiam bench` measured on another one. Assumptions are listed with the results.
 """
 
-import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -40,6 +39,7 @@ from simsiam.training.inspect import BUSY_LINES, RecipeFacts, format_recipe
 from simsiam.training.prepare import build_training_setup
 from simsiam.training.speed import BUSY_LOAD, Speed, kept_speed, seconds_per_image
 from simsiam.utils.flops import count_flops
+from simsiam.utils.typed_json import read_json
 from simsiam.utils.workers import CPU_CORES
 
 FILE_SAMPLE_SIZE = 200  # images whose files are measured
@@ -200,7 +200,7 @@ def plan(
         if value is not None and value < 1:
             raise UsageError(f"{name} is {value}; it is at least 1")
     names = source_names(sources)
-    resolved, source, (chosen, *reasons) = compose_recipe(names, recipe, settings)
+    resolved, source, (chosen, *reasons) = compose_recipe(names, recipe, settings, ["plan"])
     if resolved.batch_size % gpus:
         raise UsageError(
             f"batch_size {resolved.batch_size} cannot be divided evenly among {gpus} processes: "
@@ -381,12 +381,11 @@ def speed_from_bench(
 
 def _read_bench_file(file: str | os.PathLike[str]) -> dict[str, Any]:
     try:
-        report = json.loads(Path(file).read_text("utf-8"))
+        return read_json(file, dict[str, Any])
     except OSError as error:
         raise UsageError(f"cannot read {printable(str(file))}: {error.strerror}") from None
-    except ValueError:
-        report = None
-    return report if isinstance(report, dict) else {}
+    except UsageError:
+        return {}
 
 
 def _achieved_flops(case: Mapping[str, Any]) -> float:

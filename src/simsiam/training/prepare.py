@@ -29,6 +29,7 @@ from simsiam.monitoring.features import extract_features
 from simsiam.runs.encoder import eval_transform, load
 from simsiam.runs.weights import load_init_weights, open_weights
 from simsiam.sources.disk_cache import with_disk_cache
+from simsiam.sources.fingerprint import fingerprint_source
 from simsiam.sources.open_source import Source
 
 
@@ -43,6 +44,7 @@ class RunData:
         held_out: The labeled images that are classified in the kNN monitor, if there are any.
         unreadable: Key and reason of the files that cannot be decoded.
         total_images: The number of images before unreadable ones were left out.
+        fingerprint: That of the source; see `simsiam.sources.fingerprint`.
     """
 
     train: Images
@@ -50,6 +52,7 @@ class RunData:
     held_out: Images | None
     unreadable: list[tuple[str, str]]
     total_images: int
+    fingerprint: dict[str, str]
 
 
 def prepare_data(recipe: ResolvedRecipe, source: Source) -> RunData:
@@ -68,9 +71,10 @@ def prepare_data(recipe: ResolvedRecipe, source: Source) -> RunData:
         The images to train on and to monitor with.
 
     Raises:
-        UsageError: If the images do not fill one batch, or the target needs labels that are
-            missing.
+        UsageError: If the images do not fill one batch, the target needs labels that are missing,
+            or the processes see different images.
     """
+    fingerprint = fingerprint_source(source, recipe.source)
     limit_bytes = int(recipe.cache_gib * 2**30)
     selected = sample(source.train, recipe.limit)
     train, unreadable = load_into_memory(selected, limit_bytes)
@@ -100,7 +104,7 @@ def prepare_data(recipe: ResolvedRecipe, source: Source) -> RunData:
     train = with_disk_cache(
         train, recipe.source, source.train, min_decode_side(recipe), cache_bytes
     )
-    return RunData(train, bank, held_out, unreadable, total_images)
+    return RunData(train, bank, held_out, unreadable, total_images, fingerprint)
 
 
 def check_labels(images: Images, dim: int, name: str) -> None:

@@ -5,24 +5,42 @@ import errno
 import glob
 import json
 import os
+import re
 import shutil
 import socket
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from io import FileIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO
 
 import psutil
 from platformdirs import user_cache_dir
 
-from simsiam.errors import UsageError, WorkFailed, printable
-from simsiam.utils.system import WINDOWS, replace_path, try_lock, user_temporary_folder
+from simsiam.errors import UsageError, WorkFailed, printable, truncate
+from simsiam.utils.read_files import read_text
+from simsiam.utils.system import (
+    WINDOWS,
+    check_no_link,
+    guard_folder,
+    open_folder,
+    open_own,
+    replace_path,
+    sync_folder,
+    try_lock,
+    user_temporary_folder,
+)
 
-if TYPE_CHECKING:
-    from pyarrow.ipc import RecordBatchFileReader
+# The marks of this program: only what has one of these names is ever deleted.
+PART_NAME = re.compile(r"\.simsiam-([0-9]{1,9})\.part$")  # with the process that writes the file
+WORK_FILE = ".simsiam-lock"  # in the folder for the parts of an output
+CACHE_BYTES = 2**18  # that a cache must have room for, to be used
+# What spreadsheets take for a formula, in any width, or would after an apostrophe is removed; and
+# what they take for a number.
+FORMULA = re.compile("'*[=+\\-@\\t\\r\\n\uff1d\uff0b\uff0d\uff20]")
+NUMBER = re.compile(r"[+-]?[0-9][0-9.]*(e[+-]?[0-9]+)?( ± [0-9.]+)?( %)?")
 
 
 @contextmanager
@@ -39,22 +57,32 @@ def atomic_write(path: Path, *, backup: Path | None = None) -> Iterator[Path]:
     Raises:
         WorkFailed: If the system refuses to write; what was at `path` is unchanged.
     """
-    part = _part_path(path)
+    part, replaced = _part_path(path), False
     try:
-        yield part
-        with open(part, "rb+") as file:
-            os.fsync(file.fileno())
-        if backup is not None and path.exists():
-            replace_path(path, backup)
-        replace_path(part, path)
+        with open_folder(path.parent) as folder:
+            _remove_parts(path)
+            open_own(part, "xb").close()
+            yield part
+            _sync_file(part)
+            kept = backup if backup is not None and path.exists() else None
+            if kept is not None:
+                replace_path(path, kept, folder)
+            try:
+                replace_path(part, path, folder)
+            except OSError:
+                if kept is not None:
+                    replace_path(kept, path, folder)
+                raise
+            replaced = True
+            sync_folder(folder)
     except Exception as error:
         if (reason := os_error_reason(error)) is None:
             raise
-        raise WorkFailed(
-            f"cannot write {printable(str(path))}: {reason}; what was there before is unchanged"
-        ) from error
+        unchanged = "" if replaced else "; what was there before is unchanged"
+        raise WorkFailed(f"cannot write {printable(str(path))}: {reason}{unchanged}") from error
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink()
 
 
 def check_writable(*paths: str | os.PathLike[str] | None) -> None:
@@ -78,7 +106,7 @@ def check_writable(*paths: str | os.PathLike[str] | None) -> None:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Fill a folder beside `path` and move it to `path` once it is complete.
+    """Fill a folder beside `path` and move it to `path` once it is complete and on the disk.
 
     Args:
         path: The folder to create; an empty folder may exist there.
@@ -91,15 +119,29 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """
     part = _part_path(path)
     try:
-        part.mkdir(parents=True)
-        yield part
-        replace_path(part, path)
+        with open_folder(path.parent, create=True) as folder:
+            _remove_parts(path)
+            part.mkdir()
+            yield part
+            for place, _, names in os.walk(part, topdown=False):
+                for name in names:
+                    _sync_file(Path(place, name))
+                with open_folder(Path(place)) as inner:
+                    sync_folder(inner)
+            replace_path(part, path, folder)
+            sync_folder(folder)
     except Exception as error:
         if (reason := os_error_reason(error)) is None:
             raise
         raise WorkFailed(f"cannot write {printable(str(path))}: {reason}") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def _sync_file(path: Path) -> None:
+    """Put a file onto the disk."""
+    with open_own(path, "rb+") as file:
+        os.fsync(file.fileno())
 
 
 def os_error_reason(error: BaseException | None) -> str | None:
@@ -120,18 +162,30 @@ def os_error_reason(error: BaseException | None) -> str | None:
     return None if error is None else os.strerror(error.errno or 0)
 
 
-def remove_stale_parts(folder: Path, name: str = "") -> None:
-    """Delete the temporary files that killed processes left behind.
+def stale_parts(folder: Path, name: str = "") -> list[Path]:
+    """List the temporary files and folders that killed processes left behind.
 
     Args:
-        folder: The folder to clean.
-        name: The file that the temporary files were for; by default any.
+        folder: The folder that they are in.
+        name: The file that they were for; by default any.
     """
-    for part in folder.glob(f"{glob.escape(name) or '*'}.*.part"):
-        pid = part.name.split(".")[-2]
-        if pid.isdigit() and not psutil.pid_exists(int(pid)):
-            with suppress(OSError):
-                _remove(part)
+    return [
+        part
+        for part in folder.glob(f"{glob.escape(name) or '*'}.simsiam-*.part")
+        if (match := PART_NAME.search(part.name)) and not psutil.pid_exists(int(match[1]))
+    ]
+
+
+def remove_stale_parts(folder: Path, name: str = "") -> None:
+    """Delete what `stale_parts` lists.
+
+    Args:
+        folder: The folder that they are in.
+        name: The file that they were for; by default any.
+    """
+    for part in stale_parts(folder, name):
+        with suppress(OSError):
+            _remove(part)
 
 
 def _remove(path: Path) -> None:
@@ -143,9 +197,14 @@ def _remove(path: Path) -> None:
 
 
 def _part_path(path: Path) -> Path:
-    """Return the temporary path for `path`, after deleting those of killed processes."""
+    """Return the temporary path for `path`."""
+    return path.with_name(f"{path.name}.simsiam-{os.getpid()}.part")
+
+
+def _remove_parts(path: Path) -> None:
+    """Delete the temporary files for `path` of killed processes, of one with our number too."""
     remove_stale_parts(path.parent, path.name)
-    return path.with_name(f"{path.name}.{os.getpid()}.part")
+    _remove(_part_path(path))
 
 
 @contextmanager
@@ -164,22 +223,21 @@ def file_lock(path: Path, *, wait: bool = False) -> Iterator[bool]:
     Raises:
         UsageError: If the lock file cannot be written.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a", encoding="utf-8")  # noqa: SIM115
-    except OSError as error:
-        folder, reason = printable(str(path.parent)), error.strerror or error
-        raise UsageError(f"cannot write to {folder}: {reason}") from None
-    with file:
-        if not try_lock(file, wait=wait):
-            yield False
-            return
-        # On a full disk the lock holds without the text, which is for users.
+    with ExitStack() as stack:
+        try:
+            make_folder(path.parent)
+            file = stack.enter_context(open_own(path, "ab"))
+            locked = try_lock(file, wait=wait)
+        except OSError as error:
+            folder, reason = printable(str(path.parent)), error.strerror or error
+            raise UsageError(f"cannot write to {folder}: {reason}") from None
+        # On a full disk the lock holds without the text, which is for users. A file with a second
+        # name may be someone's own file there.
         with suppress(OSError):
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}")
-            file.flush()
-        yield True
+            if locked and os.fstat(file.fileno()).st_nlink == 1:
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+        yield locked
 
 
 @contextmanager
@@ -198,7 +256,7 @@ def exclusive_lock(path: Path, work_name: str) -> Iterator[None]:
     """
     with file_lock(path) as locked:
         if not locked:
-            process = path.read_text("utf-8") or "another process"
+            process = printable(truncate(read_text(path, errors="replace"))) or "another process"
             raise UsageError(f"{work_name} is being worked on by {process}: one at a time")
         yield
 
@@ -225,16 +283,83 @@ def locked_work_folder(out: Path) -> Iterator[Path]:
         The folder.
 
     Raises:
-        UsageError: If another process has the lock, or the folder cannot be written.
+        UsageError: If another process has the lock, the folder cannot be written, or what is in its
+            place is not of this program.
     """
     work = parts_folder(out)
-    with exclusive_lock(work / ".lock", printable(str(out))):
+    if not os.path.lexists(work):
+        try:
+            with atomic_folder(work) as part:
+                open_own(part / WORK_FILE, "xb").close()
+        except WorkFailed:
+            if not os.path.lexists(work):  # no other process was faster
+                raise
+    check_no_link(work, os.lstat(work))
+    if not os.path.lexists(work / WORK_FILE):
+        raise UsageError(
+            f"{printable(str(work))} is in the way of the parts of {printable(out.name)}, and not "
+            "of this program: move it away, or choose another --out"
+        )
+    guard_folder(work)
+    with exclusive_lock(work / WORK_FILE, printable(str(out))):
         yield work
-        shutil.rmtree(work, ignore_errors=True)  # under the lock: nobody else works in it
+        delete_parts(out)
     if WINDOWS:  # where an open file, such as the lock, cannot be deleted
-        with suppress(OSError):
-            (work / ".lock").unlink()
-            work.rmdir()
+        delete_parts(out)
+
+
+def delete_parts(out: Path) -> None:
+    """Delete the folder for the parts of an output. Call it under the lock on the folder.
+
+    Args:
+        out: The output.
+    """
+    work = parts_folder(out)
+    with suppress(OSError):
+        for path in work.iterdir():
+            if path.name != WORK_FILE:
+                _remove(path)
+        (work / WORK_FILE).unlink()  # the mark goes last: a kill leaves nothing without it
+        work.rmdir()
+
+
+def delete_parts_of_finished(out: Path) -> None:
+    """Delete the parts of an output that is complete, if a kill has kept them from being deleted.
+
+    Args:
+        out: The output, which exists.
+    """
+    if os.path.lexists(parts_folder(out) / WORK_FILE):
+        with suppress(UsageError), locked_work_folder(out):  # unless another process works there
+            pass
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it, where they are missing.
+
+    Args:
+        path: The folder.
+
+    Raises:
+        OSError: The system refuses.
+        UsageError: It is behind a link in a guarded folder.
+    """
+    with open_folder(path, create=True):
+        pass
+
+
+def check_no_links(folder: Path) -> None:
+    """Check that nothing below a folder leads out of it, before another program writes there.
+
+    Args:
+        folder: The folder.
+
+    Raises:
+        UsageError: There is a link.
+    """
+    for place, folders, names in os.walk(folder):
+        for path in (Path(place, name) for name in (*folders, *names)):
+            check_no_link(path, os.lstat(path))
 
 
 def write_text(path: Path, content: str) -> None:
@@ -271,20 +396,51 @@ def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]
         rows: The values of each row.
     """
     with atomic_write(path) as part, open(part, "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([header, *rows])
+        write_csv_rows(file, [header, *rows])
 
 
-def open_arrow_file(path: str | os.PathLike[str]) -> "RecordBatchFileReader":
-    """Open a file of Arrow's, mapped into memory.
-
-    Windows does not replace a mapped file, so it is read there.
+def write_csv_rows(file: IO[str], rows: Iterable[Sequence[object]], line_end: str = "\r\n") -> None:
+    """Write rows of a CSV file that a spreadsheet takes as data, not as formulas.
 
     Args:
-        path: The file.
+        file: The open file.
+        rows: The values of each row.
+        line_end: What ends a row.
     """
-    import pyarrow as pa
+    plain = csv.writer(file, lineterminator=line_end)
+    quoted = csv.writer(file, lineterminator=line_end, quoting=csv.QUOTE_NONNUMERIC)
+    for row in rows:
+        cells = [spreadsheet_text(cell) if isinstance(cell, str) else cell for cell in row]
+        # Some spreadsheets separate cells at these too.
+        separable = any(isinstance(cell, str) and re.search("[;\t]", cell) for cell in cells)
+        (quoted if separable else plain).writerow(cells)
 
-    return pa.ipc.open_file((pa.OSFile if WINDOWS else pa.memory_map)(os.fspath(path)))
+
+def spreadsheet_text(text: str) -> str:
+    """Mark a text that a spreadsheet would run as a formula: with an apostrophe before it.
+
+    Args:
+        text: The text of a cell.
+
+    Returns:
+        The text; `plain_text` undoes the mark.
+    """
+    return f"'{text}" if FORMULA.match(text) and not NUMBER.fullmatch(text) else text
+
+
+def plain_text(text: str) -> str:
+    """Undo `spreadsheet_text`.
+
+    Args:
+        text: The text of a cell.
+    """
+    return text[1:] if text.startswith("'") and FORMULA.match(text) else text
+
+
+def keep_fonts_in_cache() -> None:
+    """Make matplotlib keep its list of fonts in this program's cache, and nothing elsewhere."""
+    if "matplotlib" not in sys.modules:
+        os.environ.setdefault("MPLCONFIGDIR", str(cache_dir("matplotlib")))
 
 
 def cache_dir(name: str) -> Path:
@@ -304,14 +460,17 @@ def cache_dir(name: str) -> Path:
 def writable_cache() -> Iterator[None]:
     """Use a temporary folder as the cache while the body runs, if the user's cannot be written.
 
+    Its disk may be full.
+
     Yields:
         Nothing.
     """
     root = cache_dir("")
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=root):
-            pass
+        with tempfile.TemporaryFile(dir=root) as file:
+            file.write(bytes(CACHE_BYTES))
+            file.flush()
     except OSError as error:
         temporary = user_temporary_folder()
         text = (
@@ -349,7 +508,7 @@ def start_or_continue_job(work_folder: Path, job: Mapping[str, object]) -> None:
         for path in work_folder.glob("[!.]*"):  # a finished job was killed while it cleaned up
             _remove(path)
         write_text(record, description)
-    if record.read_text("utf-8") != description:
+    if read_text(record) != description:
         raise UsageError(
             f"{work_folder} holds the parts of another job, which was not finished: "
             "delete it, or change --out"

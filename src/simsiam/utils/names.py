@@ -5,13 +5,17 @@ What a person reads on a terminal or a page goes through `simsiam.errors.printab
 
 import codecs
 import os
+import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 
 from simsiam.errors import UsageError, printable
+from simsiam.utils.files import atomic_write
+from simsiam.utils.read_files import read_bytes
 
+MAX_LIST_BYTES = 2**30  # of a list of files: ten million names of a hundred bytes
 UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # at the start of a file
 
 
@@ -98,13 +102,19 @@ def reason_line(name: str, reason: str) -> str:
 
 
 def write_names(path: Path, lines: Iterable[str]) -> None:
-    """Write lines that contain file names, as the bytes that the names have on the disk.
+    """Write a file of lines that contain file names, as the bytes that these have on the disk.
+
+    It appears complete or not at all.
 
     Args:
         path: The file.
         lines: The lines, without line breaks.
+
+    Raises:
+        WorkFailed: It cannot be written.
     """
-    path.write_bytes("".join(f"{line}\n" for line in lines).encode("utf-8", "surrogateescape"))
+    with atomic_write(path) as part:
+        part.write_bytes(join_names(lines))
 
 
 def read_names(path: Path) -> list[str]:
@@ -116,7 +126,31 @@ def read_names(path: Path) -> list[str]:
     Returns:
         The lines.
     """
-    return path.read_bytes().decode("utf-8", "surrogateescape").split("\n")[:-1]
+    return split_names(read_bytes(path, MAX_LIST_BYTES))
+
+
+def join_names(lines: Iterable[str]) -> bytes:
+    """Encode lines that contain file names.
+
+    Args:
+        lines: The lines, without line breaks.
+
+    Returns:
+        The content of a file.
+    """
+    return "".join(f"{line}\n" for line in lines).encode("utf-8", "surrogateescape")
+
+
+def split_names(data: bytes) -> list[str]:
+    """Decode what `join_names` encoded.
+
+    Args:
+        data: The content of a file.
+
+    Returns:
+        The lines.
+    """
+    return data.decode("utf-8", "surrogateescape").split("\n")[:-1]
 
 
 def read_list(path: Path) -> list[bytes]:
@@ -131,9 +165,9 @@ def read_list(path: Path) -> list[bytes]:
 
     Raises:
         OSError: It cannot be read.
-        UsageError: It is in another encoding.
+        UsageError: It is in another encoding, or not a regular file.
     """
-    data = path.read_bytes()
+    data = read_bytes(path, MAX_LIST_BYTES)
     try:
         if data.startswith(UTF16_MARKS):
             data = os.fsencode(data.decode("utf-16"))
@@ -146,3 +180,33 @@ def read_list(path: Path) -> list[bytes]:
         ) from None
     lines = data.removeprefix(codecs.BOM_UTF8).splitlines()
     return [line for line in lines if line.strip()]
+
+
+def hide_keys(text: str) -> str:
+    """Remove user names, passwords and query strings from a URL: each may be a key.
+
+    Args:
+        text: A source, or any text.
+
+    Returns:
+        The text; after a URL with a query, nothing of it is kept.
+    """
+    text = re.sub("://[^/]*@", "://", text)
+    return re.sub("(://[^?#]*)[?#].*", r"\1", text, flags=re.DOTALL)
+
+
+def without_credentials(values: Mapping[str, object]) -> dict[str, object]:
+    """Remove what may be a key from the URLs in plain data, such as a recipe; see `hide_keys`.
+
+    Args:
+        values: Texts, numbers, lists and mappings, by name.
+    """
+    return {name: _hide_all_keys(value) for name, value in values.items()}
+
+
+def _hide_all_keys(value: object) -> object:
+    if isinstance(value, Mapping):
+        return without_credentials(value)
+    if isinstance(value, list | tuple):
+        return [_hide_all_keys(item) for item in value]
+    return hide_keys(value) if isinstance(value, str) else value

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from glob import glob
+from io import FileIO
 from math import nan
 from pathlib import Path
 from shutil import disk_usage
@@ -27,12 +28,15 @@ if sys.platform == "win32":
     import msvcrt
 else:
     import fcntl
+    import resource
 
 WINDOWS = sys.platform == "win32"
 LOCKED_BYTE = 2**30  # the byte that is locked on Windows, behind the text, which others can read
 LOCK_POLLING_SECONDS = 0.05
 REPLACE_SECONDS = 2.0  # time in which another program on Windows has to close a file
 SHARED_MEMORY = "/dev/shm"  # where data workers put the crops that they have made
+JUNCTION = 0xA0000003  # the tag of a folder on Windows that leads to another one
+_guarded = set[str]()  # folders below which no link is followed
 # Ctrl-C, the request to end, and on Windows Ctrl-Break, which also stands for a closed window.
 STOP_SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREAK") if hasattr(signal, name)
@@ -98,6 +102,25 @@ def peak_memory(*, reset: bool = False) -> float:
     except OSError:
         return nan
     return int(status.partition("VmHWM:")[2].split()[0]) / 2**10
+
+
+def limit_process(*, memory: int | None = None, cpu_seconds: int | None = None) -> None:
+    """Limit what this process may use from now on. It cannot be limited on Windows.
+
+    Args:
+        memory: Bytes of address space. macOS does not keep to it.
+        cpu_seconds: Seconds of processor time, after which the process is ended by SIGXCPU.
+    """
+    if sys.platform == "win32":
+        return
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if memory is not None:
+        with suppress(ValueError):  # macOS refuses less than what is in use
+            resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    if cpu_seconds is not None:
+        used = int(time.process_time()) + 1
+        _, hard = resource.getrlimit(resource.RLIMIT_CPU)
+        resource.setrlimit(resource.RLIMIT_CPU, (used + cpu_seconds, hard))
 
 
 def free_shared_memory() -> int | None:
@@ -184,7 +207,7 @@ def is_broken_pipe(error: BaseException) -> bool:
     return isinstance(error, BrokenPipeError) or (WINDOWS and invalid)
 
 
-def try_lock(file: IO[str], *, wait: bool = False) -> bool:
+def try_lock(file: FileIO, *, wait: bool = False) -> bool:
     """Lock an open file against other processes until it is closed.
 
     On POSIX it is a record lock and not flock: data workers, which outlive a killed process by
@@ -219,6 +242,154 @@ def try_lock(file: IO[str], *, wait: bool = False) -> bool:
             time.sleep(LOCK_POLLING_SECONDS)
 
 
+def guard_folder(path: str | os.PathLike[str]) -> None:
+    """From now on, follow no link below a folder when a file in it is opened, locked or moved.
+
+    Args:
+        path: The folder. It may be a link itself, or be reached through one.
+    """
+    _guarded.add(os.path.normcase(os.path.abspath(path)))
+
+
+def find_guarded(path: str | os.PathLike[str]) -> Path | None:
+    """Return the guarded folder that a path lies in: the outermost one; None if there is none.
+
+    Args:
+        path: The path.
+    """
+    path = Path(os.path.abspath(path))
+    folders = [folder for folder in (path, *path.parents) if os.path.normcase(folder) in _guarded]
+    return folders[-1] if folders else None
+
+
+def check_no_link(path: str | os.PathLike[str], status: os.stat_result) -> None:
+    """Check that a path leads to no other: it is no symbolic link, and on Windows no junction.
+
+    Args:
+        path: The path, for the error.
+        status: What `os.lstat` says of it.
+
+    Raises:
+        UsageError: It does.
+    """
+    if stat.S_ISLNK(status.st_mode) or getattr(status, "st_reparse_tag", 0) == JUNCTION:
+        raise UsageError(
+            f"{printable(os.fspath(path))} is a link, and nothing is read or written through it: "
+            "put the file or folder itself in its place"
+        )
+
+
+def check_regular(path: str | os.PathLike[str], status: os.stat_result) -> None:
+    """Check that a file is a regular one: a pipe or a device would block, or never end.
+
+    Args:
+        path: Its path, for the error.
+        status: What the system says of it.
+
+    Raises:
+        UsageError: It is something else.
+    """
+    if not stat.S_ISREG(status.st_mode):
+        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe, a device or a socket"
+        raise UsageError(f"{printable(os.fspath(path))} is {kind}, not a regular file")
+
+
+def _status(path: Path, folder: int | None) -> os.stat_result:
+    return os.stat(_at(path, folder), dir_fd=folder, follow_symlinks=False)
+
+
+def _at(path: Path, folder: int | None) -> Path:
+    """Return how a file is named beside the descriptor of its folder."""
+    return path if folder is None else Path(path.name)
+
+
+@contextmanager
+def open_folder(path: Path, *, create: bool = False) -> Iterator[int | None]:
+    """Open a folder, following no link below a guarded folder.
+
+    Args:
+        path: The folder.
+        create: Whether to make it and the folders above it, where they are missing.
+
+    Yields:
+        A descriptor of it; None on Windows, which has none. There links are looked for.
+
+    Raises:
+        OSError: The system refuses.
+        UsageError: It is behind a link.
+    """
+    path = Path(os.path.abspath(path))
+    place = find_guarded(path) or path
+    if create:
+        place.mkdir(parents=True, exist_ok=True)
+    folder = None if sys.platform == "win32" else os.open(place, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        for name in path.relative_to(place).parts:
+            place /= name
+            if create:
+                with suppress(FileExistsError):
+                    os.mkdir(_at(place, folder), dir_fd=folder)
+            check_no_link(place, _status(place, folder))
+            if sys.platform != "win32" and folder is not None:
+                flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
+                outer, folder = folder, os.open(name, flags, dir_fd=folder)
+                os.close(outer)
+        yield folder
+    finally:
+        if folder is not None:
+            os.close(folder)
+
+
+def open_own(path: Path, mode: str) -> FileIO:
+    """Open or create a file of this program, unbuffered: a regular file, and no link to one.
+
+    It is looked at before it is touched.
+
+    Args:
+        path: The file.
+        mode: A mode of `open`, binary.
+
+    Returns:
+        The open file.
+
+    Raises:
+        OSError: The system refuses.
+        UsageError: It is something else, or it is behind a link below a guarded folder.
+    """
+
+    def opener(_: str, flags: int) -> int:
+        if sys.platform != "win32":
+            flags |= os.O_NOFOLLOW | os.O_NONBLOCK
+        with open_folder(path.parent) as folder:
+            try:
+                with suppress(FileNotFoundError):
+                    check_no_link(path, status := _status(path, folder))
+                    check_regular(path, status)
+                return os.open(_at(path, folder), flags, 0o666, dir_fd=folder)
+            except OSError as error:
+                error.filename = os.fspath(path)
+                raise
+
+    return FileIO(os.fspath(path), mode, opener=opener)
+
+
+def sync_folder(folder: int | None) -> None:
+    """Put onto the disk which files a folder has. Windows does so itself.
+
+    Args:
+        folder: What `open_folder` yielded.
+
+    Raises:
+        OSError: The disk fails.
+    """
+    if folder is not None:
+        try:
+            os.fsync(folder)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):  # not on this file system
+                raise
+
+
 def open_nonblocking(path: str, flags: int) -> int:
     """Open a file without waiting for the other end of a pipe; an `opener` of `open`.
 
@@ -251,7 +422,7 @@ def read_at(file: IO[bytes], offset: int, size: int) -> bytes:
     return file.read(size)
 
 
-def replace_path(source: Path, target: Path) -> None:
+def replace_path(source: Path, target: Path, folder: int | None = None) -> None:
     """Move a file or folder to `target`, in place of a file or of an empty folder.
 
     Windows refuses while another program has the file open, as virus scanners do for a moment,
@@ -260,6 +431,8 @@ def replace_path(source: Path, target: Path) -> None:
     Args:
         source: What to move.
         target: Where to.
+        folder: A descriptor of the folder that both are in, from `open_folder`; None if there is
+            none.
 
     Raises:
         OSError: The system refuses.
@@ -270,7 +443,8 @@ def replace_path(source: Path, target: Path) -> None:
     deadline = time.monotonic() + REPLACE_SECONDS
     while True:
         try:
-            os.replace(source, target)
+            names = _at(source, folder), _at(target, folder)
+            os.replace(*names, src_dir_fd=folder, dst_dir_fd=folder)
             return
         except PermissionError:
             if not WINDOWS or time.monotonic() > deadline:

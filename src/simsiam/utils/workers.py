@@ -113,4 +113,6 @@ def _worker_loop(
                 result = function(*job)
             except (UsageError, WorkFailed) as error:
                 result = error
+            except OSError as error:
+                result = WorkFailed(str(error))
             sender.send(result)

@@ -1,6 +1,6 @@
 """The image files behind an embedding file, read again for comparisons in detail."""
 
-import io
+import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
-from PIL import Image
 
 from simsiam.data.decode import Unreadable, has_alpha
 from simsiam.data.images import Images
@@ -16,6 +15,7 @@ from simsiam.embeddings.copies.distance import SIDE, Detail, make_detail
 from simsiam.embeddings.table import Embeddings
 from simsiam.errors import UsageError, WorkFailed, printable
 from simsiam.sources.open_source import open_source
+from simsiam.sources.own_marks import is_mark_of, unnamed_places_error
 from simsiam.utils.names import utf8_name
 from simsiam.utils.workers import CPU_CORES
 
@@ -34,13 +34,21 @@ class Originals:
 
     Args:
         embeddings: The rows, with thumbnails.
+        file: Their file.
+        source: Where the images are; by default where the file says, if you have named these places
+            before.
 
     Attributes:
         missing: Why no image can be read again; "" if the source could be opened.
         unreadable: The reason for each row whose image was needed and could not be read.
     """
 
-    def __init__(self, embeddings: Embeddings):
+    def __init__(
+        self,
+        embeddings: Embeddings,
+        file: Path,
+        source: str | os.PathLike[str] | Sequence[str] | None = None,
+    ):
         self.embeddings = embeddings
         self.missing = ""
         self.unreadable: dict[int, str] = {}
@@ -52,9 +60,14 @@ class Originals:
         if not {"sources", "channels", "splits"} <= metadata.keys():
             self.missing = "the file does not say where they are: embed them again"
             return
+        places = [str(name) for name in metadata["sources"]]
+        if not source and not is_mark_of(str(metadata.get("own_mark")), "sources", places):
+            command = ["duplicates", str(file), "--source", *places]
+            self.missing = str(unnamed_places_error(file, "images", command))
+            return
         try:
-            source = open_source(
-                metadata["sources"],
+            opened = open_source(
+                source or places,
                 metadata["channels"],
                 no_labels=True,
                 splits=metadata["splits"],
@@ -62,7 +75,7 @@ class Originals:
         except (UsageError, WorkFailed, OSError) as error:
             self.missing = printable(str(error))
             return
-        self._splits = list(source.splits.values())
+        self._splits = list(opened.splits.values())
         for split, images in enumerate(self._splits):
             for i, key in enumerate(images.keys):
                 self._places.setdefault(utf8_name(key), []).append((split, i))
@@ -117,9 +130,7 @@ class Originals:
         Args:
             row: Its row.
         """
-        assert self.embeddings.thumbnails is not None, "checked when the file was opened"
-        image = Image.open(io.BytesIO(self.embeddings.thumbnails[row]))
-        return make_detail(np.asarray(image.convert("RGB")))
+        return make_detail(self.embeddings.thumbnail(row))
 
     def rows_with_alpha(self) -> list[int]:
         """Find the images that have an alpha channel; the header of each file is read."""

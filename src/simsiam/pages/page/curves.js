@@ -33,8 +33,8 @@ function curves() {
 /** The lines of a chart that have points: a line for each run and each series. */
 function chartLines(series) {
   return data.runs.flatMap((run) => series.map(([key, seriesName], place) => {
-    const points = (run.curves[key] ?? []).map((y, i) => [run.curves.epoch[i], y])
-      .filter(([x, y]) => x !== null && y !== null);
+    const points = (run.curves[key] ?? []).map((y, i) => [run.curves.epoch?.[i], y])
+      .filter(([x, y]) => isPresent(x) && isPresent(y));
     const runName = series.length > 1 ? `${run.name} ${seriesName}` : run.name;
     const color = several || place === 0 ? run.color : "var(--pale)";
     return { name: several ? runName : seriesName, points, second: several && place > 0, color };

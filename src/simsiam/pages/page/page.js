@@ -1,12 +1,22 @@
 // The page: all sections that have something to show, and links to them.
 
+/** What `render` returns; if it fails, a section that says so, so that the others are shown. */
+function attempt(render) {
+  try {
+    return render();
+  } catch (error) {
+    return section(`failed-${render.name}`, `No ${render.name}`, null,
+      el("p", { class: "pale" }, `This part of the page cannot be shown: ${error.message}`));
+  }
+}
+
 nameRuns();
 const sections = [
-  features(), candidates(), results(), transfers(), curves(), views(), mapSection(), neighborsSection(), recipe(),
-].filter(Boolean);
+  features, candidates, results, transfers, curves, views, mapSection, neighborsSection, recipe,
+].map(attempt).filter(Boolean);
 const footer = `Created by simsiam ${data.version} on ${formatTime(data.created)}. `
   + "This page is self-contained: it makes no network requests.";
 document.getElementById("page").replaceChildren(
-  header(), ...sections, el("footer", {}, el("small", {}, footer)));
+  attempt(header), ...sections, el("footer", {}, el("small", {}, footer)));
 document.getElementById("nav").append(...sections.map((part) =>
   el("a", { href: `#${part.id}` }, part.querySelector("h2").textContent)));

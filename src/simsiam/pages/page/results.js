@@ -243,14 +243,14 @@ function transfers() {
   const row = (r, metric, values) => {
     const tested = `${r.source}, ${r.test} (${formatNumber(r.n)})`;
     const cells = [
-      r.protocol, r.init.from, formatNumber(r.chosen.lr), tested, METRICS[metric] ?? metric];
+      r.protocol, r.init?.from, formatNumber(r.chosen?.lr), tested, METRICS[metric] ?? metric];
     return el("tr", { class: metric === r.tested_by ? null : "pale" },
       several ? el("td", {}, swatch(r.run.color), ` ${r.run.name}`) : null,
       cells.map((cell) => el("td", {}, cell)),
       PRECISIONS.map((key) => el("td", { class: "number" }, formatPercent(values[key]))));
   };
   const picture = (r) => el("details", { class: "card", open: !several },
-    el("summary", {}, `${r.source}, ${r.protocol}, initialized from ${r.init.from}`),
+    el("summary", {}, `${r.source}, ${r.protocol}, initialized from ${r.init?.from}`),
     el("img", {
       src: r.shown, alt: "top: annotated objects, bottom: detected objects",
       style: { width: "100%" },
@@ -259,7 +259,7 @@ function transfers() {
     "average precision of the fine-tuned backbone, percent",
     el("div", { class: "card scroll" }, el("table", {},
       el("tr", {}, headings(several ? ["run", ...columns] : columns), headings(PRECISIONS, true)),
-      records.flatMap((r) => Object.entries(r.metrics).map(([metric, values]) =>
+      records.flatMap((r) => Object.entries(r.metrics ?? {}).map(([metric, values]) =>
         row(r, metric, values))))),
     records.filter((r) => r.shown).map(picture));
 }

@@ -1,7 +1,6 @@
 """The verb `convert`: make a run folder, which every verb can use, from another checkpoint."""
 
 import os
-import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from simsiam.config.methods import METHODS
 from simsiam.config.recipes import UNKNOWN_SOURCE, Recipe, ResolvedRecipe
-from simsiam.errors import UsageError
+from simsiam.errors import UsageError, printable, truncate
 from simsiam.model.backbones import TIMM_PREFIX, timm_config
 from simsiam.model.precision import Compute
 from simsiam.runs.checkpoints.foreign_checkpoints import (
@@ -43,8 +42,10 @@ from simsiam.runs.run_folder import (
     check_vacant,
     write_untrained,
 )
-from simsiam.runs.weight_files import file_sha256, read_weight_file, tensors_sha256
-from simsiam.utils.files import atomic_folder
+from simsiam.runs.weight_files import read_weight_file, tensors_sha256
+from simsiam.utils.checksums import file_sha256
+from simsiam.utils.files import atomic_folder, atomic_write
+from simsiam.utils.read_files import open_regular
 
 NO_HEADS = "only a backbone: there is no z"  # a note in converted.json
 
@@ -174,7 +175,9 @@ def _from_file(
         assumed = assumed_preprocessing(converted.settings, stated)
         recipe = Recipe(method=converted.method, source=UNKNOWN_SOURCE).replace(**stated | assumed)
     except UsageError as error:
-        raise UsageError(f"{path}: {error}") from None
+        types = ", ".join(content.wrong_types)
+        aside = f"; set aside because of their types: {printable(truncate(types))}" if types else ""
+        raise UsageError(f"{path}: {error}{aside}") from None
     digest = file_sha256(path)
     notes = conversion_notes(converted, assumed, release, own=bool(known) and not release)
     if content.not_loaded:
@@ -277,7 +280,8 @@ def write_run(folder: Path, made: Conversion) -> None:
     env = collect_environment(Compute(torch.device("cpu"), "float32"))
     write_untrained(run, made.state, env, summary)
     if made.head is not None:
-        shutil.copyfile(made.head, run.path / HEAD_FILE)
+        with atomic_write(run.path / HEAD_FILE) as part, open_regular(made.head) as head:
+            part.write_bytes(head.read())
 
 
 def conversion_notes(

@@ -3,7 +3,6 @@
 They say which network they are of and how its images are prepared, so nothing has to be assumed.
 """
 
-import json
 from pathlib import Path
 
 from simsiam.config.recipes import PREPROCESSING_SETTINGS, Recipe
@@ -19,11 +18,12 @@ from simsiam.runs.checkpoints.foreign_checkpoints import (
 )
 from simsiam.runs.checkpoints.layouts import Layout
 from simsiam.runs.checkpoints.timm_weights import timm_architecture
-from simsiam.runs.preprocessing import described_settings
+from simsiam.runs.preprocessing import described_settings, described_weights
 from simsiam.runs.recipe_file import read_recipe
 from simsiam.runs.records import Record
 from simsiam.runs.run_folder import BACKBONE_FILE
 from simsiam.runs.weight_files import WeightFile
+from simsiam.utils.typed_json import read_json
 
 OWN_LAYOUT = Layout("this program", "backbone.", "projector.", "predictor.")
 
@@ -49,12 +49,11 @@ def own_settings(path: Path, content: WeightFile) -> Record:
     if recipe is not None:
         names = ("backbone", "channels", *PREPROCESSING_SETTINGS)
         return {name: getattr(recipe, name) for name in names}
-    metadata, described = content.metadata, path.with_name("preprocessing.json")
-    if {"backbone", "preprocessing"} <= metadata.keys():
-        backbone = {"backbone": metadata["backbone"]}
-        return backbone | described_settings(_parse(metadata["preprocessing"]))
+    described = path.with_name("preprocessing.json")
+    if weights := described_weights(content.metadata):
+        return {"backbone": weights["backbone"]} | described_settings(weights)
     if described.is_file():
-        settings = described_settings(_parse(described.read_text("utf-8", "replace")))
+        settings = described_settings(read_json(described, dict[str, object]))
         name = timm_architecture(path.parent)
         if name is None:
             return settings
@@ -116,11 +115,3 @@ def convert_own_checkpoint(
     return ConvertedCheckpoint(
         layout, settings, recipe.method, state, [], unused, recipe.channels, size, notes
     )
-
-
-def _parse(text: str) -> object:
-    """Parse JSON; text that is none becomes None."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None

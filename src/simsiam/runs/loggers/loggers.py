@@ -8,7 +8,6 @@ anything: `BackgroundLogger` calls it. Its package is imported where it is opene
 import io
 import logging
 import os
-import re
 import shlex
 import shutil
 import socket
@@ -23,7 +22,10 @@ from typing import Literal, TypeAlias
 from typing_extensions import override
 
 from simsiam.runs.records import MetricsRecord, Record
-from simsiam.utils.files import append_bytes
+from simsiam.utils.files import append_bytes, check_no_links, make_folder
+from simsiam.utils.names import hide_keys, without_credentials
+from simsiam.utils.read_files import open_regular
+from simsiam.utils.system import open_own
 
 Status: TypeAlias = Literal["finished", "stopped", "failed"]  # how a run ended
 PROJECT = "simsiam"  # the project of W&B and the experiment of MLflow, where the user names none
@@ -97,16 +99,19 @@ class TensorBoardLogger(Logger):
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
         folder = self.run.path / "tensorboard"
-        folder.mkdir(exist_ok=True)
+        make_folder(folder)
+        paths = [*folder.glob("events.out.tfevents.*")]
+        for path in paths:
+            open_regular(path).close()  # the loader would wait for a pipe
         steps = (
             event.step
-            for path in folder.glob("events.out.tfevents.*")
+            for path in paths
             for event in LegacyEventFileLoader(str(path)).Load()
             if event.HasField("summary")
         )
         last_step = min(max(steps, default=-1), self.run.step)
         name = f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.{os.getpid()}"
-        self.file = open(folder / name, "wb", buffering=0)  # noqa: SIM115
+        self.file = open_own(folder / name, "xb")
         start = SessionLog(status=SessionLog.START)  # hides what other files have from its step on
         self._write(
             Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString(),
@@ -149,6 +154,7 @@ class WandbLogger(Logger):
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
 
+        check_no_links(self.run.path / "wandb")
         settings = wandb.setup(wandb.Settings(silent=True)).settings
         offline = settings.mode in ("offline", "dryrun")
         if settings.mode in ("online", "run"):
@@ -312,34 +318,3 @@ def summary_values(summary: Record) -> dict[str, str | float]:
     """
     items = flatten(summary, "summary/")
     return {name: value for name, value in items if isinstance(value, str | int | float)}
-
-
-def without_credentials(recipe: Mapping[str, object]) -> Record:
-    """Remove what may be a key from the URLs in a recipe; see `hide_keys`.
-
-    Args:
-        recipe: The recipe, as plain data.
-    """
-
-    def hide(value: object) -> object:
-        if isinstance(value, list):
-            return [hide(item) for item in value]
-        return hide_keys(value) if isinstance(value, str) else value
-
-    return {
-        name: without_credentials(value) if isinstance(value, Mapping) else hide(value)
-        for name, value in recipe.items()
-    }
-
-
-def hide_keys(text: str) -> str:
-    """Remove user names, passwords and query strings from the URLs in a text.
-
-    Args:
-        text: The text.
-
-    Returns:
-        The text; after a URL with a query, nothing of it is kept.
-    """
-    text = re.sub("://[^/]*@", "://", text)
-    return re.sub("(://[^?#]*)[?#].*", r"\1", text, flags=re.DOTALL)
