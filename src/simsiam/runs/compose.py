@@ -41,6 +41,9 @@ from simsiam.sources.own_marks import is_named, unnamed_places_error
 
 # Images that mean and standard deviation are measured on, spread evenly over the training set.
 STATISTICS_SAMPLE_SIZE = 1000
+# Settings that name places: only those that the user has named are opened.
+PLACES = {"source": "images", "init": "initial weights", "teacher": "teacher"}
+WEIGHT_SETTINGS = ("init", "teacher")
 SOURCE_SETTINGS = ("init", "channels", "no_labels", "splits")  # needed to open a source
 
 
@@ -70,7 +73,7 @@ def compose_recipe(
     names = source_names(sources or []) or (list(base.source) if base else ["shapes"])
     if base is not None and isinstance(recipe, str) and recipe not in recipes.RECIPES:
         unnamed = [] if sources else ["source"]
-        unnamed += [] if "init" in overrides else ["init"]
+        unnamed += [name for name in WEIGHT_SETTINGS if name not in overrides]
         _check_named(Path(recipe), base, unnamed, [command[0], *names, *command[1:]])
     own = {name: getattr(base or Recipe(), name) for name in SOURCE_SETTINGS}
     settings = Recipe().replace(**{name: overrides.get(name, own[name]) for name in own})
@@ -209,16 +212,16 @@ def _check_named(
     Args:
         file: The file of the recipe; beside that of a run are the marks of the run.
         recipe: The recipe.
-        settings: Those of source and init that the command does not name.
+        settings: Those of PLACES that the command does not name.
         command: The words of the command, with the images of the recipe.
     """
-    places = {"source": recipe.source, "init": (recipe.init,) if recipe.init else ()}
-    unnamed = [name for name in settings if not is_named(file.parent, name, places[name])]
+    weights = {name: [getattr(recipe, name)] for name in WEIGHT_SETTINGS if getattr(recipe, name)}
+    places = {"source": recipe.source} | weights
+    unnamed = [name for name in settings if not is_named(file.parent, name, places.get(name, ()))]
     if unnamed:
-        kinds = {"source": "images", "init": "initial weights"}
-        init = ["--init", *places["init"]] if places["init"] else []
-        text = " and ".join(kinds[name] for name in unnamed)
-        raise unnamed_places_error(file, text, [*command, "--recipe", str(file), *init])
+        text = " and ".join(PLACES[name] for name in unnamed)
+        flags = [word for name in weights for word in (f"--{name}", *weights[name])]
+        raise unnamed_places_error(file, text, [*command, "--recipe", str(file), *flags])
 
 
 def open_run_source(

@@ -16,7 +16,7 @@ from simsiam.distributed.process_group import distributed_entry_point, rank_zero
 from simsiam.errors import UsageError, WorkFailed, printable, truncate
 from simsiam.model.memory import catch_out_of_memory
 from simsiam.model.targets import eta_bytes
-from simsiam.runs.compose import compose_recipe, open_run_source
+from simsiam.runs.compose import PLACES, compose_recipe, open_run_source
 from simsiam.runs.environment import collect_environment
 from simsiam.runs.journal import MetricsLogger
 from simsiam.runs.loggers.choice import choose_loggers, parse_loggers, read_choice
@@ -84,8 +84,8 @@ def pretrain(
         with Run.create(path, complete).lock() as run:
             record_origin(run)
             choose_loggers(run, loggers)
-            init = [] if complete.init is None else [complete.init]
-            mark_places(run.path, init=init, loggers=loggers)
+            init, teacher = ([name] if name else [] for name in (complete.init, complete.teacher))
+            mark_places(run.path, init=init, teacher=teacher, loggers=loggers)
             train_run(run, data, setup, messages)
     return path
 
@@ -192,12 +192,15 @@ def check_named(
     if loggers is None and not is_named(folder, "loggers", chosen):
         unnamed["loggers"] = ["--logger", *chosen]
     command = ["resume", str(folder), *(word for words in unnamed.values() for word in words)]
-    init = [] if recipe.init is None or run.has_checkpoint else [recipe.init]
-    if not is_named(folder, "init", init):
-        unnamed["initial weights"] = init
+    weights = {"init": None if run.has_checkpoint else recipe.init, "teacher": recipe.teacher}
+    flags = {name: [f"--{name}", place] for name, place in weights.items() if place}
+    missing = [name for name in flags if not is_named(folder, name, flags[name][1:])]
+    if missing:
+        unnamed |= {PLACES[name]: flags[name] for name in missing}
         names = source_names(recipe.source if source is None else source)
         file = str(folder / "recipe.yaml")
-        command = ["pretrain", *names, "--recipe", file, "--init", *init]
+        words = [word for flag in flags.values() for word in flag]
+        command = ["pretrain", *names, "--recipe", file, *words]
     if unnamed:
         raise unnamed_places_error(folder, " and ".join(unnamed), command)
 
