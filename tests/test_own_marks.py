@@ -244,3 +244,17 @@ def test_a_file_of_marks_may_hold_anything(own, tmp_path, capsys):
         (run / MARKS_FILE).write_bytes(content)
         code, text = run_line(capsys, COMMANDS["embed"], run)
         assert code == 2 and "no mark of yours" in text
+
+
+def test_a_teacher_of_a_stranger_is_not_loaded(tmp_path, monkeypatch):
+    """A recipe may name a network to learn from; it is one more place."""
+    monkeypatch.setattr("simsiam.runs.compose.open_weights", lambda *a, **k: pytest.fail("opened"))
+    recipe = simsiam.Recipe().replace(method="distillation", teacher="hf-hub:a/b").to_dict()
+    file = tmp_path / "recipe.yaml"
+    file.write_text(
+        yaml.safe_dump(recipe | {"image_size": 32, "mean": [0.5] * 3, "std": [1.0] * 3})
+    )
+    words = re.escape("its teacher are only opened if you name them".replace("its", "Its"))
+    with pytest.raises(simsiam.UsageError, match=words) as error:
+        simsiam.pretrain("shapes", recipe=str(file), out=tmp_path / "run")
+    assert "--teacher hf-hub:a/b" in str(error.value)
