@@ -107,7 +107,7 @@ MUTATIONS = [
     ),
     m(
         "map files on Windows that are replaced later",
-        "utils/files",
+        "data/arrow_files",
         "(pa.OSFile if WINDOWS else pa.memory_map)",
         "pa.memory_map",
         "system.py::test_every_verb_runs_as_if_on[win32]",
@@ -997,9 +997,9 @@ MUTATIONS = [
     ),
     m(
         "a copy of each equal image",
-        "sources/open_source",
-        '{"metadata": parquet.metadata, "read_dictionary": [image]}',
-        '{"metadata": parquet.metadata}',
+        "data/parquet_files",
+        "            read_dictionary=texts,\n",
+        "            read_dictionary=[],\n",
         "shards.py::test_parquet_that_unpacks_to_gigabytes_is_refused_or_read_a_block_at_a_time",
     ),
     # faults

@@ -415,6 +415,10 @@ def test_a_store_that_ends_in_the_middle_of_a_file_is_one_line(tmp_path, kind, c
     class Cut(MemoryFileSystem):
         protocol, store, pseudo_dirs = "cut", {}, [""]
 
+        @classmethod
+        def _strip_protocol(cls, path):
+            return super()._strip_protocol(path.replace("cut://", "memory://"))
+
         def _open(self, path, *args, **options):
             file = super()._open(path, *args, **options)
             read = file.read
