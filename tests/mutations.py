@@ -1071,7 +1071,7 @@ MUTATIONS = [
         "a copy of each equal image",
         "data/parquet_files",
         "            read_dictionary=texts,\n",
-        "",
+        "            read_dictionary=[],\n",
         "shards.py::test_parquet_that_unpacks_to_gigabytes_is_refused_or_read_a_block_at_a_time",
     ),
     # faults
