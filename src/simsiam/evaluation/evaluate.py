@@ -104,6 +104,7 @@ def evaluate(
         if protocol not in PROTOCOLS:
             raise unknown_name("protocol", protocol, PROTOCOLS)
     folder = Run(open_weights(run, backbone=backbone, source=source, splits=splits))
+    folder.evaluations()  # an error in these files comes before the work
     opened = open_run_source(folder.recipe, source, no_labels=no_labels, splits=splits)
     ignored = no_labels or (not source and folder.recipe.no_labels)
     labeled = ignored or any(images.labels is not None for images in opened.splits.values())
