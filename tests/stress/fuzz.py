@@ -529,6 +529,8 @@ def run_all(
                         task.first + done + 1,
                         task.trials[done + 1 :],
                         task.names[done + 1 :],
+                        task.when,
+                        task.limit,
                     )
                     waiting += [rest] if rest.trials else []
                 continue
