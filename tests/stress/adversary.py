@@ -239,7 +239,9 @@ def fault(harmed: Harmed, work: Path, rng: random.Random) -> tuple[str, str]:
     if wrong := complaint(ended, {0, 1, 2}):
         return done, wrong
     if ended.code:
-        names = [re.sub(r"\.simsiam-[0-9]+\.part$", "", part) for part in Path(hit).parts]
+        # The file itself, or what it is a part of.
+        paths = [re.sub(r"\.simsiam-[0-9]+\.part", "", hit), *harmed.places]
+        names = {part for path in paths for part in Path(path).parts}
         if not any(part in last_line(ended) for part in names):
             return done, f"the line does not name the file: {last_line(ended)}"
         ended = run(harmed.case, work)
