@@ -115,7 +115,7 @@ def cases() -> dict[str, Case]:
             copy("run"),
         ),
         "neighbors": Case(
-            once("neighbors", "e.parquet", one, "--html", "n.html"), files("n.html"), embedding
+            once("neighbors", "e.parquet", "train/a/00.png", "--html", "n.html"), files("n.html"), embedding
         ),
         "duplicates": Case(
             once("duplicates", "e.parquet", "--out", "d.csv", "--html", "d.html"),
@@ -148,7 +148,7 @@ def cases() -> dict[str, Case]:
         "evaluate, linear": Case(
             campaign.evaluate("--protocol", "linear", "few_label"), campaign.evaluated, copy("run")
         ),
-        "export, timm": Case(
+        "export, torchvision": Case(
             once("export", "run", "--format", "torchvision"),
             there("run/exports/torchvision/preprocessing.json"),
             copy("run"),
@@ -239,7 +239,9 @@ def fault(harmed: Harmed, work: Path, rng: random.Random) -> tuple[str, str]:
     if wrong := complaint(ended, {0, 1, 2}):
         return done, wrong
     if ended.code:
-        names = [re.sub(r"\.simsiam-[0-9]+\.part$", "", part) for part in Path(hit).parts]
+        # The file itself, or what it is a part of.
+        paths = [re.sub(r"\.simsiam-[0-9]+\.part", "", hit), *harmed.places]
+        names = {part for path in paths for part in Path(path).parts}
         if not any(part in last_line(ended) for part in names):
             return done, f"the line does not name the file: {last_line(ended)}"
         ended = run(harmed.case, work)

@@ -175,8 +175,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             discard_output()
             return 128 + BROKEN_PIPE
         said = str(error)
-        if isinstance(error, OSError) and not error.filename:
-            said = f"{error.strerror or error}: of the output, or of a file that has no name here"
+        if isinstance(error, OSError) and not error.filename and error.errno:
+            reason = os.strerror(error.errno)
+            if error.strerror == reason:  # otherwise a library says more
+                said = f"{reason}: of the output, or of a file that the system does not name"
         rank = f", process {os.environ['RANK']}" if "RANK" in os.environ else ""
         print(f"simsiam{rank}: {printable(' '.join(said.split()))}", file=sys.stderr)
         if isinstance(error, Stopped):
