@@ -214,7 +214,7 @@ MUTATIONS = [
     ),
     m(
         "send passwords of URLs",
-        "runs/loggers/loggers",
+        "utils/names",
         're.sub("://[^/]*@", "://", text)',
         "text",
         "loggers.py::test_urls_are_logged_without_keys",
