@@ -306,7 +306,7 @@ def test_a_large_footer_is_refused(tmp_path):
         {"backbone": "patches/" + "+".join(["512"] * 10_000)},
         {"target": "expectation", "target_views": 10**9},
     ],
-    ids=str,
+    ids=lambda settings: str(settings)[:60],
 )
 def test_a_model_is_bounded_before_it_is_built(tmp_path, settings):
     code = """
