@@ -437,9 +437,9 @@ def work_off(task: Task, send: Any, root: Path, until: float) -> None:
         work = Path(tempfile.mkdtemp(dir=root))
         before = {path.name for path in root.iterdir()}
         os.chdir(work)
+        costs.start()
         events.clear()
         allowed_folders[:] = [str(work), os.environ["SIMSIAM_CACHE"]]
-        costs.start()
         try:
             end, wrong = trial(work)
         except BaseException:
