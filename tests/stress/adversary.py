@@ -115,7 +115,9 @@ def cases() -> dict[str, Case]:
             copy("run"),
         ),
         "neighbors": Case(
-            once("neighbors", "e.parquet", "train/a/00.png", "--html", "n.html"), files("n.html"), embedding
+            once("neighbors", "e.parquet", "train/a/00.png", "--html", "n.html"),
+            files("n.html"),
+            embedding,
         ),
         "duplicates": Case(
             once("duplicates", "e.parquet", "--out", "d.csv", "--html", "d.html"),

@@ -437,9 +437,14 @@ def work_off(task: Task, send: Any, root: Path, until: float) -> None:
         work = Path(tempfile.mkdtemp(dir=root))
         before = {path.name for path in root.iterdir()}
         os.chdir(work)
+        costs.start()
         events.clear()
+<<<<<<< HEAD
         allowed_folders[:] = [str(work), *(os.environ[f"SIMSIAM_{x}"] for x in ("CACHE", "STATE"))]
         costs.start()
+=======
+        allowed_folders[:] = [str(work), os.environ["SIMSIAM_CACHE"]]
+>>>>>>> a/main
         try:
             end, wrong = trial(work)
         except BaseException:
