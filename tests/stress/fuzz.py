@@ -439,12 +439,7 @@ def work_off(task: Task, send: Any, root: Path, until: float) -> None:
         os.chdir(work)
         costs.start()
         events.clear()
-<<<<<<< HEAD
         allowed_folders[:] = [str(work), *(os.environ[f"SIMSIAM_{x}"] for x in ("CACHE", "STATE"))]
-        costs.start()
-=======
-        allowed_folders[:] = [str(work), os.environ["SIMSIAM_CACHE"]]
->>>>>>> a/main
         try:
             end, wrong = trial(work)
         except BaseException:
