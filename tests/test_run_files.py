@@ -454,3 +454,15 @@ def test_a_small_campaign(tmp_path):
         text=True,
     )
     assert done.returncode == 0 and "100 trials, 0 wrong" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.long
+def test_a_small_campaign_of_power_cuts(tmp_path):
+    if sys.platform != "linux" or os.geteuid() or not shutil.which("mkfs.ext4"):
+        pytest.skip("mounts a file system")
+    script = Path(__file__).parent / "stress" / "campaign.py"
+    command = f"{script} --kills 0 --full 0 --corruptions 0 --cuts 6 --only pretrain export"
+    done = subprocess.run(
+        [sys.executable, *command.split()], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "6 of 6 trials were made" in done.stdout, done.stdout
