@@ -115,7 +115,9 @@ def cases() -> dict[str, Case]:
             copy("run"),
         ),
         "neighbors": Case(
-            once("neighbors", "e.parquet", one, "--html", "n.html"), files("n.html"), embedding
+            once("neighbors", "e.parquet", "train/a/00.png", "--html", "n.html"),
+            files("n.html"),
+            embedding,
         ),
         "duplicates": Case(
             once("duplicates", "e.parquet", "--out", "d.csv", "--html", "d.html"),
@@ -148,7 +150,7 @@ def cases() -> dict[str, Case]:
         "evaluate, linear": Case(
             campaign.evaluate("--protocol", "linear", "few_label"), campaign.evaluated, copy("run")
         ),
-        "export, timm": Case(
+        "export, torchvision": Case(
             once("export", "run", "--format", "torchvision"),
             there("run/exports/torchvision/preprocessing.json"),
             copy("run"),

@@ -306,14 +306,18 @@ def open_folder(path: Path, *, create: bool = False) -> Iterator[int | None]:
     try:
         for name in path.relative_to(place).parts:
             place /= name
-            if create:
-                with suppress(FileExistsError):
-                    os.mkdir(_at(place, folder), dir_fd=folder)
-            check_no_link(place, _status(place, folder))
-            if sys.platform != "win32" and folder is not None:
-                flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
-                outer, folder = folder, os.open(name, flags, dir_fd=folder)
-                os.close(outer)
+            try:
+                if create:
+                    with suppress(FileExistsError):
+                        os.mkdir(_at(place, folder), dir_fd=folder)
+                check_no_link(place, _status(place, folder))
+                if sys.platform != "win32" and folder is not None:
+                    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
+                    outer, folder = folder, os.open(name, flags, dir_fd=folder)
+                    os.close(outer)
+            except OSError as error:
+                error.filename = os.fspath(place)
+                raise
         yield folder
     finally:
         if folder is not None:
