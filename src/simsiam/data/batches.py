@@ -360,7 +360,7 @@ def _check_shared_memory(recipe: ResolvedRecipe, batch_size: int, workers: int, 
 def _iter_loader(
     loader: DataLoader, images: Images, current_image: Tensor
 ) -> Iterator[CropBatch | WorkFailed]:
-    """Yield what the loader makes; raise WorkFailed if a worker hangs, was killed or lacks files."""
+    """Yield what the loader makes; raise WorkFailed if a worker hangs, is killed or lacks files."""
     results = iter(loader)
     while True:
         try:
