@@ -35,8 +35,9 @@ from simsiam.runs.checkpoints.convert import convert, format_conversion
 from simsiam.runs.checkpoints.foreign_checkpoints import convert_state_dict
 from simsiam.runs.checkpoints.published_weights import Release, find_release
 from simsiam.runs.encoder import eval_transform
-from simsiam.runs.weight_files import file_sha256, read_state_dict
+from simsiam.runs.weight_files import read_state_dict
 from simsiam.runs.weights import open_weights
+from simsiam.utils.checksums import file_sha256
 
 SMALL = {"dim": 12, "proj_hidden": 10, "pred_dim": 6}
 
