@@ -150,9 +150,9 @@ def cases() -> dict[str, Case]:
         "evaluate, few_label": Case(
             campaign.evaluate("--protocol", "few_label"), campaign.evaluated, copy("run")
         ),
-        "export, torchvision": Case(
-            once("export", "run", "--format", "torchvision"),
-            there("run/exports/torchvision/preprocessing.json"),
+        "export, huggingface": Case(
+            once("export", "run", "--format", "huggingface"),
+            there("run/exports/huggingface/README.md"),
             copy("run"),
         ),
         "transfer": Case(
