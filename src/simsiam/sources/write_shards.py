@@ -94,7 +94,7 @@ def write_shards(
         "no_labels": no_labels,
     }
     with locked_work_folder(folder) as work:
-        start_or_continue_on_source(work, job, fingerprint, accept=accept)
+        start_or_continue_on_source(work, job, names, fingerprint, accept=accept)
         whole = work / "whole"
         whole.mkdir(exist_ok=True)
         shards = _plan_shards(source.splits, whole, format, per_shard)
