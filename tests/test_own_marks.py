@@ -199,8 +199,8 @@ def test_what_a_strangers_path_says_stays_one_word(own, tmp_path, capsys):
     place = "/x; rm -rf ~ `id` $(id)\n\x1b[2J"
     run = as_a_strangers(own, tmp_path, source=[place])
     code, text = run_line(capsys, COMMANDS["embed"], run)
-    [line] = text.splitlines()
-    assert code == 2 and "\x1b" not in line
+    note, line = text.splitlines()
+    assert code == 2 and "\x1b" not in text and "recipe.yaml was changed after" in note
     assert "'/x; rm -rf ~ `id` $(id)\\n\\x1b[2J'" in line
 
 
