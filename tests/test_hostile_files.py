@@ -172,7 +172,7 @@ def test_a_decoder_that_is_killed_costs_one_image(tmp_path):
 
     tiff, bad = made.encode("TIFF"), slow_image()
     assert decode_image(tiff).shape == (48, 48, 3)
-    with pytest.raises(Unreadable, match="decoding it takes more than 8 s"):
+    with pytest.raises(Unreadable, match="decoding it takes more than 7 s"):
         decode_image(bad)
     assert decode_image(tiff).shape == (48, 48, 3)
     for child in psutil.Process().children():
@@ -225,7 +225,7 @@ def test_thumbnails_are_opened_by_the_same_door(tmp_path):
 # --- tar, Parquet ---
 
 
-@pytest.mark.parametrize("size", [-1, -512, -1024, -(2**40)])
+@pytest.mark.parametrize("size", [-1, -512, -1536, -(2**40)])
 @pytest.mark.parametrize("shards", [False, True])
 def test_a_tar_whose_sizes_are_negative_ends(tmp_path, size, shards):
     path = tmp_path / ("shards" if shards else "a.tar")

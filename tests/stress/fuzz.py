@@ -542,8 +542,8 @@ def run_all(
             at_work[receive][2:] = [done + 1, clock, cpu(process.pid)]
         for task, process, done, since, used in list(at_work.values()):
             # On a busy machine a process may only wait for its turn: its own CPU time counts, or
-            # a minute of clock time.
-            slow = cpu(process.pid) - used > task.limit or clock - since > 12 * task.limit
+            # ten minutes of clock time.
+            slow = cpu(process.pid) - used > task.limit or clock - since > 60 * task.limit
             pids = [process.pid, *child_pids(process.pid)]
             if (slow or sum(map(memory_bytes, pids)) > MEMORY) and process.is_alive():
                 reason = f"more than {task.limit:g} s" if slow else f"more than {MEMORY:,} bytes"

@@ -168,7 +168,7 @@ def write_sparse(path: Path, start: bytes, size: int) -> Path:
     return path
 
 
-def write_tar_of_negative_size(path: Path, size: int = -1024) -> Path:
+def write_tar_of_negative_size(path: Path, size: int = -1536) -> Path:
     """Write a tar whose second header says that its file ends before it begins."""
     with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as archive:
         picture = encode("PNG")
