@@ -166,6 +166,16 @@ def test_an_output_on_a_full_disk_is_one_line():
     assert "No space left on device" in done.stderr and "the output" in done.stderr
 
 
+def test_a_log_on_a_full_disk_ends_no_training(tmp_path):
+    """As in `simsiam pretrain ... 2> log` while the disk of the log is full."""
+    words = ["pretrain", "shapes", "--out", tmp_path / "run", *flags(**QUICK), "--device", "cpu"]
+    command = [sys.executable, "-m", "simsiam", *map(str, words)]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=full, check=False)
+    assert done.returncode == 0
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 3
+
+
 # --- small limits and plain terminals ---
 
 

@@ -15,6 +15,7 @@ import sys
 import textwrap
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
 from types import ModuleType
 
@@ -180,7 +181,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if error.strerror == reason:  # otherwise a library says more
                 said = f"{reason}: of the output, or of a file that the system does not name"
         rank = f", process {os.environ['RANK']}" if "RANK" in os.environ else ""
-        print(f"simsiam{rank}: {printable(' '.join(said.split()))}", file=sys.stderr)
+        with suppress(OSError):  # the exit code says it too
+            print(f"simsiam{rank}: {printable(' '.join(said.split()))}", file=sys.stderr)
         if isinstance(error, Stopped):
             return 128 + error.signum
         return 2 if isinstance(error, UsageError) else 1
