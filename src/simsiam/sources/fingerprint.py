@@ -226,8 +226,9 @@ def say(lines: Sequence[str]) -> None:
 
 def _is_comparable(before: object, now: dict[str, str]) -> bool:
     """Tell whether an earlier fingerprint, which may be damaged, is of this version."""
-    known = isinstance(before, dict) and before.keys() == now.keys()
-    return known and before["version"] == VERSION
+    if not isinstance(before, dict) or before.keys() != now.keys():
+        return False
+    return before["version"] == VERSION
 
 
 def _digest(parts: Iterable[bytes]) -> str:
