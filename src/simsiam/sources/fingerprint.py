@@ -228,11 +228,7 @@ def _is_comparable(before: object, now: dict[str, str]) -> bool:
     """Tell whether an earlier fingerprint, which may be damaged, is of this version."""
     if not isinstance(before, dict) or before.keys() != now.keys():
         return False
-<<<<<<< HEAD
     return bool(before["version"] == VERSION)
-=======
-    return before["version"] == VERSION
->>>>>>> d/main
 
 
 def _digest(parts: Iterable[bytes]) -> str:
