@@ -262,6 +262,14 @@ def test_spaces_and_the_order_of_keys_do_not_matter(tmp_path):
     assert read_json(tmp_path / "a.json", dict[str, object]) == content
 
 
+def test_a_damaged_name_of_a_checksum_is_no_new_key(tmp_path):
+    for content in ({"b": 1.5, "a": [1]}, {}, {"a": "1a2b3c4d"}):
+        (tmp_path / "a.json").write_text(to_json(content).replace(CHECKSUM_KEY, "crc72"))
+        assert read_json(tmp_path / "a.json", dict[str, object]) == content
+        (tmp_path / "a.json").write_text(json.dumps(content))
+        assert read_json(tmp_path / "a.json", dict[str, object]) == content
+
+
 def test_every_line_of_the_metrics_has_one_more_key_and_a_damaged_one_is_left_out(run, capfd):
     path = run / "metrics.jsonl"
     lines = path.read_text().splitlines()
