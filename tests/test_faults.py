@@ -389,7 +389,10 @@ def test_a_run_writes_through_no_link(finished, tmp_path):
     [
         "campaign.py --kills 4 --full 0 --corruptions 5 --seed 1 --only resume embed",
         "fuzz.py --images 300 --containers 16 --no-hostile --seed 1",
-        "adversary.py --faults 8 --links 4 --pipes 4 --seed 1 --only resume embed",
+        pytest.param(
+            "adversary.py --faults 8 --links 4 --pipes 4 --seed 1 --only resume embed",
+            marks=pytest.mark.long,
+        ),
     ],
 )
 def test_a_small_campaign(command, tmp_path):

@@ -116,6 +116,7 @@ PACKED = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", PACKED)
 def test_a_small_zip_costs_bounded_memory_and_time(tmp_path, name):
     path = made.write_zip(tmp_path / "a.zip", PACKED[name](), name)

@@ -266,8 +266,7 @@ def hook(event: str, arguments: tuple[Any, ...]) -> None:
         paths = [arguments[0]]
     elif event in ("os.rename", "os.link", "os.symlink"):
         paths = [arguments[1]]
-    elif event in WATCHED and "git" not in arguments[:1] and not is_decoder(arguments):
-        # git is started to record the commit of a run
+    elif event in WATCHED and not is_expected(arguments):
         events.append(f"{event} {arguments!r}"[:200])
     for path in paths:
         where = (
@@ -283,8 +282,10 @@ def hook(event: str, arguments: tuple[Any, ...]) -> None:
             events.append(f"{event} {where}")
 
 
-def is_decoder(arguments: tuple[Any, ...]) -> bool:
-    """Return whether a process that is started is one that decodes images."""
+def is_expected(arguments: tuple[Any, ...]) -> bool:
+    """Return whether a process is started for the commit, for the cores, or to decode images."""
+    if any(program in arguments[:1] for program in ("git", "lscpu")):
+        return True
     return len(arguments) > 1 and any(
         isinstance(word, str) and word.startswith(DECODER_HOOK) for word in arguments[1]
     )

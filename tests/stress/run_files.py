@@ -585,14 +585,16 @@ def main() -> int:
     start, started = time.monotonic(), utc_now()
     with tempfile.TemporaryDirectory(prefix="run-files-") as name:
         root = Path(name).resolve()
-        os.environ["SIMSIAM_CACHE"] = str(root / "cache")
+        for name in ("CACHE", "STATE"):
+            os.environ[f"SIMSIAM_{name}"] = str(root / name.lower())
         files, trials = root / "files", root / "trials"
         files.mkdir()
         trials.mkdir()
         known = fuzz.in_a_child(prepare, files)
         tasks = plan(options, files, known)
         until = start + 60 * options.minutes
-        ends, wrongs, largest = fuzz.run_all(tasks, trials, options.processes, until)
+        ends, wrongs, costs = fuzz.run_all(tasks, trials, options.processes, until)
+        largest = max((cost["mib"] for cost in costs), default=0)
     environment = collect_environment(Compute(torch.device("cpu"), "float32"))
     seconds = time.monotonic() - start
     cpu_seconds = sum(
@@ -607,7 +609,7 @@ def main() -> int:
         f"({cpu_seconds / 60:.1f} CPU-minutes). {total:,} trials, {len(wrongs)} wrong: a crash, "
         f"more than {SECONDS:g} s, a file elsewhere, a traceback, more than one line, control "
         "characters, or after a flip another result without a word. The largest process took "
-        f"{largest / 2**20:.2f} GiB, Python and torch included.\n\n"
+        f"{largest / 2**10:.2f} GiB, Python and torch included.\n\n"
         "| trial | what came of it | number |\n| --- | --- | --- |\n" + "\n".join(rows) + "\n"
     )
     print(text)
@@ -617,7 +619,7 @@ def main() -> int:
         report = {"command": command, "started": started, "environment": environment}
         report |= {"seconds": round(seconds, 1), "cpu_seconds": round(cpu_seconds, 1)}
         counts = {f"{kind}: {end}": n for (kind, end), n in sorted(ends.items())}
-        report |= {"counts": counts, "wrong": wrongs, "largest_kib": largest}
+        report |= {"counts": counts, "wrong": wrongs, "largest_mib": largest}
         contents = {"json": json.dumps(report, indent=1) + "\n", "md": text}
         for suffix, content in contents.items():
             with atomic_write(Path(f"{options.out}.{suffix}")) as part:
