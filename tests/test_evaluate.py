@@ -98,7 +98,7 @@ def run(trained, tmp_path):
 
 
 def read(run, protocol: str) -> list[dict]:
-    return json.loads((run / "evaluations" / f"{protocol}.json").read_text())
+    return Run(run).read_records(f"evaluations/{protocol}.json")
 
 
 def timeless(records: list[dict]) -> list[dict]:

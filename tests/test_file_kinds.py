@@ -3,7 +3,6 @@
 import io
 import os
 import struct
-import sys
 import tarfile
 import zipfile
 import zlib
@@ -13,7 +12,7 @@ import pillow_heif
 import pytest
 from PIL import ExifTags, Image
 
-from simsiam.data import decode
+from simsiam.data import decode, decoder_process
 from simsiam.data.decode import Unreadable, decode_image
 from simsiam.sources import file_kinds
 from simsiam.sources.open_source import open_source
@@ -131,7 +130,9 @@ def test_of_a_raw_photograph_the_preview_is_read_upright(orientation, turn):
     ],
 )
 def test_a_missing_package_is_named(data, module, package, monkeypatch):
-    monkeypatch.setitem(sys.modules, module, None)
+    missing = f"import sys; sys.modules[{module!r}] = None; "
+    monkeypatch.setattr(decoder_process, "START", missing + decoder_process.START)
+    monkeypatch.setattr(decoder_process, "_idle", [])
     with pytest.raises(Unreadable, match=f"only {package} reads: pip install {package}$"):
         decode_image(data)
 

@@ -293,10 +293,16 @@ def test_what_a_kill_between_renaming_and_cleaning_up_left_goes_the_next_time(
 ):
     """The parts of a finished output; they are ours, and of no use."""
 
-    def killed(*_):
-        raise KeyboardInterrupt
+    def killed_at_the_end(delete):
+        def checked(path, *words, **options):
+            if (tmp_path / "out").exists() and "out.parts" in (path.name, path.parent.name):
+                raise KeyboardInterrupt
+            delete(path, *words, **options)
 
-    monkeypatch.setattr("simsiam.utils.files.delete_parts", killed)
+        return checked
+
+    monkeypatch.setattr(Path, "unlink", killed_at_the_end(Path.unlink))
+    monkeypatch.setattr(shutil, "rmtree", killed_at_the_end(shutil.rmtree))
     assert main(["shard", str(photos), "--out", str(tmp_path / "out")]) == 130
     assert (tmp_path / "out").is_dir() and (tmp_path / "out.parts").is_dir()
     monkeypatch.undo()

@@ -122,9 +122,7 @@ def rank_by_cosine(run: Run, folder, names) -> np.ndarray:
 def test_the_page_shows_what_the_run_folder_contains(run, page):
     (shown,) = page_data(page)["runs"]
     assert page == run.path / "report.html" and shown["recipe"] == run.recipe.to_dict()
-    assert shown["summary"] == run.json("summary.json") and shown["results"] == run.read_records(
-        "evaluations/knn.json"
-    )
+    assert shown["summary"] == run.json("summary.json") and shown["results"] == run.evaluations()
     assert shown["curves"]["loss"][:2] == [-0.01, -0.02] and shown["curves"]["loss"][-1] is None
     assert (
         shown["curves"]["knn_top1"] == [None] * 99 + [61.5]

@@ -171,7 +171,10 @@ def test_too_few_views_are_refused():
             {"target_views": 4},
             "target_views has no effect here: it belongs to target expectation, not to shared",
         ),
-        ({"target": "expectation", "target_views": 0}, "target_views is 0; it is at least 1"),
+        (
+            {"target": "expectation", "target_views": 0},
+            "target_views is 0; it lies between 1 and 1000",
+        ),
         ({"target_decay": 0.5}, "belongs to target momentum or moving_average, not to shared"),
         ({"target": "moving_average", "target_schedule": "cosine"}, "belongs to target momentum"),
         (

@@ -616,7 +616,7 @@ def test_parquet_that_unpacks_to_gigabytes_is_refused_or_read_a_block_at_a_time(
     pq.write_table(
         pa.table({"image": [b""] * 10**5}), tmp_path / "rows.parquet", compression="zstd"
     )
-    assert "rows.parquet claims to hold 100,000 images in" in refused(tmp_path / "rows.parquet")
+    assert "rows.parquet claims to hold 100,000 rows in" in refused(tmp_path / "rows.parquet")
 
 
 def test_labels_are_numbers_words_or_folders(tmp_path):

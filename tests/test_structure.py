@@ -222,8 +222,7 @@ ALLOWED = {
     "data.decoder_process": {"os.open"},
     # A file in the cache, in a folder of its own.
     "sources.catalog": {"open for writing"},
-    # Texts that `read_text` has read, of other programs: each wrong value costs its object only.
-    "detection.annotations": {"json.loads of a file"},
+    # A text that `read_text` has read.
     "runs.checkpoints.published_weights": {"yaml.load"},
     # Into what atomic_write opened, in a function of its own.
     "runs.weight_files": {"open for writing"},

@@ -457,7 +457,9 @@ def cut_power(
         case.before(work)
         (work / "output.txt").symlink_to(outside / "output.txt")
         subprocess.run(["sync", "-f", work], check=True)
-        wait, begin = rng.uniform(0.2, 1.1) * seconds, time.monotonic()
+        # Sometimes so late that the disk has the names of files, but not their content.
+        wait = rng.uniform(0.2, 1.1) * seconds + rng.choice([0, 0, 8])
+        begin = time.monotonic()
         pid = launch(case.command(work), work)
         time.sleep(wait)
         with suppress(ProcessLookupError):

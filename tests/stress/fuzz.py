@@ -266,8 +266,7 @@ def hook(event: str, arguments: tuple[Any, ...]) -> None:
         paths = [arguments[0]]
     elif event in ("os.rename", "os.link", "os.symlink"):
         paths = [arguments[1]]
-    elif event in WATCHED and "git" not in arguments[:1] and not is_decoder(arguments):
-        # git is started to record the commit of a run
+    elif event in WATCHED and not is_expected(arguments):
         events.append(f"{event} {arguments!r}"[:200])
     for path in paths:
         where = (
@@ -283,8 +282,10 @@ def hook(event: str, arguments: tuple[Any, ...]) -> None:
             events.append(f"{event} {where}")
 
 
-def is_decoder(arguments: tuple[Any, ...]) -> bool:
-    """Return whether a process that is started is one that decodes images."""
+def is_expected(arguments: tuple[Any, ...]) -> bool:
+    """Return whether a process is started for the commit, for the cores, or to decode images."""
+    if any(program in arguments[:1] for program in ("git", "lscpu")):
+        return True
     return len(arguments) > 1 and any(
         isinstance(word, str) and word.startswith(DECODER_HOOK) for word in arguments[1]
     )
@@ -437,9 +438,9 @@ def work_off(task: Task, send: Any, root: Path, until: float) -> None:
         work = Path(tempfile.mkdtemp(dir=root))
         before = {path.name for path in root.iterdir()}
         os.chdir(work)
+        costs.start()
         events.clear()
         allowed_folders[:] = [str(work), *(os.environ[f"SIMSIAM_{x}"] for x in ("CACHE", "STATE"))]
-        costs.start()
         try:
             end, wrong = trial(work)
         except BaseException:
@@ -529,6 +530,8 @@ def run_all(
                         task.first + done + 1,
                         task.trials[done + 1 :],
                         task.names[done + 1 :],
+                        task.when,
+                        task.limit,
                     )
                     waiting += [rest] if rest.trials else []
                 continue
@@ -540,8 +543,8 @@ def run_all(
             at_work[receive][2:] = [done + 1, clock, cpu(process.pid)]
         for task, process, done, since, used in list(at_work.values()):
             # On a busy machine a process may only wait for its turn: its own CPU time counts, or
-            # a minute of clock time.
-            slow = cpu(process.pid) - used > task.limit or clock - since > 12 * task.limit
+            # ten minutes of clock time.
+            slow = cpu(process.pid) - used > task.limit or clock - since > 60 * task.limit
             pids = [process.pid, *child_pids(process.pid)]
             if (slow or sum(map(memory_bytes, pids)) > MEMORY) and process.is_alive():
                 reason = f"more than {task.limit:g} s" if slow else f"more than {MEMORY:,} bytes"

@@ -17,6 +17,7 @@ characters in the output or on the page, a file elsewhere, more than 10 s of CPU
 
 import argparse
 import base64
+import copy
 import json
 import math
 import os
@@ -61,7 +62,13 @@ from simsiam.model.precision import Compute
 from simsiam.runs.encoder import load
 from simsiam.runs.environment import collect_environment, utc_now
 from simsiam.runs.run_folder import Run, read_checkpoint, say_once
-from simsiam.utils.checksums import CHECKSUM_KEY, SUMS_FILE, file_sha256, seal
+from simsiam.utils.checksums import (
+    CHECKSUM_KEY,
+    SUMS_FILE,
+    file_sha256,
+    read_with_checksum,
+    seal,
+)
 from simsiam.utils.files import atomic_write
 
 SECONDS = 10.0
@@ -94,6 +101,10 @@ def make_files(folder: Path) -> None:
         Image.fromarray(rng.integers(0, 128 + 127 * (i % 2), (32, 32, 3), np.uint8)).save(path)
     (folder / "photos" / "train" / "a" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     scenes.write_scenes(folder / "coco", {"train": 8, "val": 3, "test": 4})
+    annotations = sorted((folder / "coco").rglob("*.json"))[0]
+    content = json.loads(annotations.read_text())
+    content["annotations"].append({"image_id": -1})  # for faults.txt
+    annotations.write_text(json.dumps(content))
     write_voc(folder / "voc", rng)
 
     def verb(*arguments: str) -> None:
@@ -161,7 +172,7 @@ def change_type(content: Any, rng: random.Random) -> tuple[Any, str]:
     done = []
     for _ in range(rng.choice([1, 1, 1, 2, 3])):
         place = rng.choice(list(places(content)))
-        value = rng.choice(WRONG_VALUES)
+        value = copy.deepcopy(rng.choice(WRONG_VALUES))
         if not place:
             if rng.random() < 0.1:
                 return value, "all"
@@ -259,7 +270,7 @@ def change_xml(path: Path, rng: random.Random) -> str:
         if kind == 0 and child in parent:
             parent.remove(child)
         elif kind == 1:
-            child.append(rng.choice(parents)[1])
+            child.append(copy.deepcopy(rng.choice(parents)[1]))
         elif kind == 2:
             child.tag = rng.choice(["x", "object", "name", "size"])
         else:
@@ -357,8 +368,7 @@ def one_type(name: str, files: Path, work: Path, rng: random.Random) -> tuple[st
     say_once.cache_clear()
     root = name.split("/")[0]
     source = files / root
-    copy = shutil.copytree if source.is_dir() else shutil.copy
-    copy(source, work / root)
+    (shutil.copytree if source.is_dir() else shutil.copy)(source, work / root)
     (work / "photos").symlink_to(files / "photos")
     if root in ("coco", "voc"):
         path = rng.choice(
@@ -482,7 +492,9 @@ def one_flip(
             return "one line", ""
         same = state == plain(read_checkpoint(files / "run" / name))
         return ("the same result", "") if same else ("", f"another state: {place}")
-    if name.endswith(("faults.txt", "curve.jsonl", "curve.png", "transfers/.lock")):
+    if path.name.startswith("faults.txt"):
+        return ("", f"not seen: {place}") if fits_checksum(work / "run" / name) else ("seen", "")
+    if name.endswith(("curve.jsonl", "curve.png", "transfers/.lock")):
         return "not read by the program", ""
     ends = []
     for verb in verbs_for(name):
@@ -499,6 +511,14 @@ def one_flip(
         else:
             return "", f"{verb}: another result without a word: {place}"
     return min(ends), ""
+
+
+def fits_checksum(path: Path) -> bool:
+    try:
+        read_with_checksum(path.with_name("faults.txt"))
+    except UsageError:
+        return False
+    return True
 
 
 def visible(path: Path) -> str:
@@ -565,14 +585,16 @@ def main() -> int:
     start, started = time.monotonic(), utc_now()
     with tempfile.TemporaryDirectory(prefix="run-files-") as name:
         root = Path(name).resolve()
-        os.environ["SIMSIAM_CACHE"] = str(root / "cache")
+        for name in ("CACHE", "STATE"):
+            os.environ[f"SIMSIAM_{name}"] = str(root / name.lower())
         files, trials = root / "files", root / "trials"
         files.mkdir()
         trials.mkdir()
         known = fuzz.in_a_child(prepare, files)
         tasks = plan(options, files, known)
         until = start + 60 * options.minutes
-        ends, wrongs, largest = fuzz.run_all(tasks, trials, options.processes, until)
+        ends, wrongs, costs = fuzz.run_all(tasks, trials, options.processes, until)
+        largest = max((cost["mib"] for cost in costs), default=0)
     environment = collect_environment(Compute(torch.device("cpu"), "float32"))
     seconds = time.monotonic() - start
     cpu_seconds = sum(
@@ -587,7 +609,7 @@ def main() -> int:
         f"({cpu_seconds / 60:.1f} CPU-minutes). {total:,} trials, {len(wrongs)} wrong: a crash, "
         f"more than {SECONDS:g} s, a file elsewhere, a traceback, more than one line, control "
         "characters, or after a flip another result without a word. The largest process took "
-        f"{largest / 2**20:.2f} GiB, Python and torch included.\n\n"
+        f"{largest / 2**10:.2f} GiB, Python and torch included.\n\n"
         "| trial | what came of it | number |\n| --- | --- | --- |\n" + "\n".join(rows) + "\n"
     )
     print(text)
@@ -597,7 +619,7 @@ def main() -> int:
         report = {"command": command, "started": started, "environment": environment}
         report |= {"seconds": round(seconds, 1), "cpu_seconds": round(cpu_seconds, 1)}
         counts = {f"{kind}: {end}": n for (kind, end), n in sorted(ends.items())}
-        report |= {"counts": counts, "wrong": wrongs, "largest_kib": largest}
+        report |= {"counts": counts, "wrong": wrongs, "largest_mib": largest}
         contents = {"json": json.dumps(report, indent=1) + "\n", "md": text}
         for suffix, content in contents.items():
             with atomic_write(Path(f"{options.out}.{suffix}")) as part:

@@ -63,13 +63,14 @@ SOURCE_VERBS = (
     "evaluate RUN --protocol knn", "resume RUN", "resume RUN --epochs 9",
     "pretrain --recipe RUN/recipe.yaml --out new", "compare RUN RUN",
     "export RUN --format safetensors --out x", "convert RUN --out x",
-    "search shapes train#0 --encoder RUN", "adapt shapes --limit 40 --init RUN --out x",
+    "search shapes train#0 --encoder RUN",
     "pretrain shapes --init RUN --out new TINY", "report RUN OWN",
 )  # fmt: skip
 INIT_VERBS = (
     *SOURCE_VERBS, "preview shapes --recipe RUN/recipe.yaml --out p.png",
     "plan shapes --recipe RUN/recipe.yaml", "pretrain shapes --recipe RUN/recipe.yaml --out new",
 )  # fmt: skip
+SLOW = "adapt shapes --limit 40 --init RUN --out x"
 LOGGER_VERBS = ("resume RUN", "report RUN", "evaluate RUN", "embed RUN --out e.parquet")
 EMBEDDING_VERBS = (
     "duplicates FILE", "neighbors FILE train#0", "cluster FILE --clusters 2", "outliers FILE",
@@ -133,6 +134,7 @@ def trials(root: Path) -> list[tuple[str, str, str]]:
     private = str(root / "private")
     found = [("source", place, verb) for place in SOURCES for verb in SOURCE_VERBS]
     found += [("init", place, verb) for place in INITS for verb in INIT_VERBS]
+    found += [("source", SOURCES[0], SLOW), ("init", INITS[0], SLOW)]
     found += [("loggers", place, verb) for place in LOGGERS for verb in LOGGER_VERBS]
     found += [("sources", place, verb) for place in SOURCES for verb in EMBEDDING_VERBS]
     words = {"PRIVATE": private, "TINY": TINY, "OWN": str(root / "own")}
@@ -197,7 +199,7 @@ def in_a_child(arguments: list[str], private: str, *, named: bool) -> tuple[Any,
     process.start()
     send.close()
     try:
-        result = receive.recv() if receive.poll(120) else ("it hangs", "", [])
+        result = receive.recv() if receive.poll(600) else ("it hangs", "", [])
     except EOFError:
         result = ("it was killed", "", [])
     process.kill()

@@ -15,6 +15,7 @@ import sys
 import textwrap
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
 from types import ModuleType
 
@@ -175,10 +176,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             discard_output()
             return 128 + BROKEN_PIPE
         said = str(error)
-        if isinstance(error, OSError) and not error.filename:
-            said = f"{error.strerror or error}: of the output, or of a file that has no name here"
+        if isinstance(error, OSError) and not error.filename and error.errno:
+            reason = os.strerror(error.errno)
+            if error.strerror == reason:  # otherwise a library says more
+                said = f"{reason}: of the output, or of a file that the system does not name"
         rank = f", process {os.environ['RANK']}" if "RANK" in os.environ else ""
-        print(f"simsiam{rank}: {printable(' '.join(said.split()))}", file=sys.stderr)
+        with suppress(OSError):  # the exit code says it too
+            print(f"simsiam{rank}: {printable(' '.join(said.split()))}", file=sys.stderr)
         if isinstance(error, Stopped):
             return 128 + error.signum
         return 2 if isinstance(error, UsageError) else 1

@@ -10,7 +10,6 @@ from typing import Any
 
 from simsiam.errors import printable
 from simsiam.monitoring.verdict import features_table
-from simsiam.utils.typed_json import read_json
 
 
 def print_lines(text: object) -> None:
@@ -37,6 +36,8 @@ def print_run_summary(run: Path) -> None:
     """
     if os.environ.get("RANK", "0") != "0":
         return
+    from simsiam.utils.typed_json import read_json
+
     summary = read_json(run / "summary.json", dict[str, Any])
     speed = f"{summary['images_per_second']:.0f} images/s"
     print_lines(f"{summary['verdict']} after {summary['steps']} steps at {speed}")

@@ -361,14 +361,20 @@ def _check_shared_memory(recipe: ResolvedRecipe, batch_size: int, workers: int, 
 def _iter_loader(
     loader: DataLoader, images: Images, current_image: Tensor
 ) -> Iterator[CropBatch | WorkFailed]:
-    """Yield what the loader makes; raise WorkFailed if a worker hangs or was killed."""
+    """Yield what the loader makes; raise WorkFailed if a worker hangs, is killed or lacks files."""
     results = iter(loader)
     while True:
         try:
             yield next(results)
         except StopIteration:
             return
-        except RuntimeError as error:
+        except (RuntimeError, OSError) as error:
+            # Each batch of a worker takes an open file until it is used.
+            if "open files" in str(error) or "ancdata" in str(error):
+                raise WorkFailed(
+                    "too many open files for the data workers: allow more (`ulimit -n`), or take "
+                    "fewer --workers"
+                ) from error
             if not str(error).startswith("DataLoader"):
                 raise
             names = ", ".join(printable(images.keys[i]) for i in current_image.tolist() if i >= 0)

@@ -56,7 +56,7 @@ EXTENSIONS = {
 }  # fmt: skip
 MAX_PIXELS = 2**28 // 3  # of one image: 256 MiB in RGB
 MAX_FILE_BYTES = 2**29  # of the file of an image
-MAX_ARRAY_BYTES = 2**30  # of an image that is stored as an array
+MAX_ARRAY_BYTES = 2**29  # of an image that is stored as an array
 MAX_PNG_TEXT = 2**16  # bytes of a text in a PNG that may hold its orientation
 SIGNATURE_BYTES = 64  # at the start of a file, which show its format
 # How an image is turned upright, by its orientation in EXIF data.

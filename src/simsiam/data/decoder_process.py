@@ -23,11 +23,11 @@ from typing import IO, Literal, TypeAlias, TypedDict
 import numpy as np
 
 from simsiam.errors import WorkFailed
-from simsiam.utils.system import limit_process
+from simsiam.utils.system import WINDOWS, limit_process
 
 MEMORY_LIMIT = 9 * 2**28  # bytes of address space: 2.25 GiB
-CPU_LIMIT = 8  # seconds for an image
-WALL_LIMIT = 60.0  # seconds that it may take with waiting for a disk
+CPU_LIMIT = 7  # seconds for an image
+WALL_LIMIT = 60.0 if WINDOWS else 600.0  # seconds that it may take with waiting for a disk
 MAX_LINE = 2**16
 # Threads need address space, and libraries start one for each core.
 ENVIRONMENT = {

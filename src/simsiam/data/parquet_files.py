@@ -161,7 +161,7 @@ class ParquetReader:
         """
         chunks, texts, needed = _Chunks(self.num_bytes), list[str](), 0
         row_group = self.metadata.row_group(group)
-        for place in range(row_group.num_columns):
+        for place in range(row_group.num_columns if row_group.num_rows else 0):
             chunk = row_group.column(place)
             path = chunk.path_in_schema
             if not any(f"{path}.".startswith(f"{column}.") for column in columns):
@@ -187,7 +187,7 @@ class ParquetReader:
             page_checksum_verification=True,
             pre_buffer=False,  # which would read what is between the chunks as well
         )
-        return file.read_row_group(group, columns=list(columns))
+        return file.read_row_groups([group] if row_group.num_rows else [], columns=list(columns))
 
     def _write_out(self, table: pa.Table, limit: int) -> pa.Table:
         """Replace dictionaries by their values, if these take at most `limit` bytes."""

@@ -6,7 +6,6 @@ counts pixels from 1 and includes the last one, so 1 is subtracted from its firs
 detectron2 does.
 """
 
-import json
 import os
 import re
 import xml.etree.ElementTree as ET
@@ -27,6 +26,7 @@ from simsiam.data.storage import FolderFiles, Names
 from simsiam.errors import UsageError, WorkFailed, printable, truncate, unknown_name
 from simsiam.utils.names import reason_line, slashed
 from simsiam.utils.read_files import read_bytes, read_text
+from simsiam.utils.typed_json import read_untyped_json
 from simsiam.utils.workers import CPU_CORES
 
 SOURCE_KINDS = (
@@ -497,7 +497,7 @@ def load_coco_json(file: Path) -> dict[str, object]:
         WorkFailed: If it cannot be read or is not in COCO format.
     """
     try:
-        content = json.loads(read_text(file, MAX_ANNOTATION_BYTES))
+        content = read_untyped_json(file, MAX_ANNOTATION_BYTES)
     except (OSError, ValueError, RecursionError) as error:
         raise WorkFailed(
             f"cannot read {printable(str(file))}: {' '.join(str(error).split())[:160]}"

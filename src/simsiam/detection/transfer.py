@@ -45,8 +45,9 @@ from simsiam.errors import UsageError, WorkFailed, printable, unknown_name
 from simsiam.model.precision import Compute
 from simsiam.runs.environment import collect_environment, utc_now
 from simsiam.runs.run_folder import Run
+from simsiam.utils.checksums import write_with_checksum
 from simsiam.utils.files import atomic_write
-from simsiam.utils.names import write_names
+from simsiam.utils.names import join_names
 
 TASKS = ("detection", "segmentation")
 
@@ -116,8 +117,10 @@ def transfer(
         if init is None:
             raise UsageError("backbone names the network of --init, which is missing")
         arguments["backbone"] = backbone
+    folder = Run(run)
+    folder.transfers()  # an error in these files comes before the work
     plan = TransferPlan.create(
-        Run(run), task, arguments, seed=seed, compute=Compute.pick(device, precision)
+        folder, task, arguments, seed=seed, compute=Compute.pick(device, precision)
     )
     console = Console(stderr=True, highlight=False, quiet=rank() != 0)
     for line in plan.summary():
@@ -415,7 +418,7 @@ class TransferPlan:
     def write_faults(self) -> None:
         """Write the faults of the annotations, if there are any, as faults.txt."""
         if lines := sorted(self.source.faults.lines):
-            write_names(self.folder / "faults.txt", lines)
+            write_with_checksum(self.folder / "faults.txt", join_names(lines))
 
 
 def main_metric(source_metric: str, task: str) -> str:

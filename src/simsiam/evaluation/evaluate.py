@@ -104,6 +104,7 @@ def evaluate(
         if protocol not in PROTOCOLS:
             raise unknown_name("protocol", protocol, PROTOCOLS)
     folder = Run(open_weights(run, backbone=backbone, source=source, splits=splits))
+    folder.evaluations()  # an error in these files comes before the work
     opened = open_run_source(
         folder,
         source,

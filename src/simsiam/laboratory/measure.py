@@ -119,9 +119,10 @@ def measure_top1(run: Run, protocol: str, scale: Scale, checkpoint: str = "last"
         return [
             record["top1"]
             for record in run.read_records(f"evaluations/{protocol}.json")
-            if record["checkpoint"] == checkpoint
-            and record["features"] == "h"
-            and record["parameters"].get("linear", linear) == linear
+            if record.get("checkpoint") == checkpoint
+            and record.get("features") == "h"
+            and record.get("parameters", {}).get("linear", linear) == linear
+            and "top1" in record
         ]
 
     if not recorded():

@@ -45,6 +45,8 @@ def read_recipe(path: Path) -> Recipe:
     """
     name = printable(str(path))
     try:
+        if (size := path.stat().st_size) > MAX_RECIPE_BYTES:
+            raise UsageError(f"{name}: {size:,} bytes; a recipe has at most {MAX_RECIPE_BYTES:,}")
         content = yaml.load(read_text(path, MAX_RECIPE_BYTES), NoAliasLoader)
     except UsageError:
         raise

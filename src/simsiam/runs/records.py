@@ -245,6 +245,7 @@ class CheckpointHead(TypedDict, total=False):
     images: Required[int]
     environment: Required[Environment]
     metrics: MetricsExtent
+    fingerprint: dict[str, str]
     start: dict[str, object] | None
     model: Required[dict[str, object]]
     optimizer: dict[str, object]
@@ -261,6 +262,14 @@ class SavedTraining(TypedDict, total=False):
     optimizer: dict[str, object]
 
 
+class PredictorCosines(TypedDict):
+    """What the experiments of section 5.1 measure of a run; see `laboratory.measure`."""
+
+    cos_p_mean: float
+    cos_z_mean: float
+    h_gain: float
+
+
 # The type of each JSON object that has a name of its own in a run folder.
 SCHEMAS: Mapping[str, type] = {
     "summary.json": Summary,
@@ -270,7 +279,7 @@ SCHEMAS: Mapping[str, type] = {
     "origin.json": Origin,
     "converted.json": ConversionReport,
     "loggers.json": ChosenLoggers,
-    "laboratory.json": dict[str, float],
+    "laboratory.json": PredictorCosines,
 }
 # What a record lacks that an older version wrote.
 EVALUATION_DEFAULTS: Record = {

@@ -53,7 +53,7 @@ from simsiam.runs.weight_files import (
 )
 from simsiam.sources.fingerprint import compare_sources
 from simsiam.sources.own_marks import mark_places
-from simsiam.utils.checksums import is_intact, read_with_checksum, write_with_checksum
+from simsiam.utils.checksums import is_intact, read_with_checksum, seal, write_with_checksum
 from simsiam.utils.files import (
     atomic_write,
     exclusive_lock,
@@ -192,17 +192,14 @@ class TrainingFolder:
             name: The path of the file in the folder.
 
         Returns:
-            Its records, or [] if there is no such file. What they lack is empty.
+            Its records, or [] if there is no such file.
 
         Raises:
             UsageError: The file is damaged, or holds something else.
         """
         path = self.path / name
-        if not path.exists():
-            return []
-        if name.startswith("transfers/"):
-            return [TRANSFER_DEFAULTS | record for record in read_json(path, list[Transfer])]
-        return [EVALUATION_DEFAULTS | record for record in read_json(path, list[Evaluation])]
+        schema: type = list[Transfer] if name.startswith("transfers/") else list[Evaluation]
+        return read_json(path, schema) if path.exists() else []
 
     @rank_zero_only
     def write(
@@ -371,16 +368,21 @@ class Run(TrainingFolder):
     # --- reading ---
 
     def evaluations(self) -> list[Record]:
-        """Read the records of all files in evaluations/, in the order of the files' names."""
-        return self._read_all_records("evaluations")
+        """Read the records of all files in evaluations/, in the order of the files' names.
+
+        What a record of an older version lacks is empty.
+        """
+        return self._read_all_records("evaluations", EVALUATION_DEFAULTS)
 
     def transfers(self) -> list[Record]:
-        """Read the records of all files in transfers/, in the order of the files' names."""
-        return self._read_all_records("transfers")
+        """Read the records of all files in transfers/, as `evaluations` does."""
+        return self._read_all_records("transfers", TRANSFER_DEFAULTS)
 
-    def _read_all_records(self, folder: str) -> list[Record]:
+    def _read_all_records(self, folder: str, defaults: Record) -> list[Record]:
         names = sorted(path.name for path in (self.path / folder).glob("*.json"))
-        return [record for name in names for record in self.read_records(f"{folder}/{name}")]
+        return [
+            defaults | record for name in names for record in self.read_records(f"{folder}/{name}")
+        ]
 
     @rank_zero_only
     def checkpoint(self, name: str = "last") -> TrainingState | None:
@@ -636,7 +638,7 @@ def write_untrained(
     environment = env | {"seed": run.recipe.seed, "start": utc_now(), "end": None}
     run.write("environment.json", environment)
     metrics = {"step": 0, "epoch": 0.0, **dict.fromkeys(METRIC_NAMES)}
-    run.write("metrics.jsonl", json.dumps(metrics) + "\n")
+    run.write("metrics.jsonl", json.dumps(seal(metrics)) + "\n")
     run.save("last", {**new_state(env, num_images=0), "model": dict(model)})
     prefix = "backbone."
     backbone = {k.removeprefix(prefix): x for k, x in model.items() if k.startswith(prefix)}

@@ -6,6 +6,7 @@ fingerprint, or differs in the times alone. So times do not decide; if they diff
 is not all images, that is said.
 """
 
+import json
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -125,7 +126,7 @@ def compare_sources(
     Raises:
         UsageError: The images are others, and that is not accepted.
     """
-    if before.get("version") != VERSION:
+    if not _is_comparable(before, now):
         return ["whether the images have changed is not known: nothing was noted about them before"]
     if changes := describe_changes(before, now):
         if not accept:
@@ -142,13 +143,19 @@ def compare_sources(
 
 @rank_zero_only
 def start_or_continue_on_source(
-    work: Path, job: Mapping[str, object], now: dict[str, str], *, accept: bool
+    work: Path,
+    job: Mapping[str, object],
+    names: Sequence[str | os.PathLike[str]],
+    now: dict[str, str],
+    *,
+    accept: bool,
 ) -> None:
     """Prepare a folder for work in parts; see `start_or_continue_job`. Parts of others are no use.
 
     Args:
         work: The folder, under a lock.
         job: What determines the result besides the images.
+        names: The names that opened the source.
         now: The fingerprint of the source.
         accept: If the images have changed since the parts were made: whether to begin again.
 
@@ -156,16 +163,23 @@ def start_or_continue_on_source(
         UsageError: The folder holds parts of another job, or of other images.
     """
     start_or_continue_job(work, job)
+    now = now | {"place": _digest([json.dumps(absolute_sources(names)).encode()])}
     file, before = work / FINGERPRINT_FILE, dict[str, str]()
     with suppress(OSError):  # a new job has none
         lines = read_text(file).splitlines()
         before = {name: text for name, _, text in (line.partition(" ") for line in lines)}
-    if before.get("version") != VERSION:
+    folder = printable(str(work))
+    if not _is_comparable(before, now):
         before = {}
+    elif before["place"] != now["place"] and describe_changes(before, now):
+        raise UsageError(
+            f"{folder} holds the parts of another job, which was not finished: delete it, or "
+            "change --out"
+        )
     else:
         advice = (
-            f"{printable(str(work))} holds parts of the images as they were. To begin again with "
-            "the images as they are, give --accept-changed-source"
+            f"{folder} holds parts of the images as they were. To begin again with the images as "
+            "they are, give --accept-changed-source"
         )
         say(compare_sources(before, now, advice=advice, accept=accept))
     if not before or describe_changes(before, now):
@@ -208,6 +222,13 @@ def say(lines: Sequence[str]) -> None:
     """
     for line in lines:
         print(f"note     {printable(line)}", file=sys.stderr, flush=True)
+
+
+def _is_comparable(before: object, now: dict[str, str]) -> bool:
+    """Tell whether an earlier fingerprint, which may be damaged, is of this version."""
+    if not isinstance(before, dict) or before.keys() != now.keys():
+        return False
+    return bool(before["version"] == VERSION)
 
 
 def _digest(parts: Iterable[bytes]) -> str:

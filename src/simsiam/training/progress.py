@@ -12,6 +12,7 @@ from rich.table import Column
 
 from simsiam.distributed.process_group import rank
 from simsiam.errors import printable
+from simsiam.utils.system import is_broken_pipe
 
 # What the line shows after the time left, in this order, where it is known.
 FORMATS = {
@@ -80,7 +81,7 @@ class ProgressLine:
         due = tenth_done or step == self.steps or now - self.last_printed_time >= PRINT_SECONDS
         if not self.console.is_terminal and due:
             self.last_printed_step, self.last_printed_time = step, now
-            self.console.print(f"epoch {epochs} {text}", soft_wrap=True)
+            self._print(f"epoch {epochs} {text}", soft_wrap=True)
 
     def print_line(self, text: str) -> None:
         """Print a line above the progress line.
@@ -89,7 +90,15 @@ class ProgressLine:
             text: The line.
         """
         wrap = self.console.is_terminal  # between words
-        self.console.print(printable(text), soft_wrap=not wrap, markup=False)
+        self._print(printable(text), soft_wrap=not wrap, markup=False)
+
+    def _print(self, text: str, *, soft_wrap: bool, markup: bool = True) -> None:
+        """Print a line; where that is not possible, as on a full disk, the training goes on."""
+        try:
+            self.console.print(text, soft_wrap=soft_wrap, markup=markup)
+        except OSError as error:
+            if is_broken_pipe(error):
+                raise
 
     def __enter__(self) -> "ProgressLine":
         self.progress.start()

@@ -348,20 +348,6 @@ def make_folder(path: Path) -> None:
         pass
 
 
-def check_no_links(folder: Path) -> None:
-    """Check that nothing below a folder leads out of it, before another program writes there.
-
-    Args:
-        folder: The folder.
-
-    Raises:
-        UsageError: There is a link.
-    """
-    for place, folders, names in os.walk(folder):
-        for path in (Path(place, name) for name in (*folders, *names)):
-            check_no_link(path, os.lstat(path))
-
-
 def write_text(path: Path, content: str) -> None:
     """Write a text file in UTF-8, the same on every system, complete or not at all.
 

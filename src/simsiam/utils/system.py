@@ -111,16 +111,15 @@ def limit_process(*, memory: int | None = None, cpu_seconds: int | None = None) 
         memory: Bytes of address space. macOS does not keep to it.
         cpu_seconds: Seconds of processor time, after which the process is ended by SIGXCPU.
     """
-    if sys.platform == "win32":
-        return
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    if memory is not None:
-        with suppress(ValueError):  # macOS refuses less than what is in use
-            resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-    if cpu_seconds is not None:
-        used = int(time.process_time()) + 1
-        _, hard = resource.getrlimit(resource.RLIMIT_CPU)
-        resource.setrlimit(resource.RLIMIT_CPU, (used + cpu_seconds, hard))
+    if sys.platform != "win32":
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        if memory is not None:
+            with suppress(ValueError):  # macOS refuses less than what is in use
+                resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+        if cpu_seconds is not None:
+            used = int(time.process_time()) + 1
+            _, hard = resource.getrlimit(resource.RLIMIT_CPU)
+            resource.setrlimit(resource.RLIMIT_CPU, (used + cpu_seconds, hard))
 
 
 def free_shared_memory() -> int | None:
@@ -322,18 +321,24 @@ def open_folder(path: Path, *, create: bool = False) -> Iterator[int | None]:
     place = find_guarded(path) or path
     if create:
         place.mkdir(parents=True, exist_ok=True)
-    folder = None if sys.platform == "win32" else os.open(place, os.O_RDONLY | os.O_DIRECTORY)
+    folder = None
+    if sys.platform != "win32":
+        folder = os.open(place, os.O_RDONLY | os.O_DIRECTORY)
     try:
         for name in path.relative_to(place).parts:
             place /= name
-            if create:
-                with suppress(FileExistsError):
-                    os.mkdir(_at(place, folder), dir_fd=folder)
-            check_no_link(place, _status(place, folder))
-            if sys.platform != "win32" and folder is not None:
-                flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
-                outer, folder = folder, os.open(name, flags, dir_fd=folder)
-                os.close(outer)
+            try:
+                if create:
+                    with suppress(FileExistsError):
+                        os.mkdir(_at(place, folder), dir_fd=folder)
+                check_no_link(place, _status(place, folder))
+                if sys.platform != "win32" and folder is not None:
+                    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
+                    outer, folder = folder, os.open(name, flags, dir_fd=folder)
+                    os.close(outer)
+            except OSError as error:
+                error.filename = os.fspath(place)
+                raise
         yield folder
     finally:
         if folder is not None:

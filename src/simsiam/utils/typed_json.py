@@ -47,6 +47,25 @@ def read_json(path: str | os.PathLike[str], schema: type[T]) -> T:
         raise UsageError(f"{error}; restore the file, or move it away") from None
 
 
+def read_untyped_json(path: str | os.PathLike[str], limit: int) -> object:
+    """Read a large JSON file whose parts the caller checks one by one.
+
+    Args:
+        path: The file.
+        limit: The most bytes that it may have.
+
+    Returns:
+        The content.
+
+    Raises:
+        OSError: There is no such file, or the system refuses.
+        ValueError: It is not JSON.
+        RecursionError: It is nested too deeply.
+        UsageError: It is too large, or not a regular file.
+    """
+    return json.loads(read_text(path, limit))
+
+
 def parse_json(text: str | bytes, schema: type[T], name: str) -> T:
     """Read a text in JSON of a known type.
 

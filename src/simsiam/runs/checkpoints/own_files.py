@@ -23,7 +23,8 @@ from simsiam.runs.recipe_file import read_recipe
 from simsiam.runs.records import Record
 from simsiam.runs.run_folder import BACKBONE_FILE
 from simsiam.runs.weight_files import WeightFile
-from simsiam.utils.typed_json import read_json
+from simsiam.utils.read_files import read_text
+from simsiam.utils.typed_json import parse_json
 
 OWN_LAYOUT = Layout("this program", "backbone.", "projector.", "predictor.")
 
@@ -53,11 +54,14 @@ def own_settings(path: Path, content: WeightFile) -> Record:
     if weights := described_weights(content.metadata):
         return {"backbone": weights["backbone"]} | described_settings(weights)
     if described.is_file():
-        settings = described_settings(read_json(described, dict[str, object]))
-        name = timm_architecture(path.parent)
-        if name is None:
+        name = "the description of its preprocessing"
+        config = parse_json(read_text(described), dict[str, object], name)
+        settings = described_settings(config)
+        network = timm_architecture(path.parent)
+        if network is None:
             return settings
-        return settings | {"backbone": name if name in RESNETS else f"{TIMM_PREFIX}{name}"}
+        backbone = network if network in RESNETS else f"{TIMM_PREFIX}{network}"
+        return settings | {"backbone": backbone}
     return {}
 
 

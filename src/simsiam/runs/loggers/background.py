@@ -76,7 +76,8 @@ class BackgroundLogger(threading.Thread):
         Args:
             text: The line.
         """
-        print(f"logger   {self.name}: {printable(text)}", file=sys.stderr)
+        with suppress(OSError):  # nobody may be able to read it
+            print(f"logger   {self.name}: {printable(text)}", file=sys.stderr)
 
 
 class BackgroundLoggers:

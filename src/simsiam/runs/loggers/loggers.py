@@ -22,10 +22,10 @@ from typing import Literal, TypeAlias
 from typing_extensions import override
 
 from simsiam.runs.records import MetricsRecord, Record
-from simsiam.utils.files import append_bytes, check_no_links, make_folder
+from simsiam.utils.files import append_bytes, make_folder
 from simsiam.utils.names import hide_keys, without_credentials
 from simsiam.utils.read_files import open_regular
-from simsiam.utils.system import open_own
+from simsiam.utils.system import check_no_link, open_own
 
 Status: TypeAlias = Literal["finished", "stopped", "failed"]  # how a run ended
 PROJECT = "simsiam"  # the project of W&B and the experiment of MLflow, where the user names none
@@ -154,7 +154,10 @@ class WandbLogger(Logger):
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
 
-        check_no_links(self.run.path / "wandb")
+        folder = self.run.path / "wandb"
+        # The links in it are of wandb, which replaces them and makes a new folder for each run.
+        if os.path.lexists(folder):
+            check_no_link(folder, os.lstat(folder))
         settings = wandb.setup(wandb.Settings(silent=True)).settings
         offline = settings.mode in ("offline", "dryrun")
         if settings.mode in ("online", "run"):
