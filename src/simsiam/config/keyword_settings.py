@@ -98,6 +98,7 @@ class PretrainSettings(TypedDict, total=False):
     blur: float
     blur_sigma: tuple[float, float]
     solarize: float
+    interpolation: Literal["bilinear", "bicubic"]
     equal_terms: bool
 
 

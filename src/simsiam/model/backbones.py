@@ -439,3 +439,18 @@ def _resample_grid(positions: Tensor, count: int) -> Tensor:
     from timm.layers import resample_abs_pos_embed
 
     return resample_abs_pos_embed(positions, [isqrt(count)] * 2, num_prefix_tokens=1)
+
+
+@torch.no_grad()
+def cut_weights(model: nn.Module, divisor: float) -> None:
+    """Divide the weights of all layers but batch norm's (Draganov et al., 2025, section 4).
+
+    What follows a batch norm is the same, but a step turns smaller weights by a larger angle.
+
+    Args:
+        model: The model.
+        divisor: What to divide by.
+    """
+    for p in model.parameters():
+        if p.ndim > 1:
+            p.div_(divisor)

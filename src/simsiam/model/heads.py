@@ -117,7 +117,8 @@ class DirectPredictor(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """Return p (N, d) for z (N, d)."""
-        return z @ self.weight.to(z.dtype)
+        weight = self.weight.to(z.dtype)
+        return _PassGradient.apply(z, weight) if self.method.iso_loss else z @ weight
 
     @torch.no_grad()
     def after_step(self, z: list[Tensor]) -> None:
@@ -131,6 +132,18 @@ class DirectPredictor(nn.Module):
         values, vectors = torch.linalg.eigh(self.correlation)
         power = (values / values[-1]).clamp_min(0) ** self.method.direct_power
         self.weight.copy_((vectors * (power + self.method.direct_epsilon)) @ vectors.T)
+
+
+class _PassGradient(torch.autograd.Function):
+    """A product z W that gives z the gradient of the product (IsoLoss)."""
+
+    @staticmethod
+    def forward(ctx: object, z: Tensor, weight: Tensor) -> Tensor:
+        return z @ weight
+
+    @staticmethod
+    def backward(ctx: object, grad_output: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad_output, None
 
 
 # --- batch norm's grouping: a network applied to views, {view: (N, ...)} to {view: (N, d)} ---

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from simsiam.config.methods import METHODS, Method
 from simsiam.errors import UsageError, unknown_name
-from simsiam.model.backbones import create_backbone, feature_dim
+from simsiam.model.backbones import create_backbone, cut_weights, feature_dim
 from simsiam.model.heads import (
     BN_GROUPINGS,
     DirectPredictor,
@@ -15,7 +15,7 @@ from simsiam.model.heads import (
     build_projector,
 )
 from simsiam.model.losses import CRITERIA, InfoNCE
-from simsiam.model.targets import TARGETS, MovingAverageTarget
+from simsiam.model.targets import TARGETS, MovingAverageTarget, mean_target
 
 
 class Output(NamedTuple):
@@ -71,8 +71,6 @@ class Siamese(nn.Module):
         h = self.forward_views(self.backbone, {i: x[i] for i in self.encoded_views})
         z = self.forward_views(self.projector, h)
         p = self.forward_views(self.predictor, {i: z[i] for i in self.predicted_views})
-        if self.method.iso_loss:
-            p = {i: z[i] + (p[i] - z[i]).detach() for i in p}  # p, with the gradient given to z
         eta = self.target(x, z, index)
         t = {views: mean_target(eta, views) for views in sorted({views for _, views in self.terms})}
         t = {views: self.criterion.encode_target(t[views]) for views in t}
@@ -119,16 +117,6 @@ class Siamese(nn.Module):
         self.criterion.after_step(negatives)
 
 
-def mean_target(eta: dict[int, Tensor], views: tuple[int, ...]) -> Tensor:
-    """Return the mean target of some views: of one, itself; of several, equation 9.
-
-    Args:
-        eta: The targets by view, (N, d) each.
-        views: The views.
-    """
-    return eta[views[0]] if len(views) == 1 else torch.stack([eta[j] for j in views]).mean(0)
-
-
 def check_names(method: Method) -> None:
     """Raise UsageError if a method's target or criterion is not in its table."""
     if method.target not in TARGETS:
@@ -171,18 +159,3 @@ def build(
         model = Siamese(backbone, method)
     cut_weights(model, method.cut_init)
     return model
-
-
-@torch.no_grad()
-def cut_weights(model: nn.Module, divisor: float) -> None:
-    """Divide the weights of all layers but batch norm's (Draganov et al., 2025, section 4).
-
-    What follows a batch norm is the same, but a step turns smaller weights by a larger angle.
-
-    Args:
-        model: The model.
-        divisor: What to divide by.
-    """
-    for p in model.parameters():
-        if p.ndim > 1:
-            p.div_(divisor)

@@ -340,6 +340,16 @@ class KMeansTarget(LabelTarget):
         self.labels = self.labels.new_zeros(images)
 
 
+def mean_target(eta: TensorsByView, views: tuple[int, ...]) -> Tensor:
+    """Return the mean target of some views: of one, itself; of several, equation 9.
+
+    Args:
+        eta: The targets by view, (N, d) each.
+        views: The views.
+    """
+    return eta[views[0]] if len(views) == 1 else torch.stack([eta[j] for j in views]).mean(0)
+
+
 def _raise_not_begun(name: str, missing: str) -> NoReturn:
     raise UsageError(f"{name} depends on the run: call model.begin with {missing}")
 
