@@ -240,7 +240,7 @@ def test_a_damaged_key_is_replaced(content, tmp_path, monkeypatch):
 def test_where_no_key_can_be_kept_a_run_is_made(photos, tmp_path, monkeypatch, capsys):
     (tmp_path / "file").touch()
     monkeypatch.setenv("SIMSIAM_STATE", str(tmp_path / "file" / "state"))
-    simsiam.sources.own_marks._say_once.cache_clear()
+    simsiam.errors.say_once.cache_clear()
     run = simsiam.pretrain(str(photos), out=tmp_path / "run", **QUICK | {"steps": 1})
     assert capsys.readouterr().err.count("no key can be kept") == 1
     assert run_line(capsys, COMMANDS["embed"], run)[0] == 2
