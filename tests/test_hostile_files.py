@@ -9,6 +9,7 @@ import resource
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -48,33 +49,38 @@ except (Unreadable, UsageError, WorkFailed) as error:
 """
 
 
+# Runs a command and writes what it took. It is small: a process that it starts counts as much
+# memory as the one that it is a copy of, and that of the tests has gigabytes.
+MEASURE = """
+import json, os, sys
+pid = os.fork()
+if not pid:
+    os.execvp(sys.argv[2], sys.argv[2:])
+_, status, usage = os.wait4(pid, 0)
+seconds, memory = usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 2**10
+with open(sys.argv[1], "w") as file:
+    json.dump([os.waitstatus_to_exitcode(status), seconds, memory], file)
+"""
+
+
 def run(*command, limit=600):
     """Run a command; return its output, its exit code, seconds of CPU, and bytes of memory."""
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_CPU, (CPU_LIMIT, CPU_LIMIT)),
-    )
-    pid, status, usage = os.getpid(), 0, None
-    end = time.monotonic() + limit
-    try:
-        while time.monotonic() < end:
-            pid, status, usage = os.wait4(process.pid, os.WNOHANG)
-            if pid:
-                break
-            time.sleep(0.02)
-        else:
-            pytest.fail(f"it runs for more than {limit} s")
-    finally:
-        if not pid:
+    with tempfile.TemporaryDirectory() as folder:
+        record = Path(folder, "record.json")
+        process = subprocess.Popen(
+            [sys.executable, "-S", "-c", MEASURE, record, *command],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_CPU, (CPU_LIMIT, CPU_LIMIT)),
+        )
+        try:
+            output, _ = process.communicate(timeout=limit)
+        except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
-            os.waitpid(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    output = process.stdout.read().decode()
-    process.stdout.close()
-    return output, process.returncode, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 2**10
+            process.communicate()
+            pytest.fail(f"it runs for more than {limit} s")
+        return output.decode(), *json.loads(record.read_text())
 
 
 def read_cheaply(code, *files):
@@ -243,14 +249,18 @@ def test_a_tar_that_ends_in_a_sparse_header_is_damaged(tmp_path):
     assert "reason: " in read_cheaply(OPEN, path)
 
 
+# It ends without the interpreter's clean-up, in which torch and Arrow together sometimes abort
+# ("terminate called without an active exception"): an open defect, of which only reading is free.
 NEIGHBORS = """
-import sys
+import os, sys
 from simsiam.embeddings.table import read_embeddings
 from simsiam.errors import UsageError
 try:
     print(read_embeddings(sys.argv[1]).vectors.shape)
 except UsageError as error:
     print(f"reason: {error}")
+sys.stdout.flush()
+os._exit(0)
 """
 
 

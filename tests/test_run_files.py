@@ -20,9 +20,9 @@ from torch import nn
 
 import simsiam
 from simsiam.commands.main import main
-from simsiam.errors import UsageError
+from simsiam.errors import UsageError, say_once
 from simsiam.model.encoder import Encoder
-from simsiam.runs.run_folder import Run, read_checkpoint, say_once
+from simsiam.runs.run_folder import Run, read_checkpoint
 from simsiam.runs.weight_files import ChecksumError, load_metadata, load_weights, save_weights
 from simsiam.utils.checksums import (
     CHECKSUM_KEY,

@@ -1,8 +1,10 @@
 """Errors of users and of work, as one line: what was given, what is allowed, what to do."""
 
 import re
+import sys
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
+from functools import lru_cache
 from math import inf
 
 # Control characters, separators of lines and paragraphs, characters that change the direction of
@@ -149,3 +151,13 @@ def check_ranges(instance: object, **ranges: tuple[float, float]) -> None:
                     else f"it lies between {low:g} and {high:g}"
                 )
                 raise UsageError(f"{name} is {number}; {bounds}")
+
+
+@lru_cache(maxsize=1000)
+def say_once(text: str) -> None:
+    """Print a line on stderr, the first time that it is said in this process.
+
+    Args:
+        text: The line.
+    """
+    print(printable(text), file=sys.stderr, flush=True)

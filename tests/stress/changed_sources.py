@@ -12,7 +12,6 @@ for bit. All randomness comes from --seed.
 import argparse
 import contextlib
 import io
-import json
 import multiprocessing
 import os
 import random
@@ -26,18 +25,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from counts import report
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from source_changes import CHANGES, KINDS, change_source
 
 from simsiam.commands.main import main as run_verb
 from simsiam.embeddings import embed as embedding
-from simsiam.model.precision import Compute
-from simsiam.runs.environment import collect_environment, utc_now
+from simsiam.runs.environment import utc_now
 from simsiam.runs.run_folder import Run, read_checkpoint
 from simsiam.sources import write_shards
 from simsiam.training.pretrain import Pretraining
-from simsiam.utils.files import write_text
 
 TINY = (
     "--backbone resnet10 --width 4 --dim 16 --proj-hidden 16 --pred-dim 4 --batch-size 8 "
@@ -189,25 +187,15 @@ def main() -> int:
             shutil.rmtree(work)
     finally:
         shutil.rmtree(root, ignore_errors=True)
-    environment = collect_environment(Compute(torch.device("cpu"), "float32"))
-    command = "python tests/stress/changed_sources.py " + " ".join(sys.argv[1:])
-    rows = "\n".join(f"| {kind} | {end} | {n:,} |" for (kind, end), n in sorted(ends.items()))
-    summary = (
-        f"`{command.strip()}`\n\ncommit {environment['commit']}, {started}. "
-        f"{sum(ends.values()):,} trials, {len(wrongs)} wrong: a change that was not noticed, one "
-        "that was none, or another result than that of an uninterrupted job.\n\n"
-        "| what happened to the source | end | trials |\n| --- | --- | --- |\n" + rows + "\n"
+    return report(
+        ends,
+        wrongs,
+        started=started,
+        meaning="a change that was not noticed, one that was none, or another result than that of "
+        "an uninterrupted job",
+        heading="what happened to the source",
+        out=options.out,
     )
-    print(summary)
-    if options.out:
-        write_text(Path(f"{options.out}.md"), summary)
-        record = {"command": command, "environment": environment, "started": started}
-        counts = [[*key, n] for key, n in sorted(ends.items())]
-        write_text(
-            Path(f"{options.out}.json"),
-            json.dumps(record | {"ends": counts, "wrong": wrongs}, indent=2) + "\n",
-        )
-    return 1 if wrongs else 0
 
 
 if __name__ == "__main__":

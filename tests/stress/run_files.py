@@ -56,12 +56,12 @@ from simsiam.detection.annotations import keep_masked_objects, open_annotated
 from simsiam.detection.metrics import decode_masks
 from simsiam.detection.pictures import _arrange
 from simsiam.detection.splits import split_source
-from simsiam.errors import UsageError, WorkFailed
+from simsiam.errors import UsageError, WorkFailed, say_once
 from simsiam.model.encoder import Encoder
 from simsiam.model.precision import Compute
 from simsiam.runs.encoder import load
 from simsiam.runs.environment import collect_environment, utc_now
-from simsiam.runs.run_folder import Run, read_checkpoint, say_once
+from simsiam.runs.run_folder import Run, read_checkpoint
 from simsiam.utils.checksums import (
     CHECKSUM_KEY,
     SUMS_FILE,

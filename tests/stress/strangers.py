@@ -31,13 +31,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 import yaml
+from counts import report
 from PIL import Image
 
 import simsiam
 from simsiam.commands.main import main as run_verb
-from simsiam.model.precision import Compute
-from simsiam.runs.environment import collect_environment, utc_now
-from simsiam.utils.files import write_text
+from simsiam.runs.environment import utc_now
 
 TINY = (
     "--backbone resnet10 --width 4 --dim 16 --proj-hidden 16 --pred-dim 4 --batch-size 16 "
@@ -268,25 +267,15 @@ def main() -> int:
             shutil.rmtree(work)
     finally:
         shutil.rmtree(root, ignore_errors=True)
-    environment = collect_environment(Compute(torch.device("cpu"), "float32"))
-    command = "python tests/stress/strangers.py " + " ".join(sys.argv[1:])
-    rows = "\n".join(f"| {kind} | {end} | {n:,} |" for (kind, end), n in sorted(ends.items()))
-    summary = (
-        f"`{command.strip()}`\n\ncommit {environment['commit']}, {started}. "
-        f"{sum(ends.values()):,} trials, {len(wrongs)} wrong: a connection, a look-up of a name, a "
-        "process, a private file that was opened, a traceback, or a key that was printed.\n\n"
-        "| what the stranger wrote | end | trials |\n| --- | --- | --- |\n" + rows + "\n"
+    return report(
+        ends,
+        wrongs,
+        started=started,
+        meaning="a connection, a look-up of a name, a process, a private file that was opened, a "
+        "traceback, or a key that was printed",
+        heading="what the stranger wrote",
+        out=options.out,
     )
-    print(summary)
-    if options.out:
-        write_text(Path(f"{options.out}.md"), summary)
-        record = {"command": command, "environment": environment, "started": started}
-        counts = [[*key, n] for key, n in sorted(ends.items())]
-        write_text(
-            Path(f"{options.out}.json"),
-            json.dumps(record | {"ends": counts, "wrong": wrongs}, indent=2) + "\n",
-        )
-    return 1 if wrongs else 0
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from simsiam.config.protocols import PROTOCOLS
 from simsiam.data.decode import Unreadable, decode_image
 from simsiam.data.images import evenly_spaced, sample
 from simsiam.embeddings.table import read_embeddings
-from simsiam.errors import UsageError, WorkFailed, check_ranges, printable
+from simsiam.errors import UsageError, WorkFailed, check_ranges, printable, say_once
 from simsiam.monitoring.verdict import features_table
 from simsiam.pages.embedding_gallery import EmbeddingFacts, embedding_gallery, is_embedding
 from simsiam.pages.image_map import (
@@ -46,7 +46,7 @@ from simsiam.pages.thumbnails import (
 from simsiam.runs.compose import open_run_source
 from simsiam.runs.encoder import eval_transform, load
 from simsiam.runs.environment import utc_now
-from simsiam.runs.run_folder import Run, say_once
+from simsiam.runs.run_folder import Run
 from simsiam.runs.weights import open_weights
 from simsiam.sources.open_source import Source
 from simsiam.sources.own_marks import is_named

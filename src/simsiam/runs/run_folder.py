@@ -10,7 +10,6 @@ import io
 import json
 import os
 import shlex
-import sys
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -26,7 +25,7 @@ from torch.optim import Optimizer
 from simsiam.config.recipes import CONVERTED_SOURCES, ResolvedRecipe
 from simsiam.config.settings import MAX_INT
 from simsiam.distributed.process_group import rank, rank_zero_context, rank_zero_only
-from simsiam.errors import UsageError, WorkFailed, printable, truncate
+from simsiam.errors import UsageError, WorkFailed, printable, say_once, truncate
 from simsiam.model.encoder import Encoder
 from simsiam.runs.environment import numerical_conditions, utc_now
 from simsiam.runs.preprocessing import described_weights, weights_metadata
@@ -83,16 +82,6 @@ CHANGEABLE_SETTINGS = {
     "source": (), "init": None, "device": "auto", "workers": None, "epochs": 10**9,
     "save_seconds": 0, "read_timeout": 0,
 }  # fmt: skip
-
-
-@lru_cache(maxsize=1000)
-def say_once(text: str) -> None:
-    """Print a line on stderr, the first time that it is said in this process.
-
-    Args:
-        text: The line.
-    """
-    print(printable(text), file=sys.stderr, flush=True)
 
 
 def _parse_metrics(line: str) -> MetricsRecord | None:

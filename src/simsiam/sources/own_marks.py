@@ -13,15 +13,13 @@ import json
 import os
 import secrets
 import shlex
-import sys
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 
 from platformdirs import user_state_dir
 
 from simsiam.distributed.process_group import rank_zero_only
-from simsiam.errors import UsageError, WorkFailed, printable
+from simsiam.errors import UsageError, WorkFailed, printable, say_once
 from simsiam.utils.files import file_lock, write_text
 from simsiam.utils.read_files import read_text
 
@@ -84,7 +82,7 @@ def make_mark(setting: str, names: Sequence[str]) -> str:
             f"no key can be kept in {_key_path().parent} ({error}): later commands on what this "
             "one writes will ask you to name its images; SIMSIAM_STATE names another folder"
         )
-        _say_once(printable(" ".join(text.split())))
+        say_once(" ".join(text.split()))
         return ""
 
 
@@ -122,11 +120,6 @@ def unnamed_places_error(folder: Path, places: str, command: Sequence[str]) -> U
         f"these marks or than your key. Its {places} are only opened if you name them: "
         f"`simsiam {line}`{hidden}"
     )
-
-
-@cache
-def _say_once(line: str) -> None:
-    print(line, file=sys.stderr)
 
 
 def _key_path() -> Path:

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from simsiam.distributed.collectives import all_gather_objects, all_reduce_max
 from simsiam.distributed.process_group import rank_zero_only
 from simsiam.distributed.sync_batch_norm import synchronize_replicas
-from simsiam.errors import Stopped, UsageError, printable
+from simsiam.errors import Stopped, UsageError, printable, say_once
 from simsiam.monitoring.gauges import all_finite
 from simsiam.runs.records import Record, SavedTraining
-from simsiam.runs.run_folder import TrainingFolder, read_checkpoint, say_once
+from simsiam.runs.run_folder import TrainingFolder, read_checkpoint
 from simsiam.training.progress import ProgressLine, Stopwatch
 from simsiam.utils.files import atomic_write, make_folder
 from simsiam.utils.interrupt import InterruptHandler
