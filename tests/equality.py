@@ -47,6 +47,7 @@ CASES = {
     "alternation": small("simsiam", target="alternation", target_steps=2),
     "expectation": small("simsiam", target="expectation", target_views=2),
     "num_views": small("simsiam", num_views=3),
+    "small crops": small("simsiam", small_crops=2),
     "direct predictor": small("simsiam", predictor="direct", iso_loss=True),
     "cross_entropy": small("simsiam", criterion="cross_entropy"),
     "asymmetric_2x": small("simsiam", pairs="asymmetric_2x"),
@@ -80,6 +81,7 @@ def train(method: Method, shares: tuple[int, ...]) -> dict[str, list[Tensor]]:
             begin_run(model)
             model.load_state_dict(state)
         x, index = batch(step, method.view_count, n)
+        x = [*x[: method.full_view_count], *x[method.full_view_count :, ..., :8, :8]]
         set_lr(optimizer, step, peak_lr=method.base_lr * n / 256, steps=STEPS, warmup_steps=0)
         out = network(*(view[rows] for view in x), index=index[rows])
         optimizer.zero_grad()

@@ -363,6 +363,20 @@ MUTATIONS = [
         "rows.py::test_queued_keys_are_the_second_views_and_in_the_plus_both",
     ),
     m(
+        "small crops give targets too",
+        "config/method",
+        "for i in small for views in targets)",
+        "for i in small for views in (*targets, (i - 1,)))",
+        "targets.py::test_small_crops_predict_every_target_and_give_none[swav]",
+    ),
+    m(
+        "small crops on the scale of the others",
+        "data/batches",
+        "(method.small_views, recipe.small_crop_size)",
+        "(method.views[-1], recipe.small_crop_size)",
+        "batches.py::test_small_crops_come_last_with_their_own_size_and_scale[True]",
+    ),
+    m(
         "encode what is not predicted",
         "model/siamese",
         "sorted({*self.predicted_views, *self.target.required_views})",
@@ -916,8 +930,8 @@ MUTATIONS = [
     m(
         "one place for a worker's whole part",
         "data/batches",
-        "step, view_count, part_slice.start, current\n",
-        "step, view_count, 0, current\n",
+        "step, None, part_slice.start, current\n",
+        "step, None, 0, current\n",
         "shards.py::test_a_step_is_the_same_whatever_ran_before_and_whoever_makes_it[tar]",
     ),
     m(

@@ -3,11 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from simsiam.config.recipes import Recipe
 from simsiam.data.batches import batch_indices, epoch_order, iter_batches, sequential_batches
 from simsiam.data.images import from_arrays
 from simsiam.errors import UsageError
+from simsiam.sources.open_source import open_source
 
 CPU = torch.device("cpu")
 
@@ -66,3 +68,27 @@ def test_a_row_says_how_many_views_it_takes(images):
     for count, words in [(1, {"method": "supervised"}), (4, {"pairs": "asymmetric_2x"}), (2, {})]:
         batch = next(iter_batches(images, recipe(**words), 0, 1, CPU))
         assert len(batch.views) == count
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_small_crops_come_last_with_their_own_size_and_scale(images, in_memory, tmp_path):
+    """The full views are those of a run without small crops."""
+    cells = {"small_crops": 2, "small_crop_scale": (0.04, 0.09), "jitter_p": 0.0}
+    cells |= {"gray": 0.0, "blur": 0.0, "flip": 0.0, "workers": 0}
+    if not in_memory:
+        for i, pixels in enumerate(images.pixels):
+            Image.fromarray(pixels.transpose(1, 2, 0)).save(tmp_path / f"{i}.png")
+        images = open_source(tmp_path).train
+        assert images.pixels is None
+    batch = next(iter_batches(images, recipe(**cells, small_crop_size=12).resolve(), 3, 4, CPU))
+    assert [view.shape[2:] for view in batch.views] == [(16, 16)] * 2 + [(12, 12)] * 2
+    plain = {name: value for name, value in cells.items() if not name.startswith("small")}
+    for view, expected in zip(
+        batch.views[:2], next(iter_batches(images, recipe(**plain), 3, 4, CPU)).views, strict=True
+    ):
+        assert torch.equal(view, expected)
+    # Of noise, a crop of 4 to 6 of 20 pixels that is enlarged to 12 varies slowly.
+    roughness = [view.diff(dim=3).abs().mean() / view.std() for view in batch.views]
+    assert max(roughness[2:]) < 0.7 * min(roughness[:2])
+    assert not torch.equal(batch.views[2], batch.views[3])
+    assert recipe(small_crops=1).replace(image_size=224).resolve().small_crop_size == 96

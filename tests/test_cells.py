@@ -74,6 +74,8 @@ CELLS = [
     {"interpolation": "bicubic"}, {"num_views": 3}, {"num_views": 3, "pairs": "asymmetric"},
     {"num_views": 3, "target": "moving_average", "predictor": "none"},
     {"num_views": 3, "criterion": "nt_xent"}, {"cut_init": 9.0},
+    {"small_crops": 2, "small_crop_size": 8}, {"small_crops": 1, "num_views": 3},
+    {"small_crops": 2, "method": "swav", "prototypes": 20}, {"small_crops": 1, "bn": "split"},
     {"predictor": "direct"}, {"predictor": "direct", "direct_power": 1.0, "iso_loss": True},
     {"lr_schedule": "constant_decay", "predictor_lr": "cosine", "predictor_weight_decay": 0.0},
 ]  # fmt: skip

@@ -104,6 +104,8 @@ PASSES = {
         (small("simsiam", target="expectation", target_views=4), 5),
         (small("simsiam", num_views=4), 4),
         (small("byol", num_views=3), 3 + 3),
+        (small("byol", small_crops=3), 2 + 3 + 2),
+        (small("distillation", small_crops=2), 3),
     ],
     ids=lambda value: value.name if isinstance(value, Method) else str(value),
 )
@@ -194,6 +196,9 @@ def test_too_few_views_are_refused():
         ({"num_views": 4, "pairs": "asymmetric_2x"}, "use pairs symmetric"),
         ({"num_views": 4, "target": "expectation"}, "which averages targets"),
         ({"method": "swav", "num_views": 3}, "which averages targets"),
+        ({"small_crop_size": 16}, "small_crop_size has no effect here: give small_crops"),
+        ({"small_crops": 2, "small_crop_scale": (0.3, 0.1)}, "the smaller one first"),
+        ({"crop_max": 0.1}, "crop_max must not be smaller"),
         ({"method": "swav", "target": "moving_average"}, "the targets of swapped are codes"),
         ({"bn": "split", "batch_size": 8}, "8 parts need 16 images"),
         ({"method": "moco_v3"}, "unknown method 'moco_v3': did you mean 'moco_v2'"),

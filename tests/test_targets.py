@@ -1,6 +1,7 @@
 """Targets: each computes what section 5 says, and is SimSiam with its neutral setting."""
 
 from copy import deepcopy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -310,6 +311,33 @@ def test_each_view_predicts_the_mean_of_the_others():
     expected = [(copies[a] + copies[b]) / 2 for a, b in [(0, 1), (0, 2), (1, 2)]]
     for ours, theirs in zip(momentum(*x).targets, expected, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("name", ["simsiam", "swav"])
+def test_small_crops_predict_every_target_and_give_none(name):
+    """Multi-crop (SwAV, section 3.2), as SwAV's code sums it: over targets and other views."""
+    cells = {"dim": 12, "proj_hidden": 10, "pred_dim": 6, "prototypes": 7, "small_crops": 2}
+    model = build(replace(METHODS[name], **cells), **SMALL)
+    x = batch(0, views=2)[0] + [view[..., :8, :8] for view in batch(1, views=2)[0]]
+    out = model(*x)
+    if name == "swav":  # one batch for all crops of a size, and one for all features
+        h = [model.backbone(torch.cat(views)) for views in (x[:2], x[2:])]
+        z = model.projector(torch.cat(h)).chunk(4)
+    else:
+        z = [model.projector(model.backbone(view)) for view in x]
+    p = [model.predictor(view) for view in z]
+    by_hand = torch.zeros(())
+    for i in (0, 1):
+        t = model.criterion.encode_target(z[i]).detach()
+        for v in set(range(4)) - {i}:
+            by_hand = by_hand + model.criterion(p[v], t) / (2 * 3)
+    torch.testing.assert_close(out.loss, by_hand)
+    weight = model.backbone.conv1.weight
+    torch.testing.assert_close(
+        *(torch.autograd.grad(loss, weight, retain_graph=True)[0] for loss in (out.loss, by_hand))
+    )
+    assert len(out.targets) == 2 and len(out.predictions) == 4
+    assert [view for _, views in model.terms for view in views if view > 1] == []
 
 
 def test_labels_are_targets():

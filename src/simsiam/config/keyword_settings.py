@@ -73,6 +73,9 @@ class PretrainSettings(TypedDict, total=False):
     loss_scale: float
     pairs: Pairs
     num_views: int
+    small_crops: int
+    small_crop_size: int | None
+    small_crop_scale: tuple[float, float]
     tau: float
     queue: int
     barlow_lambda: float
@@ -91,6 +94,7 @@ class PretrainSettings(TypedDict, total=False):
     cut_init: float
     warmup_epochs: int
     crop_min: float
+    crop_max: float
     flip: float
     jitter: tuple[float, float, float, float]
     jitter_p: float

@@ -5,7 +5,7 @@ target, and D(p, t) the loss that a method minimizes. x, z, p and D are the pape
 paper h is the predictor, and t is eta (section 5). Plain data; loads no torch.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 from typing import Literal
 
@@ -68,6 +68,9 @@ class Views:
     crop_min: float = setting(
         0.2, "smallest area of a random crop, as a fraction of the image's area (appendix A)"
     )
+    crop_max: float = setting(
+        1.0, "largest area of a random crop, as a fraction of the image's area (appendix A)"
+    )
     flip: float = setting(0.5, "probability of a horizontal flip (appendix A)")
     jitter: tuple[float, float, float, float] = setting(
         (0.4, 0.4, 0.4, 0.1),
@@ -96,9 +99,14 @@ class Views:
     def __post_init__(self) -> None:
         """Check the ranges of all fields."""
         probability = (0, 1)
-        check_ranges(self, crop_min=(0.01, 1), flip=probability, jitter_p=probability)
-        check_ranges(self, gray=probability, blur=probability, solarize=probability)
-        check_ranges(self, jitter=(0, 2), blur_sigma=(0, 100))
+        check_ranges(self, crop_min=(0.01, 1), crop_max=(0.01, 1), flip=probability)
+        check_ranges(self, jitter_p=probability, gray=probability, blur=probability)
+        check_ranges(self, solarize=probability, jitter=(0, 2), blur_sigma=(0, 100))
+        if self.crop_min > self.crop_max:
+            raise UsageError(
+                f"crop_min is {self.crop_min:g} and crop_max {self.crop_max:g}: "
+                "crop_max must not be smaller"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,6 +216,20 @@ class Method:
         "views of each image; with more than 2, each view (with pairs asymmetric the first alone) "
         "is compared with the mean target of all others (FastSiam)",
     )
+    small_crops: int = setting(
+        0,
+        "views of each image that are small crops, added to the others: they predict the targets "
+        "of the other views and give none (multi-crop, section 3.2 of SwAV)",
+    )
+    small_crop_size: int | None = setting(
+        None,
+        "with --small-crops: side of a small crop in pixels [3/7 of image_size, as 96 of 224]",
+    )
+    small_crop_scale: tuple[float, float] = setting(
+        (0.05, 0.14),
+        "with --small-crops: smallest and largest area of a small crop, as a fraction of the "
+        "image's area",
+    )
     tau: float = setting(0.1, "with --criterion nt_xent, info_nce or swapped: temperature")
     queue: int = setting(
         65536,
@@ -300,6 +322,12 @@ class Method:
 
         if self.num_views > 2:
             self._check_num_views()
+        low, high = self.small_crop_scale
+        if not 0.01 <= low <= high <= 1:
+            raise UsageError(
+                f"small_crop_scale is {low:g} {high:g}: give two areas from 0.01 to 1, the "
+                "smaller one first"
+            )
 
     def _check_num_views(self) -> None:
         if self.target in ("expectation", *CLASS_TARGETS) or self.criterion == "swapped":
@@ -323,6 +351,8 @@ class Method:
             target_decay=(0, 1),
             target_steps=(0, inf),
             target_views=(1, MAX_TARGET_VIEWS),
+            small_crops=(0, MAX_TARGET_VIEWS),
+            small_crop_size=(8, 4096),
         )
         check_ranges(self, loss_scale=(1e-30, 1e30), tau=(1e-6, 1e30), queue=count)
         check_ranges(self, barlow_lambda=weight, vicreg_weights=weight)
@@ -346,7 +376,16 @@ class Method:
 
     @property
     def terms(self) -> tuple[tuple[int, tuple[int, ...]], ...]:
-        """The terms of the loss: the view of p, and the views whose targets are averaged."""
+        """The terms of the loss: the view of p, and the views whose targets are averaged.
+
+        Small crops are the last views. Each predicts every target that another view predicts.
+        """
+        count, targets = self.full_view_count, dict.fromkeys(views for _, views in self._full_terms)
+        small = range(count, count + self.small_crops)
+        return self._full_terms + tuple((i, views) for i in small for views in targets)
+
+    @property
+    def _full_terms(self) -> tuple[tuple[int, tuple[int, ...]], ...]:
         if self.num_views > 2:
             predicting = range(self.num_views if self.pairs == "symmetric" else 1)
             return tuple((i, (*range(i), *range(i + 1, self.num_views))) for i in predicting)
@@ -355,9 +394,20 @@ class Method:
         return tuple((i, (j, *range(count, count + extra))) for i, j in PAIRS[self.pairs])
 
     @property
+    def full_view_count(self) -> int:
+        """Number of views of each image in a step that are no small crops."""
+        return 1 + max(max(i, *views) for i, views in self._full_terms)
+
+    @property
     def view_count(self) -> int:
         """Number of views of each image in a step."""
-        return 1 + max(max(i, *views) for i, views in self.terms)
+        return self.full_view_count + self.small_crops
+
+    @property
+    def small_views(self) -> Views:
+        """How a small crop is made."""
+        crop_min, crop_max = self.small_crop_scale
+        return replace(self.views[-1], crop_min=crop_min, crop_max=crop_max)
 
     @property
     def decay(self) -> float:
@@ -407,6 +457,8 @@ def check_setting_conditions(method: Method, names: set[str]) -> None:
     Raises:
         UsageError: One of the settings has no effect.
     """
+    if not method.small_crops and (given := names & {"small_crop_size", "small_crop_scale"}):
+        raise UsageError(f"{min(given)} has no effect here: give small_crops, their number, too")
     for name in sorted(names & SETTING_CONDITIONS.keys()):
         owner, values = SETTING_CONDITIONS[name]
         value = getattr(method, owner)

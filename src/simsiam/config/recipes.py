@@ -191,6 +191,20 @@ class Recipe:
         """The linear scaling rule: base_lr * batch_size / 256 (section 3)."""
         return self.method.base_lr * self.batch_size / 256
 
+    @property
+    def small_crop_size(self) -> int:
+        """Side of a small crop in pixels; only if image_size is chosen."""
+        assert self.image_size is not None
+        return self.method.small_crop_size or max(8, round(self.image_size * 3 / 7))
+
+    @property
+    def view_sizes(self) -> list[int]:
+        """Side of each view of a training step in pixels; only if image_size is chosen."""
+        assert self.image_size is not None
+        method = self.method
+        full = [self.image_size] * method.full_view_count
+        return full + [self.small_crop_size] * method.small_crops
+
     def replace(self, **overrides: object) -> Self:
         """Make a recipe with some settings changed.
 

@@ -46,9 +46,9 @@ SEQUENTIAL_STEP_OFFSET = 2**40  # steps from here on go through all images in or
 
 WORKER_PREFETCH = 2  # steps that a worker makes ahead
 
-# Crops uint8 (views, N, C, size, size), the images (N,) they are of, and (key, reason) of each
-# unreadable image that was replaced.
-CropBatch: TypeAlias = tuple[Tensor, Tensor, list[tuple[str, str]]]
+# Crops uint8 (N, C, size, size) of each view, the images (N,) they are of, and (key, reason) of
+# each unreadable image that was replaced.
+CropBatch: TypeAlias = tuple[list[Tensor], Tensor, list[tuple[str, str]]]
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class ViewBatch:
     Attributes:
         step: The step.
         index: (N,), positions of the images in the training set.
-        views: Each (N, 3, size, size) float32, normalized, on the device.
+        views: Each (N, C, size, size) float32, normalized, on the device.
         skipped: (key, reason) of each unreadable image that was replaced.
         wait: Seconds that the training loop waited for the batch.
         weight: Factor for the loss of this process, so that the mean over processes is the mean
@@ -305,10 +305,9 @@ def _resident_batches(
 ) -> Iterator[ViewBatch]:
     assert images.pixels is not None
     pixels, own_slice = torch.from_numpy(images.pixels).to(device), local_slice(recipe.batch_size)
-    count = recipe.method.view_count
     for step in range(start, stop):
         index = torch.from_numpy(batch_indices(step, recipe, images, own_slice))
-        made = _make_views(pixels[index.to(device)], recipe, step, count, own_slice.start)
+        made = _make_views(pixels[index.to(device)], recipe, step, None, own_slice.start)
         yield ViewBatch(step, index, made, [])
 
 
@@ -334,21 +333,22 @@ def _streamed_batches(
     )
     results = _iter_loader(loader, images, current_image)
     for step in range(start, stop):
-        crops, index, skipped = [], [], list[tuple[str, str]]()
+        crops, index, skipped = list[list[Tensor]](), [], list[tuple[str, str]]()
         for result in islice(results, parts):
             if isinstance(result, WorkFailed):
                 raise result
-            crops.append(result[0].to(device, non_blocking=True))
+            crops.append([view.to(device, non_blocking=True) for view in result[0]])
             index.append(result[1])
             skipped += result[2]
-        finished = _finish_views(torch.cat(crops, dim=1), recipe, step, own_slice.start)
+        by_view = [torch.cat(parts) for parts in zip(*crops, strict=True)]
+        finished = _finish_views(by_view, recipe, step, None, own_slice.start)
         yield ViewBatch(step, torch.cat(index), finished, skipped)
 
 
 def _check_shared_memory(recipe: ResolvedRecipe, batch_size: int, workers: int, parts: int) -> None:
     """Raise WorkFailed if workers would not have room for their crops: they would hang."""
-    count = -(-batch_size // parts) * recipe.method.view_count
-    num_bytes = count * recipe.channels * recipe.image_size**2  # of what a worker makes at a time
+    pixels = sum(size**2 for size in recipe.view_sizes)
+    num_bytes = -(-batch_size // parts) * recipe.channels * pixels  # that a worker makes at a time
     needed = (WORKER_PREFETCH + 1) * workers * num_bytes
     if (free := free_shared_memory()) is not None and needed > free:
         raise WorkFailed(
@@ -397,7 +397,7 @@ def make_training_views(
     step: int,
     device: torch.device,
     *,
-    view_count: int = DEFAULT_VIEW_COUNT,
+    view_count: int | None = DEFAULT_VIEW_COUNT,
 ) -> list[Tensor]:
     """Make views as in training, as if these images were the batch of this step.
 
@@ -407,7 +407,7 @@ def make_training_views(
         recipe: The recipe.
         step: The step that seeds the augmentation.
         device: Where views are made.
-        view_count: Number of views of each image.
+        view_count: Number of views of each image, without small crops; None: as in training.
 
     Returns:
         The first views, each (N, C, size, size) float32, normalized.
@@ -419,17 +419,32 @@ def make_training_views(
         pixels = torch.from_numpy(images.pixels[index]).to(device)
         return _make_views(pixels, recipe, step, view_count)
     crops, _, _ = crop_images(images.prefetch(index, 0.25), index, recipe, step, view_count)
-    return _finish_views(crops.to(device), recipe, step)
+    return _finish_views([view.to(device) for view in crops], recipe, step, view_count)
+
+
+def _view_kinds(recipe: ResolvedRecipe, view_count: int | None) -> list[tuple[Views, int]]:
+    """Augmentation and side of a number of views; if it is None, of those of a training step."""
+    method = recipe.method
+    full = method.full_view_count if view_count is None else view_count
+    last = len(method.views) - 1
+    kinds = [(method.views[min(view, last)], recipe.image_size) for view in range(full)]
+    small = method.small_crops if view_count is None else 0
+    return kinds + [(method.small_views, recipe.small_crop_size) for _ in range(small)]
 
 
 def _make_views(
-    pixels: Tensor, recipe: ResolvedRecipe, step: int, view_count: int, first_position: int = 0
+    pixels: Tensor,
+    recipe: ResolvedRecipe,
+    step: int,
+    view_count: int | None,
+    first_position: int = 0,
 ) -> list[Tensor]:
+    augmentations, sizes = zip(*_view_kinds(recipe, view_count), strict=True)
     return views.make_views(
         pixels,
-        recipe.method.views,
-        view_count=view_count,
-        size=recipe.image_size,
+        augmentations,
+        view_count=len(sizes),
+        size=sizes,
         mean=recipe.mean,
         std=recipe.std,
         seed=recipe.seed,
@@ -440,19 +455,25 @@ def _make_views(
 
 
 def _finish_views(
-    crops: Tensor, recipe: ResolvedRecipe, step: int, first_position: int = 0
+    crops: list[Tensor],
+    recipe: ResolvedRecipe,
+    step: int,
+    view_count: int | None,
+    first_position: int = 0,
 ) -> list[Tensor]:
-    """Make views of crops, uint8 (views, N, C, size, size): the work of the device."""
-    sizes = [(1, 1)] * crops.shape[1]  # only the crop would depend on the size of an image
+    """Make views of crops, uint8 (N, C, size, size) for each view: the work of the device."""
+    sizes = [(1, 1)] * len(crops[0])  # only the crop would depend on the size of an image
     return [
         views.finish_view(
             pixels,
-            _sample_view_params(recipe, step, view, sizes, first_position),
+            _sample_view_params(augmentation, recipe.seed, step, view, sizes, first_position),
             mean=recipe.mean,
             std=recipe.std,
             compiled=recipe.compile,
         )
-        for view, pixels in enumerate(crops)
+        for view, ((augmentation, _), pixels) in enumerate(
+            zip(_view_kinds(recipe, view_count), crops, strict=True)
+        )
     ]
 
 
@@ -473,7 +494,7 @@ class _StepDataset(Dataset):
 
     def __getitem__(self, task: int) -> CropBatch | WorkFailed:
         step, part = divmod(task, len(self.slices))
-        part_slice, view_count = self.slices[part], self.recipe.method.view_count
+        part_slice = self.slices[part]
         current = self.current_image[info.id if (info := get_worker_info()) else 0]
         try:
             index = batch_indices(step, self.recipe, self.images, part_slice)
@@ -481,7 +502,7 @@ class _StepDataset(Dataset):
                 current.fill_(int(index[0]))
                 self.images = self.images.prefetch(index)  # keeps what the step before loaded
             return crop_images(
-                self.images, index, self.recipe, step, view_count, part_slice.start, current
+                self.images, index, self.recipe, step, None, part_slice.start, current
             )
         except WorkFailed as error:  # returned: an exception raised here would carry a traceback
             return error
@@ -498,8 +519,8 @@ def min_decode_side(recipe: ResolvedRecipe) -> int:
     Returns:
         Pixels of the shorter side of an image.
     """
-    smallest_area = min(v.crop_min for v in recipe.method.views)
-    return round(recipe.image_size / (smallest_area * views.ASPECT_RATIO[0]) ** 0.5)
+    kinds = _view_kinds(recipe, len(recipe.method.views)) + _view_kinds(recipe, None)
+    return max(round(size / (v.crop_min * views.ASPECT_RATIO[0]) ** 0.5) for v, size in kinds)
 
 
 def crop_images(
@@ -507,7 +528,7 @@ def crop_images(
     index: np.ndarray,
     recipe: ResolvedRecipe,
     step: int,
-    view_count: int,
+    view_count: int | None,
     first_position: int = 0,
     current_image: Tensor | None = None,
 ) -> CropBatch:
@@ -521,18 +542,18 @@ def crop_images(
         index: (N,), positions of those to read.
         recipe: The recipe.
         step: The step.
-        view_count: Number of views of each image.
+        view_count: Number of views of each image, without small crops; None: as in training.
         first_position: Position of the first image in the batch.
         current_image: A tensor with one element, set to the position of the image being read.
 
     Returns:
-        Crops uint8 (views, N, C, size, size), the positions (N,) of the images that were read, and
-        the (key, reason) of each unreadable one.
+        Crops uint8 (N, C, size, size) of each view, the positions (N,) of the images that were
+        read, and the (key, reason) of each unreadable one.
 
     Raises:
         WorkFailed: No image can be read, or a shard can no longer be read.
     """
-    size, skipped = recipe.image_size, list[tuple[str, str]]()
+    skipped = list[tuple[str, str]]()
     min_side = min_decode_side(recipe)
 
     def read(i: int) -> tuple[int, np.ndarray]:
@@ -548,23 +569,23 @@ def crop_images(
     indices, batch = zip(*map(read, index), strict=True)
     sizes = [image.shape[:2] for image in batch]
     crops = []
-    for view in range(view_count):
-        d = _sample_view_params(recipe, step, view, sizes, first_position)
+    for view, (augmentation, size) in enumerate(_view_kinds(recipe, view_count)):
+        d = _sample_view_params(augmentation, recipe.seed, step, view, sizes, first_position)
         boxes = zip(d.top, d.left, d.height, d.width, d.flip, strict=True)
-        interpolation = _augmentation(recipe, view).interpolation
         crops.append(
             torch.stack(
                 [
-                    views.resized_crop_one(x, *box, size, interpolation)
+                    views.resized_crop_one(x, *box, size, augmentation.interpolation)
                     for x, box in zip(batch, boxes, strict=True)
                 ]
             )
         )
-    return torch.stack(crops), torch.tensor(indices), skipped
+    return crops, torch.tensor(indices), skipped
 
 
 def _sample_view_params(
-    recipe: ResolvedRecipe,
+    augmentation: Views,
+    seed: int,
     step: int,
     view: int,
     sizes: list[tuple[int, int]],
@@ -572,14 +593,10 @@ def _sample_view_params(
 ) -> views.ViewParams:
     positions = np.arange(first_position, first_position + len(sizes))
     return views.sample_view_params(
-        _augmentation(recipe, view),
+        augmentation,
         np.array(sizes),
-        seed=recipe.seed,
+        seed=seed,
         step=step,
         view=view,
         positions=positions,
     )
-
-
-def _augmentation(recipe: ResolvedRecipe, view: int) -> Views:
-    return recipe.method.views[min(view, len(recipe.method.views) - 1)]

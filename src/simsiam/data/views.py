@@ -135,7 +135,9 @@ def sample_view_params(
 
     # RandomResizedCrop: the first attempt that fits into the image. Its fallback, the largest
     # central crop of an allowed aspect ratio, is one more attempt, which always fits.
-    area = sizes.prod(axis=1, keepdims=True) * _lerp(augmentation.crop_min, 1.0, u_area)
+    area = sizes.prod(axis=1, keepdims=True) * _lerp(
+        augmentation.crop_min, augmentation.crop_max, u_area
+    )
     aspect = np.exp(_lerp(np.log(ASPECT_RATIO[0]), np.log(ASPECT_RATIO[1]), u_aspect))
     largest = np.minimum(sizes, sizes[:, ::-1] * ASPECT_RATIO[1])
     attempts = np.concatenate(
@@ -323,7 +325,7 @@ def make_views(
     augmentations: tuple[Views, ...],
     *,
     view_count: int,
-    size: int,
+    size: int | Sequence[int],
     mean: Sequence[float],
     std: Sequence[float],
     seed: int,
@@ -337,7 +339,7 @@ def make_views(
         images: uint8 (N, C, H, W).
         augmentations: The augmentation of each view; the last one also serves all later views.
         view_count: Number of views.
-        size: Side of the views in pixels.
+        size: Side of the views in pixels, or of each view.
         mean: Mean of each channel, for normalization.
         std: Standard deviation of each channel.
         seed: Seed of the run.
@@ -349,8 +351,9 @@ def make_views(
         The views, each (N, C, size, size) float32, normalized, in the device's memory format.
     """
     sizes = np.broadcast_to(images.shape[2:], (len(images), 2))
+    sides = [size] * view_count if isinstance(size, int) else size
     views = []
-    for view in range(view_count):
+    for view, side in zip(range(view_count), sides, strict=True):
         augmentation = augmentations[min(view, len(augmentations) - 1)]
         params = sample_view_params(
             augmentation, sizes, seed=seed, step=step, view=view, positions=positions
@@ -359,7 +362,7 @@ def make_views(
             x = finish_view(
                 images,
                 params,
-                size=size,
+                size=side,
                 mean=mean,
                 std=std,
                 interpolation=augmentation.interpolation,
@@ -380,9 +383,10 @@ def describe_augmentation(augmentation: Views) -> list[str]:
     """
     names = zip(("brightness", "contrast", "saturation", "hue"), augmentation.jitter, strict=True)
     jitter = ", ".join(f"{name} by {strength:g}" for name, strength in names if strength)
+    crop = augmentation
     bicubic = ", bicubically" * (augmentation.interpolation == "bicubic")
     lines = [
-        (1, f"crop {augmentation.crop_min:.0%} to 100% of the area and resize{bicubic}"),
+        (1, f"crop {crop.crop_min:.0%} to {crop.crop_max:.0%} of the area and resize{bicubic}"),
         (augmentation.flip, "flip left to right"),
         (augmentation.jitter_p if jitter else 0, f"jitter {jitter}, in random order"),
         (augmentation.gray, "turn gray"),

@@ -164,7 +164,7 @@ def torchvision_transform(views: Views, size: int) -> PillowTransform:
     """
     return T.Compose(
         [
-            T.RandomResizedCrop(size, scale=(views.crop_min, 1.0)),
+            T.RandomResizedCrop(size, scale=(views.crop_min, views.crop_max)),
             T.RandomApply([T.ColorJitter(*views.jitter)], p=views.jitter_p),
             T.RandomGrayscale(p=views.gray),
             T.RandomApply([PillowBlur(views.blur_sigma)], p=views.blur),
@@ -472,7 +472,7 @@ def bench_small_views(context: BenchContext) -> Comparison:
         import kornia.augmentation as A
 
         chain = A.AugmentationSequential(
-            A.RandomResizedCrop((32, 32), scale=(views.crop_min, 1.0)),
+            A.RandomResizedCrop((32, 32), scale=(views.crop_min, views.crop_max)),
             A.RandomHorizontalFlip(p=views.flip),
             A.ColorJitter(*views.jitter, p=views.jitter_p),
             A.RandomGrayscale(p=views.gray),

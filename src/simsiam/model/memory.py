@@ -52,9 +52,9 @@ def activation_bytes(model: Siamese, recipe: ResolvedRecipe, batch_size: int) ->
         Bytes.
     """
     bytes_per_value = 4 if recipe.precision == "float32" else 2
-    shape = (batch_size, recipe.channels, recipe.image_size, recipe.image_size)
+    sizes, shape = recipe.view_sizes, (batch_size, recipe.channels)
     with torch.device("meta"):
-        views = {i: torch.empty(shape) for i in model.encoded_views}
+        views = {i: torch.empty(*shape, sizes[i], sizes[i]) for i in model.encoded_views}
     weight_storages = {tensor.untyped_storage()._cdata for tensor in _weights(model)}
     saved: dict[int, Tensor] = {}
 
@@ -65,7 +65,8 @@ def activation_bytes(model: Siamese, recipe: ResolvedRecipe, batch_size: int) ->
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
-        for network in (model.backbone, model.projector, model.predictor):
+        views = model.encode(views)
+        for network in (model.projector, model.predictor):
             views = model.forward_views(network, views)
     float32_bytes = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
     return float32_bytes * bytes_per_value // 4

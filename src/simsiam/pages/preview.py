@@ -245,6 +245,8 @@ def describe_recipe(recipe: ResolvedRecipe) -> list[tuple[str, list[str]]]:
     last = len(augmentations) - 1
     first, second = (augmentations[min(view, last)] for view in range(DEFAULT_VIEW_COUNT))
     by_view = {"both views": first} if first == second else {"view 1": first, "view 2": second}
+    if count := recipe.method.small_crops:
+        by_view[f"{count} small crops of {recipe.small_crop_size} px"] = recipe.method.small_views
     return [
         ("network", [f"{network}, views of {size} x {size} pixels", f"mean {mean}", f"std {std}"]),
         *((name, describe_augmentation(views)) for name, views in by_view.items()),

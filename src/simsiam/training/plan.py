@@ -440,8 +440,8 @@ def model_costs(recipe: ResolvedRecipe, precision: str) -> tuple[ModelCosts, flo
     model, optimizer, _ = build_training_setup(recipe.replace(batch_size=count))
     labels = torch.zeros(count, dtype=torch.long) if recipe.method.target == "labels" else None
     model.begin(images=count, labels=labels, steps=1, per_epoch=1)
-    shape = (count, recipe.channels, recipe.image_size, recipe.image_size)
-    x = [compute.place(torch.randn(shape)) for _ in range(recipe.method.view_count)]
+    shape = (count, recipe.channels)
+    x = [compute.place(torch.randn(*shape, size, size)) for size in recipe.view_sizes]
     index = torch.arange(count)
     with count_flops() as counter:
         with compute.autocast():

@@ -19,7 +19,7 @@ from simsiam.distributed.process_group import local_slice, rank_zero_only, world
 from simsiam.distributed.sync_batch_norm import convert_sync_batchnorm
 from simsiam.errors import UsageError
 from simsiam.model.losses import Classification
-from simsiam.model.memory import check_memory
+from simsiam.model.memory import build_on_meta, check_memory
 from simsiam.model.optimizers import build_optimizer
 from simsiam.model.patches import PATCHES_PREFIX
 from simsiam.model.precision import Compute
@@ -193,6 +193,8 @@ def build_training_setup(recipe: ResolvedRecipe) -> TrainingSetup:
         channels=recipe.channels,
         seed=recipe.seed,
     )
+    if recipe.method.small_crops:
+        check_small_crops(recipe)
     if recipe.init is not None:
         load_init_weights(model.backbone, recipe)
     if recipe.sync_bn and recipe.method.bn != "split" and world_size() > 1:
@@ -200,6 +202,25 @@ def build_training_setup(recipe: ResolvedRecipe) -> TrainingSetup:
     check_memory(recipe.replace(precision=compute.precision), compute.device)
     compute.place(model)
     return TrainingSetup(model, build_optimizer(model, recipe.method), compute)
+
+
+def check_small_crops(recipe: ResolvedRecipe) -> None:
+    """Check that the backbone takes images of two sizes, as a ResNet does.
+
+    Args:
+        recipe: The recipe of the run.
+
+    Raises:
+        UsageError: If it takes images of one size only.
+    """
+    size, backbone = recipe.small_crop_size, build_on_meta(recipe).backbone
+    try:
+        backbone(torch.empty(2, recipe.channels, size, size, device="meta"))
+    except (AssertionError, RuntimeError, ValueError):
+        raise UsageError(
+            f"{recipe.backbone} does not take small crops of {size} px beside views of "
+            f"{recipe.image_size} px: use a ResNet, or --small-crop-size {recipe.image_size}"
+        ) from None
 
 
 def initialize_eta(
