@@ -377,6 +377,20 @@ MUTATIONS = [
         "batches.py::test_small_crops_come_last_with_their_own_size_and_scale[True]",
     ),
     m(
+        "continue from the averaged weights",
+        "training/launch",
+        ' | state.get("trained", {})',
+        "",
+        "pretrain.py::test_averaged_weights_are_handed_over_and_resumed_bit_for_bit",
+    ),
+    m(
+        "an average that remembers the initial weights",
+        "model/average",
+        "min(self.decay, step / (step + 1))",
+        "self.decay",
+        "optim.py::test_an_average_of_weights_is_their_mean_at_first",
+    ),
+    m(
         "encode what is not predicted",
         "model/siamese",
         "sorted({*self.predicted_views, *self.target.required_views})",

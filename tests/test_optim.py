@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from simsiam.config.methods import METHODS, Method
+from simsiam.model.average import WeightAverage
 from simsiam.model.optimizers import (
     LARS,
     build_optimizer,
@@ -160,3 +161,24 @@ def test_cut_init_changes_the_size_of_weights_and_nothing_that_batch_norm_sees()
         (model.f(x) ** 3).sum().backward()
     one, other = (model.backbone.conv1.weight.grad for model in models)
     torch.testing.assert_close(other, 4 * one)
+
+
+def test_an_average_of_weights_is_their_mean_at_first():
+    """Then the average moves exponentially; running statistics of batch norm do as well."""
+    model = build("simsiam", backbone="resnet10", width=4, image_size=16)
+    average = WeightAverage(model, 0.6)
+    first, running = model.backbone.conv1.weight, model.projector[1].running_mean
+    expected: list = [0.0, 0.0]
+    for step in range(5):
+        with torch.no_grad():
+            for value in (first, running):
+                value.copy_(torch.randn(value.shape))
+        model.projector[1].num_batches_tracked += 1
+        average.update(model, step)
+        keep = [0, 1 / 2, 0.6, 0.6, 0.6][step]
+        expected = [keep * old + (1 - keep) * new for old, new in zip(expected, (first, running))]
+    torch.testing.assert_close(average.backbone.conv1.weight, expected[0])
+    torch.testing.assert_close(average.projector[1].running_mean, expected[1])
+    assert average.projector[1].num_batches_tracked == 5
+    assert not any(p.requires_grad for p in average.parameters())
+    assert average.state_dict().keys() < model.state_dict().keys()

@@ -14,11 +14,12 @@ from io import BytesIO
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, flags
+from conftest import QUICK, TINY, flags
 from PIL import Image
 
 import simsiam
 from simsiam.errors import Stopped, UsageError, WorkFailed
+from simsiam.model.average import WeightAverage
 from simsiam.runs.run_folder import Run
 
 TIMES = {"images_per_second", "data_wait"}
@@ -396,3 +397,38 @@ def test_init_starts_from_another_runs_backbone(finished, tmp_path):
         simsiam.pretrain(
             "shapes", out=tmp_path / "other", init=str(finished), **TINY | {"width": 8}
         )
+
+
+def test_averaged_weights_are_handed_over_and_resumed_bit_for_bit(tmp_path, monkeypatch):
+    """Training itself is not changed; evaluation, embedding and exports read these weights."""
+    words = QUICK | {"steps": 6, "knn_every": 1, "save_seconds": 0, "precision": "float32"}
+    plain = simsiam.pretrain("shapes", out=tmp_path / "plain", **words)
+    words["average_weights"] = 0.5
+    whole = simsiam.pretrain("shapes", out=tmp_path / "whole", **words)
+    seen, update = [], WeightAverage.update
+
+    def stop(self, model, step):
+        if step == 4 and not any(weight is None for weight in seen):
+            seen.append(None)
+            raise WorkFailed("power cut")
+        update(self, model, step)
+        seen.append(model.backbone.conv1.weight.detach().clone())
+
+    monkeypatch.setattr(WeightAverage, "update", stop)
+    with pytest.raises(WorkFailed):
+        simsiam.pretrain("shapes", out=tmp_path / "cut", **words)
+    simsiam.resume(tmp_path / "cut")
+    assert_same_run(whole, tmp_path / "cut")
+    state, without = Run(whole).checkpoint(), Run(plain).checkpoint()
+    assert without.keys() | {"trained"} == state.keys()
+    for name, tensor in state["trained"].items():
+        assert torch.equal(tensor, without["model"][name])
+    seen = [weight for weight in seen if weight is not None]
+    by_hand = seen[0]
+    for step, weight in enumerate(seen[1:], 1):
+        by_hand = torch.lerp(by_hand, weight, 1 - min(0.5, step / (step + 1)))
+    torch.testing.assert_close(state["model"]["backbone.conv1.weight"], by_hand)
+    assert torch.equal(simsiam.load(whole).conv1.weight, state["model"]["backbone.conv1.weight"])
+    assert not torch.equal(simsiam.load(whole).conv1.weight, simsiam.load(plain).conv1.weight)
+    ranks = [[line.get("h_rankme") for line in Run(run).metrics()] for run in (whole, plain)]
+    assert any(ranks[0]) and ranks[0] != ranks[1]

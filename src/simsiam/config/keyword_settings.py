@@ -42,6 +42,7 @@ class PretrainSettings(TypedDict, total=False):
     read_timeout: float
     cache_gib: float
     disk_cache_gib: float
+    average_weights: float
     knn_every: int
     save_every: int
     save_seconds: float

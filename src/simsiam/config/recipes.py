@@ -152,6 +152,11 @@ class Recipe:
         0.0,
         "if images are not kept in memory, keep them decoded on disk, up to this many GiB; 0: off",
     )
+    average_weights: float = setting(
+        0.0,
+        "keep a moving average of the weights besides, of which each step keeps at most this "
+        "share, such as 0.99; monitors, evaluation, embedding and exports use the average; 0: off",
+    )
     knn_every: int = setting(
         1, "epochs between two measurements of kNN accuracy and of signals that need no labels"
     )
@@ -169,7 +174,13 @@ class Recipe:
         check_ranges(self, epochs=count, steps=count, batch_size=(2, inf), seed=(0, 2**63))
         check_ranges(self, workers=(0, 1024), cache_gib=(0, 1e6), disk_cache_gib=(0, 1e6))
         check_ranges(self, knn_every=count, save_every=count, save_seconds=(0, inf))
-        check_ranges(self, log_every=count, read_timeout=(0, 1e9), max_unreadable=(0, 1))
+        check_ranges(
+            self,
+            average_weights=(0, 1),
+            log_every=count,
+            read_timeout=(0, 1e9),
+            max_unreadable=(0, 1),
+        )
         check_ranges(self, mean=(-10, 10), std=(1e-6, 10), channels=(1, 16))
         for name in ("mean", "std"):
             if (values := getattr(self, name)) is not None and len(values) != self.channels:

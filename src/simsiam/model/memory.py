@@ -88,6 +88,8 @@ def min_step_bytes(recipe: ResolvedRecipe, batch_size: int) -> int:
     weights = sum(tensor.nbytes for tensor in _weights(model))
     copies = 3 if recipe.method.optimizer == "adamw" else 2  # the gradient and one or two momenta
     trained = copies * sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    if recipe.average_weights:
+        weights += sum(tensor.nbytes for tensor in model.f.state_dict().values())
     return activation_bytes(model, recipe, batch_size) + weights + trained
 
 

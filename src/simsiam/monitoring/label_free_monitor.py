@@ -15,6 +15,7 @@ from simsiam.data.images import Images, quick_sample
 from simsiam.data.transform import Transform
 from simsiam.distributed.collectives import all_gather
 from simsiam.distributed.process_group import local_slice, rank_zero_only, world_size
+from simsiam.model.average import WeightAverage
 from simsiam.model.precision import Compute
 from simsiam.model.siamese import Siamese
 from simsiam.monitoring.features import extract_features
@@ -52,7 +53,7 @@ class LabelFreeSignals(NamedTuple):
 
 
 def label_free_monitor(
-    model: Siamese,
+    model: Siamese | WeightAverage,
     images: Images,
     recipe: ResolvedRecipe,
     transform: Transform,

@@ -14,6 +14,7 @@ from simsiam.data.images import Images
 from simsiam.data.transform import Transform
 from simsiam.distributed.collectives import all_gather
 from simsiam.distributed.process_group import local_slice
+from simsiam.model.average import WeightAverage
 from simsiam.model.precision import Compute
 from simsiam.model.siamese import Siamese
 from simsiam.monitoring.features import extract_features
@@ -180,7 +181,7 @@ def knn_top1(
 
 
 def knn_monitor(
-    model: Siamese,
+    model: Siamese | WeightAverage,
     bank: Images,
     queries: Images,
     transform: Transform,

@@ -215,7 +215,8 @@ class TrainingState(TypedDict, total=False):
         start: What was measured before the first step, as `simsiam.monitoring.worth.Start`; None if
             there were too few images.
         neighbors: Nearest neighbors at the last measurement, (N, k) int32.
-        model: State dict of the model.
+        model: State dict of the model. With `average_weights`, backbone and projector are averages.
+        trained: Then backbone and projector as they are without averaging, to continue from.
         optimizer: State dict of the optimizer.
     """
 
@@ -231,6 +232,7 @@ class TrainingState(TypedDict, total=False):
     start: Mapping[str, Any] | None
     neighbors: Tensor
     model: dict[str, Tensor]
+    trained: dict[str, Tensor]
     optimizer: Record
 
 
@@ -248,6 +250,7 @@ class CheckpointHead(TypedDict, total=False):
     fingerprint: dict[str, str]
     start: dict[str, object] | None
     model: Required[dict[str, object]]
+    trained: dict[str, object]
     optimizer: dict[str, object]
 
 

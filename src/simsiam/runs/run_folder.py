@@ -74,6 +74,7 @@ ORIGIN_FILE = "origin.json"  # where published weights come from, and their lice
 BACKBONE_KEY, PATCHES_KEY = "backbone", "patches"
 METRIC_NAMES = ("loss", "lr", "z_std", "z_std_sqrt_d", "z_rank", "images_per_second")
 MAX_METRICS_BYTES = 2**28  # of metrics.jsonl: a million lines
+AVERAGED_PARTS = ("backbone.", "projector.")  # of a model, with `average_weights`
 MIN_IMAGES_SEEN = 20  # with fewer images, the share of unreadable ones says little
 
 # The settings in which a checkpoint's recipe may differ from the run's: where things are, and how
@@ -701,6 +702,9 @@ def checkpoint_bytes(
         Bytes.
     """
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "environment": env}
+    if recipe.average_weights:
+        averaged = [name for name in state["model"] if name.startswith(AVERAGED_PARTS)]
+        state["trained"] = {name: state["model"][name].clone() for name in averaged}
     file = io.BytesIO()
     torch.save({"format": CHECKPOINT_FORMAT, "recipe": recipe.to_dict(), **state}, file)
     return len(file.getbuffer())

@@ -73,7 +73,7 @@ def finish(
     Returns:
         The verdict.
     """
-    recipe, model = run.recipe, training.model
+    recipe, model = run.recipe, training.evaluated
     if outcome.diverged and (checkpoint := run.checkpoint()):
         prefix, weights = "backbone.", checkpoint["model"]  # of all processes: rows of eta as well
         backbone = {k.removeprefix(prefix): x for k, x in weights.items() if k.startswith(prefix)}
@@ -85,7 +85,7 @@ def finish(
         lines,
         outcome.step,
         diverged=outcome.diverged,
-        high_loss_threshold=model.high_loss_threshold(recipe.batch_size),
+        high_loss_threshold=training.model.high_loss_threshold(recipe.batch_size),
         supervised=recipe.method.target == "labels",
     )
     unbeaten = not_beaten(worth.candidates, END) if worth.candidates else []
@@ -138,7 +138,7 @@ def measure_worth(training: Pretraining, data: RunData) -> Worth:
         return Worth()
     own, others = measure_end(
         cast(Start, start),
-        training.model.backbone,
+        training.evaluated.backbone,
         data.train,
         recipe,
         eval_transform(recipe),

@@ -160,7 +160,7 @@ def restore(model: nn.Module, optimizer: Optimizer, state: TrainingState, run: R
         UsageError: The state does not fit.
     """
     try:
-        model.load_state_dict(state["model"])
+        model.load_state_dict(state["model"] | state.get("trained", {}))
         optimizer.load_state_dict(state["optimizer"])
     except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
         reason = truncate(" ".join(str(error).split()))

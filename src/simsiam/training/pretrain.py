@@ -6,6 +6,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from simsiam.data.batches import ViewBatch, iter_batches, steps_per_epoch
+from simsiam.distributed.sync_batch_norm import synchronize_replicas
+from simsiam.model.average import WeightAverage
 from simsiam.model.optimizers import set_lr, update_weights
 from simsiam.model.siamese import Siamese
 from simsiam.monitoring.gauges import compute_gauges, grad_norm
@@ -46,6 +48,8 @@ class Pretraining(Training[ViewBatch]):
         self.run, self.data, self.state, self.logger = run, data, state, logger
         self.setup = setup
         self.model, self.optimizer, self.compute = setup
+        decay = recipe.average_weights
+        self.average = WeightAverage(self.model, decay) if decay else None
         self.gradient_step = build_gradient_step(recipe, setup)
         self.batch_size, self.log_every = recipe.batch_size, recipe.log_every
         self.steps_per_epoch = steps_per_epoch(len(data.train), recipe.batch_size)
@@ -55,10 +59,18 @@ class Pretraining(Training[ViewBatch]):
         self.save_seconds = recipe.save_seconds
         self.step, self.seconds = state["step"], state["seconds"]
 
+    @property
+    def evaluated(self) -> Siamese | WeightAverage:
+        """The weights that are measured and handed over: the average, if there is one."""
+        return self.model if self.average is None else self.average
+
     @override
     def begin(self) -> None:
         recipe, train, compute = self.run.recipe, self.data.train, self.compute
         resumed = "model" in self.state
+        if resumed and self.average is not None:
+            saved = self.state["model"]
+            self.average.load_state_dict({name: saved[name] for name in self.average.state_dict()})
         initialize_eta(self.model, train, recipe, compute, resumed=resumed)
         if not resumed:
             backbone, transform = self.model.backbone, eval_transform(recipe)
@@ -86,6 +98,8 @@ class Pretraining(Training[ViewBatch]):
         self.output = self.gradient_step(batch.views, index, batch.weight)
         update_weights(self.optimizer)
         self.model.after_step(self.output, batch.step, index)
+        if self.average is not None:
+            self.average.update(self.model, batch.step)
         return self.output.loss
 
     @override
@@ -96,7 +110,8 @@ class Pretraining(Training[ViewBatch]):
     @override
     def measure(self) -> Metrics:
         recipe, knn = self.run.recipe, self.state["knn"]
-        model, transform, compute = self.model, eval_transform(recipe), self.compute
+        model, transform, compute = self.evaluated, eval_transform(recipe), self.compute
+        synchronize_replicas(model)
         signals = label_free_monitor(
             model, self.data.train, recipe, transform, self.state.get("neighbors"), compute=compute
         )
@@ -120,7 +135,12 @@ class Pretraining(Training[ViewBatch]):
 
     @override
     def save(self, name: str) -> None:
-        weights = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        model = self.model.state_dict()
+        weights = {"model": model, "optimizer": self.optimizer.state_dict()}
+        if self.average is not None:  # under the names that whoever reads a checkpoint looks for
+            synchronize_replicas(self.average)
+            average = self.average.state_dict()
+            weights |= {"model": model | average, "trained": {k: model[k] for k in average}}
         progress = {"step": self.step, "seconds": self.seconds}
         self.run.save(name, self.state | weights | progress)
 
