@@ -24,6 +24,7 @@ from typing_extensions import NotRequired
 
 from simsiam.errors import UsageError, unknown_name
 from simsiam.laboratory.bench_cases import CASES, BenchContext, Case, Comparison, is_installed
+from simsiam.laboratory.time_to_accuracy.race import NAME, time_to_accuracy
 from simsiam.model.precision import Compute
 from simsiam.runs.environment import collect_environment
 from simsiam.utils import system
@@ -62,14 +63,24 @@ class CaseResult(TypedDict):
 
 
 def bench(
-    *, device: str = "auto", out: str | None = None, only: Sequence[str] = ()
+    *,
+    device: str = "auto",
+    out: str | None = None,
+    only: Sequence[str] = (),
+    source: str = "cifar10",
+    epochs: int = 12,
+    seeds: int = 3,
 ) -> dict[str, object]:
     """Measure cases and print a table for each.
 
     Args:
         device: "auto", "cpu", "cuda", ...
         out: A JSON file for all measurements; None writes none.
-        only: Names of CASES; by default all that are meant for the device.
+        only: Names of CASES; by default all that are meant for the device. Or "time_to_accuracy",
+            which takes hours: see `simsiam.laboratory.time_to_accuracy`.
+        source: Images for "time_to_accuracy".
+        epochs: Passes over them.
+        seeds: Number of times that each contestant is trained there.
 
     Returns:
         The measurements, and the machine and versions that they were made with.
@@ -78,10 +89,14 @@ def bench(
         UsageError: If a case is unknown or the file cannot be written.
     """
     for name in only:
-        if name not in CASES:
-            raise unknown_name("case", name, CASES)
+        if name not in (*CASES, NAME):
+            raise unknown_name("case", name, [*CASES, NAME])
+    if NAME in only and len(only) > 1:
+        raise UsageError(f"{NAME} takes hours: measure it alone, and the other cases without it")
     if out is not None and not Path(out).parent.is_dir():
         raise UsageError(f"{Path(out).parent} is not a folder: choose another --out")
+    if NAME in only:
+        return time_to_accuracy(source, out=out, epochs=epochs, seeds=seeds, device=device)
     compute = Compute.pick(device)
     console = Console(highlight=False)
     names = only or [n for n, c in CASES.items() if c.device in (None, compute.device.type)]

@@ -152,12 +152,16 @@ class PillowBlur:
         return image.filter(ImageFilter.GaussianBlur(random.uniform(*self.sigma)))
 
 
-def torchvision_transform(views: Views, size: int) -> PillowTransform:
+def torchvision_transform(
+    views: Views, size: int, mean: Sequence[float] = MEAN, std: Sequence[float] = STD
+) -> PillowTransform:
     """Build the transform of one view from torchvision's transforms.
 
     Args:
         views: The parameters of the view.
         size: The side of the view in pixels.
+        mean: Mean of each channel.
+        std: Standard deviation of each channel.
 
     Returns:
         Maps a Pillow image to (3, size, size) float32.
@@ -170,7 +174,7 @@ def torchvision_transform(views: Views, size: int) -> PillowTransform:
             T.RandomApply([PillowBlur(views.blur_sigma)], p=views.blur),
             T.RandomHorizontalFlip(p=views.flip),
             T.ToTensor(),
-            T.Normalize(MEAN, STD),
+            T.Normalize(mean, std),
         ]
     )
 

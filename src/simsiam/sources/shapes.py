@@ -46,22 +46,49 @@ def draw_split(split: str) -> tuple[np.ndarray, np.ndarray]:
         Pixels, uint8 (N, 3, 32, 32) with three equal channels, and labels, int64 (N,), which go
         through the classes in turn.
     """
+    drawn = _draw_images(split)
+    gray = np.stack([image for image, _ in drawn])
+    labels = np.arange(len(gray), dtype=np.int64) % len(CLASSES)
+    return np.broadcast_to(gray[:, None], (len(gray), 3, IMAGE_SIZE, IMAGE_SIZE)).copy(), labels
+
+
+def draw_factors(split: str) -> dict[str, np.ndarray]:
+    """Return what else than the shape distinguishes the images of a split.
+
+    Args:
+        split: "train", "val" or "test".
+
+    Returns:
+        float64 (N,) each: `number` of copies, and over the copies of an image the mean `size`
+        (radius in pixels), `brightness` (above the background, 1 is white), `x` and `y` (pixels).
+    """
+    copies = [np.array(of_image) for _, of_image in _draw_images(split)]
+    x, y, size, brightness = np.stack([of_image.mean(axis=0) for of_image in copies]).T
+    number = np.array([len(of_image) for of_image in copies], np.float64)
+    return {"number": number, "size": size, "brightness": brightness, "x": x, "y": y}
+
+
+@lru_cache
+def _draw_images(split: str) -> list[tuple[np.ndarray, list[tuple[float, float, float, float]]]]:
+    """Draw a split: each image, and x, y, radius and contrast of its copies."""
     seed, n = SPLIT_SPECS[split]
     rng = np.random.Generator(np.random.Philox(key=[seed, IMAGE_SIZE]))
-    labels = np.arange(n, dtype=np.int64) % len(CLASSES)
-    gray = np.stack([_draw_image(rng, CLASSES[label]) for label in labels])
-    return np.broadcast_to(gray[:, None], (n, 3, IMAGE_SIZE, IMAGE_SIZE)).copy(), labels
+    return [_draw_image(rng, CLASSES[label % len(CLASSES)]) for label in range(n)]
 
 
-def _draw_image(rng: np.random.Generator, shape: str) -> np.ndarray:
-    """Draw an image, uint8 (32, 32).
+def _draw_image(
+    rng: np.random.Generator, shape: str
+) -> tuple[np.ndarray, list[tuple[float, float, float, float]]]:
+    """Draw an image, uint8 (32, 32), with x, y, radius and contrast of each copy.
 
     Uses only rng.random, whose stream is the same in every version of NumPy.
     """
+    copies = []
     image = 0.3 + 0.1 * (rng.random((IMAGE_SIZE, IMAGE_SIZE)) - 0.5)
     for x, y, radius in _sample_circles(rng):
         angle = 2 * np.pi * rng.random()
         contrast = 0.25 + 0.35 * rng.random()
+        copies.append((x, y, radius, contrast))
         patch = (
             slice(int(y - radius), int(y + radius) + 2),
             slice(int(x - radius), int(x + radius) + 2),
@@ -73,7 +100,7 @@ def _draw_image(rng: np.random.Generator, shape: str) -> np.ndarray:
         u, v = np.cos(angle) * dx + np.sin(angle) * dy, np.cos(angle) * dy - np.sin(angle) * dx
         cover = 0.5 - radius * SIGNED_DISTANCES[shape](u, v)  # the outline, softened over one pixel
         image[patch] += contrast * np.minimum(np.maximum(cover, 0), 1)
-    return np.round(255 * np.clip(image, 0, 1)).astype(np.uint8)
+    return np.round(255 * np.clip(image, 0, 1)).astype(np.uint8), copies
 
 
 def _sample_circles(rng: np.random.Generator) -> list[tuple[float, float, float]]:

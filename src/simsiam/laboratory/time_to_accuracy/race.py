@@ -1,0 +1,332 @@
+"""Minutes to levels of kNN accuracy, on h of the test split, of several ways to learn features.
+
+Every contestant has the same network, images and number of epochs. Time is that of training:
+opening and decoding of images count, measurements do not. Everything is kept beside the JSON file,
+and the same command goes on where it was stopped.
+"""
+
+import json
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
+from itertools import cycle
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import TypeAlias, cast
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from simsiam.config.recipes import RECIPES, ResolvedRecipe
+from simsiam.data.images import Images, load_into_memory, sample
+from simsiam.data.transform import Transform
+from simsiam.errors import UsageError
+from simsiam.laboratory.drawing import COLORS, LINE_STYLES, format_axes, new_figure, save_figure
+from simsiam.laboratory.time_to_accuracy.plain_loop import MODULES, train_plain_loop
+from simsiam.model.backbones import create_backbone
+from simsiam.model.precision import Compute
+from simsiam.monitoring.features import extract_features
+from simsiam.monitoring.nearest_neighbors import knn_top1
+from simsiam.runs.closed_form import fit_patches_run
+from simsiam.runs.compose import compose_recipe
+from simsiam.runs.encoder import eval_transform, load
+from simsiam.runs.environment import collect_environment
+from simsiam.runs.run_folder import Run
+from simsiam.sources.open_source import Source, open_source
+from simsiam.training.launch import pretrain, resume
+from simsiam.training.prepare import prepare_data
+from simsiam.utils.files import make_folder, write_text
+from simsiam.utils.typed_json import read_json
+
+NAME = "time_to_accuracy"
+BANK, QUERIES = 10_000, 5_000  # training images that vote, and test images that are classified
+LEVELS = (40.0, 50.0, 60.0, 70.0, 80.0, 90.0)
+# Of images like CIFAR-10's: the network and the recipe that `results/label_free.py` used.
+CIFAR = {"backbone": "resnet18", "width": 16, "batch_size": 256, "base_lr": 0.2}
+Curve: TypeAlias = list[tuple[float, float]]  # seconds of training, kNN accuracy in percent
+
+
+def time_to_accuracy(
+    source: str, *, out: str | None, epochs: int = 12, seeds: int = 3, device: str = "auto"
+) -> dict[str, object]:
+    """Train every contestant with every seed, print a table, and write table, curves and JSON.
+
+    Args:
+        source: A labeled source with a test split.
+        out: A JSON file. Runs are kept in a folder beside it, and the curves in a .png and a .svg.
+        epochs: Passes over the training images.
+        seeds: Number of seeds.
+        device: "auto", "cpu", "cuda", ...
+
+    Returns:
+        The content of the JSON file.
+
+    Raises:
+        UsageError: `out` is missing, or the source has no labels or no test split.
+    """
+    if out is None:
+        raise UsageError(f"{NAME} takes long: give --out FILE.json, beside which its runs are kept")
+    folder = Path(out).with_suffix(".runs")
+    make_folder(folder)
+    opened = open_source(source)
+    if opened.test is None or opened.test.labels is None or opened.train.labels is None:
+        raise UsageError(f"{source} needs labels and a test split for {NAME}")
+    bank, queries = (
+        load_into_memory(sample(images, count), 2**31)[0]
+        for images, count in ((opened.train, BANK), (opened.test, QUERIES))
+    )
+    compute, curves = Compute.pick(device), dict[str, dict[str, Curve]]()
+    for seed in range(seeds):
+        for name, train in contestants(source, opened, epochs, seed, compute).items():
+            file = folder / f"{name}, seed {seed}.json"
+            if not file.exists():
+                curve = train(partial(knn, bank, queries, compute), file.with_suffix(""))
+                write_text(file, json.dumps(curve) + "\n")
+            of_seeds = curves.setdefault(name, {})
+            of_seeds[str(seed)] = [(s, a) for s, a in read_json(file, Curve)]
+    report: dict[str, object] = collect_environment(compute)
+    for key in ("command", "processes"):
+        report.pop(key, None)
+    report |= {"source": opened.name, "epochs": epochs, "plain loop": MODULES}
+    report |= {"bank": len(bank), "queries": len(queries), "curves": curves}
+    report["minutes_to"] = {
+        name: {f"{level:g}": minutes_to(level, of_seeds.values()) for level in LEVELS}
+        for name, of_seeds in curves.items()
+    }
+    write_text(Path(out), json.dumps(report, indent=1) + "\n")
+    draw(curves, Path(out).with_suffix(""), opened.name)
+    Console(highlight=False).print(table(curves, opened.name, MODULES))
+    return report
+
+
+Measure: TypeAlias = Callable[[Transform, nn.Module], float]
+
+
+def contestants(
+    source: str, opened: Source, epochs: int, seed: int, compute: Compute
+) -> dict[str, Callable[[Measure, Path], Curve]]:
+    """Return the contestants by name, each a function of a measurement and a place for its files.
+
+    Args:
+        source: The source.
+        opened: The same, opened.
+        epochs: Passes over the training images.
+        seed: Seed of weights, order and views.
+        compute: Where to compute.
+    """
+    settings = {"epochs": epochs, "seed": seed, "device": compute.device.type, "holdout": 0}
+    default = compose_recipe(source, None, {})[0]
+    small = CIFAR if default.backbone == "resnet18" and default.image_size == 32 else {}
+    recipe = compose_recipe(source, None, {**small, **settings})[0]
+    found: dict[str, Callable[[Measure, Path], Curve]] = {
+        "simsiam, default recipe": partial(own_run, source, recipe, opened)
+    }
+    if "sprint" in RECIPES:
+        network = {"backbone": recipe.backbone, "width": recipe.width}
+        sprint = compose_recipe(source, "sprint", {**network, **settings})[0]
+        found["simsiam, sprint"] = partial(own_run, source, sprint, opened)
+    for fast in (False, True):
+        name = "plain loop, our precision" if fast else "plain loop, as documented"
+        found[name] = partial(plain_loop, recipe, opened, compute, fast)
+    found["patches with map"] = partial(patches, source)
+    return found
+
+
+def knn(
+    bank: Images, queries: Images, compute: Compute, transform: Transform, backbone: nn.Module
+) -> float:
+    """Measure the kNN accuracy of a backbone.
+
+    Args:
+        bank: The training images that vote.
+        queries: The test images that are classified.
+        compute: Where to compute.
+        transform: The preprocessing of the backbone.
+        backbone: The backbone.
+
+    Returns:
+        Percent.
+    """
+    h = [
+        extract_features(backbone, images, transform, compute=compute).matrices[0]
+        for images in (bank, queries)
+    ]
+    assert bank.labels is not None and queries.labels is not None
+    labels = (torch.from_numpy(images.labels) for images in (bank, queries))
+    rows = (h[0], next(labels), h[1], next(labels))
+    return knn_top1(*rows, classes=len(bank.classes))
+
+
+def own_run(
+    source: str, recipe: ResolvedRecipe, opened: Source, measure: Measure, place: Path
+) -> Curve:
+    """Train a run of this program, and measure the checkpoint of each epoch afterwards.
+
+    Args:
+        source: The source.
+        recipe: The recipe.
+        opened: The source, opened.
+        measure: The measurement.
+        place: The run folder.
+
+    Returns:
+        Seconds and accuracies.
+    """
+    begun = time.monotonic()
+    data = prepare_data(recipe, opened)  # once more in the run, whose own time begins afterwards
+    before, per_epoch = time.monotonic() - begun, len(data.train) // recipe.batch_size
+    if (place / "recipe.yaml").exists():
+        resume(place, source=source, logger="none")
+    else:
+        never = {"knn_every": recipe.epochs, "log_every": per_epoch, "save_every": 1}
+        pretrain(source, recipe=recipe.replace(**never), out=place, logger="none")
+    run, transform = Run(place), eval_transform(recipe)
+    backbone = create_backbone(
+        recipe.backbone,
+        image_size=recipe.image_size,
+        width=recipe.width,
+        stem=recipe.stem,
+        channels=recipe.channels,
+    )
+    curve = Curve()
+    for epoch in range(1, recipe.epochs + 1):
+        state = run.checkpoint(f"epoch-{epoch:04d}")
+        assert state is not None
+        part = "backbone."
+        weights = {k[len(part) :]: v for k, v in state["model"].items() if k.startswith(part)}
+        backbone.load_state_dict(weights)
+        curve.append((before + state["seconds"], measure(transform, backbone)))
+    return curve
+
+
+def plain_loop(
+    recipe: ResolvedRecipe,
+    opened: Source,
+    compute: Compute,
+    fast: bool,
+    measure: Measure,
+    place: Path,
+) -> Curve:
+    """Train the plain loop on the network of a recipe.
+
+    Args:
+        recipe: The recipe.
+        opened: The source.
+        compute: Where to compute.
+        fast: Whether to use the precision and the memory format of this program.
+        measure: The measurement.
+        place: Where its state is kept.
+
+    Returns:
+        Seconds and accuracies.
+    """
+    return train_plain_loop(
+        recipe,
+        opened.train,
+        partial(measure, eval_transform(recipe)),
+        place.with_suffix(".pt"),
+        compute=compute,
+        fast=fast,
+    )
+
+
+def patches(source: str, measure: Measure, place: Path) -> Curve:
+    """Learn patches with their map, in closed form.
+
+    Args:
+        source: The source.
+        measure: The measurement.
+        place: A new run folder.
+
+    Returns:
+        One point.
+    """
+    begun = time.monotonic()
+    fit_patches_run(source, out=place)
+    seconds = time.monotonic() - begun
+    encoder = load(place)
+    return [(seconds, measure(cast(Transform, encoder.transform), encoder))]
+
+
+def minutes_to(level: float, curves: Collection[Curve]) -> list[float | None]:
+    """Return when each seed first measured a level.
+
+    Args:
+        level: The kNN accuracy in percent.
+        curves: A curve for each seed.
+
+    Returns:
+        Minutes; None for a seed that never did.
+    """
+    return [
+        next((round(seconds / 60, 3) for seconds, accuracy in curve if accuracy >= level), None)
+        for curve in curves
+    ]
+
+
+def mean_and_spread(values: Sequence[float]) -> str:
+    """Format a mean, with the standard deviation if there are several values.
+
+    Args:
+        values: At least one value.
+    """
+    spread = f" ± {stdev(values):.2g}" if len(values) > 1 else ""
+    return f"{fmean(values):.3g}{spread}"
+
+
+def table(curves: Mapping[str, Mapping[str, Curve]], source: str, modules: str) -> Table:
+    """Make the table of minutes to each level that any contestant reached.
+
+    Args:
+        curves: The curves by contestant and seed.
+        source: The name of the source.
+        modules: Whose modules the plain loop has.
+    """
+    title = f"{source}: minutes of training to levels of kNN accuracy"
+    result = Table(title=title, title_justify="left", caption=f"plain loop: modules of {modules}")
+    reached = {
+        level: {n: minutes_to(level, of_seeds.values()) for n, of_seeds in curves.items()}
+        for level in LEVELS
+    }
+    levels = [x for x in LEVELS if any(m is not None for v in reached[x].values() for m in v)]
+    for heading in ("", *(f"to {level:g} %" for level in levels), "minutes", "last kNN, %"):
+        result.add_column(heading, justify="right" if heading else "left")
+    for name, of_seeds in curves.items():
+        cells = []
+        for level in levels:
+            times = [minutes for minutes in reached[level][name] if minutes is not None]
+            missed = len(of_seeds) - len(times)
+            note = f" ({missed} of {len(of_seeds)} never)" if missed and times else ""
+            cells.append(mean_and_spread(times) + note if times else "never")
+        ends = [curve[-1] for curve in of_seeds.values()]
+        cells.append(mean_and_spread([seconds / 60 for seconds, _ in ends]))
+        cells.append(mean_and_spread([accuracy for _, accuracy in ends]))
+        result.add_row(name, *cells)
+    return result
+
+
+def draw(curves: Mapping[str, Mapping[str, Curve]], path: Path, source: str) -> None:
+    """Draw the accuracy over time: a line for each seed, and patches as the line to beat.
+
+    Args:
+        curves: The curves by contestant and seed.
+        path: The files to write, without extension.
+        source: The name of the source.
+    """
+    figure = new_figure(7, 4.5)
+    axes = figure.subplots()
+    for (name, of_seeds), color, dash in zip(curves.items(), cycle(COLORS), cycle(LINE_STYLES)):
+        for i, curve in enumerate(of_seeds.values()):
+            x, y = [s / 60 for s, _ in curve if s > 0], [a for s, a in curve if s > 0]
+            label = None if i else name
+            if len(x) == 1:
+                axes.plot(x, y, marker="D", linestyle="none", color=color, label=label)
+                axes.axhline(y[0], color=color, linewidth=0.8, linestyle=":")
+            else:
+                axes.plot(x, y, linestyle=dash, marker=".", color=color, label=label)
+    axes.set_xscale("log")
+    format_axes(axes, "minutes of training", "kNN on test images (%)")
+    figure.suptitle(f"{source}: accuracy over time")
+    save_figure(figure, path)
