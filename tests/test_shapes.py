@@ -30,7 +30,7 @@ def test_factors_are_those_of_the_drawing():
     for name, axis in (("x", 1), ("y", 2)):
         centroid = (bright.sum(axis=axis) * shapes.PIXEL_GRID).sum(axis=1) / weight
         assert np.corrcoef(centroid, factors[name])[0, 1] > 0.65
-    assert set(factors["number"]) <= {1, 2, 3, 4, 5, 6} and np.median(factors["number"]) == 5
+    assert set(factors["number"]) <= {1, 2, 3, 4, 5, 6} and factors["number"].mean() > 3
     assert factors["size"].min() >= 4.4 and factors["size"].max() <= 6.2
     assert factors["brightness"].min() >= 0.25 and factors["brightness"].max() <= 0.6
     amount = factors["number"] * factors["size"] ** 2 * factors["brightness"]
