@@ -391,6 +391,20 @@ MUTATIONS = [
         "optim.py::test_an_average_of_weights_is_their_mean_at_first",
     ),
     m(
+        "a contestant is trained again",
+        "laboratory/time_to_accuracy/race",
+        "if not file.exists():",
+        "if True:",
+        "bench.py::test_time_to_accuracy_goes_on_where_it_was_stopped",
+    ),
+    m(
+        "the plain loop begins again",
+        "laboratory/time_to_accuracy/plain_loop",
+        "range(len(curve) - 1, recipe.epochs)",
+        "range(recipe.epochs)",
+        "bench.py::test_the_plain_loop_is_simsiam_and_continues_after_the_last_epoch",
+    ),
+    m(
         "encode what is not predicted",
         "model/siamese",
         "sorted({*self.predicted_views, *self.target.required_views})",

@@ -9,17 +9,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from rich.console import Console
 
 from simsiam.commands.main import main
 from simsiam.config.methods import METHODS
+from simsiam.data.images import sample
 from simsiam.laboratory import bench
 from simsiam.laboratory.bench import measure_case, result_table, time_interleaved
 from simsiam.laboratory.bench_cases import CASES, Case, Comparison, make_photographs
+from simsiam.laboratory.time_to_accuracy import plain_loop, race
+from simsiam.model.losses import negative_cosine
 from simsiam.model.precision import Compute
 from simsiam.model.siamese import build
+from simsiam.runs.compose import compose_recipe
 
 CPU = torch.device("cpu")
+SMALL = {"backbone": "resnet10", "width": 4, "image_size": 16}
 
 
 @pytest.fixture
@@ -136,3 +142,80 @@ def test_the_fast_step_equals_the_plain_one():
     loss, gradient = step(lambda model: model, torch.channels_last, "bfloat16")
     assert abs(loss - plain[0]) < 0.02
     assert torch.nn.functional.cosine_similarity(gradient, plain[1], dim=0) > 0.9
+
+
+# Time to accuracy.
+
+
+def test_minutes_to_a_level_are_those_of_the_first_measurement_that_reaches_it():
+    curves = [[(0.0, 10.0), (60.0, 49.9), (120.0, 50.0), (180.0, 60.0)], [(600.0, 20.0)]]
+    assert race.minutes_to(50, curves) == [2.0, None]
+    assert race.mean_and_spread([1.0, 3.0]) == "2 ± 1.4" and race.mean_and_spread([5.0]) == "5"
+
+
+def test_time_to_accuracy_goes_on_where_it_was_stopped(monkeypatch, capsys):
+    """Each contestant and seed is trained once; the table says who never reached a level."""
+    trained = []
+
+    def contestants(source, opened, epochs, seed, compute):
+        def train(name, end, measure, place):
+            trained.append((name, seed))
+            return [(6.0, 41.0), (60.0 * (seed + 1), end)]
+
+        return {"slow": partial(train, "slow", 45.0), "fast": partial(train, "fast", 50.0 + seed)}
+
+    monkeypatch.setattr(race, "contestants", contestants)
+    words = ["bench", "--only", "time_to_accuracy", "--source", "shapes", "--device", "cpu"]
+    assert main([*words, "--seeds", "1", "--out", "race.json"]) == 0
+    assert trained == [("slow", 0), ("fast", 0)]
+    assert main([*words, "--seeds", "2", "--out", "race.json"]) == 0
+    assert trained[2:] == [("slow", 1), ("fast", 1)]
+    report = json.loads(Path("race.json").read_text())
+    assert report["minutes_to"]["fast"] == {
+        "40": [0.1, 0.1], "50": [1.0, 2.0], "60": [None, None], "70": [None, None],
+        "80": [None, None], "90": [None, None],
+    }  # fmt: skip
+    text = capsys.readouterr().out
+    assert "to 50 %" in text and "1.5 ± 0.71" in text and "never" in text and "to 60" not in text
+    assert Path("race.png").stat().st_size > 1000 and Path("race.svg").exists()
+
+
+@pytest.mark.parametrize(
+    "words, text",
+    [
+        (["time_to_accuracy"], "give --out FILE.json"),
+        (["time_to_accuracy", "knn", "--out", "x.json"], "measure it alone"),
+        (["time_to_accuracy", "--out", "x.json", "--source", "folder"], "needs labels and a test"),
+    ],
+)
+def test_wrong_races_are_refused(words, text, capsys):
+    Path("folder").mkdir()
+    Image.new("RGB", (32, 32)).save("folder/a.png")
+    assert main(["bench", "--only", *words]) == 2
+    assert text in capsys.readouterr().err
+
+
+def test_the_plain_loop_is_simsiam_and_continues_after_the_last_epoch(tmp_path, monkeypatch):
+    """Its loss is D of the paper, and another run of it does no epoch again."""
+    words = {"backbone": "resnet10", "width": 4, "epochs": 2, "batch_size": 16, "limit": 40}
+    recipe, source, _ = compose_recipe("shapes", None, words)
+    images, compute = sample(source.train, 40), Compute.pick("cpu", "float32")
+    model = plain_loop.PlainSimSiam(build("simsiam", **SMALL).backbone)
+    x = torch.randn(2, 8, 3, 16, 16)
+    (z0, _), (_, p1) = model(x[0]), model(x[1])
+    assert not z0.requires_grad
+    torch.testing.assert_close(plain_loop.plain_criterion()(z0, p1), negative_cosine(p1, z0))
+    monkeypatch.setattr(plain_loop, "CPU_CORES", 0)
+    measured = []
+
+    def measure(backbone):
+        measured.append(backbone.conv1.weight.detach().clone())
+        return float(len(measured))
+
+    train = partial(plain_loop.train_plain_loop, measure=measure, compute=compute, fast=False)
+    short = train(recipe.replace(epochs=1), images, state_file=tmp_path / "a.pt")
+    assert [accuracy for _, accuracy in short] == [1.0, 2.0] and short[1][0] > 0
+    longer = train(recipe, images, state_file=tmp_path / "a.pt")
+    assert longer[:2] == short and len(longer) == 3
+    whole = train(recipe, images, state_file=tmp_path / "b.pt")
+    assert len(whole) == 3 and torch.equal(measured[3], measured[-1])
