@@ -1,6 +1,6 @@
 """A moving average of the encoder's weights, for evaluation."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from itertools import chain
 
@@ -49,6 +49,26 @@ class WeightAverage(nn.Module):
                 average.lerp_(new, share)
             else:
                 average.copy_(new)  # of batch norm: the number of steps
+
+    def checkpoint(self, model: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+        """Return what a checkpoint holds: the average, where whoever reads it looks for weights.
+
+        Args:
+            model: State dict of the model.
+
+        Returns:
+            "model", with the average, and "trained", what it replaces.
+        """
+        average = self.state_dict()
+        return {"model": {**model, **average}, "trained": {k: model[k] for k in average}}
+
+    def load_checkpoint(self, model: Mapping[str, Tensor]) -> None:
+        """Load the average from what a checkpoint calls the model.
+
+        Args:
+            model: "model" of `checkpoint`.
+        """
+        self.load_state_dict({name: model[name] for name in self.state_dict()})
 
 
 def _tensors(model: "Siamese | WeightAverage") -> Iterator[Tensor]:

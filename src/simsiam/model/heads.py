@@ -200,5 +200,27 @@ def forward_split(network: nn.Module, views: dict[int, Tensor]) -> dict[int, Ten
     }
 
 
+def forward_by_size(
+    forward_views: Callable[[nn.Module, dict[int, Tensor]], dict[int, Tensor]],
+    network: nn.Module,
+    views: dict[int, Tensor],
+) -> dict[int, Tensor]:
+    """Apply a network to the views of each size apart: crops of one size are one batch (SwAV, 3.2).
+
+    Args:
+        forward_views: One of BN_GROUPINGS.
+        network: The network.
+        views: Views, (N, C, H, W) each; small crops come last.
+
+    Returns:
+        Its outputs, (N, d) for each view.
+    """
+    results: dict[int, Tensor] = {}
+    for size in dict.fromkeys(view.shape[-1] for view in views.values()):
+        of_size = {i: view for i, view in views.items() if view.shape[-1] == size}
+        results |= forward_views(network, of_size)
+    return results
+
+
 BN_GROUPINGS: dict[str, Callable[[nn.Module, dict[int, Tensor]], dict[int, Tensor]]]
 BN_GROUPINGS = {"per_view": forward_per_view, "joint": forward_joint, "split": forward_split}

@@ -12,6 +12,7 @@ from torch import Tensor
 from simsiam.config.recipes import ResolvedRecipe
 from simsiam.distributed.process_group import world_size
 from simsiam.errors import WorkFailed
+from simsiam.model.heads import forward_by_size
 from simsiam.model.siamese import Siamese, build
 from simsiam.utils import system
 
@@ -65,7 +66,7 @@ def activation_bytes(model: Siamese, recipe: ResolvedRecipe, batch_size: int) ->
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
-        views = model.encode(views)
+        views = forward_by_size(model.forward_views, model.backbone, views)
         for network in (model.projector, model.predictor):
             views = model.forward_views(network, views)
     float32_bytes = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())

@@ -13,6 +13,7 @@ from simsiam.model.heads import (
     DirectPredictor,
     build_predictor,
     build_projector,
+    forward_by_size,
 )
 from simsiam.model.losses import CRITERIA, InfoNCE
 from simsiam.model.targets import TARGETS, MovingAverageTarget, mean_target
@@ -68,7 +69,8 @@ class Siamese(nn.Module):
         """
         if len(x) != (count := self.method.view_count):
             raise UsageError(f"{self.method.name} takes {count} views of each image, not {len(x)}")
-        h = self.encode({i: x[i] for i in self.encoded_views})
+        full_and_small = {i: x[i] for i in self.encoded_views}
+        h = forward_by_size(self.forward_views, self.backbone, full_and_small)
         z = self.forward_views(self.projector, h)
         p = self.forward_views(self.predictor, {i: z[i] for i in self.predicted_views})
         eta = self.target(x, z, index)
@@ -78,21 +80,6 @@ class Siamese(nn.Module):
             t = {views: t[views].detach() for views in t}
         loss = torch.stack([self.criterion(p[i], t[views]) for i, views in self.terms]).mean()
         return Output(self.method.loss_scale * loss, *(list(v.values()) for v in (h, z, p, t)))
-
-    def encode(self, x: dict[int, Tensor]) -> dict[int, Tensor]:
-        """Return the features h of views, those of one size in one call (SwAV, section 3.2).
-
-        Args:
-            x: Views, (N, C, H, W) each; small crops come last.
-
-        Returns:
-            (N, dim) for each view.
-        """
-        h: dict[int, Tensor] = {}
-        for size in dict.fromkeys(view.shape[-1] for view in x.values()):
-            of_size = {i: view for i, view in x.items() if view.shape[-1] == size}
-            h |= self.forward_views(self.backbone, of_size)
-        return h
 
     def high_loss_threshold(self, batch_size: int) -> float | None:
         """Return the loss above which training on batches of this size is not converging."""

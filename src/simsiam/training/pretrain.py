@@ -69,8 +69,7 @@ class Pretraining(Training[ViewBatch]):
         recipe, train, compute = self.run.recipe, self.data.train, self.compute
         resumed = "model" in self.state
         if resumed and self.average is not None:
-            saved = self.state["model"]
-            self.average.load_state_dict({name: saved[name] for name in self.average.state_dict()})
+            self.average.load_checkpoint(self.state["model"])
         initialize_eta(self.model, train, recipe, compute, resumed=resumed)
         if not resumed:
             backbone, transform = self.model.backbone, eval_transform(recipe)
@@ -135,12 +134,10 @@ class Pretraining(Training[ViewBatch]):
 
     @override
     def save(self, name: str) -> None:
-        model = self.model.state_dict()
-        weights = {"model": model, "optimizer": self.optimizer.state_dict()}
-        if self.average is not None:  # under the names that whoever reads a checkpoint looks for
+        weights = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        if self.average is not None:
             synchronize_replicas(self.average)
-            average = self.average.state_dict()
-            weights |= {"model": model | average, "trained": {k: model[k] for k in average}}
+            weights |= self.average.checkpoint(weights["model"])
         progress = {"step": self.step, "seconds": self.seconds}
         self.run.save(name, self.state | weights | progress)
 
