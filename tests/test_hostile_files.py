@@ -21,6 +21,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent / "stress"))
 import hostile_files as made
 
+from simsiam.data import decode
+
 MAX_MEMORY = 3 * 2**30
 MAX_SECONDS = 10
 CPU_LIMIT = 40  # seconds after which a process is ended
@@ -129,6 +131,14 @@ def test_a_small_zip_costs_bounded_memory_and_time(tmp_path, name):
     assert path.stat().st_size < 2**19
     output = read_cheaply(OPEN, path)
     assert output.startswith("1 images") and len(output) < 500
+
+
+@pytest.mark.parametrize("work", ["header", "pixels"])
+def test_numbers_of_a_tiff_are_counted_before_they_are_read(work):
+    content = made.tiff_of_strips(2**20 + 1)
+    read = decode.read_header if work == "header" else decode.decode_image
+    with pytest.raises(decode.Unreadable, match="1,048,577 values; at most 1,048,576"):
+        read(content)
 
 
 def test_a_sparse_file_is_not_read(tmp_path):
