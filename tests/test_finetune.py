@@ -180,6 +180,13 @@ def test_a_finished_one_is_not_repeated(run, data, finished, monkeypatch):
     assert finetune(run, *data, out=finished[0], **SETTINGS) == finished[1]
 
 
+def test_a_training_on_other_images_is_not_taken_for_one_on_these(run, data, finished):
+    """Also a finished one, whose weights would be tested as if they came from these images."""
+    train, test = data
+    with pytest.raises(UsageError, match="holds a training with train_digest"):
+        finetune(run, train.take(np.arange(len(train))[::-1]), test, out=finished[0], **SETTINGS)
+
+
 def test_test_images_are_used_once_at_the_end_and_change_nothing_else(
     run, data, finished, tmp_path, monkeypatch
 ):

@@ -21,6 +21,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent / "stress"))
 import hostile_files as made
 
+from simsiam.data import decode
+
 MAX_MEMORY = 3 * 2**30
 MAX_SECONDS = 10
 CPU_LIMIT = 40  # seconds after which a process is ended
@@ -129,6 +131,14 @@ def test_a_small_zip_costs_bounded_memory_and_time(tmp_path, name):
     assert path.stat().st_size < 2**19
     output = read_cheaply(OPEN, path)
     assert output.startswith("1 images") and len(output) < 500
+
+
+@pytest.mark.parametrize("work", ["header", "pixels"])
+def test_numbers_of_a_tiff_are_counted_before_they_are_read(work):
+    content = made.tiff_of_strips(2**20 + 1)
+    read = decode.read_header if work == "header" else decode.decode_image
+    with pytest.raises(decode.Unreadable, match="1,048,577 values; at most 1,048,576"):
+        read(content)
 
 
 def test_a_sparse_file_is_not_read(tmp_path):
@@ -249,18 +259,14 @@ def test_a_tar_that_ends_in_a_sparse_header_is_damaged(tmp_path):
     assert "reason: " in read_cheaply(OPEN, path)
 
 
-# It ends without the interpreter's clean-up, in which torch and Arrow together sometimes abort
-# ("terminate called without an active exception"): an open defect, of which only reading is free.
 NEIGHBORS = """
-import os, sys
+import sys
 from simsiam.embeddings.table import read_embeddings
 from simsiam.errors import UsageError
 try:
     print(read_embeddings(sys.argv[1]).vectors.shape)
 except UsageError as error:
     print(f"reason: {error}")
-sys.stdout.flush()
-os._exit(0)
 """
 
 
@@ -279,6 +285,20 @@ def test_a_small_embedding_costs_bounded_memory(tmp_path, write):
     assert path.stat().st_size < 2**20
     output = read_cheaply(NEIGHBORS, path)
     assert "reason: " in output and "bytes in memory; at most " in output
+
+
+THREADS = """
+import sys, psutil
+from simsiam.data.parquet_files import read_parquet
+before = psutil.Process().num_threads()
+read_parquet(sys.argv[1])
+print("threads:", psutil.Process().num_threads() - before)
+"""
+
+
+def test_no_thread_that_reads_outlives_the_interpreter(tmp_path):
+    """A thread of Arrow's that still holds bytes of Python's at the exit aborts the process."""
+    assert "threads: 0" in read_cheaply(THREADS, made.write_vectors(tmp_path / "e.parquet", 99, 8))
 
 
 def test_an_embedding_within_the_limit_is_read(tmp_path):

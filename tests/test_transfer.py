@@ -113,6 +113,18 @@ def test_a_stopped_transfer_continues_bit_for_bit(run, source, tmp_path, monkeyp
     assert [line["step"] for line in TrainingFolder(outs[0]).metrics()] == [1, 4]
 
 
+def test_a_detector_of_other_annotations_is_not_taken_for_one_of_these(run, source, tmp_path):
+    source = shutil.copytree(source, tmp_path / "moved")
+    simsiam.transfer(run, source, **BRIEF)
+    for file in (source / "annotations").iterdir():
+        content = json.loads(file.read_text())
+        for box in content["annotations"]:
+            box["bbox"][2] -= 1
+        file.write_text(json.dumps(content))
+    with pytest.raises(UsageError, match="holds a training with train_digest"):
+        simsiam.transfer(run, source, **BRIEF)
+
+
 def test_the_lr_is_the_best_on_val_and_never_a_diverged_one(run, source, monkeypatch):
     aps, sizes = iter([30.0, 50.0]), []
 

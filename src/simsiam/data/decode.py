@@ -57,6 +57,9 @@ EXTENSIONS = {
 MAX_PIXELS = 2**28 // 3  # of one image: 256 MiB in RGB
 MAX_FILE_BYTES = 2**29  # of the file of an image
 MAX_ARRAY_BYTES = 2**29  # of an image that is stored as an array
+MAX_TIFF_TAGS = 2**16  # of a TIFF
+MAX_TIFF_VALUES = 2**20  # numbers in one of them: more than the strips of the largest images
+TIFF_BYTES = (1, 2, 7)  # types of tags whose values stay bytes
 MAX_PNG_TEXT = 2**16  # bytes of a text in a PNG that may hold its orientation
 SIGNATURE_BYTES = 64  # at the start of a file, which show its format
 # How an image is turned upright, by its orientation in EXIF data.
@@ -337,6 +340,7 @@ def _open_raw(stream: BinaryIO, channels: int) -> _ArrayImage:
 
 def _open_tiff(stream: BinaryIO, channels: int) -> _OpenedImage:
     """Open a TIFF with Pillow if it can; it reads only the colors of a TIFF with more channels."""
+    _check_tags(stream)
     if channels in (1, 3):
         with suppress(SyntaxError):  # what Pillow raises for a TIFF that it does not support
             image = TiffImageFile(stream)
@@ -353,6 +357,22 @@ def _open_tiff(stream: BinaryIO, channels: int) -> _OpenedImage:
         raise Unreadable("a TIFF that only tifffile may read: pip install tifffile") from None
     series = tifffile.TiffFile(stream).series[0]
     return _make_array_image(series.shape, np.dtype(series.dtype), channels, "TIFF", series.asarray)
+
+
+def _check_tags(stream: BinaryIO) -> None:
+    """Check how many numbers the tags of a TIFF have: each becomes an object of Python."""
+    start = stream.read(16)
+    order, is_big = "<" if start[:1] == b"I" else ">", start[2:4] in (b"+\0", b"\0+")
+    place, entry = ("8x Q", "HHQ8x") if is_big else ("4x I", "HHI4x")
+    stream.seek(struct.unpack_from(order + place, start)[0])
+    (tags,) = struct.unpack(order + ("Q" if is_big else "H"), stream.read(8 if is_big else 2))
+    size = struct.calcsize(order + entry)
+    entries = stream.read(min(tags, MAX_TIFF_TAGS) * size)
+    entries = entries[: len(entries) // size * size]
+    for _, kind, values in struct.iter_unpack(order + entry, entries):
+        if values > MAX_TIFF_VALUES and kind not in TIFF_BYTES:
+            raise Unreadable(f"a TIFF tag of {values:,} values; at most {MAX_TIFF_VALUES:,}")
+    stream.seek(0)
 
 
 # The first bytes of each format (a regular expression), and what opens it. `Image.open` is not used

@@ -187,7 +187,11 @@ class ParquetReader:
             page_checksum_verification=True,
             pre_buffer=False,  # which would read what is between the chunks as well
         )
-        return file.read_row_groups([group] if row_group.num_rows else [], columns=list(columns))
+        # A thread of Arrow's may still hold bytes of Python's when the read has ended. If the
+        # interpreter ends then, the process aborts.
+        return file.read_row_groups(
+            [group] if row_group.num_rows else [], columns=list(columns), use_threads=False
+        )
 
     def _write_out(self, table: pa.Table, limit: int) -> pa.Table:
         """Replace dictionaries by their values, if these take at most `limit` bytes."""

@@ -83,6 +83,12 @@ class Objects:
         segments = tuple(self.segments[i] for i in rows) if self.segments else ()
         return replace(self, **columns, segments=segments)
 
+    def to_bytes(self) -> bytes:
+        """Return everything that is known about the objects, for a digest."""
+        arrays = (self.boxes, self.labels, self.difficult, self.crowd)
+        rest = repr((self.size, self.segments)).encode()
+        return b"".join(array.tobytes() for array in arrays) + rest
+
 
 @dataclass(frozen=True, eq=False)
 class DetectionDataset:

@@ -21,7 +21,12 @@ from typing_extensions import NotRequired, Unpack
 from simsiam.config.keyword_settings import ScheduleSettings
 from simsiam.config.recipes import default_stem
 from simsiam.detection import pictures
-from simsiam.detection.annotations import AnnotatedSource, DetectionDataset, keep_masked_objects
+from simsiam.detection.annotations import (
+    AnnotatedSource,
+    DetectionDataset,
+    Objects,
+    keep_masked_objects,
+)
 from simsiam.detection.detector import to_detectron2
 from simsiam.detection.initialization import Initialization
 from simsiam.detection.metrics import compute_metrics, import_pycocotools
@@ -45,6 +50,7 @@ from simsiam.errors import UsageError, WorkFailed, printable, unknown_name
 from simsiam.model.precision import Compute
 from simsiam.runs.environment import collect_environment, utc_now
 from simsiam.runs.run_folder import Run
+from simsiam.sources.fingerprint import digest_images
 from simsiam.utils.checksums import write_with_checksum
 from simsiam.utils.files import atomic_write
 from simsiam.utils.names import join_names
@@ -306,7 +312,8 @@ class TransferPlan:
         Returns:
             The detector, and a summary of its training.
         """
-        own = {"lr": lr, "train_images": len(dataset)}
+        digest = digest_images(dataset.images, map(Objects.to_bytes, dataset.objects))
+        own = {"lr": lr, "train_images": len(dataset), "train_digest": digest}
         settings = self._description | self.schedule.to_dict() | own
         model = self.init.build_model(
             len(dataset.classes), self.schedule, masks=self.masks, seed=self.seed

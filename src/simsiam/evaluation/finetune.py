@@ -39,6 +39,7 @@ from simsiam.model.precision import Compute
 from simsiam.monitoring.features import extract_features
 from simsiam.runs.encoder import build_backbone, eval_transform, load
 from simsiam.runs.run_folder import BACKBONE_FILE, Run
+from simsiam.sources.fingerprint import digest_images
 from simsiam.training.loop import (
     Metrics,
     SkippedFiles,
@@ -148,7 +149,13 @@ def finetune(
     recipe = replace(recipe, batch_size=min(batch_size, len(train)))
     compute = Compute.pick(device, precision)
     start = f"random, seed {seed}" if from_scratch else _describe_weights(pretrained)
-    images = {"train_images": len(train), "val_images": len(val), "val": val_origin}
+    images = {
+        "train_images": len(train),
+        "train_digest": digest_images(train),
+        "val_images": len(val),
+        "val_digest": digest_images(val),
+        "val": val_origin,
+    }
     settings = _describe_settings(start, recipe, images, head_lr, compute)
     model = build_classifier(pretrained, len(train.classes), seed=seed, from_scratch=from_scratch)
     if world_size() > 1:

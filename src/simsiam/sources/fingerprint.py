@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from hashlib import blake2b
+from itertools import chain
 from pathlib import Path
 from shutil import rmtree
 
@@ -91,6 +92,20 @@ def fingerprint_source(source: Source, names: Sequence[str | os.PathLike[str]]) 
                 f"the processes do not see the same images; on another process: {changes}"
             )
     return found
+
+
+def digest_images(images: Images, annotations: Iterable[bytes] = ()) -> str:
+    """Digest the content of a sample of images, their labels and their annotations.
+
+    Args:
+        images: The images of a training, in their order.
+        annotations: What else the training depends on.
+
+    Returns:
+        32 hexadecimal digits.
+    """
+    content = _iter_digests(quick_sample(images.drop_labels(), SAMPLE_IMAGES))
+    return _digest(chain(_iter_labels(images), content, annotations))
 
 
 def describe_changes(before: dict[str, str], now: dict[str, str]) -> str:

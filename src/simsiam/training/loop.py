@@ -228,7 +228,8 @@ def load_state(
     for name, value in settings.items():
         if (saved := state["settings"].get(name)) != value:
             raise UsageError(
-                f"{folder} holds a training with {name} {saved}, not {value}: choose another folder"
+                f"{folder} holds a training with {name} {saved}, not {value}: choose another "
+                "folder, or delete it"
             )
     return cast(Record, state)
 
