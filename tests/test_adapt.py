@@ -95,6 +95,15 @@ def test_the_error_of_a_gain_is_that_of_repeated_draws():
     assert np.mean([error for _, error in gains]) == pytest.approx(spread, rel=0.15)
 
 
+def test_the_interval_of_a_score_near_0_is_small():
+    """Where the neighborhood is not kept at all, the mean that the score is divided by is 0."""
+    generator = torch.Generator().manual_seed(0)
+    nearness = torch.randn(400, generator=generator)
+    recognition = 0.01 * torch.rand(400, generator=generator)
+    low, high = fake(torch.stack([recognition, nearness - nearness.mean()])).score_interval()
+    assert low == 0 and 0 < high < 0.05
+
+
 def test_a_candidate_with_a_margin_is_taken_only_beyond_it():
     """What is fitted to views raises a score of views anyway."""
     base = 0.5 + 0.3 * torch.rand(2, 400, generator=torch.Generator().manual_seed(0))

@@ -278,11 +278,18 @@ class Candidate:
         return math.log(self.score / other.score), error
 
     def score_interval(self, z: float = 1.959964) -> tuple[float, float]:
-        """Return the confidence interval of the score over images (delta method), 95 % by default.
+        """Return the confidence interval of the score over images, 95 % by default.
+
+        It is that of the delta method, or, if a number may be 0, of both numbers apart.
 
         Args:
             z: Quantile of the normal distribution.
         """
+        mean, spread = self.agreement.mean(1), self.agreement.std(1)
+        error = z * spread / self.agreement.shape[1] ** 0.5
+        if (mean <= error).any():  # the delta method needs means that are above 0
+            low, high = ((mean + e).clamp_min(0).prod().sqrt().item() for e in (-error, error))
+            return low, high
         influence = self.influence()
         half = self.score * z * influence.std().item() / len(influence) ** 0.5
         return max(self.score - half, 0.0), self.score + half
