@@ -104,15 +104,8 @@ def duplicates(
     check_ranges(SimpleNamespace(threshold=threshold), threshold=(0, inf))
     check_writable(out, html)
     images = read_embeddings(file)
-    x = downsample_thumbnails(images)
-    comparison = Comparison(images, Originals(images, Path(file), source), threshold)
-    flat = comparison.find_flat(x)
-    groups = [*comparison.find_groups(x, flat, crops), *comparison.find_flat_groups(flat)]
-    comparison.say_what_was_not_read()
-    found = [
-        [Duplicate(images.paths[i], match.distance, i, match.note) for i, match in group.items()]
-        for group in groups
-    ]
+    originals = Originals(images, Path(file), source)
+    found = find_duplicates(images, originals, threshold, crops)
     if out:
         rows = [
             (number, copy.path, f"{copy.distance:.4f}", copy.note)
@@ -123,6 +116,31 @@ def duplicates(
     if html:
         _write_duplicates_page(Path(html), found, images)
     return found
+
+
+def find_duplicates(
+    images: Embeddings, originals: Originals, threshold: float = THRESHOLD, crops: bool = False
+) -> list[list[Duplicate]]:
+    """Find groups of near-duplicates; see `duplicates`.
+
+    Args:
+        images: The images.
+        originals: Their files.
+        threshold: The largest distance between an image and its copy.
+        crops: Whether to find crops and mirrored copies as well.
+
+    Returns:
+        The groups.
+    """
+    x = downsample_thumbnails(images)
+    comparison = Comparison(images, originals, threshold)
+    flat = comparison.find_flat(x)
+    groups = [*comparison.find_groups(x, flat, crops), *comparison.find_flat_groups(flat)]
+    comparison.say_what_was_not_read()
+    return [
+        [Duplicate(images.paths[i], match.distance, i, match.note) for i, match in group.items()]
+        for group in groups
+    ]
 
 
 def downsample_thumbnails(images: Embeddings) -> Tensor:

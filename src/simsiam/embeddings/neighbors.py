@@ -132,6 +132,19 @@ def find_query(query: str, images: Embeddings) -> Query:
     if images.positions(query) or not os.path.isfile(query):
         position = images.find(query)
         return Query(query, images.vectors[position], position)
+    return embed_query(query, run_of(images, query))
+
+
+def run_of(images: Embeddings, query: str) -> Path:
+    """Find the run folder of the encoder that embedded the images.
+
+    Args:
+        images: The embedded images.
+        query: What is to be embedded by it, for the error.
+
+    Raises:
+        UsageError: If the run is gone, or its encoder has changed.
+    """
     run = str(images.metadata.get("run", ""))
     # Of a file that others wrote: a folder on another machine is not asked for.
     if not run or run.startswith(("//", "\\\\")) or not Path(run).is_dir():
@@ -145,15 +158,16 @@ def find_query(query: str, images: Embeddings) -> Query:
             f"{printable(query)} is not embedded, and the encoder of {run} has changed since the "
             "other images were: run `simsiam embed` again"
         )
-    return embed_query(query, run)
+    return Path(run)
 
 
-def embed_query(file: str, run: str | os.PathLike[str]) -> Query:
+def embed_query(file: str | bytes, run: str | os.PathLike[str], name: str | None = None) -> Query:
     """Compute the feature of an image file, on the CPU in float32.
 
     Args:
-        file: The file.
+        file: The file, or its content.
         run: The run folder of the encoder.
+        name: What to call it; by default as the file.
 
     Returns:
         The query.
@@ -161,15 +175,16 @@ def embed_query(file: str, run: str | os.PathLike[str]) -> Query:
     Raises:
         WorkFailed: If the file cannot be read.
     """
+    name = name if name is not None else os.fsdecode(file)
     network, recipe = load(run), Run(run).recipe
     transform, compute = eval_transform(recipe), Compute(torch.device("cpu"), "float32")
     try:
         pixels = image_to_tensor(decode_image(file, recipe.channels, transform.min_side))
     except Unreadable as error:
-        raise WorkFailed(f"{printable(file)} cannot be read: {error}") from None
+        raise WorkFailed(f"{printable(name)} cannot be read: {error}") from None
     crop = transform.crop(pixels)
     (h,) = compute_outputs(lambda x: (network(x),), crop, transform, compute)
-    return Query(file, h[0], None, make_thumbnail(pixels, transform))
+    return Query(name, h[0], None, make_thumbnail(pixels, transform))
 
 
 def format_neighbors(results: Sequence[Neighbor]) -> str:
