@@ -53,8 +53,9 @@ def explore(
     address = f"http://{HOST}:{port}/{token}/"
     print(address, flush=True)
     file = find_embedding(what)
-    with exclusive_lock(file.with_suffix(".explore.lock"), printable(str(file))):
-        session = Session(file, read_embeddings(file), os.fspath(root) if root else None)
+    images = read_embeddings(file)
+    with exclusive_lock(file.with_name(f".{file.name}.explore-lock"), printable(str(file))):
+        session = Session(file, images, os.fspath(root) if root else None)
         if session.originals.missing:
             print(printable(f"originals: {session.originals.missing}"), file=sys.stderr)
         app = make_app(session, token, port)

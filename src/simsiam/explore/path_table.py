@@ -119,7 +119,7 @@ def clean_text(text: str) -> str:
     Raises:
         UsageError: It is too long.
     """
-    text = " ".join(printable(text).split())
+    text = printable(" ".join(text.split()))
     if len(text) > MAX_TEXT:
         raise UsageError(f"the label has {len(text)} characters: at most {MAX_TEXT}")
     return plain_text(spreadsheet_text(text))
