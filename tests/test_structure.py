@@ -14,8 +14,8 @@ ROOT = Path(simsiam.__file__).parent
 # A package imports only packages that stand before it, and itself.
 ARROW = [
     "errors", "utils", "config", "distributed", "data", "sources", "model", "monitoring", "runs",
-    "exports", "training", "evaluation", "embeddings", "pages", "explore", "detection", "laboratory",
-    "commands",
+    "exports", "training", "evaluation", "embeddings", "pages", "explore", "detection",
+    "laboratory", "commands",
 ]  # fmt: skip
 MAX_PACKAGES, MAX_MODULES = 17, 12
 

@@ -72,10 +72,11 @@ class PathTable:
                 self._history.pop()
 
     def _write(self, new: Mapping[str, str]) -> None:
-        values = {path: text for path, text in (self.values | new).items() if text}
-        write_csv(self.file, ("path", self.column), sorted(values.items()))
+        # In the order of the file: the folds of cross-validation depend on it.
+        rows = sorted((path, text) for path, text in (self.values | new).items() if text)
+        write_csv(self.file, ("path", self.column), rows)
         self._content = self._read_file()
-        self.values = values
+        self.values = dict(rows)
         self.version += 1
 
     def _refresh(self) -> None:
