@@ -76,7 +76,7 @@ def main():
                 tab.set_default_timeout(120_000)
                 start = time.perf_counter()
                 tab.goto(address)
-                tab.wait_for_function("window.explore?.map.frames > 0")
+                tab.wait_for_function("() => window.explore?.map.frames > 0")
                 print(f"{options.images:,} points: first paint {time.perf_counter() - start:.1f} s")
                 tab.wait_for_timeout(2000)
                 print(f"dragging while the map is arranged: {tab.evaluate(DRAG):.0f} frames/s")

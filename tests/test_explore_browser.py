@@ -163,11 +163,32 @@ def work(browser, tmp_path, count, per_class):
         tab.click("#tab-label")
         assert tab.locator(".progress-line").inner_text().startswith(f"Labeled {total} of")
         check_copies_by_keys(tab, file)
+        check_with_axe(tab)
         tab.context.close()
     finally:
         process.kill()
         process.wait()
     return file, events
+
+
+def check_with_axe(tab):
+    """Names, roles and contrast of every page, in light and dark."""
+    tab.evaluate(
+        AXE.read_text(encoding="utf-8")
+    )  # tests/axe.min.js: npm's axe-core 4.14.1, MPL-2.0
+    for scheme in ("light", "dark"):
+        tab.emulate_media(color_scheme=scheme)
+        for name in ("browse", "label", "clean", "take"):
+            tab.click(f"#tab-{name}")
+            found = tab.evaluate("axe.run().then((result) => result.violations)")
+            shown = [(v["id"], v["nodes"][0]["html"][:120]) for v in found]
+            assert not found, (scheme, name, shown)
+        if scheme == "light":
+            tab.click("#tab-browse")
+            tab.locator(".panel .tile").first.click()
+            found = tab.evaluate("axe.run('dialog').then((result) => result.violations)")
+            assert not found, [(v["id"], v["nodes"][0]["html"][:120]) for v in found]
+            tab.keyboard.press("Escape")
 
 
 def simsiam_classes():

@@ -27,13 +27,15 @@ def first_positions(vectors: Tensor) -> np.ndarray:
     Returns:
         (N, 2) float32, from 0 to 1.
     """
-    x = F.normalize(vectors, dim=1)
+    from sklearn.decomposition import PCA
+
+    x = F.normalize(vectors, dim=1).numpy()
     sample = x[evenly_spaced(len(x), MAX_ARRANGED)]
     rank = min(2, *sample.shape)
-    _, _, components = torch.pca_lowrank(sample, q=rank)
-    xy = torch.zeros(len(x), 2)
-    xy[:, :rank] = (x - sample.mean(0)) @ components
-    return _unit_square(xy.numpy())
+    model = PCA(rank, svd_solver="randomized", random_state=0).fit(sample)
+    xy = np.zeros((len(x), 2), np.float32)
+    xy[:, :rank] = (x - sample.mean(0)) @ model.components_.T
+    return _unit_square(xy)
 
 
 def arrange(vectors: Tensor) -> tuple[str, np.ndarray]:

@@ -79,7 +79,7 @@ class Session:
         self._outliers: Future[list[Group]] | None = None
         self._lock = Lock()
         self._fitter = ThreadPoolExecutor(1)
-        self._worker = ThreadPoolExecutor(1)
+        self._worker = ThreadPoolExecutor(3)  # the map takes long, and copies must not wait for it
         self.fit()
         self._worker.submit(self._try, "the clusters", self._find_clusters)
         self._worker.submit(self._try, "the map", self._arrange)

@@ -2,7 +2,7 @@
 import { addClass, label, select, store, undo } from "./state.js";
 import { fullImage, grid, shownName, tile } from "./tiles.js";
 
-const KEYS = "123456789";
+const KEYS = "1234567890"; // the tenth class has the 0
 
 export class LabelPanel {
   constructor() {
@@ -36,7 +36,7 @@ export class LabelPanel {
       this.selected, this.question, this.classes, form,
       el("div", { class: "row" }, this.undoButton,
         el("button", { type: "button", onclick: () => this.skip() }, "Skip (S)"),
-        el("button", { type: "button", onclick: () => this.answer("") }, "Take label away (0)")),
+        el("button", { type: "button", onclick: () => this.answer("") }, "Take label away (X)")),
       el("h3", {}, "Next"), el("small", { class: "pale" },
         "Ordered by what would teach most: unsure, and typical of many others."),
       this.queue);
@@ -84,7 +84,7 @@ export class LabelPanel {
   key(event) {
     const place = KEYS.indexOf(event.key);
     if (place >= 0 && place < store.classes.length) this.choose(store.classes[place]);
-    else if (event.key === "0") this.choose("");
+    else if (event.key === "x" || event.key === "X") this.choose("");
     else if (event.key === "s" || event.key === "S") this.skip();
     else if (event.key === "z" || event.key === "Z") undo("labels");
     else if (event.key === "n" || event.key === "N") this.input.focus();
@@ -148,7 +148,7 @@ export class LabelPanel {
     const names = store.classes;
     this.classes.replaceChildren(...names.map((name, i) => el("button", {
       type: "button", "aria-pressed": String(given === name), onclick: () => this.choose(name),
-    }, i < 9 ? el("kbd", {}, KEYS[i]) : null, swatch(classColor(name)), name,
+    }, i < KEYS.length ? el("kbd", {}, KEYS[i]) : null, swatch(classColor(name)), name,
     el("small", {}, String(counts.get(name) || 0)))));
   }
 
