@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
@@ -78,8 +79,14 @@ def main():
                 tab.goto(address)
                 tab.wait_for_function("() => window.explore?.map.frames > 0")
                 print(f"{options.images:,} points: first paint {time.perf_counter() - start:.1f} s")
-                tab.wait_for_timeout(2000)
                 print(f"dragging while the map is arranged: {tab.evaluate(DRAG):.0f} frames/s")
+                for _ in range(100):
+                    if tab.evaluate("fetch('state').then((r) => r.json()).then((s) => s.arranged)"):
+                        break
+                    tab.wait_for_timeout(1000)
+                tab.wait_for_timeout(3000)
+                load = f"load of the machine {psutil.getloadavg()[0]:.1f}"
+                print(f"dragging afterwards: {tab.evaluate(DRAG):.0f} frames/s ({load})")
                 print(
                     f"renderer: {tab.evaluate('explore.map.points.constructor.name')}", flush=True
                 )

@@ -414,7 +414,14 @@ def test_tensorboards_projector_gets_vectors_names_and_a_sprite(run, folder, fil
     from google.protobuf.text_format import Parse
     from tensorboard.plugins.projector import ProjectorConfig
 
-    out = embed(run, folder, out=tmp_path / "projector", format="tensorboard", device="cpu")
+    out = embed(
+        run,
+        folder,
+        out=tmp_path / "projector",
+        format="tensorboard",
+        device="cpu",
+        precision="float32",
+    )
     config = Parse((out / "projector_config.pbtxt").read_text(), ProjectorConfig()).embeddings[0]
     vectors = np.loadtxt(out / config.tensor_path, delimiter="\t")
     images = read_embeddings(file)
@@ -431,3 +438,21 @@ def test_tensorboards_projector_gets_vectors_names_and_a_sprite(run, folder, fil
         embed(run, folder, out=tmp_path / "x.parquet", format="tensorboard")
     with pytest.raises(UsageError, match="format"):
         embed(run, folder, out=tmp_path / "x", format="tensorbord")
+
+
+def test_pages_link_to_the_originals_and_say_their_size(run, folder, tmp_path):
+    own = tmp_path / "own photos"
+    shutil.copytree(folder, own)
+    image = next(own.glob("*/0*.png"))
+    Image.open(image).resize((48, 48)).save(image.with_name("a copy#1.png"))
+    file = embed(run, own, out=tmp_path / "own.parquet", device="cpu", precision="float32")
+    page = tmp_path / "copies.html"
+    simsiam.duplicates(file, html=page)
+    text = page.read_text()
+    assert f'<a href="./own%20photos/{image.parent.name}/a%20copy%231.png">' in text
+    assert "48 × 48, PNG, " in text
+    for verb, words in ((outliers, {"k": 3}), (cluster, {"clusters": 2})):
+        verb(file, html=page, **words)
+        assert '<a href="./own%20photos/' in page.read_text()
+    neighbors(file, image.name, html=page)
+    assert '<a href="./own%20photos/' in page.read_text()

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from simsiam.data.decode import Unreadable, decode_image
 from simsiam.data.transform import image_to_tensor
+from simsiam.embeddings.copies.originals import Originals
 from simsiam.embeddings.embed import make_thumbnail
 from simsiam.embeddings.gallery import Figure, Section, write_page
 from simsiam.embeddings.table import Embeddings, read_embeddings
@@ -65,7 +66,8 @@ def neighbors(
     check_ranges(SimpleNamespace(k=k), k=(1, inf))
     check_writable(html)
     images = read_embeddings(file)
-    return find_neighbors(find_query(query, images), images, k, html)
+    originals = Originals(images, Path(file)) if html else None
+    return find_neighbors(find_query(query, images), images, k, html, originals)
 
 
 class Query(NamedTuple):
@@ -85,7 +87,11 @@ class Query(NamedTuple):
 
 
 def find_neighbors(
-    query: Query, images: Embeddings, k: int, html: str | os.PathLike[str] | None
+    query: Query,
+    images: Embeddings,
+    k: int,
+    html: str | os.PathLike[str] | None,
+    originals: Originals | None = None,
 ) -> list[Neighbor]:
     """Find the k embedded images nearest to a query, and show them on a page.
 
@@ -94,6 +100,7 @@ def find_neighbors(
         images: The embedded images.
         k: The number of neighbors; at most all images are returned.
         html: The web page to write, if any.
+        originals: The files of the images, which the page links to.
 
     Returns:
         The neighbors, the nearest first.
@@ -110,7 +117,7 @@ def find_neighbors(
         figures = [(i, f"{cosine[i]:.3f} {images.caption(i)}") for i in order]
         sections: list[Section] = [("Query", [shown]), ("Neighbors, nearest first", figures)]
         note = f"The {count} nearest images by cosine."
-        write_page(Path(html), f"Neighbors of {query.name}", note, sections, images)
+        write_page(Path(html), f"Neighbors of {query.name}", note, sections, images, originals)
     return [Neighbor(images.paths[i], images.label(i), cosine[i].item()) for i in order]
 
 

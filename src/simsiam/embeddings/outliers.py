@@ -10,6 +10,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from simsiam.embeddings.cluster import center_and_normalize
+from simsiam.embeddings.copies.originals import Originals
 from simsiam.embeddings.gallery import write_page
 from simsiam.embeddings.search import search_neighbors
 from simsiam.embeddings.table import Embeddings, read_embeddings
@@ -66,7 +67,8 @@ def outliers(
     if html:
         figures = [(i, f"{distance[i]:.3f} {images.caption(i)}") for i in order[:PAGE_IMAGES]]
         note = f"The images, of {len(images)}, that are farthest from their {k} nearest neighbors."
-        write_page(Path(html), "Outliers", note, [("Farthest first", figures)], images)
+        sections = [("Farthest first", figures)]
+        write_page(Path(html), "Outliers", note, sections, images, Originals(images, Path(file)))
     if out:
         rows = ((x.path, x.label, f"{x.distance:.4f}") for x in results)
         write_csv(Path(out), ("path", "label", "distance"), rows)

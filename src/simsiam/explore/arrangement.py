@@ -10,7 +10,7 @@ from simsiam.embeddings.cluster import center_and_normalize, kmeans
 from simsiam.embeddings.search import nearest_rows
 from simsiam.pages.image_map import project_to_2d, reduce_dimensions
 
-MAX_ARRANGED = 4000  # images that t-SNE places; the others are placed beside these
+MAX_ARRANGED = 2500  # images that t-SNE places; the others are placed beside these
 MAX_REFERENCES = 2000  # images that say how dense a region is
 NUM_DENSITY_NEIGHBORS = 20  # among the references
 NUM_CLUSTERS = 10  # as `simsiam cluster` has by default

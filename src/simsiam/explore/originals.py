@@ -2,27 +2,14 @@
 
 import io
 import os
-from datetime import datetime, timezone
-from pathlib import Path
-from typing import TypedDict
 
 import numpy as np
 from PIL import Image
 
 from simsiam.data.decode import Unreadable
 from simsiam.data.storage import FolderFiles
+from simsiam.embeddings.copies.facts import FileFacts
 from simsiam.embeddings.copies.originals import LOSSY, Originals
-
-
-class FileFacts(TypedDict):
-    """What the page says about the file of an image."""
-
-    width: int
-    height: int
-    format: str
-    bytes: int
-    modified: str  # "2026-11-29"; "" if unknown
-    error: str  # why the file cannot be read; then the other values are 0 or ""
 
 
 def encode_for_browser(pixels: np.ndarray) -> bytes:
@@ -55,38 +42,6 @@ def read_original(originals: Originals, row: int) -> bytes:
     """
     images, position = originals.locate(row)
     return encode_for_browser(images.read(position))
-
-
-def file_facts(originals: Originals, row: int) -> FileFacts:
-    """Read what is known about the file of a row, without decoding it.
-
-    Args:
-        originals: The files of the embedding.
-        row: The row.
-    """
-    try:
-        images, position = originals.locate(row)
-        header, file = images.read_header(position), images.file(position)
-        modified = ""
-        if isinstance(file, bytes):
-            size = len(file)
-        else:
-            status = Path(file).stat()
-            size = status.st_size
-            modified = datetime.fromtimestamp(status.st_mtime, timezone.utc).date().isoformat()
-    except (Unreadable, OSError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        return FileFacts(
-            width=0, height=0, format="", bytes=0, modified="", error=reason or "it is gone"
-        )
-    return FileFacts(
-        width=header.width,
-        height=header.height,
-        format=header.format,
-        bytes=size,
-        modified=modified,
-        error="",
-    )
 
 
 def path_in_folder(originals: Originals, row: int) -> str | None:

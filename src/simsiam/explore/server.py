@@ -21,10 +21,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from typing_extensions import TypedDict
 
 from simsiam.data.decode import Unreadable
+from simsiam.embeddings.copies.facts import file_facts
 from simsiam.embeddings.neighbors import Query
 from simsiam.errors import UsageError, WorkFailed, printable
 from simsiam.explore.exports import EXPORTS, Export, make_export
-from simsiam.explore.originals import encode_for_browser, file_facts, read_original
+from simsiam.explore.originals import encode_for_browser, read_original
 from simsiam.explore.session import Session
 from simsiam.utils.typed_json import parse_json
 

@@ -10,6 +10,7 @@ from typing import TypedDict
 import numpy as np
 import torch.nn.functional as F
 
+from simsiam.embeddings.copies.facts import FileFacts, file_facts
 from simsiam.embeddings.copies.originals import Originals
 from simsiam.embeddings.duplicates import THRESHOLD, find_duplicates
 from simsiam.embeddings.neighbors import Query, embed_query, run_of
@@ -18,7 +19,7 @@ from simsiam.embeddings.probe import ProbeResult, predict_labels, standardize
 from simsiam.embeddings.table import Embeddings
 from simsiam.errors import UsageError, WorkFailed, printable
 from simsiam.explore.arrangement import arrange, find_clusters, first_positions
-from simsiam.explore.originals import FileFacts, file_facts, why_best
+from simsiam.explore.originals import why_best
 from simsiam.explore.path_table import PathTable
 from simsiam.explore.queue import Teacher
 from simsiam.utils.intervals import wilson_interval

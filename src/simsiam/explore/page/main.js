@@ -57,14 +57,18 @@ class Coloring {
   /** The color of each row, and the legend: names and colors, or the ends of a ramp. */
   compute() {
     const { predictions, places, query, data, labels } = store;
-    const category = (count) => (i) => rgb(categoryColor(i, count));
+    const category = (count) => {
+      const table = Array.from({ length: count }, (_, i) => rgb(categoryColor(i, count)));
+      return (i) => table[i];
+    };
     if (this.mode === "label") {
       return { of: (row) => (labels.has(row) ? rgb(classColor(labels.get(row))) : null),
         legend: store.classes.map((name) => [name, classColor(name)]) };
     }
     if (this.mode === "prediction") {
       const names = predictions.classes;
-      return { of: (row) => rgb(classColor(names[predictions.predicted[row]])),
+      const table = names.map((name) => rgb(classColor(name)));
+      return { of: (row) => table[predictions.predicted[row]],
         legend: names.map((name) => [name, classColor(name)]) };
     }
     if (this.mode === "confidence") {
@@ -280,9 +284,11 @@ class Page {
     const count = store.data.names.length, colors = new Uint8Array(4 * count);
     const { selection } = store;
     for (let row = 0; row < count; row++) {
-      const color = of(row);
-      const alpha = selection.size && !selection.has(row) ? 30 : color ? 225 : 110;
-      colors.set([...(color ?? GRAY), alpha], 4 * row);
+      const color = of(row), [r, g, b] = color ?? GRAY, at = 4 * row;
+      colors[at] = r;
+      colors[at + 1] = g;
+      colors[at + 2] = b;
+      colors[at + 3] = selection.size && !selection.has(row) ? 30 : color ? 225 : 110;
     }
     this.map.setColors(colors);
     const items = legend.slice(0, MAX_LEGEND).map(([name, color]) =>
