@@ -62,9 +62,9 @@ def arrange(vectors: Tensor) -> tuple[str, np.ndarray]:
     near = torch.from_numpy(placed).float()[index]
     xy = (near * weight).sum(1) / weight.sum(1)
     noise = np.random.default_rng(0).normal(0, 0.002, xy.shape)
-    xy = (xy.numpy() + noise).astype(np.float32)
-    xy[rows] = placed
-    return f"{name} of {len(rows):,} images, the others beside them", _unit_square(xy)
+    positions = (xy.numpy() + noise).astype(np.float32)
+    positions[rows] = placed
+    return f"{name} of {len(rows):,} images, the others beside them", _unit_square(positions)
 
 
 def _unit_square(xy: np.ndarray) -> np.ndarray:

@@ -52,11 +52,11 @@ class PathTable:
             UsageError: A text is too long, or someone else has put another content into the file.
             WorkFailed: The file cannot be written; then nothing has changed.
         """
-        new = {path: clean_text(text) for path, text in new.items()}
+        cleaned = {path: clean_text(text) for path, text in new.items()}
         with self._lock:
             self._refresh()
-            old = {path: self.values.get(path, "") for path in new}
-            self._write(new)
+            old = {path: self.values.get(path, "") for path in cleaned}
+            self._write(cleaned)
             self._history.append(old)
 
     def undo(self) -> None:
@@ -71,7 +71,7 @@ class PathTable:
                 self._write(self._history[-1])
                 self._history.pop()
 
-    def _write(self, new: Mapping[str, str]) -> None:
+    def _write(self, new: dict[str, str]) -> None:
         # In the order of the file: the folds of cross-validation depend on it.
         rows = sorted((path, text) for path, text in (self.values | new).items() if text)
         write_csv(self.file, ("path", self.column), rows)

@@ -228,6 +228,7 @@ class Page {
   searchText(text) {
     const wanted = searchForm(text.trim());
     if (!wanted) return;
+    this.names ??= store.data.names.map(searchForm);
     const rows = this.names.map((name, row) => (name.includes(wanted) ? row : -1))
       .filter((row) => row >= 0);
     if (rows.length === 1) searchRow(rows[0]);
@@ -359,7 +360,6 @@ class Page {
   }
 
   start() {
-    this.names = store.data.names.map(searchForm);
     this.map.setPlaces(store.places);
     this.open("browse");
     this.update("start");

@@ -5,6 +5,8 @@ const PICTURE = 56; // side of a picture on the map, in pixels
 const MAX_PICTURES = 150; // that are loaded for one view
 const POINTS_FOR_PICTURES = 1200; // in view, from which on there are only points
 const REACH = 14; // pixels from the pointer to a point that it means
+const MANY = 20000; // points, from which on the last picture is moved while the map moves
+const SETTLE = 150; // milliseconds without a movement, after which the points are drawn again
 const VERTEX = `#version 300 es
 in vec2 place; in vec4 color; uniform vec2 scale, offset; uniform float size; out vec4 tint;
 void main() {
@@ -140,11 +142,13 @@ export class PointMap {
     this.whole = { x: width / 2, y: height / 2, size: Math.max(width, height, 0.01) };
     this.view = { ...this.whole };
     this.points.setPlaces(this.places);
+    this.drawn = null;
     this.redraw();
   }
 
   setColors(colors) {
     this.points.setColors(colors);
+    this.drawn = null;
     this.colors = colors;
     this.redraw();
   }
@@ -171,13 +175,31 @@ export class PointMap {
     const zoom = this.whole.size / this.view.size;
     const count = this.places.length / 2;
     this.radius = (count > 20000 ? 1.3 : count > 4000 ? 2 : 3.2) * Math.min(2.2, zoom ** 0.4);
-    this.points.draw({ ...this, ...this.view, ratio });
+    this.drawPoints(ratio);
     const pen = overlay.getContext("2d");
     pen.setTransform(ratio, 0, 0, ratio, 0, 0);
     pen.clearRect(0, 0, this.width, this.height);
     this.drawPictures(pen);
     this.drawMarks(pen);
     this.frames = (this.frames || 0) + 1;
+  }
+
+  /** Draw the points; of many points, move what was drawn before while the map moves. */
+  drawPoints(ratio) {
+    const { canvas, view, drawn, width, height, scale } = this;
+    const isMoving = performance.now() - (this.movedAt ?? -SETTLE) < SETTLE;
+    if (isMoving && drawn && this.places.length > 2 * MANY) {
+      const zoom = drawn.size / view.size;
+      const x = width / 2 * (1 - zoom) + (drawn.x - view.x) * scale;
+      const y = height / 2 * (1 - zoom) + (drawn.y - view.y) * scale;
+      canvas.style.transform = `translate(${x}px, ${y}px) scale(${zoom})`;
+      clearTimeout(this.settling);
+      this.settling = setTimeout(() => this.redraw(), SETTLE + 10);
+      return;
+    }
+    this.points.draw({ ...this, ...view, ratio });
+    this.drawn = { ...view };
+    canvas.style.transform = "none";
   }
 
   toX(row) { return this.width / 2 + (this.places[2 * row] - this.view.x) * this.scale; }
@@ -284,6 +306,7 @@ export class PointMap {
       Math.max(this.whole.size / 400, this.view.size / factor));
     const kept = 1 - size / this.view.size;
     this.view = { x: this.view.x + dx * kept, y: this.view.y + dy * kept, size };
+    this.movedAt = performance.now();
     this.redraw();
   }
 
@@ -295,6 +318,7 @@ export class PointMap {
   pan(dx, dy) {
     this.view.x -= dx / this.scale;
     this.view.y -= dy / this.scale;
+    this.movedAt = performance.now();
     this.redraw();
   }
 
