@@ -102,7 +102,8 @@ def test_only_the_whole_address_from_the_page_itself_is_answered(client):
     for path in ("", "/", "/state", f"/{TOKEN}", "/token-of-the-tesT/", f"/{TOKEN[:-1]}/state"):
         assert client.get(path or "/x").status_code == 403, path
     for host in ("evil.example", f"evil.example:{PORT}", "127.0.0.1:80", "127.0.0.1", ""):
-        assert get(client, "state", host=host).status_code == 403, host
+        answer = get(client, "state", host=host, origin=f"http://{host}")
+        assert answer.status_code == 403, host
     for origin in ("http://evil.example", "null", f"https://127.0.0.1:{PORT}", "http://127.0.0.1"):
         assert get(client, "state", origin=origin).status_code == 403, origin
         answer = client.post(f"/{TOKEN}/undo", json={"what": "labels"}, headers={"origin": origin})
@@ -200,6 +201,8 @@ def test_predictions_are_those_of_the_verb_probe(client, session, tmp_path):
     label_by_name(client, session, [*rows[::2], *rows[::-2]])
     finish(session)
     result = probe(session.file, session.labels.file, out=tmp_path / "all.csv")
+    assert list(session.labeled_rows()) == list(result.labels)  # their order decides the folds
+    assert session.result.correct == result.correct
     found = get(client, "predictions").json()
     assert found["classes"] == result.classes
     assert found["predicted"] == result.predicted.tolist()

@@ -37,7 +37,7 @@ export class LabelPanel {
       el("div", { class: "row" }, this.undoButton,
         el("button", { type: "button", onclick: () => this.skip() }, "Skip (S)"),
         el("button", { type: "button", onclick: () => this.answer("") }, "Take label away (X)")),
-      el("h3", {}, "Next"), el("small", { class: "pale" },
+      el("h2", {}, "Next"), el("small", { class: "pale" },
         "Ordered by what would teach most: unsure, and typical of many others."),
       this.queue);
   }
@@ -157,7 +157,7 @@ export class LabelPanel {
     this.selected.classList.toggle("hidden", !rows.length);
     if (!rows.length) return;
     this.selected.replaceChildren(
-      el("h3", {}, `${formatNumber(rows.length)} images selected`),
+      el("h2", {}, `${formatNumber(rows.length)} images selected`),
       el("small", { class: "pale" }, "A class or its key now labels all of them."),
       grid(rows.slice(0, 24)),
       el("div", { class: "row" },
