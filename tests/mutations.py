@@ -1841,8 +1841,8 @@ MUTATIONS = [
     m(
         "explore: predict from labels in the order of clicks",
         "explore/path_table",
-        "rows = sorted((path, text) for path, text in (self.values | new).items() if text)",
-        "rows = [(path, text) for path, text in (self.values | new).items() if text]",
+        "self.values = dict(rows)",
+        "self.values = {path: text for path, text in (self.values | new).items() if text}",
         "explore.py::test_predictions_are_those_of_the_verb_probe",
     ),
     m(
