@@ -207,6 +207,7 @@ ALLOWED = {
         "open for writing", "Path.read_text", "Path.read_bytes", "pickle.load", "yaml.load",
     },
     "exports.export": {"open for writing"},
+    "embeddings.projector": {"open for writing"},
     "utils.checksums": {"open for writing"},
     "exports.huggingface": {"open for writing"},
     "exports.safetensors": {"load_file"},
@@ -218,6 +219,7 @@ ALLOWED = {
     # The files of the package.
     "laboratory.experiment_page": {"Path.read_text", "json.loads of a file"},
     "pages.report": {"Path.read_text"},
+    "explore.server": {"Path.read_bytes"},
     # The null device.
     "commands.main": {"os.open"},
     "data.decoder_process": {"os.open"},
