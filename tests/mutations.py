@@ -1888,6 +1888,27 @@ MUTATIONS = [
         "convert.py::test_a_vit_of_moco_v3_but_not_its_small_one_which_has_other_attention",
     ),
     m(
+        "explore: answer to any host",
+        "explore/server",
+        'if len(named[b"host"]) != 1 or named[b"host"][0] not in self.hosts:',
+        "if False:",
+        "explore.py::test_only_the_whole_address_from_the_page_itself_is_answered",
+    ),
+    m(
+        "explore: predict from labels in the order of clicks",
+        "explore/path_table",
+        "self.values = dict(rows)",
+        "self.values = {path: text for path, text in (self.values | new).items() if text}",
+        "explore.py::test_predictions_are_those_of_the_verb_probe",
+    ),
+    m(
+        "explore: a script acts without --yes",
+        "explore/scripts",
+        'if [ "$yes" = "--yes" ]; then',
+        "if true; then",
+        "explore.py::test_the_script_leaves_the_proposed_copies_and_changes_nothing_without_yes",
+    ),
+    m(
         "probe: an empty label is a class",
         "embeddings/probe",
         "if not label:",

@@ -407,3 +407,51 @@ def test_metadata_names_the_run_the_source_and_the_preprocessing(run, file):
     metadata = json.loads(pq.read_schema(file).metadata[b"simsiam"])
     assert metadata["run"] == str(run.absolute()) and metadata["source"] == "few"
     assert metadata["transform"]["size"] == 32
+
+
+def test_tensorboards_projector_gets_vectors_names_and_a_sprite(run, folder, file, tmp_path):
+    from google.protobuf.text_format import Parse
+    from tensorboard.plugins.projector import ProjectorConfig
+
+    out = embed(
+        run,
+        folder,
+        out=tmp_path / "projector",
+        format="tensorboard",
+        device="cpu",
+        precision="float32",
+    )
+    config = Parse((out / "projector_config.pbtxt").read_text(), ProjectorConfig()).embeddings[0]
+    vectors = np.loadtxt(out / config.tensor_path, delimiter="\t")
+    images = read_embeddings(file)
+    assert np.allclose(vectors, images.vectors, atol=1e-4)
+    lines = (out / config.metadata_path).read_text().splitlines()
+    assert lines[0] == "path\tlabel" and len(lines) == 1 + len(images)
+    assert lines[8].split("\t") == [images.paths[7], images.labels[7]]
+    sprite, side = Image.open(out / config.sprite.image_path), config.sprite.single_image_dim[0]
+    assert sprite.size == (7 * side, 7 * side)  # 39 images in seven rows of seven
+    shown = np.asarray(sprite)[side : 2 * side, :side]
+    expected = Image.fromarray(images.thumbnail(7)).resize((side, side))
+    assert np.abs(shown.astype(int) - np.asarray(expected)).mean() < 3
+    with pytest.raises(UsageError, match="an --out without an ending"):
+        embed(run, folder, out=tmp_path / "x.parquet", format="tensorboard")
+    with pytest.raises(UsageError, match="format"):
+        embed(run, folder, out=tmp_path / "x", format="tensorbord")
+
+
+def test_pages_link_to_the_originals_and_say_their_size(run, folder, tmp_path):
+    own = tmp_path / "own photos"
+    shutil.copytree(folder, own)
+    image = next(own.glob("*/0*.png"))
+    Image.open(image).resize((48, 48)).save(image.with_name("a copy#1.png"))
+    file = embed(run, own, out=tmp_path / "own.parquet", device="cpu", precision="float32")
+    page = tmp_path / "copies.html"
+    simsiam.duplicates(file, html=page)
+    text = page.read_text()
+    assert f'<a href="./own%20photos/{image.parent.name}/a%20copy%231.png">' in text
+    assert "48 × 48, PNG, " in text
+    for verb, words in ((outliers, {"k": 3}), (cluster, {"clusters": 2})):
+        verb(file, html=page, **words)
+        assert '<a href="./own%20photos/' in page.read_text()
+    neighbors(file, image.name, html=page)
+    assert '<a href="./own%20photos/' in page.read_text()

@@ -37,6 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "probe cannot read .npy"
     )
     parser.add_argument("--out", metavar="FILE.parquet", required=True, help=note)
+    note = (
+        "tensorboard: a folder with vectors, names and thumbnails for `tensorboard --logdir "
+        "FOLDER`, page Projector [as the ending of --out says]"
+    )
+    parser.add_argument("--format", metavar="F", help=note)
     add_limit(parser)
     add_accept_changed_source(
         parser,

@@ -10,6 +10,7 @@ import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
+from simsiam.embeddings.copies.originals import Originals
 from simsiam.embeddings.gallery import write_page
 from simsiam.embeddings.table import Embeddings, read_embeddings
 from simsiam.errors import UsageError, check_ranges
@@ -67,7 +68,7 @@ def cluster(
     result = kmeans(center_and_normalize(images.vectors).numpy(), clusters, seed)
     result = result._replace(nmi=_normalized_mutual_info(images, result.assignments))
     if html:
-        _write_cluster_page(Path(html), result, clusters, images)
+        _write_cluster_page(Path(html), result, images, Originals(images, Path(file)))
     if out:
         rows = (
             (images.paths[i], result.assignments[i], f"{result.distances[i]:.4f}")
@@ -120,8 +121,10 @@ def _normalized_mutual_info(images: Embeddings, assignments: np.ndarray) -> floa
     return float(normalized_mutual_info_score(labels, assignments[labeled]))
 
 
-def _write_cluster_page(path: Path, result: Clusters, clusters: int, images: Embeddings) -> None:
-    sections = []
+def _write_cluster_page(
+    path: Path, result: Clusters, images: Embeddings, originals: Originals
+) -> None:
+    sections, clusters = [], int(result.assignments.max()) + 1
     for number in range(clusters):
         members = np.flatnonzero(result.assignments == number)
         nearest_first = members[np.argsort(result.distances[members], kind="stable")].tolist()
@@ -131,7 +134,7 @@ def _write_cluster_page(path: Path, result: Clusters, clusters: int, images: Emb
         f"{len(images)} images in {clusters} clusters. "
         "Each section shows the images nearest to the center of the cluster."
     )
-    write_page(path, "Clusters", note, sections, images)
+    write_page(path, "Clusters", note, sections, images, originals)
 
 
 def format_cluster(result: Clusters) -> str:

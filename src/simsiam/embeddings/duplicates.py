@@ -24,6 +24,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
 from simsiam.embeddings.copies.distance import FLAT_CONTRAST, FLOOR, Detail, Match, tile_distance
+from simsiam.embeddings.copies.facts import file_facts, format_facts
 from simsiam.embeddings.copies.originals import Originals
 from simsiam.embeddings.gallery import write_page
 from simsiam.embeddings.search import search_neighbors
@@ -104,15 +105,8 @@ def duplicates(
     check_ranges(SimpleNamespace(threshold=threshold), threshold=(0, inf))
     check_writable(out, html)
     images = read_embeddings(file)
-    x = downsample_thumbnails(images)
-    comparison = Comparison(images, Originals(images, Path(file), source), threshold)
-    flat = comparison.find_flat(x)
-    groups = [*comparison.find_groups(x, flat, crops), *comparison.find_flat_groups(flat)]
-    comparison.say_what_was_not_read()
-    found = [
-        [Duplicate(images.paths[i], match.distance, i, match.note) for i, match in group.items()]
-        for group in groups
-    ]
+    originals = Originals(images, Path(file), source)
+    found = find_duplicates(images, originals, threshold, crops)
     if out:
         rows = [
             (number, copy.path, f"{copy.distance:.4f}", copy.note)
@@ -121,8 +115,33 @@ def duplicates(
         ]
         write_csv(Path(out), ("group", "path", "distance", "note"), rows)
     if html:
-        _write_duplicates_page(Path(html), found, images)
+        _write_duplicates_page(Path(html), found, images, originals)
     return found
+
+
+def find_duplicates(
+    images: Embeddings, originals: Originals, threshold: float = THRESHOLD, crops: bool = False
+) -> list[list[Duplicate]]:
+    """Find groups of near-duplicates; see `duplicates`.
+
+    Args:
+        images: The images.
+        originals: Their files.
+        threshold: The largest distance between an image and its copy.
+        crops: Whether to find crops and mirrored copies as well.
+
+    Returns:
+        The groups.
+    """
+    x = downsample_thumbnails(images)
+    comparison = Comparison(images, originals, threshold)
+    flat = comparison.find_flat(x)
+    groups = [*comparison.find_groups(x, flat, crops), *comparison.find_flat_groups(flat)]
+    comparison.say_what_was_not_read()
+    return [
+        [Duplicate(images.paths[i], match.distance, i, match.note) for i, match in group.items()]
+        for group in groups
+    ]
 
 
 def downsample_thumbnails(images: Embeddings) -> Tensor:
@@ -399,17 +418,24 @@ def _caption(copy: Duplicate, text: str) -> str:
 
 
 def _write_duplicates_page(
-    path: Path, groups: Sequence[Sequence[Duplicate]], images: Embeddings
+    path: Path,
+    groups: Sequence[Sequence[Duplicate]],
+    images: Embeddings,
+    originals: Originals,
 ) -> None:
     sections = []
     for number, group in enumerate(groups, 1):
-        figures = [(copy.position, _caption(copy, images.caption(copy.position))) for copy in group]
+        figures = []
+        for copy in group:
+            facts = format_facts(file_facts(originals, copy.position))
+            caption = _caption(copy, images.caption(copy.position))
+            figures.append((copy.position, f"{caption} {facts}".rstrip()))
         sections.append((f"Group {number}", figures))
     note = (
         f"{len(groups)} groups among {len(images)} images. The first image of a group is the one "
         "to keep; the number below an image is its distance to that image."
     )
-    write_page(path, "Near-duplicates", note, sections, images)
+    write_page(path, "Near-duplicates", note, sections, images, originals)
 
 
 def format_duplicates(groups: Sequence[Sequence[Duplicate]]) -> str:

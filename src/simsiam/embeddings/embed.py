@@ -35,7 +35,8 @@ from simsiam.distributed.process_group import (
     rank_zero_only,
     world_size,
 )
-from simsiam.errors import UsageError, check_ranges, none_readable, printable
+from simsiam.embeddings.projector import write_projector
+from simsiam.errors import UsageError, check_ranges, none_readable, printable, unknown_name
 from simsiam.model.backbones import feature_dim
 from simsiam.model.precision import Compute
 from simsiam.monitoring.features import compute_outputs
@@ -83,6 +84,7 @@ def embed(
     precision: str = "auto",
     backbone: str | None = None,
     accept_changed_source: bool = False,
+    format: str | None = None,
 ) -> Path:
     """Write the features of all readable images of a source to a file.
 
@@ -99,6 +101,8 @@ def embed(
         backbone: The network of a file of weights.
         accept_changed_source: If images have changed since a process that was killed wrote the
             first parts: whether to begin again with the images as they are.
+        format: "tensorboard" for a folder that TensorBoard's projector shows; by default the ending
+            of `out` says it.
 
     Returns:
         The path of the written file or folder.
@@ -110,7 +114,7 @@ def embed(
     """
     check_ranges(SimpleNamespace(limit=limit), limit=(1, inf))
     path = Path(out)
-    writer = _choose_writer(path)
+    writer = _choose_writer(path, format)
     run = open_weights(run, backbone=backbone, source=source, splits=splits)
     network, recipe = load(run), Run(run).recipe
     transform, compute = eval_transform(recipe), Compute.pick(device, precision)
@@ -185,9 +189,14 @@ def sample_splits(splits: Sequence[Images], limit: int | None) -> list[Images]:
     return [sample(images, int(count)) for images, count in zip(splits, counts) if count]
 
 
-def _choose_writer(path: Path) -> Writer:
-    """The writer for a suffix. Raises UsageError if there is none, or the output exists."""
-    writer = WRITERS.get(path.suffix)
+def _choose_writer(path: Path, format: str | None) -> Writer:
+    """The writer for a format. Raises UsageError if there is none, or the output exists."""
+    if format is not None:
+        if format not in FORMATS:
+            raise unknown_name("format", format, FORMATS)
+        if path.suffix:
+            raise UsageError(f"--format {format} writes a folder: give an --out without an ending")
+    writer = WRITERS.get(path.suffix) if format is None else FORMATS[format]
     if writer is None:
         raise UsageError(
             f"--out {path} ends in {path.suffix}: give a .parquet file, a .npy file, or a folder"
@@ -479,4 +488,5 @@ def _write_npy(parts: Sequence[Path], path: Path, metadata: str) -> None:
         replace_path(draft, table)
 
 
+FORMATS: dict[str, Writer] = {"tensorboard": write_projector}
 WRITERS: dict[str, Writer] = {".parquet": _write_parquet, "": _write_folder, ".npy": _write_npy}

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
+from simsiam.embeddings.copies.facts import relative_link
+from simsiam.embeddings.copies.originals import Originals
 from simsiam.embeddings.table import Embeddings
 from simsiam.errors import UsageError, printable
 from simsiam.utils.files import write_text
@@ -35,7 +37,12 @@ Section = tuple[str, Sequence[Figure]]  # a heading, and the figures below it
 
 
 def write_page(
-    path: Path, title: str, note: str, sections: Sequence[Section], images: Embeddings
+    path: Path,
+    title: str,
+    note: str,
+    sections: Sequence[Section],
+    images: Embeddings,
+    originals: Originals | None = None,
 ) -> None:
     """Write a web page of thumbnails. All text is escaped, also control characters in names.
 
@@ -45,6 +52,7 @@ def write_page(
         note: A sentence below the heading.
         sections: The sections of the page, each a heading and its figures.
         images: The embeddings that the figures refer to.
+        originals: Their files: pictures become links to those that are there.
 
     Raises:
         UsageError: If the embeddings have no thumbnails.
@@ -61,6 +69,9 @@ def write_page(
             jpeg = i if isinstance(i, bytes) else images.thumbnails[i]
             data = base64.b64encode(jpeg).decode()
             picture = f'<img loading="lazy" alt="" src="data:image/jpeg;base64,{data}">'
+            link = relative_link(originals, i, path) if originals and isinstance(i, int) else ""
+            if link:
+                picture = f'<a href="{escape(link)}">{picture}</a>'
             lines.append(f"<figure>{picture}<figcaption>{_escape(caption)}</figcaption></figure>\n")
         lines.append("</div>\n")
     write_text(path, "".join(lines))

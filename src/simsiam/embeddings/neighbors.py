@@ -13,6 +13,7 @@ from torch import Tensor
 
 from simsiam.data.decode import Unreadable, decode_image
 from simsiam.data.transform import image_to_tensor
+from simsiam.embeddings.copies.originals import Originals
 from simsiam.embeddings.embed import make_thumbnail
 from simsiam.embeddings.gallery import Figure, Section, write_page
 from simsiam.embeddings.table import Embeddings, read_embeddings
@@ -65,7 +66,8 @@ def neighbors(
     check_ranges(SimpleNamespace(k=k), k=(1, inf))
     check_writable(html)
     images = read_embeddings(file)
-    return find_neighbors(find_query(query, images), images, k, html)
+    originals = Originals(images, Path(file)) if html else None
+    return find_neighbors(find_query(query, images), images, k, html, originals)
 
 
 class Query(NamedTuple):
@@ -85,7 +87,11 @@ class Query(NamedTuple):
 
 
 def find_neighbors(
-    query: Query, images: Embeddings, k: int, html: str | os.PathLike[str] | None
+    query: Query,
+    images: Embeddings,
+    k: int,
+    html: str | os.PathLike[str] | None,
+    originals: Originals | None = None,
 ) -> list[Neighbor]:
     """Find the k embedded images nearest to a query, and show them on a page.
 
@@ -94,6 +100,7 @@ def find_neighbors(
         images: The embedded images.
         k: The number of neighbors; at most all images are returned.
         html: The web page to write, if any.
+        originals: The files of the images, which the page links to.
 
     Returns:
         The neighbors, the nearest first.
@@ -110,7 +117,7 @@ def find_neighbors(
         figures = [(i, f"{cosine[i]:.3f} {images.caption(i)}") for i in order]
         sections: list[Section] = [("Query", [shown]), ("Neighbors, nearest first", figures)]
         note = f"The {count} nearest images by cosine."
-        write_page(Path(html), f"Neighbors of {query.name}", note, sections, images)
+        write_page(Path(html), f"Neighbors of {query.name}", note, sections, images, originals)
     return [Neighbor(images.paths[i], images.label(i), cosine[i].item()) for i in order]
 
 
@@ -132,6 +139,19 @@ def find_query(query: str, images: Embeddings) -> Query:
     if images.positions(query) or not os.path.isfile(query):
         position = images.find(query)
         return Query(query, images.vectors[position], position)
+    return embed_query(query, run_of(images, query))
+
+
+def run_of(images: Embeddings, query: str) -> Path:
+    """Find the run folder of the encoder that embedded the images.
+
+    Args:
+        images: The embedded images.
+        query: What is to be embedded by it, for the error.
+
+    Raises:
+        UsageError: If the run is gone, or its encoder has changed.
+    """
     run = str(images.metadata.get("run", ""))
     # Of a file that others wrote: a folder on another machine is not asked for.
     if not run or run.startswith(("//", "\\\\")) or not Path(run).is_dir():
@@ -145,15 +165,16 @@ def find_query(query: str, images: Embeddings) -> Query:
             f"{printable(query)} is not embedded, and the encoder of {run} has changed since the "
             "other images were: run `simsiam embed` again"
         )
-    return embed_query(query, run)
+    return Path(run)
 
 
-def embed_query(file: str, run: str | os.PathLike[str]) -> Query:
+def embed_query(file: str | bytes, run: str | os.PathLike[str], name: str | None = None) -> Query:
     """Compute the feature of an image file, on the CPU in float32.
 
     Args:
-        file: The file.
+        file: The file, or its content.
         run: The run folder of the encoder.
+        name: What to call it; by default as the file.
 
     Returns:
         The query.
@@ -161,15 +182,16 @@ def embed_query(file: str, run: str | os.PathLike[str]) -> Query:
     Raises:
         WorkFailed: If the file cannot be read.
     """
+    name = name if name is not None else os.fsdecode(file)
     network, recipe = load(run), Run(run).recipe
     transform, compute = eval_transform(recipe), Compute(torch.device("cpu"), "float32")
     try:
         pixels = image_to_tensor(decode_image(file, recipe.channels, transform.min_side))
     except Unreadable as error:
-        raise WorkFailed(f"{printable(file)} cannot be read: {error}") from None
+        raise WorkFailed(f"{printable(name)} cannot be read: {error}") from None
     crop = transform.crop(pixels)
     (h,) = compute_outputs(lambda x: (network(x),), crop, transform, compute)
-    return Query(file, h[0], None, make_thumbnail(pixels, transform))
+    return Query(name, h[0], None, make_thumbnail(pixels, transform))
 
 
 def format_neighbors(results: Sequence[Neighbor]) -> str:

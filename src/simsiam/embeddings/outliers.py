@@ -7,10 +7,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
+from torch import Tensor
+
 from simsiam.embeddings.cluster import center_and_normalize
+from simsiam.embeddings.copies.originals import Originals
 from simsiam.embeddings.gallery import write_page
 from simsiam.embeddings.search import search_neighbors
-from simsiam.embeddings.table import read_embeddings
+from simsiam.embeddings.table import Embeddings, read_embeddings
 from simsiam.errors import check_ranges, printable
 from simsiam.utils.files import check_writable, write_csv
 
@@ -58,18 +61,32 @@ def outliers(
     check_ranges(SimpleNamespace(k=k), k=(1, inf))
     check_writable(out, html)
     images = read_embeddings(file)
-    cosine, _ = search_neighbors(center_and_normalize(images.vectors), k)
-    distance = 1 - cosine.mean(1)
+    distance = neighbor_distances(images, k)
     order = distance.sort(descending=True, stable=True).indices.tolist()
     results = [Outlier(images.paths[i], images.label(i), distance[i].item()) for i in order]
     if html:
         figures = [(i, f"{distance[i]:.3f} {images.caption(i)}") for i in order[:PAGE_IMAGES]]
         note = f"The images, of {len(images)}, that are farthest from their {k} nearest neighbors."
-        write_page(Path(html), "Outliers", note, [("Farthest first", figures)], images)
+        sections = [("Farthest first", figures)]
+        write_page(Path(html), "Outliers", note, sections, images, Originals(images, Path(file)))
     if out:
         rows = ((x.path, x.label, f"{x.distance:.4f}") for x in results)
         write_csv(Path(out), ("path", "label", "distance"), rows)
     return results
+
+
+def neighbor_distances(images: Embeddings, k: int = 10) -> Tensor:
+    """Compute the distance of each image to its nearest neighbors.
+
+    Args:
+        images: N embedded images, at least 2.
+        k: The number of neighbors.
+
+    Returns:
+        (N,): 1 - the mean cosine with the k nearest neighbors, of centered features.
+    """
+    cosine, _ = search_neighbors(center_and_normalize(images.vectors), k)
+    return 1 - cosine.mean(1)
 
 
 def format_outliers(results: Sequence[Outlier], limit: int = 20) -> str:

@@ -63,6 +63,7 @@ def place_images(h: Tensor, num_classes: int) -> MapData:
         h: Features (N, d), N at least MIN_MAP_IMAGES.
         num_classes: The number of classes of the images, 0 if unknown.
     """
+    clusters = cluster_features(h, num_classes)  # of the raw features, as `simsiam cluster` does
     h = F.normalize(h, dim=1)
     cosine, nearest = search_neighbors(h, NUM_NEIGHBORS)
     layout, xy = project_to_2d(reduce_dimensions(h))
@@ -71,7 +72,7 @@ def place_images(h: Tensor, num_classes: int) -> MapData:
         "dim": h.shape[1],
         "x": [round(v, 4) for v in xy[:, 0].tolist()],
         "y": [round(v, 4) for v in xy[:, 1].tolist()],
-        "clusters": cluster_features(h, num_classes),
+        "clusters": clusters,
         "neighbors": nearest.tolist(),
         "cosines": [[round(v, 3) for v in row] for row in cosine.tolist()],
     }

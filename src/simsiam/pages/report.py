@@ -66,7 +66,9 @@ CURVE_NAMES = (
     "loss", "z_std_sqrt_d", "z_rank", "h_rank", "knn_top1", "knn_top1_z", "lr", "lr_predictor",
     "view_retrieval",
 )  # fmt: skip
-SCRIPTS = ("elements.js", "results.js", "curves.js", "images.js", "map.js", "page.js")
+SCRIPTS = (
+    "elements.js", "data.js", "results.js", "curves.js", "images.js", "map.js", "page.js"
+)  # fmt: skip
 NOT_IN_EMBEDDINGS = (
     "an embedding has no verdict, curves, results, views and recipe: `simsiam report RUN` shows "
     "those of a run"

@@ -37,6 +37,7 @@ class Originals:
         file: Their file.
         source: Where the images are; by default where the file says, if you have named these places
             before.
+        command: The words of the command that takes such a source, for the message.
 
     Attributes:
         missing: Why no image can be read again; "" if the source could be opened.
@@ -48,6 +49,7 @@ class Originals:
         embeddings: Embeddings,
         file: Path,
         source: str | os.PathLike[str] | Sequence[str] | None = None,
+        command: tuple[str, str] = ("duplicates", "--source"),
     ):
         self.embeddings = embeddings
         self.missing = ""
@@ -62,8 +64,8 @@ class Originals:
             return
         places = [str(name) for name in metadata["sources"]]
         if not source and not is_mark_of(str(metadata.get("own_mark")), "sources", places):
-            command = ["duplicates", str(file), "--source", *places]
-            self.missing = str(unnamed_places_error(file, "images", command))
+            words = [command[0], str(file), command[1], *places]
+            self.missing = str(unnamed_places_error(file, "images", words))
             return
         try:
             opened = open_source(
@@ -111,6 +113,23 @@ class Originals:
         if len(details) < len(rows):
             return [self.thumbnail(row) for row in rows], BY_THUMBNAIL
         return details, ""
+
+    def locate(self, row: int) -> tuple[Images, int]:
+        """Find the image of a row.
+
+        Args:
+            row: Its row.
+
+        Returns:
+            The images of its split, and its position there.
+
+        Raises:
+            Unreadable: It is not there; the message says why.
+        """
+        place = None if self.missing else self._place(row)
+        if place is None:
+            raise Unreadable(self.missing or self.unreadable.get(row, "it is gone"))
+        return self._splits[place[0]], place[1]
 
     def quality(self, row: int) -> Quality:
         """Return what tells the better of two copies; the larger value is better.

@@ -1,17 +1,29 @@
 // Curves by epoch, each chart an SVG; all charts follow the pointer together.
 
 const CHARTS = [
-  { title: "Loss", series: [["loss", "loss"]] },
+  {
+    title: "Loss", series: [["loss", "loss"]],
+    note: "falls while the views of an image come closer; alone it does not show collapse",
+  },
   {
     title: "Standard deviation of z, × √d", series: [["z_std_sqrt_d", "z"]], from: 0, mark: 1,
     note: "1: evenly spread, 0: collapsed",
   },
-  { title: "Effective rank", series: [["h_rank", "h"], ["z_rank", "z"]], from: 0 },
-  { title: "kNN accuracy, %", series: [["knn_top1", "h"], ["knn_top1_z", "z"]] },
-  { title: "Learning rate", series: [["lr", "encoder"], ["lr_predictor", "predictor"]], from: 0 },
+  {
+    title: "Effective rank", series: [["h_rank", "h"], ["z_rank", "z"]], from: 0,
+    note: "directions in use: higher is better, near 1 is collapsed",
+  },
+  {
+    title: "kNN accuracy, %", series: [["knn_top1", "h"], ["knn_top1_z", "z"]],
+    note: "of held-out images by their nearest neighbors: higher is better",
+  },
+  {
+    title: "Learning rate", series: [["lr", "encoder"], ["lr_predictor", "predictor"]], from: 0,
+    note: "the size of the steps, as the recipe plans it",
+  },
   {
     title: "View retrieval, %", series: [["view_retrieval", "h"]], from: 0,
-    note: "how often the other view of an image is the nearest",
+    note: "how often the other view of an image is the nearest: higher is better",
   },
 ];
 // Lengths in units of the SVG.

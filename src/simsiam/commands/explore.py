@@ -1,0 +1,38 @@
+"""The verb `explore`."""
+
+import argparse
+
+HELP = "look at, search, label and clean up images in the browser, on this machine alone"
+GROUP = "embeddings"
+USAGE = "simsiam explore FILE.parquet or RUN or SOURCE [--no-browser] [--port N] [--root FOLDER]"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the verb.
+
+    Args:
+        parser: The verb's parser.
+    """
+    note = (
+        "a file or folder that `simsiam embed` wrote; or a run folder, or images, as for `simsiam "
+        "pretrain`, which are embedded first, into NAME.parquet in the current folder. Labels are "
+        "written into NAME.labels.csv beside it, decisions into NAME.decisions.csv"
+    )
+    parser.add_argument("what", metavar="FILE.parquet", help=note)
+    note = "do not open the browser; the first line printed is the address"
+    parser.add_argument("--no-browser", dest="browser", action="store_false", help=note)
+    note = "the port to listen on, of this machine alone [any free one]"
+    parser.add_argument("--port", metavar="N", type=int, default=0, help=note)
+    note = "where the images are, if they have moved since they were embedded"
+    parser.add_argument("--root", metavar="FOLDER", help=note)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Run the verb.
+
+    Args:
+        options: The parsed arguments.
+    """
+    from simsiam.explore.explore import explore
+
+    explore(**vars(options))

@@ -1,0 +1,132 @@
+"""The verb `explore`: open an embedding, serve it to the browser of this machine, until Ctrl-C."""
+
+import os
+import socket
+import sys
+import webbrowser
+from pathlib import Path
+from types import SimpleNamespace
+
+from simsiam.embeddings.embed import embed
+from simsiam.embeddings.search_source import choose_encoder
+from simsiam.embeddings.table import read_embeddings
+from simsiam.errors import UsageError, check_ranges, printable
+from simsiam.pages.embedding_gallery import is_embedding
+from simsiam.sources.open_source import absolute_sources, source_names
+from simsiam.utils.files import exclusive_lock
+
+HOST = "127.0.0.1"
+
+
+def explore(
+    what: str | os.PathLike[str],
+    *,
+    port: int = 0,
+    browser: bool = True,
+    root: str | os.PathLike[str] | None = None,
+) -> None:
+    """Serve the images of an embedding to the browser, until the process is interrupted.
+
+    Args:
+        what: A file or folder that `embed` wrote; or a run folder or a source of images, which is
+            embedded first, into NAME.parquet in the current folder.
+        port: The port to listen on; 0 for any free one.
+        browser: Whether to open the browser.
+        root: Where the images are, if they are no longer where the embedding says.
+
+    Raises:
+        UsageError: There is nothing of this name, another process explores it, the port is taken,
+            or the extra is not installed.
+        WorkFailed: The images cannot be embedded.
+    """
+    check_ranges(SimpleNamespace(port=port), port=(0, 65535))
+    try:
+        import starlette  # noqa: F401
+        import uvicorn
+    except ImportError as error:
+        raise UsageError(f'explore needs {error.name}: pip install "simsiam[explore]"') from None
+    from simsiam.explore.server import make_app, make_token
+    from simsiam.explore.session import Session
+
+    listener = _listen(port)
+    port, token = listener.getsockname()[1], make_token()
+    address = f"http://{HOST}:{port}/{token}/"
+    print(address, flush=True)
+    file = find_embedding(what)
+    images = read_embeddings(file)
+    with exclusive_lock(file.with_name(f".{file.name}.explore-lock"), printable(str(file))):
+        session = Session(file, images, os.fspath(root) if root else None)
+        if session.originals.missing:
+            print(printable(f"originals: {session.originals.missing}"), file=sys.stderr)
+        app = make_app(session, token, port)
+        config = uvicorn.Config(
+            app, log_level="warning", access_log=False, server_header=False, lifespan="off",
+            timeout_graceful_shutdown=2,
+        )  # fmt: skip
+        listener.listen()
+        print(f"labels: {printable(str(session.labels.file))}; Ctrl-C ends", flush=True)
+        if browser:
+            webbrowser.open(address)
+        try:
+            uvicorn.Server(config).run(sockets=[listener])
+        finally:
+            session.close()
+
+
+def _listen(port: int) -> socket.socket:
+    """Take a port of the loopback interface; connections wait until the server runs."""
+    listener = socket.socket()
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((HOST, port))
+    except OSError as error:
+        listener.close()
+        raise UsageError(
+            f"port {port} cannot be used ({error.strerror}): give another --port, or none"
+        ) from None
+    return listener
+
+
+def find_embedding(what: str | os.PathLike[str]) -> Path:
+    """Find the embedding of what the user gave; make it if there is none.
+
+    Args:
+        what: An embedding, a run folder or a source.
+
+    Returns:
+        The embedding file or folder.
+
+    Raises:
+        UsageError: There is nothing of this name, or NAME.parquet belongs to other images.
+        WorkFailed: The images cannot be embedded.
+    """
+    if is_embedding(what):
+        return Path(what)
+    run = Path(what)
+    is_run = (run / "recipe.yaml").is_file()
+    source = None if is_run else os.fspath(what)
+    name = Path(os.path.abspath(what)).name.split(".")[0] or "images"
+    file = Path(f"{name}.parquet")
+    if file.exists():
+        _check_same(file, run, source)
+        print(f"{printable(str(file))} was made before: delete it to embed again", file=sys.stderr)
+        return file
+    print(f"embedding into {printable(str(file))}", file=sys.stderr)
+    if source is None:
+        return embed(run, out=file)
+    encoder = choose_encoder(None, None, source_names(source), 3, None)
+    return embed(encoder.run or encoder.name, source, out=file)
+
+
+def _check_same(file: Path, run: Path, source: str | None) -> None:
+    """Raise UsageError if an embedding was not made of this run or source."""
+    metadata = read_embeddings(file).metadata
+    is_same = (
+        metadata.get("sources") == absolute_sources(source)
+        if source is not None
+        else metadata.get("run") == str(run.absolute())
+    )
+    if not is_same:
+        raise UsageError(
+            f"{printable(str(file))} is in the way and is of other images: go to another folder"
+        )

@@ -1,0 +1,276 @@
+"""What the server knows: the images, their place on the map, labels, predictions and decisions."""
+
+import sys
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from threading import Lock
+from typing import TypedDict
+
+import numpy as np
+import torch.nn.functional as F
+
+from simsiam.embeddings.copies.facts import FileFacts, file_facts
+from simsiam.embeddings.copies.originals import Originals
+from simsiam.embeddings.duplicates import THRESHOLD, find_duplicates
+from simsiam.embeddings.neighbors import Query, embed_query, run_of
+from simsiam.embeddings.outliers import neighbor_distances
+from simsiam.embeddings.probe import ProbeResult, predict_labels, standardize
+from simsiam.embeddings.table import Embeddings
+from simsiam.errors import UsageError, WorkFailed, printable
+from simsiam.explore.arrangement import arrange, find_clusters, first_positions
+from simsiam.explore.originals import why_best
+from simsiam.explore.path_table import PathTable
+from simsiam.explore.queue import Teacher
+from simsiam.utils.intervals import wilson_interval
+
+MAX_OUTLIERS = 200
+NUM_RESULTS = 60  # images that a search shows
+KEEP, DROP = "keep", "drop"
+
+
+class Progress(TypedDict):
+    """How far labeling is."""
+
+    labeled: int
+    count: int
+    low: float | None  # the interval of the estimated accuracy, in percent
+    high: float | None
+
+
+class Group(TypedDict):
+    """A group of copies, or an outlier."""
+
+    rows: list[int]  # the first one is the proposed one
+    distances: list[float]
+    notes: list[str]
+    facts: list[FileFacts]
+    reason: str
+
+
+class Session:
+    """One embedding that is being explored.
+
+    Args:
+        file: The embedding file.
+        images: Its content.
+        root: Where the originals are, if they have moved.
+    """
+
+    def __init__(self, file: Path, images: Embeddings, root: str | None = None):
+        self.file, self.images = file, images
+        self.labels = PathTable(file.with_suffix(".labels.csv"), "label")
+        self.decisions = PathTable(file.with_suffix(".decisions.csv"), "decision")
+        self.originals = Originals(images, file, root, ("explore", "--root"))
+        self.xy = first_positions(images.vectors)
+        self.layout = "principal components; a better map is being made"
+        self.is_arranged = False
+        self.clusters: np.ndarray | None = None
+        self.result: ProbeResult | None = None
+        self.fit_error = ""
+        self.queue: list[int] = []
+        self.version = 0  # grows with every change of what the page shows
+        self.fitted_version = -1  # the version of the labels that the predictions belong to
+        self.problems: list[str] = []  # of the work in the background
+        self._teacher: Teacher | None = None
+        self._x: np.ndarray | None = None
+        self._normalized = F.normalize(images.vectors, dim=1)
+        self._copies: Future[list[Group]] | None = None
+        self._copies_threshold = THRESHOLD
+        self._outliers: Future[list[Group]] | None = None
+        self._lock = Lock()
+        self._fitter = ThreadPoolExecutor(1)
+        self._worker = ThreadPoolExecutor(3)  # the map takes long, and copies must not wait for it
+        self.fit()
+        self._worker.submit(self._try, "the clusters", self._find_clusters)
+        self._worker.submit(self._try, "the map", self._arrange)
+
+    # --- work in the background ---
+
+    def _try(self, what: str, work: Callable[[], None]) -> None:
+        """Do work in a thread, and keep the reason if it fails."""
+        try:
+            work()
+        except (UsageError, WorkFailed, ValueError, RuntimeError, MemoryError) as error:
+            self.problems.append(f"{what} could not be made: {printable(str(error))}")
+            print(self.problems[-1], file=sys.stderr)
+        self.version += 1
+
+    def _find_clusters(self) -> None:
+        self.clusters = find_clusters(self.images.vectors)
+
+    def _arrange(self) -> None:
+        self.layout, self.xy = arrange(self.images.vectors)
+        self.is_arranged = True
+
+    def fit(self) -> None:
+        """Fit the predictions to the labels in the background; one fit waits at most."""
+        self._fitter.submit(self._try, "the predictions", self._fit)
+
+    def _fit(self) -> None:
+        version = self.labels.version
+        if version == self.fitted_version:
+            return
+        if self._teacher is None:
+            self._x = standardize(self.images)
+            self._teacher = Teacher(self.images.vectors)
+        assert self._x is not None
+        label_of = self.labeled_rows()
+        enough = len(set(label_of.values())) > 1
+        self.result = predict_labels(self._x, label_of) if enough else None
+        confidence = self.result.confidence if self.result else None
+        self.queue = self._teacher.choose(list(label_of), confidence)
+        self.fitted_version = version
+
+    # --- labels and decisions ---
+
+    def labeled_rows(self) -> dict[int, str]:
+        """List the labels by position, as `simsiam probe` reads them."""
+        places = self.images.positions_by_name
+        return {
+            places[path][0]: label
+            for path, label in list(self.labels.values.items())
+            if len(places.get(path, ())) == 1
+        }
+
+    def label(self, rows: list[int], label: str) -> None:
+        """Label images.
+
+        Args:
+            rows: Their positions.
+            label: The label; "" takes it away.
+        """
+        self.labels.change({self.images.paths[row]: label for row in rows})
+        self._changed()
+
+    def decide(self, decisions: dict[int, str]) -> None:
+        """Keep or drop images.
+
+        Args:
+            decisions: KEEP, DROP or "" of each image.
+
+        Raises:
+            UsageError: Another decision.
+        """
+        if wrong := set(decisions.values()) - {KEEP, DROP, ""}:
+            raise UsageError(f"{printable(wrong.pop())} is no decision: keep, drop or nothing")
+        self.decisions.change({self.images.paths[row]: value for row, value in decisions.items()})
+        self.version += 1
+
+    def undo(self, what: PathTable) -> None:
+        """Take back the last change of the labels or of the decisions.
+
+        Args:
+            what: `labels` or `decisions`.
+        """
+        what.undo()
+        self._changed()
+
+    def _changed(self) -> None:
+        self.version += 1
+        self.fit()
+
+    def progress(self) -> Progress:
+        """Say how many images are labeled, and how accurate the predictions probably are."""
+        progress = Progress(
+            labeled=len(self.labels.values), count=len(self.images), low=None, high=None
+        )
+        if self.result and self.result.correct is not None:
+            low, high = wilson_interval(self.result.correct, len(self.result.labels))
+            progress |= {"low": 100 * low, "high": 100 * high}
+        return progress
+
+    # --- search ---
+
+    def find_query(self, query: int | str | bytes) -> Query:
+        """Find or embed a query.
+
+        Args:
+            query: The position of an image, its name, or the content of an image file.
+
+        Raises:
+            UsageError: There is no such image, or the encoder is gone.
+            WorkFailed: The file cannot be read.
+        """
+        if isinstance(query, bytes):
+            name = "the dropped image"
+            return embed_query(query, run_of(self.images, name), name)
+        row = self.images.find(query) if isinstance(query, str) else query
+        return Query(self.images.paths[row], self.images.vectors[row], row)
+
+    def search(self, query: Query) -> tuple[list[int], np.ndarray]:
+        """Find the images most similar to a query.
+
+        Args:
+            query: The query.
+
+        Returns:
+            The positions of the nearest images, without the query; and the cosine of each image,
+            (N,).
+        """
+        cosine = self._normalized @ F.normalize(query.h, dim=0)
+        order = cosine.sort(descending=True, stable=True).indices[: NUM_RESULTS + 1].tolist()
+        return [row for row in order if row != query.position][:NUM_RESULTS], cosine.numpy()
+
+    # --- clean up ---
+
+    def find_copies(self, threshold: float) -> None:
+        """Start to look for copies, by the rule of `simsiam duplicates`.
+
+        Args:
+            threshold: The largest distance of copies.
+        """
+        with self._lock:
+            busy = self._copies is not None and not self._copies.done()
+            if not busy and (self._copies is None or threshold != self._copies_threshold):
+                self._copies_threshold = threshold
+                self._copies = self._worker.submit(self._group_copies, threshold)
+
+    def _group_copies(self, threshold: float) -> list[Group]:
+        groups = list[Group]()
+        for group in find_duplicates(self.images, self.originals, threshold):
+            facts = [file_facts(self.originals, copy.position) for copy in group]
+            groups.append(
+                Group(
+                    rows=[copy.position for copy in group],
+                    distances=[round(copy.distance, 3) for copy in group],
+                    notes=[copy.note for copy in group],
+                    facts=facts,
+                    reason=why_best(facts[0], facts[1:]),
+                )
+            )
+        return groups
+
+    def copies(self) -> list[Group] | None:
+        """Return the groups of copies; None while they are being looked for.
+
+        Raises:
+            UsageError: They cannot be found.
+        """
+        return self._copies.result() if self._copies and self._copies.done() else None
+
+    def outliers(self) -> list[Group] | None:
+        """Return the images farthest from all others; None while they are being looked for."""
+        with self._lock:
+            if self._outliers is None:
+                self._outliers = self._worker.submit(self._list_outliers)
+        return self._outliers.result() if self._outliers.done() else None
+
+    def _list_outliers(self) -> list[Group]:
+        distance = neighbor_distances(self.images).numpy()
+        rows = np.argsort(-distance, kind="stable")[:MAX_OUTLIERS].tolist()
+        return [
+            Group(
+                rows=[row],
+                distances=[round(float(distance[row]), 3)],
+                notes=[""],
+                facts=[file_facts(self.originals, row)],
+                reason="",
+            )
+            for row in rows
+        ]
+
+    def close(self) -> None:
+        """Stop the work in the background that has not begun."""
+        self._fitter.shutdown(wait=False, cancel_futures=True)
+        self._worker.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,382 @@
+"""explore without a browser: what the server refuses, labels that last, scripts that only move."""
+
+import csv
+import io
+import os
+import shutil
+import subprocess
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import QUICK
+from PIL import Image
+
+import simsiam
+from simsiam.embeddings.embed import embed
+from simsiam.embeddings.probe import probe
+from simsiam.embeddings.table import read_embeddings
+from simsiam.errors import UsageError, WorkFailed
+from simsiam.explore.arrangement import arrange, find_clusters
+from simsiam.explore.explore import explore, find_embedding
+from simsiam.explore.path_table import PathTable
+from simsiam.explore.queue import Teacher
+from simsiam.explore.server import make_app
+from simsiam.explore.session import Session
+from simsiam.sources import shapes
+from simsiam.sources.open_source import open_source
+
+TestClient = pytest.importorskip("starlette.testclient").TestClient
+TOKEN, PORT = "token-of-the-test", 4321
+HOST = f"http://127.0.0.1:{PORT}"
+EVIL = "<img src=x onerror=alert(1)>'; rm -rf $HOME; '`id`.png"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return simsiam.pretrain("shapes", out=tmp_path_factory.mktemp("runs") / "run", **QUICK)
+
+
+def draw(root, count, copies=0):
+    """Draws images into one folder; the first ones also as smaller JPEGs, which are copies."""
+    root.mkdir()
+    pixels, labels = shapes.draw_split("test")
+    for i in range(count):
+        image = Image.fromarray(pixels[i].transpose(1, 2, 0)).resize((96, 96), 0)
+        image.save(root / f"{shapes.CLASSES[labels[i]]}-{i:04}.png")
+        if i < copies:
+            image.resize((64, 64)).save(root / f"copy-{i:04}.jpg", quality=90)
+    return root
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = draw(tmp_path_factory.mktemp("data") / "photos", 60, copies=6)
+    deep = np.linspace(0, 65535, 32 * 32).reshape(32, 32).astype(np.uint16)
+    Image.fromarray(deep).save(root / "sixteen.png")
+    next(root.glob("*-0059.png")).rename(root / EVIL)
+    return root
+
+
+@pytest.fixture(scope="module")
+def file(run, folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("embedded") / "photos.parquet"
+    return embed(run, folder, out=out, device="cpu", precision="float32")
+
+
+@pytest.fixture
+def session(file, tmp_path):
+    copy = tmp_path / "photos.parquet"
+    shutil.copy(file, copy)
+    session = Session(copy, read_embeddings(copy))
+    yield session
+    session.close()
+
+
+def finish(session):
+    """Waits for the predictions."""
+    session._fitter.submit(lambda: None).result()
+
+
+@pytest.fixture
+def client(session):
+    with TestClient(make_app(session, TOKEN, PORT), base_url=HOST) as client:
+        client.headers["origin"] = HOST
+        yield client
+
+
+def get(client, path, **headers):
+    return client.get(f"/{TOKEN}/{path}", headers=headers)
+
+
+def post(client, path, body):
+    return client.post(f"/{TOKEN}/{path}", json=body)
+
+
+# --- what is refused ------------------------------------------------------------------------------
+
+
+def test_only_the_whole_address_from_the_page_itself_is_answered(client):
+    assert get(client, "").status_code == get(client, "state").status_code == 200
+    for path in ("", "/", "/state", f"/{TOKEN}", "/token-of-the-tesT/", f"/{TOKEN[:-1]}/state"):
+        assert client.get(path or "/x").status_code == 403, path
+    for host in ("evil.example", f"evil.example:{PORT}", "127.0.0.1:80", "127.0.0.1", ""):
+        answer = get(client, "state", host=host, origin=f"http://{host}")
+        assert answer.status_code == 403, host
+    for origin in ("http://evil.example", "null", f"https://127.0.0.1:{PORT}", "http://127.0.0.1"):
+        assert get(client, "state", origin=origin).status_code == 403, origin
+        answer = client.post(f"/{TOKEN}/undo", json={"what": "labels"}, headers={"origin": origin})
+        assert answer.status_code == 403, origin
+    for site in ("cross-site", "same-site"):
+        assert get(client, "thumbnails/0", **{"sec-fetch-site": site}).status_code == 403
+    del client.headers["origin"]
+    assert get(client, "state").status_code == 200
+    assert post(client, "undo", {"what": "labels"}).status_code == 403
+
+
+def test_no_text_of_the_browser_becomes_a_path(client, folder):
+    for path in (
+        "images/../../../../etc/passwd", "images/%2e%2e%2fetc%2fpasswd", "images/-1", "images/999",
+        "images/1e0", "../state", "..%2fserver.py", "explore.html.py",
+        "server.py", "page/page.css", "thumbnails/67", f"images/{folder}",
+    ):  # fmt: skip
+        assert get(client, path).status_code in (403, 404), path
+    for body in ({"rows": [999], "label": "x"}, {"rows": [-1], "label": "x"}):
+        assert post(client, "label", body).status_code == 404
+    for body in ({"rows": ["0"], "label": "x"}, {"rows": [0]}, [], "x", {"rows": [0], "label": 1}):
+        assert post(client, "label", body).status_code == 400
+    assert post(client, "search", {"name": str(folder / EVIL)}).status_code == 400
+    assert post(client, "export", {"kind": "../x", "rows": []}).status_code == 400
+    assert post(client, "decide", {"decisions": [[0, "delete"]]}).status_code == 400
+
+
+def test_every_answer_forbids_inline_scripts_and_other_origins(client):
+    for path in ("", "main.js", "state", "thumbnails/0", "images/0", "images/999", "nothing"):
+        headers = get(client, path).headers
+        policy = headers["content-security-policy"]
+        assert "script-src 'self'" in policy and "unsafe" not in policy
+        assert headers["x-content-type-options"] == "nosniff", path
+    page = get(client, "").text
+    assert "<style" not in page and " style=" not in page and "onclick" not in page
+
+
+# --- images ---------------------------------------------------------------------------------------
+
+
+def test_an_original_comes_in_full_size_and_a_form_that_browsers_show(client, session):
+    images = session.images
+    for name, size in ((EVIL, (96, 96)), ("sixteen.png", (32, 32))):
+        answer = get(client, f"images/{images.find(name)}")
+        shown = Image.open(io.BytesIO(answer.content))
+        assert answer.headers["content-type"] == "image/jpeg"
+        assert (shown.format, shown.size) == ("JPEG", size)
+    facts = get(client, f"facts/{images.find('copy-0000.jpg')}").json()
+    assert (facts["width"], facts["format"], facts["error"]) == (64, "JPEG", "")
+
+
+def test_an_image_that_is_gone_says_so_and_root_finds_it_again(file, folder, tmp_path):
+    moved = tmp_path / "moved"
+    shutil.copytree(folder, moved)
+    name = "sixteen.png"
+    (moved / name).unlink()
+    session = Session(file, read_embeddings(file), str(moved))
+    with TestClient(make_app(session, TOKEN, PORT), base_url=HOST) as client:
+        answer = get(client, f"images/{session.images.find(name)}")
+        assert answer.status_code == 404 and "no image of the source has this name" in answer.text
+        assert get(client, "images/0").status_code == 200
+    session.close()
+    session = Session(file, read_embeddings(file), str(tmp_path / "nowhere"))
+    assert "nowhere" in session.originals.missing
+    session.close()
+
+
+def test_search_by_row_name_and_outside_picture(client, session, folder):
+    x = session.images.vectors
+    cosine = (x @ x[3]) / x.norm(dim=1) / x[3].norm()
+    expected = [i for i in cosine.sort(descending=True, stable=True).indices.tolist() if i != 3]
+    by_row = post(client, "search", {"row": 3}).json()
+    assert by_row["rows"] == expected[: len(by_row["rows"])]
+    name = session.images.paths[3]
+    assert post(client, "search", {"name": name}).json()["rows"] == by_row["rows"]
+    url = f"/{TOKEN}/search-image"
+    outside = client.post(url, content=(folder / name).read_bytes()).json()
+    assert outside["rows"][0] == 3 and outside["row"] is None
+    assert outside["cosines"][3] == pytest.approx(1, abs=2e-3)
+    assert client.post(url, content=b"<svg onload=alert(1)>").status_code == 500
+
+
+# --- labels ---------------------------------------------------------------------------------------
+
+
+def label_by_name(client, session, rows):
+    for row in rows:
+        label = session.images.paths[row].split("-")[0]
+        assert post(client, "label", {"rows": [row], "label": label}).status_code == 200
+
+
+def test_predictions_are_those_of_the_verb_probe(client, session, tmp_path):
+    names = shapes.CLASSES[:3]
+    rows = [i for i, path in enumerate(session.images.paths) if path.split("-")[0] in names][:12]
+    label_by_name(client, session, [*rows[::2], *rows[::-2]])
+    finish(session)
+    result = probe(session.file, session.labels.file, out=tmp_path / "all.csv")
+    assert list(session.labeled_rows()) == list(result.labels)  # their order decides the folds
+    assert session.result.correct == result.correct
+    found = get(client, "predictions").json()
+    assert found["classes"] == result.classes
+    assert found["predicted"] == result.predicted.tolist()
+    assert found["confidence"] == np.round(100 * result.confidence).astype(int).tolist()
+    progress = get(client, "state").json()["progress"]
+    assert progress["labeled"] == len(rows) and 0 <= progress["low"] < progress["high"] <= 100
+
+
+def test_every_label_is_on_the_disk_and_undo_takes_it_back(client, session, file):
+    post(client, "label", {"rows": [0, 1], "label": "  cat \n <b>dog "})
+    post(client, "label", {"rows": [1, 2], "label": "=SUM(A1)"})
+    again = Session(session.file, session.images)
+    expected = {0: "cat <b>dog", 1: "=SUM(A1)", 2: "=SUM(A1)"}
+    assert again.labeled_rows() == session.labeled_rows() == expected
+    again.close()
+    post(client, "undo", {"what": "labels"})
+    post(client, "undo", {"what": "labels"})
+    post(client, "undo", {"what": "labels"})
+    assert session.labels.file.read_bytes() == b"path,label\r\n"
+    assert PathTable(session.labels.file, "label").values == {}
+    assert post(client, "label", {"rows": [0], "label": "x" * 101}).status_code == 400
+
+
+def test_what_another_program_writes_meanwhile_is_kept(session):
+    session.label([0], "a")
+    with open(session.labels.file, "a", newline="") as table:
+        table.write(f"{session.images.paths[5]},b\r\n")
+    session.label([1], "c")
+    assert session.labeled_rows() == {0: "a", 1: "c", 5: "b"}
+
+
+def test_a_file_with_other_columns_is_not_overwritten(session, tmp_path):
+    other = tmp_path / "other.csv"
+    other.write_text("path,label,predicted\nx,y,z\n")
+    with pytest.raises(UsageError, match="move it away"):
+        PathTable(other, "label")
+
+
+def test_labels_that_cannot_be_written_are_not_shown(session, monkeypatch):
+    session.label([0], "a")
+
+    def refuse(*_):
+        raise WorkFailed("cannot write: no space")
+
+    monkeypatch.setattr("simsiam.explore.path_table.write_csv", refuse)
+    with pytest.raises(WorkFailed):
+        session.label([1], "b")
+    with pytest.raises(WorkFailed):
+        session.undo(session.labels)
+    assert session.labeled_rows() == {0: "a"} and session.labels.undo_count == 1
+
+
+def test_the_queue_covers_regions_and_then_asks_what_is_unsure():
+    rng = np.random.default_rng(0)
+    centers = 5 * rng.normal(size=(6, 16))
+    x = torch.from_numpy(np.repeat(centers, 20, 0) + rng.normal(size=(120, 16))).float()
+    teacher = Teacher(x)
+    first = teacher.choose([], None, 6)
+    assert len({i // 20 for i in first}) == 6
+    assert not set(teacher.choose(first, None, 12)) & set(first)
+    confidence = np.ones(120)
+    confidence[40:60] = 0.3
+    assert teacher.choose(first, confidence, 1)[0] // 20 == 2
+    assert teacher.choose(list(range(120)), None) == []
+
+
+def test_clusters_and_the_map_of_more_images_than_are_arranged(monkeypatch):
+    x = torch.randn(90, 8, generator=torch.Generator().manual_seed(0))
+    whole = find_clusters(x)
+    for name in ("MAX_ARRANGED", "MAX_CLUSTERED"):
+        monkeypatch.setattr(f"simsiam.explore.arrangement.{name}", 60)
+    name, xy = arrange(x)
+    assert "60 images, the others beside them" in name and xy.shape == (90, 2)
+    assert np.isfinite(xy).all() and len(find_clusters(x)) == 90
+    from simsiam.embeddings.cluster import center_and_normalize, kmeans
+
+    assert (whole == kmeans(center_and_normalize(x).numpy(), 10, 0).assignments).all()
+
+
+# --- cleaning up ----------------------------------------------------------------------------------
+
+
+def wait_for(work):
+    for _ in range(600):
+        if (found := work()) is not None:
+            return found
+        time.sleep(0.1)
+    raise AssertionError("it takes more than a minute")
+
+
+def test_the_script_leaves_the_proposed_copies_and_changes_nothing_without_yes(
+    client, session, folder, tmp_path
+):
+    groups = wait_for(lambda: post(client, "copies", {"threshold": 0.28}).json())
+    names = [[session.images.paths[row] for row in group["rows"]] for group in groups]
+    expected = {f"copy-{i:04}.jpg" for i in range(6)}
+    assert expected <= {name for group in names for name in group[1:]}
+    assert all(group["reason"] == "the most pixels" for group in groups[:1])
+    decisions = [(r, "drop" if i else "keep") for g in groups for i, r in enumerate(g["rows"])]
+    evil = session.images.find(EVIL)
+    decisions += [(evil, "drop")]
+    assert post(client, "decide", {"decisions": decisions}).status_code == 200
+    script = tmp_path / "drop.sh"
+    script.write_bytes(post(client, "export", {"kind": "drop.sh", "rows": []}).content)
+    copy = tmp_path / "the copy"
+    shutil.copytree(folder, copy)
+    before = sorted(os.listdir(copy))
+    dropped = {session.images.paths[row] for row, value in decisions if value == "drop"}
+
+    def run_script(*words):
+        return subprocess.run(["sh", script, copy, *words], capture_output=True, text=True)
+
+    done = run_script()
+    assert done.returncode == 0 and "nothing was changed" in done.stdout and EVIL in done.stdout
+    assert sorted(os.listdir(copy)) == before
+    assert run_script("--no").returncode == 2
+    assert run_script("--yes").returncode == 0
+    assert set(os.listdir(copy)) == set(before) - dropped
+    assert set(os.listdir(tmp_path / "the copy-dropped")) == dropped
+    again = run_script("--yes")
+    assert again.returncode == 0 and again.stdout.count("not there") == len(dropped)
+    text = post(client, "export", {"kind": "dropped.txt", "rows": []}).text
+    assert set(text.splitlines()) == dropped
+
+
+def test_a_list_is_a_source_and_a_table_and_folders_hold_the_labels(
+    client, session, folder, tmp_path
+):
+    session.label([0, 1], "a/b")
+    session.decide({2: "drop"})
+    listed = tmp_path / "source.txt"
+    listed.write_bytes(post(client, "export", {"kind": "source.txt", "rows": [0, 1, 2]}).content)
+    copy = tmp_path / "source"
+    shutil.copytree(folder, copy)
+    shutil.move(listed, copy / "source.txt")
+    opened = open_source(str(copy / "source.txt"), 3)
+    assert sum(map(len, opened.splits.values())) == 2
+    table = post(client, "export", {"kind": "images.csv", "rows": [0, 2]}).text
+    rows = list(csv.DictReader(io.StringIO(table, newline="")))
+    assert [row["label"] for row in rows] == ["a/b", ""] and rows[1]["decision"] == "drop"
+    script = tmp_path / "folders.sh"
+    kind = {"kind": "folders-by-label.sh", "rows": []}
+    script.write_bytes(post(client, "export", kind).content)
+    subprocess.run(["sh", script, copy, "--yes"], check=True, capture_output=True)
+    assert len(os.listdir(tmp_path / "source-sorted" / "a_b")) == 2
+    assert post(client, "export", {**kind, "kind": "folders-by-prediction.sh"}).status_code == 400
+
+
+def test_outliers_come_farthest_first(client, session):
+    found = wait_for(lambda: get(client, "outliers").json())
+    distances = [group["distances"][0] for group in found]
+    assert distances == sorted(distances, reverse=True)
+    expected = simsiam.outliers(session.file)[0].path
+    assert session.images.paths[found[0]["rows"][0]] == expected
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+def test_mistakes_get_one_line_and_the_address_comes_first(file, capsys):
+    for port in (-1, 65536):
+        with pytest.raises(UsageError, match="port"):
+            explore(file, port=port, browser=False)
+    with pytest.raises(UsageError, match="does not exist"):
+        explore("nothing.parquet", browser=False)
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first.startswith("http://127.0.0.1:") and len(first.split("/")[3]) >= 32
+
+
+def test_a_run_is_embedded_first_and_another_one_of_that_name_is_refused(run, folder, tmp_path):
+    made = find_embedding(run)
+    assert made.name == "run.parquet" and len(read_embeddings(made)) > 0
+    assert find_embedding(run) == made
+    other = tmp_path / "run"
+    shutil.copytree(run, other)
+    with pytest.raises(UsageError, match="other images"):
+        find_embedding(other)
