@@ -13,9 +13,9 @@ d = 512, 5 to 6 with d = 2048, the demo's.
   of kinds of images in most data sets.
 - `not converging`: the loss has covered less than a quarter of the way from unrelated vectors to
   its minimum. (Table 1b: a fixed predictor leaves the loss high. That is no collapse, although the
-  accuracy is near chance too.) For SwAV: the loss is within 2 % of log K, where it stays if the
-  codes are uniform. This bound was chosen after the runs: a stuck one had 1.00, one that learned
-  0.92 times log K.
+  accuracy is near chance too.) For SwAV, and with K clusters: the loss is within 2 % of log K,
+  where it stays if the codes are uniform. This bound was chosen after the runs: a stuck one had
+  1.00, one that learned 0.92 times log K.
 - `too early`: fewer than 200 steps. SGD's momentum forgets in 10 steps, the running averages of
   batch norm in about as many, and a network with its predictor needs some dozens of these periods
   to leave its initialization. Nothing is decided before that.
@@ -87,6 +87,7 @@ def judge_run(
     diverged: bool = False,
     high_loss_threshold: float | None = -0.25,
     supervised: bool = False,
+    clusters: bool = False,
 ) -> Verdict:
     """Judge a run by its logged gauges.
 
@@ -98,6 +99,8 @@ def judge_run(
             know the range of its loss.
         supervised: Whether the targets are labels. Then z are logits, whose rank is that of the
             classes, and the verdict depends on the loss alone.
+        clusters: Whether the targets are clusters. Then z are logits too, of which what all images
+            share says nothing. But few clusters that are left show in the rank.
 
     Returns:
         The verdict and its remedy.
@@ -110,6 +113,7 @@ def judge_run(
         return _verdict("too early")
     recent = records[-max(3, len(records) // 10) :]
     loss, std, rank = (median(record[gauge] for record in recent) for gauge in gauges)
+    std = 1.0 if clusters else std
     if not supervised and (std < 0.1 or rank <= 2):
         return _verdict("collapsed")
     if high_loss_threshold is not None and loss > high_loss_threshold:

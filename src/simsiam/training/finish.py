@@ -87,6 +87,7 @@ def finish(
         diverged=outcome.diverged,
         high_loss_threshold=training.model.high_loss_threshold(recipe.batch_size),
         supervised=recipe.method.target == "labels",
+        clusters=recipe.method.target == "kmeans",
     )
     unbeaten = not_beaten(worth.candidates, END) if worth.candidates else []
     verdict = judge_worth(verdict, unbeaten, init=recipe.init, steps=outcome.step)

@@ -292,8 +292,9 @@ def solve_clusters(
 def cluster_features(h: np.ndarray, clusters: int, seed: int) -> np.ndarray:
     """Find clusters as DeepCluster does (3.3): PCA to 256 dimensions, whitened, of unit length.
 
-    Of narrower features than DeepCluster's 4096, at most a quarter of the dimensions are kept:
-    whitening all of them would give noise the same weight as everything else.
+    Of narrower features than DeepCluster's 4096, the same share of the dimensions is kept, one of
+    16, but at least 8: whitening more would give noise the same weight as everything else, and no
+    crop of an image would tell its cluster.
 
     Args:
         h: (N, d) features.
@@ -307,7 +308,6 @@ def cluster_features(h: np.ndarray, clusters: int, seed: int) -> np.ndarray:
     from sklearn.decomposition import PCA
     from sklearn.preprocessing import normalize
 
-    x = normalize(
-        PCA(min(256, len(h), h.shape[1] // 4), whiten=True, random_state=seed).fit_transform(h)
-    )
+    kept = min(256, *h.shape, max(8, h.shape[1] // 16))
+    x = normalize(PCA(kept, whiten=True, random_state=seed).fit_transform(h))
     return KMeans(clusters, n_init=1, max_iter=20, random_state=seed).fit(x).labels_
