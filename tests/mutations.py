@@ -419,6 +419,13 @@ MUTATIONS = [
         "monitors.py::test_each_criterion_defines_a_high_loss",
     ),
     m(
+        "a memory bank of the initial network's projections",
+        "training/prepare",
+        "if not recipe.method.target_fresh:",
+        "if False:",
+        "cells.py::test_a_memory_bank_begins_with_random_vectors",
+    ),
+    m(
         "encode what is not predicted",
         "model/siamese",
         "sorted({*self.predicted_views, *self.target.required_views})",

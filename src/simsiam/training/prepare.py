@@ -32,6 +32,8 @@ from simsiam.sources.disk_cache import with_disk_cache
 from simsiam.sources.fingerprint import fingerprint_source
 from simsiam.sources.open_source import Source
 
+DRAWN_ROWS = 2**16  # of eta that are drawn at a time
+
 
 @dataclass(frozen=True)
 class RunData:
@@ -230,7 +232,9 @@ def initialize_eta(
 
     A moving average begins with the projection by the initial network (section 5.2). Without this
     pass, t would be the other view's z alone in the first epoch: Table 1a, which collapses. A
-    teacher's features are centered, since what all images share teaches nothing.
+    memory bank begins with random vectors, as in the code of instance discrimination: projections
+    by the initial network resemble each other, so they are bad negatives. A teacher's features are
+    centered, since what all images share teaches nothing.
 
     Args:
         model: The model before its first step.
@@ -253,11 +257,30 @@ def initialize_eta(
         h, own = found.matrices[0], local_slice(len(found.kept_indices))
         index = torch.as_tensor(found.kept_indices)
         model.target.set_eta((h - h.mean(0))[own].to(compute.device), index[own].to(compute.device))
-    if isinstance(model.target, MovingAverageTarget) and not resumed:
+    if not isinstance(model.target, MovingAverageTarget) or resumed:
+        return
+    if not recipe.method.target_fresh:
+        draw_eta(model.target, len(images), recipe.seed)
+    else:
         f = deepcopy(model.f)  # a copy, so that the running statistics of the model do not change
         for batch in sequential_batches(images, recipe, compute.device):
             with torch.no_grad(), compute.autocast():
                 model.target.set_eta(f(batch.views[0]), batch.index.to(compute.device))
+
+
+def draw_eta(target: MovingAverageTarget, images: int, seed: int) -> None:
+    """Set every eta to a random unit vector.
+
+    Args:
+        target: The target.
+        images: Number of training images.
+        seed: Seed of the run.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for index in torch.arange(images).split(DRAWN_ROWS):
+        rows = torch.randn(len(index), target.eta.shape[1], generator=generator)
+        own = local_slice(len(index))
+        target.set_eta(rows[own].to(target.eta), index[own].to(target.eta.device))
 
 
 def solve_clusters(
