@@ -86,7 +86,7 @@ def judge_run(
     *,
     diverged: bool = False,
     high_loss_threshold: float | None = -0.25,
-    supervised: bool = False,
+    fixed_target: bool = False,
     clusters: bool = False,
 ) -> Verdict:
     """Judge a run by its logged gauges.
@@ -97,8 +97,9 @@ def judge_run(
         diverged: Whether the loss stopped being finite.
         high_loss_threshold: A loss above this is `not converging`; None if the criterion does not
             know the range of its loss.
-        supervised: Whether the targets are labels. Then z are logits, whose rank is that of the
-            classes, and the verdict depends on the loss alone.
+        fixed_target: Whether the targets are labels, or features of a teacher. Then z are logits,
+            whose rank is that of the classes, or what is predicted of the teacher so far. The
+            targets cannot collapse, and the verdict depends on the loss alone.
         clusters: Whether the targets are clusters. Then z are logits too, of which what all images
             share says nothing. But few clusters that are left show in the rank.
 
@@ -114,11 +115,11 @@ def judge_run(
     recent = records[-max(3, len(records) // 10) :]
     loss, std, rank = (median(record[gauge] for record in recent) for gauge in gauges)
     std = 1.0 if clusters else std
-    if not supervised and (std < 0.1 or rank <= 2):
+    if not fixed_target and (std < 0.1 or rank <= 2):
         return _verdict("collapsed")
     if high_loss_threshold is not None and loss > high_loss_threshold:
         return _verdict("not converging")
-    if not supervised and (std < 0.5 or rank <= 3):
+    if not fixed_target and (std < 0.5 or rank <= 3):
         return _verdict("partial collapse")
     return _verdict("healthy")
 
