@@ -8,7 +8,7 @@ demo: .venv/ready
 	$(BIN)/simsiam demo
 
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 # What is too long for every commit: hours. Building the package needs a package index.
 test-all: lint

@@ -6,9 +6,15 @@ from pathlib import Path
 
 import pytest
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # two workers: more threads would wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 # The key of the user who runs the tests; not that in their own home.
 os.environ["SIMSIAM_STATE"] = tempfile.mkdtemp(prefix="simsiam-state-")
 atexit.register(shutil.rmtree, os.environ["SIMSIAM_STATE"], ignore_errors=True)
+# Their attacks and faults are made with what only POSIX systems have: pipes in the file system,
+# limits of processes, SIGKILL and forks.
+POSIX_ALONE = ("disk_errors", "faults", "hostile_files", "links", "read_files", "run_files")
+collect_ignore = [f"test_{name}.py" for name in POSIX_ALONE] if os.name == "nt" else []
 SHARED = Path(__file__).parents[2] / "shared"
 
 # A run small enough for a test: 16 steps an epoch, 12 k parameters.

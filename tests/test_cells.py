@@ -2,7 +2,10 @@
 
 import importlib
 import os
+import shutil
 import signal
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,17 +17,24 @@ from simsiam.data.batches import iter_batches, steps_per_epoch
 from simsiam.data.images import hold_out, sample
 from simsiam.errors import Stopped, UsageError
 from simsiam.model.optimizers import set_lr
-from simsiam.model.patches import CENTERS, GRID
 from simsiam.monitoring.gauges import effective_rank
 from simsiam.runs.compose import compose_recipe
 from simsiam.runs.run_folder import Run
 from simsiam.training.prepare import build_training_setup, initialize_eta
 
+TEACHER = Path(tempfile.mkdtemp()) / "teacher"
+WIDTH = 8 * QUICK["width"]  # of its features
+
+
+@pytest.fixture(scope="module", autouse=True)
+def teacher():
+    yield simsiam.pretrain("shapes", out=TEACHER, **QUICK)
+    shutil.rmtree(TEACHER.parent)
+
 
 def needed(row) -> dict[str, object]:
     """The settings without which a row cannot begin: a teacher, whose features have a width."""
-    patches = {"teacher": "patches", "dim": GRID**2 * CENTERS}
-    return patches if row.target == "teacher" else {}
+    return {"teacher": str(TEACHER), "dim": WIDTH} if row.target == "teacher" else {}
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -71,7 +81,7 @@ CELLS = [
     {"method": "byol", "target": "shared", "predictor_lr_scale": 10.0},
     *({"method": name, "equal_terms": True} | needed(row) for name, row in METHODS.items()),
     {"method": "instance_discrimination", "target_fresh": True},
-    {"target": "teacher", "teacher": "patches", "dim": GRID**2 * CENTERS},
+    {"target": "teacher"} | needed(METHODS["distillation"]),
     {"interpolation": "bicubic"}, {"num_views": 3}, {"num_views": 3, "pairs": "asymmetric"},
     {"num_views": 3, "target": "moving_average", "predictor": "none"},
     {"num_views": 3, "criterion": "nt_xent"}, {"cut_init": 9.0},
@@ -138,7 +148,7 @@ def test_a_teacher_decides_the_width_of_the_predictions():
     words = QUICK | needed(METHODS["distillation"]) | {"method": "distillation"}
     del words["dim"]
     recipe, _, _ = compose_recipe("shapes", None, words)
-    assert recipe.method.dim == GRID**2 * CENTERS
+    assert recipe.method.dim == WIDTH
     with pytest.raises(UsageError, match="leave --dim out"):
         compose_recipe("shapes", None, words | {"dim": 7})
 

@@ -4,7 +4,6 @@ import csv
 import io
 import json
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -103,7 +102,7 @@ def test_killed_and_started_again_it_is_the_same_file(run, folder, file, tmp_pat
     parts = tmp_path / "again.parquet.parts"
     while len(list(parts.glob("0*.parquet"))) < 2 and process.poll() is None:
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.wait()
     finished = sorted(parts.glob("0*.parquet"))
     assert not out.exists() and 2 <= len(finished) < 5

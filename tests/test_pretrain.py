@@ -125,19 +125,19 @@ def test_training_lowers_the_loss_and_logs_both_learning_rates(finished):
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_killed_at_any_step_a_run_goes_on_bit_for_bit(precision, tmp_path):
-    words = TINY | {"precision": precision, "knn_every": 2, "epochs": 4, "save_seconds": 0.05}
+    words = TINY | {"precision": precision, "knn_every": 2, "epochs": 3, "save_seconds": 0.05}
     whole = simsiam.pretrain("shapes", out=tmp_path / "whole", **words)
     killed = tmp_path / "killed"
     process = spawn("pretrain", "shapes", "--out", str(killed), *flags(**words))
     last = killed / "checkpoints" / "last.pt"  # on a slow disk it comes after several steps
-    while not last.exists() or len(Run(killed).metrics()) < 23:  # in the middle of epoch 2
+    while not last.exists() or len(Run(killed).metrics()) < 19:  # in the middle of epoch 2
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.communicate()
-    assert 0 < Run(killed).checkpoint()["step"] < 64
+    assert 0 < Run(killed).checkpoint()["step"] < 48
     with open(killed / "metrics.jsonl", "ab") as file:
-        file.write(b'{"step": 23, "lo\xff')  # a line that a crash tore
+        file.write(b'{"step": 19, "lo\xff')  # a line that a crash tore
     simsiam.resume(killed)
     assert_same_run(whole, killed)
 
