@@ -1,6 +1,6 @@
 """Measure which label-free numbers order representations as kNN accuracy does.
 
-    python benchmarks/label_free_numbers.py DATA [--sets NAME ...] [--page]
+    python benchmarks/label_free_numbers.py DATA [--sets NAME ...] [--decisions | --page]
 
 DATA is as for six_sets.py; the set `shapes` is built in. For each set, at least 12 representations
 are measured on the same images held out: a network before and after three lengths of training,
@@ -8,6 +8,9 @@ ImageNet's Lite0 (unchanged, centered, standardized, PCA-whitened, with the map)
 several sizes with and without the map. Each set is a file in results/label_free_numbers; a set that
 is there is not measured again. The page has Spearman's correlation of each number with kNN accuracy
 (k limited as in `simsiam.monitoring.nearest_neighbors.cap_k`).
+
+--decisions measures what the numbers are for instead: `adapt` chooses among closed forms by the
+score, and would choose by another number.
 """
 
 import argparse
@@ -26,6 +29,7 @@ import simsiam
 from simsiam.data.transform import Transform
 from simsiam.model.backbones import create_backbone
 from simsiam.model.precision import Compute
+from simsiam.monitoring import candidates as candidates_module
 from simsiam.monitoring.candidates import (
     Branch,
     Candidate,
@@ -43,15 +47,18 @@ from simsiam.monitoring.signals import (
     neighbor_stability,
     rankme,
     uniformity,
+    view_agreement,
     view_retrieval,
 )
 from simsiam.runs.encoder import eval_transform, load
 from simsiam.runs.run_folder import Run
 from simsiam.runs.weights import open_weights
 from simsiam.sources.open_source import open_source
+from simsiam.training.adaptation.adapt import closed_form_candidates
 from simsiam.utils.files import atomic_write
 
 OUT = Path(__file__).parents[1] / "results" / "label_free_numbers"
+DECISIONS = OUT / "decisions.json"
 LENGTHS = (100, 300, 900)  # steps of SimSiam, with a narrow ResNet-18 on views of 32 px
 SETTINGS = {"backbone": "resnet18", "width": 16, "image_size": 32, "batch_size": 64}
 
@@ -196,9 +203,105 @@ def spearman(x: Sequence[float], y: Sequence[float]) -> float:
     return float(np.corrcoef(ranks(x), ranks(y))[0, 1])
 
 
+def overlap_of_images(a: Tensor, b: Tensor) -> Tensor:
+    """`neighbor_overlap` of each image, in the shape of `view_agreement`."""
+    near = [nearest_neighbors(x, min(10, len(x) // 4)) for x in (a, b)]
+    share = (near[0][:, :, None] == near[1][:, None, :]).any(2).float().mean(1)
+    return torch.stack([share, share])
+
+
+def recognition_and_overlap(a: Tensor, b: Tensor) -> Tensor:
+    """The first number of `view_agreement`, and `overlap_of_images`."""
+    return torch.stack([view_agreement(a, b)[0], overlap_of_images(a, b)[0]])
+
+
+AGREEMENTS = {
+    "score": view_agreement,
+    "shared neighbors": overlap_of_images,
+    "recognition and shared neighbors": recognition_and_overlap,
+}
+
+
+def decide(source_name: str, branches_file: Path) -> dict[str, dict[str, float]]:
+    """Let each of AGREEMENTS choose as `adapt` does, with Lite0 and without weights.
+
+    Args:
+        source_name: The images.
+        branches_file: Where what is measured is kept.
+
+    Returns:
+        For each number how many decisions to take or leave a candidate agree with the labels, of
+        those where labels differ beyond the paired 95 % interval; the sum of what all decisions
+        gained, in points of kNN accuracy; and their number.
+    """
+    if not branches_file.exists():
+        train = open_source(source_name).train
+        weights = Run(open_weights("lite0"))
+        transform = eval_transform(weights.recipe)
+        sample = read_sample(train, transform.resize)
+        networks = {"lite0": load(weights.path, head=False), **learn_patches(sample, transform)}
+        branches = measure(networks, transform, sample, Compute.pick("cpu"))
+        kept = [{**vars(branch), "backbone": None} for branch in branches]
+        branches_file.parent.mkdir(parents=True, exist_ok=True)
+        content = {"fit": sample.fit_size, "labels": sample.labels, "branches": kept}
+        torch.save(content, branches_file)
+    content = torch.load(branches_file)
+    branches = [Branch(**{**row, "backbone": nn.Identity()}) for row in content["branches"]]
+    sample = Sample(torch.zeros(len(content["labels"])), content["fit"], content["labels"], [])
+    found = {}
+    for label, agreement in AGREEMENTS.items():
+        candidates_module.view_agreement = agreement
+        right = total = number = 0
+        gained = 0.0
+        for start in (True, False):
+            candidates = {
+                candidate.name: candidate
+                for candidate in closed_form_candidates(
+                    branches if start else branches[1:], sample, start=start
+                )
+            }
+            for row in candidates_module.choose(candidates.values())[1][1:]:
+                one, other = (candidates[row[k]].hits.float() for k in ("candidate", "than"))
+                difference = 100 * (one - other)
+                gain, error = difference.mean().item(), difference.std().item() / len(one) ** 0.5
+                number, gained = number + 1, gained + gain * row["taken"]
+                if abs(gain) > 1.96 * error:
+                    total, right = total + 1, right + (row["taken"] == (gain > 0))
+        found[label] = {"right": right, "of": total, "gained": round(gained, 2), "number": number}
+    candidates_module.view_agreement = view_agreement
+    return found
+
+
+def decision_lines() -> list[str]:
+    """Return the part of the page on decisions, if any were measured."""
+    if not DECISIONS.exists():
+        return []
+    sets = json.loads(DECISIONS.read_text())
+    lines = [
+        "",
+        "What the numbers are for is to choose. As `adapt` does with Lite0 and without weights,",
+        "each number took or left the closed forms one after another. Right are decisions that",
+        "agree with the labels, of those where labels differ beyond the paired 95 % interval;",
+        "gained are points of kNN accuracy in a decision, on average.",
+        f"Sets: {', '.join(sets)}; one seed.",
+        "`python benchmarks/label_free_numbers.py DATA --decisions` measures it.",
+        "",
+        "| chosen by | right | gained |",
+        "|---|---|---|",
+    ]
+    for label in AGREEMENTS:
+        rows = [found[label] for found in sets.values()]
+        right, total, gained, number = (
+            sum(row[key] for row in rows) for key in ("right", "of", "gained", "number")
+        )
+        lines.append(f"| {label} | {right} of {total} | {gained / number:.2f} |")
+    return lines
+
+
 def write_page() -> None:
     """Write README.md from the sets that are there."""
-    sets = {path.stem: json.loads(path.read_text())["rows"] for path in sorted(OUT.glob("*.json"))}
+    files = [path for path in sorted(OUT.glob("*.json")) if path != DECISIONS]
+    sets = {path.stem: json.loads(path.read_text())["rows"] for path in files}
     lines = [
         "# Label-free numbers and kNN accuracy",
         "",
@@ -221,6 +324,7 @@ def write_page() -> None:
     for number, values in sorted(table.items(), key=lambda item: -min(item[1], default=0)):
         cells = " | ".join(f"{value:.2f}" for value in (*values, min(values)))
         lines.append(f"| {number} | {cells} |")
+    lines += decision_lines()
     with atomic_write(OUT / "README.md") as part:
         part.write_text("\n".join(lines) + "\n")
 
@@ -233,10 +337,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--sets", nargs="+", default=["shapes", *SETS])
     parser.add_argument("--runs", type=Path, default=Path("runs/label_free_numbers"))
+    parser.add_argument("--decisions", action="store_true")
     parser.add_argument("--page", action="store_true")
     options = parser.parse_args(arguments)
     OUT.mkdir(parents=True, exist_ok=True)
-    for name in () if options.page else options.sets:
+    for name in options.sets if options.decisions else ():
+        found = json.loads(DECISIONS.read_text()) if DECISIONS.exists() else {}
+        source = name if name == "shapes" else str(options.data / SETS[name])
+        found[name] = decide(source, options.runs / f"{name}.pt")
+        with atomic_write(DECISIONS) as part:
+            part.write_text(json.dumps(found, indent=1) + "\n")
+    for name in () if options.page or options.decisions else options.sets:
         path = OUT / f"{name}.json"
         if path.exists():
             continue

@@ -1,9 +1,11 @@
 """Adapting: candidates are taken only beyond noise, and the run folder holds the best one."""
 
+import itertools
 import json
 import math
 import os
 import signal
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -35,6 +37,7 @@ from simsiam.runs.encoder import eval_transform
 from simsiam.runs.run_folder import Run
 from simsiam.runs.weights import open_weights
 from simsiam.sources.open_source import open_source
+from simsiam.training.adaptation import adapt as module
 from simsiam.training.adaptation.layers import LayerTraining, late_parameters
 from simsiam.training.finish import Worth, write_head
 from simsiam.training.loop import run_training
@@ -90,6 +93,15 @@ def test_the_error_of_a_gain_is_that_of_repeated_draws():
     gains = [one.gain(other) for one, other in (draw() for _ in range(400))]
     spread = np.std([gain for gain, _ in gains])
     assert np.mean([error for _, error in gains]) == pytest.approx(spread, rel=0.15)
+
+
+def test_the_interval_of_a_score_near_0_is_small():
+    """Where the neighborhood is not kept at all, the mean that the score is divided by is 0."""
+    generator = torch.Generator().manual_seed(0)
+    nearness = torch.randn(400, generator=generator)
+    recognition = 0.01 * torch.rand(400, generator=generator)
+    low, high = fake(torch.stack([recognition, nearness - nearness.mean()])).score_interval()
+    assert low == 0 and 0 < high < 0.05
 
 
 def test_a_candidate_with_a_margin_is_taken_only_beyond_it():
@@ -208,6 +220,22 @@ def test_with_little_time_backbones_are_left_out_and_named(capsys, tmp_path):
     path = simsiam.adapt("shapes", limit=200, minutes=1e-3, out=tmp_path / "run")
     assert "left out patches/24: no time to measure these" in capsys.readouterr().err
     assert Run(path).recipe.backbone == "patches/32"
+
+
+def test_a_machine_that_becomes_slower_measures_fewer_images(sample, monkeypatch, capsys):
+    """The limit passes in the middle: a small sample decides, and nothing is lost."""
+    networks = learn_patches(sample, UNIT)
+    now = itertools.count()
+    monkeypatch.setattr(time, "monotonic", lambda: float(next(now)))
+    branches, small = module.measure_in_time(networks, UNIT, sample, FLOAT32, 4.0)
+    monkeypatch.undo()
+    assert "300 images take too long: 150 are measured" in capsys.readouterr().err
+    assert small.fit_size == 100 and len(small.pixels) == 150
+    fit, held_out = small.pixels[:100], small.pixels[100:]
+    assert torch.equal(fit, sample.pixels[:100])
+    assert torch.equal(held_out, sample.pixels[sample.fit_size : sample.fit_size + 50])
+    for branch, other in zip(branches, measure(networks, UNIT, small, FLOAT32), strict=True):
+        assert torch.equal(branch.h, other.h)
 
 
 def test_an_existing_run_is_a_start_that_can_stay(adapted, tmp_path, capsys):

@@ -676,3 +676,14 @@ def test_a_file_is_complete_or_unchanged(tmp_path):
         part.write_text("half")
         1 / 0  # noqa: B018
     assert path.read_text() == "all" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_long_training_names_shorter_ways():
+    facts = {"epochs": 200, "images_per_epoch": 1472, "device": "2 cores", "load": 0.0}
+    rates = dict.fromkeys(("images_per_second", "prepared_per_second", "trained_per_second"), 2.0)
+    long, short = (
+        verb.FACT_FORMATTERS["time"](facts | rates | {"seconds": seconds})
+        for seconds in (44 * 3600, 2 * 3600)
+    )
+    assert any("simsiam adapt" in line for line in long) and len(short) == len(long) - 2
+    assert all(len(line) <= 68 for line in long)  # beside the name of the fact, of 80 columns

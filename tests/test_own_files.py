@@ -97,7 +97,7 @@ def test_what_weights_leave_over_and_assume_is_printed_once(tmp_path, capsys):
     save_file(state | {"loss.weight": torch.zeros(3)}, "theirs.safetensors")
     open_weights("theirs.safetensors")
     lines = capsys.readouterr().err.splitlines()
-    assert "license: unknown; kept in" in lines[0] and lines[1] == "left over: loss"
+    assert "license: unknown; kept in" in lines[0] and lines[1] == "tensors that are not used: loss"
     assert lines[2].startswith(
         "assumed, because no flag says otherwise: image_size 224, mean (0.485"
     )

@@ -88,7 +88,7 @@ def test_after_a_change_only_new_images_are_embedded_and_answers_are_fresh(
 ):
     simsiam.search(photos, "04.png", encoder=run, **CPU)
     assert len(embedded) == 60
-    assert "60 images embedded, 0 forgotten, 0 unchanged" in capsys.readouterr().err
+    assert "60 images embedded, 0 removed, 0 unchanged" in capsys.readouterr().err
     embedded.clear()
     with monkeypatch.context() as patch:  # nothing has changed: the network is not even loaded
         patch.setattr(kept_embedding, "load", None)
@@ -104,7 +104,7 @@ def test_after_a_change_only_new_images_are_embedded_and_answers_are_fresh(
     found = simsiam.search(photos, "04.png", encoder=run, k=60, **CPU)
     changed = ["a/02.png", "b/03.png", *(f"b/new/{i}.png" for i in range(10, 20))]
     assert sorted(embedded) == changed
-    assert "12 images embedded, 10 forgotten, 48 unchanged" in capsys.readouterr().err
+    assert "12 images embedded, 10 removed, 48 unchanged" in capsys.readouterr().err
     assert files_below(photos) == before
     file = embed(run, photos, out=tmp_path / "fresh.parquet", **CPU)
     assert_same(found, neighbors(file, "04.png", k=60))
@@ -219,7 +219,7 @@ def test_a_cache_that_cannot_be_written_is_replaced_by_a_temporary_folder(
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()
     capsys.readouterr()
-    for lines in (["60 images embedded, 0 forgotten, 0 unchanged"], []):
+    for lines in (["60 images embedded, 0 removed, 0 unchanged"], []):
         assert_same(simsiam.search(photos, "04.png", encoder=run, **CPU), expected)
         first, *others = capsys.readouterr().err.splitlines()
         (folder,) = (tmp_path / "temporary").iterdir()
@@ -380,8 +380,8 @@ def test_without_network_and_packages_the_first_command_answers(
     assert len(output.splitlines()) == 3
     first, second, third = search_source.DEFAULT_ENCODERS
     assert lines.splitlines()[:2] == [
-        f"no {first}; going on with {second}",
-        f"no {second}; going on with {third}",
+        f"{second} is used, because {first} is not available: no {first}",
+        f"{third} is used, because {second} is not available: no {second}",
     ]
     assert (second, third) == ("lite0", "patches") and len(learner.calls) == 1
     assert main(["search", str(photos), "04.png", "--encoder", "lite0"]) == 2

@@ -33,3 +33,5 @@ def run(options: argparse.Namespace) -> None:
     from simsiam.embeddings.cluster import cluster, format_cluster
 
     print_lines(format_cluster(cluster(**vars(options))))
+    if options.out is None and options.html is None:
+        print("--out FILE.csv lists the images of each cluster, --html FILE.html shows them")

@@ -256,7 +256,7 @@ def _update(
     if table is None or not table.select(STAMP_SCHEMA.names).equals(stamps):
         gone = pc.invert(pc.is_in(old["key"], images.stamps["key"].combine_chunks()))
         counts = (len(positions) - len(kept), pc.sum(gone).as_py() or 0, len(kept))
-        _say("{:,} images embedded, {:,} forgotten, {:,} unchanged".format(*counts))
+        _say("{:,} images embedded, {:,} removed, {:,} unchanged".format(*counts))
         unchanged = [old.take(pa.array(rows[kept]))] if len(kept) else []
         table = pa.concat_tables([*unchanged, *(part for _, part in added)])
         table = _write_file(table.take(pa.array(order)), path, {**identity, "source": images.name})

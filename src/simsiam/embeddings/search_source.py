@@ -139,7 +139,8 @@ def choose_encoder(
         except (UsageError, WorkFailed) as error:
             if encoder is not None:
                 raise
-            text = f"{' '.join(str(error).split())}; going on with {following}"
+            reason = " ".join(str(error).split())
+            text = f"{following} is used, because {name} is not available: {reason}"
             print(printable(text), file=sys.stderr)
     raise AssertionError("the last of the default encoders needs nothing")
 

@@ -247,7 +247,7 @@ def _read_table(path: Path) -> pa.Table:
     files = [Path(file) for file in find_shards(str(path))] if path.is_dir() else [path]
     if not files:
         raise UsageError(
-            f"{path} has no file of embeddings: `simsiam embed RUN SOURCE --out FILE.parquet` "
+            f"{path} has no file of embeddings: `simsiam embed lite0 SOURCE --out FILE.parquet` "
             "writes one"
         )
     try:

@@ -7,6 +7,7 @@ than the noise of the measurement.
 """
 
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
@@ -58,6 +59,19 @@ class Sample(NamedTuple):
     fit_size: int
     labels: Tensor | None
     skipped: list[tuple[str, str]]
+
+    def reduce(self, limit: int) -> "Sample":
+        """Keep so many images, of those for fitting and those held out in equal proportion.
+
+        Args:
+            limit: Number of images, at most.
+        """
+        if limit >= (n := len(self.pixels)):
+            return self
+        fit = self.fit_size * limit // n
+        kept = torch.cat([torch.arange(fit), torch.arange(self.fit_size, n)[: limit - fit]])
+        labels = None if self.labels is None else self.labels[kept]
+        return Sample(self.pixels[kept], fit, labels, self.skipped)
 
 
 def read_sample(
@@ -144,6 +158,7 @@ def measure(
     *,
     noise: bool = True,
     label: str = "",
+    deadline: float | None = None,
 ) -> list[Branch]:
     """Compute the features of backbones that take the same images.
 
@@ -154,9 +169,13 @@ def measure(
         compute: Where to compute, and in which precision.
         noise: Whether to measure the view noise, which the map is made from.
         label: The text before a progress bar; "" shows none.
+        deadline: The end, in seconds of `time.monotonic`; None for no limit.
 
     Returns:
         A branch for each backbone.
+
+    Raises:
+        TimeoutError: It takes longer.
     """
     for backbone in backbones.values():
         compute.place(backbone.eval())
@@ -191,6 +210,8 @@ def measure(
         for begin, end, count in jobs:
             chunks = []
             for start in range(begin, end, CHUNK):
+                if deadline is not None and time.monotonic() > deadline:
+                    raise TimeoutError
                 part = sample.pixels[start : min(start + CHUNK, end)]
                 chunks.append(features(prepare(part, start, count)))
                 advance(len(part) * max(count, 1))
@@ -257,11 +278,18 @@ class Candidate:
         return math.log(self.score / other.score), error
 
     def score_interval(self, z: float = 1.959964) -> tuple[float, float]:
-        """Return the confidence interval of the score over images (delta method), 95 % by default.
+        """Return the confidence interval of the score over images, 95 % by default.
+
+        It is that of the delta method, or, if a number may be 0, of both numbers apart.
 
         Args:
             z: Quantile of the normal distribution.
         """
+        mean, spread = self.agreement.mean(1), self.agreement.std(1)
+        error = z * spread / self.agreement.shape[1] ** 0.5
+        if (mean <= error).any():  # the delta method needs means that are above 0
+            low, high = ((mean + e).clamp_min(0).prod().sqrt().item() for e in (-error, error))
+            return low, high
         influence = self.influence()
         half = self.score * z * influence.std().item() / len(influence) ** 0.5
         return max(self.score - half, 0.0), self.score + half

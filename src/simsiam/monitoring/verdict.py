@@ -41,6 +41,11 @@ GOOD_STEPS = 10_000  # that runs on small images need before features are good: 
 # What a table of features calls the network before its first step and after its last one, and the
 # simple features that it has to be better than.
 START, END, PIXELS, COLOR = "start", "end", "pixels", "color histogram"
+# No label-free number orders features as labels do on every set: results/label_free_numbers.
+UNCERTAIN = (
+    "Without labels, how good features are cannot be judged for certain: the score can mislead "
+    "(docs/closed_form.md). A few labels decide: give each class a folder, then `simsiam evaluate`."
+)
 FEATURE_NAMES = {
     START: "those of the untrained network",
     PIXELS: "raw pixels",

@@ -14,6 +14,7 @@ from simsiam.monitoring.label_free_monitor import MONITOR_SAMPLE_SIZE, advise_tr
 from simsiam.monitoring.verdict import (
     END,
     START,
+    UNCERTAIN,
     Verdict,
     advise_features,
     judge_run,
@@ -98,6 +99,8 @@ def finish(
             advice.append(f"The features are worse than those of the initial weights: {loss}.")
         best = best_features(worth.candidates)
         advice.append(advise_features(best.name, best.describe(), init=recipe.init))
+        if best.hits is None:
+            advice.append(UNCERTAIN)
     if verdict.verdict == "healthy":
         counts = {
             "knn_top1": len(data.held_out or ()),

@@ -32,6 +32,11 @@ from simsiam.training.facts import (
 from simsiam.training.speed import BUSY_LOAD, kept_speed, seconds_per_image
 from simsiam.utils.workers import CPU_CORES
 
+LONG_SECONDS = 12 * 3600  # of training, above which shorter ways are named
+SHORTER_LINES = (
+    "good features in minutes: `simsiam adapt SOURCE --init lite0`",
+    "training that ends in time: `simsiam pretrain SOURCE --minutes N`",
+)
 BUSY_LINES = ("measured while the machine was busy; the next time, it is measured again",)
 MAX_EXAMPLES = 3  # files that the text names for each kind of problem; the facts name all
 
@@ -475,8 +480,9 @@ def _format_training_time(fact: TimeFacts) -> list[str]:
     return [
         f"about {format_duration(fact['seconds'])} for {fact['epochs']} epochs of "
         f"{fact['images_per_epoch']:,} images (estimated)",
-        f"{total} images/s: preparing alone {prepared}/s, training alone {trained}/s",
+        f"{total} images/s (making views alone: {prepared}/s, the network alone: {trained}/s)",
         f"on {fact['device']}",
+        *(SHORTER_LINES if fact["seconds"] > LONG_SECONDS else ()),
         *(BUSY_LINES if fact["load"] > BUSY_LOAD else ()),
     ]
 

@@ -359,7 +359,7 @@ def format_unused(run: Path) -> list[str]:
         Lines.
     """
     report = Run(run).json("converted.json")
-    left_over = [f"left over: {format_name_groups(report['left_over'])}"]
+    left_over = [f"tensors that are not used: {format_name_groups(report['left_over'])}"]
     notes = [note for note in report["notes"] if note != NO_HEADS]
     return [*(left_over if report["left_over"] else []), *notes]
 

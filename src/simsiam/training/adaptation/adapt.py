@@ -44,6 +44,8 @@ from simsiam.training.adaptation.layers import trained_candidates
 from simsiam.training.progress import print_labeled
 
 TRIAL_IMAGES = 60  # images that the time of a measurement is estimated from
+SMALL_SAMPLE = 150  # images that are measured if there is no time for more
+FULL_SAMPLE_SHARE = 0.8  # of the time that is left, after which a small sample is measured
 RESERVE_SECONDS = 12  # for starting the program, choosing, and writing the run folder
 
 
@@ -116,7 +118,7 @@ def adapt(
                 name: learned for name, learned in backbones.items() if name != recipe.backbone
             }
         backbones = affordable(backbones, transform, chosen, compute, deadline)
-        branches = measure(backbones, transform, chosen, compute, label="measuring")
+        branches, chosen = measure_in_time(backbones, transform, chosen, compute, deadline)
         margin = 0.0 if recipe.method.name == "none" else MARGIN
         candidates = closed_form_candidates(
             branches, chosen, start=network is not None, margin=margin
@@ -215,6 +217,39 @@ def affordable(
             break
         kept[name] = backbones[name]
     return kept
+
+
+def measure_in_time(
+    backbones: Mapping[str, nn.Module],
+    transform: Transform,
+    images: Sample,
+    compute: Compute,
+    deadline: float | None,
+) -> tuple[list[Branch], Sample]:
+    """Measure backbones on the sample, or on a small one if the machine is too slow.
+
+    Args:
+        backbones: The backbones by their names.
+        transform: Their preprocessing.
+        images: The sample.
+        compute: Where to compute.
+        deadline: The end, in seconds of `time.monotonic`; None for no limit.
+
+    Returns:
+        What was measured, and the sample that it was measured on.
+    """
+    now = time.monotonic()
+    limit = None if deadline is None else now + FULL_SAMPLE_SHARE * (deadline - now)
+    try:
+        return measure(
+            backbones, transform, images, compute, label="measuring", deadline=limit
+        ), images
+    except TimeoutError:
+        small = images.reduce(SMALL_SAMPLE)
+        print_labeled(
+            "slow", f"{len(images.pixels)} images take too long: {len(small.pixels)} are measured"
+        )
+        return measure(backbones, transform, small, compute, label="measuring"), small
 
 
 def closed_form_candidates(
