@@ -114,22 +114,18 @@ def hold(
     unit, unit_test = normalize(fit - fit.mean(0)), normalize(test - fit.mean(0))
     near = NearestNeighbors(n_neighbors=min(NEIGHBORS, len(fit))).fit(unit)
     neighbors = near.kneighbors(unit_test, return_distance=False)
+    classes = int(wanted["kind"].max()) + 1
+    columns = np.column_stack(
+        [np.eye(classes)[wanted["kind"]], *(wanted[name] for name in FACTORS[1:])]
+    )
+    ridge = RidgeCV(alphas=np.logspace(-1, 5, 7), alpha_per_target=True).fit(x, columns)
     result = dict[str, float]()
-    for name in FACTORS:
-        classes = int(wanted["kind"].max()) + 1
-        column = np.eye(classes)[wanted["kind"]] if name == "kind" else wanted[name][:, None]
-        ridge = RidgeCV(alphas=np.logspace(-1, 5, 7)).fit(x, column)
-        guesses = {
-            "linear": ridge.predict(y).reshape(len(y), -1),
-            "knn": column[neighbors].mean(axis=1),
-        }
-        for probe, guess in guesses.items():
-            if name == "kind":
-                value = (guess.argmax(1) == truth["kind"]).mean()
-            else:
-                error = np.square(guess[:, 0] - truth[name]).mean()
-                value = max(0.0, 1 - error / truth[name].var())
-            result[f"{name} {probe}"] = round(100 * float(value), 2)
+    for probe, guess in (("linear", ridge.predict(y)), ("knn", columns[neighbors].mean(axis=1))):
+        right = guess[:, :classes].argmax(1) == truth["kind"]
+        result[f"kind {probe}"] = round(100 * float(right.mean()), 2)
+        for name, column in zip(FACTORS[1:], guess[:, classes:].T):
+            error = np.square(column - truth[name]).mean() / truth[name].var()
+            result[f"{name} {probe}"] = round(100 * max(0.0, 1 - float(error)), 2)
     return result
 
 

@@ -405,6 +405,27 @@ MUTATIONS = [
         "bench.py::test_the_plain_loop_is_simsiam_and_continues_after_the_last_epoch",
     ),
     m(
+        "clusters of whitened noise",
+        "training/prepare",
+        "min(256, *h.shape, max(8, h.shape[1] // 16))",
+        "min(256, *h.shape)",
+        "targets.py::test_clusters_are_of_the_leading_directions",
+    ),
+    m(
+        "few clusters are no collapse",
+        "monitoring/verdict",
+        "std = 1.0 if clusters else std",
+        "std, rank = (1.0, 9.0) if clusters else (std, rank)",
+        "monitors.py::test_each_criterion_defines_a_high_loss",
+    ),
+    m(
+        "a memory bank of the initial network's projections",
+        "training/prepare",
+        "if not recipe.method.target_fresh:",
+        "if False:",
+        "cells.py::test_a_memory_bank_begins_with_random_vectors",
+    ),
+    m(
         "encode what is not predicted",
         "model/siamese",
         "sorted({*self.predicted_views, *self.target.required_views})",

@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -14,6 +15,7 @@ from rich.console import Console
 
 from simsiam.commands.main import main
 from simsiam.config.methods import METHODS
+from simsiam.config.recipes import Recipe
 from simsiam.data.images import sample
 from simsiam.laboratory import bench
 from simsiam.laboratory.bench import measure_case, result_table, time_interleaved
@@ -219,3 +221,51 @@ def test_the_plain_loop_is_simsiam_and_continues_after_the_last_epoch(tmp_path, 
     assert longer[:2] == short and len(longer) == 3
     whole = train(recipe, images, state_file=tmp_path / "b.pt")
     assert len(whole) == 3 and torch.equal(measured[3], measured[-1])
+
+
+# The programs for long measurements.
+
+
+@pytest.fixture
+def program():
+    return lambda name: runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / f"{name}.py"))
+
+
+def test_the_gains_are_the_eigenvalues_of_a_predictor_that_is_aligned(program):
+    z = torch.randn(500, 6) * torch.tensor([8.0, 5.0, 3.0, 2.0, 1.0, 0.5])
+    gains = torch.tensor([0.9, 0.7, 0.5, 0.3, 0.2, 0.1])
+    _, _, v = torch.linalg.svd(z - z.mean(0), full_matrices=False)
+    found = program("plateau")["spectra"](z, z @ (v.T * gains) @ v, z)
+    torch.testing.assert_close(torch.tensor(found["gain"]), gains, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(torch.tensor(found["alignment"]), torch.ones(6))
+    torch.testing.assert_close(torch.tensor(found["agreement"]), torch.ones(6))
+    assert sum(found["share"]) == pytest.approx(1, abs=1e-3)
+
+
+def test_probes_find_what_features_hold_and_nothing_else(program):
+    rng = np.random.default_rng(0)
+    fit, test = rng.normal(size=(600, 4)), rng.normal(size=(300, 4))
+
+    def factors(x):
+        kinds = (x[:, 0] > 0).astype(int)
+        others = dict.fromkeys(("brightness", "x", "y"), rng.normal(size=len(x)))
+        return {"kind": kinds, "number": x[:, 1], "size": x[:, 1] + x[:, 2], **others}
+
+    found = program("plateau")["hold"](fit, test, factors(fit), factors(test))
+    assert found["kind linear"] > 90 and found["number linear"] > 99 and found["size linear"] > 99
+    assert found["brightness linear"] < 5 and found["x knn"] < 5 and found["number knn"] > 50
+
+
+def test_candidates_of_the_search_are_possible_and_cost_what_they_encode(program):
+    sprint = program("sprint")
+    candidates = sprint["draw_candidates"](27)
+    assert candidates[0] == {} and len({json.dumps(x, sort_keys=True) for x in candidates}) == 27
+    for choice in candidates:
+        Recipe(image_size=32).replace(**sprint["NETWORK"] | sprint["settings_of"](choice))
+    cost = sprint["cost"]
+    assert cost(Recipe(image_size=28)) == 1
+    assert cost(Recipe(image_size=28).replace(num_views=4)) == 2
+    small = Recipe(image_size=28).replace(small_crops=4, small_crop_size=14)
+    assert cost(small) == 1.5 and cost(Recipe(image_size=28).replace(target="momentum")) > 1.3
+    rows = [{"choice": {"lr": i}, "knn": knn} for i, knn in ((1, 50.0), (2, 70.0), (1, 60.0))]
+    assert sprint["rank"](rows) == [('{"lr": 2}', [70.0]), ('{"lr": 1}', [50.0, 60.0])]

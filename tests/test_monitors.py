@@ -97,7 +97,7 @@ def test_one_noisy_batch_decides_nothing():
 def test_each_criterion_defines_a_high_loss():
     """The threshold is a quarter of the way from unrelated views to the minimum.
 
-    If the targets are labels, the verdict depends on the loss alone.
+    If the targets are fixed, the verdict depends on the loss alone.
     """
     lines = [
         {"step": s, "loss": 4.0, "z_std_sqrt_d": 0.9, "z_rank": 20.0} for s in range(0, 1000, 10)
@@ -110,10 +110,16 @@ def test_each_criterion_defines_a_high_loss():
     )
     flat = [line | {"z_std_sqrt_d": 0.01, "z_rank": 1.0} for line in lines]
     assert judge_run(flat, 1000, high_loss_threshold=5.0).verdict == "collapsed"
-    assert judge_run(flat, 1000, high_loss_threshold=5.0, supervised=True).verdict == "healthy"
+    assert judge_run(flat, 1000, high_loss_threshold=5.0, fixed_target=True).verdict == "healthy"
     assert (
-        judge_run(flat, 1000, high_loss_threshold=3.0, supervised=True).verdict == "not converging"
+        judge_run(flat, 1000, high_loss_threshold=3.0, fixed_target=True).verdict
+        == "not converging"
     )
+    # What all logits share says nothing about clusters; few of them that are left show in the rank.
+    shared = [line | {"z_std_sqrt_d": 0.3, "z_rank": 6.0} for line in lines]
+    assert judge_run(shared, 1000, high_loss_threshold=5.0).verdict == "partial collapse"
+    assert judge_run(shared, 1000, high_loss_threshold=5.0, clusters=True).verdict == "healthy"
+    assert judge_run(flat, 1000, high_loss_threshold=5.0, clusters=True).verdict == "collapsed"
     small = {"backbone": "resnet10", "width": 4, "image_size": 16}
     high = {
         name: build(replace(row, dim=16), **small).high_loss_threshold(128)
@@ -121,6 +127,8 @@ def test_each_criterion_defines_a_high_loss():
     }
     assert high["simsiam"] == -0.25 and high["byol"] == -1.0
     assert high["swav"] == pytest.approx(0.98 * math.log(3000))
+    assert high["deepcluster"] == pytest.approx(0.98 * math.log(16))
+    assert high["supervised"] == pytest.approx(0.75 * math.log(16))
     assert high["simclr"] == pytest.approx(
         0.75 * math.log(255) + 0.25 * math.log1p(254 * math.exp(-10))
     )

@@ -282,3 +282,18 @@ def test_the_page_add_a_method_runs(monkeypatch):
             del METHODS[name]
         for name in CRITERIA.keys() - before[1]:
             del CRITERIA[name]
+
+
+# Settings of short runs, besides those of a row.
+SHORT_RUNS = {"distillation": {"teacher": "lite0", "batch_size": 64, "limit": 2000}}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", SHORT_RUNS)
+def test_a_row_is_healthy_after_200_steps_on_shapes(name, tmp_path):
+    """With the recipe of `shapes`; the quick siblings are in test_cells.py and test_monitors.py."""
+    words = {"method": name, "steps": 200, "knn_every": 100, "device": "cpu"} | SHORT_RUNS[name]
+    run = Run(simsiam.pretrain("shapes", out=tmp_path / "run", logger="none", **words))
+    summary = run.json("summary.json")
+    assert summary["verdict"] == "healthy", summary["remedy"]
+    assert summary["knn_top1"]["last"] > 50

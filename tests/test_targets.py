@@ -267,6 +267,16 @@ def test_clusters_are_those_of_the_features():
     assert normalized_mutual_info_score(kinds.numpy(), found) == 1
 
 
+def test_clusters_are_of_the_leading_directions():
+    """Of 128 dimensions 8 are whitened, as 256 of 4096 in DeepCluster; noise decides nothing."""
+    kinds = torch.arange(400) % 5
+    signal = F.one_hot(kinds, 128).float() * 4
+    found = cluster_features((signal + torch.randn(400, 128) * 0.5).numpy(), 5, seed=0)
+    assert normalized_mutual_info_score(kinds.numpy(), found) > 0.95
+    narrow = cluster_features(torch.randn(50, 4).numpy(), 3, seed=0)
+    assert set(narrow) == {0, 1, 2}
+
+
 def test_expectation_is_the_minimizer_of_etas_problem():
     """Equation 9: at the mean over views the gradient of equation 5 is zero."""
     model = build(small(target="expectation", target_views=4), **SMALL).double()

@@ -43,6 +43,7 @@ BUILTIN_CRITERIA = {
     "classification": "cross-entropy with labels or clusters",
 }
 CLASS_TARGETS = ("labels", "kmeans")  # targets that are numbers of classes
+FIXED_TARGETS = ("labels", "teacher")  # that training does not change, so that none can collapse
 # Targets that an image has, not a view: its only view can be compared with them.
 PER_IMAGE_TARGETS = ("moving_average", "teacher", *CLASS_TARGETS)
 SECOND_ENCODER_TARGETS = ("momentum", "alternation")  # targets that a second encoder computes

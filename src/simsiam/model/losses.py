@@ -400,6 +400,15 @@ class Classification(Criterion):
         """Return log d, the loss where all classes are equally likely, and 0."""
         return math.log(self.method.dim), 0.0
 
+    def high_loss_threshold(self, batch_size: int) -> float | None:
+        """Return it as for SwAV if the classes are clusters: almost log d.
+
+        How far the loss can fall below depends on how well a crop tells the cluster of its image.
+        """
+        if self.method.target == "kmeans":
+            return 0.98 * math.log(self.method.dim)
+        return super().high_loss_threshold(batch_size)
+
 
 CRITERIA: dict[str, type[Criterion]] = {
     "cosine": NegativeCosine,

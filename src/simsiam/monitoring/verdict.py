@@ -13,9 +13,9 @@ d = 512, 5 to 6 with d = 2048, the demo's.
   of kinds of images in most data sets.
 - `not converging`: the loss has covered less than a quarter of the way from unrelated vectors to
   its minimum. (Table 1b: a fixed predictor leaves the loss high. That is no collapse, although the
-  accuracy is near chance too.) For SwAV: the loss is within 2 % of log K, where it stays if the
-  codes are uniform. This bound was chosen after the runs: a stuck one had 1.00, one that learned
-  0.92 times log K.
+  accuracy is near chance too.) For SwAV, and with K clusters: the loss is within 2 % of log K,
+  where it stays if the codes are uniform. This bound was chosen after the runs: a stuck one had
+  1.00, one that learned 0.92 times log K.
 - `too early`: fewer than 200 steps. SGD's momentum forgets in 10 steps, the running averages of
   batch norm in about as many, and a network with its predictor needs some dozens of these periods
   to leave its initialization. Nothing is decided before that.
@@ -91,7 +91,8 @@ def judge_run(
     *,
     diverged: bool = False,
     high_loss_threshold: float | None = -0.25,
-    supervised: bool = False,
+    fixed_target: bool = False,
+    clusters: bool = False,
 ) -> Verdict:
     """Judge a run by its logged gauges.
 
@@ -101,8 +102,11 @@ def judge_run(
         diverged: Whether the loss stopped being finite.
         high_loss_threshold: A loss above this is `not converging`; None if the criterion does not
             know the range of its loss.
-        supervised: Whether the targets are labels. Then z are logits, whose rank is that of the
-            classes, and the verdict depends on the loss alone.
+        fixed_target: Whether the targets are labels, or features of a teacher. Then z are logits,
+            whose rank is that of the classes, or what is predicted of the teacher so far. The
+            targets cannot collapse, and the verdict depends on the loss alone.
+        clusters: Whether the targets are clusters. Then z are logits too, of which what all images
+            share says nothing. But few clusters that are left show in the rank.
 
     Returns:
         The verdict and its remedy.
@@ -115,11 +119,12 @@ def judge_run(
         return _verdict("too early")
     recent = records[-max(3, len(records) // 10) :]
     loss, std, rank = (median(record[gauge] for record in recent) for gauge in gauges)
-    if not supervised and (std < 0.1 or rank <= 2):
+    std = 1.0 if clusters else std
+    if not fixed_target and (std < 0.1 or rank <= 2):
         return _verdict("collapsed")
     if high_loss_threshold is not None and loss > high_loss_threshold:
         return _verdict("not converging")
-    if not supervised and (std < 0.5 or rank <= 3):
+    if not fixed_target and (std < 0.5 or rank <= 3):
         return _verdict("partial collapse")
     return _verdict("healthy")
 

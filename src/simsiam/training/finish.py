@@ -6,6 +6,7 @@ from typing import cast
 
 from torch import nn
 
+from simsiam.config.method import FIXED_TARGETS
 from simsiam.distributed.process_group import rank_zero_only
 from simsiam.model.encoder import Encoder
 from simsiam.monitoring.candidates import Candidate, choose
@@ -87,7 +88,8 @@ def finish(
         outcome.step,
         diverged=outcome.diverged,
         high_loss_threshold=training.model.high_loss_threshold(recipe.batch_size),
-        supervised=recipe.method.target == "labels",
+        fixed_target=recipe.method.target in FIXED_TARGETS,
+        clusters=recipe.method.target == "kmeans",
     )
     unbeaten = not_beaten(worth.candidates, END) if worth.candidates else []
     verdict = judge_worth(verdict, unbeaten, init=recipe.init, steps=outcome.step)

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from typing_extensions import Unpack
 
 from simsiam.config.keyword_settings import PretrainSettings
+from simsiam.config.method import FIXED_TARGETS
 from simsiam.config.recipes import CONVERTED_SOURCES, Recipe
 from simsiam.distributed.process_group import distributed_entry_point, rank_zero_only, world_size
 from simsiam.errors import UsageError, WorkFailed, printable, truncate
@@ -238,7 +239,7 @@ def train_run(
     with MetricsLogger(
         run,
         state["step"],
-        warn=method.target != "labels",
+        warn=method.target not in FIXED_TARGETS,
         choice=read_choice(run),
         recipe=recipe,
     ) as logger:

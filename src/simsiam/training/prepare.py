@@ -32,6 +32,8 @@ from simsiam.sources.disk_cache import with_disk_cache
 from simsiam.sources.fingerprint import fingerprint_source
 from simsiam.sources.open_source import Source
 
+DRAWN_ROWS = 2**16  # of eta that are drawn at a time
+
 
 @dataclass(frozen=True)
 class RunData:
@@ -230,7 +232,9 @@ def initialize_eta(
 
     A moving average begins with the projection by the initial network (section 5.2). Without this
     pass, t would be the other view's z alone in the first epoch: Table 1a, which collapses. A
-    teacher's features are centered, since what all images share teaches nothing.
+    memory bank begins with random vectors, as in the code of instance discrimination: projections
+    by the initial network resemble each other, so they are bad negatives. A teacher's features are
+    centered, since what all images share teaches nothing.
 
     Args:
         model: The model before its first step.
@@ -253,11 +257,30 @@ def initialize_eta(
         h, own = found.matrices[0], local_slice(len(found.kept_indices))
         index = torch.as_tensor(found.kept_indices)
         model.target.set_eta((h - h.mean(0))[own].to(compute.device), index[own].to(compute.device))
-    if isinstance(model.target, MovingAverageTarget) and not resumed:
+    if not isinstance(model.target, MovingAverageTarget) or resumed:
+        return
+    if not recipe.method.target_fresh:
+        draw_eta(model.target, len(images), recipe.seed)
+    else:
         f = deepcopy(model.f)  # a copy, so that the running statistics of the model do not change
         for batch in sequential_batches(images, recipe, compute.device):
             with torch.no_grad(), compute.autocast():
                 model.target.set_eta(f(batch.views[0]), batch.index.to(compute.device))
+
+
+def draw_eta(target: MovingAverageTarget, images: int, seed: int) -> None:
+    """Set every eta to a random unit vector.
+
+    Args:
+        target: The target.
+        images: Number of training images.
+        seed: Seed of the run.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for index in torch.arange(images).split(DRAWN_ROWS):
+        rows = torch.randn(len(index), target.eta.shape[1], generator=generator)
+        own = local_slice(len(index))
+        target.set_eta(rows[own].to(target.eta), index[own].to(target.eta.device))
 
 
 def solve_clusters(
@@ -292,8 +315,9 @@ def solve_clusters(
 def cluster_features(h: np.ndarray, clusters: int, seed: int) -> np.ndarray:
     """Find clusters as DeepCluster does (3.3): PCA to 256 dimensions, whitened, of unit length.
 
-    Of narrower features than DeepCluster's 4096, at most a quarter of the dimensions are kept:
-    whitening all of them would give noise the same weight as everything else.
+    Of narrower features than DeepCluster's 4096, the same share of the dimensions is kept, one of
+    16, but at least 8: whitening more would give noise the same weight as everything else, and no
+    crop of an image would tell its cluster.
 
     Args:
         h: (N, d) features.
@@ -307,7 +331,6 @@ def cluster_features(h: np.ndarray, clusters: int, seed: int) -> np.ndarray:
     from sklearn.decomposition import PCA
     from sklearn.preprocessing import normalize
 
-    x = normalize(
-        PCA(min(256, len(h), h.shape[1] // 4), whiten=True, random_state=seed).fit_transform(h)
-    )
+    kept = min(256, *h.shape, max(8, h.shape[1] // 16))
+    x = normalize(PCA(kept, whiten=True, random_state=seed).fit_transform(h))
     return KMeans(clusters, n_init=1, max_iter=20, random_state=seed).fit(x).labels_

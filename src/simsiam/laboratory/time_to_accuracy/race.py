@@ -292,7 +292,7 @@ def table(curves: Mapping[str, Mapping[str, Curve]], source: str, modules: str) 
     }
     levels = [x for x in LEVELS if any(m is not None for v in reached[x].values() for m in v)]
     for heading in ("", *(f"to {level:g} %" for level in levels), "minutes", "last kNN, %"):
-        result.add_column(heading, justify="right" if heading else "left")
+        result.add_column(heading, justify="right" if heading else "left", no_wrap=not heading)
     for name, of_seeds in curves.items():
         cells = []
         for level in levels:
@@ -327,6 +327,8 @@ def draw(curves: Mapping[str, Mapping[str, Curve]], path: Path, source: str) -> 
             else:
                 axes.plot(x, y, linestyle=dash, marker=".", color=color, label=label)
     axes.set_xscale("log")
+    for axis in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
+        axis("{x:g}")
     format_axes(axes, "minutes of training", "kNN on test images (%)")
     figure.suptitle(f"{source}: accuracy over time")
     save_figure(figure, path)
