@@ -230,10 +230,14 @@ def test_two_processes_train_towards_every_target(tmp_path):
     (tmp_path / "each.py").write_text(
         "import sys, simsiam\n"
         "from simsiam.model.targets import TARGETS\n"
+        "rows = {\n"
+        "    'labels': {'method': 'supervised', 'dim': 12},\n"
+        "    'kmeans': {'method': 'deepcluster', 'dim': 12},\n"
+        "    'teacher': {'method': 'distillation', 'dim': 32},\n"
+        "}\n"
+        "rows['teacher']['teacher'] = f'{sys.argv[1]}/shared'\n"
         "for name in TARGETS:\n"
-        "    labels = name == 'labels'\n"
-        "    row = {'method': 'supervised', 'dim': 12} if labels else {'target': name}\n"
-        f"    settings = {QUICK | {'save_seconds': 0}!r} | row\n"
+        f"    settings = {QUICK | {'save_seconds': 0}!r} | rows.get(name, {{'target': name}})\n"
         "    run = simsiam.pretrain('shapes', out=f'{sys.argv[1]}/{name}', **settings)\n"
         "    simsiam.resume(run)\n"
     )
