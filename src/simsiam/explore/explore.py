@@ -63,7 +63,6 @@ def explore(
             app, log_level="warning", access_log=False, server_header=False, lifespan="off",
             timeout_graceful_shutdown=2,
         )  # fmt: skip
-        listener.listen()
         print(f"labels: {printable(str(session.labels.file))}; Ctrl-C ends", flush=True)
         if browser:
             webbrowser.open(address)
@@ -79,6 +78,7 @@ def _listen(port: int) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((HOST, port))
+        listener.listen()
     except OSError as error:
         listener.close()
         raise UsageError(
