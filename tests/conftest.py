@@ -56,3 +56,18 @@ def in_an_empty_folder(tmp_path_factory, monkeypatch):
     monkeypatch.chdir(tmp_path_factory.mktemp("work"))
     monkeypatch.setenv("SIMSIAM_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
     os.environ["COLUMNS"] = "80"
+
+
+@pytest.fixture(scope="module")
+def browser():
+    sync_api = pytest.importorskip("playwright.sync_api")
+    path = next(
+        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+    )
+    if not path:
+        pytest.skip("needs chromium")
+    arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    with sync_api.sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=path, args=arguments, timeout=120_000)
+        yield browser
+        browser.close()

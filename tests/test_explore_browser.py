@@ -3,7 +3,6 @@
 import csv
 import io
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -30,19 +29,6 @@ def start(file, *words):
     assert re.fullmatch(r"http://127\.0\.0\.1:\d+/[\w-]{32}/", address), address
     assert "labels" in process.stdout.readline()
     return process, address
-
-
-@pytest.fixture(scope="module")
-def browser():
-    sync_api = pytest.importorskip("playwright.sync_api")
-    path = shutil.which("chromium") or shutil.which("google-chrome")
-    if not path:
-        pytest.skip("needs chromium")
-    arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-    with sync_api.sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=path, args=arguments, timeout=120_000)
-        yield browser
-        browser.close()
 
 
 def open_tab(browser, address, events, without_webgl=False):

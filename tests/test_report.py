@@ -287,21 +287,6 @@ def test_damaged_evaluations_are_named(photos, tmp_path):
 # --- what a reader does with it -------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def browser():
-    sync_api = pytest.importorskip("playwright.sync_api")
-    path = next(
-        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-    )
-    if not path:
-        pytest.skip("needs chromium")
-    arguments = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-    with sync_api.sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=path, args=arguments, timeout=120_000)
-        yield browser
-        browser.close()
-
-
 @pytest.fixture
 def visit(browser):
     """Opens a page; at the end there were no requests, script errors, messages or dialogs."""

@@ -24,8 +24,9 @@ from simsiam.laboratory.bench_cases import (
     is_installed,
     torchvision_transform,
 )
-from simsiam.model.backbones import create_backbone, feature_dim
+from simsiam.model.backbones import feature_dim
 from simsiam.model.precision import Compute
+from simsiam.runs.encoder import build_backbone
 from simsiam.runs.run_folder import read_checkpoint
 from simsiam.utils.files import atomic_write
 from simsiam.utils.workers import CPU_CORES
@@ -175,13 +176,7 @@ def train_plain_loop(
         Seconds of training and the accuracy after each epoch, the untrained network first.
     """
     torch.manual_seed(recipe.seed)
-    backbone = create_backbone(
-        recipe.backbone,
-        image_size=recipe.image_size,
-        width=recipe.width,
-        stem=recipe.stem,
-        channels=recipe.channels,
-    )
+    backbone = build_backbone(recipe)
     model = PlainSimSiam(backbone).to(compute.device)
     if fast:
         compute.place(model)

@@ -25,13 +25,12 @@ from simsiam.data.transform import Transform
 from simsiam.errors import UsageError
 from simsiam.laboratory.drawing import COLORS, LINE_STYLES, format_axes, new_figure, save_figure
 from simsiam.laboratory.time_to_accuracy.plain_loop import MODULES, train_plain_loop
-from simsiam.model.backbones import create_backbone
 from simsiam.model.precision import Compute
 from simsiam.monitoring.features import extract_features
 from simsiam.monitoring.nearest_neighbors import knn_top1
 from simsiam.runs.closed_form import fit_patches_run
 from simsiam.runs.compose import compose_recipe
-from simsiam.runs.encoder import eval_transform, load
+from simsiam.runs.encoder import build_backbone, eval_transform, load
 from simsiam.runs.environment import collect_environment
 from simsiam.runs.run_folder import Run
 from simsiam.sources.open_source import Source, open_source
@@ -183,13 +182,7 @@ def own_run(
         never = {"knn_every": recipe.epochs, "log_every": per_epoch, "save_every": 1}
         pretrain(source, recipe=recipe.replace(**never), out=place, logger="none")
     run, transform = Run(place), eval_transform(recipe)
-    backbone = create_backbone(
-        recipe.backbone,
-        image_size=recipe.image_size,
-        width=recipe.width,
-        stem=recipe.stem,
-        channels=recipe.channels,
-    )
+    backbone = build_backbone(recipe)
     curve = Curve()
     for epoch in range(1, recipe.epochs + 1):
         state = run.checkpoint(f"epoch-{epoch:04d}")
