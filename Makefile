@@ -2,10 +2,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo docs test test-all lint clean
 
 demo: .venv/ready
 	$(BIN)/simsiam demo
+
+# The documentation, in site/: open site/index.html. Every warning is an error.
+docs: .venv/ready
+	rm -rf build/docs site
+	$(BIN)/python docs/prepare_site.py build/docs
+	$(BIN)/zensical build --strict
 
 test: lint
 	$(BIN)/pytest -n 2 --dist loadfile
@@ -29,4 +35,4 @@ lint: .venv/ready
 	touch $@
 
 clean:
-	rm -rf .venv .*_cache
+	rm -rf .venv .*_cache build site

@@ -4,11 +4,14 @@ import argparse
 
 from simsiam.commands.arguments import SETTINGS_NOTE, add_logger, add_recipe_flags, add_source
 from simsiam.commands.output import print_run_summary
+from simsiam.pages.words import PROGRESS_WORDS, WORDS
 
 HELP = "train a backbone on images without labels, and write a run folder"
 GROUP = "training"
 USAGE = "simsiam pretrain [SOURCE ...] [--out RUN] [--FLAG VALUE ...]"
-EPILOG = SETTINGS_NOTE
+EPILOG = f"{SETTINGS_NOTE} Words of the progress line: " + " ".join(
+    f"{word.upper()}: {WORDS[word]}" for word in PROGRESS_WORDS
+)
 MULTI_PROCESS = True
 
 

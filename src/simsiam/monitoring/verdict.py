@@ -73,7 +73,7 @@ REMEDIES = {
     "healthy": "Nothing to fix. More epochs usually help: compare kNN, or simply use the backbone.",
     "too early": f"Fewer than {MIN_VERDICT_STEPS} steps are too few for a verdict: train longer, "
     "or use a smaller batch to get more steps from the same images.",
-    "collapsed": "All images get nearly the same output, so the backbone has learned nothing. "
+    "collapsed": "All images get nearly the same output z, so training has nothing left to teach. "
     f"{COLLAPSE_REMEDY}",
     "partial collapse": "The outputs use only a few directions. Divide --base-lr by 2 to 4, try a "
     "larger backbone or more varied views (a smaller --crop-min), and start again.",

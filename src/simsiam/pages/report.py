@@ -43,6 +43,7 @@ from simsiam.pages.thumbnails import (
     shrink_to_image,
     webp_data_uri,
 )
+from simsiam.pages.words import WORDS
 from simsiam.runs.compose import open_run_source
 from simsiam.runs.encoder import eval_transform, load
 from simsiam.runs.environment import utc_now
@@ -164,10 +165,8 @@ def report(
         encode_gallery(gallery, MAX_THUMBNAIL_BYTES // len(galleries)) for gallery in galleries
     ]
     shown = escape_texts(summaries)  # of galleries the page escapes the names: it offers a list
-    page = render_report(
-        {"created": utc_now(), "version": __version__, "runs": shown, "galleries": encoded}
-    )
-    write_text(path, page)
+    data = {"created": utc_now(), "version": __version__, "words": WORDS}
+    write_text(path, render_report({**data, "runs": shown, "galleries": encoded}))
     return path
 
 

@@ -2,27 +2,29 @@
 
 const CHARTS = [
   {
-    title: "Loss", series: [["loss", "loss"]],
+    title: "Loss", word: "Loss", series: [["loss", "loss"]],
     note: "falls while the views of an image come closer; alone it does not show collapse",
   },
   {
-    title: "Standard deviation of z, × √d", series: [["z_std_sqrt_d", "z"]], from: 0, mark: 1,
+    title: "Standard deviation of z, × √d", word: "std", series: [["z_std_sqrt_d", "z"]],
+    from: 0, mark: 1,
     note: "1: evenly spread, 0: collapsed",
   },
   {
-    title: "Effective rank", series: [["h_rank", "h"], ["z_rank", "z"]], from: 0,
+    title: "Effective rank", word: "Rank", series: [["h_rank", "h"], ["z_rank", "z"]], from: 0,
     note: "directions in use: higher is better, near 1 is collapsed",
   },
   {
-    title: "kNN accuracy, %", series: [["knn_top1", "h"], ["knn_top1_z", "z"]],
+    title: "kNN accuracy, %", word: "kNN", series: [["knn_top1", "h"], ["knn_top1_z", "z"]],
     note: "of held-out images by their nearest neighbors: higher is better",
   },
   {
-    title: "Learning rate", series: [["lr", "encoder"], ["lr_predictor", "predictor"]], from: 0,
+    title: "Learning rate", word: "Learning rate",
+    series: [["lr", "encoder"], ["lr_predictor", "predictor"]], from: 0,
     note: "the size of the steps, as the recipe plans it",
   },
   {
-    title: "View retrieval, %", series: [["view_retrieval", "h"]], from: 0,
+    title: "View retrieval, %", word: "View retrieval", series: [["view_retrieval", "h"]], from: 0,
     note: "how often the other view of an image is the nearest: higher is better",
   },
 ];
@@ -39,7 +41,7 @@ function curves() {
     plot.addEventListener("pointerleave", () => showAll(null));
   }
   const cards = charts.map((chart) => chart.card);
-  return section("curves", "Curves", "by epoch", el("div", { class: "charts" }, cards));
+  return section("curves", "Curves", ["by ", wordLink("Epoch", "epoch")], el("div", { class: "charts" }, cards));
 }
 
 /** The lines of a chart that have points: a line for each run and each series. */
@@ -73,7 +75,7 @@ function ticks(low, high, count) {
   return values;
 }
 
-function buildChart({ title, series, from, mark, note }) {
+function buildChart({ title, word, series, from, mark, note }) {
   const lines = chartLines(series);
   if (!lines.length) return null;
   const { width, height, left, right, top, bottom } = CHART;
@@ -119,7 +121,7 @@ function buildChart({ title, series, from, mark, note }) {
     return Math.min(Math.max((x - left) / (width - left - right), 0), 1) * last;
   };
   const card = el("figure", { class: "card chart stack", style: { margin: 0 } },
-    el("div", { class: "head" }, el("h3", {}, title), when), plot, chartLegend(lines, note));
+    el("div", { class: "head" }, el("h3", {}, wordLink(word, title)), when), plot, chartLegend(lines, note));
   show(null);
   return { show, plot, epochAt, card };
 }

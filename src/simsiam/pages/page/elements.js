@@ -31,6 +31,15 @@ function swatch(color) {
   return el("span", { class: "swatch", style: { background: color } });
 }
 
+/** A text that leads to the explanation of a word (`words` in page.js). */
+function wordLink(word, text = word) {
+  return el("a", { class: "word", href: `#${wordId(word)}`, title: data.words[word] }, text);
+}
+
+function wordId(word) {
+  return `word-${word.replaceAll(" ", "-")}`;
+}
+
 /** Cells of a table's heading, aligned like numbers where `numeric`. */
 function headings(names, numeric = false) {
   return names.map((name) => el("th", { class: numeric ? "number" : null }, name));

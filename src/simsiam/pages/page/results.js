@@ -43,7 +43,7 @@ function keyFigures({ summary, curves, embedding }) {
   return [
     ["images", embedding?.images],
     ["numbers in a feature", embedding?.dim],
-    ["last kNN accuracy, %", knn && formatPercent(knn.last)],
+    [wordLink("kNN", "last kNN accuracy, %"), knn && formatPercent(knn.last)],
     ["best kNN accuracy, %", knn && formatPercent(knn.best)],
     ["epochs", summary.epochs ?? curves.epoch?.at(-1)],
     ["steps", summary.steps ?? curves.step?.at(-1)],
@@ -219,7 +219,10 @@ function candidates() {
       ...(withLabels ? [formatPercent(row.knn_top1)] : []),
       isPresent(row.gain) ? `${formatNumber(row.gain, 2)} ± ${formatNumber(row.error, 2)}` : "",
     ];
-    const titles = ["score", "views found, %", ...(withLabels ? ["kNN, %"] : []), "gain ± error"];
+    const titles = [
+      wordLink("Label-free score", "score"), wordLink("View retrieval", "views found, %"),
+      ...(withLabels ? [wordLink("kNN", "kNN, %")] : []), "gain ± error",
+    ];
     return el("div", { class: "card scroll" },
       several ? el("h3", {}, swatch(run.color), ` ${run.name}`) : null,
       el("table", {},
