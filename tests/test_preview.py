@@ -100,7 +100,7 @@ def test_the_text_describes_the_recipe(folder):
     size = recipe.image_size
     assert text["network"][0] == f"resnet18, width 64, small stem, views of {size} x {size} pixels"
     assert text["network"][2] == "std 0.200 0.300 0.400"
-    assert text["images"] == ["5 training images; 2 shown, evenly spaced"]
+    assert text["images"] == ["5 training images; 2 shown, spread over the set"]
     kinds = (Views(crop_min=0.3), Views(blur=0.0))
     recipe = replace(recipe, method=replace(recipe.method, views=kinds))
     text = dict(sheet(folder, recipe).sections)
@@ -115,7 +115,7 @@ def test_the_text_and_the_classes_of_shapes():
         range(10)
     )  # the labels take turns
     assert dict(result.sections)["images"] == [
-        "4,000 training images in 10 classes; 10 shown, evenly spaced"
+        "4,000 training images in 10 classes; 10 shown, spread over the set"
     ]
 
 

@@ -58,7 +58,7 @@ def plot_curves(
             mean = [(x, fmean(ys)) for x, ys in sorted(ys_at.items())]
             axes.plot(*zip(*mean), linestyle=dash, color=color, linewidth=2, label=cell)
         if metric == "z_std_sqrt_d":
-            axes.axhline(1, color="gray", linewidth=0.8, linestyle=":", label="1/√d: isotropic z")
+            axes.axhline(1, color="gray", linewidth=0.8, linestyle=":", label="1: evenly spread z")
         format_axes(axes, "epoch", METRIC_LABELS[metric])
         axes.set_ylim(Y_LIMITS.get(metric))
     figure.suptitle(title)

@@ -213,7 +213,7 @@ def describe_images(
         unreadable: The key and the reason of images that could not be read.
     """
     classes = f" in {len(images.classes)} classes" if images.classes else ""
-    lines = [f"{len(images):,} training images{classes}; {len(shown)} shown, evenly spaced"]
+    lines = [f"{len(images):,} training images{classes}; {len(shown)} shown, spread over the set"]
     if unreadable:
         key, reason = unreadable[0]
         lines.append(

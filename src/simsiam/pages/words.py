@@ -1,25 +1,28 @@
 """The words of a run's progress line and of its report; docs/glossary.md has the same texts."""
 
 WORDS = {
-    "Epoch": "As many steps as it takes to see each image once.",
-    "Loss": "What training makes small. SimSiam's is the negative cosine of p and t: -1 is perfect,"
-    " 0 means unrelated. Alone it does not show a collapse.",
-    "std": "How much the outputs z of a batch differ, each divided by its length: their standard"
-    " deviation times √d. It is 1 if they are spread evenly, and 0 if all are equal.",
-    "Rank": "The effective rank: how many directions the features h or the outputs z use. 1 is a"
-    " line. Near 1 is a collapse; above that, more is not always better.",
-    "kNN": "The accuracy of the k-nearest-neighbor classifier on images that were held out: each"
-    " gets the class that most of its nearest images have.",
-    "View retrieval": "The share of views whose nearest neighbor is the other view of the same"
-    " image. It needs no labels. In the progress line: views.",
-    "Wait": "The share of the time in which training waited for images.",
-    "Learning rate": "The size of the steps, as the recipe plans it.",
-    "Collapse": "All images get the same output, or outputs on one line. The loss is then low and"
-    " the features are useless.",
-    "Learned little": "A verdict: nothing collapsed, but the features are not better than pixels, a"
-    " color histogram or the untrained network.",
-    "Label-free score": "A number that compares features without labels: how well an image, and its"
-    " neighborhood, are recognized in another view.",
-    "Patches": "Features from small pieces of the images, without a network.",
+    "Epoch": "The training has seen each image once.",
+    "Loss": "The number that training makes smaller. SimSiam's loss is the negative cosine of p and"
+    " t: -1 is best, 0 means that p and t have nothing in common. A low loss can also be a"
+    " collapse.",
+    "std": "How much the outputs z of a batch differ. Each z is divided by its length; then the"
+    " standard deviation over the batch is multiplied by √d. It is 0 if all outputs are equal, and"
+    " 1 if they are spread evenly.",
+    "Rank": "The effective rank: how many directions the features h or the outputs z use. Near 1"
+    " means a collapse. A rank that is higher than another is not always better.",
+    "kNN": "The accuracy of the k-nearest-neighbor classifier, on images that were held out: each"
+    " image gets the class that most of its nearest images have.",
+    "View retrieval": "Of two views of each image: how often is the other view of the same image"
+    " the nearest, among the other views of all images? It needs no labels. In the progress line:"
+    " views.",
+    "Wait": "The share of the time in which the training waited for images.",
+    "Learning rate": "How large the steps of the training are.",
+    "Collapse": "All images get the same output, or outputs on one line. Then the features say"
+    " little or nothing about the images, although the loss is low.",
+    "Learned little": "A verdict. Nothing has collapsed, but the features are not better than"
+    " pixels, a color histogram, or the network before training.",
+    "Label-free score": "A number that compares features without labels. It is high if an image is"
+    " recognized in another view of it, and if its most similar images stay the same there.",
+    "Patches": "Features from small pieces of the images, computed without a network.",
 }
 PROGRESS_WORDS = ("Epoch", "Loss", "std", "kNN", "View retrieval", "Wait")
