@@ -256,9 +256,18 @@ def test_the_readmes_table_and_the_drawing_are_current():
     assert figure3.format_methods_markdown() in (HERE / "README.md").read_text()
     assert (HERE / "docs" / "figure3.svg").read_text() == figure3.draw_methods_svg() + "\n"
     assert all(
-        name in figure3.format_methods_table() and f">{name}<" in figure3.draw_methods_svg()
+        name in figure3.format_methods_table(80) and f">{name}<" in figure3.draw_methods_svg()
         for name in METHODS
     )
+
+
+@pytest.mark.parametrize("width", [80, 120, 1000])
+def test_the_table_of_methods_fits_the_terminal(width):
+    lines = figure3.format_methods_table(width).splitlines()
+    assert max(map(len, lines)) <= width
+    for row in METHODS.values():
+        shown = "  ".join(line for line in lines if line.split("  ")[0] == row.name)
+        assert all(cell in shown for cell in figure3.table_cells(row))
 
 
 def test_the_page_add_a_method_runs(monkeypatch):

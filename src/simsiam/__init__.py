@@ -54,8 +54,8 @@ if TYPE_CHECKING:
     from simsiam.pages.preview import preview as preview
     from simsiam.pages.report import report as report
     from simsiam.runs.checkpoints.convert import convert as convert
-    from simsiam.runs.encoder import load as load
     from simsiam.runs.run_folder import Run as Run
+    from simsiam.runs.weights import load as load
     from simsiam.training.adaptation.adapt import adapt as adapt
     from simsiam.training.inspect import inspect as inspect
     from simsiam.training.launch import pretrain as pretrain
@@ -85,7 +85,7 @@ _MODULES = {
     "evaluate": "evaluation.evaluate",
     "export": "exports.export",
     "inspect": "training.inspect",
-    "load": "runs.encoder",
+    "load": "runs.weights",
     "make_views": "data.views",
     "negative_cosine": "model.losses",
     "neighbors": "embeddings.neighbors",

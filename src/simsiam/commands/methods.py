@@ -1,6 +1,7 @@
 """The verb `methods`."""
 
 import argparse
+import shutil
 
 from simsiam.commands.output import print_lines
 
@@ -31,7 +32,7 @@ def run(options: argparse.Namespace) -> None:
     from simsiam.config import figure3
 
     formatters = {
-        "text": figure3.format_methods_table,
+        "text": lambda: figure3.format_methods_table(shutil.get_terminal_size().columns),
         "markdown": figure3.format_methods_markdown,
         "svg": figure3.draw_methods_svg,
     }

@@ -51,12 +51,23 @@ def table_cells(row: Method) -> tuple[str, ...]:
     )
 
 
-def format_methods_table() -> str:
-    """Make the table of all methods as plain text."""
+def format_methods_table(width: int) -> str:
+    """Make the table of all methods as plain text.
+
+    Args:
+        width: Characters in a line. What does not fit beside the names of the methods follows
+            below, as another table.
+    """
     rows = [COLUMNS, *map(table_cells, METHODS.values())]
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows
+    columns = [[cell.ljust(max(map(len, column))) for cell in column] for column in zip(*rows)]
+    names, *rest = columns
+    tables = [[names]]
+    for column in rest:
+        if sum(len(other[0]) + 2 for other in tables[-1]) + len(column[0]) > width:
+            tables.append([names])
+        tables[-1].append(column)
+    return "\n\n".join(
+        "\n".join("  ".join(row).rstrip() for row in zip(*table)) for table in tables
     )
 
 

@@ -34,17 +34,14 @@ def build_backbone(recipe: ResolvedRecipe) -> nn.Module:
 
 
 def load(run: str | os.PathLike[str], *, head: bool = True) -> nn.Module:
-    """Load the encoder of a finished run: its backbone, and its head where it has one.
+    """Load the encoder of a finished run; see `simsiam.load`, which also takes weights.
 
     Args:
         run: The run folder.
         head: Whether to load the head; without it, the result is the backbone alone.
 
     Returns:
-        A module in eval mode, from normalized images (N, C, H, W) to features h (N, `.dim`). Its
-        parameters have no gradients; `requires_grad_(True)` gives them back. Its attribute
-        `.transform` turns image files and images into such a batch. It is an `Encoder` if there is
-        a head, else the backbone.
+        A module in eval mode, from normalized images (N, C, H, W) to features h (N, `.dim`).
 
     Raises:
         UsageError: There is no backbone, or it does not fit the recipe, or the head does not fit

@@ -35,7 +35,8 @@ from simsiam.runs.checkpoints.timm_weights import (
     timm_folder,
 )
 from simsiam.runs.closed_form import fit_patches_run
-from simsiam.runs.encoder import build_backbone, load
+from simsiam.runs.encoder import build_backbone
+from simsiam.runs.encoder import load as load_run
 from simsiam.runs.run_folder import BACKBONE_FILE, HEAD_FILE, ORIGIN_FILE, Run
 from simsiam.utils.checksums import file_sha256
 from simsiam.utils.files import cache_dir, file_lock, writable_cache
@@ -90,6 +91,32 @@ def open_weights(
             "--backbone out"
         )
     return path
+
+
+def load(
+    run: str | os.PathLike[str], *, head: bool = True, backbone: str | None = None
+) -> nn.Module:
+    """Load the encoder of a finished run or of weights: its backbone, and its head if it has one.
+
+    >>> encoder = load("lite0")
+    >>> h = encoder(encoder.transform("photo.jpg"))  # (1, encoder.dim)
+
+    Args:
+        run: A run folder, or weights; see `open_weights`.
+        head: Whether to load the head; without it, the result is the backbone alone.
+        backbone: The network of a file of weights; needed if it is no ResNet.
+
+    Returns:
+        A module in eval mode, from normalized images (N, C, H, W) to features h (N, `.dim`). Its
+        parameters have no gradients; `requires_grad_(True)` gives them back. Its attribute
+        `.transform` turns image files and images into such a batch. It is an `Encoder` if there is
+        a head, else the backbone.
+
+    Raises:
+        UsageError: There is no such run or weights, or its files do not fit together.
+        WorkFailed: A download failed.
+    """
+    return load_run(open_weights(run, backbone=backbone), head=head)
 
 
 def run_folder_of(name: str | os.PathLike[str]) -> Path | None:
@@ -194,7 +221,7 @@ def load_init_weights(model: nn.Module, recipe: ResolvedRecipe) -> None:
     )
     tensors, _ = fit_positions(
         recipe.backbone,
-        load(folder, head=False).state_dict(),
+        load_run(folder, head=False).state_dict(),
         model.state_dict(),
         image_size=recipe.image_size,
         channels=recipe.channels,
