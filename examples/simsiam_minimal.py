@@ -74,7 +74,8 @@ class SimSiam(nn.Module):
         """Return the loss, a scalar, and z (N, d) of the first view."""
         z1, z2 = self.projector(self.backbone(x1)), self.projector(self.backbone(x2))
         p1, p2 = self.predictor(z1), self.predictor(z2)
-        return D(p1, z2) / 2 + D(p2, z1) / 2, z1
+        loss = D(p1, z2) / 2 + D(p2, z1) / 2
+        return loss, z1
 
 
 def D(p, z):

@@ -1,7 +1,7 @@
 """The words of a run's progress line and of its report; docs/glossary.md has the same texts."""
 
 WORDS = {
-    "Epoch": "The training has seen each image once.",
+    "Epoch": "A part of the training in which each image is seen once.",
     "Loss": "The number that training makes smaller. SimSiam's loss is the negative cosine of p and"
     " t: -1 is best, 0 means that p and t have nothing in common. A low loss can also be a"
     " collapse.",
@@ -11,18 +11,17 @@ WORDS = {
     "Rank": "The effective rank: how many directions the features h or the outputs z use. Near 1"
     " means a collapse. A rank that is higher than another is not always better.",
     "kNN": "The accuracy of the k-nearest-neighbor classifier, on images that were held out: each"
-    " image gets the class that most of its nearest images have.",
-    "View retrieval": "Of two views of each image: how often is the other view of the same image"
-    " the nearest, among the other views of all images? It needs no labels. In the progress line:"
-    " views.",
+    " image gets the class that most of the images with similar features have.",
+    "View retrieval": "How often a view of an image is more similar to another view of the same"
+    " image than to views of other images. It needs no labels. In the progress line: views.",
     "Wait": "The share of the time in which the training waited for images.",
     "Learning rate": "How large the steps of the training are.",
     "Collapse": "All images get the same output, or outputs on one line. Then the features say"
     " little or nothing about the images, although the loss is low.",
     "Learned little": "A verdict. Nothing has collapsed, but the features are not better than"
     " pixels, a color histogram, or the network before training.",
-    "Label-free score": "A number that compares features without labels. It is high if an image is"
-    " recognized in another view of it, and if its most similar images stay the same there.",
+    "Label-free score": "A number that compares features without labels. It is high if two views"
+    " of an image have similar features, and similar images as neighbors.",
     "Patches": "Features from small pieces of the images, computed without a network.",
 }
 PROGRESS_WORDS = ("Epoch", "Loss", "std", "kNN", "View retrieval", "Wait")
