@@ -34,12 +34,14 @@ TRAINING = {"limit": 64, "steps": 2, "batch_size": 16, "backbone": "resnet10", "
 SMALL = {
     "adapt": {"limit": 30},
     "build": {"width": 8},
-    "evaluate": {"limit": 200, "draws": 1, "finetune_epochs": 1, "linear_epochs": 1},
+    "evaluate": {
+        "limit": 2000, "draws": 1, "baselines": False, "finetune_epochs": 1, "linear_epochs": 1,
+    },
     "pretrain": TRAINING,
     "reproduce": {"plan": True},
     "search": {"encoder": "patches"},
     "transfer": BRIEF,
-}
+}  # fmt: skip
 SHORT = {"adapt": {"minutes": 0.4}, "torchrun": {"nproc-per-node": 2}}  # instead of the page's
 
 # Beginnings of lines that are not run, and why.
