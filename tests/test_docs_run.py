@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from conftest import flags
 from PIL import Image
+from test_annotations import CAR, voc, xml
 from test_transfer import BRIEF
 
 import simsiam
@@ -65,7 +66,9 @@ CANNOT_RUN = {
     "simsiam transfer RUN cells/ --init ResNet18_Weights": "downloads weights",
 }
 # Those that take a few seconds are run for every commit, the others by `make test-all`.
-QUICK_PAGES = {"docs/ARCHITECTURE.md", "docs/systems.md", "docs/duplicates.md"}
+QUICK_PAGES = {
+    *("docs/add_a_method.md", "docs/duplicates.md", "docs/own_loop.md", "docs/systems.md"),
+}
 
 
 def name_of(page: Path) -> str:
@@ -161,8 +164,13 @@ def prepared(tmp_path_factory):
     labels = "path,label\n" + "".join(f"{i}.jpg,{('cat', 'dog')[i % 2]}\n" for i in range(12))
     for name in ("labels.csv", "photos.labels.csv"):
         (folder / name).write_text(labels)
-    for name in ("cells", "coco"):
-        write_scenes(folder / name, {"train": 8, "val": 3, "test": 4})
+    write_scenes(folder / "coco", {"train2017": 24, "val2017": 4})
+    for file in (folder / "coco" / "annotations").iterdir():
+        file.rename(file.with_name(f"instances_{file.name}"))
+    names = [str(i) for i in range(28)]
+    for name in ("cells", "VOCdevkit/VOC2007", "VOCdevkit/VOC2012"):
+        splits = {"trainval": names[:24], "test": names[24:]}
+        voc(folder / name, dict.fromkeys(names, xml([CAR])), splits)
     for bench in ROOT.glob("results/bench*.json"):
         (folder / "results").mkdir(exist_ok=True)
         shutil.copy(bench, folder / "results")
@@ -185,6 +193,8 @@ def test_each_line_runs_or_is_listed_with_a_reason():
     assert not unknown, "run them, list them in CANNOT_RUN, or make the block ```text"
     unused = {start for start in CANNOT_RUN if not any(line.startswith(start) for _, line in lines)}
     assert not unused, "CANNOT_RUN lists lines that no page has"
+    quick = {name_of(page) for page in filter(runs_something, PAGES)}
+    assert quick >= QUICK_PAGES, "QUICK_PAGES lists pages that run nothing"
     languages = {language for page in PAGES for language, _ in read_blocks(page)}
     assert languages <= {*SHELL, *SHOWN, "python"}, "say here whether blocks of it are run"
 
