@@ -453,6 +453,13 @@ MUTATIONS = [
         '"split": forward_per_view',
         "targets.py::test_split_statistics_are_an_eighths_and_the_copys_company_differs",
     ),
+    m(
+        "let the gradient flow into the target",
+        "model/siamese",
+        "t = {views: t[views].detach() for views in t}",
+        "pass",
+        "notebooks.py::test_collapse",
+    ),
     # D
     m(
         "turn the cosine round",
@@ -1688,6 +1695,13 @@ MUTATIONS = [
         "        except Stopped as error:\n            stop = error\n",
         "        except Stopped:\n            raise\n",
         "adapt.py::test_a_signal_during_training_keeps_the_best_of_what_was_tried",
+    ),
+    m(
+        "estimate the time on more images than there are",
+        "training/adaptation/adapt",
+        "    few = images.reduce(TRIAL_IMAGES)",
+        "    few = Sample(images.pixels[:TRIAL_IMAGES], TRIAL_IMAGES * 5 // 8, None, [])",
+        "adapt.py::test_the_fewest_images_that_are_taken_are_enough",
     ),
     # what a run is worth
     m(

@@ -21,6 +21,7 @@ from simsiam.model import patches as patches_module
 from simsiam.model.precision import Compute
 from simsiam.model.view_noise import center
 from simsiam.monitoring.candidates import (
+    MIN_IMAGES,
     Candidate,
     backbone_candidates,
     build_encoder,
@@ -260,6 +261,12 @@ def test_the_advice_of_an_encoder_that_is_kept_is_to_keep_it(sample, branches, t
     assert summary["advice"] == (
         "Unchanged is best: nothing that was tried is better than net unchanged."
     )
+
+
+def test_the_fewest_images_that_are_taken_are_enough(tmp_path):
+    """The trial that estimates the time has fewer images then as well."""
+    path = simsiam.adapt("shapes", limit=MIN_IMAGES, out=tmp_path / "run")
+    assert Run(path).json("adapt.json")["candidates"]
 
 
 def test_too_few_images_are_refused_in_one_line(tmp_path):

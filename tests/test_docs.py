@@ -81,7 +81,7 @@ def test_the_glossary_explains_the_words_of_the_report_as_the_report_does():
 def test_every_link_of_the_site_leads_to_a_page_of_the_site(tmp_path):
     subprocess.run([sys.executable, ROOT / "docs" / "prepare_site.py", tmp_path], check=True)
     pages = list(tmp_path.glob("**/*.md"))
-    assert {"index.md", "tutorial.md", "commands.md"} <= {page.name for page in pages}
+    assert {"index.md", "finetune.md", "commands.md"} <= {page.name for page in pages}
     for page in pages:
         for link in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", re.sub(FENCED, "", read(page))):
             assert (page.parent / link).is_file(), f"{page.relative_to(tmp_path)}: {link}"

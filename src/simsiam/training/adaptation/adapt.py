@@ -199,7 +199,7 @@ def affordable(
         At least the first one.
     """
     kept: dict[str, nn.Module] = {}
-    few = Sample(images.pixels[:TRIAL_IMAGES], TRIAL_IMAGES * 5 // 8, None, [])
+    few = images.reduce(TRIAL_IMAGES)
 
     def seconds(names: Sequence[str]) -> float:
         """Of measuring the sample; views are made once, whatever the number of backbones."""
