@@ -142,6 +142,13 @@ MUTATIONS = [
         "run_files.py::test_the_metrics_are_on_the_disk_before_the_checkpoint_that_assumes_them",
     ),
     m(
+        "leave a run without marks to who is killed while its folder is made",
+        "runs/run_folder",
+        "mark_places(path, **places)\n        write_recipe(path, recipe)",
+        "write_recipe(path, recipe)\n        mark_places(path, **places)",
+        "own_marks.py::test_a_run_that_is_killed_while_its_folder_is_made_is_its_users",
+    ),
+    m(
         "show any picture of the disk",
         "runs/run_folder",
         "if path.is_relative_to(self.path.resolve()):",

@@ -20,6 +20,8 @@ from PIL import Image
 
 import simsiam
 from simsiam.commands.main import main
+from simsiam.runs import run_folder
+from simsiam.runs.run_folder import write_recipe
 
 MARKS_FILE, KEY_FILE = "own_marks.txt", "run_key.txt"
 # Places in the network, of every kind that a source may have; {} is the port of a server here.
@@ -267,3 +269,24 @@ def test_a_teacher_of_a_stranger_is_not_loaded(tmp_path, monkeypatch):
     with pytest.raises(simsiam.UsageError, match=words) as error:
         simsiam.pretrain("shapes", recipe=str(file), out=tmp_path / "run")
     assert "--teacher hf-hub:a/b" in str(error.value)
+
+
+@pytest.mark.parametrize("written", [False, True], ids=["before the recipe", "after it"])
+def test_a_run_that_is_killed_while_its_folder_is_made_is_its_users(photos, monkeypatch, written):
+    """Whatever there is after the kill: the same command, or `resume`, goes on."""
+
+    def write_and_die(*arguments):
+        if written:
+            write_recipe(*arguments)
+        raise SystemExit("killed")
+
+    settings = QUICK | {"steps": 2, "out": "run"}
+    with monkeypatch.context() as patch:
+        patch.setattr(run_folder, "write_recipe", write_and_die)
+        with pytest.raises(SystemExit, match="killed"):
+            simsiam.pretrain(str(photos), **settings)
+    if written:
+        simsiam.resume("run")
+    else:
+        simsiam.pretrain(str(photos), **settings)
+    assert simsiam.Run("run").json("summary.json")["steps"] == 2

@@ -51,7 +51,7 @@ from simsiam.runs.weight_files import (
     tensors_sha256,
 )
 from simsiam.sources.fingerprint import compare_sources
-from simsiam.sources.own_marks import mark_places
+from simsiam.sources.own_marks import MARKS_FILE, mark_places
 from simsiam.utils.checksums import is_intact, read_with_checksum, seal, write_with_checksum
 from simsiam.utils.files import (
     atomic_write,
@@ -306,7 +306,9 @@ class Run(TrainingFolder):
 
     @classmethod
     @rank_zero_only
-    def create(cls, path: str | os.PathLike[str], recipe: ResolvedRecipe) -> "Run":
+    def create(
+        cls, path: str | os.PathLike[str], recipe: ResolvedRecipe, **places: Sequence[str]
+    ) -> "Run":
         """Create a run folder, or open the run that `check_vacant` allows to continue.
 
         Its source is marked as named by the user; see `simsiam.sources.own_marks`.
@@ -314,6 +316,7 @@ class Run(TrainingFolder):
         Args:
             path: The folder.
             recipe: The recipe of the run.
+            **places: Other places to mark, by their setting, such as `init`.
 
         Raises:
             UsageError: The folder exists or cannot be created.
@@ -323,9 +326,11 @@ class Run(TrainingFolder):
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UsageError(f"cannot write to {path}: {error.strerror or error}") from None
-        write_recipe(path, recipe)
         if recipe.source not in CONVERTED_SOURCES:
-            mark_places(path, source=recipe.source)
+            places["source"] = recipe.source
+        # Before the recipe: a process that is killed between leaves no run without marks.
+        mark_places(path, **places)
+        write_recipe(path, recipe)
         for name in SUBFOLDERS:
             (path / name).mkdir(exist_ok=True)
         return cls(path)
@@ -787,7 +792,7 @@ def check_vacant(path: str | os.PathLike[str], recipe: ResolvedRecipe | None = N
     if not path.exists():
         return path
     # A process may have been killed before it had written the recipe.
-    if path.is_dir() and set(path.iterdir()) <= set(stale_parts(path)):
+    if path.is_dir() and set(path.iterdir()) <= {path / MARKS_FILE, *stale_parts(path)}:
         remove_stale_parts(path)
         return path
     restarted = recipe is not None and "TORCHELASTIC_RUN_ID" in os.environ

@@ -82,11 +82,11 @@ def pretrain(
         data, setup = prepare_data(complete, opened), build_training_setup(complete)
         messages = format_labeled_lines("recipe", reasons)
         messages += format_labeled_lines("run", [str(path)])
-        with Run.create(path, complete).lock() as run:
+        init, teacher = ([name] if name else [] for name in (complete.init, complete.teacher))
+        run = Run.create(path, complete, init=init, teacher=teacher, loggers=loggers)
+        with run.lock():
             record_origin(run)
             choose_loggers(run, loggers)
-            init, teacher = ([name] if name else [] for name in (complete.init, complete.teacher))
-            mark_places(run.path, init=init, teacher=teacher, loggers=loggers)
             train_run(run, data, setup, messages)
     return path
 
