@@ -34,7 +34,8 @@ from simsiam.laboratory.jobs import (
     unique_jobs,
 )
 from simsiam.laboratory.scales import SCALES, Scale
-from simsiam.laboratory.switches.recording import RecordedPretraining
+from simsiam.laboratory.switches.page import render_switches
+from simsiam.laboratory.switches.recording import RecordedPretraining, choose_images
 from simsiam.runs.run_folder import Run
 from simsiam.sources.open_source import absolute_source, absolute_sources, open_source
 from simsiam.sources.own_marks import mark_places
@@ -469,7 +470,22 @@ class Campaign:
             rows=rows,
         )
         write_text(page, text)
+        if experiment.record_steps:
+            self.write_switches(path.with_suffix(".html"), metadata, grid)
         return page
+
+    def write_switches(self, path: Path, metadata: Mapping[str, object], grid: JobGrid) -> None:
+        """Write the interactive page of an experiment that records steps.
+
+        Args:
+            path: The page.
+            metadata: The content of the experiment's JSON file.
+            grid: All of its jobs, which share their images.
+        """
+        recipe = next(iter(unique_jobs([grid]).values())).recipe
+        source = open_source(recipe.source, no_labels=recipe.no_labels)
+        if html := render_switches(metadata, choose_images(source, recipe)[0]):
+            write_text(path, html)
 
     def draw_accuracies(
         self,

@@ -17,7 +17,7 @@ from scipy.linalg import orthogonal_procrustes
 from torch import Tensor
 from typing_extensions import TypedDict, override
 
-from simsiam.config.recipes import ResolvedRecipe
+from simsiam.config.recipes import Recipe
 from simsiam.data.batches import make_training_views
 from simsiam.data.images import Images, load_into_memory, sample
 from simsiam.data.transform import iter_crops
@@ -93,7 +93,7 @@ def steps_to_record(steps: int) -> list[int]:
     return sorted({0, *np.ceil((shares * steps).round(6)).astype(int).tolist()})
 
 
-def choose_images(source: Source, recipe: ResolvedRecipe) -> tuple[Images, Images]:
+def choose_images(source: Source, recipe: Recipe) -> tuple[Images, Images]:
     """Choose the images that are recorded, and those that vote in kNN.
 
     Args:
@@ -124,7 +124,8 @@ def describe_outputs(h: Tensor, z: Tensor) -> Outputs:
     centered = z - z.mean(0)
     # Those of the covariance, and zeros, all times N.
     eigenvalues = torch.linalg.eigvalsh(centered @ centered.T).clamp_min(0).flip(0)
-    spectrum = (eigenvalues / eigenvalues.sum().clamp_min(1e-30))[:NUM_EIGENVALUES]
+    kept = eigenvalues[: min(NUM_EIGENVALUES, z.shape[1])]
+    spectrum = kept / eigenvalues.sum().clamp_min(1e-30)
     unit = F.normalize(h, dim=1)
     unit = unit - unit.mean(0)
     axes = torch.linalg.svd(unit, full_matrices=False).Vh[:2]
