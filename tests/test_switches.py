@@ -1,10 +1,8 @@
 """The experiment `switches`: what is recorded of a run, what is said of it, and its page."""
 
 import base64
-import itertools
 import json
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,14 +12,13 @@ from test_explore_browser import AXE
 from test_laboratory import reproduce, small  # noqa: F401
 from test_report import visit  # noqa: F401
 
-from simsiam.config.methods import METHODS
 from simsiam.config.recipes import Recipe
 from simsiam.data.images import from_arrays
 from simsiam.errors import WorkFailed
 from simsiam.laboratory.experiments import SWITCH_CELLS
 from simsiam.laboratory.scales import SCALES
 from simsiam.laboratory.switches import recording
-from simsiam.laboratory.switches.page import collect_turns, read_options, render_switches
+from simsiam.laboratory.switches.page import read_options, render_switches
 from simsiam.laboratory.switches.recording import (
     RecordedPretraining,
     align,
@@ -219,3 +216,193 @@ def test_an_ending_is_judged_by_the_rule_of_the_verdict():
     assert describe_ending(BAD, None).startswith("Collapsed: z uses 1.1")
     assert describe_ending(ending(2.5, 30), 10).startswith("Partly collapsed")
     assert describe_ending(GOOD._replace(state="diverged"), 10).startswith("Diverged")
+
+
+# --- the page -------------------------------------------------------------------------------------
+
+
+def drawn():
+    """The content of a switches.json with drawn numbers, and its images."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(NUM_IMAGES) % 2
+    images = from_arrays(
+        "test", rng.integers(0, 256, (NUM_IMAGES, 3, 32, 32), np.uint8), labels, CLASSES
+    )
+    runs = []
+    for cell, overrides in SWITCH_CELLS.items():
+        recipe = SCALES["tiny"].recipe(overrides, common={}, epochs=200, source=("shapes",))
+        steps = 16 * 250 // recipe.batch_size
+        fails = "no stop" in cell or "no predictor" in cell
+        for seed in range(2 if cell.endswith("middle batch") else 1):
+            spectrum = [0.9, 0.1, 0.0] if fails else [0.4, 0.3, 0.2]
+            noise = float(rng.random() / 10)
+            recorded = {
+                "steps": [0, steps // 2, steps],
+                "loss": [0.0, -0.3, -0.9 - noise if fails else -0.6 - noise],
+                "z_std_sqrt_d": [1.0, 0.9, 0.5 if fails else 0.97],
+                "z_rank": [30.0, 10.0, 1.2 + noise if fails else 6 + noise],
+                "h_rank": [9.0, 8.0, 7.0],
+                "knn_top1": [20.0, 30.0, 25.0 + noise if fails else 60.0 + noise],
+                "spectrum": [[0.1, 0.1, 0.1], [0.2, 0.2, 0.2], spectrum],
+                "extent": 0.8,
+                "points": [
+                    base64.b64encode(
+                        rng.integers(0, 256, (NUM_IMAGES, 2), np.uint8).tobytes()
+                    ).decode()
+                    for _ in range(3)
+                ],
+            }
+            runs.append(
+                {
+                    "cell": cell, "seed": seed, "values": {"diverged": 0.0},
+                    "recipe": recipe.to_dict(), "recording": recorded,
+                    "environment": {"commit": "0" * 40, "device": "a drawn device"},
+                }
+            )  # fmt: skip
+    command = "simsiam reproduce switches --scale tiny"
+    return {"command": command, "metric": "shapes, linear top-1 (%)", "runs": runs}, images
+
+
+def data_of(html):
+    return json.loads(re.search(r'id="data">(.*?)</script>', html)[1])
+
+
+def test_every_turn_of_one_switch_is_described_from_the_recorded_values():
+    metadata, images = drawn()
+    data = data_of(render_switches(metadata, images))
+    assert len(data["runs"]) == 24 and data["batch_sizes"] == [16, 64, 256]
+    assert len(data["turns"]) == 24 * (1 + 1 + 1 + 2)
+    by_options = {json.dumps(run["options"], sort_keys=True): run for run in data["runs"]}
+    for run in metadata["runs"]:
+        shown = by_options[json.dumps(read_options(run["recipe"]), sort_keys=True)]
+        if run["seed"] == 0:
+            assert shown["recording"] == run["recording"]
+        else:
+            assert shown["repeats"][0]["loss"] == run["recording"]["loss"]
+    for name, turn in data["turns"].items():
+        start, end = (data["runs"][int(i)] for i in name.split("-"))
+        ranks = [run["recording"]["z_rank"][-1] for run in (start, end)]
+        expected = (
+            "lower"
+            if ranks[1] * 1.5 <= ranks[0]
+            else "higher"
+            if ranks[1] >= ranks[0] * 1.5
+            else "about the same"
+        )
+        assert turn["rank"] == expected
+        back = data["turns"]["-".join(reversed(name.split("-")))]
+        assert {turn["knn"], back["knn"]} in ({"about the same"}, {"lower", "higher"})
+        assert len(turn["sentences"]) == 2
+
+
+def test_a_page_of_other_images_or_of_no_run_is_not_written():
+    metadata, images = drawn()
+    with pytest.raises(WorkFailed, match="not the images that the runs"):
+        render_switches(metadata, images.take(np.arange(5)))
+    for run in metadata["runs"]:
+        del run["recording"]
+    assert render_switches(metadata, images) == ""
+
+
+@pytest.fixture
+def drawn_page(tmp_path):
+    metadata, images = drawn()
+    path = tmp_path / "switches.html"
+    path.write_text(render_switches(metadata, images), encoding="utf-8")
+    return path, data_of(path.read_text(encoding="utf-8"))
+
+
+def turn(tab, switch, value):
+    tab.locator(f"input[name={switch}][value='{value}']").check()
+
+
+def test_a_reader_predicts_turns_a_switch_and_sees_that_run(visit, drawn_page):  # noqa: F811
+    path, data = drawn_page
+    tab = visit(path)
+    assert tab.locator(".ending").inner_text().startswith("Not collapsed: z uses 6")
+    assert (
+        tab.locator("#position")
+        .get_attribute("aria-valuetext")
+        .endswith("62 of 62, 3,968 images seen")
+    )
+    turn(tab, "stop_gradient", "off")
+    answer = tab.locator("#answer")
+    assert "Predict: stop-gradient off" in answer.inner_text()
+    assert tab.locator(".ending").inner_text().startswith("Not collapsed")  # not before the turn
+    tab.get_by_label("fewer directions").check()
+    tab.get_by_label("higher", exact=True).check()
+    tab.get_by_role("button", name="Turn the switch").click()
+    text = answer.inner_text()
+    assert "rank of z: lower" in text and "As you expected" in text
+    assert "kNN accuracy of h: lower" in text and "You expected: higher" in text
+    assert "flows into both sides" in text and "another seed, changed in the same way" in text
+    assert tab.evaluate("document.activeElement.id") == "answer"
+    wanted = {"stop_gradient": "off", "predictor": "on", "batch_norm": "on", "batch_size": 64}
+    run = next(run for run in data["runs"] if run["options"] == wanted)
+    assert tab.locator(".ending").inner_text() == run["ending"]
+    assert tab.evaluate("switchPage.run.options") == wanted
+    # the slider: all parts show that record
+    tab.locator("#position").fill("1")
+    assert "step 31 of 62, 1,984 images seen" in tab.locator(".player output").inner_text()
+    assert "20.0 % of the variance" in tab.locator("#spectrum").inner_text()
+    values = [b.inner_text() for b in tab.locator(".chart .legend b").all()]
+    assert values[0] == "-0.3" and len(values) == 4 * 3  # this run, second seed, before
+    assert "at step 31" in tab.locator(".feature-map canvas").get_attribute("aria-label")
+    goal = np.frombuffer(base64.b64decode(run["recording"]["points"][1]), np.uint8) / 127.5 - 1
+    tab.wait_for_timeout(600)
+    assert tab.evaluate("[...switchPage.map.place]") == pytest.approx(goal, abs=1e-5)
+    tab.get_by_role("button", name="Play").click()
+    tab.get_by_role("button", name="Pause").wait_for()
+    tab.get_by_role("button", name="Play").wait_for()  # at the end it stops
+    assert tab.evaluate("switchPage.position") == 2
+
+
+def test_a_turn_can_be_left_alone_and_needs_no_prediction(visit, drawn_page):  # noqa: F811
+    path, _ = drawn_page
+    tab = visit(path)
+    turn(tab, "batch_norm", "off")
+    tab.get_by_role("button", name="Leave it as it is").click()
+    assert tab.locator("input[name=batch_norm][value=on]").is_checked()
+    turn(tab, "batch_norm", "off")
+    turn(tab, "batch_size", "16")  # one switch at a time: the first one goes back
+    assert tab.locator("input[name=batch_norm][value=on]").is_checked()
+    tab.get_by_label("Ask me for a prediction").uncheck()
+    turn(tab, "batch_size", "256")
+    assert "15 instead of 62" in tab.locator("#answer").inner_text()
+    assert "expected" not in tab.locator("#answer").inner_text()
+    # by keyboard
+    tab.locator("input[name=predictor][value=on]").focus()
+    tab.keyboard.press("ArrowRight")
+    assert tab.evaluate("switchPage.run.options.predictor") == "off"
+    tab.locator("#position").focus()
+    tab.keyboard.press("Home")
+    assert tab.evaluate("switchPage.position") == 0
+
+
+@pytest.mark.parametrize("width", [390, 1024, 1440])
+def test_the_page_of_switches_fits_and_has_names_roles_and_contrast(visit, drawn_page, width):  # noqa: F811
+    tab = visit(drawn_page[0], width)
+    assert tab.evaluate("document.documentElement.scrollWidth") <= width
+    if width == 1024:
+        return
+    tab.evaluate(AXE.read_text(encoding="utf-8"))
+    for scheme in ("light", "dark"):
+        tab.emulate_media(color_scheme=scheme, reduced_motion="reduce")
+        turn(tab, "predictor", "off" if scheme == "light" else "on")
+        for step in ("ask", "answer"):
+            found = tab.evaluate("axe.run().then((result) => result.violations)")
+            assert not found, (
+                scheme,
+                step,
+                [(v["id"], v["nodes"][0]["html"][:160]) for v in found],
+            )
+            if step == "ask":
+                tab.get_by_role("button", name="Turn the switch").click()
+
+
+def test_terms_lead_to_the_glossary(visit, drawn_page):  # noqa: F811
+    tab = visit(drawn_page[0])
+    links = {a.get_attribute("href") for a in tab.locator("main a").all()}
+    terms = "feature view encoder projector predictor stop-gradient collapse knn"
+    terms += " linear-evaluation representation-rank batch-norm spectrum"
+    assert links == {f"../glossary.html#{term}" for term in terms.split()}

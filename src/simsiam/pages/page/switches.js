@@ -119,7 +119,7 @@ class SwitchPage {
   }
 
   say(...content) {
-    this.answer.replaceChildren(...content);
+    this.answer.replaceChildren(...content.flat());
   }
 
   /** Set the radio buttons to what is shown, except for the switch that is about to be turned. */
