@@ -3,6 +3,8 @@
 import base64
 import json
 import re
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -406,3 +408,18 @@ def test_terms_lead_to_the_glossary(visit, drawn_page):  # noqa: F811
     terms = "feature view encoder projector predictor stop-gradient collapse knn"
     terms += " linear-evaluation representation-rank batch-norm spectrum"
     assert links == {f"../glossary.html#{term}" for term in terms.split()}
+
+
+def test_the_experiment_writes_its_page_from_runs_or_from_its_json_alone(small):  # noqa: F811
+    cell = "stop-gradient, predictor, batch norm, small batch"
+    arguments = ["switches", "--only", cell, "--seeds", 1, "--epochs", 1, *small]
+    assert reproduce(*arguments) == 0
+    page, table = Path("results/tiny/switches.html"), Path("results/tiny/switches.json")
+    data, runs = data_of(page.read_text(encoding="utf-8")), json.loads(table.read_text())["runs"]
+    recorded = [run["recording"] for run in runs if run["cell"] == cell]
+    assert [run["recording"] for run in data["runs"]] == recorded
+    assert data["batch_sizes"] == [16] and recorded[0]["steps"][-1] == 10
+    before = {path.name: path.read_bytes() for path in Path("results/tiny").iterdir()}
+    shutil.rmtree("runs")
+    assert reproduce(*arguments) == 0 and not Path("runs").exists()
+    assert before == {path.name: path.read_bytes() for path in Path("results/tiny").iterdir()}

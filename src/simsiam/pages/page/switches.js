@@ -25,11 +25,11 @@ const SWITCHES = [
 const CURVES = [
   {
     key: "loss", title: "Loss",
-    note: "−1: both views of every image agree; 0: they have nothing in common",
+    note: "−1: the views of each image agree; 0: they have nothing in common",
   },
   {
     key: "z_std_sqrt_d", title: "Standard deviation of z, × √d", from: 0, mark: 1,
-    note: "dotted line: the target, 1/√d before it is multiplied; 0: all images get the same z",
+    note: "how much images differ in z; dotted, the target 1/√d: evenly; 0: all have the same z",
   },
   {
     key: "z_rank", title: "Effective rank of z", from: 0,
@@ -37,7 +37,7 @@ const CURVES = [
   },
   {
     key: "knn_top1", title: "kNN accuracy of h, %", from: 0,
-    note: "share of the images whose class their nearest neighbors know",
+    note: "images whose class their nearest neighbors tell; training sees no classes",
   },
 ];
 const QUESTIONS = [
@@ -211,7 +211,7 @@ class SwitchPage {
     const player = el("div", { class: "player card" }, this.play,
       el("label", { for: "position" }, "Recorded step"), this.slider, this.place);
     return section("run", "The recorded run", "of the settings above", this.ending, player,
-      el("div", { class: "pair" }, this.spectrum, this.map.element), this.charts);
+      this.charts);
   }
 
   showRun() {
@@ -239,7 +239,8 @@ class SwitchPage {
       });
       return chart;
     }).filter(Boolean);
-    this.charts.replaceChildren(...this.drawn.map((chart) => chart.card));
+    const cards = this.drawn.map((chart) => chart.card);
+    this.charts.replaceChildren(this.map.element, this.spectrum, ...cards);
     this.show(Math.min(this.position, lastPosition(run)));
   }
 
@@ -402,15 +403,19 @@ class FeatureMap {
 
   draw() {
     const { canvas, gallery, place, count } = this;
-    const size = canvas.clientWidth, ratio = window.devicePixelRatio || 1;
-    if (!size || !place) return;
-    const pixels = Math.round(size * ratio);
-    if (canvas.width !== pixels) canvas.width = canvas.height = pixels;
+    const { clientWidth: width, clientHeight: height } = canvas;
+    const ratio = window.devicePixelRatio || 1;
+    if (!width || !place) return;
+    const pixels = [width, height].map((length) => Math.round(length * ratio));
+    if (canvas.width !== pixels[0] || canvas.height !== pixels[1]) {
+      [canvas.width, canvas.height] = pixels;
+    }
     const pen = canvas.getContext("2d");
     pen.setTransform(ratio, 0, 0, ratio, 0, 0);
-    pen.clearRect(0, 0, size, size);
-    const half = size / 2, scale = half - PICTURE / 2 - 2;
-    const x = (i) => half + place[2 * i] * scale, y = (i) => half + place[2 * i + 1] * scale;
+    pen.clearRect(0, 0, width, height);
+    const scale = (Math.min(width, height) - PICTURE) / 2 - 2;
+    const x = (i) => width / 2 + place[2 * i] * scale;
+    const y = (i) => height / 2 + place[2 * i + 1] * scale;
     const color = (i) => (gallery.labels
       ? categoryColor(gallery.labels[i], gallery.classes.length) : categoryColor(0, 1));
     pen.globalAlpha = 0.85;
@@ -447,16 +452,18 @@ function intro() {
       " of an image, changed at random, and trains an ", term("encoder"),
       " to give both nearly the same output z. There is a cheap way to do that: give all images ",
       "the same output. That is ", term("collapse"), ", and nothing useful is learned then."),
-    el("p", {}, `This page holds ${data.num_runs} recorded trainings of a small network. Choose a switch, `,
-      "predict what it will do, turn it, and compare. The numbers are those of these trainings: ",
-      "other images, a larger network or longer training can behave in another way."));
+    el("p", {}, "A view goes through the backbone, which computes the ", term("feature", "features"),
+      " h; the ", term("projector"), " turns h into z. From the z of one view the predictor ",
+      "predicts the z of the other."),
+    el("p", {}, `This page holds ${data.num_runs} recorded trainings of a small network. Choose a `,
+      "switch, predict what it will do, turn it, and compare. The numbers are those of these ",
+      "trainings: other images, a larger network or longer training can behave in another way."));
 }
 
 function about() {
   return section("about", "How this was made", "",
     data.facts.map((text) => el("p", {}, text)),
-    el("p", {}, "Words: the ", term("projector"), " turns the ", term("feature", "features"),
-      " h into z. ", term("knn", "kNN"), " accuracy asks whether images with similar features have ",
+    el("p", {}, term("knn", "kNN"), " accuracy asks whether images with similar features have ",
       "the same class; ", term("linear-evaluation", "linear evaluation"),
       " is another way to ask. The effective rank of z is its ",
       term("representation-rank", "representation rank"), "."));
