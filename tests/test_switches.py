@@ -165,6 +165,9 @@ GOOD, BAD = ending(8, 50), ending(1.1, 20, loss=-0.99, std=0.3)
     [
         ("stop_gradient", GOOD, BAD, "a low loss alone", "Neither"),
         ("stop_gradient", GOOD, BAD._replace(loss=-0.4), "did not collapse", "a low loss alone"),
+        ("stop_gradient", GOOD, BAD._replace(knn=45), "is not the lower one", "Neither"),
+        ("predictor", GOOD, BAD._replace(knn=45), "is not the lower one", "Neither"),
+        ("stop_gradient", GOOD, BAD, "did not collapse", "is not the lower one"),
         ("stop_gradient", GOOD, GOOD, "Neither run collapsed", "flows into both"),
         ("stop_gradient", BAD, BAD, "Both runs collapsed", "did not collapse"),
         ("stop_gradient", BAD, GOOD, "with stop-gradient collapsed, the one without", "flows"),
@@ -215,7 +218,8 @@ def test_seeds_that_disagree_are_shown():
 def test_an_ending_is_judged_by_the_rule_of_the_verdict():
     assert describe_ending(GOOD, 10).startswith("Not collapsed: z uses 8.0 directions")
     assert "guessing gives 10 %" in describe_ending(GOOD, 10)
-    assert describe_ending(BAD, None).startswith("Collapsed: z uses 1.1")
+    assert describe_ending(BAD, None).startswith("Collapsed: z uses only 1.1")
+    assert "nearly the same z" in describe_ending(BAD._replace(std=0.04), None)
     assert describe_ending(ending(2.5, 30), 10).startswith("Partly collapsed")
     assert describe_ending(GOOD._replace(state="diverged"), 10).startswith("Diverged")
 
@@ -321,7 +325,7 @@ def turn(tab, switch, value):
 def test_a_reader_predicts_turns_a_switch_and_sees_that_run(visit, drawn_page):  # noqa: F811
     path, data = drawn_page
     tab = visit(path)
-    assert tab.locator(".ending").inner_text().startswith("Not collapsed: z uses 6")
+    assert tab.locator(".ending").inner_text().startswith("Not collapsed: z uses 6.0")
     assert (
         tab.locator("#position")
         .get_attribute("aria-valuetext")
@@ -418,7 +422,7 @@ def test_the_experiment_writes_its_page_from_runs_or_from_its_json_alone(small):
     data, runs = data_of(page.read_text(encoding="utf-8")), json.loads(table.read_text())["runs"]
     recorded = [run["recording"] for run in runs if run["cell"] == cell]
     assert [run["recording"] for run in data["runs"]] == recorded
-    assert data["batch_sizes"] == [16] and recorded[0]["steps"][-1] == 10
+    assert data["batch_sizes"] == [16] and recorded[0]["steps"][-1] == 8
     before = {path.name: path.read_bytes() for path in Path("results/tiny").iterdir()}
     shutil.rmtree("runs")
     assert reproduce(*arguments) == 0 and not Path("runs").exists()

@@ -16,6 +16,7 @@ RANK_FACTOR = 1.5  # a rank that changes by less is "about the same"
 # Percentage points of kNN accuracy; about twice the standard error of the difference between two
 # accuracies on 300 images.
 KNN_MARGIN = 8.0
+SAME_STD = 0.1  # below this share of its target, the z of all images are nearly the same
 STD_MARGIN = (
     0.1  # a standard deviation, as a share of its target, that is lower by less is the same
 )
@@ -111,11 +112,15 @@ def describe_ending(ending: Ending, chance: float | None) -> str:
     """
     if ending.state == "diverged":
         return "Diverged: the loss stopped being a finite number. The last record before is shown."
-    state = {"spread": "Not collapsed", "partial collapse": "Partly collapsed"}
-    text = (
-        f"{state.get(ending.state, 'Collapsed')}: z uses {ending.rank:.1f} directions, and its "
-        f"standard deviation is {ending.std:.2f} of its target."
-    )
+    std = f"standard deviation {ending.std:.2f} of its target"
+    if ending.collapsed and ending.std < SAME_STD:
+        text = f"Collapsed: all images get nearly the same z ({std})."
+    elif ending.collapsed:
+        text = f"Collapsed: z uses only {ending.rank:.1f} directions ({std})."
+    elif ending.state == "partial collapse":
+        text = f"Partly collapsed: z uses {ending.rank:.1f} directions ({std})."
+    else:
+        text = f"Not collapsed: z uses {ending.rank:.1f} directions ({std})."
     if ending.knn is not None and chance is not None:
         text += f" kNN accuracy {ending.knn:.0f} %; guessing gives {chance:.0f} %."
     return text
@@ -220,7 +225,7 @@ def explain_stop_gradient(on: Ending, off: Ending) -> str:
                 f" The collapsed run has the lower loss, {off.loss:.2f} against {on.loss:.2f}: a "
                 "low loss alone says nothing about the features."
             )
-        return text
+        return text + _describe_harmless(on, off)
     return _compare_states("stop-gradient", on, off)
 
 
@@ -250,7 +255,7 @@ def explain_predictor(on: Ending, off: Ending) -> str:
             "Without a predictor both sides of the loss are z, and they agree best if all images "
             "give the same z. With a predictor the two sides differ, and this run did not "
             "collapse."
-        )
+        ) + _describe_harmless(on, off)
     return _compare_states("predictor", on, off)
 
 
@@ -304,6 +309,16 @@ def explain_batch_size(before: Ending, after: Ending) -> str:
             )
         return f"{text}, although its loss is not the higher one."
     return f"{text} Why this changed the result so, these numbers do not say."
+
+
+def _describe_harmless(on: Ending, off: Ending) -> str:
+    """Say that a collapsed run has not the lower kNN accuracy, if that is so."""
+    if compare_accuracies(on.knn, off.knn) in (None, "lower"):
+        return ""
+    return (
+        " Yet the kNN accuracy of the collapsed run is not the lower one: z collapsed, and kNN "
+        "asks about h, in trainings as short as these."
+    )
 
 
 def _compare_states(name: str, on: Ending, off: Ending) -> str:
