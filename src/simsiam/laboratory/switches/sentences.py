@@ -17,9 +17,7 @@ RANK_FACTOR = 1.5  # a rank that changes by less is "about the same"
 # accuracies on 300 images.
 KNN_MARGIN = 8.0
 SAME_STD = 0.1  # below this share of its target, the z of all images are nearly the same
-STD_MARGIN = (
-    0.1  # a standard deviation, as a share of its target, that is lower by less is the same
-)
+STD_MARGIN = 0.1  # of its target: a smaller difference of standard deviations is not mentioned
 Change = Literal["lower", "about the same", "higher"]
 
 
