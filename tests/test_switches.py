@@ -335,6 +335,7 @@ def test_a_reader_predicts_turns_a_switch_and_sees_that_run(visit, drawn_page): 
     answer = tab.locator("#answer")
     assert "Predict: stop-gradient off" in answer.inner_text()
     assert tab.locator(".ending").inner_text().startswith("Not collapsed")  # not before the turn
+    assert "stop-gradient on, predictor on" in tab.locator("#run .head").first.inner_text()
     tab.get_by_label("fewer directions").check()
     tab.get_by_label("higher", exact=True).check()
     tab.get_by_role("button", name="Turn the switch").click()
@@ -346,6 +347,7 @@ def test_a_reader_predicts_turns_a_switch_and_sees_that_run(visit, drawn_page): 
     wanted = {"stop_gradient": "off", "predictor": "on", "batch_norm": "on", "batch_size": 64}
     run = next(run for run in data["runs"] if run["options"] == wanted)
     assert tab.locator(".ending").inner_text() == run["ending"]
+    assert "stop-gradient off, predictor on" in tab.locator("#run .head").first.inner_text()
     assert tab.evaluate("switchPage.run.options") == wanted
     # the slider: all parts show that record
     tab.locator("#position").fill("1")

@@ -109,7 +109,6 @@ class SwitchPage {
           radios(item.key, item.options, this.run.options[item.key], choose)),
         el("small", {}, item.note));
     }));
-    this.ending = el("p", { class: "ending" });
     this.answer = el("div", { class: "card stack", role: "status", tabindex: -1, id: "answer" });
     const ask = el("input", {
       type: "checkbox", checked: "", onchange: () => { this.asks = ask.checked; },
@@ -174,6 +173,7 @@ class SwitchPage {
     const { item, value, run } = this.pending;
     const old = this.run, asked = this.asks;
     this.pending = null;
+    this.stop();
     this.before = old;
     this.run = run;
     this.position = lastPosition(run);
@@ -200,6 +200,8 @@ class SwitchPage {
   // --- the recorded run ---
 
   buildRun() {
+    this.settings = el("span");
+    this.ending = el("p", { class: "ending" });
     this.slider = el("input", {
       type: "range", min: 0, step: 1, id: "position",
       oninput: () => { this.stop(); this.show(Number(this.slider.value)); },
@@ -210,12 +212,14 @@ class SwitchPage {
     this.spectrum = el("figure", { class: "card chart stack", id: "spectrum" });
     const player = el("div", { class: "player card" }, this.play,
       el("label", { for: "position" }, "Recorded step"), this.slider, this.place);
-    return section("run", "The recorded run", "of the settings above", this.ending, player,
+    return section("run", "The recorded run", this.settings, this.ending, player,
       this.charts);
   }
 
   showRun() {
     const { run, before } = this, { recording } = run;
+    this.settings.textContent =
+      SWITCHES.map(({ key, name }) => `${name} ${run.options[key]}`).join(", ");
     this.ending.textContent = run.ending;
     this.slider.max = lastPosition(run);
     const lines = (key) => [
@@ -451,7 +455,7 @@ function intro() {
     el("p", {}, "SimSiam learns without labels. It makes two ", term("view", "views"),
       " of an image, changed at random, and trains an ", term("encoder"),
       " to give both nearly the same output z. There is a cheap way to do that: give all images ",
-      "the same output. That is ", term("collapse"), ", and nothing useful is learned then."),
+      "the same output. That is ", term("collapse"), ": z then says nothing about the image."),
     el("p", {}, "A view goes through the backbone, which computes the ", term("feature", "features"),
       " h; the ", term("projector"), " turns h into z. From the z of one view the predictor ",
       "predicts the z of the other."),
