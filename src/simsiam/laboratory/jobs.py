@@ -133,7 +133,7 @@ def plan_jobs(
         if "linear" in experiment.curve_metrics:
             recipe = recipe.replace(save_every=recipe.knn_every)
         prefix = f"{recipe.method.name}-{recipe_digest(recipe)}"
-        prefix += "-recorded" * experiment.record_steps
+        prefix += "-recorded" * experiment.record_steps  # the same run elsewhere has no recording
         key_cell = cell if experiment.train_detectors else ""
         grid[cell] = {}
         for seed in range(seeds or experiment.seeds + (cell in experiment.repeated_cells)):
