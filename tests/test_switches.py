@@ -429,3 +429,18 @@ def test_the_experiment_writes_its_page_from_runs_or_from_its_json_alone(small):
     shutil.rmtree("runs")
     assert reproduce(*arguments) == 0 and not Path("runs").exists()
     assert before == {path.name: path.read_bytes() for path in Path("results/tiny").iterdir()}
+
+
+def test_without_labels_the_page_asks_only_about_the_spectrum(visit, tmp_path):  # noqa: F811
+    metadata, images = drawn()
+    for run in metadata["runs"]:
+        run["recording"]["knn_top1"] = [None] * 3
+    path = tmp_path / "switches.html"
+    unlabeled = from_arrays("test", images.pixels)
+    path.write_text(render_switches(metadata, unlabeled), encoding="utf-8")
+    tab = visit(path)
+    assert "kNN" not in tab.locator(".ending").inner_text()
+    turn(tab, "predictor", "off")
+    tab.get_by_role("button", name="Turn the switch").click()
+    assert "kNN" not in tab.locator("#answer").inner_text()
+    assert tab.locator(".charts .chart").count() == 4  # the spectrum, and three curves
