@@ -220,7 +220,9 @@ def test_an_ending_is_judged_by_the_rule_of_the_verdict():
     assert "guessing gives 10 %" in describe_ending(GOOD, 10)
     assert describe_ending(BAD, None).startswith("Collapsed: z uses only 1.1")
     assert "nearly the same z" in describe_ending(BAD._replace(std=0.04), None)
-    assert describe_ending(ending(2.5, 30), 10).startswith("Partly collapsed")
+    assert describe_ending(ending(2.5, 30), 10).startswith("Partly collapsed: z uses 2.5")
+    similar = GOOD._replace(state="partial collapse", std=0.3)
+    assert "similar z (standard deviation 0.30 of its target)" in describe_ending(similar, 10)
     assert describe_ending(GOOD._replace(state="diverged"), 10).startswith("Diverged")
 
 

@@ -16,6 +16,7 @@ RANK_FACTOR = 1.5  # a rank that changes by less is "about the same"
 # Percentage points of kNN accuracy; about twice the standard error of the difference between two
 # accuracies on 300 images.
 KNN_MARGIN = 8.0
+SIMILAR_STD = 0.5  # below this share, they are similar; both limits are those of the verdict
 SAME_STD = 0.1  # below this share of its target, the z of all images are nearly the same
 STD_MARGIN = 0.1  # of its target: a smaller difference of standard deviations is not mentioned
 Change = Literal["lower", "about the same", "higher"]
@@ -115,6 +116,11 @@ def describe_ending(ending: Ending, chance: float | None) -> str:
         text = f"Collapsed: all images get nearly the same z ({std})."
     elif ending.collapsed:
         text = f"Collapsed: z uses only {ending.rank:.1f} directions ({std})."
+    elif ending.state == "partial collapse" and ending.std < SIMILAR_STD:
+        text = (
+            f"Partly collapsed: all images get similar z ({std}), which differ in "
+            f"{ending.rank:.1f} directions."
+        )
     elif ending.state == "partial collapse":
         text = f"Partly collapsed: z uses {ending.rank:.1f} directions ({std})."
     else:
