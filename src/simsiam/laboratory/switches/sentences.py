@@ -191,7 +191,9 @@ def describe_seeds(
     """
     others = sorted((before.keys() & after.keys()) - {0})
     if not others:
-        return "At least one of the two settings was run with one seed only: another may differ."
+        return (
+            "At least one of the two settings was run with one seed only; another seed may differ."
+        )
     if agree:
         return "A second pair of runs, with another seed, changed in the same way."
     numbers = "; ".join(
@@ -229,7 +231,7 @@ def explain_stop_gradient(on: Ending, off: Ending) -> str:
                 f" The collapsed run has the lower loss, {off.loss:.2f} against {on.loss:.2f}: a "
                 "low loss alone says nothing about the features."
             )
-        return text + _describe_harmless(on, off)
+        return text + _mention_accuracy(on, off)
     return _compare_states("stop-gradient", on, off)
 
 
@@ -259,7 +261,7 @@ def explain_predictor(on: Ending, off: Ending) -> str:
             "Without a predictor both sides of the loss are z, and they agree best if all images "
             "give the same z. With a predictor the two sides differ, and this run did not "
             "collapse."
-        ) + _describe_harmless(on, off)
+        ) + _mention_accuracy(on, off)
     return _compare_states("predictor", on, off)
 
 
@@ -315,21 +317,22 @@ def explain_batch_size(before: Ending, after: Ending) -> str:
     return f"{text} Why this changed the result so, these numbers do not say."
 
 
-def _describe_harmless(on: Ending, off: Ending) -> str:
-    """Say that a collapsed run has not the lower kNN accuracy, if that is so."""
-    if compare_accuracies(on.knn, off.knn) in (None, "lower"):
+def _mention_accuracy(on: Ending, off: Ending) -> str:
+    """Say that the kNN accuracy of a collapsed run, `off`, is not lower, if that is so."""
+    change = compare_accuracies(on.knn, off.knn)
+    if change in (None, "lower"):
         return ""
     return (
-        " Yet the kNN accuracy of the collapsed run is not the lower one: z collapsed, and kNN "
-        "asks about h, in trainings as short as these."
+        f" Yet the kNN accuracy of the collapsed run is {change}: what collapsed is z, and kNN asks "
+        "about h. These trainings are short."
     )
 
 
 def _compare_states(name: str, on: Ending, off: Ending) -> str:
     """Say how two runs ended where the values support no further explanation."""
     if on.state == off.state:
-        both = {"spread": "Neither run collapsed.", "collapsed": "Both runs collapsed."}
-        return both.get(on.state, "Both runs collapsed partly.")
+        both = {"spread": "Neither run collapsed", "collapsed": "Both runs collapsed"}
+        return f"{both.get(on.state, 'Both runs collapsed partly')}, with {name} and without."
     words = {"spread": "did not collapse", "collapsed": "collapsed"}
     with_it, without = (words.get(run.state, "collapsed partly") for run in (on, off))
     return f"The run with {name} {with_it}, the one without {without}."

@@ -33,7 +33,7 @@ const CURVES = [
   },
   {
     key: "z_rank", title: "Effective rank of z", from: 0,
-    note: "the number of directions that z uses; 1: a line",
+    note: "the number of directions that z uses: many before training; 1: all z on a line",
   },
   {
     key: "knn_top1", title: "kNN accuracy of h, %", from: 0,
