@@ -323,8 +323,8 @@ def _mention_accuracy(on: Ending, off: Ending) -> str:
     if change in (None, "lower"):
         return ""
     return (
-        f" Yet the kNN accuracy of the collapsed run is {change}: what collapsed is z, and kNN asks "
-        "about h. These trainings are short."
+        f" Yet the kNN accuracy of the collapsed run is {change}: what collapsed is z, and kNN "
+        "asks about h. These trainings are short."
     )
 
 
