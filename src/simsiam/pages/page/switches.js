@@ -13,8 +13,8 @@ const SWITCHES = [
     note: "on: a small network predicts one view's z from the other's",
   },
   {
-    key: "batch_norm", name: "batch norm in the heads", term: "batch-norm", options: ON_OFF,
-    note: "in projector and predictor; the backbone always has it",
+    key: "batch_norm", name: "batch norm", term: "batch-norm", options: ON_OFF,
+    note: "in projector and predictor; the backbone has it in all runs",
   },
   {
     key: "batch_size", name: "batch size", term: null,
