@@ -162,9 +162,10 @@ def test_experiments_share_equal_runs_and_only_those(tmp_path):
     assert plans["figure2"]["with stop-gradient"][0].path == plans["table1"]["baseline"][0].path
     assert plans["table1"]["(c) lr not decayed"][0].path == plans["table3"]["(c) default"][0].path
     recipes = {path: job.recipe for path, job in unique_jobs(plans.values()).items()}
+    # Runs that are recorded are apart: others with the same recipe lack the recording.
     listed = [
-        job.recipe.to_dict()
-        for plan in plans.values()
+        (EXPERIMENTS[name].record_steps, job.recipe.to_dict())
+        for name, plan in plans.items()
         for seeds in plan.values()
         for job in seeds.values()
     ]

@@ -8,7 +8,7 @@ from simsiam.laboratory.scales import SCALES
 
 HELP = (
     "repeat tables and figures of the paper, and write "
-    "results/SCALE/EXPERIMENT.md, .csv, .svg, .png and .json"
+    "results/SCALE/EXPERIMENT.md, .csv, .svg, .png and .json; of switches also .html"
 )
 GROUP = "laboratory"
 USAGE = "simsiam reproduce EXPERIMENT [EXPERIMENT ...] [--scale NAME] [--FLAG VALUE ...]"
@@ -36,7 +36,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scale", metavar="NAME", default="tiny", help=note)
     note = "the images to train on [those of the scale]"
     parser.add_argument("--source", metavar="SOURCE", nargs="+", default=(), help=note)
-    note = "number of runs of each configuration, with different random seeds [3; 5 for figure2]"
+    note = (
+        "number of runs of each configuration, with different random seeds [3; 5 for figure2; 1 "
+        "for switches, 2 for its middle batch]"
+    )
     parser.add_argument("--seeds", metavar="N", type=int, help=note)
     note = (
         "epochs of each run; for table4 and table_c1, which train for several lengths, N replaces "

@@ -75,7 +75,7 @@ def plot_accuracies(
     title: str,
     metric: str = "linear",
 ) -> None:
-    """Draw the accuracy of every cell, ours and the paper's in separate panels.
+    """Draw the accuracy of every cell, and in a second panel those that the paper has.
 
     Args:
         values: Our metrics.
@@ -88,17 +88,19 @@ def plot_accuracies(
     """
     cells = list(values)
     figure = new_figure(9, 1.6 + 0.4 * len(cells))
-    left, right = figure.subplots(1, 2, sharey=True)
+    left, *others = figure.subplots(1, 2 if published else 1, sharey=True, squeeze=False)[0]
     for y, cell in enumerate(cells):
         accuracies = known_values(values[cell], metric)
         left.scatter(accuracies, [y] * len(accuracies), color=COLORS[0], alpha=0.35, s=25)
         if accuracies:
             left.scatter(fmean(accuracies), y, color=COLORS[0], marker="|", s=250, linewidths=2.5)
-        if cell in published:
-            right.scatter(published[cell], y, color=COLORS[1], marker="D", s=35)
+        for right in others:
+            if cell in published:
+                right.scatter(published[cell], y, color=COLORS[1], marker="D", s=35)
     left.set(yticks=range(len(cells)), yticklabels=cells, ylim=(len(cells) - 0.5, -0.5))
     format_axes(left, wrap_label(our_label), "")
-    format_axes(right, wrap_label(paper_label), "")
+    for right in others:
+        format_axes(right, wrap_label(paper_label), "")
     figure.suptitle(title)
     save_figure(figure, path)
 

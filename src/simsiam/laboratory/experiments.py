@@ -41,6 +41,9 @@ class Experiment:
         measure_predictor: Whether to measure what the predictor predicts (section 5.1).
         train_detectors: Whether to fine-tune every run as a detector (Table 5).
         scratch_cells: Cells whose detectors start from random weights.
+        record_steps: Whether to record what the network makes of the same images at several steps,
+            and to write an interactive page.
+        repeated_cells: Cells that get one seed more.
     """
 
     title: str
@@ -55,6 +58,8 @@ class Experiment:
     measure_predictor: bool = False
     train_detectors: bool = False
     scratch_cells: tuple[str, ...] = ()
+    record_steps: bool = False
+    repeated_cells: tuple[str, ...] = ()
 
 
 COSINE_PREDICTOR_LR = {"predictor_lr": "cosine"}  # Figure 2, and the baseline of Table 1
@@ -70,6 +75,28 @@ LARS = {
 }
 OUTPUT_DIMS = (256, 512, 1024, 2048)
 EPOCH_COUNTS = (100, 200, 400, 800)
+# The cells of `switches`, named by what is on or off; batch sizes are those of the paper.
+SWITCHES: dict[str, dict[str, Overrides]] = {
+    "stop_gradient": {"stop-gradient": {}, "no stop-gradient": {"stop_gradient": False}},
+    "predictor": {"predictor": {}, "no predictor": {"predictor": "none"}},
+    "batch_norm": {"batch norm": {}, "no batch norm": NO_BN},
+    "batch_size": {
+        "small batch": {"batch_size": 64},
+        "middle batch": {"batch_size": 256},
+        "large batch": {"batch_size": 1024},
+    },
+}
+SWITCH_CELLS: dict[str, Overrides] = {
+    ", ".join((s, p, n, b)): {
+        "epochs": 200,
+        **SWITCHES["stop_gradient"][s],
+        **SWITCHES["predictor"][p],
+        **SWITCHES["batch_norm"][n],
+        **SWITCHES["batch_size"][b],
+    }
+    for s, p, n, b in product(*SWITCHES.values())
+}
+ALL_ON = "stop-gradient, predictor, batch norm, middle batch"
 METHOD_NAMES = ("simclr", "moco_v2_plus", "byol", "swav", "simsiam")
 
 EXPERIMENTS: dict[str, Experiment] = {
@@ -439,6 +466,29 @@ EXPERIMENTS: dict[str, Experiment] = {
             ),
             claim_similar("the results are similar", "simsiam", "simclr", SAME_MARGIN),
             claim_greater("SimSiam is slightly better", "simsiam", "simclr"),
+        ),
+    ),
+    "switches": Experiment(
+        title="Four switches",
+        section="sections 4.1 to 4.4",
+        seeds=1,
+        epochs=200,
+        cells=SWITCH_CELLS,
+        record_steps=True,
+        repeated_cells=tuple(cell for cell in SWITCH_CELLS if cell.endswith("middle batch")),
+        claims=(
+            claim_false("with everything on, nothing collapses", ALL_ON, "collapsed"),
+            claim_true("without stop-gradient it collapses", f"no {ALL_ON}", "collapsed"),
+            claim_true(
+                "without a predictor it collapses",
+                "stop-gradient, no predictor, batch norm, middle batch",
+                "collapsed",
+            ),
+            claim_false(
+                "without batch norm it does not collapse",
+                "stop-gradient, predictor, no batch norm, middle batch",
+                "collapsed",
+            ),
         ),
     ),
     "figure3": Experiment(title="Siamese architectures", section="section 6.2, Figure 3"),

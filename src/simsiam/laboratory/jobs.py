@@ -31,12 +31,13 @@ class RunSummary(TypedDict, total=False):
 
 
 class RunRecord(TypedDict, total=False):
-    """A run in the JSON file of a page; one that is not finished lacks the first four keys."""
+    """A run in the JSON file of a page; one that is not finished lacks the first five keys."""
 
     values: dict[str, Any]  # by metric
     curves: dict[str, Any]  # pairs of epoch and value, by metric
     environment: dict[str, Any]
     recipe: dict[str, Any]
+    recording: dict[str, Any]  # only of an experiment that records steps
     cell: str
     seed: int
     run: str  # its folder
@@ -132,9 +133,10 @@ def plan_jobs(
         if "linear" in experiment.curve_metrics:
             recipe = recipe.replace(save_every=recipe.knn_every)
         prefix = f"{recipe.method.name}-{recipe_digest(recipe)}"
+        prefix += "-recorded" * experiment.record_steps  # the same run elsewhere has no recording
         key_cell = cell if experiment.train_detectors else ""
         grid[cell] = {}
-        for seed in range(seeds or experiment.seeds):
+        for seed in range(seeds or experiment.seeds + (cell in experiment.repeated_cells)):
             job = Job(recipe.replace(seed=seed), folder / f"{prefix}-{seed}")
             record = (saved_records or {}).get((job.path.name, key_cell), {})
             if job.state == MISSING and is_complete(record, experiment, recipe, detector_columns):
@@ -192,6 +194,8 @@ def is_complete(
     if experiment.measure_predictor and has_predictor and "h_gain" not in values:
         return False
     if experiment.train_detectors and values.get("detectors", {}).keys() != detector_columns:
+        return False
+    if experiment.record_steps and "recording" not in record:
         return False
     return record["curves"].keys() >= set(experiment.curve_metrics)
 

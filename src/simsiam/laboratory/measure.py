@@ -13,6 +13,7 @@ from typing import Any, TypedDict
 import numpy as np
 import torch
 import torch.nn.functional as F
+from typing_extensions import NotRequired
 
 from simsiam.data.batches import make_training_views
 from simsiam.data.images import load_into_memory, sample
@@ -20,6 +21,7 @@ from simsiam.evaluation.evaluate import evaluate
 from simsiam.evaluation.frozen import split_train_test
 from simsiam.laboratory.experiments import Experiment
 from simsiam.laboratory.scales import Scale
+from simsiam.laboratory.switches.recording import collect_recording
 from simsiam.monitoring.verdict import MIN_VERDICT_STEPS, judge_run
 from simsiam.runs.compose import open_run_source
 from simsiam.runs.run_folder import Run
@@ -37,6 +39,7 @@ class MeasuredRun(TypedDict):
     curves: dict[str, list[tuple[float, float]]]  # pairs of epoch and value, by metric
     environment: dict[str, Any]
     recipe: dict[str, Any]
+    recording: NotRequired[dict[str, Any]]  # of an experiment that records steps
 
 
 def measure_run(run: Run, scale: Scale, experiment: Experiment) -> MeasuredRun:
@@ -54,12 +57,15 @@ def measure_run(run: Run, scale: Scale, experiment: Experiment) -> MeasuredRun:
     metrics = () if values["diverged"] else experiment.curve_metrics
     environment = run.json("environment.json")
     environment.pop("command", None)  # it contains paths of the machine
-    return {
+    measured: MeasuredRun = {
         "values": values,
         "curves": {metric: metric_curve(run, metric, scale) for metric in metrics},
         "environment": environment,
         "recipe": without_credentials(run.recipe.to_dict()),
     }
+    if experiment.record_steps:
+        measured["recording"] = {**collect_recording(run)}
+    return measured
 
 
 def _measure_metrics(run: Run, scale: Scale, *, measure_predictor: bool = False) -> dict[str, Any]:

@@ -34,10 +34,13 @@ from simsiam.laboratory.jobs import (
     unique_jobs,
 )
 from simsiam.laboratory.scales import SCALES, Scale
+from simsiam.laboratory.switches.page import render_switches
+from simsiam.laboratory.switches.recording import RecordedPretraining, choose_images
 from simsiam.runs.run_folder import Run
 from simsiam.sources.open_source import absolute_source, absolute_sources, open_source
 from simsiam.sources.own_marks import mark_places
 from simsiam.training.launch import pretrain, resume
+from simsiam.training.pretrain import Pretraining
 from simsiam.utils.files import file_lock, make_folder, write_text
 from simsiam.utils.read_files import read_text
 from simsiam.utils.system import guard_folder
@@ -347,14 +350,20 @@ class Campaign:
         Raises:
             Stopped: After SIGINT or SIGTERM.
         """
+        training = RecordedPretraining if experiment.record_steps else Pretraining
         try:
             if job.state != MISSING:
                 self.mark_source(job)
             try:
                 if job.state == INTERRUPTED:
-                    resume(job.path)
+                    resume(job.path, training_class=training)
                 elif job.state != FINISHED:
-                    pretrain(job.recipe.source, recipe=job.recipe, out=job.path)
+                    pretrain(
+                        job.recipe.source,
+                        recipe=job.recipe,
+                        out=job.path,
+                        training_class=training,
+                    )
             except WorkFailed:
                 if job.state != FINISHED:  # a diverged run is a result
                     raise
@@ -461,7 +470,22 @@ class Campaign:
             rows=rows,
         )
         write_text(page, text)
+        if experiment.record_steps:
+            self.write_switches(path.with_suffix(".html"), metadata, grid)
         return page
+
+    def write_switches(self, path: Path, metadata: Mapping[str, object], grid: JobGrid) -> None:
+        """Write the interactive page of an experiment that records steps.
+
+        Args:
+            path: The page.
+            metadata: The content of the experiment's JSON file.
+            grid: All of its jobs, which share their images.
+        """
+        recipe = next(iter(unique_jobs([grid]).values())).recipe
+        source = open_source(recipe.source, no_labels=recipe.no_labels)
+        if html := render_switches(metadata, choose_images(source, recipe)[0]):
+            write_text(path, html)
 
     def draw_accuracies(
         self,
@@ -529,6 +553,8 @@ class Campaign:
                         recipe=measured["recipe"],
                         **record,
                     )
+                    if "recording" in measured:
+                        record["recording"] = measured["recording"]
                     diverged = record["values"]["diverged"]
                     if experiment.train_detectors and not job.saved_record and not diverged:
                         record["values"] |= self.measure_detectors(job, experiment, cell)

@@ -235,17 +235,35 @@ def escape_texts(value: object) -> object:
 
 
 def render_report(data: Mapping[str, object]) -> str:
-    """Render the page that shows the data.
+    """Render the page that shows the data of a report.
+
+    Args:
+        data: Anything that JSON can express.
+
+    Returns:
+        The HTML of the page.
+    """
+    return render_page(data, SCRIPTS, title="simsiam report", command="simsiam report")
+
+
+def render_page(
+    data: Mapping[str, object], scripts: Sequence[str], *, title: str, command: str
+) -> str:
+    """Render one self-contained page.
 
     Args:
         data: Anything that JSON can express. No text in it can end the element it is stored in.
+        scripts: Files in `page`, in their order; the last one builds the page.
+        title: The title of the page.
+        command: The command that writes the page again, for a reader whose page is damaged.
 
     Returns:
         The HTML of the page.
     """
     folder = files("simsiam.pages") / "page"
     html, css = ((folder / name).read_text("utf-8") for name in ("page.html", "page.css"))
-    js = "\n".join((folder / name).read_text("utf-8") for name in SCRIPTS)
+    html = html.replace("{title}", title).replace("{command}", command)
+    js = "\n".join((folder / name).read_text("utf-8") for name in scripts)
     text = json.dumps(replace_nonfinite(data), separators=(",", ":")).replace("<", "\\u003c")
     page = html.replace("{css-digest}", _digest(css)).replace("{js-digest}", _digest(js))
     page = page.replace("{data-crc32}", f"{crc32(text.encode('ascii')):08x}")

@@ -43,6 +43,7 @@ def pretrain(
     out: str | os.PathLike[str] | None = None,
     minutes: float | None = None,
     logger: str | Sequence[str] = "tensorboard",
+    training_class: type[Pretraining] = Pretraining,
     **overrides: Unpack[PretrainSettings],
 ) -> Path:
     """Pretrain a backbone on images without labels.
@@ -58,6 +59,7 @@ def pretrain(
             of steps, and the size of views, the width and the batch unless these are given.
         logger: Where the numbers of metrics.jsonl are shown besides: "tensorboard", "wandb" or
             "mlflow", several of them, or "none".
+        training_class: A subclass can measure more, in `observe`.
         **overrides: Any setting of the recipe, under the name of its flag with underscores.
 
     Returns:
@@ -87,7 +89,7 @@ def pretrain(
         with run.lock():
             record_origin(run)
             choose_loggers(run, loggers)
-            train_run(run, data, setup, messages)
+            train_run(run, data, setup, messages, training_class=training_class)
     return path
 
 
@@ -99,6 +101,7 @@ def resume(
     source: str | os.PathLike[str] | Sequence[str] | None = None,
     logger: str | Sequence[str] | None = None,
     accept_changed_source: bool = False,
+    training_class: type[Pretraining] = Pretraining,
 ) -> Path:
     """Continue a run bit for bit from its last checkpoint.
 
@@ -111,6 +114,7 @@ def resume(
             lack, also of a run that is complete.
         accept_changed_source: Whether the run goes on if its images have changed: if some are
             missing, new, renamed, labeled otherwise or have another content.
+        training_class: That of `pretrain`.
 
     Returns:
         The path of the run folder.
@@ -144,7 +148,14 @@ def resume(
         if loggers is not None:
             choose_loggers(run, loggers)
             mark_places(run.path, loggers=loggers)
-        train_run(run, data, setup, [], accept_changed_source=accept_changed_source)
+        train_run(
+            run,
+            data,
+            setup,
+            [],
+            accept_changed_source=accept_changed_source,
+            training_class=training_class,
+        )
     return run.path
 
 
@@ -213,6 +224,7 @@ def train_run(
     messages: list[str],
     *,
     accept_changed_source: bool = False,
+    training_class: type[Pretraining] = Pretraining,
 ) -> None:
     """Train a run from its last checkpoint, or from the start, to its end; finish its folder.
 
@@ -222,6 +234,7 @@ def train_run(
         setup: Model, optimizer, device and precision.
         messages: Lines to print first.
         accept_changed_source: Whether other images than before are accepted.
+        training_class: That of `pretrain`.
 
     Raises:
         UsageError: If the images have changed.
@@ -243,7 +256,7 @@ def train_run(
         choice=read_choice(run),
         recipe=recipe,
     ) as logger:
-        training = Pretraining(run, data, setup, state, logger)
+        training = training_class(run, data, setup, state, logger)
         if training.step:
             messages = [*messages, f"from     step {training.step} of {training.steps}"]
         if eta := eta_bytes(method, num_images):

@@ -91,6 +91,9 @@ class Training(ABC, Generic[B]):
         """Return named measurements of the model as it is now."""
         return {}
 
+    def observe(self) -> None:
+        """Do what comes after every step and does not count as training time."""
+
     def log(self, record: Metrics) -> str | None:
         """Keep a record: `step`, `epoch`, and what `metrics` and `measure` returned.
 
@@ -189,6 +192,7 @@ def run_training(training: Training[B], messages: Sequence[str] = ()) -> Outcome
                     if warning := training.log(place | record):
                         line.print_line(f"warning  {warning}")
                 line.update(step, record)
+                training.observe()
                 if kept:
                     training.save(f"epoch-{step // per_epoch:04d}")
                 if saved:

@@ -41,7 +41,8 @@ function curves() {
     plot.addEventListener("pointerleave", () => showAll(null));
   }
   const cards = charts.map((chart) => chart.card);
-  return section("curves", "Curves", ["by ", wordLink("Epoch", "epoch")], el("div", { class: "charts" }, cards));
+  return section("curves", "Curves", ["by ", wordLink("Epoch", "epoch")],
+    el("div", { class: "charts" }, cards));
 }
 
 /** The lines of a chart that have points: a line for each run and each series. */
@@ -56,8 +57,8 @@ function chartLines(series) {
 }
 
 /** The range of the values of a chart, with some space above them. */
-function valueRange(lines, mark, from) {
-  const ys = lines.flatMap((line) => line.points.map(([, y]) => y)).concat(mark ?? [], from ?? []);
+function valueRange(ys, mark, from) {
+  ys = ys.concat(mark ?? [], from ?? []);
   const low = ys.reduce((a, b) => Math.min(a, b)), high = ys.reduce((a, b) => Math.max(a, b));
   if (high - low >= 1e-9) return [low, high + (high - low) * 0.05];
   return from === 0 && low >= 0 ? [0, high * 1.1 || 1] : [low - 0.5, high + 0.5];
@@ -75,13 +76,27 @@ function ticks(low, high, count) {
   return values;
 }
 
-function buildChart({ title, word, series, from, mark, note }) {
-  const lines = chartLines(series);
+function buildChart(spec) {
+  const lines = chartLines(spec.series);
   if (!lines.length) return null;
-  const { width, height, left, right, top, bottom } = CHART;
   const epochs = data.runs.flatMap((run) => run.curves.epoch ?? []);
   const last = epochs.reduce((a, b) => Math.max(a, b ?? 0), 0) || 1;
-  const [low, high] = valueRange(lines, mark, from);
+  const axis = {
+    last,
+    ticks: ticks(0, last, 5).map((x) => [x, formatNumber(x, 3)]),
+    describe: (epoch) => `epoch ${epoch.toFixed(1)}`,
+  };
+  const ys = lines.flatMap((line) => line.points.map(([, y]) => y));
+  return drawChart(spec, lines, axis, valueRange(ys, spec.mark, spec.from));
+}
+
+/**
+ * A chart of lines: {name, points, color, second}. The horizontal axis goes from 0 to `last`, has
+ * `ticks` (pairs of place and text), and `describe(x)` says what a place on it is.
+ */
+function drawChart({ title, word, mark, note }, lines, axis, [low, high]) {
+  const { last, ticks: places, describe } = axis;
+  const { width, height, left, right, top, bottom } = CHART;
   const px = (x) => left + (x / last) * (width - left - right);
   const py = (y) => top + ((high - y) / (high - low)) * (height - top - bottom);
   const across = (y) => ({ x1: left, x2: width - right, y1: py(y), y2: py(y) });
@@ -91,8 +106,8 @@ function buildChart({ title, word, series, from, mark, note }) {
       svg("line", { class: "grid", ...across(y) }),
       svg("text", { x: left - 7, y: py(y) + 3.5, "text-anchor": "end" }, formatNumber(y, 3)),
     ]),
-    ticks(0, last, 5).map((x) =>
-      svg("text", { x: px(x), y: height - 5, "text-anchor": "middle" }, formatNumber(x, 3))),
+    places.map(([x, text]) =>
+      svg("text", { x: px(x), y: height - 5, "text-anchor": "middle" }, text)),
     mark === undefined ? null : svg("line", { class: "mark", ...across(mark) }),
     lines.map((line) => drawCurve(line, px, py)),
     cross,
@@ -113,7 +128,7 @@ function buildChart({ title, word, series, from, mark, note }) {
       line.dot.setAttribute("cy", py(y));
     }
     if (!hidden) for (const end of ["x1", "x2"]) cross.setAttribute(end, px(epoch));
-    when.textContent = hidden ? "" : `epoch ${epoch.toFixed(1)}`;
+    when.textContent = hidden ? "" : describe(epoch);
   };
   const epochAt = (event) => {
     const box = plot.getBoundingClientRect();
@@ -121,7 +136,8 @@ function buildChart({ title, word, series, from, mark, note }) {
     return Math.min(Math.max((x - left) / (width - left - right), 0), 1) * last;
   };
   const card = el("figure", { class: "card chart stack", style: { margin: 0 } },
-    el("div", { class: "head" }, el("h3", {}, wordLink(word, title)), when), plot, chartLegend(lines, note));
+    el("div", { class: "head" }, el("h3", {}, word ? wordLink(word, title) : title), when),
+    plot, chartLegend(lines, note));
   show(null);
   return { show, plot, epochAt, card };
 }

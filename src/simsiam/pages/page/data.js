@@ -7,7 +7,7 @@ const several = data.runs.length > 1;
 function readData() {
   const page = document.getElementById("page"), text = document.getElementById("data").textContent;
   if (crc32(text) === page.dataset.crc32) return JSON.parse(text);
-  page.textContent = "This page is damaged: simsiam report writes it again.";
+  page.textContent = `This page is damaged: ${page.dataset.command} writes it again.`;
   throw new Error("the data do not match their checksum");
 }
 

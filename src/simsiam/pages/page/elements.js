@@ -40,6 +40,15 @@ function wordId(word) {
   return `word-${word.replaceAll(" ", "-")}`;
 }
 
+const PALETTE = [
+  "#4a7bc8", "#ee8a2e", "#4fa254", "#dd5254", "#9a6bc0", "#35afc0", "#d9b42f", "#98694f",
+  "#8a929c", "#ea86b6",
+];
+
+function categoryColor(index, count) {
+  return count <= PALETTE.length ? PALETTE[index] : `hsl(${(index * 137.508) % 360} 58% 56%)`;
+}
+
 /** Cells of a table's heading, aligned like numbers where `numeric`. */
 function headings(names, numeric = false) {
   return names.map((name) => el("th", { class: numeric ? "number" : null }, name));

@@ -1,9 +1,5 @@
 // The map: images as points or pictures, with hover, click, selection, search and zoom.
 
-const PALETTE = [
-  "#4a7bc8", "#ee8a2e", "#4fa254", "#dd5254", "#9a6bc0", "#35afc0", "#d9b42f", "#98694f",
-  "#8a929c", "#ea86b6",
-];
 // Lengths in pixels.
 const CELL = 30; // of a picture on the map
 const MAP_HEIGHT = 620; // at most
@@ -18,10 +14,6 @@ function mapSection() {
   if (!runs.length) return null;
   const note = "images with similar features are close together; large distances have no meaning";
   return section("map", "Map", note, runSwitcher(runs, (run) => new ImageMap(run).element));
-}
-
-function categoryColor(index, count) {
-  return count <= PALETTE.length ? PALETTE[index] : `hsl(${(index * 137.508) % 360} 58% 56%)`;
 }
 
 /** The center and the size of the square around points, in the units of the map. */
