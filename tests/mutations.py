@@ -142,6 +142,20 @@ MUTATIONS = [
         "run_files.py::test_the_metrics_are_on_the_disk_before_the_checkpoint_that_assumes_them",
     ),
     m(
+        "let the table of methods be wider than the terminal",
+        "config/figure3",
+        "+ len(column[0]) > width:",
+        "> width:",
+        "rows.py::test_the_table_of_methods_fits_the_terminal",
+    ),
+    m(
+        "let a word of the report lead nowhere",
+        "pages/words",
+        '"Wait": "The share',
+        '"Waiting": "The share',
+        "docs.py::test_the_glossary_explains_the_words_of_the_report_as_the_report_does",
+    ),
+    m(
         "leave a run without marks to who is killed while its folder is made",
         "runs/run_folder",
         "mark_places(path, **places)\n        write_recipe(path, recipe)",
