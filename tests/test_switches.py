@@ -182,10 +182,10 @@ GOOD, BAD = ending(8, 50), ending(1.1, 20, loss=-0.99, std=0.3)
         ("stop_gradient", GOOD, BAD, "did not collapse", "of the collapsed run is about the same"),
         ("stop_gradient", GOOD, GOOD, "Neither run collapsed", "flows into both"),
         ("stop_gradient", BAD, BAD, "Both runs collapsed", "did not collapse"),
-        ("stop_gradient", BAD, GOOD, "with stop-gradient collapsed, the one without", "flows"),
+        ("stop_gradient", BAD, GOOD, "with stop-gradient collapsed, the run without it", "flows"),
         ("predictor", GOOD, BAD, "With a predictor the two sides differ", "Neither"),
-        ("predictor", GOOD, ending(2.5, 30), "the one without collapsed partly", "both sides"),
-        ("batch_norm", GOOD, ending(7, 30, std=0.4), "is free to grow", "Yet"),
+        ("predictor", GOOD, ending(2.5, 30), "the run without it collapsed partly", "both sides"),
+        ("batch_norm", GOOD, ending(7, 30, std=0.4), "nothing keeps the part", "Yet"),
         ("batch_norm", GOOD, GOOD, "Yet the standard deviation", "free to grow"),
     ],
 )
@@ -234,7 +234,7 @@ def test_an_ending_is_judged_by_the_rule_of_the_verdict():
     assert "nearly the same z" in describe_ending(BAD._replace(std=0.04), None)
     assert describe_ending(ending(2.5, 30), 10).startswith("Partly collapsed: z uses 2.5")
     similar = GOOD._replace(state="partial collapse", std=0.3)
-    assert "similar z (standard deviation 0.30 of its target)" in describe_ending(similar, 10)
+    assert "the same for all images (standard deviation × √d: 0.30)" in describe_ending(similar, 10)
     assert describe_ending(GOOD._replace(state="diverged"), 10).startswith("Diverged")
 
 

@@ -13,15 +13,16 @@ WORDS = {
     "kNN": "The accuracy of the k-nearest-neighbor classifier, on images that were held out: each"
     " image gets the class that most of the images with similar features have.",
     "View retrieval": "How often a view of an image is more similar to another view of the same"
-    " image than to views of other images. It needs no labels. In the progress line: views.",
+    " image than to views of other images. It needs no labels. In the line that a training prints:"
+    " views.",
     "Wait": "The share of the time in which the training waited for images.",
     "Learning rate": "How large the steps of the training are.",
-    "Collapse": "All images get the same output, or outputs on one line. Then the features say"
-    " little or nothing about the images, although the loss is low.",
+    "Collapse": "All images get the same output z, or outputs on one line. Then z says little or"
+    " nothing about the images, although the loss is low. The features h may still be of use.",
     "Learned little": "A verdict. Nothing has collapsed, but the features are not better than"
     " pixels, a color histogram, or the network before training.",
-    "Label-free score": "A number that compares features without labels. It is high if two views"
-    " of an image have similar features, and similar images as neighbors.",
+    "Label-free score": "A number that compares features without labels. It is high if an image is"
+    " recognized in another view of it, and if its nearest neighbors are the same in that view.",
     "Patches": "Features from small pieces of the images, computed without a network.",
 }
 PROGRESS_WORDS = ("Epoch", "Loss", "std", "kNN", "View retrieval", "Wait")

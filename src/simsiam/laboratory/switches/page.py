@@ -167,7 +167,7 @@ def describe_campaign(
     finished = [other for other in metadata["runs"] if "values" in other]
     commits = sorted({str(other["environment"]["commit"])[:12] for other in finished})
     knn = (
-        f" For kNN, {NUM_VOTERS} labeled training images vote on their classes."
+        f" For kNN, {NUM_VOTERS} labeled training images vote; with more voters it is higher."
         if run["recording"]["knn_top1"][-1] is not None
         else ""
     )
@@ -183,7 +183,7 @@ def describe_campaign(
         f"Everything was measured on the same {num_images} test images at step 0 and at steps that "
         "are evenly spaced on a log scale. As in training, batch norm takes its mean and variance "
         f"from the images that are measured.{knn}",
-        "Collapsed: the standard deviation of z is below 0.1 of its target, or its effective rank "
+        "Collapsed: the standard deviation of z × √d is below 0.1, or its effective rank "
         "at most 2. Partly collapsed: below 0.5, or at most 3. About the same: the effective rank "
         f"changes by less than a factor of {RANK_FACTOR}, kNN accuracy by less than "
         f"{KNN_MARGIN:.0f} percentage points, about two standard errors of a difference between "

@@ -111,15 +111,15 @@ def describe_ending(ending: Ending, chance: float | None) -> str:
     """
     if ending.state == "diverged":
         return "Diverged: the loss stopped being a finite number. The last record before is shown."
-    std = f"standard deviation {ending.std:.2f} of its target"
+    std = f"standard deviation × √d: {ending.std:.2f}"
     if ending.collapsed and ending.std < SAME_STD:
         text = f"Collapsed: all images get nearly the same z ({std})."
     elif ending.collapsed:
         text = f"Collapsed: z uses only {ending.rank:.1f} directions ({std})."
     elif ending.state == "partial collapse" and ending.std < SIMILAR_STD:
         text = (
-            f"Partly collapsed: all images get similar z ({std}), which differ in "
-            f"{ending.rank:.1f} directions."
+            f"Partly collapsed: a large part of z is the same for all images ({std}); the rest "
+            f"uses {ending.rank:.1f} directions."
         )
     elif ending.state == "partial collapse":
         text = f"Partly collapsed: z uses {ending.rank:.1f} directions ({std})."
@@ -191,9 +191,7 @@ def describe_seeds(
     """
     others = sorted((before.keys() & after.keys()) - {0})
     if not others:
-        return (
-            "At least one of the two settings was run with one seed only; another seed may differ."
-        )
+        return "This comparison was made with one seed only; another seed may differ."
     if agree:
         return "A second pair of runs, with another seed, changed in the same way."
     numbers = "; ".join(
@@ -224,7 +222,7 @@ def explain_stop_gradient(on: Ending, off: Ending) -> str:
         text = (
             "Without the stop-gradient the gradient flows into both sides of the loss, so both "
             "can move to an answer that fits all images at once. With it, one side counts as "
-            "fixed, and this run did not collapse."
+            "fixed, and the run with it did not collapse."
         )
         if off.loss < on.loss:
             text += (
@@ -259,8 +257,8 @@ def explain_predictor(on: Ending, off: Ending) -> str:
     if off.collapsed and not on.collapsed:
         return (
             "Without a predictor both sides of the loss are z, and they agree best if all images "
-            "give the same z. With a predictor the two sides differ, and this run did not "
-            "collapse."
+            "give the same z. With a predictor the two sides differ, and the run with it "
+            "did not collapse."
         ) + _mention_accuracy(on, off)
     return _compare_states("predictor", on, off)
 
@@ -272,17 +270,16 @@ def explain_batch_norm(on: Ending, off: Ending) -> str:
         on: The run with batch norm.
         off: The run without.
     """
-    text = "Batch norm subtracts from each channel its mean over the batch."
+    text = "Batch norm subtracts from each number its mean over the batch."
     if off.std <= on.std - STD_MARGIN:
         text += (
-            " Without it, a part of z that all images share is free to grow: the standard "
-            f"deviation of z is {off.std:.2f} of its target without batch norm and {on.std:.2f} "
-            "with it."
+            " Without it, nothing keeps the part of z small that is the same for all images: the "
+            f"standard deviation × √d is {off.std:.2f} without batch norm and {on.std:.2f} with it."
         )
     else:
         text += (
-            f" Yet the standard deviation of z is {off.std:.2f} of its target without batch norm "
-            f"and {on.std:.2f} with it."
+            f" Yet the standard deviation × √d is {off.std:.2f} without batch norm and "
+            f"{on.std:.2f} with it."
         )
     return f"{text} {_compare_states('batch norm', on, off)}"
 
@@ -295,7 +292,7 @@ def explain_batch_size(before: Ending, after: Ending) -> str:
         after: The run with the new one.
     """
     text = (
-        "All runs see the same number of images, so this changes the number of steps: "
+        "All runs have the same number of epochs, so this changes the number of steps: "
         f"{after.steps:,} instead of {before.steps:,}."
     )
     few, many = sorted((before, after), key=lambda ending: ending.steps)
@@ -323,8 +320,8 @@ def _mention_accuracy(on: Ending, off: Ending) -> str:
     if change in (None, "lower"):
         return ""
     return (
-        f" Yet the kNN accuracy of the collapsed run is {change}: what collapsed is z, and kNN "
-        "asks about h. These trainings are short."
+        f" Yet the kNN accuracy of the collapsed run is {change}. kNN uses h, which comes before "
+        "the projector and can still be of use. Longer trainings may show a difference."
     )
 
 
@@ -335,4 +332,4 @@ def _compare_states(name: str, on: Ending, off: Ending) -> str:
         return f"{both.get(on.state, 'Both runs collapsed partly')}, with {name} and without."
     words = {"spread": "did not collapse", "collapsed": "collapsed"}
     with_it, without = (words.get(run.state, "collapsed partly") for run in (on, off))
-    return f"The run with {name} {with_it}, the one without {without}."
+    return f"The run with {name} {with_it}, the run without it {without}."

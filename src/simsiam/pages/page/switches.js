@@ -14,12 +14,12 @@ const SWITCHES = [
   },
   {
     key: "batch_norm", name: "batch norm", term: "batch-norm", options: ON_OFF,
-    note: "in projector and predictor; the backbone has it in all runs",
+    note: "on: projector and predictor have it; the backbone always has it",
   },
   {
     key: "batch_size", name: "batch size", term: null,
     options: data.batch_sizes.map((n) => [n, String(n)]),
-    note: "images in one step; all runs see equally many images",
+    note: "images in one step; all runs have the same number of epochs",
   },
 ];
 const CURVES = [
@@ -29,7 +29,7 @@ const CURVES = [
   },
   {
     key: "z_std_sqrt_d", title: "Standard deviation of z, × √d", from: 0, mark: 1,
-    note: "how much images differ in z; dotted, the target 1/√d: evenly; 0: all have the same z",
+    note: "how much z differs between images; 1: spread evenly; 0: all images have the same z",
   },
   {
     key: "z_rank", title: "Effective rank of z", from: 0,
@@ -37,7 +37,7 @@ const CURVES = [
   },
   {
     key: "knn_top1", title: "kNN accuracy of h, %", from: 0,
-    note: "images whose class their nearest neighbors tell; training sees no classes",
+    note: "test images whose nearest neighbors have the same class; training sees no classes",
   },
 ];
 const QUESTIONS = [
@@ -374,8 +374,8 @@ class FeatureMap {
       el("div", { class: "legend" }, names.map((name, i) =>
         el("span", {}, swatch(categoryColor(i, names.length)), name))),
       el("small", {}, "Each point is a test image, colored by its class, which training never sees. "
-        + "The two directions in which the features differ most, turned so that points stay "
-        + "close to where they were; all runs have the same scale."));
+        + "It is placed along the two directions in which the features differ most. From step to "
+        + "step the map is turned so that points move little; all runs have the same scale."));
     loadSheet(gallery, 0).then(() => this.draw());
     new ResizeObserver(() => this.draw()).observe(this.canvas);
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.draw());
