@@ -60,6 +60,7 @@ CANNOT_RUN = {
     "SIMSIAM_TEST_SYSTEM=win32": "trains for minutes",
     "torchrun --nnodes": "several machines",
     "srun torchrun": "SLURM",
+    "simsiam demo": "takes four minutes; tests/test_install.py runs it",
     "simsiam explore photos/": "downloads weights",
     "simsiam pretrain cifar10": "downloads CIFAR-10",
     "simsiam pretrain s3://": "needs an object store",
@@ -68,6 +69,7 @@ CANNOT_RUN = {
 # Those that take a few seconds are run for every commit, the others by `make test-all`.
 QUICK_PAGES = {
     *("docs/add_a_method.md", "docs/duplicates.md", "docs/own_loop.md", "docs/systems.md"),
+    "docs/understand/stop_gradient.md",
 }
 
 

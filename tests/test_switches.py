@@ -186,7 +186,7 @@ GOOD, BAD = ending(8, 50), ending(1.1, 20, loss=-0.99, std=0.3)
         ("predictor", GOOD, BAD, "With a predictor the two sides differ", "Neither"),
         ("predictor", GOOD, ending(2.5, 30), "the run without it collapsed partly", "both sides"),
         ("batch_norm", GOOD, ending(7, 30, std=0.4), "nothing keeps the part", "Yet"),
-        ("batch_norm", GOOD, GOOD, "Yet the standard deviation", "free to grow"),
+        ("batch_norm", GOOD, GOOD, "Yet the standard deviation", "nothing keeps the part"),
     ],
 )
 def test_a_reason_is_given_only_where_the_values_have_its_effect(switch, on, off, said, not_said):

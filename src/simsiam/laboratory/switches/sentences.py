@@ -17,8 +17,8 @@ RANK_FACTOR = 1.5  # a rank that changes by less is "about the same"
 # accuracies on 300 images.
 KNN_MARGIN = 8.0
 SIMILAR_STD = 0.5  # below this share, they are similar; both limits are those of the verdict
-SAME_STD = 0.1  # below this share of its target, the z of all images are nearly the same
-STD_MARGIN = 0.1  # of its target: a smaller difference of standard deviations is not mentioned
+SAME_STD = 0.1  # a standard deviation × √d below this: the z of all images are nearly the same
+STD_MARGIN = 0.1  # of the standard deviation × √d: a smaller difference is not mentioned
 Change = Literal["lower", "about the same", "higher"]
 
 
