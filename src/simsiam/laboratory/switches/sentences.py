@@ -221,7 +221,7 @@ def explain_stop_gradient(on: Ending, off: Ending) -> str:
     if off.collapsed and not on.collapsed:
         text = (
             "Without the stop-gradient the gradient flows into both sides of the loss, so both "
-            "can move to an answer that fits all images at once. With it, one side counts as "
+            "can move to one answer for all images. With it, one side counts as "
             "fixed, and the run with it did not collapse."
         )
         if off.loss < on.loss:
@@ -270,11 +270,14 @@ def explain_batch_norm(on: Ending, off: Ending) -> str:
         on: The run with batch norm.
         off: The run without.
     """
-    text = "Batch norm subtracts from each number its mean over the batch."
+    text = (
+        "Batch norm subtracts from each number its mean over the batch: the part that all images "
+        "have in common."
+    )
     if off.std <= on.std - STD_MARGIN:
         text += (
-            " Without it, nothing keeps the part of z small that is the same for all images: the "
-            f"standard deviation × √d is {off.std:.2f} without batch norm and {on.std:.2f} with it."
+            " Without it, this part can become large, and the standard deviation × √d small: it "
+            f"is {off.std:.2f} without batch norm and {on.std:.2f} with it."
         )
     else:
         text += (

@@ -25,7 +25,7 @@ const SWITCHES = [
 const CURVES = [
   {
     key: "loss", title: "Loss",
-    note: "−1: the views of each image agree; 0: they have nothing in common",
+    note: "−1: the views of each image agree; 0: nothing in common; steps on a log scale",
   },
   {
     key: "z_std_sqrt_d", title: "Standard deviation of z, × √d", from: 0, mark: 1,
@@ -33,7 +33,7 @@ const CURVES = [
   },
   {
     key: "z_rank", title: "Effective rank of z", from: 0,
-    note: "the number of directions that z uses: many before training; 1: all z on a line",
+    note: "directions that z uses, of 300 test images: many before training; 1: all z on a line",
   },
   {
     key: "knn_top1", title: "kNN accuracy of h, %", from: 0,
@@ -373,9 +373,9 @@ class FeatureMap {
       this.canvas,
       el("div", { class: "legend" }, names.map((name, i) =>
         el("span", {}, swatch(categoryColor(i, names.length)), name))),
-      el("small", {}, "Each point is a test image, colored by its class, which training never sees. "
+      el("small", {}, "Each point is a test image, colored by its class; training never sees classes. "
         + "It is placed along the two directions in which the features differ most. From step to "
-        + "step the map is turned so that points move little; all runs have the same scale."));
+        + "step the map is rotated so that points move little; all runs have the same scale."));
     loadSheet(gallery, 0).then(() => this.draw());
     new ResizeObserver(() => this.draw()).observe(this.canvas);
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.draw());
@@ -455,7 +455,8 @@ function intro() {
     el("p", {}, "SimSiam learns without labels. It makes two ", term("view", "views"),
       " of an image, changed at random, and trains an ", term("encoder"),
       " to give both nearly the same output z. There is a cheap way to do that: give all images ",
-      "the same output. That is ", term("collapse"), ": z then says nothing about the image."),
+      "the same output, or outputs on one line. That is ", term("collapse"),
+      ": z then says little or nothing about the image."),
     el("p", {}, "A view goes through the backbone, which computes the ", term("feature", "features"),
       " h; the ", term("projector"), " turns h into z. From the z of one view the predictor ",
       "predicts the z of the other."),
