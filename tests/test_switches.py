@@ -183,7 +183,7 @@ GOOD, BAD = ending(8, 50), ending(1.1, 20, loss=-0.99, std=0.3)
         ("stop_gradient", GOOD, GOOD, "Neither run collapsed", "flows into both"),
         ("stop_gradient", BAD, BAD, "Both runs collapsed", "did not collapse"),
         ("stop_gradient", BAD, GOOD, "with stop-gradient collapsed, the run without it", "flows"),
-        ("predictor", GOOD, BAD, "With a predictor the two sides differ", "Neither"),
+        ("predictor", GOOD, BAD, "or z on one line", "Neither"),
         ("predictor", GOOD, ending(2.5, 30), "the run without it collapsed partly", "both sides"),
         ("batch_norm", GOOD, ending(7, 30, std=0.4), "this part can become large", "Yet"),
         ("batch_norm", GOOD, GOOD, "Yet the standard deviation", "this part can become large"),
@@ -219,7 +219,7 @@ def test_seeds_that_disagree_are_shown():
         return describe_turn("predictor", before, after, turned_on=False, predictor=True)
 
     two = say({0: GOOD, 1: GOOD}, {0: BAD, 1: BAD})
-    assert two["seeds_agree"] is True and "in the same way" in two["sentences"][1]
+    assert two["seeds_agree"] is True and "the same words are true" in two["sentences"][1]
     differ = say({0: GOOD, 1: GOOD}, {0: BAD, 1: GOOD})
     assert differ["seeds_agree"] is False
     assert "rank 8.0 before and 8.0 now, kNN 50 % before and 50 % now" in differ["sentences"][1]
@@ -356,7 +356,7 @@ def test_a_reader_predicts_turns_a_switch_and_sees_that_run(visit, drawn_page): 
     text = answer.inner_text()
     assert "rank of z: lower" in text and "As you expected" in text
     assert "kNN accuracy of h: lower" in text and "You expected: higher" in text
-    assert "flows into both sides" in text and "another seed, changed in the same way" in text
+    assert "flows into both sides" in text and "another seed, the same words are true" in text
     assert tab.evaluate("document.activeElement.id") == "answer"
     wanted = {"stop_gradient": "off", "predictor": "on", "batch_norm": "on", "batch_size": 64}
     run = next(run for run in data["runs"] if run["options"] == wanted)

@@ -77,6 +77,8 @@ def render_switches(metadata: Mapping[str, Any], images: Images) -> str:
         "command": metadata["command"],
         "facts": describe_campaign(metadata, list(cells.values()), len(gallery["names"])),
         "batch_sizes": sorted(batch_sizes),
+        "rule": f"About the same: the rank changes by less than a factor of {RANK_FACTOR}, the "
+        f"accuracy by less than {KNN_MARGIN:.0f} points, which can be chance on 300 images.",
         "num_runs": sum(len(seeds) for seeds in cells.values()),
         "runs": runs,
         "turns": collect_turns(runs, list(cells.values())),

@@ -193,7 +193,7 @@ def describe_seeds(
     if not others:
         return "This comparison was made with one seed only; another seed may differ."
     if agree:
-        return "A second pair of runs, with another seed, changed in the same way."
+        return "For a second pair of runs, with another seed, the same words are true."
     numbers = "; ".join(
         f"rank {before[s].rank:.1f} before and {after[s].rank:.1f} now"
         + _format_knn(before[s], after[s])
@@ -257,8 +257,7 @@ def explain_predictor(on: Ending, off: Ending) -> str:
     if off.collapsed and not on.collapsed:
         return (
             "Without a predictor both sides of the loss are z, and they agree best if all images "
-            "give the same z. With a predictor the two sides differ, and the run with it "
-            "did not collapse."
+            "give the same z, or z on one line. The run with a predictor did not collapse."
         ) + _mention_accuracy(on, off)
     return _compare_states("predictor", on, off)
 

@@ -193,6 +193,7 @@ class SwitchPage {
     this.say(
       el("h3", {}, `What happened: ${describeTurn(item, value)}`),
       el("ul", {}, results),
+      el("small", {}, data.rule),
       turn.sentences.map((text) => el("p", {}, text)));
     if (asked) this.answer.focus({ preventScroll: true });
   }
@@ -226,7 +227,7 @@ class SwitchPage {
       { name: "this run", recording, color: "var(--run-0)" },
       ...run.repeats.map((other) =>
         ({ name: "second seed", recording: other, color: "var(--run-0)", second: true })),
-      ...(before ? [{ name: "before", recording: before.recording, color: "var(--run-1)" }] : []),
+      ...(before ? [{ name: "before the turn", recording: before.recording, color: "var(--run-1)" }] : []),
     ].map((line) => ({ ...line, points: points(line.recording, key) }));
     const axis = {
       last: lastPosition(run),
@@ -345,8 +346,8 @@ function spectrumCard(run, before, position) {
     el("div", { class: "head" }, el("h3", {}, term("spectrum", "Spectrum"), " of z, % of its variance")),
     plot,
     el("div", { class: "legend" }, key("var(--run-0)", "this run"),
-      before ? key("var(--run-1)", "before") : null,
-      `the ${BARS} largest directions`),
+      before ? key("var(--run-1)", "before the turn") : null,
+      `the ${BARS} directions of largest variance`),
     el("p", {}, summary),
   ];
 }
@@ -460,8 +461,9 @@ function intro() {
     el("p", {}, "A view goes through the backbone, which computes the ", term("feature", "features"),
       " h; the ", term("projector"), " turns h into z. From the z of one view the predictor ",
       "predicts the z of the other."),
-    el("p", {}, `This page holds ${data.num_runs} recorded trainings of a small network. Choose a `,
-      "switch, predict what it will do, turn it, and compare. The numbers are those of these ",
+    el("p", {}, `This page holds ${data.num_runs} recorded trainings of a small network: `,
+      `${data.runs.length} combinations, some with a second seed. Choose a switch, `,
+      "predict what it will do, turn it, and compare. The numbers are those of these ",
       "trainings: other images, a larger network or longer training can behave in another way."));
 }
 
