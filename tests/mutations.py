@@ -142,6 +142,13 @@ MUTATIONS = [
         "run_files.py::test_the_metrics_are_on_the_disk_before_the_checkpoint_that_assumes_them",
     ),
     m(
+        "end by SIGINT after a SIGTERM inside of exec",
+        "commands/main",
+        'exec("")  # Python',
+        "pass  # Python",
+        "terminal.py::test_a_command_stopped_inside_of_exec_ends_with_the_code_of_its_signal",
+    ),
+    m(
         "let the table of methods be wider than the terminal",
         "config/figure3",
         "+ len(column[0]) > width:",

@@ -84,3 +84,17 @@ def test_ctrl_c_while_the_interpreter_ends_prints_nothing():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0 and result.stderr == ""
+
+
+def test_a_command_stopped_inside_of_exec_ends_with_the_code_of_its_signal(tmp_path):
+    """Libraries make classes with `exec`; an interrupt in there is remembered until the end."""
+    (tmp_path / "stopped.py").write_text(
+        "import signal, sys\n"
+        "from simsiam.commands import main\n"
+        "main.run_command = lambda _: exec('raise KeyboardInterrupt(signal.SIGTERM)')\n"
+        "sys.exit(main.main())\n"
+    )
+    command = [sys.executable, "-m", "stopped"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 143, result.returncode
+    assert result.stderr == "simsiam: stopped by SIGTERM; no half-written file is left\n"

@@ -190,6 +190,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         number = signal.Signals(*error.args or [signal.SIGINT])
         message = f"stopped by {number.name}; no half-written file is left"
         print(f"simsiam: {message}", file=sys.stderr)
+        exec("")  # Python forgets an interrupt inside of `exec`; else `python -m` ends by SIGINT
         return 128 + number
     finally:
         for number, handler in previous_handlers.items():
