@@ -151,6 +151,7 @@ class SwitchPage {
         el("legend", {}, text),
         el("div", { class: "options" }, radios(`expect-${key}`, options, null,
           (choice) => { expected[key] = choice; })))),
+      el("small", {}, data.rule),
       el("div", { class: "row" },
         el("button", { class: "main", onclick: () => this.turn(expected) }, "Turn the switch"),
         el("button", { onclick: () => this.cancel() }, "Leave it as it is")));
