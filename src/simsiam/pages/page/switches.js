@@ -25,7 +25,7 @@ const SWITCHES = [
 const CURVES = [
   {
     key: "loss", title: "Loss",
-    note: "−1: the views of each image agree; 0: nothing in common; steps on a log scale",
+    note: "−1: the views of each image agree; 0: nothing in common; both runs from start to end",
   },
   {
     key: "z_std_sqrt_d", title: "Standard deviation of z, × √d", from: 0, mark: 1,
