@@ -23,6 +23,11 @@ from simsiam.pages.thumbnails import build_gallery, encode_gallery
 
 SCRIPTS = ("elements.js", "data.js", "curves.js", "images.js", "switches.js")
 MAX_THUMBNAIL_BYTES = 120_000
+SAME_RULE = (
+    f"About the same: the effective rank changes by less than a factor of {RANK_FACTOR}, the "
+    f"accuracy by less than {KNN_MARGIN:.0f} percentage points, about two standard errors of a "
+    "difference between accuracies on 300 images."
+)
 Options: TypeAlias = dict[str, str | int]  # of a run, by switch
 
 
@@ -77,8 +82,7 @@ def render_switches(metadata: Mapping[str, Any], images: Images) -> str:
         "command": metadata["command"],
         "facts": describe_campaign(metadata, list(cells.values()), len(gallery["names"])),
         "batch_sizes": sorted(batch_sizes),
-        "rule": f"About the same: the rank changes by less than a factor of {RANK_FACTOR}, the "
-        f"accuracy by less than {KNN_MARGIN:.0f} points, which can be chance on 300 images.",
+        "rule": SAME_RULE,
         "num_runs": sum(len(seeds) for seeds in cells.values()),
         "runs": runs,
         "turns": collect_turns(runs, list(cells.values())),
@@ -186,10 +190,7 @@ def describe_campaign(
         "are evenly spaced on a log scale. As in training, batch norm takes its mean and variance "
         f"from the images that are measured.{knn}",
         "Collapsed: the standard deviation of z × √d is below 0.1, or its effective rank "
-        "at most 2. Partly collapsed: below 0.5, or at most 3. About the same: the effective rank "
-        f"changes by less than a factor of {RANK_FACTOR}, kNN accuracy by less than "
-        f"{KNN_MARGIN:.0f} percentage points, about two standard errors of a difference between "
-        "accuracies on 300 images.",
+        f"at most 2. Partly collapsed: below 0.5, or at most 3. {SAME_RULE}",
         f"Written by `{metadata['command']}`; code {', '.join(commits)}; on "
         f"{environment['device']}. All numbers and recipes: switches.json.",
     ]

@@ -27,6 +27,14 @@ function section(id, title, note, ...children) {
   return el("section", { id }, head, ...children);
 }
 
+/** Fill the document: its header, its sections and a line below; and the links to the sections. */
+function showPage(header, sections, footer) {
+  document.getElementById("page").replaceChildren(
+    header, ...sections, el("footer", {}, el("small", {}, footer)));
+  document.getElementById("nav").append(...sections.map((part) =>
+    el("a", { href: `#${part.id}` }, part.querySelector("h2").textContent)));
+}
+
 function swatch(color) {
   return el("span", { class: "swatch", style: { background: color } });
 }

@@ -28,7 +28,4 @@ const parts = [attempt(header), ...sections];
 sections.push(...[attempt(() => words(parts))].filter(Boolean));
 const footer = `Created by simsiam ${data.version} on ${formatTime(data.created)}. `
   + "This page is self-contained: it makes no network requests.";
-document.getElementById("page").replaceChildren(
-  parts[0], ...sections, el("footer", {}, el("small", {}, footer)));
-document.getElementById("nav").append(...sections.map((part) =>
-  el("a", { href: `#${part.id}` }, part.querySelector("h2").textContent)));
+showPage(parts[0], sections, footer);

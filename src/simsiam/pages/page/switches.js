@@ -473,13 +473,10 @@ function about() {
     data.facts.map((text) => el("p", {}, text)),
     el("p", {}, term("knn", "kNN"), " accuracy asks whether images with similar features have ",
       "the same class; ", term("linear-evaluation", "linear evaluation"),
-      " is another way to ask. The effective rank of z is its ",
+      " is another way to ask. The effective rank of h is called ",
       term("representation-rank", "representation rank"), "."));
 }
 
 const switchPage = new SwitchPage();
-document.getElementById("page").replaceChildren(intro(), ...switchPage.sections,
-  el("footer", {}, el("small", {},
-    `Written by ${data.command}. This page is self-contained: it makes no network requests.`)));
-document.getElementById("nav").append(...switchPage.sections.map((part) =>
-  el("a", { href: `#${part.id}` }, part.querySelector("h2").textContent)));
+showPage(intro(), switchPage.sections,
+  `Written by ${data.command}. This page is self-contained: it makes no network requests.`);
