@@ -158,7 +158,7 @@ def cases() -> dict[str, Case]:
         "transfer": Case(
             once(
                 "transfer", "run", "shapes", "--steps", "2", "--batch-size", "2", "--precise-bn",
-                "0", "--test-side", "64", "--train-sides", "64", "--limit", "4", "--device", "cpu",
+                "0", "--test-side", "64", "--train-sides", "64", "--device", "cpu",
             ),
             there("run/transfers/detection.json"),
             copy("run"),

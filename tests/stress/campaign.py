@@ -430,7 +430,7 @@ def fill(case: Case, work: Path, expected: Any, need: int, rng: random.Random) -
         (work / "output.txt").unlink()
         return done, compared(case, work, expected)
     finally:
-        subprocess.run(["umount", work], check=True)
+        unmount(work)
 
 
 IMAGE_BYTES = 2**27
@@ -439,6 +439,15 @@ IMAGE_BYTES = 2**27
 def mount_image(image: Path, work: Path, *options: str) -> None:
     chosen = ",".join(["loop", *options])
     subprocess.run(["mount", "-o", chosen, image, work], check=True, capture_output=True)
+
+
+def unmount(work: Path) -> None:
+    """Unmount a file system; children of a killed process hold it for a moment."""
+    for _ in range(100):
+        if not subprocess.run(["umount", work], capture_output=True).returncode:
+            return
+        time.sleep(0.1)
+    subprocess.run(["umount", work], check=True)
 
 
 def cut_power(
@@ -470,7 +479,7 @@ def cut_power(
         ended = finish(pid, work, begin)
         done = f"cut after {wait:.2f} s, commits every {commit} s: {ended.code}"
     finally:
-        subprocess.run(["umount", work], check=True)
+        unmount(work)
     image.unlink()
     mount_image(copy, work)  # which replays the journal
     try:
@@ -485,7 +494,7 @@ def cut_power(
         (work / "output.txt").unlink()
         return done, wrong or compared(case, work, expected)
     finally:
-        subprocess.run(["umount", work], check=True)
+        unmount(work)
         copy.unlink()
 
 
