@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 from conftest import QUICK
 from PIL import Image
 from torch import nn
@@ -188,6 +189,7 @@ def test_a_record_names_no_picture_outside_of_the_run(run, tmp_path, capfd):
         {"step": "x"}, {"images": None}, {"environment": 3}, {"environment": {"versions": []}},
         {"seconds": "long"}, {"knn": {"last": "high"}}, {"metrics": {"bytes": 3}}, {"format": "1"},
         {"recipe": []}, {"model": [1]}, {"optimizer": {"state": 3}}, {"start": 7},
+        {"knn": {"last": 50.0, "best": 50.0}}, {"knn": {"other": 50.0}},
     ],
 )  # fmt: skip
 def test_a_checkpoint_of_another_type_is_one_line(change, run, capfd):
@@ -195,6 +197,29 @@ def test_a_checkpoint_of_another_type_is_one_line(change, run, capfd):
         path = run / "checkpoints" / f"{name}.pt"
         torch.save(read_checkpoint(path) | change, path)
     one_line(["resume", run], capfd)
+
+
+@pytest.mark.parametrize("name", ["knn", "step", "images", "seconds", "environment"])
+def test_a_checkpoint_without_a_part_is_one_line(name, run, capfd):
+    for path in (run / "checkpoints" / "last.pt", run / "checkpoints" / "previous.pt"):
+        state = read_checkpoint(path)
+        del state[name]
+        torch.save(state, path)
+    one_line(["resume", run], capfd)
+
+
+def test_a_recipe_without_views_is_one_line(run, capfd):
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    (run / "recipe.yaml").write_text(
+        yaml.safe_dump(recipe | {"method": recipe["method"] | {"views": []}})
+    )
+    assert "views is empty" in one_line(["resume", run], capfd)
+
+
+def test_a_long_value_is_cut_in_the_line(run, capfd):
+    Run(run).write("loggers.json", {"loggers": [], "id": "x" * 5000})
+    line = one_line(["resume", run], capfd)
+    assert "loggers.json is damaged: id is 'xxx" in line and len(line) < 1000
 
 
 def test_weights_of_other_types_are_set_aside_by_name(run, tmp_path, capfd):
@@ -293,8 +318,14 @@ def test_a_changed_quarantine_is_seen(run, tmp_path, capfd):
     assert len(Run(run).read_quarantine()) == 2
     sums = run / "quarantine.txt.sha256"
     assert sums.read_text() == f"{file_sha256(run / 'quarantine.txt')}  quarantine.txt\n"
+    text = sums.read_bytes()
+    for damaged in (run / "quarantine.txt", sums):
+        for place in range(damaged.stat().st_size):
+            flip(damaged, place)
+            assert "quarantine.txt.sha256" in one_line(["report", run, "--no-map"], capfd)
+            flip(damaged, place)
+    assert sums.read_bytes() == text
     flip(run / "quarantine.txt", 0)
-    assert "quarantine.txt.sha256" in one_line(["report", run, "--no-map"], capfd)
     sums.unlink()
     assert main(["report", str(run), "--no-map"]) == 0  # of an older version
 

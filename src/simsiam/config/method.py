@@ -321,6 +321,8 @@ class Method:
                 "use target shared"
             )
 
+        if not self.views:
+            raise UsageError("views is empty: it says how views are made, at least one way")
         if self.num_views > 2:
             self._check_num_views()
         low, high = self.small_crop_scale

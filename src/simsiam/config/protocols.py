@@ -12,7 +12,7 @@ from pkgutil import iter_modules
 from typing import Literal
 
 from simsiam.config.settings import replace_settings, setting
-from simsiam.errors import UsageError, check_ranges
+from simsiam.errors import UsageError, check_ranges, truncate
 
 # The order of results. A protocol that is not listed here comes after these.
 PROTOCOL_ORDER = ("knn", "linear", "few_label", "label_free", "finetune")
@@ -102,8 +102,8 @@ class Settings:
         for label in self.labels or ():
             if not re.fullmatch(r"[1-9]\d*|\d*\.?\d+%", label):
                 raise UsageError(
-                    f"labels has {label!r}; it takes whole numbers (labels of each class) and "
-                    "shares like 10%"
+                    f"labels has {truncate(label, repr)}; it takes whole numbers (labels of each "
+                    "class) and shares like 10%"
                 )
 
     @classmethod

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from simsiam.data.remote_files import open_file, printable_name
-from simsiam.errors import UsageError
+from simsiam.errors import UsageError, truncate
 
 MAX_FOOTER_BYTES = 2**23
 MAX_FOOTER_ITEMS = 2**17  # of a list in a footer
@@ -129,7 +129,9 @@ class ParquetReader:
             leaf = self.metadata.schema.column(place)
             inside = leaf.path.partition(".")[0] in wanted and leaf.path not in wanted
             if inside and leaf.physical_type == "BYTE_ARRAY":
-                raise pa.ArrowInvalid(f"the column {leaf.path!r} has texts inside of other values")
+                raise pa.ArrowInvalid(
+                    f"the column {truncate(leaf.path, repr)} has texts inside of other values"
+                )
         types = [f.type.value_type if pa.types.is_dictionary(f.type) else f.type for f in fields]
         schema = pa.schema(zip(wanted, types), self.schema.metadata)
         tables, left = (
@@ -201,8 +203,8 @@ class ParquetReader:
                 needed = pc.sum(byte_lengths(column)).as_py() or 0
                 if needed > limit:
                     raise UsageError(
-                        f"the column {name!r} of {self.name} may take {needed:,} bytes in memory; "
-                        f"at most {limit:,}: write it with less compression"
+                        f"the column {truncate(name, repr)} of {self.name} may take {needed:,} "
+                        f"bytes in memory; at most {limit:,}: write it with less compression"
                     )
                 table = table.set_column(place, name, column.cast(column.type.value_type))
         return table

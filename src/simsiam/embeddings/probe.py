@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from simsiam.embeddings.table import Embeddings, read_embeddings
-from simsiam.errors import UsageError, printable
+from simsiam.errors import UsageError, printable, truncate
 from simsiam.monitoring.features import standardization_stats
 from simsiam.utils.files import check_writable, plain_text, write_csv
 from simsiam.utils.intervals import wilson_interval
@@ -74,7 +74,9 @@ def probe(
     images = read_embeddings(file)
     label_of = read_labels(Path(labels), images)
     if len(names := set(label_of.values())) < 2:
-        raise UsageError(f"{labels} has one label, {names.pop()!r}: it needs at least two")
+        raise UsageError(
+            f"{labels} has one label, {truncate(names.pop(), repr)}: it needs at least two"
+        )
     result = predict_labels(standardize(images), label_of)
     rows = (
         (
@@ -163,13 +165,15 @@ def read_labels(path: Path, images: Embeddings) -> dict[int, str]:
         if not label:  # as in the table that `probe` writes
             continue
         if not name:
-            raise UsageError(f"{path}, line {number}: the label {label!r} has no path")
+            raise UsageError(
+                f"{path}, line {number}: the label {truncate(label, repr)} has no path"
+            )
         written = (plain_text(name), name, name.strip())
         i = images.find(next((text for text in written if images.positions(text)), name.strip()))
         if label_of.setdefault(i, label) != label:
             raise UsageError(
-                f"{path}, line {number}: {printable(name)} already has another label, "
-                f"{label_of[i]!r}"
+                f"{path}, line {number}: {printable(truncate(name))} already has another label, "
+                f"{truncate(label_of[i], repr)}"
             )
     if not label_of:
         raise UsageError(f"{path} labels no image: fill in the column label of a few lines")

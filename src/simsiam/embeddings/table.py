@@ -22,7 +22,7 @@ from typing_extensions import TypedDict
 from simsiam.data.decode import Unreadable, decode_image, read_header
 from simsiam.data.parquet_files import open_parquet
 from simsiam.data.storage import Column
-from simsiam.errors import UsageError, WorkFailed, printable
+from simsiam.errors import UsageError, WorkFailed, printable, truncate
 from simsiam.sources.open_source import find_shards
 from simsiam.utils.names import normalize_name, utf8_name
 from simsiam.utils.typed_json import parse_json
@@ -277,7 +277,7 @@ def _read_columns(file: Path) -> pa.Table:
     with open_parquet(file) as parquet:
         for name in ("path", "vector"):
             if name not in parquet.schema.names:
-                columns = printable(", ".join(parquet.schema.names)[:160])
+                columns = printable(truncate(", ".join(parquet.schema.names)))
                 raise UsageError(f"{file} has no column {name!r}, only {columns}")
         return parquet.read(COLUMNS)
 

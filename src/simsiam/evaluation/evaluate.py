@@ -20,7 +20,7 @@ from simsiam.config.keyword_settings import EvaluationSettings
 from simsiam.config.protocols import FROZEN_PROTOCOLS, PROTOCOLS, Settings
 from simsiam.data.images import Images, load_into_memory, sample
 from simsiam.distributed.process_group import distributed_entry_point, rank
-from simsiam.errors import UsageError, printable, unknown_name
+from simsiam.errors import UsageError, printable, truncate, unknown_name
 from simsiam.evaluation.evaluation_record import EvaluationRecord, print_records, save_records
 from simsiam.evaluation.frozen import FrozenNetwork, ProtocolResult, split_train_test
 from simsiam.evaluation.protocol_few_label import plan_draws
@@ -117,8 +117,8 @@ def evaluate(
     left_out, asked = [], protocols is not None
     if protocols is None and opened.only_class:
         raise UsageError(
-            f"{opened.name} has one class, {opened.only_class!r}, so there is no accuracy to "
-            "measure: use --protocol label_free"
+            f"{opened.name} has one class, {truncate(opened.only_class, repr)}, so there is no "
+            "accuracy to measure: use --protocol label_free"
         )
     if protocols is None:
         protocols = FROZEN_PROTOCOLS if labeled else ("label_free",)

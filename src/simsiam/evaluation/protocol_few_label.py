@@ -10,7 +10,7 @@ from torch import Tensor
 
 from simsiam.config.protocols import Settings
 from simsiam.data.images import Images
-from simsiam.errors import UsageError, printable
+from simsiam.errors import UsageError, printable, truncate
 from simsiam.evaluation.frozen import (
     STANDARDIZATION,
     FrozenNetwork,
@@ -139,7 +139,7 @@ def read_label_list(train: Images, path: Path) -> np.ndarray:
             found |= named
     missing = names.keys() - found
     if missing or not names:
-        first = printable(names[min(missing)]) if missing else ""
+        first = printable(truncate(names[min(missing)])) if missing else ""
         raise UsageError(
             f"{printable(str(path))} names {len(missing)} files that are not training images: "
             f"{first!r} ..."

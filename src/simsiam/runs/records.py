@@ -18,12 +18,18 @@ Record: TypeAlias = dict[str, Any]
 MetricsRecord: TypeAlias = dict[str, float]
 
 
-class KnnAccuracy(TypedDict, total=False):
+class KnnAccuracy(TypedDict):
     """The accuracy on images that were not trained on, in percent."""
 
-    last: Required[float]
+    last: float
     best: float
     best_step: int
+
+
+class NothingYet(TypedDict):
+    """What stands in its place before the first measurement: no key."""
+
+    __pydantic_config__ = {"extra": "forbid"}  # type: ignore[misc]  # noqa: RUF012
 
 
 class MeasuredFeatures(TypedDict, total=False):
@@ -243,7 +249,7 @@ class CheckpointHead(TypedDict, total=False):
     recipe: Required[dict[str, object]]
     step: Required[int]
     seconds: Required[float]
-    knn: dict[str, float]
+    knn: Required[KnnAccuracy | NothingYet]
     images: Required[int]
     environment: Required[Environment]
     metrics: MetricsExtent

@@ -38,7 +38,7 @@ from simsiam.data.remote_files import (
 )
 from simsiam.data.shards import ROW_GROUP_STRIDE, ImageLocations, Shards, uncompressed_sizes
 from simsiam.data.storage import Names
-from simsiam.errors import UsageError, WorkFailed, printable
+from simsiam.errors import UsageError, WorkFailed, printable, truncate
 from simsiam.sources.file_kinds import VIDEOS, is_image_path, join_kinds
 from simsiam.utils.files import cache_dir, file_lock, writable_cache
 from simsiam.utils.names import slashed
@@ -413,7 +413,7 @@ def detect_parquet_layout(parquet: ParquetReader, file: str) -> ParquetLayout:
         key=lambda f: (kinds.get(f.name) != "Image", _rank(f.name, IMAGE_NAMES)),
     )
     if not images:
-        columns = ", ".join(schema.names)
+        columns = truncate(", ".join(schema.names))
         raise UsageError(printable(f"no column of image files in {file!r}, only {columns}"))
     named = [f for f in schema if kinds.get(f.name) == "ClassLabel" or f.name in LABEL_NAMES]
     labels = [f.name for f in named if _is_label_type(f.type)]

@@ -117,8 +117,8 @@ def read_with_checksum(path: Path) -> bytes:
     """
     data, sums = read_bytes(path), _checksum_path(path)
     if sums.exists():
-        digests = {line.split(" ")[0] for line in read_text(sums, errors="replace").split("\n")}
-        if sha256(data).hexdigest() not in digests:
+        line = f"{sha256(data).hexdigest()}  {path.name}"
+        if line not in read_text(sums, errors="replace").split("\n"):
             name = printable(str(path))
             raise UsageError(
                 f"{name} is damaged: it does not match {sums.name}; restore it, or delete both, "

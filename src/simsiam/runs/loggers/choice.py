@@ -8,7 +8,7 @@ from typing import Literal, cast
 from uuid import uuid4
 
 from simsiam.config.settings import parse_value
-from simsiam.errors import UsageError, printable
+from simsiam.errors import UsageError, printable, truncate
 from simsiam.runs.run_folder import Run
 
 LOGGERS_FILE = "loggers.json"
@@ -88,7 +88,7 @@ def read_choice(run: Run) -> LoggerChoice:
     try:
         names, run_id = parse_value(record["loggers"], NAMES, "loggers"), record["id"]
         if not re.fullmatch("[0-9a-f]{32}", run_id):
-            raise ValueError(f"id is {run_id!r}")
+            raise ValueError(f"id is {truncate(run_id, repr)}")
     except (LookupError, TypeError, ValueError) as error:
         path = printable(str(run.path / LOGGERS_FILE))
         raise UsageError(f"{path} is damaged: {error}; delete it, and give --logger") from None
