@@ -86,3 +86,15 @@ def test_the_door_imports_nothing_that_takes_long():
     )
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
     assert answer.stdout.strip() == b"[]"
+
+
+@pytest.mark.parametrize("read", [lambda file: file.read(), lambda file: file.read(1)])
+def test_an_error_in_reading_names_the_file(read, tmp_path):
+    (tmp_path / "a").write_bytes(b"12345")
+    folder = os.open(tmp_path, os.O_RDONLY)  # which cannot be read as a file
+    with open_regular(tmp_path / "a") as file:
+        os.dup2(folder, file.fileno())
+        with pytest.raises(IsADirectoryError) as error:
+            read(file)
+    os.close(folder)
+    assert error.value.filename == str(tmp_path / "a")

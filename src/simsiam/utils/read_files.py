@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from simsiam.errors import UsageError, printable
-from simsiam.utils.system import check_regular, find_guarded, open_nonblocking, open_own
+from simsiam.utils.system import NamedFile, check_regular, find_guarded, open_nonblocking, open_own
 
 MAX_BYTES = 2**26  # of a file that is read as a whole: no JSON of this size needs 3 GiB of memory
 
@@ -30,13 +30,13 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
     if find_guarded(path) is not None:
         return BufferedReader(open_own(Path(path), "rb"))
     check_regular(path, os.stat(path))  # before it is opened: opening a device may do something
-    file = open(path, "rb", opener=open_nonblocking)  # noqa: SIM115
+    file = NamedFile(os.fspath(path), "rb", opener=open_nonblocking)
     try:
         check_regular(path, os.fstat(file.fileno()))
     except UsageError:
         file.close()
         raise
-    return file
+    return BufferedReader(file)
 
 
 def read_bytes(path: str | os.PathLike[str], limit: int = MAX_BYTES) -> bytes:
@@ -53,13 +53,9 @@ def read_bytes(path: str | os.PathLike[str], limit: int = MAX_BYTES) -> bytes:
         OSError: There is no such file, or the system refuses.
         UsageError: It is not a regular file, or it is too large.
     """
-    try:
-        with open_regular(path) as file:
-            size = os.fstat(file.fileno()).st_size
-            data = file.read(limit + 1) if size <= limit else b""
-    except OSError as error:
-        error.filename = os.fspath(path)  # which the system does not say of an error in reading
-        raise
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        data = file.read(limit + 1) if size <= limit else b""
     if max(size, len(data)) > limit:
         raise UsageError(
             f"{printable(os.fspath(path))} is too large to be read here: it has "

@@ -24,6 +24,8 @@ from simsiam.errors import UsageError, printable
 
 if TYPE_CHECKING:
     from multiprocessing.context import BaseContext
+
+    from typing_extensions import Buffer
 if sys.platform == "win32":
     import msvcrt
 else:
@@ -345,7 +347,29 @@ def open_folder(path: Path, *, create: bool = False) -> Iterator[int | None]:
             os.close(folder)
 
 
-def open_own(path: Path, mode: str) -> FileIO:
+class NamedFile(FileIO):
+    """A file whose errors in reading say its path; the system does not."""
+
+    def readinto(self, buffer: "Buffer") -> int | None:
+        """Read into a buffer; return the number of bytes."""
+        with self._named():
+            return super().readinto(buffer)
+
+    def readall(self) -> bytes:
+        """Read all that is left."""
+        with self._named():
+            return super().readall()
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            error.filename = os.fspath(self.name)
+            raise
+
+
+def open_own(path: Path, mode: str) -> NamedFile:
     """Open or create a file of this program, unbuffered: a regular file, and no link to one.
 
     It is looked at before it is touched.
@@ -375,7 +399,7 @@ def open_own(path: Path, mode: str) -> FileIO:
                 error.filename = os.fspath(path)
                 raise
 
-    return FileIO(os.fspath(path), mode, opener=opener)
+    return NamedFile(os.fspath(path), mode, opener=opener)
 
 
 def sync_folder(folder: int | None) -> None:
