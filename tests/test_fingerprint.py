@@ -262,3 +262,21 @@ def test_shards_of_other_images_are_not_used(change, tmp_path, monkeypatch, caps
     assert code == 0 and main([*command[:-1], "fresh"]) == 0
     for file in Path("fresh").glob("*.tar"):
         assert (Path("shards") / file.name).read_bytes() == file.read_bytes()
+
+
+def test_parts_with_other_paths_are_not_used(trained, tmp_path, monkeypatch, capsys):
+    """The paths in a list of absolute paths change when the images move."""
+    _, run = trained
+    path, happen, _ = change_source("absolute list", "moved", tmp_path, random.Random(1), COUNT)
+    monkeypatch.setattr(embedding, "PART_SIZE", 16)
+    with monkeypatch.context() as patch:
+        kill_after_one(patch, embedding, "embed_part")
+        with pytest.raises(Killed):
+            embed(run, path, tmp_path / "e.parquet")
+    path = happen()
+    assert embed(run, path, tmp_path / "e.parquet") == 2
+    assert "e.parquet.parts holds the parts of another job" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "e.parquet.parts")
+    assert embed(run, path, tmp_path / "e.parquet") == 0
+    paths = pq.read_table(tmp_path / "e.parquet")["path"].to_pylist()
+    assert all(str(path.parent) in name for name in paths)

@@ -151,7 +151,7 @@ def embed(
     work, names = parts_folder(path), source_names(source or recipe.source)
     fingerprint, accept = fingerprint_source(opened, names), accept_changed_source
     with rank_zero_context(locked_work_folder(path)):
-        start_or_continue_on_source(work, job, names, fingerprint, accept=accept)
+        start_or_continue_on_source(work, job, opened, names, fingerprint, accept=accept)
         parts = {
             work / f"{number:06}.parquet": images
             for number, images in enumerate(_split_into_parts(chosen))

@@ -42,6 +42,7 @@ ASPECTS = {
     "sizes": "other sizes of files",
     "labels": "other labels",
     "content": "other content",
+    "paths": "other paths",  # only for work in parts, whose results have them
 }
 
 
@@ -118,7 +119,9 @@ def describe_changes(before: dict[str, str], now: dict[str, str]) -> str:
     Returns:
         What has changed, as in "other labels"; "" if nothing has, or only the times.
     """
-    changed = [name for name in ASPECTS if before[name] != now[name]]
+    changed = [name for name in ASPECTS if before.get(name) != now.get(name)]
+    if "names" in changed and "paths" in changed:
+        changed.remove("paths")
     if "splits" in changed:
         return f"{now['splits']} images in place of {before['splits']}"
     return " and ".join(ASPECTS[name] for name in changed)
@@ -160,6 +163,7 @@ def compare_sources(
 def start_or_continue_on_source(
     work: Path,
     job: Mapping[str, object],
+    source: Source,
     names: Sequence[str | os.PathLike[str]],
     now: dict[str, str],
     *,
@@ -167,18 +171,24 @@ def start_or_continue_on_source(
 ) -> None:
     """Prepare a folder for work in parts; see `start_or_continue_job`. Parts of others are no use.
 
+    Parts have the paths of their images. Those of a list of absolute paths change when it moves.
+
     Args:
         work: The folder, under a lock.
         job: What determines the result besides the images.
-        names: The names that opened the source.
-        now: The fingerprint of the source.
+        source: The source.
+        names: The names that opened it.
+        now: Its fingerprint.
         accept: If the images have changed since the parts were made: whether to begin again.
 
     Raises:
         UsageError: The folder holds parts of another job, or of other images.
     """
     start_or_continue_job(work, job)
-    now = now | {"place": _digest([json.dumps(absolute_sources(names)).encode()])}
+    keys = (key for images in source.splits.values() for key in images.keys)
+    paths = _digest(f"{key}\0".encode("utf-8", "surrogateescape") for key in keys)
+    place = _digest([json.dumps(absolute_sources(names)).encode()])
+    now = now | {"place": place, "paths": paths}
     file, before = work / FINGERPRINT_FILE, dict[str, str]()
     with suppress(OSError):  # a new job has none
         lines = read_text(file).splitlines()

@@ -100,7 +100,7 @@ def write_shards(
         "no_labels": no_labels,
     }
     with locked_work_folder(folder) as work:
-        start_or_continue_on_source(work, job, names, fingerprint, accept=accept)
+        start_or_continue_on_source(work, job, source, names, fingerprint, accept=accept)
         whole = work / "whole"
         make_folder(whole)
         shards = _plan_shards(source.splits, whole, format, per_shard)
