@@ -20,6 +20,7 @@ from simsiam.commands.main import main
 from simsiam.embeddings.probe import read_labels
 from simsiam.embeddings.table import read_embeddings
 from simsiam.errors import WorkFailed
+from simsiam.sources import catalog
 from simsiam.utils.files import atomic_folder, atomic_write, write_csv
 
 HERE = Path(__file__).parent
@@ -298,3 +299,21 @@ def test_git_takes_no_lock_of_the_repository(tmp_path):
     lines = (tmp_path / "log").read_text().splitlines()
     assert [line for line in lines if "status" in line]
     assert all("--no-optional-locks" in line or line.endswith(" 0") for line in lines), lines
+
+
+def test_a_catalog_that_cannot_be_read_again_is_one_line(tmp_path, monkeypatch, capfd):
+    photos = write_photos(tmp_path / "photos", ["a.png", "b.png"])
+    assert main(["shard", str(photos), "--out", str(tmp_path / "shards")]) == 0
+    (tmp_path / "shards" / catalog.CATALOG_FILE).unlink()
+
+    true = catalog.open_arrow_file
+
+    def failing(path):
+        if path.parent.name == "catalogs":  # and not a part of it
+            raise OSError(errno.EIO, "failing", str(path))
+        return true(path)
+
+    monkeypatch.setattr(catalog, "open_arrow_file", failing)
+    assert main(["inspect", str(tmp_path / "shards")]) == 1
+    (line,) = capfd.readouterr().err.strip().splitlines()[-1:]
+    assert line.startswith("simsiam: ") and "was just written and cannot be read" in line

@@ -225,7 +225,11 @@ def load_catalog(
             else:
                 _write_catalog(path, sidecar, cache_key)
             catalog = _read_cached(path, files, cache_key)
-    assert catalog is not None
+    if catalog is None:
+        raise WorkFailed(
+            f"{printable(str(path))} was just written and cannot be read: check the disk, or name "
+            "another folder in SIMSIAM_CACHE"
+        )
     return catalog
 
 
