@@ -21,6 +21,9 @@ import simsiam
 from simsiam.errors import Stopped, UsageError, WorkFailed
 from simsiam.model.average import WeightAverage
 from simsiam.runs.run_folder import Run
+from simsiam.runs.weights import open_weights
+from simsiam.training.prepare import build_training_setup
+from simsiam.training.pretrain import Pretraining
 
 TIMES = {"images_per_second", "data_wait"}
 
@@ -432,3 +435,51 @@ def test_averaged_weights_are_handed_over_and_resumed_bit_for_bit(tmp_path, monk
     assert not torch.equal(simsiam.load(whole).conv1.weight, simsiam.load(plain).conv1.weight)
     ranks = [[line.get("h_rankme") for line in Run(run).metrics()] for run in (whole, plain)]
     assert any(ranks[0]) and ranks[0] != ranks[1]
+
+
+def test_a_run_beside_patches_begins_with_their_cosines_and_changes_only_the_network(
+    tmp_path, monkeypatch
+):
+    rng = np.random.default_rng(0)
+    (tmp_path / "photos").mkdir()
+    for i in range(40):
+        pixels = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+        pixels.resize((28, 28)).save(tmp_path / "photos" / f"{i}.png")
+    photos = str(tmp_path / "photos")
+    words = {k: v for k, v in QUICK.items() if k != "limit"}
+    words |= {"init": "patches", "batch_size": 16, "steps": 4, "save_seconds": 0}
+    words |= {"precision": "float32", "image_size": 32}
+    whole = simsiam.pretrain(photos, out=tmp_path / "whole", **words)
+    recipe = Run(whole).recipe
+    assert recipe.backbone == f"patches/24+{QUICK['backbone']}" and recipe.init == "patches"
+
+    encoder = simsiam.load(open_weights("patches", source=photos))
+    x = torch.rand(8, 3, 24, 24)
+    start = build_training_setup(recipe.replace(image_size=24)).model.backbone.eval()
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (recipe.mean, recipe.std))
+    h = start((x - mean) / std)
+    torch.testing.assert_close(cosines(h), cosines(encoder(x)), rtol=1e-3, atol=1e-3)
+    before, after = start.state_dict(), simsiam.load(whole).state_dict()
+    same = {name.partition(".")[0] for name in before if torch.equal(before[name], after[name])}
+    assert {"patches", "map"} <= same
+    assert not torch.equal(before["gate.weight"], after["gate.weight"])
+    assert not torch.equal(before["network.conv1.weight"], after["network.conv1.weight"])
+
+    true = Pretraining.train_step
+
+    def stop(self, *arguments):
+        if self.step == 2:
+            raise WorkFailed("power cut")
+        return true(self, *arguments)
+
+    monkeypatch.setattr(Pretraining, "train_step", stop)
+    with pytest.raises(WorkFailed):
+        simsiam.pretrain(photos, out=tmp_path / "cut", **words)
+    monkeypatch.undo()
+    simsiam.resume(tmp_path / "cut")
+    assert_same_run(whole, tmp_path / "cut")
+
+
+def cosines(h):
+    h = torch.nn.functional.normalize(h, dim=1)
+    return h @ h.T

@@ -55,7 +55,8 @@ class Recipe:
         "initial weights, which also determine the network: a run folder, timm:NAME, "
         "hf-hub:OWNER/NAME, lite0, lite2, weights of torchvision such as "
         "ResNet50_Weights.IMAGENET1K_V2, or a file (with --backbone, "
-        "unless its network is a ResNet) [random]",
+        "unless its network is a ResNet); patches: --backbone begins at zero, beside patches "
+        "learned from these images and their map, which stay as they are [random]",
     )
     teacher: str | None = setting(
         None,

@@ -14,6 +14,7 @@ from simsiam.errors import UsageError, unknown_name
 from simsiam.model.backbones import feature_dim
 from simsiam.model.encoder import Encoder
 from simsiam.model.heads import build_projector
+from simsiam.model.patches import ClosedFormStart
 from simsiam.model.precision import Compute
 from simsiam.monitoring.features import extract_features, standardization_stats
 from simsiam.runs.encoder import (
@@ -185,7 +186,10 @@ class FrozenNetwork:
         with torch.random.fork_rng(devices=[]):
             # The weights that pretraining starts from: model.siamese builds the backbone first.
             torch.manual_seed(self.recipe.seed)
-            return self._freeze(build_backbone(self.recipe))
+            untrained = build_backbone(self.recipe)
+        if isinstance(untrained, ClosedFormStart):
+            untrained.copy_fixed(self.backbone)
+        return self._freeze(untrained)
 
     def features(self, kind: str) -> FeatureSet:
         """Compute the features of all images that can be read, once for each kind.

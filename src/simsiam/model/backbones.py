@@ -19,7 +19,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from simsiam.config.method import MAX_PARAMETERS
 from simsiam.config.recipes import default_stem
 from simsiam.errors import UsageError, unknown_name
-from simsiam.model.patches import PATCHES_PREFIX, Patches, parse_sizes
+from simsiam.model.patches import PATCHES_PREFIX, ClosedFormStart, Patches, parse_patches
 
 if TYPE_CHECKING:
     from timm.models import PretrainedCfg
@@ -134,8 +134,9 @@ def create_backbone(
     """Create a network by name, freshly initialized and without its classifier.
 
     Args:
-        name: A name in RESNETS, a classification model of torchvision, `timm/NAME`, or
-            `patches/SIZES` (empty: `fit_patches` or a file of weights fills it).
+        name: A name in RESNETS, a classification model of torchvision, `timm/NAME`,
+            `patches/SIZES` (empty: `fit_patches` or a file of weights fills it), or
+            `patches/SIZES+NAME`, with one of the other networks beside the patches.
         image_size: Height and width of the images, in pixels.
         width: Channels of the first stage (RESNETS only).
         stem: "small" or "large" (RESNETS only); None chooses small up to 64 pixels.
@@ -160,12 +161,20 @@ def create_backbone(
             )
         stem = stem or default_stem(image_size)
         return ResNet(block, layers, width=width, stem=stem, channels=channels)
+    if name.startswith(PATCHES_PREFIX) and (network := parse_patches(name)[1]) is not None:
+        patches = name.removesuffix(f"+{network}")
+        return ClosedFormStart(
+            Patches(parse_patches(patches)[0], image_size=image_size, channels=channels),
+            create_backbone(
+                network, image_size=image_size, width=width, stem=stem, channels=channels
+            ),
+        )
     if width != 64 or stem is not None:
         raise UsageError(f"width and stem belong to {', '.join(RESNETS)}; {name} has neither")
     if name.startswith(TIMM_PREFIX):
         return build_timm_backbone(name, image_size, channels)
     if name.startswith(PATCHES_PREFIX):
-        return Patches(parse_sizes(name), image_size=image_size, channels=channels)
+        return Patches(parse_patches(name)[0], image_size=image_size, channels=channels)
     if channels != 3:
         raise UsageError(
             f"{name} takes 3 channels, not {channels}; "
@@ -203,7 +212,8 @@ def input_size(name: str) -> int | None:
     if name.startswith(TIMM_PREFIX):
         return min(timm_config(name).input_size[1:])
     if name.startswith(PATCHES_PREFIX):
-        return max(parse_sizes(name))
+        sizes, network = parse_patches(name)
+        return max(*sizes, (network and input_size(network)) or 0)
     known_names = [*RESNETS, *models.list_models(module=models)]
     if name not in known_names:
         raise unknown_name("backbone", name, known_names)

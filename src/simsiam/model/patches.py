@@ -18,7 +18,9 @@ from simsiam.errors import UsageError, truncate
 from simsiam.model.precision import at_least_float32, without_autocast
 from simsiam.utils.devices import device_traits
 
-PATCHES_PREFIX = "patches/"  # begins the names of these backbones: "patches/32", "patches/24+48"
+# Begins the names of these backbones: "patches/32", "patches/24+48"; with a network beside them
+# "patches/24+48+resnet18".
+PATCHES_PREFIX = "patches/"
 PATCH_SIDE = 6  # pixels
 CENTERS = 400  # size of the dictionary
 MAX_SIZES = 8
@@ -31,26 +33,31 @@ FIT_PATCHES = 100_000  # patches that the dictionary is learned from
 FIT_ROUNDS = 10  # of spherical k-means
 
 
-def parse_sizes(name: str) -> tuple[int, ...]:
-    """Read the image sizes in the name of a backbone.
+def parse_patches(name: str) -> tuple[tuple[int, ...], str | None]:
+    """Read the image sizes in the name of a backbone, and the network beside the patches.
 
     Args:
-        name: Such as "patches/32" or "patches/24+48".
+        name: Such as "patches/32", "patches/24+48" or "patches/32+resnet18".
 
     Returns:
-        The sizes in pixels.
+        The sizes in pixels, and the name of the network; None if there is none.
 
     Raises:
         UsageError: The name has another form.
     """
     parts = name.removeprefix(PATCHES_PREFIX).split("+")
+    network = None if parts[-1].isdigit() or len(parts) == 1 else parts.pop()
+    if network is not None and network.startswith(PATCHES_PREFIX):
+        raise UsageError(
+            f"backbone {truncate(name)}: a network may be beside patches, and no others"
+        )
     are_sizes = all(part.isascii() and part.isdigit() and len(part) < 4 for part in parts)
     if len(parts) > MAX_SIZES or not are_sizes or not all(12 <= int(p) <= 512 for p in parts):
         raise UsageError(
             f"backbone {truncate(name)}: give at most {MAX_SIZES} sizes between 12 and 512 pixels, "
             f"such as {PATCHES_PREFIX}32 or {PATCHES_PREFIX}24+48"
         )
-    return tuple(map(int, parts))
+    return tuple(map(int, parts)), network
 
 
 def resize_matrix(source_size: int, size: int) -> Tensor:
@@ -178,6 +185,77 @@ class Patches(nn.Module):
         both._modules = {"scales": nn.ModuleList([*self.scales, *other.scales])}
         both.dim = self.dim + other.dim
         return both
+
+
+class ClosedFormStart(nn.Module):
+    """Patches with their map, which no step changes, beside a network that begins at zero.
+
+    h is a linear layer of the network's features, and the mapped features of the patches after it.
+    The weights of this layer are zero before the first step: then cosines of h are those of the
+    patches with their map, and training adds to them.
+
+    Attributes:
+        dim: Width of the feature h.
+    """
+
+    def __init__(self, patches: Patches, network: nn.Module):
+        """Put both together; dictionaries and map are zero until `fill`.
+
+        Args:
+            patches: The patches.
+            network: The network, for the same images, with the attribute `dim`.
+        """
+        super().__init__()
+        width = int(network.dim)  # type: ignore[arg-type]
+        self.network, self.patches = network, patches.requires_grad_(False)
+        self.gate = nn.Linear(width, width, bias=False)
+        self.map = nn.Linear(patches.dim, patches.dim).requires_grad_(False)
+        for p in (self.gate.weight, self.map.weight, self.map.bias):
+            nn.init.zeros_(p)
+        self.dim = width + patches.dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return h (N, dim) for normalized images x (N, C, image_size, image_size)."""
+        learned = at_least_float32(self.network(x))
+        with without_autocast(x):
+            return torch.cat([self.gate(learned), self.map(self.patches(x))], dim=1)
+
+    @torch.no_grad()
+    def fill(
+        self,
+        patches: Patches,
+        linear: nn.Linear | None,
+        mean: Sequence[float],
+        std: Sequence[float],
+    ) -> None:
+        """Take over dictionaries and map.
+
+        Args:
+            patches: Patches of the same sizes.
+            linear: The map of their features; None leaves them as they are.
+            mean: Mean of each channel in the normalization of x.
+            std: Its standard deviation.
+        """
+        self.patches.load_state_dict(patches.state_dict())
+        self.patches.mean.copy_(torch.tensor(mean).view(-1, 1, 1))
+        self.patches.std.copy_(torch.tensor(std).view(-1, 1, 1))
+        # View noise has variance 1 in each mapped direction. Scaled like this, the noise of both
+        # branches is equal when each feature of the network has noise of variance 1.
+        scale = (self.gate.out_features / patches.dim) ** 0.5
+        if linear is None:
+            self.map.weight.copy_(scale * torch.eye(patches.dim))
+            return
+        self.map.weight.copy_(scale * linear.weight)
+        self.map.bias.copy_(scale * linear.bias)
+
+    def copy_fixed(self, other: nn.Module) -> None:
+        """Take over what no step changes.
+
+        Args:
+            other: A `ClosedFormStart` of the same parts.
+        """
+        for name in ("patches", "map"):
+            self.get_submodule(name).load_state_dict(other.get_submodule(name).state_dict())
 
 
 @torch.no_grad()

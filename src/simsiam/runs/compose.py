@@ -24,12 +24,14 @@ from simsiam.data.images import Images, quick_sample
 from simsiam.data.transform import Transform, iter_crops
 from simsiam.errors import UsageError, none_readable, unknown_name
 from simsiam.model.backbones import RESNETS, input_size
+from simsiam.model.patches import PATCHES_PREFIX
 from simsiam.model.siamese import check_names
 from simsiam.runs.choose import FOLDER, choose_recipe, summarize_folder_recipe
 from simsiam.runs.encoder import load
 from simsiam.runs.recipe_file import read_recipe
 from simsiam.runs.run_folder import Run
 from simsiam.runs.weights import (
+    PATCHES,
     canonical_name,
     describe_resampling,
     known_preprocessing,
@@ -78,7 +80,7 @@ def compose_recipe(
     own = {name: getattr(base or Recipe(), name) for name in SOURCE_SETTINGS}
     settings = Recipe().replace(**{name: overrides.get(name, own[name]) for name in own})
     folder, weights = None, dict[str, object]()
-    if settings.init is not None:
+    if settings.init not in (None, PATCHES):
         known = {} if base is None or "init" in overrides else {"backbone": base.backbone}
         folder, weights, notes = _describe_init(settings, names, known | dict(overrides))
         settings = settings.replace(channels=weights["channels"])
@@ -98,6 +100,12 @@ def compose_recipe(
         base = replace(base, width=Recipe.width, stem=None)
     complete = base.replace(**{"source": absolute_sources(names)} | dict(overrides))
     complete = _with_teacher(complete, overrides)
+    if complete.init == PATCHES:
+        complete = _beside_patches(complete)
+        reasons = [
+            *reasons,
+            f"{complete.backbone}: the network begins beside patches and their map",
+        ]
     check_names(complete.method)
     if complete.init is not None:
         complete = replace(complete, init=canonical_name(complete.init))
@@ -171,6 +179,16 @@ def _with_teacher(complete: Recipe, overrides: Mapping[str, object]) -> Recipe:
             "--dim out"
         )
     return complete.replace(dim=dim, teacher=canonical_name(complete.teacher))
+
+
+def _beside_patches(complete: Recipe) -> Recipe:
+    """Put patches, learned from the images, beside the network."""
+    if complete.backbone.startswith(PATCHES_PREFIX):
+        return complete
+    folder = open_weights(
+        PATCHES, source=complete.source, channels=complete.channels, splits=complete.splits
+    )
+    return complete.replace(backbone=f"{Run(folder).recipe.backbone}+{complete.backbone}")
 
 
 def _with_weights(

@@ -19,6 +19,8 @@ from simsiam.config.recipes import PREPROCESSING_SETTINGS, ResolvedRecipe
 from simsiam.distributed.process_group import rank_zero_only
 from simsiam.errors import UsageError, printable, truncate, unknown_name
 from simsiam.model.backbones import RESNETS, fit_positions
+from simsiam.model.encoder import Encoder
+from simsiam.model.patches import ClosedFormStart, Patches
 from simsiam.runs.checkpoints.convert import convert, format_unused
 from simsiam.runs.checkpoints.foreign_checkpoints import resampling_note
 from simsiam.runs.checkpoints.published_weights import (
@@ -213,6 +215,9 @@ def load_init_weights(model: nn.Module, recipe: ResolvedRecipe) -> None:
         UsageError: There are no such weights, or they do not fit exactly.
         WorkFailed: A download failed.
     """
+    if isinstance(model, ClosedFormStart):
+        _start_from_patches(model, recipe)
+        return
     folder = open_weights(
         recipe.init or "",
         backbone=recipe.backbone,
@@ -231,6 +236,24 @@ def load_init_weights(model: nn.Module, recipe: ResolvedRecipe) -> None:
     except RuntimeError as error:
         reason = truncate(" ".join(str(error).split()))
         raise UsageError(f"init {recipe.init} does not fit {recipe.backbone}: {reason}") from None
+
+
+def _start_from_patches(model: ClosedFormStart, recipe: ResolvedRecipe) -> None:
+    folder = open_weights(
+        PATCHES, source=recipe.source, channels=recipe.channels, splits=recipe.splits
+    )
+    encoder = load_run(folder)
+    patches, head = (
+        (encoder.backbone, encoder.head) if isinstance(encoder, Encoder) else (encoder, None)
+    )
+    assert isinstance(patches, Patches)
+    try:
+        model.fill(patches, head, recipe.mean, recipe.std)
+    except RuntimeError:
+        raise UsageError(
+            f"{recipe.backbone} does not fit the patches of these images, which are "
+            f"{Run(folder).recipe.backbone}: leave --backbone out, or give the network alone"
+        ) from None
 
 
 def describe_resampling(folder: Path, recipe: ResolvedRecipe) -> list[str]:
@@ -263,7 +286,7 @@ def record_origin(run: Run) -> None:
         run: The run.
     """
     recipe = run.recipe
-    if recipe.init is None:
+    if recipe.init in (None, PATCHES):
         return
     folder = open_weights(
         recipe.init, backbone=recipe.backbone, source=recipe.source, channels=recipe.channels

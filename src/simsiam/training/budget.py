@@ -12,7 +12,8 @@ from simsiam.config.recipes import ResolvedRecipe, default_stem
 from simsiam.data.images import Images, sample
 from simsiam.distributed.process_group import rank_zero_only, world_size
 from simsiam.errors import UsageError
-from simsiam.model.backbones import RESNETS
+from simsiam.model.backbones import RESNETS, input_size
+from simsiam.runs.weights import PATCHES
 from simsiam.training.plan import SCALING_EFFICIENCY, is_resident
 from simsiam.training.speed import measure_speed, seconds_per_image
 from simsiam.utils.workers import CPU_CORES
@@ -101,7 +102,7 @@ def fit_to_minutes(
             batch //= 2
     steps, settings = total // batch, dict[str, float](batch_size=batch)
     epochs = steps * batch / count
-    scratch = recipe.method.name == "simsiam" and recipe.init is None
+    scratch = recipe.method.name == "simsiam" and recipe.init in (None, PATCHES)
     if scratch and given.get("base_lr") is None and steps < FEW_STEPS:
         faster = FEW_STEPS_LR * 256 / batch
         settings["base_lr"] = max(faster, recipe.method.base_lr)
@@ -126,7 +127,8 @@ def choices(recipe: ResolvedRecipe, given: Mapping[str, object]) -> Iterator[Res
     yield recipe
     stem = recipe.stem or default_stem(recipe.image_size)
     if given.get("image_size") is None:
-        for size in (side for side in SIDES if side < recipe.image_size):
+        smallest = input_size(recipe.backbone) or 0 if recipe.init == PATCHES else 0
+        for size in (side for side in SIDES if smallest <= side < recipe.image_size):
             # A small stem at 64 px would take four times as long.
             changes = {"stem": stem} if recipe.backbone in RESNETS else {}
             recipe = recipe.replace(image_size=size, **changes)

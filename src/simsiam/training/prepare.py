@@ -21,7 +21,7 @@ from simsiam.errors import UsageError
 from simsiam.model.losses import Classification
 from simsiam.model.memory import build_on_meta, check_memory
 from simsiam.model.optimizers import build_optimizer
-from simsiam.model.patches import PATCHES_PREFIX
+from simsiam.model.patches import PATCHES_PREFIX, parse_patches
 from simsiam.model.precision import Compute
 from simsiam.model.siamese import Siamese, build
 from simsiam.model.targets import KMeansTarget, MovingAverageTarget, TeacherTarget
@@ -180,7 +180,7 @@ def build_training_setup(recipe: ResolvedRecipe) -> TrainingSetup:
         UsageError: If the device, the backbone or the initial weights cannot be used.
         WorkFailed: If a step does not fit in memory.
     """
-    if recipe.backbone.startswith(PATCHES_PREFIX):
+    if recipe.backbone.startswith(PATCHES_PREFIX) and parse_patches(recipe.backbone)[1] is None:
         raise UsageError(
             f"{recipe.backbone} is learned in closed form, not by steps: `simsiam adapt SOURCE` "
             "makes a run of it, which is complete"
