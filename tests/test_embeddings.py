@@ -1,12 +1,15 @@
 """Embedding files: the same file after any crash, and results that equal those of NumPy."""
 
+import base64
 import csv
 import io
 import json
 import shutil
 import subprocess
 import sys
+import tarfile
 import time
+import zlib
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -407,6 +410,31 @@ def test_metadata_names_the_run_the_source_and_the_preprocessing(run, file):
     metadata = json.loads(pq.read_schema(file).metadata[b"simsiam"])
     assert metadata["run"] == str(run.absolute()) and metadata["source"] == "few"
     assert metadata["transform"]["size"] == 32
+
+
+def test_fiftyone_gets_paths_vectors_and_labels(run, folder, file, tmp_path):
+    """As FiftyOne 1.22 exports its type LegacyFiftyOneDataset; it loads such a folder."""
+    words = {"format": "fiftyone", "device": "cpu", "precision": "float32"}
+    out, images = embed(run, folder, out=tmp_path / "fiftyone", **words), read_embeddings(file)
+    fields = json.loads((out / "metadata.json").read_text())["sample_fields"]
+    samples = json.loads((out / "samples.json").read_text())["samples"]
+    assert [sample["path"] for sample in samples] == list(images.paths)
+    for i, sample in enumerate(samples):
+        assert sample.keys() <= fields.keys()
+        assert sample["filepath"] == str((folder / images.paths[i]).absolute())
+        assert sample["label"] == {"_cls": "Classification", "label": images.labels[i]}
+        packed = base64.b64decode(sample["features"]["$binary"]["base64"])
+        vector = np.load(io.BytesIO(zlib.decompress(packed)), allow_pickle=False)
+        assert vector.dtype == np.float32 and np.allclose(vector, images.vectors[i], atol=1e-4)
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        archive.add(folder, "a")
+    out = embed(run, tmp_path / "a.tar", out=tmp_path / "thumbnails", **words)
+    samples = json.loads((out / "samples.json").read_text())["samples"]
+    assert [sample["filepath"] for sample in samples[:2]] == [
+        "data/000000000.jpg",
+        "data/000000001.jpg",
+    ]
+    assert all((out / sample["filepath"]).is_file() for sample in samples)
 
 
 def test_tensorboards_projector_gets_vectors_names_and_a_sprite(run, folder, file, tmp_path):

@@ -207,7 +207,7 @@ ALLOWED = {
         "open for writing", "Path.read_text", "Path.read_bytes", "pickle.load", "yaml.load",
     },
     "exports.export": {"open for writing"},
-    "embeddings.projector": {"open for writing"},
+    "embeddings.other_tools": {"open for writing"},
     "utils.checksums": {"open for writing"},
     "exports.huggingface": {"open for writing"},
     "exports.safetensors": {"load_file"},

@@ -39,7 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="FILE.parquet", required=True, help=note)
     note = (
         "tensorboard: a folder with vectors, names and thumbnails for `tensorboard --logdir "
-        "FOLDER`, page Projector [as the ending of --out says]"
+        "FOLDER`, page Projector; fiftyone: a folder for FiftyOne, `fiftyone.Dataset.from_dir("
+        "FOLDER, dataset_type=fiftyone.types.LegacyFiftyOneDataset)` [as the ending of --out says]"
     )
     parser.add_argument("--format", metavar="F", help=note)
     add_limit(parser)

@@ -35,7 +35,7 @@ from simsiam.distributed.process_group import (
     rank_zero_only,
     world_size,
 )
-from simsiam.embeddings.projector import write_projector
+from simsiam.embeddings.other_tools import write_fiftyone, write_projector
 from simsiam.errors import UsageError, check_ranges, none_readable, printable, unknown_name
 from simsiam.model.backbones import feature_dim
 from simsiam.model.precision import Compute
@@ -101,8 +101,8 @@ def embed(
         backbone: The network of a file of weights.
         accept_changed_source: If images have changed since a process that was killed wrote the
             first parts: whether to begin again with the images as they are.
-        format: "tensorboard" for a folder that TensorBoard's projector shows; by default the ending
-            of `out` says it.
+        format: "tensorboard" for a folder that TensorBoard's projector shows, "fiftyone" for one
+            that FiftyOne loads; by default the ending of `out` says it.
 
     Returns:
         The path of the written file or folder.
@@ -488,5 +488,5 @@ def _write_npy(parts: Sequence[Path], path: Path, metadata: str) -> None:
         replace_path(draft, table)
 
 
-FORMATS: dict[str, Writer] = {"tensorboard": write_projector}
+FORMATS: dict[str, Writer] = {"tensorboard": write_projector, "fiftyone": write_fiftyone}
 WRITERS: dict[str, Writer] = {".parquet": _write_parquet, "": _write_folder, ".npy": _write_npy}
