@@ -9,6 +9,7 @@ from typing import TypedDict
 
 import numpy as np
 import torch.nn.functional as F
+from threadpoolctl import threadpool_limits
 
 from simsiam.embeddings.copies.facts import FileFacts, file_facts
 from simsiam.embeddings.copies.originals import Originals
@@ -63,6 +64,9 @@ class Session:
         self.decisions = PathTable(file.with_suffix(".decisions.csv"), "decision")
         self.originals = Originals(images, file, root, ("explore", "--root"))
         self.xy = first_positions(images.vectors)
+        # Two threads of scikit-learn's that limit the threads of BLAS for a while undo each other's
+        # limits, and then OpenBLAS may hang.
+        threadpool_limits(1, user_api="blas")
         self.layout = "principal components; a better map is being made"
         self.is_arranged = False
         self.clusters: np.ndarray | None = None
