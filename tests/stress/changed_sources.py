@@ -169,6 +169,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", help="write PATH.json and PATH.md")
     options = parser.parse_args()
+    place = os.getcwd()
     torch.set_num_threads(1)
     root = Path(tempfile.mkdtemp(prefix="changed-")).resolve()
     for name in ("CACHE", "STATE"):
@@ -189,6 +190,7 @@ def main() -> int:
             os.chdir(root)
             shutil.rmtree(work)
     finally:
+        os.chdir(place)
         shutil.rmtree(root, ignore_errors=True)
     return report(
         ends,
