@@ -2,23 +2,30 @@
 
 import csv
 import io
+import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 from collections import Counter
 from pathlib import Path
 
 import pytest
 from conftest import QUICK
+from PIL import Image
 from test_explore import EVIL, draw
 
 import simsiam
 from simsiam.embeddings.embed import embed
 from simsiam.embeddings.probe import probe
 from simsiam.embeddings.table import read_embeddings
+from simsiam.runs.weights import open_weights
 
 AXE = Path(__file__).parent / "axe.min.js"
+IMAGENETTE = Path(__file__).parents[2] / "shared" / "data" / "imagenette224.tar"
+EXACT = {"device": "cpu", "precision": "float32"}
 
 
 def start(file, *words):
@@ -50,12 +57,31 @@ def open_tab(browser, address, events, without_webgl=False):
     return tab
 
 
-def make(tmp_path, count, copies):
+def make_drawn(tmp_path, count, copies):
+    """Drawings, some of which are there twice; the names begin with the class."""
     run = simsiam.pretrain("shapes", out=tmp_path / "run", **QUICK)
     folder = draw(tmp_path / "photos", count, copies=copies)
     next(folder.glob("*[a-z]-0070.png")).rename(folder / EVIL)
-    file = embed(run, folder, out=tmp_path / "all.parquet", device="cpu", precision="float32")
-    return file, folder
+    return embed(run, folder, out=tmp_path / "all.parquet", **EXACT), folder
+
+
+def make_photos(tmp_path, count, copies):
+    """Photographs of Imagenette in the same way."""
+    folder, names = tmp_path / "photos", []
+    folder.mkdir()
+    with tarfile.open(IMAGENETTE) as archive:
+        for member in archive:
+            kind = Path(member.name).parent.name
+            if member.isfile() and member.name.startswith("train/") and len(names) < count:
+                if sum(name.startswith(kind) for name in names) >= -(-count // 10):
+                    continue
+                names.append(f"{kind}-{len(names):04}.jpg")
+                (folder / names[-1]).write_bytes(archive.extractfile(member).read())
+    for i in range(copies):
+        with Image.open(folder / names[i * len(names) // copies]) as image:
+            image.resize((150, 150)).save(folder / f"copy-{i:04}.jpg", quality=80)
+    lite0 = open_weights("lite0")
+    return embed(lite0, folder, out=tmp_path / "all.parquet", no_labels=True, **EXACT), folder
 
 
 def class_of(tab):
@@ -63,10 +89,11 @@ def class_of(tab):
     return tab.locator(".question .name").inner_text().split("-")[0]
 
 
-def work(browser, tmp_path, count, per_class, copies=4):
-    """What a person does; returns the embedding and what went wrong in the browser."""
-    file, folder = make(tmp_path, count, copies)
-    events = []
+def work(browser, tmp_path, made, per_class, copies):
+    """What a person does; returns what went wrong in the browser."""
+    (file, folder), events = made, []
+    count = len(read_embeddings(file))
+    kinds = {name.split("-")[0] for name in os.listdir(folder)} - {"copy"}
     process, address = start(file)
     try:
         tab = open_tab(browser, address, events)
@@ -84,7 +111,7 @@ def work(browser, tmp_path, count, per_class, copies=4):
         for _ in range(6 * per_class * 12):
             tab.wait_for_function("document.querySelector('.question .name')?.textContent")
             name = class_of(tab)
-            known = name in simsiam_classes() and done[name] < per_class
+            known = name in kinds and done[name] < per_class
             if not known:
                 tab.keyboard.press("s")
                 continue
@@ -154,8 +181,9 @@ def work(browser, tmp_path, count, per_class, copies=4):
         tab = open_tab(browser, address, events)
         tab.click("#tab-label")
         assert tab.locator(".progress-line").inner_text().startswith(f"Labeled {total} of")
-        check_lasso(tab, count + copies)
+        check_lasso(tab, count)
         check_copies_by_keys(tab, file, copies)
+        check_script(tab, file, folder, tmp_path)
         check_with_axe(tab, ("light", "dark") if count > 1000 else ("light",))
         tab.context.close()
         tab = open_tab(browser, address, events, without_webgl=True)
@@ -164,7 +192,7 @@ def work(browser, tmp_path, count, per_class, copies=4):
     finally:
         process.kill()
         process.wait()
-    return file, events
+    return events
 
 
 def check_with_axe(tab, schemes):
@@ -185,12 +213,6 @@ def check_with_axe(tab, schemes):
             found = tab.evaluate("axe.run('dialog').then((result) => result.violations)")
             assert not found, [(v["id"], v["nodes"][0]["html"][:120]) for v in found]
             tab.keyboard.press("Escape")
-
-
-def simsiam_classes():
-    from simsiam.sources import shapes
-
-    return shapes.CLASSES
 
 
 def check_lasso(tab, count):
@@ -231,12 +253,32 @@ def check_copies_by_keys(tab, file, copies):
     }
 
 
+def check_script(tab, file, folder, tmp_path):
+    """The script leaves what is to be kept, in a copy of the folder."""
+    tab.click("#tab-take")
+    with tab.expect_download() as download:
+        tab.click("button[aria-label='Save drop.sh']")
+    shutil.copytree(folder, tmp_path / "again")
+    script = ["sh", str(download.value.path()), str(tmp_path / "again"), "--yes"]
+    subprocess.run(script, check=True, capture_output=True)
+    with open(file.with_suffix(".decisions.csv"), newline="") as table:
+        dropped = {row["path"] for row in csv.DictReader(table) if row["decision"] == "drop"}
+    assert set(os.listdir(tmp_path / "again")) == set(os.listdir(folder)) - dropped
+
+
 def test_a_person_searches_labels_exports_and_loses_nothing(browser, tmp_path):
-    _, events = work(browser, tmp_path, 80, 2)
-    assert not events, events
+    made = make_drawn(tmp_path, 80, copies=4)
+    assert not (events := work(browser, tmp_path, made, per_class=2, copies=4)), events
 
 
 @pytest.mark.long
 def test_two_thousand_images_with_five_labels_a_class(browser, tmp_path):
-    _, events = work(browser, tmp_path, 2000, 5, copies=100)
-    assert not events, events
+    made = make_drawn(tmp_path, 2000, copies=100)
+    assert not (events := work(browser, tmp_path, made, per_class=5, copies=100)), events
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not IMAGENETTE.exists(), reason="Imagenette is not beside this project")
+def test_two_thousand_photographs(browser, tmp_path):
+    made = make_photos(tmp_path, 2000, copies=100)
+    assert not (events := work(browser, tmp_path, made, per_class=5, copies=100)), events

@@ -238,6 +238,7 @@ def main() -> int:
     parser.add_argument("--every", type=int, default=1, help="run only every N-th trial")
     parser.add_argument("--out", help="write PATH.json and PATH.md")
     options = parser.parse_args()
+    place = os.getcwd()
     torch.set_num_threads(1)
     root = Path(tempfile.mkdtemp(prefix="strangers-")).resolve()
     for name in ("CACHE", "STATE", "DATA"):
@@ -266,6 +267,7 @@ def main() -> int:
             os.chdir(root)
             shutil.rmtree(work)
     finally:
+        os.chdir(place)
         shutil.rmtree(root, ignore_errors=True)
     return report(
         ends,
