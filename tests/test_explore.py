@@ -6,8 +6,11 @@ import os
 import shutil
 import subprocess
 import time
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import QUICK
@@ -171,14 +174,13 @@ def test_an_image_that_is_gone_says_so_and_root_finds_it_again(file, folder, tmp
     session.close()
 
 
-def test_search_by_row_name_and_outside_picture(client, session, folder):
+def test_search_by_row_and_outside_picture(client, session, folder):
     x = session.images.vectors
     cosine = (x @ x[3]) / x.norm(dim=1) / x[3].norm()
     expected = [i for i in cosine.sort(descending=True, stable=True).indices.tolist() if i != 3]
     by_row = post(client, "search", {"row": 3}).json()
     assert by_row["rows"] == expected[: len(by_row["rows"])]
     name = session.images.paths[3]
-    assert post(client, "search", {"name": name}).json()["rows"] == by_row["rows"]
     url = f"/{TOKEN}/search-image"
     outside = client.post(url, content=(folder / name).read_bytes()).json()
     assert outside["rows"][0] == 3 and outside["row"] is None
@@ -187,6 +189,40 @@ def test_search_by_row_name_and_outside_picture(client, session, folder):
 
 
 # --- labels ---------------------------------------------------------------------------------------
+
+
+def test_a_file_of_another_form_is_refused_each_time_and_never_overwritten(session):
+    session.label([0], "a")
+    foreign = "path,label,who\nx.png,a,me\n"
+    session.labels.file.write_text(foreign)
+    for _ in range(2):
+        with pytest.raises(UsageError, match="move it away"):
+            session.label([1], "b")
+    assert session.labels.file.read_text() == foreign and session.labeled_rows() == {0: "a"}
+
+
+def test_labels_by_file_name_count_once_and_those_of_other_images_do_not(file, folder, tmp_path):
+    moved = tmp_path / "photos.parquet"
+    table = pq.read_table(file)
+    paths = [f"deep/{path}" for path in table["path"].to_pylist()]
+    pq.write_table(table.set_column(0, "path", pa.array(paths)), moved)
+    (tmp_path / "photos.labels.csv").write_text(
+        f"path,label\n{Path(paths[2]).name},old\ngone.png,old\n"
+    )
+    session = Session(moved, read_embeddings(moved))
+    assert session.progress()["labeled"] == 1 and session.labeled_rows() == {2: "old"}
+    session.label([2], "new")
+    assert session.labeled_rows() == {2: "new"}
+    session.label([2], "")
+    assert session.labeled_rows() == {}
+    session.close()
+
+
+def test_the_order_of_the_classes_is_kept(client, session):
+    words = {"rows": [0], "label": "cat", "classes": ["dog", "cat"]}
+    assert post(client, "label", words).json()["classes"] == ["dog", "cat"]
+    post(client, "label", {"rows": [1], "label": "ant"})
+    assert get(client, "state").json()["classes"] == ["dog", "cat", "ant"]
 
 
 def label_by_name(client, session, rows):
@@ -324,6 +360,10 @@ def test_the_script_leaves_the_proposed_copies_and_changes_nothing_without_yes(
     assert set(os.listdir(tmp_path / "the copy-dropped")) == dropped
     again = run_script("--yes")
     assert again.returncode == 0 and again.stdout.count("not there") == len(dropped)
+    shutil.copytree(folder, tmp_path / "other")
+    words = ["sh", str(script), ".", "--yes"]
+    subprocess.run(words, check=True, capture_output=True, cwd=tmp_path / "other")
+    assert set(os.listdir(tmp_path / "other-dropped")) == dropped
     text = post(client, "export", {"kind": "dropped.txt", "rows": []}).text
     assert set(text.splitlines()) == dropped
 

@@ -1,6 +1,9 @@
 """The verb `explore`."""
 
 import argparse
+import os
+import signal
+import sys
 
 HELP = "look at, search, label and clean up images in the browser, on this machine alone"
 GROUP = "embeddings"
@@ -35,4 +38,9 @@ def run(options: argparse.Namespace) -> None:
     """
     from simsiam.explore.explore import explore
 
-    explore(**vars(options))
+    try:
+        explore(**vars(options))
+    except KeyboardInterrupt as stop:
+        # At the end of Python, work in the background would hold the process for minutes.
+        print("explore has ended; labels and decisions are saved", file=sys.stderr, flush=True)
+        os._exit(128 + int(*stop.args or [signal.SIGINT]))

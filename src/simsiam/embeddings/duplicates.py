@@ -388,7 +388,8 @@ class Comparison:
 
     def _best_first(self, row: int) -> tuple[int, ...]:
         quality = self.originals.quality(row)
-        return row in self.parts, *(-value for value in quality), row
+        name = self.images.paths[row].rpartition("/")[2]  # "a.jpg" rather than "a (1).jpg"
+        return row in self.parts, *(-value for value in quality), len(name), row
 
 
 def connected_components(pairs: Sequence[tuple[int, int]]) -> list[list[int]]:

@@ -99,13 +99,13 @@ def _existing(session: Session, rows: list[int]) -> dict[int, str]:
     return found
 
 
-def _folders(of: Callable[[Session, int], str]) -> Callable[[Session, list[int]], bytes]:
+def _folders(name: str, of: Callable[[Session, int], str]) -> Callable[[Session, list[int]], bytes]:
     def export(session: Session, rows: list[int]) -> bytes:
         folders = {row: folder for row in rows if (folder := of(session, row))}
         if not folders:
             raise UsageError("no image has one of these yet")
         paths = _existing(session, list(folders))
-        return copy_script("folders.sh", {paths[row]: name for row, name in folders.items()})
+        return copy_script(name, {paths[row]: folder for row, folder in folders.items()})
 
     return export
 
@@ -134,18 +134,18 @@ EXPORTS: dict[str, tuple[str, Callable[[Session, list[int]], bytes]]] = {
     "drop.sh": ("Script that moves the dropped files into a folder beside", _drop_script),
     "folders-by-label.sh": (
         "Script that copies the files into a folder per label",
-        _folders(_label),
+        _folders("folders-by-label.sh", _label),
     ),
     "folders-by-prediction.sh": (
         "Script that copies the files into a folder per predicted class",
-        _folders(_prediction),
+        _folders("folders-by-prediction.sh", _prediction),
     ),
     "folders-by-cluster.sh": (
         "Script that copies the files into a folder per cluster",
-        _folders(_cluster),
+        _folders("folders-by-cluster.sh", _cluster),
     ),
     "folders-by-decision.sh": (
         "Script that copies the files into the folders keep and drop",
-        _folders(_decision),
+        _folders("folders-by-decision.sh", _decision),
     ),
 }

@@ -85,4 +85,4 @@ def why_best(best: FileFacts, others: list[FileFacts]) -> str:
         return "a format that keeps all pixels"
     if best["bytes"] > max(other["bytes"] for other in others):
         return "the largest file of these sizes"
-    return "equal to the others; the first in the folder"
+    return "equal to the others; the shortest name, or the first of these"

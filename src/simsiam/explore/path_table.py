@@ -1,7 +1,7 @@
 """A text for each of some images, in a CSV file that is written after every change."""
 
 import csv
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from io import StringIO
 from pathlib import Path
 from threading import Lock
@@ -23,19 +23,20 @@ class PathTable:
     Args:
         file: The CSV file; it is created by the first change.
         column: The name of the column of texts.
+        find_path: From a path or a file name in the file to the path of the image.
 
     Attributes:
         values: The text of each path.
         version: The number of changes.
     """
 
-    def __init__(self, file: Path, column: str):
-        self.file, self.column = file, column
+    def __init__(self, file: Path, column: str, find_path: Callable[[str], str] = str):
+        self.file, self.column, self.find_path = file, column, find_path
         self.version = 0
         self._lock = Lock()
         self._history: list[dict[str, str]] = []
         self._content = self._read_file()
-        self.values = self._parse()
+        self.values = self._parse(self._content)
 
     @property
     def undo_count(self) -> int:
@@ -83,18 +84,18 @@ class PathTable:
         """Read the file again if it has changed."""
         content = self._read_file()
         if content != self._content:
+            self.values = self._parse(content)
             self._content = content
-            self.values = self._parse()
 
     def _read_file(self) -> bytes:
         return read_bytes(self.file, MAX_LIST_BYTES) if self.file.exists() else b""
 
-    def _parse(self) -> dict[str, str]:
-        if not self._content:
+    def _parse(self, content: bytes) -> dict[str, str]:
+        if not content:
             return {}
         name = printable(str(self.file))
         try:
-            rows = csv.reader(StringIO(self._content.decode("utf-8-sig"), newline=""), strict=True)
+            rows = csv.reader(StringIO(content.decode("utf-8-sig"), newline=""), strict=True)
             header, *lines = [row for row in rows if row]
         except (UnicodeDecodeError, csv.Error, ValueError) as error:
             raise UsageError(
@@ -105,7 +106,11 @@ class PathTable:
                 f"{name} does not have the columns path and {self.column} alone, and explore would "
                 "write it anew: move it away"
             )
-        return {plain_text(path): plain_text(text.strip()) for path, text in lines if text.strip()}
+        return {
+            self.find_path(plain_text(path)): plain_text(text.strip())
+            for path, text in lines
+            if text.strip()
+        }
 
 
 def clean_text(text: str) -> str:

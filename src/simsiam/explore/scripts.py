@@ -16,7 +16,7 @@ HEAD = """#!/bin/sh
 # sh {name} FOLDER --yes    does it; FOLDER is the folder of the images
 set -eu
 if [ $# -lt 1 ] || [ ! -d "$1" ]; then echo "usage: sh {name} FOLDER [--yes]" >&2; exit 2; fi
-folder=${{1%/}}
+folder=$(CDPATH= cd -- "$1" && pwd)
 out="$folder-{suffix}"
 yes=${{2:-}}
 if [ "$yes" != "" ] && [ "$yes" != "--yes" ]; then echo "unknown: $yes" >&2; exit 2; fi

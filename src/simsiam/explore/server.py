@@ -18,7 +18,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
-from typing_extensions import TypedDict
+from typing_extensions import NotRequired, TypedDict
 
 from simsiam.data.decode import Unreadable
 from simsiam.embeddings.copies.facts import file_facts
@@ -26,6 +26,7 @@ from simsiam.embeddings.neighbors import Query
 from simsiam.errors import UsageError, WorkFailed, printable
 from simsiam.explore.exports import EXPORTS, Export, make_export
 from simsiam.explore.originals import encode_for_browser, read_original
+from simsiam.explore.path_table import clean_text
 from simsiam.explore.session import Session
 from simsiam.utils.typed_json import parse_json
 
@@ -62,10 +63,11 @@ PAGE_FILES = {
 
 
 class LabelRequest(TypedDict):
-    """Rows, and the label that they get."""
+    """Rows, the label that they get, and all classes in the order of their keys."""
 
     rows: list[int]
     label: str
+    classes: NotRequired[list[str]]
 
 
 class DecideRequest(TypedDict):
@@ -80,17 +82,17 @@ class UndoRequest(TypedDict):
     what: str
 
 
-class SearchRequest(TypedDict, total=False):
-    """A row, or a name."""
+class SearchRequest(TypedDict):
+    """A row."""
 
     row: int
-    name: str
 
 
 class CopiesRequest(TypedDict):
-    """The largest distance of copies."""
+    """The largest distance of copies, and whether to find crops too."""
 
     threshold: float
+    crops: NotRequired[bool]
 
 
 class Gate:
@@ -269,6 +271,7 @@ class Handlers:
 
     def places(self, _: Request) -> Response:
         """Answer with the places of images on the map, and their clusters."""
+        arranged = self.session.is_arranged  # before the places, which may change meanwhile
         clusters, xy = self.session.clusters, self.session.xy
         return _json(
             {
@@ -276,7 +279,7 @@ class Handlers:
                 "x": np.round(xy[:, 0].astype(float), 4).tolist(),
                 "y": np.round(xy[:, 1].astype(float), 4).tolist(),
                 "clusters": clusters.tolist() if clusters is not None else None,
-                "arranged": self.session.is_arranged,
+                "arranged": arranged,
             }
         )
 
@@ -292,6 +295,7 @@ class Handlers:
                 "version": session.version,
                 "arranged": session.is_arranged,
                 "clustered": session.clusters is not None,
+                "classes": session.classes,
                 "labels": by_row(session.labels.values),
                 "decisions": by_row(session.decisions.values),
                 "undoLabels": session.labels.undo_count,
@@ -339,19 +343,14 @@ class Handlers:
     async def search(self, request: Request) -> Response:
         """Answer with the images most similar to one of them."""
         given = parse_json(await _read_body(request, MAX_JSON), SearchRequest, "the request")
-        query = given.get("name", given.get("row"))
-        if query is None:
-            raise UsageError("give a row or a name")
-        if isinstance(query, int):
-            self._check([query])
-        return await run_in_threadpool(self._answer_search, query)
+        return await run_in_threadpool(self._answer_search, self._check([given["row"]])[0])
 
     async def search_image(self, request: Request) -> Response:
         """Answer with the images most similar to one that was dropped onto the page."""
         content = await _read_body(request, MAX_IMAGE)
         return await run_in_threadpool(self._answer_search, content)
 
-    def _answer_search(self, given: int | str | bytes) -> Response:
+    def _answer_search(self, given: int | bytes) -> Response:
         query: Query = self.session.find_query(given)
         rows, cosine = self.session.search(query)
         return _json(
@@ -367,7 +366,8 @@ class Handlers:
         """Label images."""
         given = parse_json(await _read_body(request, MAX_JSON), LabelRequest, "the request")
         rows = self._check(given["rows"])
-        await run_in_threadpool(self.session.label, rows, given["label"])
+        classes = [clean_text(name) for name in given.get("classes", [])]
+        await run_in_threadpool(self.session.label, rows, given["label"], classes)
         return await run_in_threadpool(self.state, request)
 
     async def decide(self, request: Request) -> Response:
@@ -392,7 +392,7 @@ class Handlers:
         given = parse_json(await _read_body(request, MAX_JSON), CopiesRequest, "the request")
         if not 0 <= given["threshold"] < 10:
             raise UsageError("the threshold must be from 0 to 10")
-        self.session.find_copies(given["threshold"])
+        self.session.find_copies(given["threshold"], given.get("crops", False))
         return _json(await run_in_threadpool(self.session.copies))
 
     def outliers(self, _: Request) -> Response:

@@ -1,7 +1,7 @@
 """What the server knows: the images, their place on the map, labels, predictions and decisions."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
@@ -60,8 +60,15 @@ class Session:
 
     def __init__(self, file: Path, images: Embeddings, root: str | None = None):
         self.file, self.images = file, images
-        self.labels = PathTable(file.with_suffix(".labels.csv"), "label")
-        self.decisions = PathTable(file.with_suffix(".decisions.csv"), "decision")
+        places, paths = images.positions_by_name, images.paths
+
+        def find_path(name: str) -> str:
+            rows = places.get(name, ())
+            return paths[rows[0]] if len(rows) == 1 else name
+
+        self.labels = PathTable(file.with_suffix(".labels.csv"), "label", find_path)
+        self.decisions = PathTable(file.with_suffix(".decisions.csv"), "decision", find_path)
+        self.classes = sorted(set(self.labels.values.values()))  # in the order of their keys
         self.originals = Originals(images, file, root, ("explore", "--root"))
         self.xy = first_positions(images.vectors)
         # Two threads of scikit-learn's that limit the threads of BLAS for a while undo each other's
@@ -71,7 +78,6 @@ class Session:
         self.is_arranged = False
         self.clusters: np.ndarray | None = None
         self.result: ProbeResult | None = None
-        self.fit_error = ""
         self.queue: list[int] = []
         self.version = 0  # grows with every change of what the page shows
         self.fitted_version = -1  # the version of the labels that the predictions belong to
@@ -80,7 +86,7 @@ class Session:
         self._x: np.ndarray | None = None
         self._normalized = F.normalize(images.vectors, dim=1)
         self._copies: Future[list[Group]] | None = None
-        self._copies_threshold = THRESHOLD
+        self._copies_question = THRESHOLD, False
         self._outliers: Future[list[Group]] | None = None
         self._lock = Lock()
         self._fitter = ThreadPoolExecutor(1)
@@ -137,14 +143,17 @@ class Session:
             if len(places.get(path, ())) == 1
         }
 
-    def label(self, rows: list[int], label: str) -> None:
+    def label(self, rows: list[int], label: str, classes: Sequence[str] = ()) -> None:
         """Label images.
 
         Args:
             rows: Their positions.
-            label: The label; "" takes it away.
+            label: The label; "" removes it.
+            classes: The classes in the order of their keys; others come after them.
         """
         self.labels.change({self.images.paths[row]: label for row in rows})
+        known = [*classes, *self.classes, *sorted(set(self.labels.values.values()))]
+        self.classes = list(dict.fromkeys(known))
         self._changed()
 
     def decide(self, decisions: dict[int, str]) -> None:
@@ -177,7 +186,7 @@ class Session:
     def progress(self) -> Progress:
         """Say how many images are labeled, and how accurate the predictions probably are."""
         progress = Progress(
-            labeled=len(self.labels.values), count=len(self.images), low=None, high=None
+            labeled=len(self.labeled_rows()), count=len(self.images), low=None, high=None
         )
         if self.result and self.result.correct is not None:
             low, high = wilson_interval(self.result.correct, len(self.result.labels))
@@ -186,11 +195,11 @@ class Session:
 
     # --- search ---
 
-    def find_query(self, query: int | str | bytes) -> Query:
+    def find_query(self, query: int | bytes) -> Query:
         """Find or embed a query.
 
         Args:
-            query: The position of an image, its name, or the content of an image file.
+            query: The position of an image, or the content of an image file.
 
         Raises:
             UsageError: There is no such image, or the encoder is gone.
@@ -199,8 +208,7 @@ class Session:
         if isinstance(query, bytes):
             name = "the dropped image"
             return embed_query(query, run_of(self.images, name), name)
-        row = self.images.find(query) if isinstance(query, str) else query
-        return Query(self.images.paths[row], self.images.vectors[row], row)
+        return Query(self.images.paths[query], self.images.vectors[query], query)
 
     def search(self, query: Query) -> tuple[list[int], np.ndarray]:
         """Find the images most similar to a query.
@@ -218,21 +226,23 @@ class Session:
 
     # --- clean up ---
 
-    def find_copies(self, threshold: float) -> None:
+    def find_copies(self, threshold: float, crops: bool = False) -> None:
         """Start to look for copies, by the rule of `simsiam duplicates`.
 
         Args:
             threshold: The largest distance of copies.
+            crops: Whether to find crops and mirrored copies as well.
         """
+        question = threshold, crops
         with self._lock:
             busy = self._copies is not None and not self._copies.done()
-            if not busy and (self._copies is None or threshold != self._copies_threshold):
-                self._copies_threshold = threshold
-                self._copies = self._worker.submit(self._group_copies, threshold)
+            if not busy and (self._copies is None or question != self._copies_question):
+                self._copies_question = question
+                self._copies = self._worker.submit(self._group_copies, threshold, crops)
 
-    def _group_copies(self, threshold: float) -> list[Group]:
+    def _group_copies(self, threshold: float, crops: bool) -> list[Group]:
         groups = list[Group]()
-        for group in find_duplicates(self.images, self.originals, threshold):
+        for group in find_duplicates(self.images, self.originals, threshold, crops):
             facts = [file_facts(self.originals, copy.position) for copy in group]
             groups.append(
                 Group(

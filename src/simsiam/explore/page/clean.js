@@ -2,12 +2,14 @@
 import { attempt, decide, get, post, store, undo } from "./state.js";
 import { formatFacts, openImage, shownName } from "./tiles.js";
 
+const DISTANCE_HINT = "0: the same picture. Up to 0.28: copies. Above 0.5: also other pictures.";
+
 export class CleanPanel {
   constructor() {
     this.kind = "copies";
     this.groups = { copies: null, outliers: null };
     this.at = { copies: 0, outliers: 0 };
-    this.threshold = 0.28;
+    this.question = { threshold: 0.28, crops: false };
     this.kinds = ["copies", "outliers"].map((kind) => el("button", {
       type: "button", onclick: () => this.open(kind),
     }, kind === "copies" ? "Copies" : "Outliers"));
@@ -18,37 +20,54 @@ export class CleanPanel {
     }, "Undo (Z)");
     const limit = el("input", {
       class: "input number-input", type: "number", min: 0, max: 1, step: 0.02,
-      value: this.threshold, "aria-label": "Largest distance of copies",
+      value: this.question.threshold, "aria-label": "Largest distance of copies",
+      title: DISTANCE_HINT,
       onchange: () => {
-        this.threshold = Number(limit.value);
-        this.groups.copies = null;
-        this.at.copies = 0;
-        this.open("copies");
+        limit.value = Math.min(1, Math.max(0, Number(limit.value) || 0));
+        this.ask({ threshold: Number(limit.value) });
       },
     });
-    this.limit = el("label", { class: "row" }, el("small", {}, "Largest distance"), limit);
+    const crops = el("input", {
+      type: "checkbox", onchange: () => this.ask({ crops: crops.checked }),
+    });
+    this.options = el("div", { class: "row" },
+      el("label", { class: "row" }, el("small", {}, "Largest distance"), limit),
+      el("label", { class: "row" }, crops, el("small", {}, "also crops (slower)")));
     this.element = el("div", { class: "stack" },
-      el("div", { class: "row" }, this.kinds, this.limit, this.undoButton),
+      el("div", { class: "row" }, this.kinds, this.options, this.undoButton),
       this.summary, this.content,
       el("small", { class: "pale" },
-        "Nothing is deleted: Take along writes a list or a script, which you run yourself."));
+        "Nothing is deleted: Save files has a list and a script, which you run yourself."));
+  }
+
+  /** Look for copies by another rule. */
+  ask(change) {
+    Object.assign(this.question, change);
+    this.groups.copies = null;
+    this.open("copies");
   }
 
   /** Show copies or outliers; ask the server for them until it has found them. */
   async open(kind = this.kind) {
     this.kind = kind;
+    this.failed = null;
     this.update();
     if (this.groups[kind] || this.asking) return;
     this.asking = true;
-    const found = await attempt(() => (kind === "copies"
-      ? post("copies", { threshold: this.threshold }) : get("outliers")));
+    const question = { ...this.question };
+    const answer = await attempt(async () => ({
+      found: kind === "copies" ? await post("copies", question) : await get("outliers"),
+    }));
     this.asking = false;
-    if (found) {
-      this.groups[kind] = found;
+    const isAsked = JSON.stringify(question) === JSON.stringify(this.question);
+    if (!answer) {
+      this.failed = kind;
       this.update();
-    } else if (this.element.isConnected && !document.querySelector("#status.bad-text")) {
-      setTimeout(() => this.open(this.kind), 500);
-    }
+    } else if (answer.found && isAsked) {
+      this.groups[kind] = answer.found;
+      this.at[kind] = Math.max(0, answer.found.findIndex((group) => !this.isDecided(group)));
+      this.update();
+    } else if (this.element.isConnected) setTimeout(() => this.open(this.kind), 500);
   }
 
   group() {
@@ -56,7 +75,7 @@ export class CleanPanel {
   }
 
   isDecided(group) {
-    return group.rows.some((row) => store.decisions.has(row));
+    return group.rows.every((row) => store.decisions.has(row));
   }
 
   move(by) {
@@ -66,83 +85,91 @@ export class CleanPanel {
     this.update();
   }
 
-  /** Decide about the images of a group, and go on to the next one. */
-  async decideAll(of, andNext = true) {
-    const group = this.group();
+  /** Decide about the images of a group, and go on to the next one that is not decided. */
+  async decideAll(of) {
+    const group = this.group(), groups = this.groups[this.kind], now = this.at[this.kind];
     if (!group) return;
-    if (andNext) this.move(1);
+    const isOpen = (other) => other !== group && !this.isDecided(other);
+    const after = groups.findIndex((other, i) => i > now && isOpen(other));
+    const next = after >= 0 ? after : groups.findIndex(isOpen);
+    this.at[this.kind] = next >= 0 ? next : now;
+    this.update();
     await decide(group.rows.map((row, i) => [row, of(i)]));
   }
 
+  /** Keep the proposed image of every group that is not decided. */
+  async decideRest() {
+    const open = this.groups.copies.filter((group) => !this.isDecided(group));
+    await decide(open.flatMap((group) => group.rows.map((row, i) => [row, i ? "drop" : "keep"])));
+  }
+
+  /** Take the proposal for one image; if it is decided, decide the opposite. */
   async toggle(i) {
     const row = this.group()?.rows[i];
     if (row === undefined) return;
-    await decide([[row, store.decisions.get(row) === "drop" ? "keep" : "drop"]]);
+    const decision = store.decisions.get(row) ?? (i ? "keep" : "drop");
+    await decide([[row, decision === "drop" ? "keep" : "drop"]]);
   }
 
   key(event) {
     const digit = "123456789".indexOf(event.key);
-    const isCopies = this.kind === "copies";
+    const isCopies = this.kind === "copies", group = this.group();
     if (event.key === "Enter" && isCopies) this.decideAll((i) => (i ? "drop" : "keep"));
     else if (event.key === "k" || event.key === "K") this.decideAll(() => "keep");
     else if (event.key === "d" || event.key === "D") this.decideAll(() => "drop");
     else if (event.key === "ArrowRight") this.move(1);
     else if (event.key === "ArrowLeft") this.move(-1);
     else if (event.key === "z" || event.key === "Z") undo("decisions");
-    else if (digit >= 0) this.toggle(digit);
-    else return false;
+    else if (digit >= 0 && isCopies && digit < (group?.rows.length ?? 0)) {
+      this.decideAll((i) => (i === digit ? "keep" : "drop"));
+    } else return false;
     return true;
   }
 
   update() {
     this.kinds.forEach((button, i) => button.setAttribute(
       "aria-pressed", String(["copies", "outliers"][i] === this.kind)));
-    this.limit.classList.toggle("hidden", this.kind !== "copies");
+    this.options.classList.toggle("hidden", this.kind !== "copies");
     this.undoButton.disabled = !store.state?.undoDecisions;
     const groups = this.groups[this.kind], isCopies = this.kind === "copies";
-    if (!groups) {
-      this.summary.textContent = isCopies
-        ? "Comparing images; this takes a moment …" : "Looking for images unlike all others …";
+    if (!groups?.length) {
+      this.summary.textContent = groups
+        ? (isCopies ? "There are no copies." : "There are no outliers.")
+        : this.failed === this.kind ? "They could not be found; the reason is given below."
+          : isCopies ? "Comparing images; this takes a moment …"
+            : "Looking for images that differ from all others …";
       this.content.replaceChildren();
-      return;
-    }
-    if (!groups.length) {
-      this.summary.textContent = isCopies ? "There are no copies." : "There are no outliers.";
-      this.content.replaceChildren();
+      this.shown = null;
       return;
     }
     const decided = groups.filter((group) => this.isDecided(group)).length;
     const drops = [...store.decisions.values()].filter((value) => value === "drop").length;
+    const count = decided === groups.length ? "all are decided" : `${decided} decided`;
     this.summary.textContent = `${isCopies ? "Group" : "Outlier"} ${this.at[this.kind] + 1} of `
-      + `${groups.length} · ${decided} decided · ${formatNumber(drops)} images to drop`;
-    this.showGroup(this.group(), isCopies);
+      + `${groups.length} · ${count} · ${formatNumber(drops)} images to drop`;
+    if (this.shown !== this.group()) this.showGroup(this.group(), isCopies);
+    this.showDecisions(this.group(), isCopies);
+    this.restButton?.classList.toggle("hidden", decided === groups.length);
+  }
+
+  /** Say on each picture what was decided, or is proposed. */
+  showDecisions(group, isCopies) {
+    group.rows.forEach((row, i) => {
+      const decision = store.decisions.get(row), { figure, button } = this.figures[i];
+      const proposal = isCopies ? (i ? "drop?" : "keep?") : "keep or drop?";
+      figure.className = decision ?? "";
+      button.className = `decision ${decision ?? ""}`;
+      button.setAttribute("aria-pressed", String(!!decision));
+      button.textContent = decision ?? proposal;
+    });
   }
 
   showGroup(group, isCopies) {
-    const figures = group.rows.map((row, i) => {
-      const decision = store.decisions.get(row);
-      const proposal = isCopies ? (i ? "drop" : "keep") : "";
-      const button = el("button", {
-        type: "button", class: `decision ${decision ?? ""}`, "aria-pressed": String(!!decision),
-        onclick: () => this.toggle(i),
-      }, i < 9 && isCopies ? el("kbd", {}, String(i + 1)) : null,
-      decision ?? (proposal && `${proposal}?`) ?? "", decision || proposal ? null : "keep or drop?");
-      const image = el("img", { alt: shownName(row), src: `images/${row}` });
-      image.addEventListener("error", () => { image.src = `thumbnails/${row}`; }, { once: true });
-      const distance = isCopies && i ? `distance ${group.distances[i]}` : "";
-      const outlier = isCopies ? "" : `distance to its neighbors ${group.distances[i]}`;
-      return el("figure", { class: decision ?? "" },
-        el("button", {
-          type: "button", class: "picture", "aria-label": `Open ${shownName(row)}`,
-          onclick: () => openImage(row, group.rows),
-        }, image),
-        el("figcaption", {},
-          button, el("div", { class: "name" }, shownName(row)),
-          el("small", {}, formatFacts(group.facts[i])),
-          el("small", {}, [distance, outlier, group.notes[i]].filter(Boolean).join(" · ")),
-          isCopies && i === 0
-            ? el("small", { class: "good-text" }, `Best: ${group.reason}`) : null));
-    });
+    this.shown = group;
+    this.figures = group.rows.map((row, i) => this.makeFigure(group, row, i, isCopies));
+    this.restButton = isCopies ? el("button", {
+      type: "button", onclick: () => this.decideRest(),
+    }, "Keep the best in all groups that are not decided") : null;
     const actions = isCopies
       ? [["Keep the best, drop the others (Enter)", () =>
         this.decideAll((i) => (i ? "drop" : "keep"))],
@@ -155,7 +182,32 @@ export class CleanPanel {
           type: "button", class: i ? "" : "main", onclick: act,
         }, text)),
         el("button", { type: "button", onclick: () => this.move(-1) }, "← Back"),
-        el("button", { type: "button", onclick: () => this.move(1) }, "Next →")),
-      el("div", { class: "copies" }, figures));
+        el("button", { type: "button", onclick: () => this.move(1) }, "Next →"),
+        this.restButton),
+      el("div", { class: "copies" }, this.figures.map(({ figure }) => figure)));
+  }
+
+  makeFigure(group, row, i, isCopies) {
+    const button = el("button", { type: "button", onclick: () => this.toggle(i) });
+    const image = el("img", {
+      alt: shownName(row), src: `images/${row}`, loading: i < 8 ? null : "lazy",
+    });
+    image.addEventListener("error", () => { image.src = `thumbnails/${row}`; }, { once: true });
+    const notes = isCopies ? [i && `distance ${group.distances[i]}`, group.notes[i]]
+      : [`distance to its neighbors ${group.distances[i]}`, group.notes[i]];
+    const figure = el("figure", {},
+      el("button", {
+        type: "button", class: "picture", "aria-label": `Open ${shownName(row)}`,
+        onclick: () => openImage(row, group.rows),
+      }, image),
+      el("figcaption", {},
+        el("div", { class: "row" },
+          i < 9 && isCopies ? el("small", {}, el("kbd", {}, String(i + 1)), " keeps this one") : null,
+          button),
+        el("div", { class: "name" }, shownName(row)),
+        el("small", {}, formatFacts(group.facts[i])),
+        el("small", {}, notes.filter(Boolean).join(" · ")),
+        isCopies && i === 0 ? el("small", { class: "good-text" }, `Best: ${group.reason}`) : null));
+    return { figure, button };
   }
 }

@@ -33,17 +33,18 @@ export class LabelPanel {
     this.element = el("div", { class: "stack" },
       el("div", { class: "stack tight" }, this.progress,
         el("div", { class: "bar-outer", "aria-hidden": "true" }, this.bar)),
-      this.selected, this.question, this.classes, form,
+      this.question, this.classes, form,
       el("div", { class: "row" }, this.undoButton,
         el("button", { type: "button", onclick: () => this.skip() }, "Skip (S)"),
-        el("button", { type: "button", onclick: () => this.answer("") }, "Take label away (X)")),
-      el("h2", {}, "Next"), el("small", { class: "pale" },
+        el("button", { type: "button", onclick: () => this.choose("") }, "Remove label (X)")),
+      this.selected, el("h2", {}, "Next"), el("small", { class: "pale" },
         "Ordered by what would teach most: unsure, and typical of many others."),
       this.queue);
   }
 
   waiting() {
-    const open = (row) => !store.labels.has(row) && !this.skipped.has(row) && !this.done.has(row);
+    const open = (row) => !store.labels.has(row) && !this.skipped.has(row) && !this.done.has(row)
+      && store.decisions.get(row) !== "drop";
     const rows = store.state.queue.filter(open);
     if (rows.length) return rows;
     const all = store.data.names.map((_, row) => row).filter(open);
@@ -76,7 +77,7 @@ export class LabelPanel {
 
   guess() {
     const { predictions } = store, row = this.current;
-    if (row === null || !predictions.classes.length) return null;
+    if (row === null || store.labels.has(row) || !predictions.classes.length) return null;
     return { name: predictions.classes[predictions.predicted[row]],
       confidence: predictions.confidence[row] };
   }
@@ -99,6 +100,7 @@ export class LabelPanel {
     const rows = [...store.selection];
     select([]);
     await label(rows, name);
+    if (name && rows.includes(this.current)) this.next();
   }
 
   update() {
@@ -106,7 +108,7 @@ export class LabelPanel {
     const { labeled, count, low, high } = store.state.progress;
     const accuracy = low === null || low === undefined
       ? (store.state.hasPredictions ? "accuracy unknown: label two images of each class" : "")
-      : `estimated accuracy ${low.toFixed(0)} to ${high.toFixed(0)} %`;
+      : `estimated accuracy ${low.toFixed(0)} to ${high.toFixed(0)} % on images like these`;
     const text = `Labeled ${formatNumber(labeled)} of ${formatNumber(count)}`;
     const busy = store.state.fitted ? "" : " · learning …";
     this.progress.textContent = [text, accuracy].filter(Boolean).join(", ") + busy;
@@ -114,6 +116,7 @@ export class LabelPanel {
     this.undoButton.disabled = !store.state.undoLabels;
     const waiting = this.waiting();
     if (this.current === null) this.current = waiting[0] ?? null;
+    this.question.classList.toggle("hidden", store.selection.size > 0);
     this.showQuestion();
     this.showClasses();
     this.showSelection();
@@ -158,10 +161,10 @@ export class LabelPanel {
     if (!rows.length) return;
     this.selected.replaceChildren(
       el("h2", {}, `${formatNumber(rows.length)} images selected`),
-      el("small", { class: "pale" }, "A class or its key now labels all of them."),
-      grid(rows.slice(0, 24)),
       el("div", { class: "row" },
-        el("button", { type: "button", onclick: () => select([]) }, "Select none (Esc)")));
+        el("small", { class: "pale" }, "A class or its key now labels all of them."),
+        el("button", { type: "button", onclick: () => select([]) }, "Select none (Esc)")),
+      grid(rows));
   }
 }
 

@@ -3,12 +3,12 @@ import { CleanPanel } from "./clean.js";
 import { classColor, LabelPanel } from "./label.js";
 import { PointMap } from "./points.js";
 import {
-  attempt, load, onChange, say, searchImage, searchName, searchRow, select, store, watch,
+  attempt, load, onChange, say, searchImage, searchRow, select, showQuery, store, watch,
 } from "./state.js";
 import { TakePanel } from "./take.js";
 import { grid, openImage } from "./tiles.js";
 
-const TABS = { browse: "Browse", label: "Label", clean: "Clean up", take: "Take along" };
+const TABS = { browse: "Browse", label: "Label", clean: "Clean up", take: "Save files" };
 const GRAY = [140, 146, 156];
 const MAX_LEGEND = 14;
 const MAX_IMAGE_BYTES = 2 ** 26;
@@ -78,7 +78,7 @@ class Coloring {
       const sorted = [...query.cosines].sort((a, b) => a - b);
       const low = sorted[0], high = sorted[sorted.length - 1];
       return { of: (row) => ramp((query.cosines[row] - low) / (high - low || 1)),
-        ends: ["unlike", "alike"] };
+        ends: ["different", "similar"] };
     }
     if (this.mode === "class") {
       const names = [...new Set(data.classes)].sort(), index = new Map(names.map((n, i) => [n, i]));
@@ -127,7 +127,6 @@ class Page {
     }, text));
     this.search = el("input", {
       class: "input", type: "search", placeholder: "File name …", "aria-label": "File name",
-      list: "names",
     });
     this.file = el("input", {
       type: "file", accept: "image/*,.heic,.tif,.tiff,.npy", class: "hidden", tabindex: -1,
@@ -185,6 +184,10 @@ class Page {
   listen() {
     onChange((what) => this.update(what));
     document.addEventListener("keydown", (event) => this.key(event));
+    // After a click, keys are for the panel again, and not for the button that was clicked.
+    this.panel.addEventListener("click", (event) => {
+      if (event.detail) event.target.closest("button")?.blur();
+    });
     const hint = document.querySelector(".drop-hint");
     const hasFile = (event) => [...event.dataTransfer?.types ?? []].includes("Files");
     addEventListener("dragover", (event) => {
@@ -210,9 +213,8 @@ class Page {
     if (event.ctrlKey || event.metaKey || event.altKey || event.defaultPrevented) return;
     const { target } = event;
     if (target.matches("input, select, textarea") || document.querySelector("dialog[open]")) return;
-    if (event.key === "Enter" && target.matches("button") && store.tab !== "label"
-      && store.tab !== "clean") return;
-    if (event.key === "Enter" && target.closest(".top, .map-side, .tile, .picture")) return;
+    if (event.repeat && !event.key.startsWith("Arrow")) return;
+    if (event.key === "Enter" && target.matches("button")) return;
     if (event.key === "Escape") { select([]); return; }
     const panel = { label: this.labelPanel, clean: this.cleanPanel }[store.tab];
     if (panel?.key(event)) event.preventDefault();
@@ -258,8 +260,7 @@ class Page {
   update(what) {
     if (what === "places") this.map.setPlaces(store.places);
     if (what === "query") {
-      if (store.tab !== "browse" && store.tab !== "label") this.open("browse");
-      if (store.tab === "label") this.open("browse");
+      if (store.tab !== "browse") this.open("browse");
       this.panel.scrollTop = 0;
     }
     if (what === "state" && !this.coloring.chosen && store.predictions.classes.length) {
@@ -315,22 +316,21 @@ class Page {
             type: "button", onclick: () => select(query.rows),
           }, "Select these"),
           el("button", {
-            type: "button", onclick: () => { store.query = null; this.update("query"); },
+            type: "button", onclick: () => showQuery(null),
           }, "Clear")),
         grid(query.rows, openImage, query.rows.map((row) => query.cosines[row].toFixed(3)))));
-    } else if (selection.size) {
-      parts.push(el("div", { class: "head" },
+    }
+    if (selection.size) {
+      parts.unshift(el("div", { class: "head" },
         el("h2", {}, `${formatNumber(selection.size)} selected`),
         el("button", { type: "button", onclick: () => select([]) }, "Select none (Esc)")),
       grid([...selection]));
-    } else {
+    }
+    if (!parts.length) {
       parts.push(el("div", { class: "head" },
         el("h2", {}, `All ${formatNumber(data.names.length)} images`),
         el("small", {}, "Click one to open it. Click a point for images like it.")),
       grid(data.names.map((_, row) => row)));
-    }
-    if (query && selection.size) {
-      parts.unshift(el("p", {}, `${formatNumber(selection.size)} images are selected.`));
     }
     if (data.missing) parts.unshift(el("p", { class: "card warning" },
       `The originals cannot be opened, so thumbnails are shown: ${data.missing}`));

@@ -108,7 +108,6 @@ export class PointMap {
     this.actions = actions;
     this.view = { x: 0.5, y: 0.5, size: 1 };
     this.lassoOn = false;
-    this.showPictures = true;
     this.lasso = null; // points of the line that is being drawn, in pixels
     this.hovered = null;
     this.pointers = new Map();
@@ -117,7 +116,7 @@ export class PointMap {
     this.canvas = el("canvas", { class: "points", "aria-hidden": "true" });
     this.overlay = el("canvas", {
       class: "overlay", role: "application", tabindex: 0,
-      "aria-label": "Map of the images. Arrow keys move it, plus and minus zoom, 0 shows all of "
+      "aria-label": "Map of the images. Arrow keys move it, plus and minus zoom, Home shows all of "
         + "it. The list beside the map has the same images.",
     });
     this.element = el("div", { class: "map-area" }, this.canvas, this.overlay);
@@ -221,7 +220,7 @@ export class PointMap {
   drawPictures(pen) {
     this.cells.clear();
     const isZoomed = this.view.size < 0.6 * this.whole.size;
-    if (!this.showPictures || !isZoomed || !store.data.thumbnails) return;
+    if (!isZoomed || !store.data.thumbnails) return;
     for (const row of this.rowsInView() ?? []) {
       const column = Math.floor(this.toX(row) / PICTURE), line = Math.floor(this.toY(row) / PICTURE);
       const key = `${column} ${line}`;
@@ -375,7 +374,7 @@ export class PointMap {
       const zoom = { "+": 1.4, "=": 1.4, "-": 1 / 1.4 }[event.key];
       if (step) this.pan(...step);
       else if (zoom) this.zoomAt(this.width / 2, this.height / 2, zoom);
-      else if (event.key === "0") this.showAll();
+      else if (event.key === "Home") this.showAll();
       else return;
       event.preventDefault();
       event.stopPropagation();

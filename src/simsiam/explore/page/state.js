@@ -7,7 +7,7 @@ export const store = {
   predictions: { classes: [], predicted: [], confidence: [] },
   labels: new Map(), // row -> label
   decisions: new Map(), // row -> "keep" or "drop"
-  classes: [], // the labels, in the order in which they were first seen: the number keys
+  classes: [], // the labels, in the order of their number keys
   query: null, // the last search: name, row, rows, cosines
   selection: new Set(),
   tab: "browse",
@@ -82,16 +82,14 @@ async function take(state) {
   store.state = state;
   store.labels = new Map(state.labels);
   store.decisions = new Map(state.decisions);
-  for (const label of [...new Set(state.labels.map(([, label]) => label))].sort()) {
-    if (!store.classes.includes(label)) store.classes.push(label);
-  }
-  const moved = before?.arranged !== state.arranged || before?.clustered !== state.clustered;
-  if (before && moved) {
+  for (const name of state.classes) if (!store.classes.includes(name)) store.classes.push(name);
+  const { places } = store;
+  if (places.arranged !== state.arranged || !!places.clusters !== state.clustered) {
     store.places = await get("places");
     changed("places");
   }
   if (before?.fittedVersion !== state.fittedVersion) store.predictions = await get("predictions");
-  for (const problem of state.problems) say(problem, true);
+  for (const problem of state.problems.slice(before?.problems.length ?? 0)) say(problem, true);
   changed("state");
 }
 
@@ -120,7 +118,7 @@ export function watch() {
 
 export async function label(rows, text) {
   return attempt(async () => {
-    await take(await post("label", { rows: [...rows], label: text }));
+    await take(await post("label", { rows: [...rows], label: text, classes: store.classes }));
     return true;
   });
 }
@@ -144,30 +142,41 @@ export function addClass(name) {
 }
 
 export function select(rows) {
+  if (!rows.length) say("");
   store.selection = new Set(rows);
   changed("selection");
 }
 
-async function showResult(result) {
-  store.query = result;
+/** Show the result of a search; null ends it. */
+export function showQuery(query) {
+  if (store.query?.picture) URL.revokeObjectURL(store.query.picture);
+  store.query = query;
   changed("query");
 }
 
-export async function searchRow(row) {
-  return attempt(async () => showResult(await post("search", { row })));
+let searches = 0;
+
+/** Search; a slow answer does not replace the one to a later question. */
+async function search(ask) {
+  const number = ++searches;
+  return attempt(async () => {
+    const query = await ask();
+    if (number === searches) showQuery(query);
+    return true;
+  });
 }
 
-export async function searchName(name) {
-  return attempt(async () => showResult(await post("search", { name })));
+export async function searchRow(row) {
+  return search(() => post("search", { row }));
 }
 
 export async function searchImage(blob) {
   say("Searching for images like the dropped one …");
-  return attempt(async () => {
+  return search(async () => {
     const response = await send("search-image", blob, "application/octet-stream");
-    await showResult({ ...await response.json(), picture: URL.createObjectURL(blob) });
+    const query = { ...await response.json(), picture: URL.createObjectURL(blob) };
     say("");
-    return true;
+    return query;
   });
 }
 

@@ -46,6 +46,6 @@ export class TakePanel {
         el("p", {}, "FOLDER is the folder of the images. This does it:"),
         el("code", {}, `sh ${kind} FOLDER --yes`));
     }
-    say(`${kind} is saved.`);
+    say(`${kind} is in the folder to which your browser downloads.`);
   }
 }

@@ -1,5 +1,5 @@
 // Images as tiles, and one image in full size.
-import { attempt, get, label, searchRow, store } from "./state.js";
+import { attempt, decide, get, label, searchRow, store } from "./state.js";
 
 const PAGE = 120; // tiles that are added at a time
 
@@ -81,36 +81,57 @@ export function openImage(row, rows = [row]) {
   viewer?.close();
   const dialog = el("dialog", { class: "viewer", "aria-label": shownName(row) });
   let at = rows.indexOf(row);
+  const name = el("b"), facts = el("small"), frame = el("div");
+  const classes = store.classes.slice(0, 12).map((text) => el("button", {
+    type: "button",
+    onclick: async () => {
+      const now = rows[at];
+      await label([now], store.labels.get(now) === text ? "" : text);
+      showState();
+    },
+  }, text));
+  const drop = el("button", {
+    type: "button",
+    onclick: async () => {
+      await decide([[rows[at], store.decisions.get(rows[at]) === "drop" ? "" : "drop"]]);
+      showState();
+    },
+  }, "Drop");
+  const showState = () => {
+    for (const button of classes) {
+      button.setAttribute("aria-pressed", String(store.labels.get(rows[at]) === button.textContent));
+    }
+    drop.setAttribute("aria-pressed", String(store.decisions.get(rows[at]) === "drop"));
+  };
+  // Buttons stay: the one that was pressed keeps the focus.
   const show = () => {
     const now = rows[at];
-    const facts = el("small", {}, "…");
-    attempt(async () => { facts.textContent = formatFacts(await get(`facts/${now}`)); });
-    const step = (by) => { at = (at + by + rows.length) % rows.length; show(); };
-    const buttons = el("div", { class: "row" },
-      rows.length > 1
-        ? [el("button", { type: "button", onclick: () => step(-1) }, "← Previous"),
-          el("button", { type: "button", onclick: () => step(1) }, "Next →")] : null,
-      el("button", {
-        type: "button", class: "similar",
-        onclick: () => { dialog.close(); searchRow(now); },
-      }, "Find similar"),
-      store.classes.slice(0, 12).map((name) => el("button", {
-        type: "button", "aria-pressed": String(store.labels.get(now) === name),
-        onclick: async () => {
-          await label([now], store.labels.get(now) === name ? "" : name);
-          show();
-        },
-      }, name)),
-      el("button", { type: "button", class: "close", onclick: () => dialog.close() }, "Close"));
-    dialog.step = step;
-    dialog.replaceChildren(
-      el("div", { class: "viewer-head" },
-        el("div", {}, el("b", {}, shownName(now)), el("div", {}, facts)), buttons),
-      fullImage(now));
+    name.textContent = shownName(now);
+    facts.textContent = "…";
+    attempt(async () => {
+      const found = formatFacts(await get(`facts/${now}`));
+      if (now === rows[at]) facts.textContent = found;
+    });
+    frame.replaceChildren(fullImage(now));
+    showState();
   };
+  const step = (by) => { at = (at + by + rows.length) % rows.length; show(); };
+  dialog.append(
+    el("div", { class: "viewer-head" }, el("div", {}, name, el("div", {}, facts)),
+      el("div", { class: "row" },
+        rows.length > 1
+          ? [el("button", { type: "button", onclick: () => step(-1) }, "← Previous"),
+            el("button", { type: "button", onclick: () => step(1) }, "Next →")] : null,
+        el("button", {
+          type: "button", class: "similar",
+          onclick: () => { dialog.close(); searchRow(rows[at]); },
+        }, "Find similar"),
+        classes, drop,
+        el("button", { type: "button", class: "close", onclick: () => dialog.close() }, "Close"))),
+    frame);
   dialog.addEventListener("keydown", (event) => {
     const by = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
-    if (by && rows.length > 1) { dialog.step(by); event.preventDefault(); }
+    if (by && rows.length > 1) { step(by); event.preventDefault(); }
     event.stopPropagation();
   });
   dialog.addEventListener("close", () => { dialog.remove(); viewer = null; });
