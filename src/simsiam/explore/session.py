@@ -24,6 +24,7 @@ from simsiam.explore.originals import why_best
 from simsiam.explore.path_table import PathTable
 from simsiam.explore.queue import Teacher
 from simsiam.utils.intervals import wilson_interval
+from simsiam.utils.system import lower_thread_priority
 
 MAX_OUTLIERS = 200
 NUM_RESULTS = 60  # images that a search shows
@@ -90,7 +91,8 @@ class Session:
         self._outliers: Future[list[Group]] | None = None
         self._lock = Lock()
         self._fitter = ThreadPoolExecutor(1)
-        self._worker = ThreadPoolExecutor(3)  # the map takes long, and copies must not wait for it
+        # The map takes long: copies must not wait for it, and the browser needs a core meanwhile.
+        self._worker = ThreadPoolExecutor(3, initializer=lower_thread_priority)
         self.fit()
         self._worker.submit(self._try, "the clusters", self._find_clusters)
         self._worker.submit(self._try, "the map", self._arrange)

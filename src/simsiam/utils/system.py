@@ -10,6 +10,7 @@ import platform
 import signal
 import stat
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -144,6 +145,13 @@ def yield_core() -> None:
         os.sched_yield()
     else:
         time.sleep(0)
+
+
+def lower_thread_priority() -> None:
+    """Let others go first from now on; Linux alone can do this for a thread and those it starts."""
+    if sys.platform == "linux":
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 15)
 
 
 def process_context() -> "BaseContext":
