@@ -25,6 +25,12 @@ from simsiam.runs.weights import open_weights
 
 AXE = Path(__file__).parent / "axe.min.js"
 IMAGENETTE = Path(__file__).parents[2] / "shared" / "data" / "imagenette224.tar"
+HAND_OVER = """([kind, bytes]) => {
+  const data = new DataTransfer(), given = { bubbles: true, cancelable: true };
+  data.items.add(new File([new Uint8Array(bytes)], "outside.jpg", { type: "image/jpeg" }));
+  dispatchEvent(kind === "drop" ? new DragEvent(kind, { ...given, dataTransfer: data })
+    : new ClipboardEvent(kind, { ...given, clipboardData: data }));
+}"""
 EXACT = {"device": "cpu", "precision": "float32"}
 
 
@@ -102,9 +108,14 @@ def work(browser, tmp_path, made, per_class, copies):
         tab.locator("input[type=file]").set_input_files(
             {"name": "outside.jpg", "mimeType": "image/jpeg", "buffer": outside}
         )
-        tab.wait_for_selector(".query")
         row = read_embeddings(file).find("copy-0001.jpg")
-        assert tab.locator(".panel .tile").first.get_attribute("data-row") == str(row)
+        for event in ("", "drop", "paste"):  # the first has chosen a file
+            if event:
+                tab.evaluate(HAND_OVER, [event, list(outside)])
+            tab.wait_for_selector(".query")
+            assert tab.locator(".panel .tile").first.get_attribute("data-row") == str(row)
+            tab.click(".query button:text('Clear')")
+            tab.wait_for_selector(".query", state="detached")
         # label by keyboard
         tab.click("#tab-label")
         classes, done = [], Counter()
