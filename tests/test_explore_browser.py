@@ -221,6 +221,11 @@ def check_with_axe(tab, schemes):
         if scheme == "light":
             tab.click("#tab-browse")
             tab.locator(".panel .tile").first.click()
+            assert tab.locator("dialog img.full").bounding_box()["height"] > 200
+            tab.click("dialog button:text('Next')")
+            tab.keyboard.press("Enter")  # the button keeps the focus
+            third = tab.locator(".panel .tile").nth(2).get_attribute("title")
+            assert tab.locator("dialog b").inner_text() == third
             found = tab.evaluate("axe.run('dialog').then((result) => result.violations)")
             assert not found, [(v["id"], v["nodes"][0]["html"][:120]) for v in found]
             tab.keyboard.press("Escape")

@@ -81,7 +81,7 @@ export function openImage(row, rows = [row]) {
   viewer?.close();
   const dialog = el("dialog", { class: "viewer", "aria-label": shownName(row) });
   let at = rows.indexOf(row);
-  const name = el("b"), facts = el("small"), frame = el("div");
+  const name = el("b"), facts = el("small"), frame = el("div", { class: "viewer-frame" });
   const classes = store.classes.slice(0, 12).map((text) => el("button", {
     type: "button",
     onclick: async () => {
