@@ -203,7 +203,7 @@ MUTATIONS = [
         "data/arrow_files",
         "(pa.OSFile if WINDOWS else pa.memory_map)",
         "pa.memory_map",
-        "system.py::test_every_verb_runs_as_if_on[win32]",
+        "system.py::test_a_file_of_the_cache_that_is_in_use_can_be_replaced_as_if_on_windows",
     ),
     m(
         "read a part of a file from its start where there is no pread",

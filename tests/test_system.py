@@ -43,6 +43,22 @@ def test_every_verb_runs_as_if_on(name, tmp_path):
     assert json.loads(result.stdout.splitlines()[-1]) == [], result.stderr
 
 
+def test_a_file_of_the_cache_that_is_in_use_can_be_replaced_as_if_on_windows(tmp_path):
+    code = (
+        "import sys, pyarrow as pa\nfrom pathlib import Path\n"
+        "from simsiam.data.arrow_files import open_arrow_file, write_arrow_file\n"
+        "path, schema = Path(sys.argv[1]), pa.schema({'a': pa.int64()})\n"
+        "batch = pa.record_batch([pa.array([1, 2])], schema)\n"
+        "write_arrow_file(path, schema, [batch])\n"
+        "kept = open_arrow_file(path)\n"
+        "write_arrow_file(path, schema, [batch, batch])\n"
+        "print(kept.num_record_batches, open_arrow_file(path).num_record_batches)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "a.arrow")]
+    done = subprocess.run(command, env=environment("win32"), capture_output=True, text=True)
+    assert done.stdout.split() == ["1", "2"], done.stderr
+
+
 @pytest.mark.parametrize("name", ["win32", "darwin"])
 def test_the_stand_ins_are_seen_by_the_package_alone(name):
     code = (
