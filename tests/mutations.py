@@ -846,7 +846,7 @@ MUTATIONS = [
         "config/method",
         "(i, (j, *range(count, count + extra)))",
         "(i, (0, *range(count, count + extra)))",
-        "targets.py::test_neutral_targets_are_simsiam_bit_for_bit",
+        "method.py::test_simsiam_is_algorithm_1",
     ),
     m(
         "a copy in evaluation mode",

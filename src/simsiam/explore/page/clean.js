@@ -32,7 +32,7 @@ export class CleanPanel {
     });
     this.options = el("div", { class: "row" },
       el("label", { class: "row" }, el("small", {}, "Largest distance"), limit),
-      el("label", { class: "row" }, crops, el("small", {}, "also crops (slower)")));
+      el("label", { class: "row" }, crops, el("small", {}, "also crops (takes minutes)")));
     this.element = el("div", { class: "stack" },
       el("div", { class: "row" }, this.kinds, this.options, this.undoButton),
       this.summary, this.content,
@@ -60,14 +60,14 @@ export class CleanPanel {
     }));
     this.asking = false;
     const isAsked = JSON.stringify(question) === JSON.stringify(this.question);
-    if (!answer) {
-      this.failed = kind;
-      this.update();
-    } else if (answer.found && isAsked) {
+    if (!answer) this.failed = kind;
+    else if (answer.found && isAsked) {
       this.groups[kind] = answer.found;
       this.at[kind] = Math.max(0, answer.found.findIndex((group) => !this.isDecided(group)));
-      this.update();
-    } else if (this.element.isConnected) setTimeout(() => this.open(this.kind), 500);
+    }
+    this.update();
+    const isMissing = !this.groups[this.kind] && this.failed !== this.kind;
+    if (isMissing && this.element.isConnected) setTimeout(() => this.open(this.kind), 500);
   }
 
   group() {
