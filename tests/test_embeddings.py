@@ -412,7 +412,7 @@ def test_metadata_names_the_run_the_source_and_the_preprocessing(run, file):
     assert metadata["transform"]["size"] == 32
 
 
-def test_fiftyone_gets_paths_vectors_and_labels(run, folder, file, tmp_path):
+def test_fiftyone_gets_paths_vectors_and_labels(run, folder, file, tmp_path, capsys):
     """As FiftyOne 1.22 exports its type LegacyFiftyOneDataset; it loads such a folder."""
     words = {"format": "fiftyone", "device": "cpu", "precision": "float32"}
     out, images = embed(run, folder, out=tmp_path / "fiftyone", **words), read_embeddings(file)
@@ -435,6 +435,7 @@ def test_fiftyone_gets_paths_vectors_and_labels(run, folder, file, tmp_path):
         "data/000000001.jpg",
     ]
     assert all((out / sample["filepath"]).is_file() for sample in samples)
+    assert f"{len(samples)} of {len(samples)} images are no files" in capsys.readouterr().err
 
 
 def test_tensorboards_projector_gets_vectors_names_and_a_sprite(run, folder, file, tmp_path):

@@ -4,9 +4,11 @@ import base64
 import io
 import json
 import math
+import sys
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -85,7 +87,7 @@ def write_fiftyone(parts: Sequence[Path], path: Path, metadata: str) -> None:
             if file is None:
                 file = f"data/{i:09}.jpg"
                 Image.fromarray(images.thumbnail(i)).save(folder / file, quality=95)
-            sample: dict[str, object] = {"filepath": file, "tags": [], "path": printable(name)}
+            sample: dict[str, Any] = {"filepath": file, "tags": [], "path": printable(name)}
             sample["features"] = _encode_vector(images.vectors[i].numpy())
             if images.labels is not None and (label := images.labels[i]) is not None:
                 sample["label"] = {"_cls": "Classification", "label": printable(label)}
@@ -95,6 +97,9 @@ def write_fiftyone(parts: Sequence[Path], path: Path, metadata: str) -> None:
         }  # fmt: skip
         for file, content in (("metadata", description), ("samples", {"samples": samples})):
             (folder / f"{file}.json").write_text(json.dumps(content), encoding="utf-8")
+    if copies := sum(sample["filepath"].startswith("data/") for sample in samples):
+        text = f"{copies:,} of {len(images):,} images are no files of their own: "
+        print(f"{text}their thumbnails are in {printable(str(path))}/data", file=sys.stderr)
 
 
 def _find_file(originals: Originals, row: int) -> str | None:
