@@ -83,8 +83,6 @@ class Session:
         self.version = 0  # grows with every change of what the page shows
         self.fitted_version = -1  # the version of the labels that the predictions belong to
         self.problems: list[str] = []  # of the work in the background
-        self._teacher: Teacher | None = None
-        self._x: np.ndarray | None = None
         self._normalized = F.normalize(images.vectors, dim=1)
         self._copies: Future[list[Group]] | None = None
         self._copies_question = THRESHOLD, False
@@ -92,7 +90,8 @@ class Session:
         self._lock = Lock()
         self._fitter = ThreadPoolExecutor(1)
         # The map takes long: copies must not wait for it, and the browser needs a core meanwhile.
-        self._worker = ThreadPoolExecutor(3, initializer=lower_thread_priority)
+        self._worker = ThreadPoolExecutor(4, initializer=lower_thread_priority)
+        self._prepared = self._worker.submit(self._prepare)
         self.fit()
         self._worker.submit(self._try, "the clusters", self._find_clusters)
         self._worker.submit(self._try, "the map", self._arrange)
@@ -107,6 +106,9 @@ class Session:
             self.problems.append(f"{what} could not be made: {printable(str(error))}")
             print(self.problems[-1], file=sys.stderr)
         self.version += 1
+
+    def _prepare(self) -> tuple[np.ndarray, Teacher]:
+        return standardize(self.images), Teacher(self.images.vectors)
 
     def _find_clusters(self) -> None:
         self.clusters = find_clusters(self.images.vectors)
@@ -123,15 +125,12 @@ class Session:
         version = self.labels.version
         if version == self.fitted_version:
             return
-        if self._teacher is None:
-            self._x = standardize(self.images)
-            self._teacher = Teacher(self.images.vectors)
-        assert self._x is not None
+        x, teacher = self._prepared.result()
         label_of = self.labeled_rows()
         enough = len(set(label_of.values())) > 1
-        self.result = predict_labels(self._x, label_of) if enough else None
+        self.result = predict_labels(x, label_of) if enough else None
         confidence = self.result.confidence if self.result else None
-        self.queue = self._teacher.choose(list(label_of), confidence)
+        self.queue = teacher.choose(list(label_of), confidence)
         self.fitted_version = version
 
     # --- labels and decisions ---
