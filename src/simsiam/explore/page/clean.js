@@ -43,7 +43,7 @@ export class CleanPanel {
   /** Look for copies by another rule. */
   ask(change) {
     Object.assign(this.question, change);
-    this.groups.copies = null;
+    this.isStale = true; // the groups stay until others are found
     this.open("copies");
   }
 
@@ -52,7 +52,7 @@ export class CleanPanel {
     this.kind = kind;
     this.failed = null;
     this.update();
-    if (this.groups[kind] || this.asking) return;
+    if (!this.isMissing(kind) || this.asking) return;
     this.asking = true;
     const question = { ...this.question };
     const answer = await attempt(async () => ({
@@ -63,11 +63,16 @@ export class CleanPanel {
     if (!answer) this.failed = kind;
     else if (answer.found && isAsked) {
       this.groups[kind] = answer.found;
+      if (kind === "copies") this.isStale = false;
       this.at[kind] = Math.max(0, answer.found.findIndex((group) => !this.isDecided(group)));
     }
     this.update();
-    const isMissing = !this.groups[this.kind] && this.failed !== this.kind;
-    if (isMissing && this.element.isConnected) setTimeout(() => this.open(this.kind), 500);
+    const isWaiting = this.isMissing(this.kind) && this.failed !== this.kind;
+    if (isWaiting && this.element.isConnected) setTimeout(() => this.open(this.kind), 500);
+  }
+
+  isMissing(kind) {
+    return !this.groups[kind] || (kind === "copies" && this.isStale);
   }
 
   group() {
@@ -146,7 +151,8 @@ export class CleanPanel {
     const drops = [...store.decisions.values()].filter((value) => value === "drop").length;
     const count = decided === groups.length ? "all are decided" : `${decided} decided`;
     this.summary.textContent = `${isCopies ? "Group" : "Outlier"} ${this.at[this.kind] + 1} of `
-      + `${groups.length} · ${count} · ${formatNumber(drops)} images to drop`;
+      + `${groups.length} · ${count} · ${formatNumber(drops)} images to drop`
+      + (this.isMissing(this.kind) && !this.failed ? " · comparing images again …" : "");
     if (this.shown !== this.group()) this.showGroup(this.group(), isCopies);
     this.showDecisions(this.group(), isCopies);
     this.restButton?.classList.toggle("hidden", decided === groups.length);

@@ -1,6 +1,6 @@
 // Labeling: the image that would teach most, the classes with their keys, and the queue.
 import { addClass, label, select, store, undo } from "./state.js";
-import { fullImage, grid, shownName, tile } from "./tiles.js";
+import { fullImage, grid, openImage, shownName, tile } from "./tiles.js";
 
 const KEYS = "1234567890"; // the tenth class has the 0
 
@@ -27,16 +27,25 @@ export class LabelPanel {
         this.input.blur();
       },
     }, this.input, el("button", { type: "submit" }, "Add class"));
-    this.undoButton = el("button", { type: "button", onclick: () => undo("labels") }, "Undo (Z)");
+    this.answered = []; // rows, for undo
+    this.undoButton = el("button", { type: "button", onclick: () => this.undo() }, "Undo (Z)");
+    this.removeButton = el("button", {
+      type: "button", onclick: () => this.choose(""),
+    }, "Remove label (X)");
     this.selected = el("div", { class: "card stack selected-box hidden" });
     this.queue = el("div", { class: "tiles small" });
     this.element = el("div", { class: "stack" },
       el("div", { class: "stack tight" }, this.progress,
-        el("div", { class: "bar-outer", "aria-hidden": "true" }, this.bar)),
+        el("div", { class: "bar-outer", "aria-hidden": "true" }, this.bar),
+        el("small", { class: "pale" }, "The accuracy is estimated from the labeled images: too "
+          + "low if you label what is asked here, too high if you label whole regions.")),
       this.question, this.classes, form,
       el("div", { class: "row" }, this.undoButton,
         el("button", { type: "button", onclick: () => this.skip() }, "Skip (S)"),
-        el("button", { type: "button", onclick: () => this.choose("") }, "Remove label (X)")),
+        this.removeButton,
+        el("button", {
+          type: "button", onclick: () => this.current !== null && openImage(this.current),
+        }, "Full size")),
       this.selected, el("h2", {}, "Next"), el("small", { class: "pale" },
         "Ordered by what would teach most: unsure, and typical of many others."),
       this.queue);
@@ -70,9 +79,17 @@ export class LabelPanel {
     const row = this.current;
     if (row === null) return;
     if (name) this.done.add(row);
+    this.answered.push(row);
     this.next(); // at once: the server is quick, and another answer may follow
     await label([row], name);
     this.done.delete(row);
+  }
+
+  /** Take the last change back, and show the image again. */
+  async undo() {
+    await undo("labels");
+    const row = this.answered.pop();
+    if (row !== undefined) this.setCurrent(row);
   }
 
   guess() {
@@ -87,7 +104,7 @@ export class LabelPanel {
     if (place >= 0 && place < store.classes.length) this.choose(store.classes[place]);
     else if (event.key === "x" || event.key === "X") this.choose("");
     else if (event.key === "s" || event.key === "S") this.skip();
-    else if (event.key === "z" || event.key === "Z") undo("labels");
+    else if (event.key === "z" || event.key === "Z") this.undo();
     else if (event.key === "n" || event.key === "N") this.input.focus();
     else if (event.key === "Enter" && this.guess()) this.answer(this.guess().name);
     else return false;
@@ -96,7 +113,11 @@ export class LabelPanel {
 
   /** Give a class to the selected images, or to the one that is asked about. */
   async choose(name) {
-    if (!store.selection.size) { this.answer(name); return; }
+    if (!store.selection.size) {
+      if (name || store.labels.has(this.current)) this.answer(name);
+      return;
+    }
+    this.answered.length = 0;
     const rows = [...store.selection];
     select([]);
     await label(rows, name);
@@ -107,13 +128,14 @@ export class LabelPanel {
     if (!store.state) return;
     const { labeled, count, low, high } = store.state.progress;
     const accuracy = low === null || low === undefined
-      ? (store.state.hasPredictions ? "accuracy unknown: label two images of each class" : "")
-      : `estimated accuracy ${low.toFixed(0)} to ${high.toFixed(0)} % on images like these`;
+      ? (store.state.hasPredictions ? `accuracy unknown: label ${this.needed()}` : "")
+      : `estimated accuracy ${low.toFixed(0)} to ${high.toFixed(0)} %`;
     const text = `Labeled ${formatNumber(labeled)} of ${formatNumber(count)}`;
     const busy = store.state.fitted ? "" : " · learning …";
     this.progress.textContent = [text, accuracy].filter(Boolean).join(", ") + busy;
     this.bar.style.width = `${100 * labeled / count}%`;
     this.undoButton.disabled = !store.state.undoLabels;
+    this.removeButton.disabled = !store.selection.size && !store.labels.has(this.current);
     const waiting = this.waiting();
     if (this.current === null) this.current = waiting[0] ?? null;
     this.question.classList.toggle("hidden", store.selection.size > 0);
@@ -144,10 +166,20 @@ export class LabelPanel {
           : "What is this? Add two classes or more (N), then press their numbers.";
   }
 
-  showClasses() {
-    const given = store.labels.get(this.current);
+  counts() {
     const counts = new Map();
     for (const name of store.labels.values()) counts.set(name, (counts.get(name) || 0) + 1);
+    return counts;
+  }
+
+  /** What is needed for an estimate of the accuracy, in words. */
+  needed() {
+    const single = [...this.counts()].filter(([, count]) => count === 1).map(([name]) => name);
+    return single.length ? `a second image of ${single.join(", ")}` : "more images";
+  }
+
+  showClasses() {
+    const given = store.labels.get(this.current), counts = this.counts();
     const names = store.classes;
     this.classes.replaceChildren(...names.map((name, i) => el("button", {
       type: "button", "aria-pressed": String(given === name), onclick: () => this.choose(name),

@@ -186,7 +186,7 @@ class Page {
     document.addEventListener("keydown", (event) => this.key(event));
     // After a click, keys are for the panel again, and not for the button that was clicked.
     this.panel.addEventListener("click", (event) => {
-      if (event.detail) event.target.closest("button")?.blur();
+      if (event.detail) event.target.closest("button, [type=checkbox]")?.blur();
     });
     const hint = document.querySelector(".drop-hint");
     const hasFile = (event) => [...event.dataTransfer?.types ?? []].includes("Files");

@@ -26,11 +26,15 @@ export function changed(what) {
 
 // --- the server ---
 
-/** Say something in the status line; errors stay until the next message. */
+let saying = 0;
+
+/** Say something in the status line for some seconds; errors stay until the next message. */
 export function say(text, isError = false) {
   const status = document.getElementById("status");
   status.textContent = text;
   status.classList.toggle("bad-text", isError);
+  clearTimeout(saying);
+  if (!isError) saying = setTimeout(() => say(""), 8000);
 }
 
 async function check(response) {
