@@ -60,6 +60,13 @@ CELLS: dict[str, dict[str, object]] = {
     "predictor without decay": {"predictor_weight_decay": 0.0},
     "crops from 0.2": {"crop_min": 0.2},
     "crops from 0.08": {"crop_min": 0.08},
+    "jitter 0.8": {"jitter": (0.8, 0.8, 0.0, 0.0)},
+    "no jitter": {"jitter_p": 0.0},
+    "simclr, jitter 0.8": {
+        "method": "simclr",
+        **TINY.method_overrides["simclr"],
+        "jitter": (0.8, 0.8, 0.0, 0.0),
+    },  # fmt: skip
     "4 views": {"num_views": 4},
     "4 small crops": {"small_crops": 4, "small_crop_scale": (0.1, 0.3)},
     "batch 512": {"batch_size": 512, "base_lr": 0.175},
