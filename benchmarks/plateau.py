@@ -66,7 +66,7 @@ CELLS: dict[str, dict[str, object]] = {
         "method": "simclr",
         **TINY.method_overrides["simclr"],
         "jitter": (0.8, 0.8, 0.0, 0.0),
-    },  # fmt: skip
+    },
     "4 views": {"num_views": 4},
     "4 small crops": {"small_crops": 4, "small_crop_scale": (0.1, 0.3)},
     "batch 512": {"batch_size": 512, "base_lr": 0.175},
