@@ -62,7 +62,7 @@ CELLS: dict[str, dict[str, object]] = {
     "crops from 0.08": {"crop_min": 0.08},
     "jitter 0.8": {"jitter": (0.8, 0.8, 0.0, 0.0)},
     "no jitter": {"jitter_p": 0.0},
-    "simclr, jitter 0.8": {
+    "simclr jitter 0.8": {
         "method": "simclr",
         **TINY.method_overrides["simclr"],
         "jitter": (0.8, 0.8, 0.0, 0.0),
