@@ -14,9 +14,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from simsiam.data.decode import Unreadable
 from simsiam.data.parquet_files import read_parquet
-from simsiam.data.storage import FolderFiles
 from simsiam.embeddings.copies.originals import Originals
 from simsiam.embeddings.table import Embeddings, table_to_embeddings
 from simsiam.errors import printable
@@ -104,13 +102,10 @@ def write_fiftyone(parts: Sequence[Path], path: Path, metadata: str) -> None:
 
 def _find_file(originals: Originals, row: int) -> str | None:
     """The absolute path of the image of a row, if it is a file whose name is text."""
-    try:
-        images, position = originals.locate(row)
-    except Unreadable:
+    if (found := originals.find_file(row)) is None:
         return None
-    if not isinstance(images.storage, FolderFiles):
-        return None
-    file = str(Path(images.storage.file(position)).absolute())
+    files, position = found
+    file = str(Path(files.file(position)).absolute())
     return file if file == printable(file) else None
 
 

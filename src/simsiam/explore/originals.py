@@ -6,8 +6,6 @@ import os
 import numpy as np
 from PIL import Image
 
-from simsiam.data.decode import Unreadable
-from simsiam.data.storage import FolderFiles
 from simsiam.embeddings.copies.facts import FileFacts
 from simsiam.embeddings.copies.originals import LOSSY, Originals
 
@@ -54,13 +52,10 @@ def path_in_folder(originals: Originals, row: int) -> str | None:
     Returns:
         The path, relative to the folder of the source; None if the image is no file below it.
     """
-    try:
-        images, position = originals.locate(row)
-    except Unreadable:
+    if (found := originals.find_file(row)) is None:
         return None
-    if not isinstance(images.storage, FolderFiles):
-        return None
-    path = os.path.normpath(images.storage.names[position])
+    files, position = found
+    path = os.path.normpath(files.names[position])
     return None if os.path.isabs(path) or path.split(os.sep)[0] == ".." else path
 
 

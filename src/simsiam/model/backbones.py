@@ -161,20 +161,18 @@ def create_backbone(
             )
         stem = stem or default_stem(image_size)
         return ResNet(block, layers, width=width, stem=stem, channels=channels)
-    if name.startswith(PATCHES_PREFIX) and (network := parse_patches(name)[1]) is not None:
-        patches = name.removesuffix(f"+{network}")
-        return ClosedFormStart(
-            Patches(parse_patches(patches)[0], image_size=image_size, channels=channels),
-            create_backbone(
-                network, image_size=image_size, width=width, stem=stem, channels=channels
-            ),
+    sizes, network = parse_patches(name) if name.startswith(PATCHES_PREFIX) else ((), None)
+    if network is not None:
+        beside = create_backbone(
+            network, image_size=image_size, width=width, stem=stem, channels=channels
         )
+        return ClosedFormStart(Patches(sizes, image_size=image_size, channels=channels), beside)
     if width != 64 or stem is not None:
         raise UsageError(f"width and stem belong to {', '.join(RESNETS)}; {name} has neither")
     if name.startswith(TIMM_PREFIX):
         return build_timm_backbone(name, image_size, channels)
-    if name.startswith(PATCHES_PREFIX):
-        return Patches(parse_patches(name)[0], image_size=image_size, channels=channels)
+    if sizes:
+        return Patches(sizes, image_size=image_size, channels=channels)
     if channels != 3:
         raise UsageError(
             f"{name} takes 3 channels, not {channels}; "

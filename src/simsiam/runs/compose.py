@@ -36,6 +36,7 @@ from simsiam.runs.weights import (
     describe_resampling,
     known_preprocessing,
     left_out_head,
+    open_patches,
     open_weights,
 )
 from simsiam.sources.open_source import Source, absolute_sources, open_source, source_names
@@ -185,9 +186,7 @@ def _beside_patches(complete: Recipe) -> Recipe:
     """Put patches, learned from the images, beside the network."""
     if complete.backbone.startswith(PATCHES_PREFIX):
         return complete
-    folder = open_weights(
-        PATCHES, source=complete.source, channels=complete.channels, splits=complete.splits
-    )
+    folder = open_patches(complete)
     return complete.replace(backbone=f"{Run(folder).recipe.backbone}+{complete.backbone}")
 
 

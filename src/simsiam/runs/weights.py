@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from simsiam.config.recipes import PREPROCESSING_SETTINGS, ResolvedRecipe
+from simsiam.config.recipes import PREPROCESSING_SETTINGS, Recipe, ResolvedRecipe
 from simsiam.distributed.process_group import rank_zero_only
 from simsiam.errors import UsageError, printable, truncate, unknown_name
 from simsiam.model.backbones import RESNETS, fit_positions
@@ -238,10 +238,22 @@ def load_init_weights(model: nn.Module, recipe: ResolvedRecipe) -> None:
         raise UsageError(f"init {recipe.init} does not fit {recipe.backbone}: {reason}") from None
 
 
-def _start_from_patches(model: ClosedFormStart, recipe: ResolvedRecipe) -> None:
-    folder = open_weights(
+def open_patches(recipe: Recipe | ResolvedRecipe) -> Path:
+    """Return the run folder of the patches that are learned from the images of a recipe.
+
+    Args:
+        recipe: The recipe.
+
+    Raises:
+        UsageError: There are too few images.
+    """
+    return open_weights(
         PATCHES, source=recipe.source, channels=recipe.channels, splits=recipe.splits
     )
+
+
+def _start_from_patches(model: ClosedFormStart, recipe: ResolvedRecipe) -> None:
+    folder = open_patches(recipe)
     encoder = load_run(folder)
     patches, head = (
         (encoder.backbone, encoder.head) if isinstance(encoder, Encoder) else (encoder, None)

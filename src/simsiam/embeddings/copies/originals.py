@@ -11,6 +11,7 @@ import numpy as np
 
 from simsiam.data.decode import Unreadable, has_alpha
 from simsiam.data.images import Images
+from simsiam.data.storage import FolderFiles
 from simsiam.embeddings.copies.distance import SIDE, Detail, make_detail
 from simsiam.embeddings.table import Embeddings
 from simsiam.errors import UsageError, WorkFailed, printable
@@ -130,6 +131,22 @@ class Originals:
         if place is None:
             raise Unreadable(self.missing or self.unreadable.get(row, "it is gone"))
         return self._splits[place[0]], place[1]
+
+    def find_file(self, row: int) -> tuple[FolderFiles, int] | None:
+        """Find the file of a row.
+
+        Args:
+            row: Its row.
+
+        Returns:
+            The files of its split, and its position there; None if it is gone, or no file of a
+            folder.
+        """
+        try:
+            images, position = self.locate(row)
+        except Unreadable:
+            return None
+        return (images.storage, position) if isinstance(images.storage, FolderFiles) else None
 
     def quality(self, row: int) -> Quality:
         """Return what tells the better of two copies; the larger value is better.

@@ -4,6 +4,9 @@ import { formatFacts, openImage, shownName } from "./tiles.js";
 
 const DISTANCE_HINT = "0: the same picture. Up to 0.28: copies. Above 0.5: also other pictures.";
 
+/** What is proposed for an image of a group: the first one is the best. */
+const proposal = (i) => (i ? "drop" : "keep");
+
 export class CleanPanel {
   constructor() {
     this.kind = "copies";
@@ -105,7 +108,7 @@ export class CleanPanel {
   /** Keep the proposed image of every group that is not decided. */
   async decideRest() {
     const open = this.groups.copies.filter((group) => !this.isDecided(group));
-    await decide(open.flatMap((group) => group.rows.map((row, i) => [row, i ? "drop" : "keep"])));
+    await decide(open.flatMap((group) => group.rows.map((row, i) => [row, proposal(i)])));
   }
 
   /** Take the proposal for one image; if it is decided, decide the opposite. */
@@ -119,7 +122,7 @@ export class CleanPanel {
   key(event) {
     const digit = "123456789".indexOf(event.key);
     const isCopies = this.kind === "copies", group = this.group();
-    if (event.key === "Enter" && isCopies) this.decideAll((i) => (i ? "drop" : "keep"));
+    if (event.key === "Enter" && isCopies) this.decideAll(proposal);
     else if (event.key === "k" || event.key === "K") this.decideAll(() => "keep");
     else if (event.key === "d" || event.key === "D") this.decideAll(() => "drop");
     else if (event.key === "ArrowRight") this.move(1);
@@ -162,11 +165,11 @@ export class CleanPanel {
   showDecisions(group, isCopies) {
     group.rows.forEach((row, i) => {
       const decision = store.decisions.get(row), { figure, button } = this.figures[i];
-      const proposal = isCopies ? (i ? "drop?" : "keep?") : "keep or drop?";
+      const question = isCopies ? `${proposal(i)}?` : "keep or drop?";
       figure.className = decision ?? "";
       button.className = `decision ${decision ?? ""}`;
       button.setAttribute("aria-pressed", String(!!decision));
-      button.textContent = decision ?? proposal;
+      button.textContent = decision ?? question;
     });
   }
 
@@ -178,7 +181,7 @@ export class CleanPanel {
     }, "Keep the best in all groups that are not decided") : null;
     const actions = isCopies
       ? [["Keep the best, drop the others (Enter)", () =>
-        this.decideAll((i) => (i ? "drop" : "keep"))],
+        this.decideAll(proposal)],
       ["Keep all (K)", () => this.decideAll(() => "keep")]]
       : [["Keep (K)", () => this.decideAll(() => "keep")],
         ["Drop (D)", () => this.decideAll(() => "drop")]];
