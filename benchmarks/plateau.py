@@ -1,15 +1,17 @@
 """Ask what SimSiam's features hold while it trains on `shapes`, and make the page results/plateau.
 
-    python benchmarks/plateau.py [--steps N] [--seeds N] [--cells NAME ...] [--runs FOLDER]
-        [--out FOLDER] [--page]
+    python benchmarks/plateau.py [--source SOURCE] [--steps N] [--seeds N] [--cells NAME ...]
+        [--runs FOLDER] [--out FOLDER] [--page]
 
-Cells are SimSiam, SimCLR, and SimSiam with one cell changed. Each is trained with every seed, and
-its checkpoint of each epoch is measured: the spectrum of
-z, the gain of the predictor along the principal directions of z, and how well h and z hold the
-factors of the drawing, by linear probes (ridge regression; R², for the kind accuracy) and by the 20
-nearest neighbors. Probes are fitted on training images and read on test images. Each cell and seed
-is a file in OUT/cells; what is there is not measured again, so the command can be stopped and
-started at any time. `--page` writes only the page and its figures.
+Cells are SimSiam, SimCLR, SimSiam with one setting changed, and SimSiam that begins with the
+backbone of another cell after a quarter of the steps. Each is trained with every seed, and measured
+at each quarter of the steps: the spectrum of z, the gain of the predictor along the principal
+directions of z, and how well h and z hold the factors of the drawing, by linear probes (ridge
+regression; R², for the kind accuracy) and by the 20 nearest neighbors. Probes are fitted on
+training images and read on test images. SOURCE may be another set of labeled images, which is
+trained with the settings of `shapes`; the kind is its label. Each cell and seed is a file in
+OUT/cells; what is there is not measured again, so the command can be stopped and started at any
+time. `--page` writes only the page and its figures.
 """
 
 import argparse
@@ -19,6 +21,7 @@ from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
 from statistics import fmean, stdev
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,10 +50,13 @@ from simsiam.sources.shapes import draw_factors
 from simsiam.training.launch import pretrain, resume
 from simsiam.utils.files import atomic_write
 
+SIMCLR = {"method": "simclr", **TINY.method_overrides["simclr"]}
 OUT = Path(__file__).parents[1] / "results" / "plateau"
 CELLS: dict[str, dict[str, object]] = {
     "simsiam": {},
-    "simclr": {"method": "simclr", **TINY.method_overrides["simclr"]},
+    "simclr": SIMCLR,
+    "after a quarter of simclr": {},
+    "after a quarter of simsiam": {},
     "cut-init 3": {"cut_init": 3.0},
     "predictor lr x 10": {"predictor_lr_scale": 10.0},
     "predictor direct": {"predictor": "direct"},
@@ -58,15 +64,11 @@ CELLS: dict[str, dict[str, object]] = {
     "no weight decay": {"weight_decay": 0.0},
     "weight decay 5e-4": {"weight_decay": 5e-4},
     "predictor without decay": {"predictor_weight_decay": 0.0},
+    "crops from 0.7": {"crop_min": 0.7},
     "crops from 0.2": {"crop_min": 0.2},
-    "crops from 0.08": {"crop_min": 0.08},
     "jitter 0.8": {"jitter": (0.8, 0.8, 0.0, 0.0)},
     "no jitter": {"jitter_p": 0.0},
-    "simclr jitter 0.8": {
-        "method": "simclr",
-        **TINY.method_overrides["simclr"],
-        "jitter": (0.8, 0.8, 0.0, 0.0),
-    },
+    "simclr jitter 0.8": SIMCLR | {"jitter": (0.8, 0.8, 0.0, 0.0)},
     "4 views": {"num_views": 4},
     "4 small crops": {"small_crops": 4, "small_crop_scale": (0.1, 0.3)},
     "batch 512": {"batch_size": 512, "base_lr": 0.175},
@@ -74,28 +76,43 @@ CELLS: dict[str, dict[str, object]] = {
     "momentum target 0.5": {"target": "momentum", "target_decay": 0.5},
     "no output batch norm": {"head_bn": ("proj_hidden", "pred_hidden")},
 }
+# The cell whose backbone, after a quarter of the steps, is where this cell begins.
+BEGINS_AFTER = {"after a quarter of simclr": "simclr", "after a quarter of simsiam": "simsiam"}
 FACTORS = ("kind", "number", "size", "brightness", "x", "y")
 DIRECTIONS = 32  # principal directions of z that are followed
 NEIGHBORS = 20
 PROBE_IMAGES = 2000  # of each split
 
 
-def trained(cell: str, seed: int, steps: int, runs: Path) -> Run:
-    """Return the run of a cell, trained to its end with a checkpoint of each epoch."""
-    path = runs / f"{cell}, seed {seed}"
-    settings = CELLS[cell] | {"steps": steps, "seed": seed, "save_every": 1, "knn_every": 1}
+def train(source: str, cell: str, seed: int, steps: int, runs: Path) -> list[Run]:
+    """Train a cell to its end, with checkpoints at about each quarter of the steps.
+
+    Returns:
+        Its run, after the run whose backbone it begins with, if there is one.
+    """
+    path = runs / f"{Path(source).name}, {cell}, {steps} steps, seed {seed}"
+    settings = CELLS[cell] | {"steps": steps, "seed": seed, "knn_every": 10**6}
+    before = list[Run]()
+    if cell in BEGINS_AFTER:
+        before = train(source, BEGINS_AFTER[cell], seed, steps // 4, runs)
+        settings |= {"init": str(before[0].path), "steps": steps - steps // 4}
     if (path / "recipe.yaml").exists():
-        resume(path, source="shapes", logger="none")
+        resume(path, source=source, logger="none")
     else:
-        pretrain("shapes", out=path, logger="none", **settings)  # type: ignore[arg-type]
-    return Run(path)
+        per_epoch = max(1, len(open_source(source).train) // 128)
+        settings |= {"save_every": max(1, steps // 4 // per_epoch)}
+        pretrain(source, out=path, recipe="shapes", logger="none", **settings)  # type: ignore[arg-type]
+    return [*before, Run(path)]
 
 
-def probe_targets(split: str, images: Images, index: np.ndarray) -> dict[str, np.ndarray]:
-    """Return the factors of some images of a split: classes for the kind, else numbers."""
+def probe_targets(source: str, split: str, images: Images) -> dict[str, np.ndarray]:
+    """Return the classes of some images of a split as the kind; on `shapes` also the factors."""
     assert images.labels is not None
+    if source != "shapes":
+        return {"kind": images.labels}
+    index = np.array([int(key.split("#")[1]) for key in images.keys])
     factors = {name: values[index] for name, values in draw_factors(split).items()}
-    return {"kind": images.labels[index]} | factors
+    return {"kind": images.labels} | factors
 
 
 def hold(
@@ -122,15 +139,14 @@ def hold(
     near = NearestNeighbors(n_neighbors=min(NEIGHBORS, len(fit))).fit(unit)
     neighbors = near.kneighbors(unit_test, return_distance=False)
     classes = int(wanted["kind"].max()) + 1
-    columns = np.column_stack(
-        [np.eye(classes)[wanted["kind"]], *(wanted[name] for name in FACTORS[1:])]
-    )
+    names = [name for name in wanted if name != "kind"]
+    columns = np.column_stack([np.eye(classes)[wanted["kind"]], *(wanted[name] for name in names)])
     ridge = RidgeCV(alphas=np.logspace(-1, 5, 7), alpha_per_target=True).fit(x, columns)
     result = dict[str, float]()
     for probe, guess in (("linear", ridge.predict(y)), ("knn", columns[neighbors].mean(axis=1))):
         right = guess[:, :classes].argmax(1) == truth["kind"]
         result[f"kind {probe}"] = round(100 * float(right.mean()), 2)
-        for name, column in zip(FACTORS[1:], guess[:, classes:].T):
+        for name, column in zip(names, guess[:, classes:].T):
             error = np.square(column - truth[name]).mean() / truth[name].var()
             result[f"{name} {probe}"] = round(100 * max(0.0, 1 - float(error)), 2)
     return result
@@ -169,15 +185,17 @@ def spectra(z: Tensor, p: Tensor, other: Tensor) -> dict[str, list[float]]:
 
 
 def measure(
-    model: Siamese, recipe: ResolvedRecipe, fit: Images, test: Images, compute: Compute
+    model: Siamese, recipe: ResolvedRecipe, source: str, fit: Images, test: Images
 ) -> dict[str, object]:
     """Measure a network: ranks, spectra, and what h and z hold."""
+    compute = Compute.pick("cpu", "float32")
 
     def h_and_z(x: Tensor) -> tuple[Tensor, Tensor]:
         h = model.backbone(x)
         return h, model.projector(h)
 
-    transform, model = eval_transform(recipe), compute.place(model).eval()
+    transform = eval_transform(recipe)
+    compute.place(model).eval()
     found = [
         extract_features(model, images, transform, compute=compute, forward=h_and_z)
         for images in (fit, test)
@@ -188,14 +206,8 @@ def measure(
         )
         z = [model.projector(model.backbone(x)).float() for x in views]
         p = model.predictor(z[0]).float()
-    keys = (
-        [int(key.split("#")[1]) for key in fit.keys],
-        [int(key.split("#")[1]) for key in test.keys],
-    )
-    wanted = probe_targets("train", open_source("shapes").train, np.array(keys[0]))
-    tests = open_source("shapes").test
-    assert tests is not None
-    truth = probe_targets("test", tests, np.array(keys[1]))
+    wanted = probe_targets(source, "train", fit)
+    truth = probe_targets(source, "test", test)
     result: dict[str, object] = {"spectra": spectra(z[0], p, z[1])}
     for i, name in enumerate(("h", "z")):
         rows = [features.matrices[i] for features in found]
@@ -204,36 +216,45 @@ def measure(
     return result
 
 
-def measure_run(run: Run, steps: int) -> list[dict[str, object]]:
-    """Measure the untrained network and each checkpoint of a run."""
-    recipe, compute, source = run.recipe, Compute.pick("cpu", "float32"), open_source("shapes")
-    assert source.test is not None
-    fit, test = sample(source.train, PROBE_IMAGES), sample(source.test, PROBE_IMAGES)
-    model = build(
-        recipe.method,
-        backbone=recipe.backbone,
-        image_size=recipe.image_size,
-        width=recipe.width,
-        seed=recipe.seed,
-    )
-    rows = [{"step": 0} | measure(model, recipe, fit, test, compute)]
-    files = sorted((run.path / "checkpoints").glob("epoch-*.pt"))
-    for name in [*(file.stem for file in files), "last"]:
-        state = run.checkpoint(name)
-        assert state is not None
-        if state["step"] > int(str(rows[-1]["step"])):
-            model.load_state_dict(state["model"])
-            rows.append({"step": state["step"]} | measure(model, recipe, fit, test, compute))
+def measure_runs(runs: Sequence[Run], source: str) -> list[dict[str, object]]:
+    """Measure the untrained network and each checkpoint of runs that follow one another."""
+    opened = open_source(source)
+    assert opened.test is not None
+    fit, test = sample(opened.train, PROBE_IMAGES), sample(opened.test, PROBE_IMAGES)
+    rows, begin = list[dict[str, Any]](), 0
+    for run in runs:
+        recipe = run.recipe
+        model = build(
+            recipe.method,
+            backbone=recipe.backbone,
+            image_size=recipe.image_size,
+            width=recipe.width,
+            seed=recipe.seed,
+        )
+        if not rows:
+            rows.append({"step": 0} | measure(model, recipe, source, fit, test))
+        files = sorted((run.path / "checkpoints").glob("epoch-*.pt"))
+        for name in [*(file.stem for file in files), "last"]:
+            state = run.checkpoint(name)
+            assert state is not None
+            if (step := begin + state["step"]) > rows[-1]["step"]:
+                model.load_state_dict(state["model"])
+                rows.append({"step": step} | measure(model, recipe, source, fit, test))
+        begin = rows[-1]["step"]
     return rows
 
 
-def read_cells(folder: Path) -> dict[str, list[dict]]:
-    """Read what was measured: the content of all seeds of each cell."""
-    found: dict[str, list[dict]] = {}
+Cells = dict[str, dict[int, dict[str, Any]]]  # what was measured, by cell and seed
+
+
+def read_cells(folder: Path) -> dict[str, Cells]:
+    """Read what was measured, by source; `shapes` comes first."""
+    found: dict[str, Cells] = {"shapes": {}}
     for path in sorted(folder.glob("*.json")):
         content = json.loads(path.read_text())
-        found.setdefault(content["cell"], []).append(content)
-    return {cell: found[cell] for cell in CELLS if cell in found}
+        cells = found.setdefault(content.get("source", "shapes"), {})
+        cells.setdefault(content["cell"], {})[content["seed"]] = content
+    return {source: {c: cells[c] for c in CELLS if c in cells} for source, cells in found.items()}
 
 
 def mean_and_spread(values: Sequence[float]) -> str:
@@ -246,14 +267,14 @@ def mean_and_spread(values: Sequence[float]) -> str:
     return f"{fmean(values):.1f} ± {half:.1f}"
 
 
-def draw_factors_figure(cells: dict[str, list[dict]], path: Path) -> None:
+def draw_factors_figure(cells: Cells, path: Path) -> None:
     """Draw what h and z hold of each factor over training, for SimSiam and SimCLR side by side."""
     figure = new_figure(14, 6.5)
     panels = figure.subplots(2, len(FACTORS), sharex=True, sharey=True)
     for row, letter in zip(panels, ("h", "z")):
         for axes, factor in zip(row, FACTORS):
             for cell, color, dash in zip(("simsiam", "simclr"), COLORS, LINE_STYLES):
-                for i, content in enumerate(cells.get(cell, ())):
+                for i, content in enumerate(cells.get(cell, {}).values()):
                     x = [point["step"] for point in content["points"]]
                     y = [point[letter][f"{factor} linear"] for point in content["points"]]
                     label = None if i else cell
@@ -264,7 +285,7 @@ def draw_factors_figure(cells: dict[str, list[dict]], path: Path) -> None:
     save_figure(figure, path)
 
 
-def draw_spectra_figure(cells: dict[str, list[dict]], path: Path) -> None:
+def draw_spectra_figure(cells: Cells, path: Path) -> None:
     """Draw shares, gains, alignment and agreement of the directions of z at the last step."""
     figure = new_figure(14, 3.6)
     quantities = {
@@ -273,7 +294,7 @@ def draw_spectra_figure(cells: dict[str, list[dict]], path: Path) -> None:
     }  # fmt: skip
     for axes, (name, label) in zip(figure.subplots(1, 4), quantities.items()):
         for cell, color, dash in zip(("simsiam", "simclr"), COLORS, LINE_STYLES):
-            for i, content in enumerate(cells.get(cell, ())):
+            for i, content in enumerate(cells.get(cell, {}).values()):
                 y = content["points"][-1]["spectra"][name]
                 note = None if i else cell
                 axes.plot(range(1, len(y) + 1), y, color=color, linestyle=dash, label=note)
@@ -283,52 +304,77 @@ def draw_spectra_figure(cells: dict[str, list[dict]], path: Path) -> None:
     save_figure(figure, path)
 
 
-def draw_kinds_figure(cells: dict[str, list[dict]], path: Path) -> None:
+def draw_kinds_figure(cells: Cells, path: Path) -> None:
     """Draw kNN of the kind on h over training, of every cell: means over seeds."""
     figure = new_figure(8, 5)
     axes = figure.subplots()
-    for (cell, contents), color, dash in zip(cells.items(), cycle(COLORS), cycle(LINE_STYLES)):
-        by_step: dict[int, list[float]] = {}
-        for content in contents:
-            for point in content["points"]:
-                by_step.setdefault(point["step"], []).append(point["h"]["kind knn"])
-        steps = sorted(by_step)
-        means = [fmean(by_step[step]) for step in steps]
-        axes.plot(steps, means, color=color, linestyle=dash, label=cell)
+    for (cell, seeds), color, dash in zip(cells.items(), cycle(COLORS), cycle(LINE_STYLES)):
+        curves = [
+            {point["step"]: point["h"]["kind knn"] for point in content["points"]}
+            for content in seeds.values()
+        ]
+        steps = sorted(set.intersection(*map(set, curves)))
+        means = [fmean(curve[step] for curve in curves) for step in steps]
+        axes.plot(steps, means, color=color, linestyle=dash, label=f"{cell} (n = {len(curves)})")
     format_axes(axes, "step", "kNN of the kind on h (%)")
     save_figure(figure, path)
 
 
+def agreeing(point: dict[str, Any]) -> int:
+    """Count the directions of z in which two views agree: their correlation is above a half."""
+    return sum(value > 0.5 for value in point["spectra"]["agreement"])
+
+
+def make_table(cells: Cells) -> list[str]:
+    """Make the table of a source: each cell at the last step."""
+    factors = [f for f in FACTORS if any(f"{f} linear" in _last(c)[0]["h"] for c in cells.values())]
+    titles = ["cell", "n", "steps", "kNN of h", "kNN of z", "h against simsiam", "agreeing"]
+    titles += [*(f"{factor} in h" for factor in factors), "rank of h", "rank of z"]
+    lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
+    base = cells.get("simsiam", {})
+    for cell, seeds in cells.items():
+        ends, shared = _last(seeds), sorted(seeds.keys() & base.keys())
+        knn = {letter: [end[letter]["kind knn"] for end in ends] for letter in ("h", "z")}
+        gains = [
+            seeds[seed]["points"][-1]["h"]["kind knn"] - base[seed]["points"][-1]["h"]["kind knn"]
+            for seed in shared
+        ]
+        text = [cell, str(len(ends)), str(ends[0]["step"])]
+        text += map(mean_and_spread, knn.values())
+        text.append(mean_and_spread(gains) if gains and cell != "simsiam" else "")
+        text.append(mean_and_spread([agreeing(end) for end in ends]))
+        text += [mean_and_spread([end["h"][f"{name} linear"] for end in ends]) for name in factors]
+        text += [mean_and_spread([end[f"{letter}_rank"] for end in ends]) for letter in ("h", "z")]
+        lines.append("| " + " | ".join(text) + " |")
+    return lines
+
+
+def _last(seeds: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:
+    return [content["points"][-1] for content in seeds.values()]
+
+
 def write_page(out: Path) -> None:
     """Write the page and its figures from what was measured."""
-    cells = read_cells(out / "cells")
-    if not cells:
+    sources = read_cells(out / "cells")
+    shapes = sources.pop("shapes")
+    if not shapes:
         return
-    draw_factors_figure(cells, out / "factors")
-    draw_spectra_figure(cells, out / "spectra")
-    draw_kinds_figure(cells, out / "kinds")
+    draw_factors_figure(shapes, out / "factors")
+    draw_spectra_figure(shapes, out / "spectra")
+    draw_kinds_figure(shapes, out / "kinds")
     lines = [
         "# What moves the plateau of SimSiam on `shapes`", "",
         "Written by `python benchmarks/plateau.py`; cells/ has each measurement. At the last step: "
-        "kNN of the kind (20 neighbors), linear probes of the factors (kind: accuracy; others: R², "
-        "percent), the effective ranks of h and z, and the gain of the predictor along the first "
-        "and the eighth principal direction of z. Mean ± half of the 95 % interval over n seeds.",
+        "kNN of the kind (20 neighbors); its difference to `simsiam` with the same seed; the "
+        f"agreeing directions, among the first {DIRECTIONS} principal directions of z those in "
+        "which two views (made as the cell makes them) have a correlation above 0.5; linear probes "
+        "of the factors (kind: accuracy; others: R², percent); the effective ranks of h and z. "
+        "Mean ± half of the 95 % interval (Student's t) over n seeds.",
         "", "![what h and z hold](factors.svg)", "", "![spectra](spectra.svg)", "",
-        "![kNN of the kind](kinds.svg)", "",
-        "| cell | n | steps | kNN of h | kNN of z | " + " | ".join(f"{f} in h" for f in FACTORS)
-        + " | rank of h | rank of z | gain 1 | gain 8 |",
-        "|---|---|---|---|---|" + "---|" * len(FACTORS) + "---|---|---|---|",
+        "![kNN of the kind](kinds.svg)", "", *make_table(shapes),
     ]  # fmt: skip
-    for cell, contents in cells.items():
-        ends = [content["points"][-1] for content in contents]
-        columns = [[end[letter]["kind knn"] for end in ends] for letter in ("h", "z")]
-        columns += [[end["h"][f"{factor} linear"] for end in ends] for factor in FACTORS]
-        columns += [[end[f"{letter}_rank"] for end in ends] for letter in ("h", "z")]
-        text = [mean_and_spread(values) for values in columns]
-        gains = [[end["spectra"]["gain"][i] for end in ends] for i in (0, 7)]
-        text += [f"{fmean(values):.2f}" for values in gains]
-        steps = ends[0]["step"]
-        lines.append(f"| {cell} | {len(ends)} | {steps} | " + " | ".join(text) + " |")
+    for source, cells in sources.items():
+        lines += ["", f"The same settings on `{source}`:", "", *make_table(cells)]
     reading = out / "README.reading.md"
     if reading.exists():
         lines += ["", reading.read_text().rstrip()]
@@ -341,6 +387,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
+    parser.add_argument("--source", default="shapes")
     parser.add_argument("--steps", type=int, default=868)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--cells", nargs="+", default=list(CELLS), choices=list(CELLS))
@@ -352,12 +399,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for seed in range(0 if options.page else options.seeds):
         for cell in options.cells:
-            path = folder / f"{cell.replace(' ', '_')}-{seed}.json"
+            name = Path(options.source).name
+            prefix = "" if name == "shapes" else f"{name}-"
+            path = folder / f"{prefix}{cell.replace(' ', '_')}-{seed}.json"
             if path.exists():
                 continue
             start = time.monotonic()
-            run = trained(cell, seed, options.steps, options.runs)
-            content = {"cell": cell, "seed": seed, "points": measure_run(run, options.steps)}
+            runs = train(options.source, cell, seed, options.steps, options.runs)
+            content = {"source": name, "cell": cell, "seed": seed}
+            content["points"] = measure_runs(runs, options.source)
             seconds = round(time.monotonic() - start)
             content |= {"settings": CELLS[cell], "seconds": seconds}
             with atomic_write(path) as part:
