@@ -34,8 +34,8 @@ METHODS: dict[str, dict[str, Any]] = {
 
 def train(source: str, method: str, seed: int, minutes: float, run: Path) -> dict[str, Any]:
     """Train a run, or the rest of it, and return what its page shows."""
-    start = time.monotonic()
-    if (run / "recipe.yaml").exists():
+    start, resumed = time.monotonic(), (run / "recipe.yaml").exists()
+    if resumed:
         resume(run, source=source, logger="none")
     else:
         settings = NETWORK | METHODS[method] | {"seed": seed}
@@ -45,7 +45,7 @@ def train(source: str, method: str, seed: int, minutes: float, run: Path) -> dic
         "set": Path(source).name, "method": method, "seed": seed, "minutes": minutes,
         "threads": torch.get_num_threads(), "knn": summary["knn_top1"]["last"],
         "steps": summary["steps"], "epochs": summary["epochs"], "verdict": summary["verdict"],
-        "seconds": round(time.monotonic() - start),
+        "seconds": None if resumed else round(time.monotonic() - start),
     }  # fmt: skip
 
 
@@ -107,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 row = train(source, method, seed, options.minutes, options.runs / name)
                 with atomic_write(path) as part:
                     part.write_text(json.dumps(row) + "\n")
-                print(f"{name}: {row['knn']} % after {row['seconds']:.0f} s", flush=True)
+                print(f"{name}: {row['knn']} % ({row['verdict']})", flush=True)
                 write_page(options.out)
     write_page(options.out)
 
