@@ -34,11 +34,11 @@ METHODS: dict[str, dict[str, Any]] = {
 
 def train(source: str, method: str, seed: int, minutes: float, run: Path) -> dict[str, Any]:
     """Train a run, or the rest of it, and return what its page shows."""
+    settings: dict[str, Any] = NETWORK | METHODS[method] | {"seed": seed}
     start, resumed = time.monotonic(), (run / "recipe.yaml").exists()
     if resumed:
         resume(run, source=source, logger="none")
     else:
-        settings = NETWORK | METHODS[method] | {"seed": seed}
         pretrain(source, out=run, minutes=minutes, logger="none", **settings)
     summary = Run(run).json("summary.json")
     return {

@@ -84,8 +84,8 @@ NEIGHBORS = 20
 PROBE_IMAGES = 2000  # of each split
 
 
-def train(source: str, cell: str, seed: int, steps: int, runs: Path) -> list[Run]:
-    """Train a cell to its end, with checkpoints at about each quarter of the steps.
+def train(source: str, cell: str, seed: int, steps: int, every: int, runs: Path) -> list[Run]:
+    """Train a cell to its end, with a checkpoint about every so many steps.
 
     Returns:
         Its run, after the run whose backbone it begins with, if there is one.
@@ -94,13 +94,13 @@ def train(source: str, cell: str, seed: int, steps: int, runs: Path) -> list[Run
     settings = CELLS[cell] | {"steps": steps, "seed": seed, "knn_every": 10**6}
     before = list[Run]()
     if cell in BEGINS_AFTER:
-        before = train(source, BEGINS_AFTER[cell], seed, steps // 4, runs)
+        before = train(source, BEGINS_AFTER[cell], seed, steps // 4, every, runs)
         settings |= {"init": str(before[0].path), "steps": steps - steps // 4}
     if (path / "recipe.yaml").exists():
         resume(path, source=source, logger="none")
     else:
         per_epoch = max(1, len(open_source(source).train) // 128)
-        settings |= {"save_every": max(1, steps // 4 // per_epoch)}
+        settings |= {"save_every": max(1, every // per_epoch)}
         pretrain(source, out=path, recipe="shapes", logger="none", **settings)  # type: ignore[arg-type]
     return [*before, Run(path)]
 
@@ -287,17 +287,20 @@ def draw_factors_figure(cells: Cells, path: Path) -> None:
 
 def draw_spectra_figure(cells: Cells, path: Path) -> None:
     """Draw shares, gains, alignment and agreement of the directions of z at the last step."""
+    drawn = ("simsiam", "simclr", "after a quarter of simclr")
     figure = new_figure(14, 3.6)
     quantities = {
         "share": "share of the variance of z", "gain": "gain of the predictor",
         "alignment": "cosine with the direction", "agreement": "correlation of two views",
     }  # fmt: skip
     for axes, (name, label) in zip(figure.subplots(1, 4), quantities.items()):
-        for cell, color, dash in zip(("simsiam", "simclr"), COLORS, LINE_STYLES):
+        for cell, color, dash in zip(drawn, COLORS, LINE_STYLES):
             for i, content in enumerate(cells.get(cell, {}).values()):
                 y = content["points"][-1]["spectra"][name]
                 note = None if i else cell
-                axes.plot(range(1, len(y) + 1), y, color=color, linestyle=dash, label=note)
+                axes.plot(
+                    range(1, len(y) + 1), y, color=color, linestyle=dash, label=note, linewidth=1.2
+                )
         if name == "share":
             axes.set_yscale("log")
         format_axes(axes, "principal direction of z", label)
@@ -405,7 +408,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if path.exists():
                 continue
             start = time.monotonic()
-            runs = train(options.source, cell, seed, options.steps, options.runs)
+            steps = options.steps
+            runs = train(options.source, cell, seed, steps, steps // 4, options.runs)
             content = {"source": name, "cell": cell, "seed": seed}
             content["points"] = measure_runs(runs, options.source)
             seconds = round(time.monotonic() - start)

@@ -256,6 +256,27 @@ def test_probes_find_what_features_hold_and_nothing_else(program):
     assert found["brightness linear"] < 5 and found["x knn"] < 5 and found["number knn"] > 50
 
 
+def test_cells_are_compared_with_simsiam_seed_by_seed(program):
+    plateau = program("plateau")
+
+    def content(h, agreement):
+        measured = {"kind knn": h, "kind linear": h}
+        point = {"step": 8, "h": measured, "z": measured, "h_rank": 2.0, "z_rank": 3.0}
+        return {"points": [{"step": 0}, point | {"spectra": {"agreement": agreement}}]}
+
+    cells = {
+        "simsiam": {0: content(10.0, [0.9, 0.4]), 1: content(50.0, [0.9, 0.6])},
+        "simclr": {1: content(53.0, [0.6, 0.6]), 0: content(12.0, [0.6, 0.7]), 2: content(9.0, [])},
+    }
+    header, _, base, other = (
+        [field.strip() for field in line.split("|")[1:-1]] for line in plateau["make_table"](cells)
+    )
+    column = header.index("h against simsiam")
+    # The differences are 2 and 3, so their standard error is 0.5, and t (1 degree) is 12.706.
+    assert base[column] == "" and other[column] == "2.5 ± 6.4"
+    assert base[header.index("agreeing")].startswith("1.5") and other[header.index("n")] == "3"
+
+
 def test_candidates_of_the_search_are_possible_and_cost_what_they_encode(program):
     sprint = program("sprint")
     candidates = sprint["draw_candidates"](27)
