@@ -64,6 +64,8 @@ CELLS: dict[str, dict[str, object]] = {
     "no weight decay": {"weight_decay": 0.0},
     "weight decay 5e-4": {"weight_decay": 5e-4},
     "predictor without decay": {"predictor_weight_decay": 0.0},
+    "predictor decay 5e-4": {"predictor_weight_decay": 5e-4},
+    "decay 5e-4, predictor 1e-4": {"weight_decay": 5e-4, "predictor_weight_decay": 1e-4},
     "crops from 0.7": {"crop_min": 0.7},
     "crops from 0.2": {"crop_min": 0.2},
     "jitter 0.8": {"jitter": (0.8, 0.8, 0.0, 0.0)},
