@@ -50,6 +50,7 @@ from simsiam.sources.shapes import draw_factors
 from simsiam.training.launch import pretrain, resume
 from simsiam.utils.files import atomic_write
 
+BASE = {"weight_decay": 1e-4}  # section 3; the recipe has more
 SIMCLR = {"method": "simclr", **TINY.method_overrides["simclr"]}
 OUT = Path(__file__).parents[1] / "results" / "plateau"
 CELLS: dict[str, dict[str, object]] = {
@@ -93,7 +94,7 @@ def train(source: str, cell: str, seed: int, steps: int, every: int, runs: Path)
         Its run, after the run whose backbone it begins with, if there is one.
     """
     path = runs / f"{Path(source).name}, {cell}, {steps} steps, seed {seed}"
-    settings = CELLS[cell] | {"steps": steps, "seed": seed, "knn_every": 10**6}
+    settings = BASE | CELLS[cell] | {"steps": steps, "seed": seed, "knn_every": 10**6}
     before = list[Run]()
     if cell in BEGINS_AFTER:
         before = train(source, BEGINS_AFTER[cell], seed, steps // 4, every, runs)

@@ -29,7 +29,7 @@ MOCO = {
     "base_lr": 0.7,
 }  # 0.999 averages over more than the 868 steps
 SMALL = {
-    "simsiam": {},  # the demo
+    "simsiam": {},  # the demo, but for the weight decay
     "byol": {**HEADS, "dim": 256, "pred_dim": 512, "base_lr": 0.7},
     "simclr": {**NORMED, "tau": 0.5, "base_lr": 0.7},
     "moco_v2": MOCO,
@@ -69,9 +69,9 @@ def measure(row: str, seed: int, runs: Path) -> dict:
         if out.exists():
             simsiam.resume(out)
         else:
-            settings = (
-                {} if row == "simsiam" else {"method": row, "equal_terms": True, **SMALL[row]}
-            )
+            settings = {"weight_decay": 1e-4, **SMALL[row]}
+            if row != "simsiam":
+                settings |= {"method": row, "equal_terms": True}
             simsiam.pretrain("shapes", out=out, seed=seed, knn_every=28, **settings)
     run = Run(out)
     summary, environment = run.json("summary.json"), run.json("environment.json")

@@ -134,7 +134,7 @@ TINY = Scale(
     name="tiny",
     dataset="shapes",
     source="shapes",
-    base=recipes.shapes_recipe() | {"knn_every": 3, "log_every": 5},
+    base=recipes.shapes_recipe() | {"weight_decay": 1e-4, "knn_every": 3, "log_every": 5},
     method_overrides={
         "simsiam": OUTPUT_AFFINE,
         "byol": {
