@@ -42,7 +42,8 @@ CELLS: dict[str, tuple[Settings, ...]] = {
     "method": ({}, SIMCLR, {"predictor": "direct"}, {"target": "momentum", "target_decay": 0.9}),
     "lr": ({}, {"base_lr": 0.1}, {"base_lr": 0.4}),
     "predictor lr": ({}, {"predictor_lr_scale": 5.0}),
-    "decay": ({}, {"weight_decay": 1e-4}),
+    "decay": ({}, {"weight_decay": 1e-4}, {"weight_decay": 2e-3}),
+    "predictor decay": ({}, {"predictor_weight_decay": 2.5e-3}),  # see results/plateau
     "schedule": ({}, {"lr_schedule": "constant_decay"}),
     "batch": ({}, {"batch_size": 128}),
     "start": ({}, {"cut_init": 3.0}),
@@ -83,7 +84,7 @@ def is_possible(choice: Mapping[str, int]) -> bool:
     """Tell whether a candidate's settings all have an effect and do not contradict each other."""
     settings = settings_of(choice)
     no_predictor = settings.get("method") == "simclr" or settings.get("predictor") == "direct"
-    return not (no_predictor and "predictor_lr_scale" in settings)
+    return not (no_predictor and settings.keys() & {"predictor_lr_scale", "predictor_weight_decay"})
 
 
 def cost(recipe: Recipe) -> float:
