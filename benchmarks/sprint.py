@@ -90,7 +90,7 @@ def is_possible(choice: Mapping[str, int]) -> bool:
 def cost(recipe: Recipe) -> float:
     """Return the pixels that a step encodes per image, of two full views through one encoder."""
     assert recipe.image_size is not None
-    pixels = sum(size**2 for size in recipe.view_sizes)
+    pixels: float = sum(size**2 for size in recipe.view_sizes)
     if recipe.method.target in SECOND_ENCODER_TARGETS:  # without a backward pass: a third
         pixels += recipe.method.full_view_count * recipe.image_size**2 / 3
     return pixels / (2 * recipe.image_size**2)
