@@ -18,7 +18,6 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
-from itertools import cycle
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -313,10 +312,16 @@ def draw_spectra_figure(cells: Cells, path: Path) -> None:
 
 
 def draw_kinds_figure(cells: Cells, path: Path) -> None:
-    """Draw kNN of the kind on h over training, of every cell: means over seeds."""
+    """Draw kNN of the kind on h over training: means over seeds, of cells with several."""
     figure = new_figure(8, 5)
     axes = figure.subplots()
-    for (cell, seeds), color, dash in zip(cells.items(), cycle(COLORS), cycle(LINE_STYLES)):
+    drawn = [item for item in cells.items() if len(item[1]) > 1]
+    for i, (cell, seeds) in enumerate(drawn):
+        # The second round of colors has other dashes.
+        color, dash = (
+            COLORS[i % len(COLORS)],
+            LINE_STYLES[(i + i // len(COLORS)) % len(LINE_STYLES)],
+        )
         curves = [
             {point["step"]: point["h"]["kind knn"] for point in content["points"]}
             for content in seeds.values()
