@@ -3,7 +3,7 @@
     python benchmarks/distillation.py SOURCE [SOURCE ...] [--minutes N] [--seeds N]
         [--runs FOLDER] [--out FOLDER] [--page]
 
-SOURCE is a folder with labeled training and test images. A ResNet-18 of width 32 with random
+SOURCE is a folder with labeled images. A ResNet-18 of width 32 with random
 weights is trained on views of 64 px for `--minutes` by SimSiam, and by the row `distillation` with
 the teacher `lite0`, whose features are computed within this time. Each run is a file in OUT/cells;
 what is there is not trained again, so the command can be stopped and started at any time. Start it
@@ -15,11 +15,11 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any
 
 import torch
 
+from simsiam.laboratory.time_to_accuracy.race import mean_and_spread
 from simsiam.runs.run_folder import Run
 from simsiam.training.launch import pretrain, resume
 from simsiam.utils.files import atomic_write
@@ -49,11 +49,6 @@ def train(source: str, method: str, seed: int, minutes: float, run: Path) -> dic
     }  # fmt: skip
 
 
-def spread(values: Sequence[float]) -> str:
-    """Format mean ± standard deviation, or one value alone."""
-    return f"{fmean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
-
-
 def write_page(out: Path) -> None:
     """Write the table of all sets, with the difference of the two methods of each seed."""
     rows = [json.loads(path.read_text()) for path in sorted((out / "cells").glob("*.json"))]
@@ -61,7 +56,8 @@ def write_page(out: Path) -> None:
         "# A network that learns from a teacher, and one that learns alone", "",
         "Written by `python benchmarks/distillation.py`; cells/ has each run. A ResNet-18 of width "
         "32 with random weights, views of 64 px, the recipe of a folder; the teacher is `lite0`. "
-        "kNN accuracy on test images in percent: mean ± standard deviation over n seeds. The last "
+        "kNN accuracy on the images that the run holds out of its training images, in percent: "
+        "mean ± standard deviation over n seeds. The last "
         "column is the least difference of the two methods with one seed.", "",
         "| set | minutes | threads | n | simsiam | distillation | least difference |",
         "|---|---|---|---|---|---|---|",
@@ -77,8 +73,8 @@ def write_page(out: Path) -> None:
         alone, taught = ([methods[m][seed]["knn"] for seed in seeds] for m in METHODS)
         least = min(b - a for a, b in zip(alone, taught))
         lines.append(
-            f"| {name} | {minutes:g} | {threads} | {len(seeds)} | {spread(alone)} | "
-            f"{spread(taught)} | {least:+.1f} |"
+            f"| {name} | {minutes:g} | {threads} | {len(seeds)} | {mean_and_spread(alone)} | "
+            f"{mean_and_spread(taught)} | {least:+.1f} |"
         )
     with atomic_write(out / "README.md") as part:
         part.write_text("\n".join(lines) + "\n")

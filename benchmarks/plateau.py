@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from simsiam.config.recipes import ResolvedRecipe
+from simsiam.config.recipes import ResolvedRecipe, shapes_recipe
 from simsiam.data.batches import make_training_views
 from simsiam.data.images import Images, sample
 from simsiam.laboratory.drawing import (
@@ -38,7 +38,7 @@ from simsiam.laboratory.drawing import (
 )
 from simsiam.laboratory.scales import TINY
 from simsiam.model.precision import Compute
-from simsiam.model.siamese import Siamese, build
+from simsiam.model.siamese import Siamese
 from simsiam.monitoring.features import extract_features
 from simsiam.monitoring.gauges import effective_rank
 from simsiam.monitoring.label_free_monitor import MONITOR_STEP
@@ -47,6 +47,7 @@ from simsiam.runs.run_folder import Run
 from simsiam.sources.open_source import open_source
 from simsiam.sources.shapes import draw_factors
 from simsiam.training.launch import pretrain, resume
+from simsiam.training.prepare import build_training_setup
 from simsiam.utils.files import atomic_write
 
 BASE = {"weight_decay": 1e-4}  # section 3; the recipe has more
@@ -103,7 +104,8 @@ def train(source: str, cell: str, seed: int, steps: int, every: int, runs: Path)
     if (path / "recipe.yaml").exists():
         resume(path, source=source, logger="none")
     else:
-        per_epoch = max(1, len(open_source(source).train) // 128)
+        batch_size = int(str(settings.get("batch_size", shapes_recipe()["batch_size"])))
+        per_epoch = max(1, len(open_source(source).train) // batch_size)
         settings |= {"save_every": max(1, every // per_epoch)}
         pretrain(source, out=path, recipe="shapes", logger="none", **settings)  # type: ignore[arg-type]
     return [*before, Run(path)]
@@ -228,13 +230,7 @@ def measure_runs(runs: Sequence[Run], source: str) -> list[dict[str, object]]:
     rows, begin = list[dict[str, Any]](), 0
     for run in runs:
         recipe = run.recipe
-        model = build(
-            recipe.method,
-            backbone=recipe.backbone,
-            image_size=recipe.image_size,
-            width=recipe.width,
-            seed=recipe.seed,
-        )
+        model = build_training_setup(recipe).model
         if not rows:
             rows.append({"step": 0} | measure(model, recipe, source, fit, test))
         files = sorted((run.path / "checkpoints").glob("epoch-*.pt"))

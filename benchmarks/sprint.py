@@ -18,13 +18,14 @@ import time
 from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 
 from simsiam.config.method import SECOND_ENCODER_TARGETS
 from simsiam.config.recipes import Recipe
+from simsiam.laboratory.time_to_accuracy.race import mean_and_spread
 from simsiam.runs.compose import compose_recipe
 from simsiam.runs.run_folder import Run
 from simsiam.sources.open_source import open_source
@@ -160,9 +161,8 @@ def write_page(out: Path) -> None:
         for key, scores in rank(of_rung):
             choice = json.loads(key)
             minutes = [row["seconds"] / 60 for row in of_rung if row["choice"] == choice]
-            spread = f" ± {stdev(scores):.1f}" if len(scores) > 1 else ""
             lines.append(
-                f"| {describe(choice)} | {len(scores)} | {fmean(scores):.1f}{spread} | "
+                f"| {describe(choice)} | {len(scores)} | {mean_and_spread(scores)} | "
                 f"{fmean(minutes):.1f} |"
             )
     with atomic_write(out / "README.md") as part:
