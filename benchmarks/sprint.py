@@ -45,6 +45,7 @@ CELLS: dict[str, tuple[Settings, ...]] = {
         {}, SIMCLR | {"tau": 0.5}, SIMCLR | {"tau": 0.2}, BARLOW,
         {"predictor": "direct", "dim": 512}, {"target": "momentum", "target_decay": 0.9},
     ),
+    "tau": ({}, {"tau": 0.1}),
     "lr": ({}, {"base_lr": 0.4}, {"base_lr": 0.8}, {"base_lr": 1.6}),
     "views": ({}, {"num_views": 4}, {"small_crops": 4, "small_crop_scale": (0.08, 0.3)}),
     "crops": ({}, {"crop_min": 0.08}, {"crop_min": 0.4}),
@@ -57,7 +58,7 @@ CELLS: dict[str, tuple[Settings, ...]] = {
 }  # fmt: skip
 STAGES = (
     ("method",),
-    ("lr",),
+    ("tau", "lr"),
     ("views", "crops", "batch"),
     ("predictor lr", "decay", "schedule", "start", "average"),
     ("lr",),
@@ -76,14 +77,18 @@ def settings_of(choice: Mapping[str, int]) -> Settings:
 
 def alternatives(best: Choice, cell: str) -> list[Choice]:
     """Return the choices that differ from the best one so far in one cell, and are possible."""
-    found = [
+    settings = settings_of(best)
+    needs = {
+        "tau": "tau" in settings,
+        "predictor lr": not settings.keys() & {"method", "predictor"},
+    }
+    if not needs.get(cell, True):
+        return []
+    return [
         {name: v for name, v in {**best, cell: value}.items() if v}
         for value in range(len(CELLS[cell]))
         if value != best.get(cell, 0)
     ]
-    settings = settings_of(best)
-    has_predictor = "predictor" not in settings and "method" not in settings
-    return found if has_predictor or cell != "predictor lr" else []
 
 
 def cost(recipe: Recipe) -> float:
