@@ -1,8 +1,10 @@
 """The benchmark measures fairly and records what it measured; speed itself is not tested."""
 
+import argparse
 import json
 import runpy
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -277,16 +279,27 @@ def test_cells_are_compared_with_simsiam_seed_by_seed(program):
     assert base[header.index("agreeing")].startswith("1.5") and other[header.index("n")] == "3"
 
 
-def test_candidates_of_the_search_are_possible_and_cost_what_they_encode(program):
+def test_the_search_tries_what_is_possible_at_equal_cost_and_keeps_what_gains_a_point(
+    program, tmp_path, monkeypatch
+):
     sprint = program("sprint")
-    candidates = sprint["draw_candidates"](27)
-    assert candidates[0] == {} and len({json.dumps(x, sort_keys=True) for x in candidates}) == 27
-    for choice in candidates:
-        Recipe(image_size=32).replace(**sprint["NETWORK"] | sprint["settings_of"](choice))
+    for best in ({}, {"method": 1}, {"method": 4, "lr": 2}):
+        for cell in sprint["CELLS"]:
+            for choice in sprint["alternatives"](best, cell):
+                settings = sprint["NETWORK"] | sprint["settings_of"](choice)
+                Recipe(image_size=32).replace(**settings)
+                changed = {name for name in sprint["CELLS"] if choice.get(name) != best.get(name)}
+                assert changed == {cell}
     cost = sprint["cost"]
     assert cost(Recipe(image_size=28)) == 1
     assert cost(Recipe(image_size=28).replace(num_views=4)) == 2
     small = Recipe(image_size=28).replace(small_crops=4, small_crop_size=14)
     assert cost(small) == 1.5 and cost(Recipe(image_size=28).replace(target="momentum")) > 1.3
-    rows = [{"choice": {"lr": i}, "knn": knn} for i, knn in ((1, 50.0), (2, 70.0), (1, 60.0))]
-    assert sprint["rank"](rows) == [('{"lr": 2}', [70.0]), ('{"lr": 1}', [50.0, 60.0])]
+    gains = {("lr", 1): 0.9, ("lr", 2): 1.2, ("lr", 3): 1.1, ("crops", 2): 5.0, ("batch", 1): -9}
+    names = sprint["search"].__globals__
+    monkeypatch.setitem(names, "try_choice", lambda _, x: sum(gains.get(i, 0) for i in x.items()))
+    monkeypatch.setitem(names, "ProcessPoolExecutor", lambda *_: ThreadPoolExecutor(1))
+    options = argparse.Namespace(jobs=1, epochs=1, out=tmp_path)
+    assert sprint["search"](options) == {"lr": 2, "crops": 2}
+    page = (tmp_path / "README.md").read_text()
+    assert "| lr | base_lr 0.8 | 1.2 | kept |" in page and "| lr | base_lr 1.6 | 1.1 |  |" in page

@@ -6,6 +6,7 @@ import yaml
 from simsiam.config import recipes
 from simsiam.config.recipes import RECIPES, Recipe
 from simsiam.errors import UsageError
+from simsiam.runs.compose import compose_recipe
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -93,3 +94,20 @@ def test_a_setting_of_the_views_changes_every_view():
 def test_a_folders_recipe_follows_its_images(count, side, size, batch):
     settings = recipes.folder_recipe(count, side)
     assert (settings["image_size"], settings["batch_size"]) == (size, batch)
+
+
+@pytest.mark.parametrize("limit", [None, 100])
+def test_sprint_changes_how_a_source_is_learned_but_not_its_images_and_network(limit):
+    chosen, _, _ = compose_recipe("shapes", None, {})
+    sprint, source, _ = compose_recipe("shapes", "sprint", {"tau": 0.3, "limit": limit})
+    for name in ("backbone", "width", "stem", "image_size", "mean", "std", "batch_size"):
+        assert getattr(sprint, name) == getattr(chosen, name)
+    assert sprint.method.views == chosen.method.views and sprint.method.criterion == "nt_xent"
+    assert sprint.method.tau == 0.3  # a flag is stronger
+    assert sprint.epochs == min(200, round(600_000 / len(source.train)))
+
+
+def test_sprint_takes_as_many_images_whatever_their_number():
+    epochs = [recipes.sprint_recipe(count, 256)["epochs"] for count in (50_000, 1_000, 10**7)]
+    assert epochs == [12, 200, 1]
+    assert [recipes.sprint_recipe(10, batch)["batch_size"] for batch in (16, 512)] == [16, 128]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, Field, fields
 
 from simsiam.config.method import EQUAL_TERMS, Method, Views
-from simsiam.config.recipes import RECIPES, SETTING_TYPES, Recipe
+from simsiam.config.recipes import RECIPE_NAMES, SETTING_TYPES, Recipe
 from simsiam.errors import UsageError
 
 NOT_FLAGS = ("source", "name", "views")  # fields that no flag sets
@@ -237,7 +237,9 @@ def add_recipe_flags(parser: argparse.ArgumentParser) -> None:
     Args:
         parser: The verb's parser.
     """
-    note = f"a named recipe ({', '.join(RECIPES)}) or a recipe.yaml file [depends on the source]"
+    note = (
+        f"a named recipe ({', '.join(RECIPE_NAMES)}) or a recipe.yaml file [depends on the source]"
+    )
     parser.add_argument("--recipe", metavar="NAME or FILE", help=note)
     add_setting_flags(parser, Recipe, "run settings", SETTING_TYPES)
     add_setting_flags(parser, Method, "method settings", SETTING_TYPES)

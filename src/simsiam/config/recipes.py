@@ -381,11 +381,34 @@ def folder_recipe(num_images: int, median_side: int) -> PretrainSettings:
     }  # fmt: skip
 
 
+def sprint_recipe(num_images: int, batch_size: int) -> PretrainSettings:
+    """Return what `--recipe sprint` changes in the recipe that is chosen for a source.
+
+    It learns fast in few steps; long runs are better with other settings. `benchmarks/sprint.py`
+    found it on CIFAR-10 (see results/sprint): SimCLR with SimSiam's optimizer and views.
+
+    Args:
+        num_images: Number of training images.
+        batch_size: That of the recipe that is changed.
+
+    Returns:
+        The settings. All epochs together take 600,000 images, as 12 epochs of CIFAR-10 do, but
+        there are at most 200.
+    """
+    return {
+        "method": "simclr", "equal_terms": True, "dim": 128, "proj_layers": 2, "tau": 0.2,
+        "batch_size": min(batch_size, 128), "base_lr": 0.2, "weight_decay": 5e-4,
+        "epochs": min(max(1, round(600_000 / num_images)), 200),
+    }  # fmt: skip
+
+
 RECIPES: dict[str, Callable[[], PretrainSettings]] = {
     "imagenet": imagenet_recipe,
     "cifar": cifar_recipe,
     "shapes": shapes_recipe,
 }
+SPRINT = "sprint"  # the name of the recipe that changes the one of the source
+RECIPE_NAMES = (*RECIPES, SPRINT)
 
 
 # Sources whose recipe does not depend on their images.

@@ -74,7 +74,7 @@ def compose_recipe(
     """
     base, reasons = _named_recipe(recipe)
     names = source_names(sources or []) or (list(base.source) if base else ["shapes"])
-    if base is not None and isinstance(recipe, str) and recipe not in recipes.RECIPES:
+    if base is not None and isinstance(recipe, str) and recipe not in recipes.RECIPE_NAMES:
         unnamed = [] if sources else ["source"]
         unnamed += [name for name in WEIGHT_SETTINGS if name not in overrides]
         _check_named(Path(recipe), base, unnamed, [command[0], *names, *command[1:]])
@@ -90,6 +90,9 @@ def compose_recipe(
     )
     if base is None:
         base, reasons = choose_recipe(names, opened)
+    if recipe == recipes.SPRINT:
+        base = base.replace(**recipes.sprint_recipe(len(opened.train), base.batch_size))
+        reasons = [*reasons, "sprint: changed to learn fast"]
     if weights:
         given = isinstance(recipe, Recipe) or reasons == [f"from {recipe}"]
         size = overrides.get("image_size")
@@ -286,14 +289,14 @@ def open_run_source(
 
 def _named_recipe(recipe: str | Recipe | None) -> tuple[Recipe | None, list[str]]:
     """Return the recipe that the user named, and a line that says where it comes from."""
-    if recipe is None:
+    if recipe in (None, recipes.SPRINT):
         return None, []
     if isinstance(recipe, Recipe):
         return recipe, ["given"]
     if recipe in recipes.RECIPES:
         return Recipe().replace(**recipes.RECIPES[recipe]()), [f"{recipe}, by name"]
     if not Path(recipe).is_file():
-        raise unknown_name("recipe", recipe, [*recipes.RECIPES, "a YAML file"])
+        raise unknown_name("recipe", recipe, [*recipes.RECIPE_NAMES, "a YAML file"])
     return read_recipe(Path(recipe)), [f"from {recipe}"]
 
 

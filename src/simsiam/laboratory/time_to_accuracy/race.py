@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from simsiam.config.recipes import RECIPES, ResolvedRecipe
+from simsiam.config.recipes import SPRINT, ResolvedRecipe
 from simsiam.data.images import Images, load_into_memory, sample
 from simsiam.data.transform import Transform
 from simsiam.errors import UsageError
@@ -120,12 +120,11 @@ def contestants(
     small = CIFAR if default.backbone == "resnet18" and default.image_size == 32 else {}
     recipe = compose_recipe(source, None, {**small, **settings})[0]
     found: dict[str, Callable[[Measure, Path], Curve]] = {
-        "simsiam, default recipe": partial(own_run, source, recipe, opened)
+        "default recipe": partial(own_run, source, recipe, opened)
     }
-    if "sprint" in RECIPES:
-        network = {"backbone": recipe.backbone, "width": recipe.width}
-        sprint = compose_recipe(source, "sprint", {**network, **settings})[0]
-        found["simsiam, sprint"] = partial(own_run, source, sprint, opened)
+    network = {"backbone": recipe.backbone, "width": recipe.width}
+    sprint = compose_recipe(source, SPRINT, {**network, **settings})[0]
+    found["recipe sprint"] = partial(own_run, source, sprint, opened)
     for fast in (False, True):
         name = "plain loop, our precision" if fast else "plain loop, as documented"
         found[name] = partial(plain_loop, recipe, opened, compute, fast)
