@@ -5,8 +5,8 @@
 
 COMPARISON is `distillation` (SimSiam, and learning from the teacher `lite0`, whose features are
 computed within the time) or `sprint` (the recipe of a folder, and `--recipe sprint`). SOURCE is a
-folder with labeled images. A ResNet-18 of width 32 with random weights is trained on views of 64
-px. Each run is a file in OUT/cells; what is there is not trained again, so the command can be
+folder with labeled images. For `distillation` the network is a ResNet-18 of width 32 with random
+weights, on views of 64 px; for `sprint` it is what `--minutes` chooses. Each run is a file in OUT/cells; what is there is not trained again, so the command can be
 stopped and started at any time. Start it with OMP_NUM_THREADS=1 to give each run one core. `--page`
 writes only the page.
 """
@@ -15,6 +15,7 @@ import argparse
 import json
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +27,35 @@ from simsiam.training.launch import pretrain, resume
 from simsiam.utils.files import atomic_write
 
 RESULTS = Path(__file__).parents[1] / "results"
-NETWORK: dict[str, Any] = {"backbone": "resnet18", "width": 32, "image_size": 64}
-Ways = dict[str, dict[str, Any]]  # two, by name: what `pretrain` is given
-COMPARISONS: dict[str, Ways] = {
-    "distillation": {
-        "simsiam": {"method": "simsiam"},
-        "distillation": {"method": "distillation", "teacher": "lite0"},
-    },
-    "sprint": {"folder": {}, "sprint": {"recipe": "sprint"}},
-}
-FOLDERS = {"distillation": "distillation", "sprint": "sprint/equal_time"}
-TITLES = {
-    "distillation": "A network that learns from a teacher, and one that learns alone",
-    "sprint": "The recipe `sprint`, and the recipe of a folder",
+RESNET18 = {"backbone": "resnet18", "width": 32, "image_size": 64}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two ways to train, by name: what `pretrain` is given."""
+
+    title: str
+    network: str
+    ways: dict[str, dict[str, Any]]
+    folder: Path
+
+
+COMPARISONS = {
+    "distillation": Comparison(
+        "A network that learns from a teacher, and one that learns alone",
+        "A ResNet-18 of width 32 with random weights, and views of 64 px.",
+        {
+            "simsiam": RESNET18 | {"method": "simsiam"},
+            "distillation": RESNET18 | {"method": "distillation", "teacher": "lite0"},
+        },
+        RESULTS / "distillation",
+    ),
+    "sprint": Comparison(
+        "The recipe `sprint`, and the recipe of a folder",
+        "The network and the size of views are what `--minutes` chooses.",
+        {"folder": {}, "sprint": {"recipe": "sprint"}},
+        RESULTS / "sprint" / "equal_time",
+    ),
 }
 
 
@@ -48,9 +65,10 @@ def train(source: str, way: Mapping[str, Any], seed: int, minutes: float, run: P
     if resumed:
         resume(run, source=source, logger="none")
     else:
-        pretrain(source, out=run, minutes=minutes, logger="none", seed=seed, **NETWORK, **way)
-    summary = Run(run).json("summary.json")
+        pretrain(source, out=run, minutes=minutes, logger="none", seed=seed, **way)
+    summary, recipe = Run(run).json("summary.json"), Run(run).recipe
     return {
+        "image_size": recipe.image_size, "width": recipe.width, "batch_size": recipe.batch_size,
         "set": Path(source).name, "seed": seed, "minutes": minutes,
         "threads": torch.get_num_threads(), "knn": summary["knn_top1"]["last"],
         "steps": summary["steps"], "epochs": summary["epochs"], "verdict": summary["verdict"],
@@ -58,15 +76,15 @@ def train(source: str, way: Mapping[str, Any], seed: int, minutes: float, run: P
     }  # fmt: skip
 
 
-def write_page(out: Path, comparison: str) -> None:
+def write_page(out: Path, name: str) -> None:
     """Write the table of all sets, with the least difference of the two ways."""
     rows = [json.loads(path.read_text()) for path in sorted((out / "cells").glob("*.json"))]
-    ways = COMPARISONS[comparison]
+    comparison = COMPARISONS[name]
+    ways = comparison.ways
     lines = [
-        f"# {TITLES[comparison]}", "",
-        f"Written by `python benchmarks/equal_time.py {comparison}`; cells/ has each run. A "
-        "ResNet-18 of width 32 with random weights, views of 64 px, and equal minutes. "
-        "kNN accuracy on the images that the run holds out of its training images, in percent: "
+        f"# {comparison.title}", "",
+        f"Written by `python benchmarks/equal_time.py {name}`; cells/ has each run. "
+        f"{comparison.network} kNN accuracy on the images that the run holds out of its training images, in percent: "
         "mean ± standard deviation over n seeds. The last "
         "column is the least difference of the two with one seed.", "",
         f"| set | minutes | threads | n | {' | '.join(ways)} | least difference |",
@@ -76,14 +94,14 @@ def write_page(out: Path, comparison: str) -> None:
     for row in rows:
         group = groups.setdefault((row["set"], row["minutes"], row["threads"]), {})
         group.setdefault(row["method"], {})[row["seed"]] = row
-    for (name, minutes, threads), by_way in groups.items():
+    for (source, minutes, threads), by_way in groups.items():
         seeds = sorted(set.intersection(*(set(by_way.get(way, ())) for way in ways)))
         if not seeds:
             continue
         first, second = ([by_way[way][seed]["knn"] for seed in seeds] for way in ways)
         least = min(b - a for a, b in zip(first, second))
         lines.append(
-            f"| {name} | {minutes:g} | {threads} | {len(seeds)} | {mean_and_spread(first)} | "
+            f"| {source} | {minutes:g} | {threads} | {len(seeds)} | {mean_and_spread(first)} | "
             f"{mean_and_spread(second)} | {least:+.1f} |"
         )
     with atomic_write(out / "README.md") as part:
@@ -103,13 +121,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--page", action="store_true")
     options = parser.parse_args(arguments)
-    comparison = options.comparison
-    out = options.out or RESULTS / FOLDERS[comparison]
-    runs = options.runs or Path("runs") / comparison
+    comparison = COMPARISONS[options.comparison]
+    out = options.out or comparison.folder
+    runs = options.runs or Path("runs") / options.comparison
     (out / "cells").mkdir(parents=True, exist_ok=True)
     for seed in range(0 if options.page else options.seeds):
         for source in options.sources:
-            for name, way in COMPARISONS[comparison].items():
+            for name, way in comparison.ways.items():
                 cell = f"{Path(source).name}-{name}-{options.minutes:g}-{seed}"
                 path = out / "cells" / f"{cell}.json"
                 if path.exists():
@@ -118,8 +136,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 with atomic_write(path) as part:
                     part.write_text(json.dumps(row) + "\n")
                 print(f"{cell}: {row['knn']} % ({row['verdict']})", flush=True)
-                write_page(out, comparison)
-    write_page(out, comparison)
+                write_page(out, options.comparison)
+    write_page(out, options.comparison)
 
 
 if __name__ == "__main__":

@@ -397,7 +397,7 @@ def sprint_recipe(num_images: int, batch_size: int) -> PretrainSettings:
     """
     return {
         "method": "simclr", "equal_terms": True, "dim": 128, "proj_layers": 2, "tau": 0.2,
-        "batch_size": min(batch_size, 128), "base_lr": 0.2, "weight_decay": 5e-4,
+        "batch_size": min(batch_size, 128), "base_lr": 0.4, "weight_decay": 5e-4,
         "epochs": min(max(1, round(600_000 / num_images)), 200),
     }  # fmt: skip
 
