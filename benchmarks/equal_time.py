@@ -4,11 +4,11 @@
         [--runs FOLDER] [--out FOLDER] [--page]
 
 COMPARISON is `distillation` (SimSiam, and learning from the teacher `lite0`, whose features are
-computed within the time) or `sprint` (the recipe of a folder, and `--recipe sprint`). SOURCE is a
-folder with labeled images. For `distillation` the network is a ResNet-18 of width 32 with random
-weights, on views of 64 px; for `sprint` it is what `--minutes` chooses. Each run is a file in OUT/cells; what is there is not trained again, so the command can be
-stopped and started at any time. Start it with OMP_NUM_THREADS=1 to give each run one core. `--page`
-writes only the page.
+computed within the time; a ResNet-18 of width 32 on views of 64 px) or `sprint` (the recipe of a
+folder, and `--recipe sprint`; the network is what `--minutes` chooses). SOURCE is a folder with
+labeled images. Each run is a file in OUT/cells; what is there is not trained again, so the command
+can be stopped and started at any time. Start it with OMP_NUM_THREADS=1 to give each run one core.
+`--page` writes only the page.
 """
 
 import argparse
@@ -84,9 +84,8 @@ def write_page(out: Path, name: str) -> None:
     lines = [
         f"# {comparison.title}", "",
         f"Written by `python benchmarks/equal_time.py {name}`; cells/ has each run. "
-        f"{comparison.network} kNN accuracy on the images that the run holds out of its training images, in percent: "
-        "mean ± standard deviation over n seeds. The last "
-        "column is the least difference of the two with one seed.", "",
+        f"{comparison.network} kNN accuracy on the images that the run holds out of its training "
+        "images, in percent: mean ± standard deviation over n seeds. The last column is the least difference of the two with one seed.", "",
         f"| set | minutes | threads | n | {' | '.join(ways)} | least difference |",
         "|---|---|---|---|---|---|---|",
     ]  # fmt: skip
