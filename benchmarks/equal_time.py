@@ -85,7 +85,8 @@ def write_page(out: Path, name: str) -> None:
         f"# {comparison.title}", "",
         f"Written by `python benchmarks/equal_time.py {name}`; cells/ has each run. "
         f"{comparison.network} kNN accuracy on the images that the run holds out of its training "
-        "images, in percent: mean ± standard deviation over n seeds. The last column is the least difference of the two with one seed.", "",
+        "images, in percent: mean ± standard deviation over n seeds. The last column is the least "
+        "difference of the two with one seed.", "",
         f"| set | minutes | threads | n | {' | '.join(ways)} | least difference |",
         "|---|---|---|---|---|---|---|",
     ]  # fmt: skip
