@@ -2,10 +2,12 @@
 
 import pytest
 import yaml
+from PIL import Image
 
 from simsiam.config import recipes
 from simsiam.config.recipes import RECIPES, Recipe
 from simsiam.errors import UsageError
+from simsiam.runs.choose import SPRINT_REASON
 from simsiam.runs.compose import compose_recipe
 
 
@@ -99,15 +101,36 @@ def test_a_folders_recipe_follows_its_images(count, side, size, batch):
 @pytest.mark.parametrize("limit", [None, 100])
 def test_sprint_changes_how_a_source_is_learned_but_not_its_images_and_network(limit):
     chosen, _, _ = compose_recipe("shapes", None, {})
-    sprint, source, _ = compose_recipe("shapes", "sprint", {"tau": 0.3, "limit": limit})
+    sprint, _, _ = compose_recipe("shapes", "sprint", {"tau": 0.3, "limit": limit})
     for name in ("backbone", "width", "stem", "image_size", "mean", "std", "batch_size"):
         assert getattr(sprint, name) == getattr(chosen, name)
     assert sprint.method.views == chosen.method.views and sprint.method.criterion == "nt_xent"
     assert sprint.method.tau == 0.3  # a flag is stronger
-    assert sprint.epochs == min(200, round(600_000 / len(source.train)))
 
 
-def test_sprint_takes_as_many_images_whatever_their_number():
-    epochs = [recipes.sprint_recipe(count, 256)["epochs"] for count in (50_000, 1_000, 10**7)]
-    assert epochs == [12, 200, 1]
-    assert [recipes.sprint_recipe(10, batch)["batch_size"] for batch in (16, 512)] == [16, 128]
+def test_sprint_keeps_small_batches():
+    sizes = [recipes.sprint_recipe(batch)["batch_size"] for batch in (16, 512)]
+    assert sizes == [16, 128]
+
+
+@pytest.mark.parametrize(
+    ("settings", "sprint"),
+    [
+        ({}, True),
+        ({"base_lr": 0.1, "crop_min": 0.3, "epochs": 3, "init": None}, True),
+        ({"method": "simsiam"}, False),
+        ({"stop_gradient": False}, False),
+        ({"init": "patches"}, False),
+    ],
+)
+def test_a_folder_is_learned_by_sprint_unless_a_component_or_weights_are_given(
+    tmp_path, settings, sprint
+):
+    for i in range(40):
+        Image.new("RGB", (40, 40), (i, 2 * i, 3 * i)).save(tmp_path / f"{i}.png")
+    folder = str(tmp_path)
+    recipe, _, reasons = compose_recipe(folder, None, settings)
+    assert (recipe.method.criterion == "nt_xent") == sprint == (SPRINT_REASON in reasons)
+    explicit, _, _ = compose_recipe(folder, "sprint", {"seed": 0})
+    default, _, _ = compose_recipe(folder, None, {"seed": 0})
+    assert explicit == default

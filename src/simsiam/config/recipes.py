@@ -319,6 +319,8 @@ def _setting_types() -> dict[str, object]:
 
 
 SETTING_TYPES = _setting_types()
+# What makes up a method, without how it is optimized: who changes it starts from SimSiam.
+COMPONENTS = {"method", "equal_terms", *(f.name for f in fields(Method))} - {"name", *EQUAL_TERMS}
 
 
 def imagenet_recipe() -> PretrainSettings:
@@ -381,24 +383,21 @@ def folder_recipe(num_images: int, median_side: int) -> PretrainSettings:
     }  # fmt: skip
 
 
-def sprint_recipe(num_images: int, batch_size: int) -> PretrainSettings:
-    """Return what `--recipe sprint` changes in the recipe that is chosen for a source.
+def sprint_recipe(batch_size: int) -> PretrainSettings:
+    """Return what the recipe `sprint` changes in the recipe of a source, to learn fast.
 
-    It learns fast in few steps; long runs are better with other settings. `benchmarks/sprint.py`
-    found it on CIFAR-10 (see results/sprint): SimCLR with SimSiam's optimizer and views.
+    It is SimCLR with SimSiam's optimizer and views. `benchmarks/sprint.py` found it on CIFAR-10,
+    for few steps from random weights; results/sprint compares it with SimSiam on other images.
 
     Args:
-        num_images: Number of training images.
         batch_size: That of the recipe that is changed.
 
     Returns:
-        The settings. All epochs together take 600,000 images, as 12 epochs of CIFAR-10 do, but
-        there are at most 200.
+        The settings that differ.
     """
     return {
         "method": "simclr", "equal_terms": True, "dim": 128, "proj_layers": 2, "tau": 0.2,
         "batch_size": min(batch_size, 128), "base_lr": 0.4, "weight_decay": 5e-4,
-        "epochs": min(max(1, round(600_000 / num_images)), 200),
     }  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 Only the headers of a sample of the images are read. This module does not import torch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
@@ -13,17 +13,24 @@ from simsiam.data.images import measure_sizes, sampled_error
 from simsiam.sources.open_source import Source
 
 FOLDER = "folder"  # the name of the recipe for folders
+SPRINT_REASON = "sprint: SimCLR's loss, which learns faster; --method simsiam is the paper's method"
 
 
-def choose_recipe(names: Sequence[str], source: Source) -> tuple[Recipe, list[str]]:
+def choose_recipe(
+    names: Sequence[str], source: Source, changed: Collection[str] = ()
+) -> tuple[Recipe, list[str]]:
     """Choose the recipe for a source.
+
+    Of a folder it is `sprint` where that was compared: with random initial weights, and if the user
+    does not change a component of the method.
 
     Args:
         names: What the user called the source.
         source: The opened source.
+        changed: Names of the settings that the user has given.
 
     Returns:
-        The recipe, and two lines: what it is, and why it was chosen.
+        The recipe, and lines: what it is, and why it was chosen.
 
     Raises:
         WorkFailed: No image can be read.
@@ -40,7 +47,19 @@ def choose_recipe(names: Sequence[str], source: Source) -> tuple[Recipe, list[st
         recipe = Recipe().replace(**recipes.cifar_recipe())
         return recipe, ["cifar: appendix D of the paper", reason]
     recipe = Recipe().replace(**recipes.folder_recipe(count, side))
-    return recipe, [summarize_folder_recipe(recipe, recipe.image_size or side), reason]
+    reasons = [summarize_folder_recipe(recipe, recipe.image_size or side), reason]
+    if {"init", *recipes.COMPONENTS}.isdisjoint(changed):
+        return sprint(recipe), [*reasons, SPRINT_REASON]
+    return recipe, reasons
+
+
+def sprint(recipe: Recipe) -> Recipe:
+    """Change a recipe to the recipe `sprint`, with the same network and views.
+
+    Args:
+        recipe: The recipe of a source.
+    """
+    return recipe.replace(**recipes.sprint_recipe(recipe.batch_size))
 
 
 def summarize_folder_recipe(recipe: Recipe, size: int) -> str:

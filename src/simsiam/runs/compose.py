@@ -26,7 +26,13 @@ from simsiam.errors import UsageError, none_readable, unknown_name
 from simsiam.model.backbones import RESNETS, input_size
 from simsiam.model.patches import PATCHES_PREFIX
 from simsiam.model.siamese import check_names
-from simsiam.runs.choose import FOLDER, choose_recipe, summarize_folder_recipe
+from simsiam.runs.choose import (
+    FOLDER,
+    SPRINT_REASON,
+    choose_recipe,
+    sprint,
+    summarize_folder_recipe,
+)
 from simsiam.runs.encoder import load
 from simsiam.runs.recipe_file import read_recipe
 from simsiam.runs.run_folder import Run
@@ -89,10 +95,10 @@ def compose_recipe(
         names, settings.channels, no_labels=settings.no_labels, splits=settings.splits
     )
     if base is None:
-        base, reasons = choose_recipe(names, opened)
-    if recipe == recipes.SPRINT:
-        base = base.replace(**recipes.sprint_recipe(len(opened.train), base.batch_size))
-        reasons = [*reasons, "sprint: changed to learn fast"]
+        changed = [name for name, value in overrides.items() if value is not None]
+        base, reasons = choose_recipe(names, opened, changed)
+    if recipe == recipes.SPRINT and SPRINT_REASON not in reasons:
+        base, reasons = sprint(base), [*reasons, SPRINT_REASON]
     if weights:
         given = isinstance(recipe, Recipe) or reasons == [f"from {recipe}"]
         size = overrides.get("image_size")
