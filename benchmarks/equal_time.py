@@ -6,9 +6,9 @@
 COMPARISON is `distillation` (SimSiam, and learning from the teacher `lite0`, whose features are
 computed within the time; a ResNet-18 of width 32 on views of 64 px) or `sprint` (the recipe of a
 folder with SimSiam, and `--recipe sprint`; the network is what `--minutes` chooses). SOURCE is a
-folder with labeled images. Each run is a file in OUT/cells; what is there is not trained again, so the command
-can be stopped and started at any time. Start it with OMP_NUM_THREADS=1 to give each run one core.
-`--page` writes only the page.
+folder with labeled images. Each run is a file in OUT/cells; what is there is not trained again, so
+the command can be stopped and started at any time. Start it with OMP_NUM_THREADS=1 to give each run
+one core. `--page` writes only the page.
 """
 
 import argparse

@@ -178,8 +178,12 @@ def search(options: argparse.Namespace) -> Choice:
                 lines.append(f"| {cell} | {as_text(value)} | {score:.1f} | {mark} |")
             best = {**best, **{cell: value for cell, (_, value) in kept.items()}}
             best = {cell: value for cell, value in best.items() if value}
+            page = [*lines, "", f"Best so far: {describe(best)}."]
+            reading = options.out / "README.reading.md"
+            if reading.exists():
+                page += ["", reading.read_text().rstrip()]
             with atomic_write(options.out / "README.md") as part:
-                part.write_text("\n".join([*lines, "", f"Best so far: {describe(best)}."]) + "\n")
+                part.write_text("\n".join(page) + "\n")
     return best
 
 
