@@ -50,7 +50,7 @@ Curve: TypeAlias = list[tuple[float, float]]  # seconds of training, kNN accurac
 def time_to_accuracy(
     source: str, *, out: str | None, epochs: int = 12, seeds: int = 3, device: str = "auto"
 ) -> dict[str, object]:
-    """Train every contestant with every seed, print a table, and write table, curves and JSON.
+    """Train every contestant with every seed, print a table, and write curves and JSON after each.
 
     Args:
         source: A labeled source with a test split.
@@ -77,6 +77,11 @@ def time_to_accuracy(
         for images, count in ((opened.train, BANK), (opened.test, QUERIES))
     )
     compute, curves = Compute.pick(device), dict[str, dict[str, Curve]]()
+    report: dict[str, object] = collect_environment(compute)
+    for key in ("command", "processes"):
+        report.pop(key, None)
+    report |= {"source": opened.name, "epochs": epochs, "plain loop": MODULES}
+    report |= {"bank": len(bank), "queries": len(queries), "curves": curves}
     for seed in range(seeds):
         for name, train in contestants(source, opened, epochs, seed, compute).items():
             file = folder / f"{name}, seed {seed}.json"
@@ -85,17 +90,12 @@ def time_to_accuracy(
                 write_text(file, json.dumps(curve) + "\n")
             of_seeds = curves.setdefault(name, {})
             of_seeds[str(seed)] = [(s, a) for s, a in read_json(file, Curve)]
-    report: dict[str, object] = collect_environment(compute)
-    for key in ("command", "processes"):
-        report.pop(key, None)
-    report |= {"source": opened.name, "epochs": epochs, "plain loop": MODULES}
-    report |= {"bank": len(bank), "queries": len(queries), "curves": curves}
-    report["minutes_to"] = {
-        name: {f"{level:g}": minutes_to(level, of_seeds.values()) for level in LEVELS}
-        for name, of_seeds in curves.items()
-    }
-    write_text(Path(out), json.dumps(report, indent=1) + "\n")
-    draw(curves, Path(out).with_suffix(""), opened.name)
+            report["minutes_to"] = {
+                name: {f"{level:g}": minutes_to(level, of_seeds.values()) for level in LEVELS}
+                for name, of_seeds in curves.items()
+            }
+            write_text(Path(out), json.dumps(report, indent=1) + "\n")
+            draw(curves, Path(out).with_suffix(""), opened.name)
     Console(highlight=False).print(table(curves, opened.name, MODULES))
     return report
 
@@ -116,19 +116,20 @@ def contestants(
         compute: Where to compute.
     """
     settings = {"epochs": epochs, "seed": seed, "device": compute.device.type, "holdout": 0}
-    default = compose_recipe(source, None, {})[0]
+    simsiam = {"method": "simsiam"}
+    default = compose_recipe(source, None, simsiam)[0]
     small = CIFAR if default.backbone == "resnet18" and default.image_size == 32 else {}
-    recipe = compose_recipe(source, None, {**small, **settings})[0]
-    found: dict[str, Callable[[Measure, Path], Curve]] = {
-        "default recipe": partial(own_run, source, recipe, opened)
-    }
+    recipe = compose_recipe(source, None, {**simsiam, **small, **settings})[0]
     network = {"backbone": recipe.backbone, "width": recipe.width}
     sprint = compose_recipe(source, SPRINT, {**network, **settings})[0]
-    found["recipe sprint"] = partial(own_run, source, sprint, opened)
-    for fast in (False, True):
+    found: dict[str, Callable[[Measure, Path], Curve]] = {
+        "simsiam": partial(own_run, source, recipe, opened),
+        "sprint": partial(own_run, source, sprint, opened),
+        "patches with map": partial(patches, source),
+    }
+    for fast in (True, False):
         name = "plain loop, our precision" if fast else "plain loop, as documented"
         found[name] = partial(plain_loop, recipe, opened, compute, fast)
-    found["patches with map"] = partial(patches, source)
     return found
 
 
