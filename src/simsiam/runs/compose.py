@@ -80,7 +80,7 @@ def compose_recipe(
     """
     base, reasons = _named_recipe(recipe)
     names = source_names(sources or []) or (list(base.source) if base else ["shapes"])
-    if base is not None and isinstance(recipe, str) and recipe not in recipes.RECIPE_NAMES:
+    if base is not None and isinstance(recipe, str) and recipe not in recipes.RECIPES:
         unnamed = [] if sources else ["source"]
         unnamed += [name for name in WEIGHT_SETTINGS if name not in overrides]
         _check_named(Path(recipe), base, unnamed, [command[0], *names, *command[1:]])
