@@ -47,6 +47,21 @@ MUTATIONS = [
         "except ZeroDivisionError:",
         "install.py::test_the_version_is_what_the_build_wrote",
     ),
+    # recipes
+    m(
+        "train a folder with sprint although a component of the method is given",
+        "runs/choose",
+        '    if {"init", *recipes.COMPONENTS}.isdisjoint(changed):',
+        "    if True:",
+        "recipes.py::test_a_folder_is_learned_by_sprint_unless_a_component_or_weights_are_given",
+    ),
+    m(
+        "forget the recipe sprint of a source that is no folder",
+        "runs/compose",
+        "    if recipe == recipes.SPRINT and SPRINT_REASON not in reasons:",
+        "    if False:",
+        "recipes.py::test_sprint_changes_how_a_source_is_learned_but_not_its_images_and_network",
+    ),
     # places, keys and changed images
     m(
         "open what only the run of a stranger names",
