@@ -278,25 +278,25 @@ def table(curves: Mapping[str, Mapping[str, Curve]], source: str, modules: str) 
         modules: Whose modules the plain loop has.
     """
     title = f"{source}: minutes of training to levels of kNN accuracy"
-    result = Table(title=title, title_justify="left", caption=f"plain loop: modules of {modules}")
-    reached = {
-        level: {n: minutes_to(level, of_seeds.values()) for n, of_seeds in curves.items()}
-        for level in LEVELS
-    }
-    levels = [x for x in LEVELS if any(m is not None for v in reached[x].values() for m in v)]
-    for heading in ("", *(f"to {level:g} %" for level in levels), "minutes", "last kNN, %"):
-        result.add_column(heading, justify="right" if heading else "left", no_wrap=not heading)
+    caption = (
+        f"Levels that are missing were never reached. The plain loop has modules of {modules}."
+    )
+    result = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
+    for heading in ("", "kNN, %", "minutes"):
+        result.add_column(heading, justify="right" if heading else "left")
     for name, of_seeds in curves.items():
-        cells = []
-        for level in levels:
-            times = [minutes for minutes in reached[level][name] if minutes is not None]
+        rows = list[tuple[str, str]]()
+        for level in LEVELS:
+            times = [m for m in minutes_to(level, of_seeds.values()) if m is not None]
             missed = len(of_seeds) - len(times)
-            note = f" ({missed} of {len(of_seeds)} never)" if missed and times else ""
-            cells.append(mean_and_spread(times) + note if times else "never")
+            note = f" ({missed} of {len(of_seeds)} never)" if missed else ""
+            rows += [(f"{level:g}", mean_and_spread(times) + note)] if times else []
         ends = [curve[-1] for curve in of_seeds.values()]
-        cells.append(mean_and_spread([seconds / 60 for seconds, _ in ends]))
-        cells.append(mean_and_spread([accuracy for _, accuracy in ends]))
-        result.add_row(name, *cells)
+        last = mean_and_spread([accuracy for _, accuracy in ends])
+        rows.append((f"at the end: {last}", mean_and_spread([s / 60 for s, _ in ends])))
+        result.add_section()
+        for number, row in enumerate(rows):
+            result.add_row("" if number else name, *row)
     return result
 
 
