@@ -108,6 +108,11 @@ def test_sprint_changes_how_a_source_is_learned_but_not_its_images_and_network(l
     assert sprint.method.tau == 0.3  # a flag is stronger
 
 
+def test_sprint_with_another_method_is_refused():
+    with pytest.raises(UsageError, match="leave out --method or --recipe"):
+        compose_recipe("shapes", "sprint", {"method": "byol"})
+
+
 def test_sprint_keeps_small_batches():
     sizes = [recipes.sprint_recipe(batch)["batch_size"] for batch in (16, 512)]
     assert sizes == [16, 128]

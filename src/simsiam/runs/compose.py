@@ -79,6 +79,8 @@ def compose_recipe(
         WorkFailed: No image can be read.
     """
     base, reasons = _named_recipe(recipe)
+    if recipe == recipes.SPRINT and overrides.get("method") is not None:
+        raise UsageError("--recipe sprint brings its own method: leave out --method or --recipe")
     names = source_names(sources or []) or (list(base.source) if base else ["shapes"])
     if base is not None and isinstance(recipe, str) and recipe not in recipes.RECIPES:
         unnamed = [] if sources else ["source"]
@@ -295,7 +297,7 @@ def open_run_source(
 
 def _named_recipe(recipe: str | Recipe | None) -> tuple[Recipe | None, list[str]]:
     """Return the recipe that the user named, and a line that says where it comes from."""
-    if recipe in (None, recipes.SPRINT):
+    if recipe in (None, recipes.SPRINT):  # the source decides
         return None, []
     if isinstance(recipe, Recipe):
         return recipe, ["given"]
