@@ -42,6 +42,11 @@ def test_views_become_smaller_before_the_network_becomes_narrower_and_the_stem_s
     assert tried == [(160, 64, None), *((*pair, "large") for pair in large)]
     assert [r.image_size for r in choices(PHOTOS, {"image_size": 160})] == [160] * 3
     assert [r.width for r in choices(PHOTOS, {"width": 64})] == [64] * 3
+    middle = Recipe().replace(image_size=64, backbone="resnet18", **COLORS).resolve()
+    assert [(r.width, r.stem) for r in choices(middle, {})] == [
+        (64, None), (64, "large"), (32, "large"), (16, "large")
+    ]  # fmt: skip
+    assert {r.stem for r in choices(middle.replace(stem="small"), {})} == {"small"}
     small = Recipe().replace(image_size=32, backbone="resnet18", **COLORS).resolve()
     assert [(r.image_size, r.width, r.stem) for r in choices(small, {})] == [
         (32, width, None) for width in (64, 32, 16)

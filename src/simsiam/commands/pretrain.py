@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="RUN", help=note)
     note = (
         "end after N minutes on this machine, evaluation included; the number of steps is chosen "
-        "to fit this time; so are the size of views, the width and the batch size, unless they are "
+        "to fit this time; so are the size of views, stem, width and batch size, unless they are "
         "given [no limit]"
     )
     parser.add_argument("--minutes", metavar="N", type=float, help=note)

@@ -1,4 +1,4 @@
-"""A time budget: the size of views, the width, the batch and the steps that fit into minutes.
+"""A time budget: size of views, stem, width, batch and number of steps that fit into minutes.
 
 A small network that sees its images many times learns more in a short time than a large one that
 sees them once. So the largest network is taken whose measured speed lets it see enough images.
@@ -25,6 +25,10 @@ ENOUGH_STEPS = 1500
 # (where z has fewer directions).
 FEW_STEPS, FEW_STEPS_LR = 10_000, 0.25
 SIDES, WIDTHS = (128, 64), (32, 16)  # that are tried where the recipe's own are too slow
+# From this side on a large stem is tried before narrower networks: it makes four to five times as
+# many steps in the same time. After five minutes on one core with 1,547 photographs of hands, kNN
+# accuracy was 92 % with it, and 30 % with the small stem.
+LARGE_STEM_SIDE = 64
 MIN_BATCH = 64
 MEASUREMENTS = 5  # of the monitors, in a run; at most one an epoch, and one at the end
 TRIAL_SECONDS = 3.0  # for the speed of one choice
@@ -48,8 +52,9 @@ class Trial:
 
     def __str__(self) -> str:
         recipe = self.recipe
-        width = f", width {recipe.width}" * (recipe.backbone in RESNETS)
-        return f"views of {recipe.image_size} px{width}: {self.rate:,.0f} images/s"
+        stem = recipe.stem or default_stem(recipe.image_size)
+        network = f", {stem} stem, width {recipe.width}" * (recipe.backbone in RESNETS)
+        return f"views of {recipe.image_size} px{network}: {self.rate:,.0f} images/s"
 
 
 @rank_zero_only
@@ -118,7 +123,7 @@ def fit_to_minutes(
 
 
 def choices(recipe: ResolvedRecipe, given: Mapping[str, object]) -> Iterator[ResolvedRecipe]:
-    """Yield the recipe, then cheaper ones: smaller views, then narrower networks.
+    """Yield the recipe, then cheaper ones: smaller views, a large stem, narrower networks.
 
     Args:
         recipe: The recipe.
@@ -133,6 +138,10 @@ def choices(recipe: ResolvedRecipe, given: Mapping[str, object]) -> Iterator[Res
             changes = {"stem": stem} if recipe.backbone in RESNETS else {}
             recipe = recipe.replace(image_size=size, **changes)
             yield recipe
+    own_stem = recipe.backbone in RESNETS and recipe.stem is None and recipe.init is None
+    if own_stem and stem == "small" and recipe.image_size >= LARGE_STEM_SIDE:
+        recipe = recipe.replace(stem="large")
+        yield recipe
     if given.get("width") is None and recipe.backbone in RESNETS and recipe.init is None:
         for width in (width for width in WIDTHS if width < recipe.width):
             recipe = recipe.replace(width=width)
