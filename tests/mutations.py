@@ -62,6 +62,13 @@ MUTATIONS = [
         "    if False:",
         "recipes.py::test_sprint_changes_how_a_source_is_learned_but_not_its_images_and_network",
     ),
+    m(
+        "keep the small stem however short the time",
+        "training/budget",
+        '    if own_stem and stem == "small" and recipe.image_size >= LARGE_STEM_SIDE:',
+        "    if False:",
+        "budget.py::test_views_become_smaller_before_the_network_becomes_narrower_and_the_stem_stays",
+    ),
     # places, keys and changed images
     m(
         "open what only the run of a stranger names",
