@@ -43,7 +43,7 @@ class Comparison:
 COMPARISONS = {
     "distillation": Comparison(
         "A network that learns from a teacher, and one that learns alone",
-        "A ResNet-18 of width 32 with random weights, and views of 64 px.",
+        "A ResNet-18 of width 32 with random weights, and views of 64 px; the teacher is `lite0`.",
         {
             "simsiam": RESNET18 | {"method": "simsiam"},
             "distillation": RESNET18 | {"method": "distillation", "teacher": "lite0"},
@@ -59,7 +59,9 @@ COMPARISONS = {
 }
 
 
-def train(source: str, way: Mapping[str, Any], seed: int, minutes: float, run: Path) -> Any:
+def train(
+    source: str, way: Mapping[str, Any], seed: int, minutes: float, run: Path
+) -> dict[str, Any]:
     """Train a run, or the rest of it, and return what its page shows."""
     start, resumed = time.monotonic(), (run / "recipe.yaml").exists()
     if resumed:

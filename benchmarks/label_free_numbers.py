@@ -60,7 +60,9 @@ from simsiam.utils.files import atomic_write
 OUT = Path(__file__).parents[1] / "results" / "label_free_numbers"
 DECISIONS = OUT / "decisions.json"
 LENGTHS = (100, 300, 900)  # steps of SimSiam, with a narrow ResNet-18 on views of 32 px
-SETTINGS = {"backbone": "resnet18", "width": 16, "image_size": 32, "batch_size": 64}
+SETTINGS = {
+    "method": "simsiam", "backbone": "resnet18", "width": 16, "image_size": 32, "batch_size": 64,
+}  # fmt: skip
 
 
 def d_prime(a: Tensor, b: Tensor) -> float:

@@ -19,6 +19,7 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from hashlib import blake2b
 from multiprocessing import get_context
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,14 @@ from simsiam.config.method import SECOND_ENCODER_TARGETS
 from simsiam.config.recipes import Recipe
 from simsiam.runs.compose import compose_recipe
 from simsiam.runs.run_folder import Run
-from simsiam.sources.open_source import open_source
 from simsiam.training.launch import pretrain, resume
 from simsiam.utils.files import atomic_write
 
 OUT = Path(__file__).parents[1] / "results" / "sprint"
 Settings = dict[str, Any]
-NETWORK: Settings = {"backbone": "resnet18", "width": 16, "batch_size": 256, "base_lr": 0.2}
+NETWORK: Settings = {
+    "method": "simsiam", "backbone": "resnet18", "width": 16, "batch_size": 256, "base_lr": 0.2,
+}  # fmt: skip
 # Methods without a predictor, on SimSiam's terms: its optimizer, schedule and views.
 SIMCLR: Settings = {"method": "simclr", "equal_terms": True, "dim": 128, "proj_layers": 2}
 BARLOW: Settings = {
@@ -75,6 +77,11 @@ def settings_of(choice: Mapping[str, int]) -> Settings:
     return settings
 
 
+def change(choice: Choice, values: Mapping[str, int]) -> Choice:
+    """Return a choice with other values of some cells."""
+    return {cell: value for cell, value in {**choice, **values}.items() if value}
+
+
 def alternatives(best: Choice, cell: str) -> list[Choice]:
     """Return the choices that differ from the best one so far in one cell, and are possible."""
     settings = settings_of(best)
@@ -84,11 +91,8 @@ def alternatives(best: Choice, cell: str) -> list[Choice]:
     }
     if not needs.get(cell, True):
         return []
-    return [
-        {name: v for name, v in {**best, cell: value}.items() if v}
-        for value in range(len(CELLS[cell]))
-        if value != best.get(cell, 0)
-    ]
+    values = [value for value in range(len(CELLS[cell])) if value != best.get(cell, 0)]
+    return [change(best, {cell: value}) for value in values]
 
 
 def cost(recipe: Recipe) -> float:
@@ -101,13 +105,13 @@ def cost(recipe: Recipe) -> float:
 
 
 def train(
-    source: str, choice: Mapping[str, int], epochs: float, seed: int, limit: int | None, run: Path
+    source: str, choice: Mapping[str, int], epochs: float, limit: int | None, run: Path
 ) -> dict[str, object]:
     """Train a candidate and return its kNN accuracy on held-out images, and what it took."""
-    settings = NETWORK | settings_of(choice) | {"seed": seed, "limit": limit}
-    recipe = compose_recipe(source, None, settings)[0]
+    settings = NETWORK | settings_of(choice) | {"limit": limit}
+    recipe, opened, _ = compose_recipe(source, None, settings)
     # The step is the unit: steps of a smaller batch are more, and of more pixels fewer.
-    images = len(open_source(source).train) if limit is None else limit
+    images = len(opened.train) if limit is None else limit
     images -= min(images // 10, 5000)
     steps = max(2, round(epochs * images / recipe.batch_size / cost(recipe)))
     settings |= {"steps": steps, "knn_every": 10**6, "log_every": max(1, steps // 20)}
@@ -127,14 +131,15 @@ def train(
 
 def try_choice(options: argparse.Namespace, choice: Choice) -> float:
     """Train a choice if it has no file yet, and return its kNN accuracy."""
-    key = json.dumps([choice, options.source, options.limit], sort_keys=True)
+    source = Path(options.source).name
+    key = json.dumps([choice, source, options.limit], sort_keys=True)
     name = f"{options.epochs}-{blake2b(key.encode(), digest_size=4).hexdigest()}"
     path = options.out / "cells" / f"{name}.json"
     if not path.exists():
         run = options.runs / name
-        content = train(options.source, choice, options.epochs, 0, options.limit, run)
+        content = train(options.source, choice, options.epochs, options.limit, run)
         content |= {"choice": choice, "settings": settings_of(choice), "epochs": options.epochs}
-        content |= {"source": Path(options.source).name, "limit": options.limit}
+        content |= {"source": source, "limit": options.limit}
         with atomic_write(path) as part:
             part.write_text(json.dumps(content) + "\n")
         print(f"{describe(choice)}: {content['knn']} %", flush=True)
@@ -168,16 +173,19 @@ def search(options: argparse.Namespace) -> Choice:
             limit, *scores = pool.map(partial(try_choice, options), choices)
             lines += ["", f"## Stage {number}", "", "| cell | value | kNN | |", "|---|---|---|---|"]
             lines += [f"| | {describe(best)} | {limit:.1f} | |"]
-            kept: dict[str, tuple[float, int]] = {}
-            for (cell, choice), score in zip(tried, scores, strict=True):
-                if score > kept.get(cell, (limit + MARGIN,))[0]:
-                    kept[cell] = score, choice.get(cell, 0)
-            for (cell, choice), score in zip(tried, scores, strict=True):
-                mark = "kept" if kept.get(cell) == (score, choice.get(cell, 0)) else ""
-                value = CELLS[cell][choice.get(cell, 0)]
-                lines.append(f"| {cell} | {as_text(value)} | {score:.1f} | {mark} |")
-            best = {**best, **{cell: value for cell, (_, value) in kept.items()}}
-            best = {cell: value for cell, value in best.items() if value}
+            rows = [
+                (cell, choice.get(cell, 0), score)
+                for (cell, choice), score in zip(tried, scores, strict=True)
+            ]
+            kept = {  # the best of a cell comes last, and stays
+                cell: value
+                for cell, value, score in sorted(rows, key=itemgetter(2))
+                if score > limit + MARGIN
+            }
+            for cell, value, score in rows:
+                mark = "kept" if kept.get(cell) == value else ""
+                lines.append(f"| {cell} | {as_text(CELLS[cell][value])} | {score:.1f} | {mark} |")
+            best = change(best, kept)
             page = [*lines, "", f"Best so far: {describe(best)}."]
             reading = options.out / "README.reading.md"
             if reading.exists():

@@ -17,7 +17,7 @@ SPRINT_REASON = "sprint: SimCLR's loss, which learns faster; --method simsiam is
 
 
 def choose_recipe(
-    names: Sequence[str], source: Source, changed: Collection[str] = ()
+    names: Sequence[str], source: Source, changed: Collection[str] = (), *, sprint: bool = False
 ) -> tuple[Recipe, list[str]]:
     """Choose the recipe for a source.
 
@@ -28,6 +28,7 @@ def choose_recipe(
         names: What the user called the source.
         source: The opened source.
         changed: Names of the settings that the user has given.
+        sprint: Whether the user has asked for `sprint`.
 
     Returns:
         The recipe, and lines: what it is, and why it was chosen.
@@ -35,6 +36,15 @@ def choose_recipe(
     Raises:
         WorkFailed: No image can be read.
     """
+    recipe, reasons = _choose_by_images(names, source)
+    is_folder = reasons[0].startswith(f"{FOLDER}:")
+    if sprint or (is_folder and {"init", *recipes.COMPONENTS}.isdisjoint(changed)):
+        recipe = recipe.replace(**recipes.sprint_recipe(recipe.batch_size))
+        reasons = [*reasons, SPRINT_REASON]
+    return recipe, reasons
+
+
+def _choose_by_images(names: Sequence[str], source: Source) -> tuple[Recipe, list[str]]:
     if len(names) == 1 and names[0] in recipes.SOURCE_RECIPES:
         name = recipes.SOURCE_RECIPES[names[0]]
         return Recipe().replace(**recipes.RECIPES[name]()), [name, f"the recipe for {names[0]}"]
@@ -47,19 +57,7 @@ def choose_recipe(
         recipe = Recipe().replace(**recipes.cifar_recipe())
         return recipe, ["cifar: appendix D of the paper", reason]
     recipe = Recipe().replace(**recipes.folder_recipe(count, side))
-    reasons = [summarize_folder_recipe(recipe, recipe.image_size or side), reason]
-    if {"init", *recipes.COMPONENTS}.isdisjoint(changed):
-        return sprint(recipe), [*reasons, SPRINT_REASON]
-    return recipe, reasons
-
-
-def sprint(recipe: Recipe) -> Recipe:
-    """Change a recipe to the recipe `sprint`, with the same network and views.
-
-    Args:
-        recipe: The recipe of a source.
-    """
-    return recipe.replace(**recipes.sprint_recipe(recipe.batch_size))
+    return recipe, [summarize_folder_recipe(recipe, recipe.image_size or side), reason]
 
 
 def summarize_folder_recipe(recipe: Recipe, size: int) -> str:

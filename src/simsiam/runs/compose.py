@@ -26,13 +26,7 @@ from simsiam.errors import UsageError, none_readable, unknown_name
 from simsiam.model.backbones import RESNETS, input_size
 from simsiam.model.patches import PATCHES_PREFIX
 from simsiam.model.siamese import check_names
-from simsiam.runs.choose import (
-    FOLDER,
-    SPRINT_REASON,
-    choose_recipe,
-    sprint,
-    summarize_folder_recipe,
-)
+from simsiam.runs.choose import FOLDER, choose_recipe, summarize_folder_recipe
 from simsiam.runs.encoder import load
 from simsiam.runs.recipe_file import read_recipe
 from simsiam.runs.run_folder import Run
@@ -98,9 +92,7 @@ def compose_recipe(
     )
     if base is None:
         changed = [name for name, value in overrides.items() if value is not None]
-        base, reasons = choose_recipe(names, opened, changed)
-    if recipe == recipes.SPRINT and SPRINT_REASON not in reasons:
-        base, reasons = sprint(base), [*reasons, SPRINT_REASON]
+        base, reasons = choose_recipe(names, opened, changed, sprint=recipe == recipes.SPRINT)
     if weights:
         given = isinstance(recipe, Recipe) or reasons == [f"from {recipe}"]
         size = overrides.get("image_size")

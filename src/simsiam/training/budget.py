@@ -138,11 +138,12 @@ def choices(recipe: ResolvedRecipe, given: Mapping[str, object]) -> Iterator[Res
             changes = {"stem": stem} if recipe.backbone in RESNETS else {}
             recipe = recipe.replace(image_size=size, **changes)
             yield recipe
-    own_stem = recipe.backbone in RESNETS and recipe.stem is None and recipe.init is None
-    if own_stem and stem == "small" and recipe.image_size >= LARGE_STEM_SIDE:
+    if recipe.backbone not in RESNETS or recipe.init is not None:
+        return
+    if recipe.stem is None and stem == "small" and recipe.image_size >= LARGE_STEM_SIDE:
         recipe = recipe.replace(stem="large")
         yield recipe
-    if given.get("width") is None and recipe.backbone in RESNETS and recipe.init is None:
+    if given.get("width") is None:
         for width in (width for width in WIDTHS if width < recipe.width):
             recipe = recipe.replace(width=width)
             yield recipe
