@@ -70,7 +70,8 @@ def train(
         pretrain(source, out=run, minutes=minutes, logger="none", seed=seed, **way)
     summary, recipe = Run(run).json("summary.json"), Run(run).recipe
     return {
-        "image_size": recipe.image_size, "width": recipe.width, "batch_size": recipe.batch_size,
+        "image_size": recipe.image_size, "width": recipe.width, "stem": recipe.stem,
+        "batch_size": recipe.batch_size,
         "set": Path(source).name, "seed": seed, "minutes": minutes,
         "threads": torch.get_num_threads(), "knn": summary["knn_top1"]["last"],
         "steps": summary["steps"], "epochs": summary["epochs"], "verdict": summary["verdict"],

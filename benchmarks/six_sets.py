@@ -4,8 +4,10 @@
 
 DATA is a folder with flowers.tar, brain_mri.tar, solar_cells.tar, hand_signs.tar,
 imagenette224.tar and cifar10-jpeg/. Each cell is a file in results/six_sets/cells; a cell that is
-there is not measured again, so the command can be stopped and started at any time. `--page` writes
-only the page. Accuracies are kNN with k = 20 and tau = 0.1 on the test split (val of Imagenette).
+there is not measured again, so the command can be stopped and started at any time. default_20 is
+`simsiam pretrain --minutes 20`, the others what their names say; minutes are those of one core if
+it is started with OMP_NUM_THREADS=1. `--page` writes only the page. Accuracies are kNN with k = 20
+and tau = 0.1 on the test split (val of Imagenette).
 """
 
 import argparse
@@ -193,10 +195,10 @@ def trained(kind: str, name: str, path: Path, source: str, seed: int) -> dict[st
         source: The images.
         seed: Seed of training.
     """
+    minutes = MINUTES.get((kind, name), int(kind.split("_")[-1]))
     if kind == "default_20":
-        run = default_recipe(source, path, seed)
+        run = simsiam.pretrain(source, minutes=minutes, seed=seed, out=path)
     else:
-        minutes = MINUTES.get((kind, name), int(kind.split("_")[-1]))
         init = "lite0" if "lite0" in kind else None
         run = simsiam.adapt(source, init=init, minutes=minutes, seed=seed, out=path)
     train, test = splits(open_source(source))
@@ -214,18 +216,6 @@ def splits(source: Source) -> tuple[Images, Images]:
     """Return the images that vote and those that are classified."""
     test = source.test if source.test is not None else source.val
     return sample(source.train, MAX_TRAIN), sample(test, MAX_TEST)
-
-
-def default_recipe(source: str, path: Path, seed: int) -> Path:
-    """Train the default recipe for as many epochs as fit into 20 minutes of one core."""
-    plan = simsiam.pretrain(
-        source, out=path.with_name(path.name + "-trial"), epochs=1, steps=12, seed=seed
-    )
-    summary, recipe = Run(plan).json("summary.json"), Run(plan).recipe
-    images = 20 * 60 / torch.get_num_threads() * summary["images_per_second"]
-    return simsiam.pretrain(
-        source, out=path, steps=max(20, int(images / recipe.batch_size)), seed=seed
-    )
 
 
 def write_page(cells: Path) -> None:
