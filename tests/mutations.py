@@ -424,7 +424,14 @@ MUTATIONS = [
         "data/batches",
         "(method.small_views, recipe.small_crop_size)",
         "(method.views[-1], recipe.small_crop_size)",
-        "batches.py::test_small_crops_come_last_with_their_own_size_and_scale[True]",
+        "batches.py::test_small_crops_come_last_with_their_own_size_and_scale[files]",
+    ),
+    m(
+        "views of the images' size",
+        "data/batches",
+        "(method.views[min(view, last)], recipe.view_size)",
+        "(method.views[min(view, last)], recipe.image_size)",
+        "batches.py::test_smaller_views_of_larger_images[files]",
     ),
     m(
         "continue from the averaged weights",

@@ -6,9 +6,16 @@ import torch
 from PIL import Image
 
 from simsiam.config.recipes import Recipe
-from simsiam.data.batches import batch_indices, epoch_order, iter_batches, sequential_batches
+from simsiam.data.batches import (
+    batch_indices,
+    epoch_order,
+    iter_batches,
+    min_decode_side,
+    sequential_batches,
+)
 from simsiam.data.images import from_arrays
 from simsiam.errors import UsageError
+from simsiam.runs.preprocessing import eval_transform
 from simsiam.sources.open_source import open_source
 
 CPU = torch.device("cpu")
@@ -70,16 +77,36 @@ def test_a_row_says_how_many_views_it_takes(images):
         assert len(batch.views) == count
 
 
-@pytest.mark.parametrize("in_memory", [True, False])
-def test_small_crops_come_last_with_their_own_size_and_scale(images, in_memory, tmp_path):
+@pytest.fixture(params=["in memory", "files"])
+def anywhere(request, images, tmp_path):
+    """The images, in memory and as files."""
+    if request.param == "in memory":
+        return images
+    for i, pixels in enumerate(images.pixels):
+        Image.fromarray(pixels.transpose(1, 2, 0)).save(tmp_path / f"{i}.png")
+    files = open_source(tmp_path).train
+    assert files.pixels is None
+    return files
+
+
+def test_smaller_views_of_larger_images(anywhere):
+    """Their views are those of smaller images; images that are measured whole keep their size."""
+    cells = {"small_crops": 1, "small_crop_size": 8, "workers": 0}
+    ours = recipe(view_ratio=0.75, **cells).resolve()
+    small = recipe(**cells).replace(image_size=12).resolve()
+    assert ours.view_sizes == small.view_sizes == [12, 12, 8] and eval_transform(ours).size == 16
+    batches = [next(iter_batches(anywhere, r, 3, 4, CPU)) for r in (ours, small)]
+    for view, expected in zip(*(batch.views for batch in batches), strict=True):
+        assert torch.equal(view, expected)
+    whole = recipe(view_ratio=0.5, crop_min=1.0).resolve()
+    assert min_decode_side(whole) == 16
+
+
+def test_small_crops_come_last_with_their_own_size_and_scale(anywhere):
     """The full views are those of a run without small crops."""
+    images = anywhere
     cells = {"small_crops": 2, "small_crop_scale": (0.04, 0.09), "jitter_p": 0.0}
     cells |= {"gray": 0.0, "blur": 0.0, "flip": 0.0, "workers": 0}
-    if not in_memory:
-        for i, pixels in enumerate(images.pixels):
-            Image.fromarray(pixels.transpose(1, 2, 0)).save(tmp_path / f"{i}.png")
-        images = open_source(tmp_path).train
-        assert images.pixels is None
     batch = next(iter_batches(images, recipe(**cells, small_crop_size=12).resolve(), 3, 4, CPU))
     assert [view.shape[2:] for view in batch.views] == [(16, 16)] * 2 + [(12, 12)] * 2
     plain = {name: value for name, value in cells.items() if not name.startswith("small")}

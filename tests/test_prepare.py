@@ -9,9 +9,10 @@ from PIL import Image
 
 from simsiam.config.recipes import Recipe, folder_recipe
 from simsiam.data.images import sample
+from simsiam.errors import UsageError
 from simsiam.runs.compose import compose_recipe
 from simsiam.sources.open_source import open_source
-from simsiam.training.prepare import prepare_data
+from simsiam.training.prepare import check_view_sizes, prepare_data
 
 
 @pytest.mark.parametrize("limit", [100, 400, 512, 1000])
@@ -88,3 +89,14 @@ def test_images_are_held_out_of_training():
     assert len(prepare_data(recipe, source).held_out) == 1000  # its own val split
     recipe, source, _ = compose_recipe("shapes", None, {"holdout": 0})
     assert prepare_data(recipe, source).held_out is None
+
+
+@pytest.mark.parametrize("cells", [{"view_ratio": 0.5}, {"small_crops": 1, "small_crop_size": 16}])
+def test_views_of_another_size_need_a_network_for_any_size(cells):
+    """Without them, a network for one size is taken."""
+    recipe = Recipe(image_size=32, mean=(0.5,) * 3, std=(0.2,) * 3)
+    vit = recipe.replace(backbone="vit_b_32")
+    for fine in (vit, recipe.replace(**cells)):
+        check_view_sizes(fine.resolve())
+    with pytest.raises(UsageError, match="vit_b_32 does not take views of 16 px beside images of"):
+        check_view_sizes(vit.replace(**cells).resolve())

@@ -20,6 +20,7 @@ class PretrainSettings(TypedDict, total=False):
     teacher: str | None
     channels: int
     image_size: int | None
+    view_ratio: float
     mean: tuple[float, ...] | None
     std: tuple[float, ...] | None
     eval_resize: int | None

@@ -69,7 +69,15 @@ class Recipe:
         "multichannel TIFF files must have exactly N, up to 16",
     )
     image_size: int | None = setting(
-        None, "side of a view in pixels [chosen from the images or the backbone]"
+        None,
+        "side of an image in pixels, in evaluation and embedding, and of a view in training "
+        "[chosen from the images or the backbone]",
+    )
+    view_ratio: float = setting(
+        1.0,
+        "side of a view in training, as a fraction of image_size; with less than 1 a step is "
+        "faster, and objects in random crops are not larger than in whole images (FixRes; Touvron "
+        "et al., 2019)",
     )
     mean: tuple[float, ...] | None = setting(
         None,
@@ -171,6 +179,7 @@ class Recipe:
         """Check the ranges of all fields, and refuse settings that contradict each other."""
         count = (1, inf)
         check_ranges(self, width=count, image_size=(8, 4096), limit=count, holdout=(0, inf))
+        check_ranges(self, view_ratio=(0.1, 1))
         check_ranges(self, eval_resize=(self.image_size or 8, 8192))
         check_ranges(self, epochs=count, steps=count, batch_size=(2, inf), seed=(0, 2**63))
         check_ranges(self, workers=(0, 1024), cache_gib=(0, 1e6), disk_cache_gib=(0, 1e6))
@@ -204,6 +213,12 @@ class Recipe:
         return self.method.base_lr * self.batch_size / 256
 
     @property
+    def view_size(self) -> int:
+        """Side of a full view of a training step in pixels; only if image_size is chosen."""
+        assert self.image_size is not None
+        return max(8, round(self.image_size * self.view_ratio))
+
+    @property
     def small_crop_size(self) -> int:
         """Side of a small crop in pixels; only if image_size is chosen."""
         assert self.image_size is not None
@@ -212,10 +227,8 @@ class Recipe:
     @property
     def view_sizes(self) -> list[int]:
         """Side of each view of a training step in pixels; only if image_size is chosen."""
-        assert self.image_size is not None
-        method = self.method
-        full = [self.image_size] * method.full_view_count
-        return full + [self.small_crop_size] * method.small_crops
+        full, small = self.method.full_view_count, self.method.small_crops
+        return [self.view_size] * full + [self.small_crop_size] * small
 
     def replace(self, **overrides: object) -> Self:
         """Make a recipe with some settings changed.
@@ -288,7 +301,7 @@ class ResolvedRecipe(Recipe):
     """A recipe in which nothing is left to be chosen from the images: what a run folder records.
 
     Attributes:
-        image_size: Side of a view in pixels.
+        image_size: Side of an image in pixels.
         mean: Mean of each channel, in 0..1.
         std: Standard deviation of each channel, in 0..1.
     """

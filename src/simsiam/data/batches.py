@@ -427,7 +427,7 @@ def _view_kinds(recipe: ResolvedRecipe, view_count: int | None) -> list[tuple[Vi
     method = recipe.method
     full = method.full_view_count if view_count is None else view_count
     last = len(method.views) - 1
-    kinds = [(method.views[min(view, last)], recipe.image_size) for view in range(full)]
+    kinds = [(method.views[min(view, last)], recipe.view_size) for view in range(full)]
     small = method.small_crops if view_count is None else 0
     return kinds + [(method.small_views, recipe.small_crop_size) for _ in range(small)]
 
@@ -511,7 +511,7 @@ class _StepDataset(Dataset):
 
 
 def min_decode_side(recipe: ResolvedRecipe) -> int:
-    """Compute how large a JPEG must be decoded, so that no crop of it has to be enlarged.
+    """Compute how large a JPEG must be decoded, so that nothing of it has to be enlarged.
 
     Args:
         recipe: Gives the size of views and the smallest crop.
@@ -520,7 +520,8 @@ def min_decode_side(recipe: ResolvedRecipe) -> int:
         Pixels of the shorter side of an image.
     """
     kinds = _view_kinds(recipe, len(recipe.method.views)) + _view_kinds(recipe, None)
-    return max(round(size / (v.crop_min * views.ASPECT_RATIO[0]) ** 0.5) for v, size in kinds)
+    sides = [round(size / (v.crop_min * views.ASPECT_RATIO[0]) ** 0.5) for v, size in kinds]
+    return max(recipe.image_size, *sides)  # whole images are measured as well
 
 
 def crop_images(

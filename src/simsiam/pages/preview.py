@@ -232,10 +232,10 @@ def describe_recipe(recipe: ResolvedRecipe) -> list[tuple[str, list[str]]]:
     Returns:
         Headings, each with its lines of text.
     """
-    size, channels = recipe.image_size, recipe.channels
+    size, channels = recipe.view_size, recipe.channels
     network = recipe.backbone
     if recipe.backbone in RESNETS:
-        network += f", width {recipe.width}, {recipe.stem or default_stem(size)} stem"
+        network += f", width {recipe.width}, {recipe.stem or default_stem(recipe.image_size)} stem"
     mean, std = (" ".join(f"{v:.3f}" for v in values) for values in (recipe.mean, recipe.std))
     augmentations = [
         # Images without three channels have no color, so these operations are not applied to them.

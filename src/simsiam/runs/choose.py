@@ -65,10 +65,11 @@ def summarize_folder_recipe(recipe: Recipe, size: int) -> str:
 
     Args:
         recipe: The recipe.
-        size: Side of its views in pixels.
+        size: Side of its images in pixels.
     """
     network = recipe.backbone
     if network.startswith("resnet"):
         network += f", {recipe.stem or recipes.default_stem(size)} stem"
     crop_min = recipe.method.views[0].crop_min
-    return f"{FOLDER}: {network}, views of {size} px, crops from {crop_min:.0%} of the area"
+    view = recipe.replace(image_size=size).view_size
+    return f"{FOLDER}: {network}, views of {view} px, crops from {crop_min:.0%} of the area"

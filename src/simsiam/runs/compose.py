@@ -100,8 +100,8 @@ def compose_recipe(
         reasons = [*reasons, *notes]
     if (
         overrides.get("backbone", "resnet18") not in RESNETS
-    ):  # it has no width and no stem to choose
-        base = replace(base, width=Recipe.width, stem=None)
+    ):  # it has no width and no stem to choose, and may take images of one size only
+        base = replace(base, width=Recipe.width, stem=None, view_ratio=1.0)
     complete = base.replace(**{"source": absolute_sources(names)} | dict(overrides))
     complete = _with_teacher(complete, overrides)
     if complete.init == PATCHES:

@@ -54,7 +54,7 @@ class Trial:
         recipe = self.recipe
         stem = recipe.stem or default_stem(recipe.image_size)
         network = f", {stem} stem, width {recipe.width}" * (recipe.backbone in RESNETS)
-        return f"views of {recipe.image_size} px{network}: {self.rate:,.0f} images/s"
+        return f"views of {recipe.view_size} px{network}: {self.rate:,.0f} images/s"
 
 
 @rank_zero_only

@@ -195,8 +195,7 @@ def build_training_setup(recipe: ResolvedRecipe) -> TrainingSetup:
         channels=recipe.channels,
         seed=recipe.seed,
     )
-    if recipe.method.small_crops:
-        check_small_crops(recipe)
+    check_view_sizes(recipe)
     if recipe.init is not None:
         load_init_weights(model.backbone, recipe)
     if recipe.sync_bn and recipe.method.bn != "split" and world_size() > 1:
@@ -206,8 +205,8 @@ def build_training_setup(recipe: ResolvedRecipe) -> TrainingSetup:
     return TrainingSetup(model, build_optimizer(model, recipe.method), compute)
 
 
-def check_small_crops(recipe: ResolvedRecipe) -> None:
-    """Check that the backbone takes images of two sizes, as a ResNet does.
+def check_view_sizes(recipe: ResolvedRecipe) -> None:
+    """Check that the backbone takes views that are smaller than the images, as a ResNet does.
 
     Args:
         recipe: The recipe of the run.
@@ -215,14 +214,17 @@ def check_small_crops(recipe: ResolvedRecipe) -> None:
     Raises:
         UsageError: If it takes images of one size only.
     """
-    size, backbone = recipe.small_crop_size, build_on_meta(recipe).backbone
-    try:
-        backbone(torch.empty(2, recipe.channels, size, size, device="meta"))
-    except (AssertionError, RuntimeError, ValueError):
-        raise UsageError(
-            f"{recipe.backbone} does not take small crops of {size} px beside views of "
-            f"{recipe.image_size} px: use a ResNet, or --small-crop-size {recipe.image_size}"
-        ) from None
+    image_size = recipe.image_size
+    for size in {*recipe.view_sizes} - {image_size}:
+        try:
+            x = torch.empty(2, recipe.channels, size, size, device="meta")
+            build_on_meta(recipe).backbone(x)
+        except (AssertionError, RuntimeError, ValueError):
+            raise UsageError(
+                f"{recipe.backbone} does not take views of {size} px beside images of "
+                f"{image_size} px: use a ResNet, or --view-ratio 1 and --small-crop-size "
+                f"{image_size}"
+            ) from None
 
 
 def initialize_eta(
