@@ -294,8 +294,11 @@ def test_the_search_tries_what_is_possible_at_equal_cost_and_keeps_what_gains_a_
     cost = sprint["cost"]
     assert cost(Recipe(image_size=28)) == 1
     assert cost(Recipe(image_size=28).replace(num_views=4)) == 2
-    small = Recipe(image_size=28).replace(small_crops=4, small_crop_size=14)
-    assert cost(small) == 1.5 and cost(Recipe(image_size=28).replace(target="momentum")) > 1.3
+    fixed, small = sprint["FIXED_COST"], Recipe(image_size=28).replace(small_crops=4)
+    assert cost(small.replace(small_crop_size=14)) == pytest.approx(1.5 + fixed * 1.5)
+    assert cost(Recipe(image_size=28, view_ratio=0.5)) == pytest.approx(0.25 + fixed * 0.75)
+    momentum = Recipe(image_size=28).replace(target="momentum")
+    assert cost(momentum) == pytest.approx(4 / 3 - fixed / 3)
     gains = {("lr", 1): 0.9, ("lr", 2): 1.2, ("lr", 3): 1.1, ("crops", 2): 5.0, ("batch", 1): -9}
     names = sprint["search"].__globals__
     monkeypatch.setitem(names, "try_choice", lambda _, x: sum(gains.get(i, 0) for i in x.items()))
