@@ -1,9 +1,8 @@
 """Minutes to levels of kNN accuracy, on h of the test split, of several ways to learn features.
 
-Every contestant has the same network and images, and the same number of epochs but for a short run
-of the recipe `sprint`, whose learning rate falls sooner. Time is that of training: opening and
-decoding of images count, measurements do not. Everything is kept beside the JSON file, and the same
-command goes on where it was stopped.
+Every contestant has the same network, images and number of epochs. Time is that of training:
+opening and decoding of images count, measurements do not. Everything is kept beside the JSON file,
+and the same command goes on where it was stopped.
 """
 
 import json
@@ -123,11 +122,9 @@ def contestants(
     recipe = compose_recipe(source, None, {**simsiam, **small, **settings})[0]
     network = {"backbone": recipe.backbone, "width": recipe.width}
     sprint = compose_recipe(source, SPRINT, {**network, **settings})[0]
-    short = sprint.replace(epochs=max(1, epochs // 4))
     found: dict[str, Callable[[Measure, Path], Curve]] = {
         "simsiam": partial(own_run, source, recipe, opened),
         "sprint": partial(own_run, source, sprint, opened),
-        "sprint, a quarter of the epochs": partial(own_run, source, short, opened),
         "patches with map": partial(patches, source),
     }
     for fast in (True, False):
