@@ -105,6 +105,18 @@ def test_sprint_changes_how_a_source_is_learned_but_not_its_images_and_network()
         assert getattr(sprint, name) == getattr(chosen, name)
     assert sprint.method.views == chosen.method.views and sprint.method.criterion == "nt_xent"
     assert sprint.method.tau == 0.3  # a flag is stronger
+    assert chosen.view_ratio == 1 and sprint.view_size == 24
+
+
+def test_a_folder_with_a_network_for_one_size_has_views_of_that_size(tmp_path):
+    for i in range(40):
+        Image.new("RGB", (40, 40), (i, 2 * i, 3 * i)).save(tmp_path / f"{i}.png")
+    sizes = {}
+    for backbone in ("resnet50", "vit_b_32"):
+        recipe, _, reasons = compose_recipe(str(tmp_path), None, {"backbone": backbone})
+        sizes[backbone] = recipe.view_size
+        assert f"views of {recipe.view_size} px" in reasons[0]
+    assert sizes == {"resnet50": 24, "vit_b_32": 32}
 
 
 def test_sprint_with_another_method_is_refused():

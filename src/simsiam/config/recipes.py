@@ -399,8 +399,9 @@ def folder_recipe(num_images: int, median_side: int) -> PretrainSettings:
 def sprint_recipe(batch_size: int) -> PretrainSettings:
     """Return what the recipe `sprint` changes in the recipe of a source, to learn fast.
 
-    It is SimCLR with SimSiam's optimizer and views. `benchmarks/sprint.py` found it on CIFAR-10,
-    for few steps from random weights; results/sprint compares it with SimSiam on other images.
+    It is SimCLR with SimSiam's optimizer and augmentations, on smaller views. It was found on
+    CIFAR-10 by `benchmarks/sprint.py`, for few steps from random weights; results/sprint compares
+    it with SimSiam on other images.
 
     Args:
         batch_size: That of the recipe that is changed.
@@ -411,6 +412,7 @@ def sprint_recipe(batch_size: int) -> PretrainSettings:
     return {
         "method": "simclr", "equal_terms": True, "dim": 128, "proj_layers": 2, "tau": 0.2,
         "batch_size": min(batch_size, 128), "base_lr": 0.4, "weight_decay": 5e-4,
+        "view_ratio": 0.75,
     }  # fmt: skip
 
 
