@@ -35,7 +35,7 @@ def reference(image: np.ndarray, recipe, place: int, step: int, view: int) -> np
     address = {"seed": recipe.seed, "step": step, "view": view, "positions": np.array([place])}
     d = views.sample_view_params(kinds[min(view, len(kinds) - 1)], size, **address)
     crop = views.resized_crop_one(
-        image, d.top[0], d.left[0], d.height[0], d.width[0], d.flip[0], recipe.image_size
+        image, d.top[0], d.left[0], d.height[0], d.width[0], d.flip[0], recipe.view_size
     )
     return (
         (views.augment_color(crop[None] / 255, d)[0] * 255).round().byte().permute(1, 2, 0).numpy()
@@ -49,7 +49,7 @@ def contains(page: np.ndarray, picture: np.ndarray) -> bool:
 
 
 def test_the_pictures_are_the_views_of_training(folder):
-    recipe, _, _ = compose_recipe(str(folder), None, {"seed": 3, "image_size": 24})
+    recipe, _, _ = compose_recipe(str(folder), None, {"seed": 3, "image_size": 32})
     recipe = replace(
         recipe, method=replace(recipe.method, views=(Views(), Views(solarize=1.0, blur=0.0)))
     )
@@ -97,7 +97,8 @@ def test_the_text_describes_the_recipe(folder):
     assert text["recipe"] == reasons and text["both views"] == views.describe_augmentation(
         recipe.method.views[0]
     )
-    size = recipe.image_size
+    size = recipe.view_size
+    assert size < recipe.image_size
     assert text["network"][0] == f"resnet18, width 64, small stem, views of {size} x {size} pixels"
     assert text["network"][2] == "std 0.200 0.300 0.400"
     assert text["images"] == ["5 training images; 2 shown, spread over the set"]
@@ -176,7 +177,7 @@ def test_a_picture_is_replaced_and_has_the_same_bytes_each_time(folder, tmp_path
 
 def test_large_views_long_names_and_other_scripts_fit_on_the_page(folder):
     (folder / "4.png").rename(folder / ("x" * 200 + "ü中\n.png"))
-    result = sheet(folder, image_size=400, views=1, rows=5)
+    result = sheet(folder, image_size=600, views=1, rows=5)
     page = np.asarray(draw_sheet(result))
     assert "reduced to 320 pixels" in dict(result.sections)["pictures"][0]
     assert (page[:30] == 255).all() and (page[:, :30] == 255).all() and (page[:, -30:] == 255).all()

@@ -13,7 +13,7 @@ from simsiam.data.images import measure_sizes, sampled_error
 from simsiam.sources.open_source import Source
 
 FOLDER = "folder"  # the name of the recipe for folders
-SPRINT_REASON = "sprint: SimCLR's loss, which learns faster; --method simsiam is the paper's method"
+SPRINT_REASON = "sprint: SimCLR's loss and smaller views learn faster; paper: --method simsiam"
 
 
 def choose_recipe(

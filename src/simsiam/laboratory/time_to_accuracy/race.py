@@ -308,6 +308,8 @@ def draw(curves: Mapping[str, Mapping[str, Curve]], path: Path, source: str) -> 
         path: The files to write, without extension.
         source: The name of the source.
     """
+    from matplotlib.ticker import LogLocator
+
     figure = new_figure(7, 4.5)
     axes = figure.subplots()
     for (name, of_seeds), color, dash in zip(curves.items(), cycle(COLORS), cycle(LINE_STYLES)):
@@ -320,8 +322,9 @@ def draw(curves: Mapping[str, Mapping[str, Curve]], path: Path, source: str) -> 
             else:
                 axes.plot(x, y, linestyle=dash, marker=".", color=color, label=label)
     axes.set_xscale("log")
-    for axis in (axes.xaxis.set_major_formatter, axes.xaxis.set_minor_formatter):
-        axis("{x:g}")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("")
     format_axes(axes, "minutes of training", "kNN on test images (%)")
     figure.suptitle(f"{source}: accuracy over time")
     save_figure(figure, path)
