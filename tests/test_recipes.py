@@ -125,8 +125,13 @@ def test_sprint_with_another_method_is_refused():
 
 
 def test_sprint_keeps_small_batches():
-    sizes = [recipes.sprint_recipe(batch)["batch_size"] for batch in (16, 512)]
+    sizes = [recipes.sprint_recipe(batch, 32)["batch_size"] for batch in (16, 512)]
     assert sizes == [16, 128]
+
+
+def test_sprint_has_smaller_views_of_small_images_only():
+    ratios = [recipes.sprint_recipe(256, side)["view_ratio"] for side in (32, 64)]
+    assert ratios == [0.75, 1.0]
 
 
 @pytest.mark.parametrize(

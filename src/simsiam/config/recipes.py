@@ -396,15 +396,16 @@ def folder_recipe(num_images: int, median_side: int) -> PretrainSettings:
     }  # fmt: skip
 
 
-def sprint_recipe(batch_size: int) -> PretrainSettings:
+def sprint_recipe(batch_size: int, image_size: int) -> PretrainSettings:
     """Return what the recipe `sprint` changes in the recipe of a source, to learn fast.
 
-    It is SimCLR with SimSiam's optimizer and augmentations, on smaller views. It was found on
-    CIFAR-10 by `benchmarks/sprint.py`, for few steps from random weights; results/sprint compares
-    it with SimSiam on other images.
+    It is SimCLR with SimSiam's optimizer and augmentations; of images of 32 px it has smaller
+    views. It was found on CIFAR-10 by `benchmarks/sprint.py`, for few steps from random weights;
+    results/sprint compares it with SimSiam on other images.
 
     Args:
         batch_size: That of the recipe that is changed.
+        image_size: Side of its images in pixels.
 
     Returns:
         The settings that differ.
@@ -412,7 +413,7 @@ def sprint_recipe(batch_size: int) -> PretrainSettings:
     return {
         "method": "simclr", "equal_terms": True, "dim": 128, "proj_layers": 2, "tau": 0.2,
         "batch_size": min(batch_size, 128), "base_lr": 0.4, "weight_decay": 5e-4,
-        "view_ratio": 0.75,
+        "view_ratio": 0.75 if image_size <= 32 else 1.0,
     }  # fmt: skip
 
 

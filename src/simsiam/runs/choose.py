@@ -13,7 +13,7 @@ from simsiam.data.images import measure_sizes, sampled_error
 from simsiam.sources.open_source import Source
 
 FOLDER = "folder"  # the name of the recipe for folders
-SPRINT_REASON = "sprint: SimCLR's loss and smaller views learn faster; paper: --method simsiam"
+SPRINT_REASON = "sprint: SimCLR's loss, which learns faster; --method simsiam is the paper's method"
 
 
 def choose_recipe(
@@ -39,7 +39,8 @@ def choose_recipe(
     recipe, reasons = _choose_by_images(names, source)
     is_folder = reasons[0].startswith(f"{FOLDER}:")
     if sprint or (is_folder and {"init", *recipes.COMPONENTS}.isdisjoint(changed)):
-        recipe = recipe.replace(**recipes.sprint_recipe(recipe.batch_size))
+        changes = recipes.sprint_recipe(recipe.batch_size, recipe.image_size or 224)
+        recipe = recipe.replace(**changes)
         reasons = [*reasons, SPRINT_REASON]
     return recipe, reasons
 
