@@ -78,7 +78,7 @@ def test_time_and_reading_follow_from_the_rate():
     assert one["reading"]["bytes_per_second"] == pytest.approx(rate * 3 * 32 * 32, rel=1e-3)
     assert one["storage"]["images_bytes"] == 6400 * 3 * 32 * 32
     eight = plan("shapes", **settings, images=6400, gpus=8)
-    assert eight["time"]["seconds"] == pytest.approx(one["time"]["seconds"] / (8 * 0.9), rel=1e-3)
+    assert eight["time"]["seconds"] == pytest.approx(one["time"]["seconds"] / (8 * 0.9), abs=0.1)
     assert eight["memory"]["activations_bytes"] == one["memory"]["activations_bytes"] // 8
     assert eight["memory"]["gradients_bytes"] == 2 * one["memory"]["gradients_bytes"]
     assert any("0.9 x 8" in line for line in eight["assumed"]["lines"])
