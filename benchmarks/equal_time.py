@@ -27,7 +27,7 @@ from simsiam.training.launch import pretrain, resume
 from simsiam.utils.files import atomic_write
 
 RESULTS = Path(__file__).parents[1] / "results"
-RESNET18 = {"backbone": "resnet18", "width": 32, "image_size": 64}
+RESNET18 = {"backbone": "resnet18", "width": 32, "image_size": 64, "stem": "small"}
 
 
 @dataclass(frozen=True)
