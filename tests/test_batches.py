@@ -104,14 +104,13 @@ def test_smaller_views_of_larger_images(anywhere):
 
 def test_small_crops_come_last_with_their_own_size_and_scale(anywhere):
     """The full views are those of a run without small crops."""
-    images = anywhere
     cells = {"small_crops": 2, "small_crop_scale": (0.04, 0.09), "jitter_p": 0.0}
     cells |= {"gray": 0.0, "blur": 0.0, "flip": 0.0, "workers": 0}
-    batch = next(iter_batches(images, recipe(**cells, small_crop_size=12).resolve(), 3, 4, CPU))
+    batch = next(iter_batches(anywhere, recipe(**cells, small_crop_size=12).resolve(), 3, 4, CPU))
     assert [view.shape[2:] for view in batch.views] == [(16, 16)] * 2 + [(12, 12)] * 2
     plain = {name: value for name, value in cells.items() if not name.startswith("small")}
     for view, expected in zip(
-        batch.views[:2], next(iter_batches(images, recipe(**plain), 3, 4, CPU)).views, strict=True
+        batch.views[:2], next(iter_batches(anywhere, recipe(**plain), 3, 4, CPU)).views, strict=True
     ):
         assert torch.equal(view, expected)
     # Of noise, a crop of 4 to 6 of 20 pixels that is enlarged to 12 varies slowly.

@@ -358,7 +358,7 @@ def test_a_hostile_recipe_is_one_short_line(text, said, tmp_path):
     (tmp_path / "recipe.yaml").write_text(text)
     with pytest.raises(UsageError, match=said) as error:
         read_recipe(tmp_path / "recipe.yaml")
-    assert len(str(error.value)) < 800 and "\n" not in str(error.value) and os.listdir() == []
+    assert len(str(error.value)) < 700 and "\n" not in str(error.value) and os.listdir() == []
 
 
 def test_pipes_and_devices_are_no_images(tmp_path):

@@ -18,7 +18,7 @@ URL_KEYS = (
     (re.compile(r"(://[^?]*)\?[^\s'\"`]+"), r"\1"),
     (re.compile(r"(://[^\s#]*)#[^\s'\"`]+"), r"\1"),
 )
-MAX_VALUE_CHARS = 200  # characters of a wrong value that an error repeats
+MAX_VALUE_CHARS = 150  # characters of a wrong value that an error repeats
 
 
 class UsageError(ValueError):

@@ -213,6 +213,12 @@ class Recipe:
         return self.method.base_lr * self.batch_size / 256
 
     @property
+    def resnet_stem(self) -> str:
+        """A ResNet's stem, "small" or "large"; only if image_size is chosen."""
+        assert self.image_size is not None
+        return self.stem or default_stem(self.image_size)
+
+    @property
     def view_size(self) -> int:
         """Side of a full view of a training step in pixels; only if image_size is chosen."""
         assert self.image_size is not None

@@ -19,7 +19,6 @@ from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from typing_extensions import NotRequired, Unpack
 
 from simsiam.config.keyword_settings import ScheduleSettings
-from simsiam.config.recipes import default_stem
 from simsiam.detection import pictures
 from simsiam.detection.annotations import (
     AnnotatedSource,
@@ -228,7 +227,7 @@ class TransferPlan:
             arguments["schedule"],
             splits.train,
             arguments["words"],
-            stem=recipe.stem or default_stem(recipe.image_size),
+            stem=recipe.resnet_stem,
             masks=task == "segmentation",
         )
         return cls(

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from simsiam.config.recipes import ResolvedRecipe, default_stem
+from simsiam.config.recipes import ResolvedRecipe
 from simsiam.errors import UsageError, WorkFailed
 from simsiam.model.backbones import RESNETS
 from simsiam.model.encoder import Encoder
@@ -108,8 +108,7 @@ def is_standard_backbone(recipe: ResolvedRecipe) -> bool:
     Args:
         recipe: The recipe of the run.
     """
-    stem = recipe.stem or default_stem(recipe.image_size)
-    standard = (recipe.width, stem, recipe.channels) == (64, "large", 3)
+    standard = (recipe.width, recipe.resnet_stem, recipe.channels) == (64, "large", 3)
     return recipe.backbone not in RESNETS or standard
 
 
@@ -122,8 +121,7 @@ def missing_backbone(library: str, recipe: ResolvedRecipe) -> UsageError:
     """
     name = recipe.backbone
     if name in RESNETS:
-        stem = recipe.stem or default_stem(recipe.image_size)
-        name += f" of width {recipe.width} with a {stem} stem"
+        name += f" of width {recipe.width} with a {recipe.resnet_stem} stem"
     return UsageError(f"{library} has no {name}: use safetensors, onnx or torch_export")
 
 

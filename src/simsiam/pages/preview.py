@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from typing_extensions import Unpack
 
 from simsiam.config.keyword_settings import PretrainSettings
-from simsiam.config.recipes import Recipe, ResolvedRecipe, default_stem
+from simsiam.config.recipes import Recipe, ResolvedRecipe
 from simsiam.data.batches import DEFAULT_VIEW_COUNT, make_training_views
 from simsiam.data.decode import Unreadable
 from simsiam.data.images import Images, evenly_spaced, sample
@@ -235,7 +235,7 @@ def describe_recipe(recipe: ResolvedRecipe) -> list[tuple[str, list[str]]]:
     size, channels = recipe.view_size, recipe.channels
     network = recipe.backbone
     if recipe.backbone in RESNETS:
-        network += f", width {recipe.width}, {recipe.stem or default_stem(recipe.image_size)} stem"
+        network += f", width {recipe.width}, {recipe.resnet_stem} stem"
     mean, std = (" ".join(f"{v:.3f}" for v in values) for values in (recipe.mean, recipe.std))
     augmentations = [
         # Images without three channels have no color, so these operations are not applied to them.

@@ -39,7 +39,8 @@ def choose_recipe(
     recipe, reasons = _choose_by_images(names, source)
     is_folder = reasons[0].startswith(f"{FOLDER}:")
     if sprint or (is_folder and {"init", *recipes.COMPONENTS}.isdisjoint(changed)):
-        changes = recipes.sprint_recipe(recipe.batch_size, recipe.image_size or 224)
+        assert recipe.image_size is not None  # every recipe has one
+        changes = recipes.sprint_recipe(recipe.batch_size, recipe.image_size)
         recipe = recipe.replace(**changes)
         reasons = [*reasons, SPRINT_REASON]
     return recipe, reasons
@@ -58,19 +59,18 @@ def _choose_by_images(names: Sequence[str], source: Source) -> tuple[Recipe, lis
         recipe = Recipe().replace(**recipes.cifar_recipe())
         return recipe, ["cifar: appendix D of the paper", reason]
     recipe = Recipe().replace(**recipes.folder_recipe(count, side))
-    return recipe, [summarize_folder_recipe(recipe, recipe.image_size or side), reason]
+    return recipe, [summarize_folder_recipe(recipe), reason]
 
 
-def summarize_folder_recipe(recipe: Recipe, size: int) -> str:
+def summarize_folder_recipe(recipe: Recipe) -> str:
     """Say what was chosen for a folder of images.
 
     Args:
-        recipe: The recipe.
-        size: Side of its images in pixels.
+        recipe: The recipe; its image_size is chosen.
     """
     network = recipe.backbone
     if network.startswith("resnet"):
-        network += f", {recipe.stem or recipes.default_stem(size)} stem"
+        network += f", {recipe.resnet_stem} stem"
     crop_min = recipe.method.views[0].crop_min
-    view = recipe.replace(image_size=size).view_size
-    return f"{FOLDER}: {network}, views of {view} px, crops from {crop_min:.0%} of the area"
+    views = f"views of {recipe.view_size} px, crops from {crop_min:.0%} of the area"
+    return f"{FOLDER}: {network}, {views}"

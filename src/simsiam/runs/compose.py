@@ -17,7 +17,6 @@ from simsiam.config.recipes import (
     SETTING_TYPES,
     Recipe,
     ResolvedRecipe,
-    default_stem,
 )
 from simsiam.config.settings import parse_value
 from simsiam.data.images import Images, quick_sample
@@ -121,7 +120,7 @@ def compose_recipe(
         complete = complete.replace(mean=complete.mean or mean, std=complete.std or std)
     resolved = complete.resolve()
     if reasons and reasons[0].startswith(f"{FOLDER}:"):  # flags may have changed what was chosen
-        reasons = [summarize_folder_recipe(resolved, resolved.image_size), *reasons[1:]]
+        reasons = [summarize_folder_recipe(resolved), *reasons[1:]]
     if folder is not None:
         reasons = [*reasons, *describe_resampling(folder, resolved)]
     return resolved, opened, reasons
@@ -143,11 +142,10 @@ def _describe_init(
         splits=settings.splits,
     )
     own = Run(folder).recipe
-    stem = own.stem or default_stem(own.image_size)
     network: dict[str, object] = {
         "backbone": own.backbone,
         "width": own.width,
-        "stem": stem if own.backbone in RESNETS else None,
+        "stem": own.resnet_stem if own.backbone in RESNETS else None,
         "channels": own.channels,
     }
     for name, value in network.items():

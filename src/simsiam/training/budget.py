@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from simsiam.config.recipes import ResolvedRecipe, default_stem
+from simsiam.config.recipes import ResolvedRecipe
 from simsiam.data.images import Images, sample
 from simsiam.distributed.process_group import rank_zero_only, world_size
 from simsiam.errors import UsageError
@@ -52,8 +52,9 @@ class Trial:
 
     def __str__(self) -> str:
         recipe = self.recipe
-        stem = recipe.stem or default_stem(recipe.image_size)
-        network = f", {stem} stem, width {recipe.width}" * (recipe.backbone in RESNETS)
+        network = f", {recipe.resnet_stem} stem, width {recipe.width}" * (
+            recipe.backbone in RESNETS
+        )
         return f"views of {recipe.view_size} px{network}: {self.rate:,.0f} images/s"
 
 
@@ -130,7 +131,7 @@ def choices(recipe: ResolvedRecipe, given: Mapping[str, object]) -> Iterator[Res
         given: Settings that the user chose; they are kept. So is the network of initial weights.
     """
     yield recipe
-    stem = recipe.stem or default_stem(recipe.image_size)
+    stem = recipe.resnet_stem
     if given.get("image_size") is None:
         smallest = input_size(recipe.backbone) or 0 if recipe.init == PATCHES else 0
         for size in (side for side in SIDES if smallest <= side < recipe.image_size):
