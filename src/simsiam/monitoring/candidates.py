@@ -21,7 +21,7 @@ from simsiam.data.images import Images, measure_sizes
 from simsiam.data.transform import Transform, iter_crops
 from simsiam.data.views import make_views
 from simsiam.errors import UsageError
-from simsiam.model.encoder import Encoder
+from simsiam.model.encoder import Encoder, join_features
 from simsiam.model.patches import PATCHES_PREFIX, Patches, fit_patches
 from simsiam.model.precision import Compute
 from simsiam.model.view_noise import center, fit_map, view_noise_covariance
@@ -35,6 +35,7 @@ VIEWS_PER_IMAGE = 4  # of the images that view noise is estimated from
 PATCH_SIZES = (32, 24, 64, 48)  # sizes in pixels, in the order in which they are tried
 SHRINKAGES = (0.1, 0.3, 1.0)
 PATCH_WEIGHTS = (0.5, 1.0, 2.0)  # of patches beside a network, relative to equal view noise
+COSINE_WEIGHT = 2.0  # of patches beside a network that was trained on views: `beside_patches`
 SIGNIFICANT = 1.64  # standard errors by which a candidate has to be better: one-sided 95 %
 # A network that was trained on views has been fitted to what the score measures, so that a small
 # rise means little: a map raised the score of a network that SimSiam had trained by exp(0.14), and
@@ -242,6 +243,8 @@ class Candidate:
         hits: (M,) bool, whether kNN with the images for fitting classifies them correctly; None
             without labels. It is not used to choose.
         margin: By how much the logarithm of the score has to rise for it to be taken, at least.
+        patches_weight: How much the cosine of the second branch counts; see `join_features`.
+        by_rule: Whether it is taken whatever the scores are; see `beside_patches`.
     """
 
     name: str
@@ -251,6 +254,8 @@ class Candidate:
     retrieval: float
     hits: Tensor | None
     margin: float = 0.0
+    patches_weight: float | None = None
+    by_rule: bool = False
 
     @property
     def knn_top1(self) -> float | None:
@@ -306,7 +311,11 @@ class Candidate:
 
 
 def make_candidate(
-    name: str, branches: Sequence[Branch], heads: Sequence[nn.Linear | None], sample: Sample
+    name: str,
+    branches: Sequence[Branch],
+    heads: Sequence[nn.Linear | None],
+    sample: Sample,
+    patches_weight: float | None = None,
 ) -> Candidate:
     """Apply heads to the features of branches, and measure the result.
 
@@ -315,6 +324,7 @@ def make_candidate(
         branches: The backbones.
         heads: A linear map for each.
         sample: The images, for their labels.
+        patches_weight: How much the cosine of the second branch counts; see `join_features`.
 
     Returns:
         The candidate.
@@ -323,7 +333,8 @@ def make_candidate(
     @torch.no_grad()
     def joined(features: Callable[[Branch], Tensor]) -> Tensor:
         pairs = zip(map(features, branches), heads, strict=True)
-        return torch.cat([h if head is None else head(h) for h, head in pairs], dim=1)
+        h, *second = (h if head is None else head(h) for h, head in pairs)
+        return join_features(h, second[0], patches_weight) if second else h
 
     a, b = joined(lambda branch: branch.held_out[0]), joined(lambda branch: branch.held_out[1])
     hits = None
@@ -332,7 +343,13 @@ def make_candidate(
         votes = knn_scores(h[:n], labels[:n], h[n:], classes=classes, k=cap_k(n, classes))
         hits = votes.argmax(1) == labels[n:]
     return Candidate(
-        name, tuple(branches), tuple(heads), view_agreement(a, b), view_retrieval(a, b), hits
+        name,
+        tuple(branches),
+        tuple(heads),
+        view_agreement(a, b),
+        view_retrieval(a, b),
+        hits,
+        patches_weight=patches_weight,
     )
 
 
@@ -415,6 +432,23 @@ def join_candidates(
     )
 
 
+def beside_patches(network: Branch, patches: Candidate, sample: Sample) -> Candidate:
+    """Put patches beside a network that was trained on views: taken by rule, not by its score.
+
+    Such a network was fitted to what the score measures, and patches were not, so the score cannot
+    compare them. docs/closed_form.md says what the sum of their cosines is worth.
+
+    Args:
+        network: The network. Its features stay as they are: with its map the sum is worse.
+        patches: The best patches.
+        sample: The images.
+    """
+    branches, heads = [network, *patches.branches], [None, *patches.heads]
+    name = f"{network.name} beside {patches.name}"
+    joined = make_candidate(name, branches, heads, sample, COSINE_WEIGHT)
+    return replace(joined, by_rule=True)
+
+
 def _noise(branch: Branch) -> Tensor:
     """The view noise of a branch, which must have been measured."""
     if branch.noise is None:
@@ -461,9 +495,9 @@ def choose(candidates: Iterable[Candidate]) -> tuple[Candidate, list[dict[str, o
         taken = best is None
         if best is not None:
             gain, error = candidate.gain(best)
-            taken = gain > max(SIGNIFICANT * error, candidate.margin)
+            taken = candidate.by_rule or gain > max(SIGNIFICANT * error, candidate.margin)
             row |= {"than": best.name, "gain": round(gain, 4), "error": round(error, 4)}
-        rows.append(row | {"taken": taken})
+        rows.append(row | ({"by_rule": True} if candidate.by_rule else {}) | {"taken": taken})
         best = candidate if taken else best
     if best is None:
         raise ValueError("no candidates")
@@ -486,10 +520,8 @@ def build_encoder(candidate: Candidate) -> tuple[str, Encoder, str | None]:
     if not second:
         return first.name, Encoder(first.backbone, candidate.heads[0]), None
     if not isinstance(first.backbone, Patches) or not isinstance(second[0].backbone, Patches):
-        encoder = Encoder(
-            first.backbone, candidate.heads[0], second[0].backbone, candidate.heads[1]
-        )
-        return first.name, encoder, second[0].name
+        parts = (first.backbone, candidate.heads[0], second[0].backbone, candidate.heads[1])
+        return first.name, Encoder(*parts, candidate.patches_weight), second[0].name
     backbone = first.backbone.join(second[0].backbone)
     joined = nn.utils.skip_init(nn.Linear, backbone.dim, backbone.dim)
     heads = [head for head in candidate.heads if head is not None]

@@ -204,6 +204,11 @@ def advise_features(name: str, value: str, *, init: str | None) -> str:
         One sentence.
     """
     best = "The best features measured are"
+    if name.startswith(f"{END} beside "):
+        return (
+            f"{best} those of this run {name.removeprefix(END).strip()} ({value}): "
+            "`simsiam adapt SOURCE --init RUN` makes them."
+        )
     if name.startswith(END):
         changed = (
             name.removeprefix(END).replace(" + ", ", with the ").replace(" centered", ", centered")

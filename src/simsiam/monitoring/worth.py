@@ -28,6 +28,8 @@ from simsiam.monitoring.candidates import (
     Candidate,
     Sample,
     backbone_candidates,
+    beside_patches,
+    choose,
     learn_patches,
     make_candidate,
     map_candidate,
@@ -46,6 +48,9 @@ SAMPLE_SHARE = 0.025
 PIXEL_SIDE = 16
 COLOR_LEVELS = 4  # of each of three channels: 64 bins
 ONE_SIZE_SECONDS, ALL_SIZES_SECONDS = 60, 600  # training time from which patches are learned
+# Images in all training steps up to which it was measured that patches beside a network are better
+# than the network. With many more, a network alone must be better some day.
+MAX_BESIDE_PATCHES = 2_000_000
 
 
 class Pixels(nn.Module):
@@ -133,6 +138,22 @@ def sample_size(samples: int) -> int:
     return max(MIN_SAMPLE, min(MAX_SAMPLE, int(SAMPLE_SHARE * samples)))
 
 
+def goes_beside_patches(recipe: ResolvedRecipe, steps: int) -> bool:
+    """Tell whether patches are put beside the network of a run by rule: see `beside_patches`.
+
+    Args:
+        recipe: The recipe.
+        steps: Number of its steps.
+
+    Returns:
+        True for a network that was trained without labels, from random weights, for at least
+        MIN_VERDICT_STEPS, and with at most MAX_BESIDE_PATCHES images.
+    """
+    random_weights = recipe.init is None and recipe.method.name != "none"
+    trained = MIN_VERDICT_STEPS <= steps <= MAX_BESIDE_PATCHES / recipe.batch_size
+    return random_weights and recipe.method.target != "labels" and trained
+
+
 @rank_zero_only
 def measure_start(
     backbone: nn.Module,
@@ -179,6 +200,7 @@ def measure_end(
     images: Images,
     recipe: ResolvedRecipe,
     transform: Transform,
+    steps: int,
     seconds: float,
     *,
     compute: Compute,
@@ -189,16 +211,18 @@ def measure_end(
         start: What was measured before the first step.
         backbone: The backbone; its training mode is restored.
         images: The training images.
-        recipe: The recipe, for its seed.
+        recipe: The recipe.
         transform: The preprocessing of evaluation.
+        steps: Number of training steps.
         seconds: Training time. After less than a minute, patches are left out; after less than ten,
             they are learned at one size.
         compute: Where to compute, and in which precision.
 
     Returns:
-        The network unchanged, centered and with its map; and patches with their map, the start if
-        the same images could be read, pixels, and the color histogram, unless images have 2 or more
-        than 3 channels. Nothing if there are too few images.
+        The network unchanged, centered and with its map; and the network beside patches, if it goes
+        there by rule, patches with their map, the start if the same images could be read, pixels,
+        and the color histogram, unless images have 2 or more than 3 channels. Nothing if there are
+        too few images.
     """
     try:
         sample = read_sample(images, transform.resize, seed=recipe.seed, limit=start["size"])
@@ -215,8 +239,12 @@ def measure_end(
     learned = _measure(patches, transform, sample, float32) if patches else []
     before = Candidate(START, (), (), start["agreement"], start["retrieval"], start["hits"])
     unchanged, *changed = backbone_candidates(end, sample, margin=MARGIN)
+    mapped, joined = [map_candidate(branch, sample) for branch in learned], list[Candidate]()
+    if mapped and goes_beside_patches(recipe, steps):
+        joined.append(beside_patches(end, choose(mapped)[0], sample))
     return [replace(unchanged, name=END), *changed], [
-        *(map_candidate(branch, sample) for branch in learned),
+        *joined,
+        *mapped,
         *([before] if start["size"] == len(sample.pixels) else []),
         *(make_candidate(other.name, [other], [None], sample) for other in others),
     ]
@@ -245,6 +273,8 @@ def is_better(candidate: Candidate, other: Candidate) -> bool:
         candidate: The encoder.
         other: The other one, measured on the same images.
     """
+    if candidate.hits is None and candidate.by_rule != other.by_rule:
+        return candidate.by_rule
     gain, error = candidate.gain(other)
     if candidate.hits is not None and other.hits is not None:
         difference = candidate.hits.float() - other.hits.float()

@@ -68,7 +68,7 @@ def write_encoder(
                 "advice": advice if unchanged else "",
             },
         )
-        if encoder.head is not None:
+        if encoder.head_state():
             run.write_head(encoder, patches=patches)
 
 

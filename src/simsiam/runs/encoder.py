@@ -104,7 +104,8 @@ def build_encoder(
     if patches is not None:
         branch = create_backbone(patches, image_size=recipe.image_size, channels=recipe.channels)
     head, patches_head = (_empty_linear(tensors, name) for name in ("head", "patches_head"))
-    encoder = Encoder(backbone, head, branch, patches_head)
+    weight = 1.0 if "patches_weight" in tensors else None  # the number itself is loaded below
+    encoder = Encoder(backbone, head, branch, patches_head, weight)
     own = {f"backbone.{name}": tensor for name, tensor in backbone.state_dict().items()}
     encoder.load_state_dict(own | dict(tensors))
     return encoder

@@ -95,6 +95,7 @@ class CandidateRow(TypedDict, total=False):
     than: str
     gain: float | None
     error: float | None
+    by_rule: bool
     taken: bool
 
 

@@ -147,6 +147,7 @@ def measure_worth(training: Pretraining, data: RunData) -> Worth:
         data.train,
         recipe,
         eval_transform(recipe),
+        training.step,
         training.seconds,
         compute=training.compute,
     )

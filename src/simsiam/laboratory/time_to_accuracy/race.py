@@ -25,7 +25,16 @@ from simsiam.data.transform import Transform
 from simsiam.errors import UsageError
 from simsiam.laboratory.drawing import COLORS, LINE_STYLES, format_axes, new_figure, save_figure
 from simsiam.laboratory.time_to_accuracy.plain_loop import MODULES, train_plain_loop
+from simsiam.model.encoder import Encoder
 from simsiam.model.precision import Compute
+from simsiam.monitoring.candidates import (
+    COSINE_WEIGHT,
+    choose,
+    learn_patches,
+    patch_candidates,
+    read_sample,
+)
+from simsiam.monitoring.candidates import measure as measure_branches
 from simsiam.monitoring.features import extract_features
 from simsiam.monitoring.nearest_neighbors import knn_top1
 from simsiam.runs.closed_form import fit_patches_run
@@ -44,6 +53,7 @@ BANK, QUERIES = 10_000, 5_000  # training images that vote, and test images that
 LEVELS = (40.0, 50.0, 60.0, 70.0, 80.0, 90.0)
 # Of images like CIFAR-10's: the network and the recipe that `results/label_free.py` used.
 CIFAR = {"backbone": "resnet18", "width": 16, "batch_size": 256, "base_lr": 0.2}
+BESIDE = "sprint beside patches"
 Curve: TypeAlias = list[tuple[float, float]]  # seconds of training, kNN accuracy in percent
 
 
@@ -125,6 +135,7 @@ def contestants(
     found: dict[str, Callable[[Measure, Path], Curve]] = {
         "simsiam": partial(own_run, source, recipe, opened),
         "sprint": partial(own_run, source, sprint, opened),
+        BESIDE: partial(run_beside_patches, source, sprint, opened),
         "patches with map": partial(patches, source),
     }
     for fast in (True, False):
@@ -192,6 +203,36 @@ def own_run(
         backbone.load_state_dict(weights)
         curve.append((before + state["seconds"], measure(transform, backbone)))
     return curve
+
+
+def run_beside_patches(
+    source: str, recipe: ResolvedRecipe, opened: Source, measure: Measure, place: Path
+) -> Curve:
+    """Measure the run of another contestant beside patches, as `adapt` would: see `beside_patches`.
+
+    Args:
+        source: The source.
+        recipe: The recipe of the other contestant.
+        opened: The source, opened.
+        measure: The measurement.
+        place: A place with the name of this contestant.
+
+    Returns:
+        Seconds, with those of learning the patches, and accuracies.
+    """
+    begun, transform = time.monotonic(), eval_transform(recipe)
+    chosen = read_sample(opened.train, transform.resize, seed=recipe.seed)
+    learned = learn_patches(chosen, transform)
+    branches = measure_branches(learned, transform, chosen, Compute.pick(precision="float32"))
+    best, _ = choose(patch_candidates(branches, chosen))
+    seconds = time.monotonic() - begun
+
+    def with_patches(transform: Transform, backbone: nn.Module) -> float:
+        parts = (best.branches[0].backbone, best.heads[0], COSINE_WEIGHT)
+        return measure(transform, Encoder(backbone, None, *parts))
+
+    other = place.with_name(place.name.replace(BESIDE, "sprint"))
+    return [(seconds + s, a) for s, a in own_run(source, recipe, opened, with_patches, other)]
 
 
 def plain_loop(

@@ -211,7 +211,8 @@ function candidates() {
   const runs = data.runs.filter((run) => run.candidates?.length);
   if (!runs.length) return null;
   const note = "measured on images that nothing was fitted on; "
-    + "an encoder is taken if its score is higher than the best before by more than noise";
+    + "an encoder is taken if its score is higher than the best before by more than noise; "
+    + "patches are put beside a network that was trained on views by rule, whatever the score";
   return section("candidates", "Encoders compared", note, runs.map((run) => {
     const withLabels = run.candidates.some((row) => isPresent(row.knn_top1));
     const numbers = (row) => [
@@ -230,7 +231,7 @@ function candidates() {
         run.candidates.map((row) => el("tr", { class: row.taken ? null : "pale" },
           el("td", {}, row.candidate),
           numbers(row).map((text) => el("td", { class: "number" }, text)),
-          el("td", {}, row.taken ? "yes" : "no")))));
+          el("td", {}, row.by_rule ? "by rule" : row.taken ? "yes" : "no")))));
   }));
 }
 

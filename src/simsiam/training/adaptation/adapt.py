@@ -27,6 +27,7 @@ from simsiam.monitoring.candidates import (
     Candidate,
     Sample,
     backbone_candidates,
+    beside_patches,
     choose,
     join_candidates,
     learn_patches,
@@ -35,6 +36,7 @@ from simsiam.monitoring.candidates import (
     read_sample,
     sample_for_patches,
 )
+from simsiam.monitoring.worth import goes_beside_patches
 from simsiam.runs.closed_form import encoder_recipe, write_encoder
 from simsiam.runs.encoder import eval_transform, load
 from simsiam.runs.run_folder import Run, reserved_run_path
@@ -99,12 +101,15 @@ def adapt(
     opened = open_source(names, channels, no_labels=no_labels, splits=splits)
     images = sample(opened.train, limit)
     compute = Compute.pick(device, precision)
-    network = None
+    network, by_rule = None, False
     if start is None:
         chosen, transform = sample_for_patches(images, seed=seed)
         recipe = encoder_recipe(names, channels, transform).replace(splits=splits)
     else:
         run = Run(start)
+        before = run.json("adapt.json").get("candidates", [])
+        by_rule = goes_beside_patches(run.recipe, run.json("summary.json").get("steps", 0))
+        by_rule = by_rule or any(row.get("by_rule") for row in before)
         recipe = run.recipe.replace(source=absolute_sources(names), splits=splits)
         network, transform = load(run.path, head=False), eval_transform(recipe)
         chosen = read_sample(images, transform.resize, seed=seed)
@@ -121,9 +126,10 @@ def adapt(
         branches, chosen = measure_in_time(backbones, transform, chosen, compute, deadline)
         margin = 0.0 if recipe.method.name == "none" else MARGIN
         candidates = closed_form_candidates(
-            branches, chosen, start=network is not None, margin=margin
+            branches, chosen, start=network is not None, margin=margin, by_rule=by_rule
         )
-        if network is not None and deadline is not None and not isinstance(network, Patches):
+        trainable = network is not None and not by_rule and not isinstance(network, Patches)
+        if trainable and deadline is not None:
             candidates = chain(
                 candidates,
                 trained_candidates(branches[0], recipe, transform, chosen, compute, deadline),
@@ -253,7 +259,12 @@ def measure_in_time(
 
 
 def closed_form_candidates(
-    branches: Sequence[Branch], images: Sample, *, start: bool, margin: float = 0.0
+    branches: Sequence[Branch],
+    images: Sample,
+    *,
+    start: bool,
+    margin: float = 0.0,
+    by_rule: bool = False,
 ) -> Iterator[Candidate]:
     """Make the candidates that need no training.
 
@@ -262,6 +273,7 @@ def closed_form_candidates(
         images: The sample.
         start: Whether the first branch is the network to start from.
         margin: Of its changes; see `backbone_candidates`.
+        by_rule: Whether it goes beside patches by rule; see `beside_patches`.
 
     Yields:
         The network unchanged, centered and with its map; patches; the best of both side by side.
@@ -273,7 +285,11 @@ def closed_form_candidates(
     learned = list(patch_candidates(patches, images))
     yield from learned
     if network is not None and learned and not isinstance(network.backbone, Patches):
-        yield join_candidates(own[-1], choose(learned)[0], images, PATCH_WEIGHTS)
+        best = choose(learned)[0]
+        if by_rule:
+            yield beside_patches(network, best, images)
+        else:
+            yield join_candidates(own[-1], best, images, PATCH_WEIGHTS)
 
 
 def print_candidates(candidates: Iterator[Candidate]) -> Iterator[Candidate]:
@@ -289,4 +305,6 @@ def print_candidates(candidates: Iterator[Candidate]) -> Iterator[Candidate]:
         accuracy = "" if candidate.knn_top1 is None else f", kNN {candidate.knn_top1:.1f}"
         numbers = f"score {candidate.score:.3f}, views {candidate.retrieval:.0f}%{accuracy}"
         print_labeled("tried", f"{candidate.name}: {numbers}")
+        if candidate.by_rule:
+            print_labeled("rule", "this is taken whatever its score: docs/closed_form.md says why")
         yield candidate
