@@ -114,6 +114,31 @@ def test_a_candidate_with_a_margin_is_taken_only_beyond_it():
     assert choose([fake(base), above])[0] is above
 
 
+def test_a_candidate_that_is_taken_by_rule_is_taken_whatever_its_score():
+    base = 0.5 + 0.3 * torch.rand(2, 400, generator=torch.Generator().manual_seed(0))
+    worse = replace(fake(0.5 * base, "worse"), by_rule=True)
+    best, rows = choose([fake(base), worse])
+    assert best is worse and rows[1]["by_rule"] and rows[1]["gain"] < 0
+
+
+def test_a_trained_network_goes_beside_patches_and_again_if_that_is_adapted(tmp_path):
+    """h as it is; patches with their map; and the cosine counts twice."""
+    settings = {"backbone": "resnet10", "width": 8, "steps": 200, "batch_size": 8, "limit": 64}
+    path = simsiam.pretrain("shapes", out=tmp_path / "run", dim=32, proj_hidden=32, **settings)
+    for name in ("first", "second"):
+        path = simsiam.adapt("shapes", init=path, limit=300, minutes=60, out=tmp_path / name)
+        table = Run(path).json("adapt.json")
+        last = table["candidates"][-1]
+        assert table["chosen"] == last["candidate"] and last["by_rule"]
+        assert last["candidate"].startswith("resnet10 beside patches/")
+    encoder = simsiam.load(path)
+    x = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    h, p = encoder.backbone(x), encoder.patches_head(encoder.patches(x))
+    expected = torch.cosine_similarity(h[:1], h) + 2 * torch.cosine_similarity(p[:1], p)
+    features = encoder(x)
+    torch.testing.assert_close(torch.cosine_similarity(features[:1], features), expected / 3)
+
+
 def test_fitting_never_sees_the_images_held_out(sample):
     """Other images held out change no dictionary, no mean and no noise."""
     pixels = sample.pixels.clone()

@@ -91,6 +91,20 @@ def test_an_encoder_is_the_backbone_then_the_map_and_the_patches_beside_it():
             assert encoder.dim == expected.shape[1]
 
 
+def test_with_a_weight_the_cosine_is_the_weighted_mean_of_both_and_the_file_keeps_it(run):
+    """Against `torch.cosine_similarity` of the parts, before and after head.safetensors."""
+    x, backbone, patches = images(), load(run, head=False), StandIn()
+    patches_head = random_linear(32, 5, 2)
+    encoder = Encoder(backbone, None, patches, patches_head, patches_weight=2.0)
+    Run(run).write_head(encoder, patches=PATCHES)
+    with torch.no_grad():
+        h, p = backbone(x), patches_head(patches(x))
+        h_cosine, p_cosine = (torch.cosine_similarity(y[:, None], y, dim=2) for y in (h, p))
+        for features in (encoder(x), load(run)(x)):
+            cosine = torch.cosine_similarity(features[:, None], features, dim=2)
+            torch.testing.assert_close(cosine, (h_cosine + 2 * p_cosine) / 3)
+
+
 def test_the_map_has_full_precision_where_the_backbone_has_not():
     """A direction of variance 1e-4 beside a mean of 100 is lost in bfloat16."""
     backbone, head = nn.Identity(), nn.Linear(2, 1)

@@ -1,6 +1,7 @@
 """Worth: features of a run beside simpler ones, on the same images, and the verdict on them."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -31,6 +32,7 @@ from simsiam.monitoring.worth import (
     ColorHistogram,
     Pixels,
     best_features,
+    goes_beside_patches,
     is_better,
     measure_end,
     measure_start,
@@ -180,7 +182,7 @@ def test_a_run_without_stop_gradient_is_warned_of_in_the_terminal_and_in_its_met
 def test_a_network_that_does_not_change_is_worth_what_it_was(images):
     network = simsiam.build("simsiam", backbone="resnet10", width=8, image_size=32).backbone
     start = measure_start(network, images, RECIPE, IMAGENET, 1000, compute=FLOAT32)
-    own, others = measure_end(start, network, images, RECIPE, IMAGENET, 1, compute=FLOAT32)
+    own, others = measure_end(start, network, images, RECIPE, IMAGENET, 1000, 1, compute=FLOAT32)
     before = next(other for other in others if other.name == START)
     assert table_row(own[0]) == table_row(before) | {"features": END}
     assert not_beaten([own[0], *others], END) == not_beaten([own[0], before, *others], END)
@@ -194,8 +196,43 @@ def test_patches_are_learned_where_training_took_a_minute_or_more(images, monkey
     monkeypatch.setattr(worth, "learn_patches", lambda *a: {f"p/{s}": small for s in a[2]})
     start = {"agreement": torch.zeros(2, 133), "retrieval": 0.0, "hits": None, "size": 400}
     for seconds, count in ((59, 0), (61, 1), (601, 4)):
-        _, others = measure_end(start, small, images, RECIPE, IMAGENET, seconds, compute=FLOAT32)
+        arguments = (start, small, images, RECIPE, IMAGENET, 1000, seconds)
+        _, others = measure_end(*arguments, compute=FLOAT32)
         assert sum(other.name.startswith("p/") for other in others) == count
+
+
+def test_a_network_goes_beside_patches_if_it_was_trained_without_labels_from_random_weights():
+    """And with 200 steps or more, up to 2 million images: up to there it was measured."""
+    batch, converted = RECIPE.batch_size, replace(RECIPE.method, name="none")
+    cases = {
+        (RECIPE, 199): False,
+        (RECIPE, 200): True,
+        (RECIPE, 2_000_000 // batch): True,
+        (RECIPE, 2_000_000 // batch + 1): False,
+        (RECIPE.replace(init="lite0"), 1000): False,
+        (replace(RECIPE, method=converted), 1000): False,
+        (RECIPE.replace(method="supervised"), 1000): False,
+        (RECIPE.replace(method="simclr"), 1000): True,
+    }
+    for (recipe, steps), expected in cases.items():
+        assert goes_beside_patches(recipe, steps) is expected, (recipe.method.name, steps)
+
+
+def test_beside_patches_a_network_is_preferred_by_rule_unless_labels_say_otherwise(
+    images, monkeypatch
+):
+    network = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten())
+    monkeypatch.setattr(worth, "learn_patches", lambda *a: {"p/32": network})
+    start = {"agreement": torch.zeros(2, 133), "retrieval": 0.0, "hits": None, "size": 400}
+    for steps, count in ((100, 0), (1000, 1)):
+        arguments = (start, network, images, RECIPE, IMAGENET, steps, 61)
+        _, others = measure_end(*arguments, compute=FLOAT32)
+        assert sum(other.by_rule for other in others) == count
+    joined = replace(fake("end beside p/32", score=0.1), by_rule=True)
+    assert best_features([fake("end", score=0.9), joined, fake("p/32")]) is joined
+    labeled = replace(fake("end beside p/32", [False] * 200), by_rule=True)
+    assert best_features([fake("end", [True] * 200), labeled]).name == "end"
+    assert "`simsiam adapt SOURCE --init RUN`" in advise_features(joined.name, "", init=None)
 
 
 def test_a_run_says_the_same_everywhere_and_resumes_to_the_same(tmp_path, monkeypatch):
