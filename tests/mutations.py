@@ -1756,8 +1756,8 @@ MUTATIONS = [
     m(
         "take a candidate within noise",
         "monitoring/candidates",
-        "taken = gain > max(SIGNIFICANT * error, candidate.margin)",
-        "taken = gain > max(-SIGNIFICANT * error, candidate.margin)",
+        "or gain > max(SIGNIFICANT * error, candidate.margin)",
+        "or gain > max(-SIGNIFICANT * error, candidate.margin)",
         "adapt.py::test_a_candidate_is_taken_only_if_it_is_better_by_more_than_noise",
     ),
     m(
@@ -1766,6 +1766,27 @@ MUTATIONS = [
         "gain > max(SIGNIFICANT * error, candidate.margin)",
         "gain > SIGNIFICANT * error",
         "adapt.py::test_a_candidate_with_a_margin_is_taken_only_beyond_it",
+    ),
+    m(
+        "judge by its score what is taken by rule",
+        "monitoring/candidates",
+        "taken = candidate.by_rule or gain",
+        "taken = gain",
+        "adapt.py::test_a_candidate_that_is_taken_by_rule_is_taken_whatever_its_score",
+    ),
+    m(
+        "put patches beside the centered network",
+        "monitoring/candidates",
+        "[network, *patches.branches], [None, *patches.heads]",
+        "[network, *patches.branches], [center(network.mean), *patches.heads]",
+        "adapt.py::test_a_trained_network_goes_beside_patches_and_again_if_that_is_adapted",
+    ),
+    m(
+        "put patches beside any network",
+        "monitoring/worth",
+        "MIN_VERDICT_STEPS <= steps <= MAX_BESIDE_PATCHES / recipe.batch_size",
+        "MIN_VERDICT_STEPS <= steps",
+        "worth.py::test_a_network_goes_beside_patches_if_it_was_trained_without_labels_from_random_weights",
     ),
     m(
         "the error of a sum",
@@ -1863,9 +1884,16 @@ MUTATIONS = [
     m(
         "put the patches first",
         "model/encoder",
-        "torch.cat([h, _apply(self.patches_head, self.patches(x))], dim=1)",
-        "torch.cat([_apply(self.patches_head, self.patches(x)), h], dim=1)",
+        "        return torch.cat([h, p], dim=1)",
+        "        return torch.cat([p, h], dim=1)",
         "encoder.py::test_an_encoder_is_the_backbone_then_the_map_and_the_patches_beside_it",
+    ),
+    m(
+        "weigh features as if they were cosines",
+        "model/encoder",
+        "weight**0.5 * p",
+        "weight * p",
+        "encoder.py::test_with_a_weight_the_cosine_is_the_weighted_mean_of_both_and_the_file_keeps_it",
     ),
     m(
         "use a head of other weights",

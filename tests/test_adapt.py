@@ -73,7 +73,7 @@ def test_a_candidate_is_taken_only_if_it_is_better_by_more_than_noise():
     generator = torch.Generator().manual_seed(0)
     base = 0.5 + 0.3 * torch.rand(2, 400, generator=generator)
     noise = 0.3 * torch.randn(2, 400, generator=generator)
-    equal = fake(base + noise - noise.mean(1, keepdim=True), "equal")
+    equal = fake(base + 0.005 + noise - noise.mean(1, keepdim=True), "equal")
     better, worse = fake(1.02 * base, "better"), fake(0.98 * base, "worse")
     best, rows = choose([fake(base, "first"), equal, better, worse])
     assert best is better
