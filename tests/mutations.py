@@ -511,6 +511,13 @@ MUTATIONS = [
         "bench.py::test_time_to_accuracy_goes_on_where_it_was_stopped",
     ),
     m(
+        "give the patches for nothing",
+        "laboratory/time_to_accuracy/race",
+        "[(seconds + s, a) for",
+        "[(s, a) for",
+        "bench.py::test_the_race_measures_a_network_beside_patches_as_adapt_puts_it",
+    ),
+    m(
         "the plain loop begins again",
         "laboratory/time_to_accuracy/plain_loop",
         "range(len(curve) - 1, recipe.epochs)",

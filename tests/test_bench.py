@@ -24,10 +24,12 @@ from simsiam.laboratory import bench
 from simsiam.laboratory.bench import measure_case, result_table, time_interleaved
 from simsiam.laboratory.bench_cases import CASES, Case, Comparison, make_photographs
 from simsiam.laboratory.time_to_accuracy import plain_loop, race
+from simsiam.model import patches
 from simsiam.model.losses import negative_cosine
 from simsiam.model.precision import Compute
 from simsiam.model.siamese import build
 from simsiam.runs.compose import compose_recipe
+from simsiam.sources.open_source import open_source
 
 CPU = torch.device("cpu")
 SMALL = {"backbone": "resnet10", "width": 4, "image_size": 16}
@@ -183,6 +185,28 @@ def test_time_to_accuracy_goes_on_where_it_was_stopped(monkeypatch, capsys):
     text = capsys.readouterr().out
     assert re.search(r" 50 +│ +1.5 ± 0.71 ", text) and "never" in text and "60" not in text
     assert Path("race.png").stat().st_size > 1000 and Path("race.svg").exists()
+
+
+def test_the_race_measures_a_network_beside_patches_as_adapt_puts_it(monkeypatch, tmp_path):
+    """The features that are measured have the weighted mean of both cosines; patches take time."""
+    network = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(2), torch.nn.Flatten())
+    network.dim = 12
+    monkeypatch.setattr(patches, "FIT_PATCHES", 3000)
+    monkeypatch.setattr(patches, "CENTERS", 40)
+    monkeypatch.setattr(race, "read_sample", partial(race.read_sample, limit=100))
+    monkeypatch.setattr(race, "own_run", lambda *a: [(60.0, a[3](None, network))])
+    source = open_source("shapes")
+    recipe = compose_recipe("shapes", None, {})[0]
+
+    def measure(transform, encoder):
+        x = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+        h, p, joined = network(x), encoder.patches_head(encoder.patches(x)), encoder(x)
+        cosines = [torch.cosine_similarity(y[:1], y) for y in (h, p, joined)]
+        torch.testing.assert_close((cosines[0] + 2 * cosines[1]) / 3, cosines[2])
+        return 50.0
+
+    ((seconds, accuracy),) = race.run_beside_patches("shapes", recipe, source, measure, tmp_path)
+    assert seconds > 60 and accuracy == 50
 
 
 @pytest.mark.parametrize(

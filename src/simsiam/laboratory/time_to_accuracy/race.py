@@ -1,8 +1,8 @@
 """Minutes to levels of kNN accuracy, on h of the test split, of several ways to learn features.
 
-Every contestant has the same network, images and number of epochs. Time is that of training:
-opening and decoding of images count, measurements do not. Everything is kept beside the JSON file,
-and the same command goes on where it was stopped.
+Every contestant has the same network and images, and all but one the same number of epochs. Time is
+that of training: opening and decoding of images count, measurements do not. Everything is kept
+beside the JSON file, and the same command goes on where it was stopped.
 """
 
 import json
@@ -53,7 +53,7 @@ BANK, QUERIES = 10_000, 5_000  # training images that vote, and test images that
 LEVELS = (40.0, 50.0, 60.0, 70.0, 80.0, 90.0)
 # Of images like CIFAR-10's: the network and the recipe that `results/label_free.py` used.
 CIFAR = {"backbone": "resnet18", "width": 16, "batch_size": 256, "base_lr": 0.2}
-BESIDE = "sprint beside patches"
+LONGER = 3  # times as many epochs, in the run that is put beside patches
 Curve: TypeAlias = list[tuple[float, float]]  # seconds of training, kNN accuracy in percent
 
 
@@ -135,7 +135,9 @@ def contestants(
     found: dict[str, Callable[[Measure, Path], Curve]] = {
         "simsiam": partial(own_run, source, recipe, opened),
         "sprint": partial(own_run, source, sprint, opened),
-        BESIDE: partial(run_beside_patches, source, sprint, opened),
+        f"sprint, {LONGER} x as long, beside patches": partial(
+            run_beside_patches, source, sprint.replace(epochs=LONGER * epochs), opened
+        ),
         "patches with map": partial(patches, source),
     }
     for fast in (True, False):
@@ -208,14 +210,14 @@ def own_run(
 def run_beside_patches(
     source: str, recipe: ResolvedRecipe, opened: Source, measure: Measure, place: Path
 ) -> Curve:
-    """Measure the run of another contestant beside patches, as `adapt` would: see `beside_patches`.
+    """Train a run, and measure each epoch beside patches as `adapt` puts it: `beside_patches`.
 
     Args:
         source: The source.
-        recipe: The recipe of the other contestant.
+        recipe: The recipe.
         opened: The source, opened.
         measure: The measurement.
-        place: A place with the name of this contestant.
+        place: The run folder.
 
     Returns:
         Seconds, with those of learning the patches, and accuracies.
@@ -231,8 +233,7 @@ def run_beside_patches(
         parts = (best.branches[0].backbone, best.heads[0], COSINE_WEIGHT)
         return measure(transform, Encoder(backbone, None, *parts))
 
-    other = place.with_name(place.name.replace(BESIDE, "sprint"))
-    return [(seconds + s, a) for s, a in own_run(source, recipe, opened, with_patches, other)]
+    return [(seconds + s, a) for s, a in own_run(source, recipe, opened, with_patches, place)]
 
 
 def plain_loop(
