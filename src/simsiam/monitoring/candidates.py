@@ -35,7 +35,7 @@ VIEWS_PER_IMAGE = 4  # of the images that view noise is estimated from
 PATCH_SIZES = (32, 24, 64, 48)  # sizes in pixels, in the order in which they are tried
 SHRINKAGES = (0.1, 0.3, 1.0)
 PATCH_WEIGHTS = (0.5, 1.0, 2.0)  # of patches beside a network, relative to equal view noise
-COSINE_WEIGHT = 2.0  # of patches beside a network that was trained on views: `beside_patches`
+COSINE_WEIGHT = 1.0  # of patches beside a network that was trained on views: `beside_patches`
 SIGNIFICANT = 1.64  # standard errors by which a candidate has to be better: one-sided 95 %
 # A network that was trained on views has been fitted to what the score measures, so that a small
 # rise means little: a map raised the score of a network that SimSiam had trained by exp(0.14), and
@@ -436,10 +436,10 @@ def beside_patches(network: Branch, patches: Candidate, sample: Sample) -> Candi
     """Put patches beside a network that was trained on views: taken by rule, not by its score.
 
     Such a network was fitted to what the score measures, and patches were not, so the score cannot
-    compare them. docs/closed_form.md says what the sum of their cosines is worth.
+    compare them. docs/closed_form.md says what the mean of their cosines is worth.
 
     Args:
-        network: The network. Its features stay as they are: with its map the sum is worse.
+        network: The network. Its features stay as they are: with its map the mean is worse.
         patches: The best patches.
         sample: The images.
     """
