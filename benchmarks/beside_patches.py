@@ -1,0 +1,148 @@
+"""Measure networks beside patches, and make the page results/beside_patches.
+
+    python benchmarks/beside_patches.py [RUN SOURCE ...] [--page]
+
+Each RUN is a run folder that was trained on SOURCE, which has labels. For each, the kNN accuracy of
+its network, of the patches that `adapt` would choose, and of both beside each other is measured on
+the test split (or val, or what the run held out), with several weights of the patches. Each run is
+a file in results/beside_patches/cells; what is there is not measured again. `--page` writes only
+the page.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from simsiam.data.images import Images, load_into_memory, sample
+from simsiam.model.encoder import join_features
+from simsiam.model.precision import Compute
+from simsiam.monitoring.candidates import (
+    choose,
+    learn_patches,
+    make_candidate,
+    measure,
+    patch_candidates,
+    read_sample,
+)
+from simsiam.monitoring.features import extract_features
+from simsiam.monitoring.nearest_neighbors import knn_top1
+from simsiam.runs.encoder import eval_transform, load
+from simsiam.runs.run_folder import Run
+from simsiam.sources.open_source import open_source
+from simsiam.training.prepare import prepare_data
+from simsiam.utils.files import atomic_write
+
+OUT = Path(__file__).parents[1] / "results" / "beside_patches"
+WEIGHTS = (0.25, 0.5, 1.0, 2.0, 4.0)  # of the cosine of patches, relative to that of the network
+MAX_TRAIN, MAX_TEST = 5000, 2000  # images that vote, and that are classified
+
+
+def split(run: Run, source: str) -> tuple[Images, Images, Images]:
+    """Return the training images, those that vote and those that are classified."""
+    opened = open_source(source)
+    data = prepare_data(run.recipe, opened)
+    test = opened.test if opened.test is not None else opened.val
+    voters, test = (data.bank, data.held_out) if test is None else (opened.train, test)
+    return data.train, sample(voters, MAX_TRAIN), sample(test, MAX_TEST)
+
+
+def row(path: str, source: str) -> dict[str, Any]:
+    """Measure one run."""
+    run, compute = Run(path), Compute.pick("cpu")
+    train, *both = split(run, source)
+    bank, queries = (load_into_memory(images, 2**31)[0] for images in both)
+    transform, network = eval_transform(run.recipe), load(run.path, head=False)
+    chosen = read_sample(train, transform.resize, seed=run.recipe.seed)
+    labels = [torch.from_numpy(images.labels) for images in (bank, queries)]
+
+    def features(encoder) -> list[torch.Tensor]:
+        both = (extract_features(encoder, x, transform, compute=compute) for x in (bank, queries))
+        return [features.matrices[0].float() for features in both]
+
+    def knn(h: Sequence[torch.Tensor]) -> float:
+        return round(knn_top1(h[0], labels[0], h[1], labels[1], classes=len(bank.classes)), 2)
+
+    with torch.no_grad():
+        learned = measure(learn_patches(chosen, transform), transform, chosen, compute)
+        best, _ = choose(patch_candidates(learned, chosen))
+        (branch,) = measure({"network": network}, transform, chosen, compute, noise=False)
+        alone = make_candidate("network", [branch], [None], chosen)
+        h, p = features(network), features(best.branches[0].backbone)
+        p = [best.heads[0](x) for x in p]
+        joined = {w: knn([join_features(*pair, w) for pair in zip(h, p)]) for w in WEIGHTS}
+    summary = run.json("summary.json")
+    return {
+        "run": run.path.name,
+        "set": Path(source).name.partition(".")[0],
+        "method": run.recipe.method.name,
+        "images_seen": summary["steps"] * run.recipe.batch_size,
+        "network": knn(h),
+        "patches": knn(p),
+        "best patches": best.name,
+        "joined": joined,
+        "scores": [round(alone.score, 4), round(best.score, 4)],
+        "n": len(queries),
+    }
+
+
+def write_page() -> None:
+    """Write README.md from the cells that are there."""
+    rows = [json.loads(path.read_text()) for path in sorted((OUT / "cells").glob("*.json"))]
+    gains = [row["joined"]["1.0"] - max(row["network"], row["patches"]) for row in rows]
+    above = sum(gain > 0 for gain in gains)
+    alone = [row["joined"]["1.0"] - row["network"] for row in rows]
+    lines = [
+        "# Networks beside patches", "",
+        "Written by `python benchmarks/beside_patches.py RUN SOURCE ...`; cells/ has each run. "
+        "kNN accuracy in percent of the network's features h, of the best patches with their map "
+        "(chosen without labels), and of both beside each other, where the cosine is "
+        "(cos h + w cos p) / (1 + w). `adapt --init RUN` takes w = 1, in bold "
+        "([why](../../docs/closed_form.md#a-trained-network-beside-them)). "
+        f"At most {MAX_TRAIN:,} images vote and {MAX_TEST:,} are classified.", "",
+        f"With w = 1, both together are above the better of the two on {above} of {len(rows)} "
+        f"runs; the difference is {min(gains):+.1f} to {max(gains):+.1f} points. The difference to "
+        f"the network alone is {min(alone):+.1f} to {max(alone):+.1f}.", "",
+        "| set | run | method | images seen | n | h | p | "
+        + " | ".join(f"w = {w:g}" for w in WEIGHTS) + " |",
+        "|---" * (7 + len(WEIGHTS)) + "|",
+    ]  # fmt: skip
+    for row in sorted(rows, key=lambda row: (row["set"], row["method"], row["images_seen"])):
+        cells = [f"{row['joined'][str(w)]:.1f}" for w in WEIGHTS]
+        cells[WEIGHTS.index(1.0)] = f"**{cells[WEIGHTS.index(1.0)]}**"
+        lines.append(
+            f"| {row['set']} | {row['run']} | {row['method']} | {row['images_seen']:,} | "
+            f"{row['n']} | {row['network']:.1f} | {row['patches']:.1f} | {' | '.join(cells)} |"
+        )
+    with atomic_write(OUT / "README.md") as part:
+        part.write_text("\n".join(lines) + "\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure what is missing, and write the page."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("runs", nargs="*", metavar="RUN SOURCE")
+    parser.add_argument("--page", action="store_true")
+    options = parser.parse_args(arguments)
+    if len(options.runs) % 2:
+        parser.error("give a SOURCE after each RUN")
+    (OUT / "cells").mkdir(parents=True, exist_ok=True)
+    for path, source in zip(options.runs[::2], options.runs[1::2]):
+        name = f"{Path(source).name.partition('.')[0]}-{Path(path).name.replace(' ', '_')}"
+        cell = OUT / "cells" / f"{name}.json"
+        if options.page or cell.exists():
+            continue
+        with atomic_write(cell) as part:
+            part.write_text(json.dumps(row(path, source)) + "\n")
+        print(name, flush=True)
+        write_page()
+    write_page()
+
+
+if __name__ == "__main__":
+    main()
