@@ -9,6 +9,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from itertools import product
 
 import pytest
 import torch
@@ -193,7 +194,7 @@ def test_an_upload_is_a_run_to_start_from(standard, tmp_path):
 
 @pytest.fixture(scope="module")
 def with_head(standard, trained, tmp_path_factory):
-    """Runs with a head: of a standard network, of patches, and of a network beside patches."""
+    """Runs with a head: of a standard network, of patches, and of networks beside patches."""
     root = tmp_path_factory.mktemp("runs")
     torch.manual_seed(1)
     patches = filled(create_backbone("patches/16", image_size=32))
@@ -207,6 +208,9 @@ def with_head(standard, trained, tmp_path_factory):
     network = simsiam.load(both.path)
     heads = random_head(network.dim), random_head(patches.dim)
     both.write_head(Encoder(network, heads[0], patches, heads[1]), patches="patches/16")
+    mean = Run(shutil.copytree(trained, root / "mean"))
+    encoder = Encoder(simsiam.load(mean.path), None, patches, heads[1], patches_weight=2.0)
+    mean.write_head(encoder, patches="patches/16")
     timms = Recipe().replace(
         backbone="timm/test_efficientnet", image_size=64, mean=(0.5,) * 3, std=(0.25,) * 3,
         eval_interpolation="bicubic", eval_resize=70,
@@ -218,7 +222,7 @@ def with_head(standard, trained, tmp_path_factory):
     torchvision = Run(shutil.copytree(standard, root / "torchvision"))
     network = simsiam.load(torchvision.path)
     torchvision.write_head(Encoder(network, random_head(network.dim)))
-    runs = {"patches": alone, "both": both, "timm": timm, "torchvision": torchvision}
+    runs = {"patches": alone, "both": both, "mean": mean, "timm": timm, "torchvision": torchvision}
     return {name: run.path for name, run in runs.items()}
 
 
@@ -237,8 +241,9 @@ def filled(patches):
 @pytest.mark.parametrize(
     ("name", "format"),
     [
-        *(("both", format) for format in ("safetensors", "torch_export", "onnx", "huggingface")),
-        *(("patches", format) for format in ("safetensors", "torch_export", "onnx", "huggingface")),
+        *product(
+            ("both", "mean", "patches"), ("safetensors", "torch_export", "onnx", "huggingface")
+        ),
         *(("timm", format) for format in ("timm", "huggingface")),
         *(("torchvision", format) for format in ("torchvision", "timm", "huggingface")),
     ],
@@ -275,8 +280,9 @@ def test_an_encoder_is_exported_with_its_head(name, format, with_head, tmp_path)
         assert (folder / "config.json").exists() == (name in ("timm", "torchvision"))
     if format == "safetensors":
         state = load_file(folder / "backbone.safetensors")
-        assert {"head.weight", "head.bias"} <= state.keys()
-        assert any(key.startswith("patches.") for key in state) == (name == "both")
+        assert {"head.weight", "head.bias"} <= state.keys() or name == "mean"
+        assert any(key.startswith("patches.") for key in state) == (name in ("both", "mean"))
+        assert ("patches_weight" in state) == (name == "mean")
     expected = features(with_head[name], x)
     for model in loaded:
         if isinstance(model, torch.nn.Module) and format != "torch_export":
@@ -286,6 +292,14 @@ def test_an_encoder_is_exported_with_its_head(name, format, with_head, tmp_path)
         bound = 1e-5 if format == "onnx" else 1e-4
         assert (h - expected).abs().max() <= bound * max(1, expected.abs().max())
     assert loaded or format == "safetensors"
+
+
+@pytest.mark.parametrize("name", ["both", "mean"])
+def test_a_network_beside_patches_comes_back_from_its_export(name, with_head, tmp_path):
+    folder = export(with_head[name], format="huggingface", out=tmp_path / "out").path
+    again = convert(folder, out=tmp_path / "again")
+    x = torch.randn(3, 3, 32, 32)
+    assert torch.equal(features(again, x), features(with_head[name], x))
 
 
 @pytest.mark.parametrize("format", ["timm", "torchvision"])

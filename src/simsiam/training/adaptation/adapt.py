@@ -306,5 +306,6 @@ def print_candidates(candidates: Iterator[Candidate]) -> Iterator[Candidate]:
         numbers = f"score {candidate.score:.3f}, views {candidate.retrieval:.0f}%{accuracy}"
         print_labeled("tried", f"{candidate.name}: {numbers}")
         if candidate.by_rule:
-            print_labeled("rule", "this is taken whatever its score: docs/closed_form.md says why")
+            print_labeled("rule", "this is taken whatever its score, and nothing is trained on it:")
+            print_labeled("", "docs/closed_form.md says why")
         yield candidate
