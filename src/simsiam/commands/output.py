@@ -44,8 +44,10 @@ def print_run_summary(run: Path) -> None:
     if knn := summary.get("knn_top1"):
         best = f"{knn['best']:.1f} % at best (step {knn['best_step']})"
         print_lines(f"kNN on held-out images: {knn['last']:.1f} % at the end, {best}")
-    for features, score, accuracy in features_table(summary):
-        print_lines(f"{features:<18} {score:<22} {accuracy}".rstrip())
+    rows = features_table(summary)
+    width = max((len(features) for features, _, _ in rows), default=0)
+    for features, score, accuracy in rows:
+        print_lines(f"{features:<{width}} {score:<22} {accuracy}".rstrip())
     if summary["unreadable"]:
         print_lines(f"{summary['unreadable']} unreadable files were left out: {run}/quarantine.txt")
     print_lines(summary["remedy"])
