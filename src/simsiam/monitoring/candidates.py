@@ -3,7 +3,7 @@
 Everything is fitted on some images of a source and compared on others, on which nothing was fitted.
 A `Branch` is a backbone with its features of these images; a `Candidate` is an encoder made of one
 or two branches; `choose` takes a candidate only if it is better than the best one before it by more
-than the noise of the measurement.
+than the noise of the measurement, but for one that is taken by rule (`beside_patches`).
 """
 
 import math
@@ -473,6 +473,8 @@ def patch_candidates(branches: Sequence[Branch], sample: Sample) -> Iterator[Can
 
 def choose(candidates: Iterable[Candidate]) -> tuple[Candidate, list[dict[str, object]]]:
     """Take each candidate that is better than the best before it by more than noise and its margin.
+
+    One that is taken by rule is taken in any case.
 
     Args:
         candidates: At least one; the first is taken to begin with.

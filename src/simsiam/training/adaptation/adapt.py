@@ -3,7 +3,8 @@
 Encoders in closed form are compared first: published weights unchanged, centered and with the map
 of view noise; patches at several sizes; both side by side. Where there is time left, SimSiam trains
 on top of the best one. Whatever is tried, images that nothing was fitted on decide, without labels
-(`simsiam.monitoring.candidates`); "unchanged is best" is a normal result.
+(`simsiam.monitoring.candidates`); "unchanged is best" is a normal result. Only a network that this
+program has trained from random weights is put beside patches by rule: they cannot be compared so.
 """
 
 import os
