@@ -243,6 +243,11 @@ def write_page(cells: Path) -> None:
         f"{MAX_TRAIN:,} images vote and {MAX_TEST:,} are classified, so CIFAR-10 has lower numbers "
         "than with all images.",
         "",
+        "`default_20` is the network of `simsiam pretrain --minutes 20`, on one core;",
+        "`default_20_adapt` is `simsiam adapt --init` with that run, which puts patches beside it;",
+        "`adapt_3` is `simsiam adapt --minutes 3`, and `adapt_lite0_5` the same with `--init lite0`",
+        "in 5 minutes.",
+        "",
     ]
     lines += ["| features | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     table: dict[str, dict[str, list[float]]] = {}
