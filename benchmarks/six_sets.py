@@ -245,8 +245,8 @@ def write_page(cells: Path) -> None:
         "",
         "`default_20` is the network of `simsiam pretrain --minutes 20`, on one core;",
         "`default_20_adapt` is `simsiam adapt --init` with that run, which puts patches beside it;",
-        "`adapt_3` is `simsiam adapt --minutes 3`, and `adapt_lite0_5` the same with `--init lite0`",
-        "in 5 minutes.",
+        "`adapt_3` is `simsiam adapt --minutes 3`, and `adapt_lite0_5` the same with 5 minutes and",
+        "`--init lite0`.",
         "",
     ]
     lines += ["| features | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
