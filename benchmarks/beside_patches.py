@@ -20,14 +20,7 @@ import torch
 from simsiam.data.images import Images, load_into_memory, sample
 from simsiam.model.encoder import join_features
 from simsiam.model.precision import Compute
-from simsiam.monitoring.candidates import (
-    choose,
-    learn_patches,
-    make_candidate,
-    measure,
-    patch_candidates,
-    read_sample,
-)
+from simsiam.monitoring.candidates import best_patches, make_candidate, measure, read_sample
 from simsiam.monitoring.features import extract_features
 from simsiam.monitoring.nearest_neighbors import knn_top1
 from simsiam.runs.encoder import eval_transform, load
@@ -67,8 +60,7 @@ def row(path: str, source: str) -> dict[str, Any]:
         return round(knn_top1(h[0], labels[0], h[1], labels[1], classes=len(bank.classes)), 2)
 
     with torch.no_grad():
-        learned = measure(learn_patches(chosen, transform), transform, chosen, compute)
-        best, _ = choose(patch_candidates(learned, chosen))
+        best, _ = best_patches(chosen, transform)
         (branch,) = measure({"network": network}, transform, chosen, compute, noise=False)
         alone = make_candidate("network", [branch], [None], chosen)
         h, p = features(network), features(best.branches[0].backbone)

@@ -471,6 +471,26 @@ def patch_candidates(branches: Sequence[Branch], sample: Sample) -> Iterator[Can
         yield map_candidate(branch, sample)
 
 
+def best_patches(
+    sample: Sample, transform: Transform, *, label: str = ""
+) -> tuple[Candidate, list[dict[str, object]]]:
+    """Learn patches at all sizes that fit, and choose the best.
+
+    Args:
+        sample: The images.
+        transform: The preprocessing of the images that the backbone will be given.
+        label: The text before a progress bar; "" shows none.
+
+    Returns:
+        The best patches, and the table of what was tried, as `choose` returns them.
+    """
+    learned = learn_patches(sample, transform)
+    compute = Compute.pick(precision="float32")
+    return choose(
+        patch_candidates(measure(learned, transform, sample, compute, label=label), sample)
+    )
+
+
 def choose(candidates: Iterable[Candidate]) -> tuple[Candidate, list[dict[str, object]]]:
     """Take each candidate that is better than the best before it by more than noise and its margin.
 

@@ -13,11 +13,8 @@ from simsiam.distributed.process_group import rank_zero_only
 from simsiam.model.precision import Compute
 from simsiam.monitoring.candidates import (
     Candidate,
+    best_patches,
     build_encoder,
-    choose,
-    learn_patches,
-    measure,
-    patch_candidates,
     sample_for_patches,
 )
 from simsiam.runs.environment import collect_environment
@@ -99,14 +96,7 @@ def fit_patches_run(
     path = out or cache_dir("patches") / _source_digest(names, opened, channels)
     if not path.exists():
         sample, transform = sample_for_patches(opened.train)
-        branches = measure(
-            learn_patches(sample, transform),
-            transform,
-            sample,
-            Compute.pick(precision="float32"),
-            label="learning patches",
-        )
-        best, rows = choose(patch_candidates(branches, sample))
+        best, rows = best_patches(sample, transform, label="learning patches")
         recipe = encoder_recipe(names, channels, transform)
         write_encoder(path, recipe, best, rows, sample.skipped)
     return path

@@ -27,14 +27,7 @@ from simsiam.laboratory.drawing import COLORS, LINE_STYLES, format_axes, new_fig
 from simsiam.laboratory.time_to_accuracy.plain_loop import MODULES, train_plain_loop
 from simsiam.model.encoder import Encoder
 from simsiam.model.precision import Compute
-from simsiam.monitoring.candidates import (
-    COSINE_WEIGHT,
-    choose,
-    learn_patches,
-    patch_candidates,
-    read_sample,
-)
-from simsiam.monitoring.candidates import measure as measure_branches
+from simsiam.monitoring.candidates import COSINE_WEIGHT, best_patches, read_sample
 from simsiam.monitoring.features import extract_features
 from simsiam.monitoring.nearest_neighbors import knn_top1
 from simsiam.runs.closed_form import fit_patches_run
@@ -224,9 +217,7 @@ def run_beside_patches(
     """
     begun, transform = time.monotonic(), eval_transform(recipe)
     chosen = read_sample(opened.train, transform.resize, seed=recipe.seed)
-    learned = learn_patches(chosen, transform)
-    branches = measure_branches(learned, transform, chosen, Compute.pick(precision="float32"))
-    best, _ = choose(patch_candidates(branches, chosen))
+    best, _ = best_patches(chosen, transform)
     seconds = time.monotonic() - begun
 
     def with_patches(transform: Transform, backbone: nn.Module) -> float:
