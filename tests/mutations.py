@@ -525,6 +525,13 @@ MUTATIONS = [
         "bench.py::test_the_plain_loop_is_simsiam_and_continues_after_the_last_epoch",
     ),
     m(
+        "the plain loop forgets its momentum",
+        "laboratory/time_to_accuracy/plain_loop",
+        'optimizer.load_state_dict(state["optimizer"])',
+        "pass",
+        "bench.py::test_the_plain_loop_is_simsiam_and_continues_after_the_last_epoch",
+    ),
+    m(
         "clusters of whitened noise",
         "training/prepare",
         "min(256, *h.shape, max(8, h.shape[1] // 16))",

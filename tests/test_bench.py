@@ -8,6 +8,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -225,8 +226,8 @@ def test_wrong_races_are_refused(words, text, capsys):
 
 
 def test_the_plain_loop_is_simsiam_and_continues_after_the_last_epoch(tmp_path, monkeypatch):
-    """Its loss is D of the paper, and another run of it does no epoch again."""
-    words = {"backbone": "resnet10", "width": 4, "epochs": 2, "batch_size": 16, "limit": 40}
+    """Its loss is D of the paper; stopped and continued, it ends with the same weights."""
+    words = {"backbone": "resnet10", "width": 4, "epochs": 3, "limit": 40}
     recipe, source, _ = compose_recipe("shapes", None, words)
     images, compute = sample(source.train, 40), Compute.pick("cpu", "float32")
     model = plain_loop.PlainSimSiam(build("simsiam", **SMALL).backbone)
@@ -235,19 +236,33 @@ def test_the_plain_loop_is_simsiam_and_continues_after_the_last_epoch(tmp_path, 
     assert not z0.requires_grad
     torch.testing.assert_close(plain_loop.plain_criterion()(z0, p1), negative_cosine(p1, z0))
     monkeypatch.setattr(plain_loop, "CPU_CORES", 0)
-    measured = []
+    monkeypatch.setattr(plain_loop, "BATCH_SIZE", 16)
 
-    def measure(backbone):
-        measured.append(backbone.conv1.weight.detach().clone())
-        return float(len(measured))
+    def train(name, stop=99):
+        weights = []
 
-    train = partial(plain_loop.train_plain_loop, measure=measure, compute=compute, fast=False)
-    short = train(recipe.replace(epochs=1), images, state_file=tmp_path / "a.pt")
-    assert [accuracy for _, accuracy in short] == [1.0, 2.0] and short[1][0] > 0
-    longer = train(recipe, images, state_file=tmp_path / "a.pt")
-    assert longer[:2] == short and len(longer) == 3
-    whole = train(recipe, images, state_file=tmp_path / "b.pt")
-    assert len(whole) == 3 and torch.equal(measured[3], measured[-1])
+        def measure(backbone):
+            if len(weights) == stop:
+                raise KeyboardInterrupt
+            weights.append(backbone.conv1.weight.detach().clone())
+            return float(len(weights))
+
+        arguments = {"compute": compute, "fast": False}
+        try:
+            curve = plain_loop.train_plain_loop(
+                recipe, images, measure, tmp_path / name, **arguments
+            )
+        except KeyboardInterrupt:
+            curve = None
+        return curve, weights
+
+    whole, weights = train("a.pt")
+    assert [accuracy for _, accuracy in whole] == [1.0, 2.0, 3.0, 4.0]
+    assert all(not torch.equal(a, b) for a, b in pairwise(weights))
+    assert train("b.pt", stop=3)[0] is None
+    curve, continued = train("b.pt")
+    assert len(curve) == 4 and len(continued) == 2  # the untrained network, and the last epoch
+    assert torch.equal(continued[-1], weights[-1])
 
 
 # The programs for long measurements.

@@ -179,20 +179,28 @@ def torchvision_transform(
     )
 
 
-def lightly_transform(views: Views, size: int) -> PillowTransform:
+def lightly_transform(
+    views: Views, size: int, mean: Sequence[float] = MEAN, std: Sequence[float] = STD
+) -> PillowTransform:
     """Build the transform of one view with lightly, whose defaults are SimSiam's.
 
     Args:
-        views: The parameters of the view; only the blur is passed on.
+        views: The parameters of the view; the smallest crop and the blur are passed on.
         size: The side of the view in pixels.
+        mean: Mean of each channel.
+        std: Standard deviation of each channel.
 
     Returns:
         Maps a Pillow image to (3, size, size) float32.
     """
     from lightly.transforms.simsiam_transform import SimSiamViewTransform
 
-    normalize = {"mean": list(MEAN), "std": list(STD)}
-    return SimSiamViewTransform(input_size=size, gaussian_blur=views.blur, normalize=normalize)
+    return SimSiamViewTransform(
+        input_size=size,
+        min_scale=views.crop_min,
+        gaussian_blur=views.blur,
+        normalize={"mean": list(mean), "std": list(std)},
+    )
 
 
 class JpegDataset(Dataset):

@@ -1,13 +1,15 @@
-"""SimSiam in a plain loop, as a user of lightly writes it after the example in its documentation.
+"""SimSiam in a plain loop, as a user of lightly writes it after the documentation.
 
-Modules, loss and transform are lightly's where it is installed; otherwise the same layers and
-operations of torch and torchvision, which `MODULES` says. The network is that of the other
-contestants.
+Heads, optimizer, batches and views are those of SimSiam in lightly's benchmark on CIFAR-10
+(docs/source/getting_started/benchmarks). Its shorter example has SGD without momentum and hardly
+learns in so few epochs. Modules, loss and transform are lightly's where it is installed; otherwise
+the same layers and operations of torch and torchvision, which `MODULES` says. The network is that
+of the other contestants.
 """
 
 import io
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -17,11 +19,13 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from simsiam.config.method import Views
 from simsiam.config.recipes import ResolvedRecipe
 from simsiam.data.images import Images
 from simsiam.laboratory.bench_cases import (
     PillowTransform,
     is_installed,
+    lightly_transform,
     torchvision_transform,
 )
 from simsiam.model.backbones import feature_dim
@@ -31,13 +35,15 @@ from simsiam.runs.run_folder import read_checkpoint
 from simsiam.utils.files import atomic_write
 from simsiam.utils.workers import CPU_CORES
 
-# Of the example in lightly's documentation.
-PROJECTION, PREDICTION, LEARNING_RATE, WORKERS = (512, 128), 64, 0.06, 8
+# Of lightly's benchmark on CIFAR-10.
+DIM, HIDDEN, BATCH_SIZE, WORKERS = 2048, 512, 128, 8
+LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 0.06, 0.9, 5e-4
+VIEWS = Views(crop_min=0.08, blur=0.0)
 MODULES = "lightly" if is_installed("lightly.models.modules") else "torch and torchvision"
 
 
 class PlainSimSiam(nn.Module):
-    """The model of lightly's example, on any backbone.
+    """The model of lightly's benchmark, on any backbone.
 
     Args:
         backbone: Images (N, C, H, W) to h (N, backbone.dim).
@@ -46,25 +52,29 @@ class PlainSimSiam(nn.Module):
     def __init__(self, backbone: nn.Module):
         super().__init__()
         self.backbone = backbone
-        width, (hidden, out) = feature_dim(backbone), PROJECTION
+        width = feature_dim(backbone)
         if MODULES == "lightly":
-            from lightly.models.modules import SimSiamPredictionHead, SimSiamProjectionHead
+            from lightly.models.modules.heads import ProjectionHead, SimSiamPredictionHead
 
-            self.projection_head = SimSiamProjectionHead(width, hidden, out)
-            self.prediction_head = SimSiamPredictionHead(out, PREDICTION, out)
+            self.projection_head = ProjectionHead(
+                [
+                    (width, DIM, nn.BatchNorm1d(DIM), nn.ReLU()),
+                    (DIM, DIM, nn.BatchNorm1d(DIM), None),
+                ]
+            )
+            self.prediction_head = SimSiamPredictionHead(DIM, HIDDEN, DIM)
         else:
             self.projection_head = nn.Sequential(
-                *(nn.Linear(width, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU()),
-                *(nn.Linear(hidden, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU()),
-                *(nn.Linear(hidden, out, bias=False), nn.BatchNorm1d(out, affine=False)),
+                *(nn.Linear(width, DIM, bias=False), nn.BatchNorm1d(DIM), nn.ReLU()),
+                *(nn.Linear(DIM, DIM, bias=False), nn.BatchNorm1d(DIM)),
             )
             self.prediction_head = nn.Sequential(
-                *(nn.Linear(out, PREDICTION, bias=False), nn.BatchNorm1d(PREDICTION), nn.ReLU()),
-                nn.Linear(PREDICTION, out),
+                *(nn.Linear(DIM, HIDDEN, bias=False), nn.BatchNorm1d(HIDDEN), nn.ReLU()),
+                nn.Linear(HIDDEN, DIM),
             )
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return z without gradient and p, (N, 128) each, of views x (N, C, H, W)."""
+        """Return z without gradient and p, (N, 2048) each, of views x (N, C, H, W)."""
         z = self.projection_head(self.backbone(x))
         return z.detach(), self.prediction_head(z)
 
@@ -79,62 +89,25 @@ def plain_criterion() -> Callable[[Tensor, Tensor], Tensor]:
     return lambda a, b: -F.cosine_similarity(a, b).mean()
 
 
-def two_views(recipe: ResolvedRecipe) -> Callable[[Image.Image], Sequence[Tensor]]:
-    """Return what makes two views of an image: lightly's transform, or the recipe's in torchvision.
-
-    Args:
-        recipe: Gives the side of a view, mean and standard deviation.
-    """
-    size, views = recipe.image_size, recipe.method.views[0]
-    if MODULES == "lightly":
-        from lightly.transforms import SimSiamTransform
-
-        normalize = {"mean": list(recipe.mean), "std": list(recipe.std)}
-        transform: Callable[[Image.Image], Sequence[Tensor]] = SimSiamTransform(
-            input_size=size, normalize=normalize
-        )
-        return transform
-    return TwoViews(torchvision_transform(views, size, recipe.mean, recipe.std))
-
-
-class TwoViews:
-    """A transform, applied twice.
-
-    Args:
-        transform: Makes a view.
-    """
-
-    def __init__(self, transform: PillowTransform):
-        self.transform = transform
-
-    def __call__(self, image: Image.Image) -> Sequence[Tensor]:
-        """Return two views of an image."""
-        return self.transform(image), self.transform(image)
-
-
 class ImageFiles(Dataset):
     """Two views of each image, made anew from its file each time.
 
     Args:
         files: Paths or contents of image files.
-        transform: Makes the views.
+        transform: Makes a view.
     """
 
-    def __init__(
-        self,
-        files: list[str | bytes],
-        transform: Callable[[Image.Image], Sequence[Tensor]],
-    ):
+    def __init__(self, files: list[str | bytes], transform: PillowTransform):
         self.files, self.transform = files, transform
 
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, i: int) -> Sequence[Tensor]:
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
         file = self.files[i]
         with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as opened:
             image = opened.convert("RGB")
-        return self.transform(image)
+        return self.transform(image), self.transform(image)
 
 
 def image_files(images: Images) -> list[str | bytes]:
@@ -165,7 +138,7 @@ def train_plain_loop(
     """Train, and measure after each epoch; goes on after the last epoch that is saved.
 
     Args:
-        recipe: Gives network, views, size of a batch, epochs and seed.
+        recipe: Gives network, side of a view, mean and standard deviation, epochs and seed.
         images: The training images.
         measure: Computes the kNN accuracy of a backbone in percent; its time does not count.
         state_file: Where the state is kept.
@@ -180,19 +153,26 @@ def train_plain_loop(
     model = PlainSimSiam(backbone).to(compute.device)
     if fast:
         compute.place(model)
+    make_transform = lightly_transform if MODULES == "lightly" else torchvision_transform
+    transform = make_transform(VIEWS, recipe.image_size, recipe.mean, recipe.std)
     loader = DataLoader(
-        ImageFiles(image_files(images), two_views(recipe)),
-        batch_size=recipe.batch_size,
+        ImageFiles(image_files(images), transform),
+        batch_size=BATCH_SIZE,
         shuffle=True,
         drop_last=True,
         num_workers=min(WORKERS, CPU_CORES),
     )
     criterion = plain_criterion()
-    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY
+    )
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recipe.epochs)
     curve = [(0.0, measure(backbone))]
     if state_file.exists():
         state = read_checkpoint(state_file)
         model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
         curve = [(seconds, accuracy) for seconds, accuracy in state["curve"]]
     for epoch in range(len(curve) - 1, recipe.epochs):
         torch.manual_seed(1000 * recipe.seed + epoch)
@@ -205,8 +185,15 @@ def train_plain_loop(
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
+        schedule.step()
         seconds = curve[-1][0] + time.monotonic() - begun
         curve.append((seconds, measure(backbone)))
+        state = {
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "schedule": schedule.state_dict(),
+            "curve": curve,
+        }
         with atomic_write(state_file) as part:
-            torch.save({"model": model.state_dict(), "curve": curve}, part)
+            torch.save(state, part)
     return curve
