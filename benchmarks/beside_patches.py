@@ -9,13 +9,14 @@ a file in results/beside_patches/cells; what is there is not measured again. `--
 the page.
 """
 
-import argparse
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from cells import argument_parser, measure_once, write_page
 
 from simsiam.data.images import Images, load_into_memory, sample
 from simsiam.model.encoder import join_features
@@ -27,7 +28,6 @@ from simsiam.runs.encoder import eval_transform, load
 from simsiam.runs.run_folder import Run
 from simsiam.sources.open_source import open_source
 from simsiam.training.prepare import prepare_data
-from simsiam.utils.files import atomic_write
 
 OUT = Path(__file__).parents[1] / "results" / "beside_patches"
 WEIGHTS = (0.25, 0.5, 1.0, 2.0, 4.0)  # of the cosine of patches, relative to that of the network
@@ -81,7 +81,7 @@ def row(path: str, source: str) -> dict[str, Any]:
     }
 
 
-def write_page() -> None:
+def make_page() -> None:
     """Write README.md from the cells that are there."""
     rows = [json.loads(path.read_text()) for path in sorted((OUT / "cells").glob("*.json"))]
     gains = [row["joined"]["1.0"] - max(row["network"], row["patches"]) for row in rows]
@@ -109,31 +109,20 @@ def write_page() -> None:
             f"| {row['set']} | {row['run']} | {row['method']} | {row['images_seen']:,} | "
             f"{row['n']} | {row['network']:.1f} | {row['patches']:.1f} | {' | '.join(cells)} |"
         )
-    with atomic_write(OUT / "README.md") as part:
-        part.write_text("\n".join(lines) + "\n")
+    write_page(OUT, lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure what is missing, and write the page."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     parser.add_argument("runs", nargs="*", metavar="RUN SOURCE")
-    parser.add_argument("--page", action="store_true")
     options = parser.parse_args(arguments)
     if len(options.runs) % 2:
         parser.error("give a SOURCE after each RUN")
-    (OUT / "cells").mkdir(parents=True, exist_ok=True)
-    for path, source in zip(options.runs[::2], options.runs[1::2]):
+    for path, source in () if options.page else zip(options.runs[::2], options.runs[1::2]):
         name = f"{Path(source).name.partition('.')[0]}-{Path(path).name.replace(' ', '_')}"
-        cell = OUT / "cells" / f"{name}.json"
-        if options.page or cell.exists():
-            continue
-        with atomic_write(cell) as part:
-            part.write_text(json.dumps(row(path, source)) + "\n")
-        print(name, flush=True)
-        write_page()
-    write_page()
+        measure_once(OUT / "cells" / f"{name}.json", partial(row, path, source))
+    make_page()
 
 
 if __name__ == "__main__":

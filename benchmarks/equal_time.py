@@ -11,20 +11,16 @@ the command can be stopped and started at any time. Start it with OMP_NUM_THREAD
 one core. `--page` writes only the page.
 """
 
-import argparse
 import json
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
+from cells import argument_parser, measure_once, train_or_resume, write_page
 
 from simsiam.laboratory.time_to_accuracy.race import mean_and_spread
-from simsiam.runs.run_folder import Run
-from simsiam.training.launch import pretrain, resume
-from simsiam.utils.files import atomic_write
 
 RESULTS = Path(__file__).parents[1] / "results"
 RESNET18 = {"backbone": "resnet18", "width": 32, "image_size": 64, "stem": "small"}
@@ -60,26 +56,21 @@ COMPARISONS = {
 
 
 def train(
-    source: str, way: Mapping[str, Any], seed: int, minutes: float, run: Path
+    source: str, name: str, way: Mapping[str, Any], seed: int, minutes: float, run: Path
 ) -> dict[str, Any]:
     """Train a run, or the rest of it, and return what its page shows."""
-    start, resumed = time.monotonic(), (run / "recipe.yaml").exists()
-    if resumed:
-        resume(run, source=source, logger="none")
-    else:
-        pretrain(source, out=run, minutes=minutes, logger="none", seed=seed, **way)
-    summary, recipe = Run(run).json("summary.json"), Run(run).recipe
+    trained = train_or_resume(source, run, minutes=minutes, seed=seed, **way)
+    summary, recipe = trained.json("summary.json"), trained.recipe
     return {
         "image_size": recipe.image_size, "width": recipe.width, "stem": recipe.stem,
         "batch_size": recipe.batch_size,
-        "set": Path(source).name, "seed": seed, "minutes": minutes,
-        "threads": torch.get_num_threads(), "knn": summary["knn_top1"]["last"],
-        "steps": summary["steps"], "epochs": summary["epochs"], "verdict": summary["verdict"],
-        "seconds": None if resumed else round(time.monotonic() - start),
+        "set": Path(source).name, "method": name, "seed": seed, "minutes": minutes,
+        "knn": summary["knn_top1"]["last"], "steps": summary["steps"],
+        "epochs": summary["epochs"], "verdict": summary["verdict"],
     }  # fmt: skip
 
 
-def write_page(out: Path, name: str) -> None:
+def make_page(out: Path, name: str) -> None:
     """Write the table of all sets, with the least difference of the two ways."""
     rows = [json.loads(path.read_text()) for path in sorted((out / "cells").glob("*.json"))]
     comparison = COMPARISONS[name]
@@ -107,40 +98,29 @@ def write_page(out: Path, name: str) -> None:
             f"| {source} | {minutes:g} | {threads} | {len(seeds)} | {mean_and_spread(first)} | "
             f"{mean_and_spread(second)} | {least:+.1f} |"
         )
-    with atomic_write(out / "README.md") as part:
-        part.write_text("\n".join(lines) + "\n")
+    write_page(out, lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train what is missing, and write the page."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     parser.add_argument("comparison", choices=COMPARISONS)
     parser.add_argument("sources", nargs="*", metavar="SOURCE")
     parser.add_argument("--minutes", type=float, default=20)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--runs", type=Path)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--page", action="store_true")
     options = parser.parse_args(arguments)
     comparison = COMPARISONS[options.comparison]
     out = options.out or comparison.folder
     runs = options.runs or Path("runs") / options.comparison
-    (out / "cells").mkdir(parents=True, exist_ok=True)
     for seed in range(0 if options.page else options.seeds):
         for source in options.sources:
             for name, way in comparison.ways.items():
                 cell = f"{Path(source).name}-{name}-{options.minutes:g}-{seed}"
-                path = out / "cells" / f"{cell}.json"
-                if path.exists():
-                    continue
-                row = train(source, way, seed, options.minutes, runs / cell) | {"method": name}
-                with atomic_write(path) as part:
-                    part.write_text(json.dumps(row) + "\n")
-                print(f"{cell}: {row['knn']} % ({row['verdict']})", flush=True)
-                write_page(out, options.comparison)
-    write_page(out, options.comparison)
+                measure = partial(train, source, name, way, seed, options.minutes, runs / cell)
+                measure_once(out / "cells" / f"{cell}.json", measure)
+    make_page(out, options.comparison)
 
 
 if __name__ == "__main__":

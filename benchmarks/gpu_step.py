@@ -24,7 +24,7 @@ from simsiam.model.precision import Compute, pick_device
 from simsiam.runs.environment import collect_environment
 from simsiam.training.prepare import build_training_setup
 from simsiam.training.step import GradientStep, build_gradient_step
-from simsiam.utils.files import atomic_write
+from simsiam.utils.files import write_text
 
 RESULT = Path(__file__).resolve().parents[1] / "results" / "gpu_step.json"
 STEPS = 40
@@ -109,8 +109,7 @@ def main() -> None:
         "variants": variants,
         "convolutions": round(share, 2),
     }
-    with atomic_write(RESULT) as part:
-        part.write_text(json.dumps(report, indent=1) + "\n")
+    write_text(RESULT, json.dumps(report, indent=1) + "\n")
 
 
 def seconds(work: Iterator[Any]) -> float:

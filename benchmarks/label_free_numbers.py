@@ -13,15 +13,15 @@ is there is not measured again. The page has Spearman's correlation of each numb
 score, and would choose by another number.
 """
 
-import argparse
 import json
-import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from cells import argument_parser, measure_once, write_page
 from six_sets import SETS, whitened
 from torch import Tensor, nn
 
@@ -55,7 +55,7 @@ from simsiam.runs.run_folder import Run
 from simsiam.runs.weights import open_weights
 from simsiam.sources.open_source import open_source
 from simsiam.training.adaptation.adapt import closed_form_candidates
-from simsiam.utils.files import atomic_write
+from simsiam.utils.files import write_text
 
 OUT = Path(__file__).parents[1] / "results" / "label_free_numbers"
 DECISIONS = OUT / "decisions.json"
@@ -148,7 +148,7 @@ def measure_set(name: str, source_name: str, runs: Path) -> dict[str, object]:
         runs: Where the networks are trained.
 
     Returns:
-        For each representation its kNN accuracy and all numbers.
+        "rows": for each representation its kNN accuracy and all numbers.
     """
     train = open_source(source_name).train
     compute = Compute.pick("cpu")
@@ -172,7 +172,7 @@ def measure_set(name: str, source_name: str, runs: Path) -> dict[str, object]:
             "score": round(candidate.score, 4),
             **numbers,
         }
-    return rows
+    return {"rows": rows}
 
 
 def trained_candidate(
@@ -300,7 +300,7 @@ def decision_lines() -> list[str]:
     return lines
 
 
-def write_page() -> None:
+def make_page() -> None:
     """Write README.md from the sets that are there."""
     files = [path for path in sorted(OUT.glob("*.json")) if path != DECISIONS]
     sets = {path.stem: json.loads(path.read_text())["rows"] for path in files}
@@ -327,41 +327,26 @@ def write_page() -> None:
         cells = " | ".join(f"{value:.2f}" for value in (*values, min(values)))
         lines.append(f"| {number} | {cells} |")
     lines += decision_lines()
-    with atomic_write(OUT / "README.md") as part:
-        part.write_text("\n".join(lines) + "\n")
+    write_page(OUT, lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure the sets that are missing, and write the page."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     parser.add_argument("data", type=Path)
     parser.add_argument("--sets", nargs="+", default=["shapes", *SETS])
     parser.add_argument("--runs", type=Path, default=Path("runs/label_free_numbers"))
     parser.add_argument("--decisions", action="store_true")
-    parser.add_argument("--page", action="store_true")
     options = parser.parse_args(arguments)
-    OUT.mkdir(parents=True, exist_ok=True)
     for name in options.sets if options.decisions else ():
         found = json.loads(DECISIONS.read_text()) if DECISIONS.exists() else {}
         source = name if name == "shapes" else str(options.data / SETS[name])
         found[name] = decide(source, options.runs / f"{name}.pt")
-        with atomic_write(DECISIONS) as part:
-            part.write_text(json.dumps(found, indent=1) + "\n")
+        write_text(DECISIONS, json.dumps(found, indent=1) + "\n")
     for name in () if options.page or options.decisions else options.sets:
-        path = OUT / f"{name}.json"
-        if path.exists():
-            continue
-        start = time.monotonic()
         source = name if name == "shapes" else str(options.data / SETS[name])
-        rows = measure_set(name, source, options.runs)
-        with atomic_write(path) as part:
-            content = {"rows": rows, "seconds": round(time.monotonic() - start)}
-            part.write_text(json.dumps(content, indent=1) + "\n")
-        print(path.name, f"{content['seconds']} s", flush=True)
-        write_page()
-    write_page()
+        measure_once(OUT / f"{name}.json", partial(measure_set, name, source, options.runs))
+    make_page()
 
 
 if __name__ == "__main__":

@@ -16,14 +16,15 @@ time. `--page` writes only the page and its figures.
 
 import argparse
 import json
-import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
 import torch
+from cells import argument_parser, measure_once, train_or_resume, write_page
 from torch import Tensor
 
 from simsiam.config.recipes import ResolvedRecipe, shapes_recipe
@@ -46,9 +47,7 @@ from simsiam.runs.encoder import eval_transform
 from simsiam.runs.run_folder import Run
 from simsiam.sources.open_source import open_source
 from simsiam.sources.shapes import draw_factors
-from simsiam.training.launch import pretrain, resume
 from simsiam.training.prepare import build_training_setup
-from simsiam.utils.files import atomic_write
 
 BASE = {"weight_decay": 1e-4}  # section 3; the recipe has more
 SIMCLR = {"method": "simclr", **TINY.method_overrides["simclr"]}
@@ -101,14 +100,10 @@ def train(source: str, cell: str, seed: int, steps: int, every: int, runs: Path)
     if cell in BEGINS_AFTER:
         before = train(source, BEGINS_AFTER[cell], seed, steps // 4, every, runs)
         settings |= {"init": str(before[0].path), "steps": steps - steps // 4}
-    if (path / "recipe.yaml").exists():
-        resume(path, source=source, logger="none")
-    else:
-        batch_size = int(str(settings.get("batch_size", shapes_recipe()["batch_size"])))
-        per_epoch = max(1, len(open_source(source).train) // batch_size)
-        settings |= {"save_every": max(1, every // per_epoch)}
-        pretrain(source, out=path, recipe="shapes", logger="none", **settings)  # type: ignore[arg-type]
-    return [*before, Run(path)]
+    batch_size = int(str(settings.get("batch_size", shapes_recipe()["batch_size"])))
+    per_epoch = max(1, len(open_source(source).train) // batch_size)
+    settings |= {"save_every": max(1, every // per_epoch)}
+    return [*before, train_or_resume(source, path, recipe="shapes", **settings)]
 
 
 def probe_targets(source: str, split: str, images: Images) -> dict[str, np.ndarray]:
@@ -244,6 +239,18 @@ def measure_runs(runs: Sequence[Run], source: str) -> list[dict[str, object]]:
     return rows
 
 
+def measure_cell(options: argparse.Namespace, cell: str, seed: int) -> dict[str, object]:
+    """Train a cell with a seed, and measure it."""
+    runs = train(options.source, cell, seed, options.steps, options.steps // 4, options.runs)
+    return {
+        "source": Path(options.source).name,
+        "cell": cell,
+        "seed": seed,
+        "points": measure_runs(runs, options.source),
+        "settings": CELLS[cell],
+    }
+
+
 Cells = dict[str, dict[int, dict[str, Any]]]  # what was measured, by cell and seed
 
 
@@ -362,7 +369,7 @@ def _last(seeds: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:
     return [content["points"][-1] for content in seeds.values()]
 
 
-def write_page(out: Path) -> None:
+def make_page(out: Path) -> None:
     """Write the page and its figures from what was measured."""
     sources = read_cells(out / "cells")
     shapes = sources.pop("shapes")
@@ -384,47 +391,26 @@ def write_page(out: Path) -> None:
     ]  # fmt: skip
     for source, cells in sources.items():
         lines += ["", f"The same settings on `{source}`:", "", *make_table(cells)]
-    reading = out / "README.reading.md"
-    if reading.exists():
-        lines += ["", reading.read_text().rstrip()]
-    with atomic_write(out / "README.md") as part:
-        part.write_text("\n".join(lines) + "\n")
+    write_page(out, lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train and measure the cells that are missing, then write the page."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     parser.add_argument("--source", default="shapes")
     parser.add_argument("--steps", type=int, default=868)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--cells", nargs="+", default=list(CELLS), choices=list(CELLS))
     parser.add_argument("--runs", type=Path, default=Path("runs/plateau"))
     parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--page", action="store_true")
     options = parser.parse_args(arguments)
-    folder = options.out / "cells"
-    folder.mkdir(parents=True, exist_ok=True)
     for seed in range(0 if options.page else options.seeds):
         for cell in options.cells:
             name = Path(options.source).name
             prefix = "" if name == "shapes" else f"{name}-"
-            path = folder / f"{prefix}{cell.replace(' ', '_')}-{seed}.json"
-            if path.exists():
-                continue
-            start = time.monotonic()
-            steps = options.steps
-            runs = train(options.source, cell, seed, steps, steps // 4, options.runs)
-            content = {"source": name, "cell": cell, "seed": seed}
-            content["points"] = measure_runs(runs, options.source)
-            seconds = round(time.monotonic() - start)
-            content |= {"settings": CELLS[cell], "seconds": seconds}
-            with atomic_write(path) as part:
-                part.write_text(json.dumps(content) + "\n")
-            print(path.name, f"{seconds} s", flush=True)
-            write_page(options.out)
-    write_page(options.out)
+            path = options.out / "cells" / f"{prefix}{cell.replace(' ', '_')}-{seed}.json"
+            measure_once(path, partial(measure_cell, options, cell, seed))
+    make_page(options.out)
 
 
 if __name__ == "__main__":

@@ -11,15 +11,15 @@ OMP_NUM_THREADS=1. `--page` writes only the page. Accuracies are kNN with k = 20
 the test split (val of Imagenette).
 """
 
-import argparse
 import json
-import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from cells import argument_parser, measure_once, write_page
 from torch import Tensor, nn
 
 import simsiam
@@ -45,7 +45,6 @@ from simsiam.runs.run_folder import Run
 from simsiam.runs.weights import open_weights
 from simsiam.sources.open_source import Source, open_source
 from simsiam.training.adaptation.adapt import closed_form_candidates
-from simsiam.utils.files import atomic_write
 
 OUT = Path(__file__).parents[1] / "results" / "six_sets"
 SETS = {
@@ -104,7 +103,7 @@ class Pixels(nn.Module):
         return F.adaptive_avg_pool2d(x, 16).flatten(1)
 
 
-def closed_forms(source: Source, seed: int) -> dict[str, object]:
+def closed_forms(source: str, seed: int) -> dict[str, object]:
     """Measure everything that needs no training, with one sample, and the choices made on it.
 
     Args:
@@ -115,7 +114,7 @@ def closed_forms(source: Source, seed: int) -> dict[str, object]:
         For each candidate its accuracy, its label-free score and which test images are right; and
         the table of the choice.
     """
-    train, test = splits(source)
+    train, test = splits(open_source(source))
     compute = Compute.pick("cpu")
     run = Run(open_weights("lite0"))
     transform = eval_transform(run.recipe)
@@ -230,7 +229,7 @@ def splits(source: Source) -> tuple[Images, Images]:
     return sample(source.train, MAX_TRAIN), sample(test, MAX_TEST)
 
 
-def write_page(cells: Path) -> None:
+def make_page(cells: Path) -> None:
     """Write README.md from the cells that are there."""
     found = {path.stem: json.loads(path.read_text()) for path in sorted(cells.glob("*.json"))}
     names = [name for name in SETS if any(key.startswith(f"{name}-") for key in found)]
@@ -272,8 +271,7 @@ def write_page(cells: Path) -> None:
         lines.append(f"| {row} | " + " | ".join(text) + " |")
     for part in (decisions(found), gains_over_unchanged(found)):
         lines += ["", *part] if part else []
-    with atomic_write(OUT / "README.md") as part:
-        part.write_text("\n".join(lines) + "\n")
+    write_page(OUT, lines)
 
 
 def gains_over_unchanged(found: dict[str, dict]) -> list[str]:
@@ -334,38 +332,24 @@ def decisions(found: dict[str, dict]) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure the cells that are missing."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     parser.add_argument("data", type=Path)
     parser.add_argument("--sets", nargs="+", default=list(SETS))
     parser.add_argument("--cells", nargs="+", default=list(CELLS))
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--runs", type=Path, default=Path("runs/six_sets"))
-    parser.add_argument("--page", action="store_true")
     options = parser.parse_args(arguments)
     cells = OUT / "cells"
-    cells.mkdir(parents=True, exist_ok=True)
     for seed in range(0 if options.page else options.seeds):
         for name in options.sets:
             for kind in options.cells:
                 path, source = cells / f"{name}-{kind}-{seed}.json", str(options.data / SETS[name])
-                if path.exists():
-                    continue
-                start = time.monotonic()
                 if kind == "closed_forms":
-                    content = closed_forms(open_source(source), seed)
+                    measure_once(path, partial(closed_forms, source, seed))
                 else:
-                    content = trained(kind, name, options.runs / path.stem, source, seed)
-                content |= {
-                    "seconds": round(time.monotonic() - start),
-                    "threads": torch.get_num_threads(),
-                }
-                with atomic_write(path) as part:
-                    part.write_text(json.dumps(content, indent=1) + "\n")
-                print(path.name, f"{content['seconds']} s", flush=True)
-                write_page(cells)
-    write_page(cells)
+                    run = options.runs / path.stem
+                    measure_once(path, partial(trained, kind, name, run, source, seed))
+    make_page(cells)
 
 
 if __name__ == "__main__":

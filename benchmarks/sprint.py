@@ -23,12 +23,11 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+from cells import measure_once, train_or_resume, write_page
+
 from simsiam.config.method import SECOND_ENCODER_TARGETS
 from simsiam.config.recipes import Recipe
 from simsiam.runs.compose import compose_recipe
-from simsiam.runs.run_folder import Run
-from simsiam.training.launch import pretrain, resume
-from simsiam.utils.files import atomic_write
 
 OUT = Path(__file__).parents[1] / "results" / "sprint"
 Settings = dict[str, Any]
@@ -120,17 +119,14 @@ def train(
     images -= min(images // 10, 5000)
     steps = max(2, round(epochs * images / recipe.batch_size / cost(recipe)))
     settings |= {"steps": steps, "knn_every": 10**6, "log_every": max(1, steps // 20)}
-    if (run / "recipe.yaml").exists():
-        resume(run, source=source, logger="none")
-    else:
-        pretrain(source, out=run, logger="none", **settings)
-    summary, trained = Run(run).json("summary.json"), Run(run).recipe
+    trained = train_or_resume(source, run, **settings)
+    summary = trained.json("summary.json")
     return {
         "knn": summary["knn_top1"]["last"],
         "verdict": summary["verdict"],
         "steps": steps,
-        "images": steps * trained.batch_size,
-        "seconds": summary["training_seconds"],
+        "images": steps * trained.recipe.batch_size,
+        "training_seconds": summary["training_seconds"],
     }
 
 
@@ -139,16 +135,17 @@ def try_choice(options: argparse.Namespace, choice: Choice) -> float:
     source = Path(options.source).name
     key = json.dumps([choice, source, options.limit], sort_keys=True)
     name = f"{options.epochs}-{blake2b(key.encode(), digest_size=4).hexdigest()}"
-    path = options.out / "cells" / f"{name}.json"
-    if not path.exists():
-        run = options.runs / name
-        content = train(options.source, choice, options.epochs, options.limit, run)
-        content |= {"choice": choice, "settings": settings_of(choice), "epochs": options.epochs}
-        content |= {"source": source, "limit": options.limit}
-        with atomic_write(path) as part:
-            part.write_text(json.dumps(content) + "\n")
-        print(f"{describe(choice)}: {content['knn']} %", flush=True)
-    return float(json.loads(path.read_text())["knn"])
+
+    def measure() -> dict[str, object]:
+        return train(options.source, choice, options.epochs, options.limit, options.runs / name) | {
+            "choice": choice,
+            "settings": settings_of(choice),
+            "epochs": options.epochs,
+            "source": source,
+            "limit": options.limit,
+        }
+
+    return float(measure_once(options.out / "cells" / f"{name}.json", measure)["knn"])
 
 
 def as_text(settings: Settings) -> str:
@@ -191,12 +188,7 @@ def search(options: argparse.Namespace) -> Choice:
                 mark = "kept" if kept.get(cell) == value else ""
                 lines.append(f"| {cell} | {as_text(CELLS[cell][value])} | {score:.1f} | {mark} |")
             best = change(best, kept)
-            page = [*lines, "", f"Best so far: {describe(best)}."]
-            reading = options.out / "README.reading.md"
-            if reading.exists():
-                page += ["", reading.read_text().rstrip()]
-            with atomic_write(options.out / "README.md") as part:
-                part.write_text("\n".join(page) + "\n")
+            write_page(options.out, [*lines, "", f"Best so far: {describe(best)}."])
     return best
 
 
@@ -212,7 +204,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/sprint"))
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args(arguments)
-    (options.out / "cells").mkdir(parents=True, exist_ok=True)
     print(f"best: {json.dumps(NETWORK | settings_of(search(options)))}")
 
 

@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 
 from simsiam.runs.run_folder import Run
-from simsiam.utils.files import atomic_write, write_csv
+from simsiam.utils.files import write_csv, write_text
 
 EACH, COPIES, LABELS = 200, 20, 5  # images per class; copies in all; labels per class
 TRAINING = [
@@ -155,10 +155,8 @@ def main() -> None:
         "commit": environment["commit"],
         "python": platform.python_version(),
     }
-    with atomic_write(out) as part:
-        part.write_text(
-            json.dumps({"machine": machine, "judged": judgment, "verbs": verbs}, indent=1) + "\n"
-        )
+    report = {"machine": machine, "judged": judgment, "verbs": verbs}
+    write_text(out, json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

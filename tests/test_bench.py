@@ -269,8 +269,23 @@ def test_the_plain_loop_is_simsiam_and_continues_after_the_last_epoch(tmp_path, 
 
 
 @pytest.fixture
-def program():
-    return lambda name: runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / f"{name}.py"))
+def program(monkeypatch):
+    folder = Path(__file__).parents[1] / "benchmarks"
+    monkeypatch.syspath_prepend(folder)
+    return lambda name: runpy.run_path(str(folder / f"{name}.py"))
+
+
+def test_a_cell_is_measured_once_and_a_page_ends_with_its_reading(program, tmp_path):
+    cells, calls = program("cells"), []
+    for _ in range(2):
+        content = cells["measure_once"](
+            tmp_path / "cells" / "a.json", lambda: calls.append(1) or {"knn": 50.0}
+        )
+        assert content.keys() == {"knn", "seconds", "threads"} and content["knn"] == 50
+    assert len(calls) == 1
+    (tmp_path / "README.reading.md").write_text("It learns.\n")
+    cells["write_page"](tmp_path, ["# Cells"])
+    assert (tmp_path / "README.md").read_text() == "# Cells\n\nIt learns.\n"
 
 
 def test_the_gains_are_the_eigenvalues_of_a_predictor_that_is_aligned(program):
