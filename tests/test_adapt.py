@@ -137,6 +137,8 @@ def test_a_trained_network_goes_beside_patches_and_again_if_that_is_adapted(tmp_
     expected = torch.cosine_similarity(h[:1], h) + torch.cosine_similarity(p[:1], p)
     features = encoder(x)
     torch.testing.assert_close(torch.cosine_similarity(features[:1], features), expected / 2)
+    records = simsiam.evaluate(path, protocols=["knn"], baselines=False, limit=60)
+    assert [record["features"] for record in records] == ["h", "h beside patches"]
 
 
 def test_fitting_never_sees_the_images_held_out(sample):
@@ -155,13 +157,7 @@ def test_fitting_never_sees_the_images_held_out(sample):
 def test_labels_are_not_used_to_choose(sample, branches):
     shuffled = sample._replace(labels=sample.labels.flip(0))
     for branch in branches:
-        one, other = (
-            map_candidate(branch, s)
-            for s in (
-                sample,
-                shuffled,
-            )[:2]
-        )
+        one, other = (map_candidate(branch, s) for s in (sample, shuffled))
         assert torch.equal(one.agreement, other.agreement) and one.knn_top1 != other.knn_top1
 
 

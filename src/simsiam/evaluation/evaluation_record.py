@@ -9,9 +9,12 @@ from rich.console import Console
 from rich.table import Table
 
 from simsiam.distributed.process_group import rank, rank_zero_only
-from simsiam.evaluation.frozen import UNTRAINED_NETWORK, WITH_HEAD
+from simsiam.evaluation.frozen import UNTRAINED_NETWORK, WITH_HEAD, WITH_PATCHES
 from simsiam.runs.run_folder import Run
 from simsiam.utils.files import file_lock
+
+# Kinds of features that are no baselines.
+_OF_THE_RUN = ("h", WITH_HEAD, WITH_PATCHES, "z", "pretrained")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +26,8 @@ class EvaluationRecord:
 
     protocol: str
     name: str = ""  # the parameters in short
-    features: str = ""  # "h", "z", "h after the map", "raw pixels", ...; finetune: "pretrained"
+    # "h", "z", "h after the map", "h beside patches", "raw pixels", ...; finetune: "pretrained"
+    features: str = ""
     parameters: Mapping[str, object] = field(default_factory=dict)
     chosen: Mapping[str, object] = field(default_factory=dict)  # on training images alone
     # top1, top5 in percent, n, interval or top1_std and draws; or label-free signals. In the file
@@ -128,7 +132,7 @@ def print_records(records: Sequence[EvaluationRecord], title: str) -> None:
             record.checkpoint,
             "untrained" if record.features == UNTRAINED_NETWORK else record.features,
             *_format_accuracy(record.metrics),
-            style="bold" if record.features in ("h", WITH_HEAD, "z", "pretrained") else None,
+            style="bold" if record.features in _OF_THE_RUN else None,
         )
     if accuracies:
         console.print(table)

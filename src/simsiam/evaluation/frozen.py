@@ -27,7 +27,8 @@ from simsiam.runs.encoder import (
 from simsiam.runs.run_folder import Run
 from simsiam.sources.open_source import Source
 
-WITH_HEAD = "h after the map"  # a kind of features: those of the whole encoder
+# Kinds of features of the whole encoder: with a map alone, and joined with those of patches.
+WITH_HEAD, WITH_PATCHES = "h after the map", "h beside patches"
 # Kinds of features that the features of a good backbone must beat.
 RAW_PIXELS, UNTRAINED_NETWORK = "raw pixels", "untrained network"
 STANDARDIZATION = "mean 0 and variance 1 / d over all training images, labeled or not"
@@ -163,18 +164,25 @@ class FrozenNetwork:
     def _freeze(self, part: nn.Module) -> nn.Module:
         return self.compute.place(part.eval().requires_grad_(False))
 
+    @property
+    def encoder_kind(self) -> str | None:
+        """WITH_HEAD or WITH_PATCHES, the kind of the encoder's features; None without one."""
+        if self.encoder is None:
+            return None
+        return WITH_HEAD if self.encoder.patches is None else WITH_PATCHES
+
     def network(self, kind: str) -> nn.Module:
         """Build the network that computes a kind of features.
 
         Args:
-            kind: "h", "z", WITH_HEAD, RAW_PIXELS or UNTRAINED_NETWORK.
+            kind: "h", "z", that of the encoder, RAW_PIXELS or UNTRAINED_NETWORK.
 
         Returns:
             A module: normalized images (N, C, size, size) to features (N, d).
         """
         if kind == "h":
             return self.backbone
-        if kind == WITH_HEAD and self.encoder is not None:
+        if kind == self.encoder_kind and self.encoder is not None:
             return self.encoder
         if kind == "z":
             projector = build_projector(self.recipe.method, feature_dim(self.backbone))
@@ -195,7 +203,7 @@ class FrozenNetwork:
         """Compute the features of all images that can be read, once for each kind.
 
         Args:
-            kind: "h", "z", WITH_HEAD, RAW_PIXELS or UNTRAINED_NETWORK.
+            kind: "h", "z", that of the encoder, RAW_PIXELS or UNTRAINED_NETWORK.
 
         Returns:
             The features and the training labels.
@@ -208,7 +216,7 @@ class FrozenNetwork:
         return self._features[kind]
 
     def _extract(self, kind: str) -> FeatureSet:
-        if kind == WITH_HEAD and self.encoder and self.encoder.patches is None:
+        if kind == WITH_HEAD and self.encoder is not None:
             assert self.encoder.head is not None
             return self.features("h").apply(self.encoder.head, self.compute.device)
         network, transform = self.network(kind), eval_transform(self.recipe)
@@ -243,9 +251,9 @@ def feature_kinds(
     Returns:
         The kinds.
     """
-    with_head = (WITH_HEAD,) if settings.features == "h" and frozen.encoder is not None else ()
+    encoder = (frozen.encoder_kind,) if settings.features == "h" and frozen.encoder_kind else ()
     others = (RAW_PIXELS, UNTRAINED_NETWORK) if baselines and settings.baselines else ()
-    return (settings.features, *with_head, *others)
+    return (settings.features, *encoder, *others)
 
 
 def top5_classes(scores: Tensor) -> Tensor:
