@@ -1926,8 +1926,8 @@ MUTATIONS = [
     m(
         "evaluate without the head only",
         "evaluation/frozen",
-        'with_head = (WITH_HEAD,) if settings.features == "h"',
-        'with_head = () if settings.features == "h"',
+        'encoder = (frozen.encoder_kind,) if settings.features == "h"',
+        'encoder = () if settings.features == "h"',
         "encoder.py::test_each_frozen_protocol_adds_a_record_with_the_head",
     ),
     m(
