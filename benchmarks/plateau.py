@@ -30,13 +30,8 @@ from torch import Tensor
 from simsiam.config.recipes import ResolvedRecipe, shapes_recipe
 from simsiam.data.batches import make_training_views
 from simsiam.data.images import Images, sample
-from simsiam.laboratory.drawing import (
-    COLORS,
-    LINE_STYLES,
-    format_axes,
-    new_figure,
-    save_figure,
-)
+from simsiam.evaluation.finetune import line_styles
+from simsiam.laboratory.drawing import format_axes, new_figure, save_figure
 from simsiam.laboratory.scales import TINY
 from simsiam.model.precision import Compute
 from simsiam.model.siamese import Siamese
@@ -280,7 +275,7 @@ def draw_factors_figure(cells: Cells, path: Path) -> None:
     panels = figure.subplots(2, len(FACTORS), sharex=True, sharey=True)
     for row, letter in zip(panels, ("h", "z")):
         for axes, factor in zip(row, FACTORS):
-            for cell, color, dash in zip(("simsiam", "simclr"), COLORS, LINE_STYLES):
+            for cell, (color, dash) in zip(("simsiam", "simclr"), line_styles()):
                 for i, content in enumerate(cells.get(cell, {}).values()):
                     x = [point["step"] for point in content["points"]]
                     y = [point[letter][f"{factor} linear"] for point in content["points"]]
@@ -301,7 +296,7 @@ def draw_spectra_figure(cells: Cells, path: Path) -> None:
         "alignment": "cosine with the direction", "agreement": "correlation of two views",
     }  # fmt: skip
     for axes, (name, label) in zip(figure.subplots(1, 4), quantities.items()):
-        for cell, color, dash in zip(drawn, COLORS, LINE_STYLES):
+        for cell, (color, dash) in zip(drawn, line_styles()):
             for i, content in enumerate(cells.get(cell, {}).values()):
                 y = content["points"][-1]["spectra"][name]
                 note = None if i else cell
@@ -319,12 +314,7 @@ def draw_kinds_figure(cells: Cells, path: Path) -> None:
     figure = new_figure(8, 5)
     axes = figure.subplots()
     drawn = [item for item in cells.items() if len(item[1]) > 1]
-    for i, (cell, seeds) in enumerate(drawn):
-        # The second round of colors has other dashes.
-        color, dash = (
-            COLORS[i % len(COLORS)],
-            LINE_STYLES[(i + i // len(COLORS)) % len(LINE_STYLES)],
-        )
+    for (cell, seeds), (color, dash) in zip(drawn, line_styles()):
         curves = [
             {point["step"]: point["h"]["kind knn"] for point in content["points"]}
             for content in seeds.values()

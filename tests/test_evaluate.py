@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import islice, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from simsiam.data.images import from_arrays
 from simsiam.evaluation import protocol_knn, protocol_linear
 from simsiam.evaluation.evaluate import evaluate
 from simsiam.evaluation.evaluation_record import EvaluationRecord, save_records
-from simsiam.evaluation.finetune import finetune
+from simsiam.evaluation.finetune import finetune, line_styles
 from simsiam.evaluation.frozen import split_train_test
 from simsiam.evaluation.protocol_few_label import (
     logistic_regression,
@@ -437,3 +438,9 @@ def test_a_source_without_labels_and_a_list_of_other_files(run, folder, capsys, 
     (tmp_path / "list").write_text("train_000.png\nstranger.png\n")
     assert main(["evaluate", str(run), "--few-label-list", str(tmp_path / "list")]) == 2
     assert "names 1 files that are not training images: 'stranger.png'" in capsys.readouterr().err
+
+
+def test_the_lines_of_a_figure_differ():
+    pairs = list(islice(line_styles(), 25))
+    assert len(set(pairs)) == 25
+    assert all(a[0] != b[0] and a[1] != b[1] for a, b in pairwise(pairs[:5]))

@@ -13,10 +13,10 @@ import os
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import cycle
+from itertools import count
 from math import isfinite
 from pathlib import Path
-from typing import TypedDict
+from typing import TypeAlias, TypedDict
 
 import numpy as np
 import torch
@@ -53,8 +53,9 @@ from simsiam.utils.files import atomic_write, exclusive_lock, keep_fonts_in_cach
 
 # Colors of Okabe and Ito, which color-blind people can distinguish; with these dash patterns the
 # lines also differ in gray.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
-DASHES = ("-", "--", "-.", ":")
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "black")
+Dash: TypeAlias = str | tuple[int, tuple[int, ...]]  # as matplotlib's `linestyle`
+DASHES: tuple[Dash, ...] = ("-", "--", "-.", ":", (0, (6, 1)))
 MAX_VAL_IMAGES = 5000  # images for the curve, by default a tenth of the labeled ones
 
 
@@ -487,6 +488,13 @@ def write_curve(path: Path, rows: Sequence[Mapping[str, float]]) -> None:
 
 
 @rank_zero_only
+def line_styles() -> Iterator[tuple[str, Dash]]:
+    """Yield a color and a dash pattern for each line of a figure; the first 25 pairs differ."""
+    for shift in count():
+        for i, color in enumerate(COLORS):
+            yield color, DASHES[(i + shift) % len(DASHES)]
+
+
 def plot_accuracy_curves(
     curves: Mapping[str, Sequence[Sequence[float]]],
     path: str | os.PathLike[str],
@@ -515,7 +523,7 @@ def plot_accuracy_curves(
 
     figure = Figure(figsize=(7, 4.5), dpi=200, layout="constrained")
     axes = figure.subplots()
-    for (name, seeds), color, dash in zip(curves.items(), cycle(COLORS), cycle(DASHES)):
+    for (name, seeds), (color, dash) in zip(curves.items(), line_styles()):
         if len({len(curve) for curve in seeds}) != 1:
             raise UsageError(
                 f"the curves of {name!r} differ in epochs: {[len(curve) for curve in seeds]}"
@@ -529,9 +537,8 @@ def plot_accuracy_curves(
         marker = "o" if len(epoch) == 1 else ""
         if len(values) > 1:
             axes.plot(epoch, values.T, color=color, linewidth=0.8, alpha=0.4, marker=marker)
-        axes.plot(
-            epoch, values.mean(0), dash, color=color, linewidth=2.2, marker=marker, label=label
-        )
+        mean = values.mean(0)
+        axes.plot(epoch, mean, ls=dash, c=color, lw=2.2, marker=marker, label=label)
     axes.set(xlabel="epoch", ylabel="validation accuracy (%)", title=title)
     axes.grid(alpha=0.3)
     axes.legend(loc="best")

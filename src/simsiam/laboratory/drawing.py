@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from simsiam.evaluation import finetune
+from simsiam.evaluation.finetune import COLORS, line_styles
 from simsiam.laboratory.claims import MetricValues, SeedValues
 from simsiam.utils.files import atomic_write, keep_fonts_in_cache
 
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLORS = (*finetune.COLORS, "black")
-LINE_STYLES: tuple[Any, ...] = (*finetune.DASHES, (0, (6, 1)))
 MARKERS = ("o", "s", "^", "D", "v")
 METRIC_LABELS = {
     "loss": "training loss",
@@ -49,7 +47,7 @@ def plot_curves(
     for axes, (metric, cells) in zip(
         figure.subplots(1, len(curves), squeeze=False)[0], curves.items()
     ):
-        for (cell, seeds), color, dash in zip(cells.items(), cycle(COLORS), cycle(LINE_STYLES)):
+        for (cell, seeds), (color, dash) in zip(cells.items(), line_styles()):
             ys_at: dict[float, list[float]] = defaultdict(list)
             for curve in seeds:
                 axes.plot(*zip(*curve), color=color, linewidth=0.8, alpha=0.35)
@@ -134,9 +132,7 @@ def plot_accuracy_lines(
     series, paper_ticks = defaultdict[str, list[str]](list), set[int]()
     for cell in values:
         series[cell.rstrip("0123456789").rstrip(" =,")].append(cell)
-    for (name, cells), color, dash, marker in zip(
-        series.items(), cycle(COLORS), cycle(LINE_STYLES), cycle(MARKERS)
-    ):
+    for (name, cells), (color, dash), marker in zip(series.items(), line_styles(), cycle(MARKERS)):
         style = {"color": color, "linestyle": dash, "marker": marker, "label": name}
         means = []
         for cell in cells:

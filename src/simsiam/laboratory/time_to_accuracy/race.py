@@ -9,7 +9,6 @@ import json
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
-from itertools import cycle
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import TypeAlias, cast
@@ -23,7 +22,8 @@ from simsiam.config.recipes import SPRINT, ResolvedRecipe
 from simsiam.data.images import Images, load_into_memory, sample
 from simsiam.data.transform import Transform
 from simsiam.errors import UsageError
-from simsiam.laboratory.drawing import COLORS, LINE_STYLES, format_axes, new_figure, save_figure
+from simsiam.evaluation.finetune import line_styles
+from simsiam.laboratory.drawing import format_axes, new_figure, save_figure
 from simsiam.laboratory.time_to_accuracy.plain_loop import MODULES, train_plain_loop
 from simsiam.model.encoder import Encoder
 from simsiam.model.precision import Compute
@@ -345,7 +345,7 @@ def draw(curves: Mapping[str, Mapping[str, Curve]], path: Path, source: str) -> 
 
     figure = new_figure(7, 4.5)
     axes = figure.subplots()
-    for (name, of_seeds), color, dash in zip(curves.items(), cycle(COLORS), cycle(LINE_STYLES)):
+    for (name, of_seeds), (color, dash) in zip(curves.items(), line_styles()):
         for i, curve in enumerate(of_seeds.values()):
             x, y = [s / 60 for s, _ in curve if s > 0], [a for s, a in curve if s > 0]
             label = None if i else name
