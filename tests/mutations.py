@@ -1931,6 +1931,13 @@ MUTATIONS = [
         "encoder.py::test_each_frozen_protocol_adds_a_record_with_the_head",
     ),
     m(
+        "a sixth line that looks like the first",
+        "evaluation/finetune",
+        "DASHES[(i + shift) % len(DASHES)]",
+        "DASHES[i % len(DASHES)]",
+        "evaluate.py::test_the_lines_of_a_figure_differ",
+    ),
+    m(
         "fine-tune the head",
         "evaluation/finetune",
         "load(run.path, head=False)",
