@@ -40,15 +40,17 @@ def measure_once(path: Path, measure: Callable[[], Mapping[str, Any]]) -> dict[s
 
     Args:
         path: The JSON file.
-        measure: Returns the content; the seconds that it took and the threads are added.
+        measure: Returns the content; what it has no value for is added: "seconds" that it took,
+            and "threads" of torch.
     """
     if not path.exists():
         begun = time.monotonic()
         content = dict(measure())
-        content |= {"seconds": round(time.monotonic() - begun), "threads": torch.get_num_threads()}
+        content.setdefault("seconds", round(time.monotonic() - begun))
+        content.setdefault("threads", torch.get_num_threads())
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(content) + "\n")
-        print(f"{path.stem}: {content['seconds']} s", flush=True)
+        print(f"{path.stem} is measured", flush=True)
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return found
 

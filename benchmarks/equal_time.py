@@ -59,6 +59,7 @@ def train(
     source: str, name: str, way: Mapping[str, Any], seed: int, minutes: float, run: Path
 ) -> dict[str, Any]:
     """Train a run, or the rest of it, and return what its page shows."""
+    resumed = (run / "recipe.yaml").exists()
     trained = train_or_resume(source, run, minutes=minutes, seed=seed, **way)
     summary, recipe = trained.json("summary.json"), trained.recipe
     return {
@@ -67,6 +68,7 @@ def train(
         "set": Path(source).name, "method": name, "seed": seed, "minutes": minutes,
         "knn": summary["knn_top1"]["last"], "steps": summary["steps"],
         "epochs": summary["epochs"], "verdict": summary["verdict"],
+        **({"seconds": None} if resumed else {}),
     }  # fmt: skip
 
 

@@ -126,7 +126,7 @@ def train(
         "verdict": summary["verdict"],
         "steps": steps,
         "images": steps * trained.recipe.batch_size,
-        "training_seconds": summary["training_seconds"],
+        "seconds": summary["training_seconds"],
     }
 
 
