@@ -16,6 +16,8 @@ from simsiam.runs.run_folder import Run
 from simsiam.training.launch import pretrain, resume
 from simsiam.utils.files import write_text
 
+SHOWN = ("settings", "knn", "verdict", "seconds")  # of a cell's content, when it is measured
+
 
 def argument_parser(description: str | None) -> argparse.ArgumentParser:
     """Return a parser whose help is the docstring of a program, and that has `--page`."""
@@ -50,7 +52,8 @@ def measure_once(path: Path, measure: Callable[[], Mapping[str, Any]]) -> dict[s
         content.setdefault("threads", torch.get_num_threads())
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(content) + "\n")
-        print(f"{path.stem} is measured", flush=True)
+        shown = [f"{key} {content[key]}" for key in SHOWN if key in content]
+        print(f"{path.stem}: {', '.join(shown)}", flush=True)
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return found
 
