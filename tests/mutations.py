@@ -736,6 +736,20 @@ MUTATIONS = [
         "budget.py::test_few_steps_get_a_large_learning_rate_unless_weights_or_the_user_say_otherwise",
     ),
     m(
+        "the time of a teacher used for steps",
+        "training/budget",
+        "        seconds -= needed + time.monotonic() - begun\n",
+        "",
+        "budget.py::test_the_time_for_the_features_of_a_teacher_is_not_used_for_steps",
+    ),
+    m(
+        "processes that each train on all images of a time limit",
+        "training/budget",
+        "return processes / seconds * (SCALING_EFFICIENCY if processes > 1 else 1)",
+        "return 1 / seconds",
+        "budget.py::test_processes_share_the_images_of_a_time_limit",
+    ),
+    m(
         "divide by n",
         "model/losses",
         "x.T @ x / (len(x) - 1)",

@@ -19,7 +19,7 @@ def speed(monkeypatch):
     """Images per second: half the side is four times as fast, half the width twice."""
     rates = []
 
-    def rate(recipe, images, count):
+    def rate(recipe, images, count, processes):
         rates.append(20 * (160 / recipe.image_size) ** 2 * 64 / recipe.width)
         return rates[-1]
 
@@ -114,3 +114,50 @@ def test_few_steps_get_a_large_learning_rate_unless_weights_or_the_user_say_othe
     assert fit(images, 10**5)[0].method.base_lr == PHOTOS.method.base_lr  # many steps
     weights = fit(images, 10, recipe=PHOTOS.replace(init="lite0"))[0]
     assert weights.method.base_lr == PHOTOS.method.base_lr
+
+
+@pytest.mark.parametrize("processes", [1, 4])
+def test_the_time_for_the_features_of_a_teacher_is_not_used_for_steps(
+    images, speed, monkeypatch, processes
+):
+    """200 seconds of computing, shared by the processes."""
+    monkeypatch.setattr(budget, "teacher_seconds", lambda *_: 200 / len(images))
+    given = {"image_size": 64, "width": 64, "batch_size": 64, "base_lr": 0.1}
+
+    def seen(teacher):
+        recipe = PHOTOS.replace(teacher=teacher, **given)
+        times = {"minutes": 20, "elapsed": 5, "processes": processes}
+        chosen, lines = fit_to_minutes(recipe, images, given, **times)
+        assert any("seconds for the teacher" in line for line in lines) == (teacher is not None)
+        return chosen.steps * 64
+
+    assert abs(seen(None) - seen("lite0") - 200 / processes * speed[-1]) <= 64 + speed[-1]
+
+
+def test_a_teacher_is_timed_without_loading_it_and_without_its_first_forward_pass(
+    images, monkeypatch
+):
+    """It is a clock that moves by what is done: 100 s to load, 50 s once, 0.25 s an image."""
+    clock = [0.0]
+    extracted = []
+
+    def load(recipe, compute):
+        clock[0] += 100
+        return None, None
+
+    def extract(teacher, few, transform, compute):
+        clock[0] += 0.25 * len(few) + 50 * (not extracted)
+        extracted.append(len(few))
+
+    monkeypatch.setattr(budget, "load_teacher", load)
+    monkeypatch.setattr(budget, "extract_features", extract)
+    monkeypatch.setattr(budget.time, "monotonic", lambda: clock[0])
+    assert budget.teacher_seconds(PHOTOS.replace(teacher="lite0"), images) == 0.25
+
+
+def test_processes_share_the_images_of_a_time_limit(images, monkeypatch):
+    """N processes are 0.9 N times as fast as one."""
+    measured = {"prepared": 0.0, "trained": 0.1, "gpu": False, "device": "", "load": 0.0}
+    monkeypatch.setattr(budget, "measure_speed", lambda *_, **__: measured)
+    one, four = (budget.measure_rate(PHOTOS, images, 100, n) for n in (1, 4))
+    assert four == pytest.approx(0.9 * 4 * one)

@@ -5,16 +5,20 @@ sees them once. So the largest network is taken whose measured speed lets it see
 """
 
 import math
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from simsiam.config.recipes import ResolvedRecipe
 from simsiam.data.images import Images, sample
-from simsiam.distributed.process_group import rank_zero_only, world_size
+from simsiam.distributed.process_group import rank_zero_only
 from simsiam.errors import UsageError
 from simsiam.model.backbones import RESNETS, input_size
+from simsiam.model.precision import Compute
+from simsiam.monitoring.features import extract_features
 from simsiam.runs.weights import PATCHES
 from simsiam.training.plan import SCALING_EFFICIENCY, is_resident
+from simsiam.training.prepare import load_teacher
 from simsiam.training.speed import measure_speed, seconds_per_image
 from simsiam.utils.workers import CPU_CORES
 
@@ -36,6 +40,7 @@ START_SECONDS, END_SECONDS = 6, 10  # loading the program; writing files
 PATCH_SECONDS = 45  # for learning patches at the end of a run of ten minutes or longer
 MEASURING_SHARE = 0.05  # of the time, for measuring the start and the end
 FORWARD_SHARE = 1 / 6  # of the time to train on an image: one forward pass of six
+TEACHER_SAMPLE = 64  # images on which the speed of a teacher is measured
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,7 @@ def fit_to_minutes(
     *,
     minutes: float,
     elapsed: float,
+    processes: int = 1,
 ) -> tuple[ResolvedRecipe, list[str]]:
     """Choose settings with which a run ends in time on this machine and learns the most it can.
 
@@ -75,6 +81,7 @@ def fit_to_minutes(
         given: Settings that the user chose; they are kept.
         minutes: The time from start to end, evaluation included.
         elapsed: Seconds of it that have passed.
+        processes: The number of processes that will train.
 
     Returns:
         The recipe with the chosen settings, and lines that give the reasons.
@@ -91,9 +98,15 @@ def fit_to_minutes(
     count = min(len(images), recipe.limit or len(images))
     reserve = START_SECONDS + END_SECONDS + PATCH_SECONDS * (minutes >= 10)
     seconds = (60 * minutes - elapsed - reserve) * (1 - MEASURING_SHARE)
-    lines, trial = [], None
+    lines, first_lines, trial = [], [], None
+    if recipe.teacher is not None:
+        begun = time.monotonic()
+        needed = teacher_seconds(recipe, images) * count / processes
+        seconds -= needed + time.monotonic() - begun
+        first_lines = [f"before the first step: {needed:,.0f} seconds for the teacher's features"]
     for choice in choices(recipe, given):
-        trial = Trial(choice, measure_rate(choice, sample(images, 4 * recipe.batch_size), count))
+        few = sample(images, 4 * recipe.batch_size)
+        trial = Trial(choice, measure_rate(choice, few, count, processes))
         seconds -= TRIAL_SECONDS
         total = trained_images(trial.rate, seconds, count)
         lines.append(f"{trial}, {max(total, 0):,} images in this time")
@@ -120,7 +133,7 @@ def fit_to_minutes(
         f"{minutes:g} minutes: {steps:,} steps of {chosen.batch_size} images, "
         f"{epochs:.3g} epochs of {count:,}, peak lr {chosen.peak_lr:.3g}"
     )
-    return chosen, [summary, wanted, *lines]
+    return chosen, [summary, *first_lines, wanted, *lines]
 
 
 def choices(recipe: ResolvedRecipe, given: Mapping[str, object]) -> Iterator[ResolvedRecipe]:
@@ -150,18 +163,37 @@ def choices(recipe: ResolvedRecipe, given: Mapping[str, object]) -> Iterator[Res
             yield recipe
 
 
-def measure_rate(recipe: ResolvedRecipe, images: Images, count: int) -> float:
+def teacher_seconds(recipe: ResolvedRecipe, images: Images) -> float:
+    """Measure how long the teacher needs for the features of an image.
+
+    Args:
+        recipe: A recipe with a teacher.
+        images: The images of the source.
+
+    Returns:
+        Seconds, of one process.
+    """
+    compute = Compute.pick(recipe.device, recipe.precision)
+    teacher, transform = load_teacher(recipe, compute)
+    few = sample(images, TEACHER_SAMPLE)
+    extract_features(teacher, few, transform, compute=compute)  # initializes libraries
+    begun = time.monotonic()
+    extract_features(teacher, few, transform, compute=compute)
+    return (time.monotonic() - begun) / len(few)
+
+
+def measure_rate(recipe: ResolvedRecipe, images: Images, count: int, processes: int) -> float:
     """Measure how many images a second training takes, with all processes.
 
     Args:
         recipe: The recipe.
         images: Some of the training images.
         count: Number of training images.
+        processes: The number of processes.
     """
     resident = is_resident(images, count, recipe)
     speed = measure_speed(recipe, images, resident=resident, seconds=TRIAL_SECONDS)
     _, _, seconds = seconds_per_image(speed, resident=resident, cores=CPU_CORES)
-    processes = world_size()
     return processes / seconds * (SCALING_EFFICIENCY if processes > 1 else 1)
 
 

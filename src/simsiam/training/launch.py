@@ -77,7 +77,12 @@ def pretrain(
     if minutes is not None:
         elapsed = time.monotonic() - begun
         complete, lines = fit_to_minutes(
-            complete, opened.train, overrides, minutes=minutes, elapsed=elapsed
+            complete,
+            opened.train,
+            overrides,
+            minutes=minutes,
+            elapsed=elapsed,
+            processes=world_size(),
         )
         reasons = [*reasons, *lines]
     with reserved_run_path(out, f"{opened.name}-{complete.method.name}", complete) as path:

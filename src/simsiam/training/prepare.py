@@ -246,16 +246,8 @@ def initialize_eta(
         resumed: Whether the model was loaded from a checkpoint.
     """
     if isinstance(model.target, TeacherTarget):
-        teacher = load(
-            open_weights(
-                recipe.teacher or "",
-                source=recipe.source,
-                channels=recipe.channels,
-                splits=recipe.splits,
-            )
-        )
-        transform = cast(Transform, teacher.transform)
-        found = extract_features(compute.place(teacher), images, transform, compute=compute)
+        teacher, transform = load_teacher(recipe, compute)
+        found = extract_features(teacher, images, transform, compute=compute)
         h, own = found.matrices[0], local_slice(len(found.kept_indices))
         index = torch.as_tensor(found.kept_indices)
         model.target.set_eta((h - h.mean(0))[own].to(compute.device), index[own].to(compute.device))
@@ -268,6 +260,28 @@ def initialize_eta(
         for batch in sequential_batches(images, recipe, compute.device):
             with torch.no_grad(), compute.autocast():
                 model.target.set_eta(f(batch.views[0]), batch.index.to(compute.device))
+
+
+def load_teacher(recipe: ResolvedRecipe, compute: Compute) -> tuple[nn.Module, Transform]:
+    """Load the teacher of a recipe.
+
+    Args:
+        recipe: A recipe with a teacher.
+        compute: Device and precision.
+
+    Returns:
+        The encoder on the device, and its preprocessing.
+    """
+    assert recipe.teacher is not None
+    teacher = load(
+        open_weights(
+            recipe.teacher,
+            source=recipe.source,
+            channels=recipe.channels,
+            splits=recipe.splits,
+        )
+    )
+    return compute.place(teacher), cast(Transform, teacher.transform)
 
 
 def draw_eta(target: MovingAverageTarget, images: int, seed: int) -> None:
