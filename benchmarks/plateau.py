@@ -52,6 +52,7 @@ CELLS: dict[str, dict[str, object]] = {
     "simclr": SIMCLR,
     "after a quarter of simclr": {},
     "after a quarter of simsiam": {},
+    "4 x as long": {},
     "cut-init 3": {"cut_init": 3.0},
     "predictor lr x 10": {"predictor_lr_scale": 10.0},
     "predictor direct": {"predictor": "direct"},
@@ -77,6 +78,7 @@ CELLS: dict[str, dict[str, object]] = {
 }
 # The cell whose backbone, after a quarter of the steps, is where this cell begins.
 BEGINS_AFTER = {"after a quarter of simclr": "simclr", "after a quarter of simsiam": "simsiam"}
+LENGTHS = {"4 x as long": 4}  # times as many steps as the others
 FACTORS = ("kind", "number", "size", "brightness", "x", "y")
 DIRECTIONS = 32  # principal directions of z that are followed
 NEIGHBORS = 20
@@ -89,6 +91,7 @@ def train(source: str, cell: str, seed: int, steps: int, every: int, runs: Path)
     Returns:
         Its run, after the run whose backbone it begins with, if there is one.
     """
+    steps *= LENGTHS.get(cell, 1)
     path = runs / f"{Path(source).name}, {cell}, {steps} steps, seed {seed}"
     settings = BASE | CELLS[cell] | {"steps": steps, "seed": seed, "knn_every": 10**6}
     before = list[Run]()
@@ -236,7 +239,8 @@ def measure_runs(runs: Sequence[Run], source: str) -> list[dict[str, object]]:
 
 def measure_cell(options: argparse.Namespace, cell: str, seed: int) -> dict[str, object]:
     """Train a cell with a seed, and measure it."""
-    runs = train(options.source, cell, seed, options.steps, options.steps // 4, options.runs)
+    every = options.steps // 4
+    runs = train(options.source, cell, seed, options.steps, every, options.runs)
     return {
         "source": Path(options.source).name,
         "cell": cell,
