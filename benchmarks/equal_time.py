@@ -72,6 +72,11 @@ def train(
     }  # fmt: skip
 
 
+def in_range(values: Sequence[float]) -> str:
+    """Format the least and the largest of some numbers."""
+    return f"{min(values):,.4g} to {max(values):,.4g}" if values else "not known"
+
+
 def make_page(out: Path, name: str) -> None:
     """Write the table of all sets, with the least difference of the two ways."""
     rows = [json.loads(path.read_text()) for path in sorted((out / "cells").glob("*.json"))]
@@ -79,12 +84,15 @@ def make_page(out: Path, name: str) -> None:
     ways = comparison.ways
     lines = [
         f"# {comparison.title}", "",
-        f"Written by `python benchmarks/equal_time.py {name}`; cells/ has each run. "
+        f"Written by `python benchmarks/equal_time.py {name} --page` from cells/, which has each "
+        f"run; the same command with `SOURCE ... --minutes N` trains what is missing. "
         f"{comparison.network} kNN accuracy on the images that the run holds out of its training "
-        "images, in percent: mean ± standard deviation over n seeds. The last column is the least "
-        "difference of the two with one seed.", "",
-        f"| set | minutes | threads | n | {' | '.join(ways)} | least difference |",
-        "|---|---|---|---|---|---|---|",
+        "images, in percent: mean ± standard deviation over n seeds; then the least difference of "
+        "the two with one seed. `--minutes` chooses the number of steps at the start, for the "
+        "speed at that moment, so what a run took is given besides, from start to end.", "",
+        f"| set | `--minutes` | threads | n | {' | '.join(ways)} | least difference | "
+        f"{' | '.join(f'steps, minutes of {way}' for way in ways)} |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     groups: dict[tuple[Any, ...], dict[str, dict[int, Mapping[str, Any]]]] = {}
     for row in rows:
@@ -94,11 +102,17 @@ def make_page(out: Path, name: str) -> None:
         seeds = sorted(set.intersection(*(set(by_way.get(way, ())) for way in ways)))
         if not seeds:
             continue
-        first, second = ([by_way[way][seed]["knn"] for seed in seeds] for way in ways)
+        pairs = [[by_way[way][seed] for seed in seeds] for way in ways]
+        first, second = ([row["knn"] for row in rows] for rows in pairs)
         least = min(b - a for a, b in zip(first, second))
+        cost = [
+            f"{in_range([row['steps'] for row in rows])}, "
+            f"{in_range([round(row['seconds'] / 60, 1) for row in rows if row['seconds']])}"
+            for rows in pairs
+        ]
         lines.append(
             f"| {source} | {minutes:g} | {threads} | {len(seeds)} | {mean_and_spread(first)} | "
-            f"{mean_and_spread(second)} | {least:+.1f} |"
+            f"{mean_and_spread(second)} | {least:+.1f} | {' | '.join(cost)} |"
         )
     write_page(out, lines)
 

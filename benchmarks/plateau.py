@@ -283,16 +283,19 @@ def draw_factors_figure(cells: Cells, path: Path) -> None:
                 for i, content in enumerate(cells.get(cell, {}).values()):
                     x = [point["step"] for point in content["points"]]
                     y = [point[letter][f"{factor} linear"] for point in content["points"]]
-                    label = None if i else cell
+                    label = cell if factor == "kind" and not i else None
                     axes.plot(x, y, color=color, linestyle=dash, label=label, linewidth=1.2)
             unit = "accuracy" if factor == "kind" else "R²"
-            axes.set_title(f"{factor} in {letter}", fontsize=9)
-            format_axes(axes, "step" if letter == "z" else "", f"linear probe, {unit} (%)")
+            axes.set_title(f"{factor} in {letter}: {unit} (%)", fontsize=9)
+            format_axes(axes, "step" if letter == "z" else "", "")
     save_figure(figure, path)
 
 
 def draw_spectra_figure(cells: Cells, path: Path) -> None:
-    """Draw shares, gains, alignment and agreement of the directions of z at the last step."""
+    """Draw shares, gains, alignment and agreement of the directions of z at the last step.
+
+    SimCLR has no predictor, so the panels of the predictor leave it out.
+    """
     drawn = ("simsiam", "simclr", "after a quarter of simclr")
     figure = new_figure(14, 3.6)
     quantities = {
@@ -301,9 +304,11 @@ def draw_spectra_figure(cells: Cells, path: Path) -> None:
     }  # fmt: skip
     for axes, (name, label) in zip(figure.subplots(1, 4), quantities.items()):
         for cell, (color, dash) in zip(drawn, line_styles()):
+            if cell == "simclr" and name in ("gain", "alignment"):
+                continue
             for i, content in enumerate(cells.get(cell, {}).values()):
                 y = content["points"][-1]["spectra"][name]
-                note = None if i else cell
+                note = cell if name == "share" and not i else None
                 axes.plot(
                     range(1, len(y) + 1), y, color=color, linestyle=dash, label=note, linewidth=1.2
                 )
@@ -374,14 +379,28 @@ def make_page(out: Path) -> None:
     draw_kinds_figure(shapes, out / "kinds")
     lines = [
         "# What moves the plateau of SimSiam on `shapes`", "",
-        "Written by `python benchmarks/plateau.py`; cells/ has each measurement. At the last step: "
-        "kNN of the kind (20 neighbors); its difference to `simsiam` with the same seed; the "
-        f"agreeing directions, among the first {DIRECTIONS} principal directions of z those in "
+        "Written by `python benchmarks/plateau.py --page` from cells/, which has each measurement; "
+        "`--cells NAME ... --seeds n` (and `--source SOURCE`) measures what a row of the tables "
+        "shows. At the last step: kNN of the kind; its difference to `simsiam` with the same seed; "
+        f"the agreeing directions, among the first {DIRECTIONS} principal directions of z those in "
         "which two views (made as the cell makes them) have a correlation above 0.5; linear probes "
         "of the factors (kind: accuracy; others: R², percent); the effective ranks of h and z. "
-        "Mean ± half of the 95 % interval (Student's t) over n seeds.",
-        "", "![what h and z hold](factors.svg)", "", "![spectra](spectra.svg)", "",
-        "![kNN of the kind](kinds.svg)", "", *make_table(shapes),
+        "Mean ± half of the 95 % interval (Student's t) over n seeds; rows with n = 1 have seed 0.",
+        "",
+        f"kNN here is not the number of other pages: {PROBE_IMAGES:,} training images vote, "
+        f"centered, the nearest {NEIGHBORS} with equal weight. It is lower than that of `evaluate` "
+        "and differences between rows are larger: `simsiam` and `weight decay 5e-4` have 83.6 and "
+        "93.2 in [the results at small scale](../README.md).",
+        "",
+        "![what h and z hold](factors.svg)", "",
+        "What a linear probe reads from h and z during training: accuracy for the kind, R² for the "
+        "others. A line is one seed; only seed 0 was also measured between the quarters.", "",
+        "![spectra](spectra.svg)", "",
+        "The directions of z at the last step. A line is one seed. SimCLR has no predictor, so the "
+        "second and the third panel leave it out.", "",
+        "![kNN of the kind](kinds.svg)", "",
+        "kNN of the kind on h: means over n seeds; the table has the intervals at the last step.",
+        "", *make_table(shapes),
     ]  # fmt: skip
     for source, cells in sources.items():
         lines += ["", f"The same settings on `{source}`:", "", *make_table(cells)]

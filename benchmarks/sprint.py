@@ -162,10 +162,11 @@ def search(options: argparse.Namespace) -> Choice:
     """Go through all stages, write the page after each, and return the best choice."""
     best, lines = Choice(), [
         "# The search of the recipe `sprint`", "",
-        "Written by `python benchmarks/sprint.py`, whose docstring says how it is done; cells/ has "
-        "each training. kNN accuracy on h of images held out of the training split, in percent; "
-        f"{options.epochs:g} epochs of two full views, seed 0. A value is kept if it is better by "
-        f"more than {MARGIN:g}.", "",
+        "Written by `python benchmarks/sprint.py SOURCE`, whose docstring says how it is done; "
+        "cells/ has each training. kNN accuracy on h of images held out of the training split, in "
+        f"percent; {options.epochs:g} epochs of two full views, seed 0, or fewer epochs of more "
+        "pixels, so that all cost the same. A value is kept if it is better by more than "
+        f"{MARGIN:g}.", "",
         f"Network and base: {', '.join(f'{k} {v}' for k, v in NETWORK.items())}.",
     ]  # fmt: skip
     with ProcessPoolExecutor(options.jobs, get_context("spawn")) as pool:

@@ -441,6 +441,7 @@ def test_a_source_without_labels_and_a_list_of_other_files(run, folder, capsys, 
 
 
 def test_the_lines_of_a_figure_differ():
-    pairs = list(islice(line_styles(), 25))
-    assert len(set(pairs)) == 25
-    assert all(a[0] != b[0] and a[1] != b[1] for a, b in pairwise(pairs[:5]))
+    pairs = list(islice(line_styles(), 35))
+    assert len(set(pairs)) == 35
+    assert len({color for color, _ in pairs[:7]}) == 7
+    assert all(a[0] != b[0] and a[1] != b[1] for a, b in pairwise(pairs[:7]))

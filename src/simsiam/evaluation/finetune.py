@@ -53,7 +53,7 @@ from simsiam.utils.files import atomic_write, exclusive_lock, keep_fonts_in_cach
 
 # Colors of Okabe and Ito, which color-blind people can distinguish; with these dash patterns the
 # lines also differ in gray.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "black")
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "black", "#56B4E9", "#E69F00")
 Dash: TypeAlias = str | tuple[int, tuple[int, ...]]  # as matplotlib's `linestyle`
 DASHES: tuple[Dash, ...] = ("-", "--", "-.", ":", (0, (6, 1)))
 MAX_VAL_IMAGES = 5000  # images for the curve, by default a tenth of the labeled ones
@@ -489,7 +489,7 @@ def write_curve(path: Path, rows: Sequence[Mapping[str, float]]) -> None:
 
 @rank_zero_only
 def line_styles() -> Iterator[tuple[str, Dash]]:
-    """Yield a color and a dash pattern for each line of a figure; the first 25 pairs differ."""
+    """Yield a color and a dash pattern for each line of a figure; the first 35 pairs differ."""
     for shift in count():
         for i, color in enumerate(COLORS):
             yield color, DASHES[(i + shift) % len(DASHES)]
