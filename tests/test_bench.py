@@ -186,6 +186,12 @@ def test_time_to_accuracy_goes_on_where_it_was_stopped(monkeypatch, capsys):
     text = capsys.readouterr().out
     assert re.search(r" 50 +│ +1.5 ± 0.71 ", text) and "never" in text and "60" not in text
     assert Path("race.png").stat().st_size > 1000 and Path("race.svg").exists()
+    assert report["threads"]["slow"] == dict.fromkeys("01", torch.get_num_threads())
+    assert "threads" not in text
+    file = Path("race.runs/fast, seed 1.json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"threads": 64}))
+    assert main([*words, "--seeds", "2", "--out", "race.json"]) == 0
+    assert f"fast, threads: {torch.get_num_threads()} or 64" in capsys.readouterr().out
 
 
 def test_the_race_measures_a_network_beside_patches_as_adapt_puts_it(monkeypatch, tmp_path):

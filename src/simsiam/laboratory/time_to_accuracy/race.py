@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
+from typing_extensions import TypedDict
 
 from simsiam.config.recipes import SPRINT, ResolvedRecipe
 from simsiam.data.images import Images, load_into_memory, sample
@@ -50,6 +51,13 @@ LONGER = 3  # times as many epochs, in the run that is put beside patches
 Curve: TypeAlias = list[tuple[float, float]]  # seconds of training, kNN accuracy in percent
 
 
+class MeasuredCurve(TypedDict):
+    """The curve of a contestant with one seed, and how many threads of torch it had."""
+
+    curve: Curve
+    threads: int
+
+
 def time_to_accuracy(
     source: str, *, out: str | None, epochs: int = 12, seeds: int = 3, device: str = "auto"
 ) -> dict[str, object]:
@@ -81,25 +89,29 @@ def time_to_accuracy(
     )
     compute, curves = Compute.pick(device), dict[str, dict[str, Curve]]()
     report: dict[str, object] = collect_environment(compute)
-    for key in ("command", "processes"):
+    for key in ("command", "processes", "threads"):
         report.pop(key, None)
+    threads = dict[str, dict[str, int]]()
     report |= {"source": opened.name, "epochs": epochs, "plain loop": MODULES}
-    report |= {"bank": len(bank), "queries": len(queries), "curves": curves}
+    report |= {"bank": len(bank), "queries": len(queries), "threads": threads, "curves": curves}
     for seed in range(seeds):
         for name, train in contestants(source, opened, epochs, seed, compute).items():
             file = folder / f"{name}, seed {seed}.json"
             if not file.exists():
                 curve = train(partial(knn, bank, queries, compute), file.with_suffix(""))
-                write_text(file, json.dumps(curve) + "\n")
-            of_seeds = curves.setdefault(name, {})
-            of_seeds[str(seed)] = [(s, a) for s, a in read_json(file, Curve)]
+                measured: MeasuredCurve = {"curve": curve, "threads": torch.get_num_threads()}
+                write_text(file, json.dumps(measured) + "\n")
+            found = read_json(file, MeasuredCurve)
+            curves.setdefault(name, {})[str(seed)] = [(s, a) for s, a in found["curve"]]
+            threads.setdefault(name, {})[str(seed)] = found["threads"]
             report["minutes_to"] = {
                 name: {f"{level:g}": minutes_to(level, of_seeds.values()) for level in LEVELS}
                 for name, of_seeds in curves.items()
             }
             write_text(Path(out), json.dumps(report, indent=1) + "\n")
-            draw(curves, Path(out).with_suffix(""), opened.name)
-    Console(highlight=False).print(table(curves, opened.name, MODULES))
+            draw(named_with_threads(curves, threads), Path(out).with_suffix(""), opened.name)
+    shown = named_with_threads(curves, threads)
+    Console(highlight=False).print(table(shown, opened.name, MODULES))
     return report
 
 
@@ -274,6 +286,22 @@ def patches(source: str, measure: Measure, place: Path) -> Curve:
     seconds = time.monotonic() - begun
     encoder = load(place)
     return [(seconds, measure(cast(Transform, encoder.transform), encoder))]
+
+
+def named_with_threads(
+    curves: Mapping[str, Mapping[str, Curve]], threads: Mapping[str, Mapping[str, int]]
+) -> dict[str, Mapping[str, Curve]]:
+    """Add the numbers of threads to the names of contestants, if these numbers differ.
+
+    Args:
+        curves: The curves by contestant and seed.
+        threads: The numbers of threads by contestant and seed.
+    """
+    numbers = {name: sorted(set(of_seeds.values())) for name, of_seeds in threads.items()}
+    if len({n for several in numbers.values() for n in several}) == 1:
+        return dict(curves)
+    texts = {name: " or ".join(map(str, several)) for name, several in numbers.items()}
+    return {f"{name}, threads: {texts[name]}": curves[name] for name in curves}
 
 
 def minutes_to(level: float, curves: Collection[Curve]) -> list[float | None]:
