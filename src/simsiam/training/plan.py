@@ -574,7 +574,8 @@ def list_assumptions(
     """
     speed = estimate.speed
     lines = [
-        "the time leaves out kNN measurements, checkpoints, and waiting for storage",
+        "the time leaves out kNN measurements, checkpoints, waiting for storage, and the features "
+        "of a teacher or for clusters",
         "the memory leaves out workspaces of kernels and fragmentation: add 20 %",
     ]
     if speed["load"] > BUSY_LOAD:
