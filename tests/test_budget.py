@@ -155,6 +155,17 @@ def test_a_teacher_is_timed_without_loading_it_and_without_its_first_forward_pas
     assert budget.teacher_seconds(PHOTOS.replace(teacher="lite0"), images) == 0.25
 
 
+def test_clusters_of_each_epoch_are_counted(images, monkeypatch):
+    """DeepCluster extracts the features of each image once an epoch."""
+    measured = {"prepared": 0.0, "trained": 0.1, "gpu": False, "device": "", "load": 0.0}
+    monkeypatch.setattr(budget, "measure_speed", lambda *_, **__: measured)
+    monkeypatch.setattr(budget, "extraction_seconds", lambda *_: 0.15)
+    small = {"backbone": "resnet10", "width": 4, "dim": 4, "image_size": 32}
+    deepcluster = Recipe().replace(method="deepcluster", **small, **COLORS).resolve()
+    assert budget.measure_rate(deepcluster, images, 100, 1) == pytest.approx(1 / 0.25)
+    assert budget.measure_rate(PHOTOS, images, 100, 1) == pytest.approx(1 / 0.1)
+
+
 def test_processes_share_the_images_of_a_time_limit(images, monkeypatch):
     """N processes are 0.9 N times as fast as one."""
     measured = {"prepared": 0.0, "trained": 0.1, "gpu": False, "device": "", "load": 0.0}

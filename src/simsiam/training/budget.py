@@ -9,16 +9,20 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from torch import nn
+
 from simsiam.config.recipes import ResolvedRecipe
 from simsiam.data.images import Images, sample
+from simsiam.data.transform import Transform
 from simsiam.distributed.process_group import rank_zero_only
 from simsiam.errors import UsageError
 from simsiam.model.backbones import RESNETS, input_size
 from simsiam.model.precision import Compute
 from simsiam.monitoring.features import extract_features
+from simsiam.runs.encoder import eval_transform
 from simsiam.runs.weights import PATCHES
 from simsiam.training.plan import SCALING_EFFICIENCY, is_resident
-from simsiam.training.prepare import load_teacher
+from simsiam.training.prepare import build_training_setup, load_teacher
 from simsiam.training.speed import measure_speed, seconds_per_image
 from simsiam.utils.workers import CPU_CORES
 
@@ -40,7 +44,7 @@ START_SECONDS, END_SECONDS = 6, 10  # loading the program; writing files
 PATCH_SECONDS = 45  # for learning patches at the end of a run of ten minutes or longer
 MEASURING_SHARE = 0.05  # of the time, for measuring the start and the end
 FORWARD_SHARE = 1 / 6  # of the time to train on an image: one forward pass of six
-TEACHER_SAMPLE = 64  # images on which the speed of a teacher is measured
+EXTRACTED = 64  # images with which the time for features is measured
 
 
 @dataclass(frozen=True)
@@ -175,11 +179,27 @@ def teacher_seconds(recipe: ResolvedRecipe, images: Images) -> float:
     """
     compute = Compute.pick(recipe.device, recipe.precision)
     teacher, transform = load_teacher(recipe, compute)
-    few = sample(images, TEACHER_SAMPLE)
-    extract_features(teacher, few, transform, compute=compute)  # initializes libraries
+    return extraction_seconds(teacher, sample(images, EXTRACTED), transform, compute)
+
+
+def extraction_seconds(
+    model: nn.Module, images: Images, transform: Transform, compute: Compute
+) -> float:
+    """Measure how long a network needs for the features of an image.
+
+    Args:
+        model: The network, on its device.
+        images: The images to measure with.
+        transform: The preprocessing.
+        compute: Device and precision.
+
+    Returns:
+        Seconds, of one process.
+    """
+    extract_features(model, images, transform, compute=compute)  # initializes libraries
     begun = time.monotonic()
-    extract_features(teacher, few, transform, compute=compute)
-    return (time.monotonic() - begun) / len(few)
+    extract_features(model, images, transform, compute=compute)
+    return (time.monotonic() - begun) / len(images)
 
 
 def measure_rate(recipe: ResolvedRecipe, images: Images, count: int, processes: int) -> float:
@@ -194,6 +214,10 @@ def measure_rate(recipe: ResolvedRecipe, images: Images, count: int, processes: 
     resident = is_resident(images, count, recipe)
     speed = measure_speed(recipe, images, resident=resident, seconds=TRIAL_SECONDS)
     _, _, seconds = seconds_per_image(speed, resident=resident, cores=CPU_CORES)
+    if recipe.method.target == "kmeans":  # clusters the features of all images in each epoch
+        setup, few = build_training_setup(recipe), sample(images, EXTRACTED)
+        transform = eval_transform(recipe)
+        seconds += extraction_seconds(setup.model.backbone, few, transform, setup.compute)
     return processes / seconds * (SCALING_EFFICIENCY if processes > 1 else 1)
 
 
