@@ -371,7 +371,7 @@ def draw(curves: Mapping[str, Mapping[str, Curve]], path: Path, source: str) -> 
     """
     from matplotlib.ticker import LogLocator
 
-    figure = new_figure(7, 4.5)
+    figure = new_figure(7, 5)
     axes = figure.subplots()
     for (name, of_seeds), (color, dash) in zip(curves.items(), line_styles()):
         for i, curve in enumerate(of_seeds.values()):
@@ -387,5 +387,7 @@ def draw(curves: Mapping[str, Mapping[str, Curve]], path: Path, source: str) -> 
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter("")
     format_axes(axes, "minutes of training", "kNN on test images (%)")
+    # Curves may be anywhere in the panel, so the legend is below it.
+    axes.legend(fontsize=8, ncols=2, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.12))
     figure.suptitle(f"{source}: accuracy over time")
     save_figure(figure, path)
