@@ -94,7 +94,15 @@ def make_page() -> None:
         "(chosen without labels), and of both beside each other, where the cosine is "
         "(cos h + w cos p) / (1 + w). `adapt --init RUN` takes w = 1, in bold "
         "([why](../../docs/closed_form.md#a-trained-network-beside-them)). "
-        f"At most {MAX_TRAIN:,} images vote and {MAX_TEST:,} are classified.", "",
+        f"At most {MAX_TRAIN:,} images vote and {MAX_TEST:,} are classified. Of runs on one set and "
+        "with one method, several are a longer training of the same kind, so they are not "
+        "independent.", "",
+        "Runs are named as on the pages that they are from: SET-default_20-SEED of "
+        "[six_sets](../six_sets/README.md), SET-sprint-5-SEED and SET-folder-5-SEED of "
+        "[equal_time](../sprint/equal_time/README.md), METHOD, seed SEED of the "
+        "[race](../../docs/performance.md#time-to-accuracy), and shapes, CELL of "
+        "[plateau](../plateau/README.md). w = 1 was chosen with all of them but those on "
+        "`brain_mri` and `solar_cells`, which tested it.", "",
         f"With w = 1, both together are above the better of the two on {above} of {len(rows)} "
         f"runs; the difference is {min(gains):+.1f} to {max(gains):+.1f} points. The difference to "
         f"the network alone is {min(alone):+.1f} to {max(alone):+.1f}.", "",
