@@ -239,8 +239,7 @@ def measure_runs(runs: Sequence[Run], source: str) -> list[dict[str, object]]:
 
 def measure_cell(options: argparse.Namespace, cell: str, seed: int) -> dict[str, object]:
     """Train a cell with a seed, and measure it."""
-    every = options.steps // 4
-    runs = train(options.source, cell, seed, options.steps, every, options.runs)
+    runs = train(options.source, cell, seed, options.steps, options.steps // 4, options.runs)
     return {
         "source": Path(options.source).name,
         "cell": cell,

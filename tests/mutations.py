@@ -750,6 +750,13 @@ MUTATIONS = [
         "budget.py::test_processes_share_the_images_of_a_time_limit",
     ),
     m(
+        "send a generator of line styles to all processes",
+        "evaluation/finetune",
+        "def line_styles() -> Iterator",
+        "@rank_zero_only\ndef line_styles() -> Iterator",
+        "processes.py::test_two_processes_fine_tune_and_one_draws_the_curve",
+    ),
+    m(
         "divide by n",
         "model/losses",
         "x.T @ x / (len(x) - 1)",

@@ -209,6 +209,17 @@ def test_evaluated_and_embedded_by_two(calm, tmp_path):
     np.testing.assert_allclose(*vectors, atol=1e-5)
 
 
+def test_two_processes_fine_tune_and_one_draws_the_curve(calm, tmp_path):
+    code = "import sys, simsiam; simsiam.evaluate(sys.argv[1], protocols=['finetune'], limit=64, "
+    (tmp_path / "both.py").write_text(code + "finetune_epochs=2)")
+    run = shutil.copytree(calm, tmp_path / "run")
+    ended(torchrun(str(tmp_path / "both.py"), str(run)))
+    (record,) = Run(run).evaluations()
+    assert len(record["val_top1"][0]) == 2
+    (curve,) = run.rglob("curve*.png")
+    assert Image.open(curve).size == (1400, 900)
+
+
 def test_several_processes_start_from_a_file_of_weights(calm, tmp_path, monkeypatch):
     """The first process makes its run folder in the cache; the others wait for it."""
     monkeypatch.setenv("SIMSIAM_CACHE", str(tmp_path / "cache"))

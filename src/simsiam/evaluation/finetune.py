@@ -487,7 +487,6 @@ def write_curve(path: Path, rows: Sequence[Mapping[str, float]]) -> None:
     write_text(path, "".join(f"{json.dumps(seal(row))}\n" for row in rows))
 
 
-@rank_zero_only
 def line_styles() -> Iterator[tuple[str, Dash]]:
     """Yield a color and a dash pattern for each line of a figure; the first 35 pairs differ."""
     for shift in count():
@@ -495,6 +494,7 @@ def line_styles() -> Iterator[tuple[str, Dash]]:
             yield color, DASHES[(i + shift) % len(DASHES)]
 
 
+@rank_zero_only
 def plot_accuracy_curves(
     curves: Mapping[str, Sequence[Sequence[float]]],
     path: str | os.PathLike[str],
