@@ -752,8 +752,14 @@ MUTATIONS = [
     m(
         "send a generator of line styles to all processes",
         "evaluation/finetune",
-        "def line_styles() -> Iterator",
-        "@rank_zero_only\ndef line_styles() -> Iterator",
+        "    for shift in count():\n"
+        "        for i, color in enumerate(COLORS):\n"
+        "            yield color, DASHES[(i + shift) % len(DASHES)]\n\n\n"
+        "@rank_zero_only\n",
+        "    for shift in count():\n"
+        "        for i, color in enumerate(COLORS):\n"
+        "            yield color, DASHES[(i + shift) % len(DASHES)]\n\n\n"
+        "line_styles = rank_zero_only(line_styles)\n\n\n",
         "processes.py::test_two_processes_fine_tune_and_one_draws_the_curve",
     ),
     m(

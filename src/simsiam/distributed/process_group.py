@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import wraps
+from inspect import isgeneratorfunction
 from typing import ParamSpec, TypeVar
 from uuid import uuid4
 
@@ -77,6 +78,7 @@ def rank_zero_only(function: Callable[P, T]) -> Callable[P, T]:
     Returns:
         The function, to be called by every process.
     """
+    assert not isgeneratorfunction(function), f"{function}: a generator cannot be pickled"
 
     @wraps(function)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
