@@ -60,11 +60,11 @@ def row(path: str, source: str) -> dict[str, Any]:
         return round(knn_top1(h[0], labels[0], h[1], labels[1], classes=len(bank.classes)), 2)
 
     with torch.no_grad():
-        best, _ = best_patches(chosen, transform)
+        best, _ = best_patches(chosen, transform)  # which takes a GPU if there is one
+        patches, head = map(compute.place, (best.branches[0].backbone, best.heads[0]))
         (branch,) = measure({"network": network}, transform, chosen, compute, noise=False)
         alone = make_candidate("network", [branch], [None], chosen)
-        h, p = features(network), features(best.branches[0].backbone)
-        p = [best.heads[0](x) for x in p]
+        h, p = features(network), [head(x) for x in features(patches)]
         joined = {w: knn([join_features(*pair, w) for pair in zip(h, p)]) for w in WEIGHTS}
     summary = run.json("summary.json")
     return {
@@ -94,9 +94,8 @@ def make_page() -> None:
         "(chosen without labels), and of both beside each other, where the cosine is "
         "(cos h + w cos p) / (1 + w). `adapt --init RUN` takes w = 1, in bold "
         "([why](../../docs/closed_form.md#a-trained-network-beside-them)). "
-        f"At most {MAX_TRAIN:,} images vote and {MAX_TEST:,} are classified. Of runs on one set and "
-        "with one method, several are a longer training of the same kind, so they are not "
-        "independent.", "",
+        f"At most {MAX_TRAIN:,} images vote and {MAX_TEST:,} are classified. Runs on one set with "
+        "one method are not independent.", "",
         "Runs are named as on the pages that they are from: SET-default_20-SEED of "
         "[six_sets](../six_sets/README.md), SET-sprint-5-SEED and SET-folder-5-SEED of "
         "[equal_time](../sprint/equal_time/README.md), METHOD, seed SEED of the "

@@ -30,6 +30,7 @@ from simsiam.model.losses import negative_cosine
 from simsiam.model.precision import Compute
 from simsiam.model.siamese import build
 from simsiam.runs.compose import compose_recipe
+from simsiam.runs.encoder import build_backbone, eval_transform
 from simsiam.sources.open_source import open_source
 
 CPU = torch.device("cpu")
@@ -214,6 +215,19 @@ def test_the_race_measures_a_network_beside_patches_as_adapt_puts_it(monkeypatch
 
     ((seconds, accuracy),) = race.run_beside_patches("shapes", recipe, source, measure, tmp_path)
     assert seconds > 60 and accuracy == 50
+
+
+def test_the_race_measures_a_copy_of_a_network_on_its_device(monkeypatch):
+    """Built on the CPU, it comes to where the images are; the plain loop keeps its format."""
+    placed = []
+    monkeypatch.setattr(Compute, "place", lambda self, item: placed.append(item) or item)
+    images = sample(open_source("shapes").train, 40)
+    recipe = compose_recipe("shapes", None, {"backbone": "resnet10", "width": 4})[0]
+    network = build_backbone(recipe)
+    compute = Compute(CPU, "float32")
+    assert 0 <= race.knn(images, images, compute, eval_transform(recipe), network) <= 100
+    assert any(isinstance(item, torch.nn.Module) for item in placed)
+    assert all(item is not network for item in placed)
 
 
 @pytest.mark.parametrize(

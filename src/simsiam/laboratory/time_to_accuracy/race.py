@@ -8,6 +8,7 @@ beside the JSON file, and the same command goes on where it was stopped.
 import json
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from statistics import fmean, stdev
@@ -166,6 +167,7 @@ def knn(
     Returns:
         Percent.
     """
+    backbone = compute.place(deepcopy(backbone))  # the plain loop goes on with its memory format
     h = [
         extract_features(backbone, images, transform, compute=compute).matrices[0]
         for images in (bank, queries)
