@@ -285,6 +285,15 @@ def test_the_advice_of_an_encoder_that_is_kept_is_to_keep_it(sample, branches, t
     )
 
 
+def test_patches_that_win_against_a_narrow_network_can_be_loaded(sample, branches, tmp_path):
+    """Width and stem are those of the network to start from, and patches have neither."""
+    best = make_candidate("patches", [branches[0]], [None], sample)
+    recipe = encoder_recipe(["shapes"], 3, UNIT).replace(width=16, stem="large")
+    write_encoder(tmp_path / "run", recipe, best, [{"candidate": "patches", "taken": True}], [])
+    x = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(simsiam.load(tmp_path / "run")(x), branches[0].backbone(x))
+
+
 def test_the_fewest_images_that_are_taken_are_enough(tmp_path):
     """The trial that estimates the time has fewer images then as well."""
     path = simsiam.adapt("shapes", limit=MIN_IMAGES, out=tmp_path / "run")

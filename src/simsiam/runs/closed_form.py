@@ -55,8 +55,11 @@ def write_encoder(
     if candidate.heads == (None,):  # only the network to start from has none
         advice = f"Unchanged is best: nothing that was tried is better than {candidate.name}."
     start, end = ({k: v for k, v in row.items() if k in MEASURED} for row in (first, last))
+    changes: dict[str, object] = {"backbone": name}
+    if isinstance(encoder.backbone, Patches):  # they have neither, the network to start from may
+        changes |= {"width": Recipe.width, "stem": None}
     with atomic_folder(path) as part:
-        run = Run.create(part, recipe.replace(backbone=name))
+        run = Run.create(part, recipe.replace(**changes))
         run.write("adapt.json", {"chosen": candidate.name, "candidates": list(rows)})
         run.quarantine(skipped)
         state = encoder.backbone.state_dict()
