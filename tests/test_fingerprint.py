@@ -159,14 +159,17 @@ def test_a_run_without_a_fingerprint_goes_on_with_a_line(trained, tmp_path, caps
     assert "not known" not in capsys.readouterr().err
 
 
-def test_one_eta_for_each_image_is_not_moved_to_others(trained, tmp_path, capsys):
+@pytest.mark.parametrize(
+    "settings",
+    [{"target": "moving_average"}, {"method": "deepcluster", "dim": 3, "equal_terms": True}],
+)
+def test_what_is_kept_of_each_image_is_not_moved_to_others(trained, tmp_path, capsys, settings):
     path, _ = copied(trained, tmp_path / "trained")
     here = shutil.copytree(path, tmp_path / "here")
-    settings = SETTINGS | {"target": "moving_average"}
-    run = simsiam.pretrain(str(here), out=tmp_path / "run", **settings)
+    run = simsiam.pretrain(str(here), out=tmp_path / "run", **SETTINGS | settings)
     next(here.rglob("*.png")).unlink()
     assert main(["resume", str(run), "--accept-changed-source"]) == 2
-    assert "keeps a vector of each image" in capsys.readouterr().err
+    assert "of each image, so this run cannot go on" in capsys.readouterr().err
 
 
 # --- embed and shard ---

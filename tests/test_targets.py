@@ -245,10 +245,21 @@ def test_a_teachers_features_are_constant_targets():
     assert set(model.state_dict()) == before and not any("eta" in key for key in before)
 
 
+@pytest.mark.parametrize(
+    "cells", [{"predictor": "mlp"}, {"head_bn": ("proj_out",)}, {"output_bias": False}]
+)
+def test_the_classifier_of_clusters_is_the_last_layer_and_has_a_bias(cells):
+    """It begins anew in each epoch (DeepCluster, 3.3); other heads are refused before the run."""
+    row = {"target": "kmeans", "pairs": "single", "criterion": "classification"}
+    row |= {"predictor": "none", "head_bn": ()} | cells
+    with pytest.raises(UsageError, match="target kmeans begins a new classifier"):
+        small(**row)
+
+
 def test_clusters_count_alike():
     """The weighted loss is that of images drawn uniformly over the clusters (DeepCluster, 3.3)."""
     cells = {"predictor": "none", "pairs": "single", "criterion": "classification"}
-    model = build(small(target="kmeans", **cells), **SMALL)
+    model = build(small(target="kmeans", head_bn=("proj_hidden",), **cells), **SMALL)
     model.begin(images=IMAGES)
     labels = torch.tensor([0] * 12 + [1] * 8 + [2] * 4)
     model.target.labels.copy_(labels)

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import simsiam
@@ -189,6 +190,22 @@ def test_a_network_that_does_not_change_is_worth_what_it_was(images):
     assert START in not_beaten([own[0], *others], END) and network.training
     assert [other.name for other in others] == [START, PIXELS, COLOR]  # too short for patches
     assert start["size"] == 400 and len(start["hits"]) == 133
+
+
+def test_files_that_cannot_be_read_do_not_take_the_comparison_away(tmp_path, monkeypatch):
+    """The same images are read at the end as at the start, whichever are damaged."""
+    monkeypatch.setattr(worth, "sample_size", lambda samples: 200)
+    pixels = np.random.default_rng(0).integers(256, size=(250, 32, 32, 3), dtype=np.uint8)
+    for i, image in enumerate(pixels):
+        Image.fromarray(image).save(tmp_path / f"{i}.png")
+        if i % 10 == 0:
+            (tmp_path / f"{i}.png").write_bytes(b"damaged")
+    images = open_source(tmp_path).train
+    network = simsiam.build("simsiam", backbone="resnet10", width=8, image_size=32).backbone
+    start = measure_start(network, images, RECIPE, IMAGENET, 1000, compute=FLOAT32)
+    assert 150 < start["size"] < 200
+    _, others = measure_end(start, network, images, RECIPE, IMAGENET, 1000, 1, compute=FLOAT32)
+    assert START in [other.name for other in others]
 
 
 def test_patches_are_learned_where_training_took_a_minute_or_more(images, monkeypatch):

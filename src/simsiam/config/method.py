@@ -310,6 +310,13 @@ class Method:
                 f"target is {self.target} and criterion is {self.criterion}: "
                 "criterion classification goes together with target labels or kmeans"
             )
+        if self.target == "kmeans" and (
+            self.predictor != "none" or "proj_out" in self.head_bn or not self.output_bias
+        ):
+            raise UsageError(
+                "target kmeans begins a new classifier in each epoch, the last layer of the "
+                "projector: use predictor none, head_bn without proj_out, and output_bias"
+            )
         if self.pairs == "single" and self.target not in PER_IMAGE_TARGETS:
             raise UsageError(
                 "pairs single compares a view with what its image has: use other pairs, or target "

@@ -8,11 +8,11 @@ within noise decides nothing.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TypedDict
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import NotRequired, TypedDict
 
 from simsiam.config.recipes import ResolvedRecipe
 from simsiam.data.images import Images
@@ -120,13 +120,15 @@ class Start(TypedDict):
         agreement: (2, M), as in `Candidate`.
         retrieval: As in `Candidate`.
         hits: As in `Candidate`.
-        size: Number of images in the sample.
+        size: Number of images in the sample that could be read.
+        limit: How many images were to be read; older checkpoints have none.
     """
 
     agreement: Tensor
     retrieval: float
     hits: Tensor | None
     size: int
+    limit: NotRequired[int]
 
 
 def sample_size(samples: int) -> int:
@@ -191,6 +193,7 @@ def measure_start(
         "retrieval": start.retrieval,
         "hits": start.hits,
         "size": len(sample.pixels),
+        "limit": limit,
     }
 
 
@@ -225,7 +228,8 @@ def measure_end(
         too few images.
     """
     try:
-        sample = read_sample(images, transform.resize, seed=recipe.seed, limit=start["size"])
+        limit = start.get("limit", start["size"])  # the size, in checkpoints of older versions
+        sample = read_sample(images, transform.resize, seed=recipe.seed, limit=limit)
     except UsageError:
         return [], []
     simple: dict[str, nn.Module] = {PIXELS: Pixels(transform)}

@@ -500,9 +500,10 @@ class Run(TrainingFolder):
             counts = f"{num_images} images to train on, and there were {state['images']} before"
             if not accept:
                 raise UsageError(f"there are {counts}; {advice}")
-            if self.recipe.method.target == "moving_average":
+            kept = {"moving_average": "a vector", "kmeans": "the cluster"}
+            if (target := self.recipe.method.target) in kept:
                 raise UsageError(
-                    f"there are {counts}: target moving_average keeps a vector of each image, so "
+                    f"there are {counts}: target {target} keeps {kept[target]} of each image, so "
                     "this run cannot go on; start a new one"
                 )
         if accept:
