@@ -9,20 +9,23 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 from torch import nn
 
+from simsiam.config.method import BN_SPLITS
 from simsiam.config.recipes import ResolvedRecipe
 from simsiam.data.images import Images, sample
 from simsiam.data.transform import Transform
 from simsiam.distributed.process_group import rank_zero_only
 from simsiam.errors import UsageError
 from simsiam.model.backbones import RESNETS, input_size
+from simsiam.model.patches import PATCHES_PREFIX, parse_patches
 from simsiam.model.precision import Compute
 from simsiam.monitoring.features import extract_features
 from simsiam.runs.encoder import eval_transform
 from simsiam.runs.weights import PATCHES
 from simsiam.training.plan import SCALING_EFFICIENCY, is_resident
-from simsiam.training.prepare import build_training_setup, load_teacher
+from simsiam.training.prepare import build_training_setup, cluster_features, load_teacher
 from simsiam.training.speed import measure_speed, seconds_per_image
 from simsiam.utils.workers import CPU_CORES
 
@@ -44,7 +47,12 @@ START_SECONDS, END_SECONDS = 6, 10  # loading the program; writing files
 PATCH_SECONDS = 45  # for learning patches at the end of a run of ten minutes or longer
 MEASURING_SHARE = 0.05  # of the time, for measuring the start and the end
 FORWARD_SHARE = 1 / 6  # of the time to train on an image: one forward pass of six
-EXTRACTED = 64  # images with which the time for features is measured
+EXTRACTED, CLUSTERED = 64, 2000  # images with which features and k-means are timed
+# What a time limit may choose.
+CHOSEN_SETTINGS = (
+    "steps", "batch_size", "image_size", "eval_resize", "stem", "width", "knn_every",
+)  # fmt: skip
+CHOSEN_METHOD_SETTINGS = ("base_lr", "warmup_epochs")
 
 
 @dataclass(frozen=True)
@@ -76,6 +84,7 @@ def fit_to_minutes(
     minutes: float,
     elapsed: float,
     processes: int = 1,
+    keep_settings: bool = False,
 ) -> tuple[ResolvedRecipe, list[str]]:
     """Choose settings with which a run ends in time on this machine and learns the most it can.
 
@@ -86,6 +95,7 @@ def fit_to_minutes(
         minutes: The time from start to end, evaluation included.
         elapsed: Seconds of it that have passed.
         processes: The number of processes that will train.
+        keep_settings: Whether all settings but the length are kept, not only those in `given`.
 
     Returns:
         The recipe with the chosen settings, and lines that give the reasons.
@@ -108,11 +118,16 @@ def fit_to_minutes(
         needed = teacher_seconds(recipe, images) * count / processes
         seconds -= needed + time.monotonic() - begun
         first_lines = [f"before the first step: {needed:,.0f} seconds for the teacher's features"]
-    for choice in choices(recipe, given):
-        few = sample(images, 4 * recipe.batch_size)
-        trial = Trial(choice, measure_rate(choice, few, count, processes))
-        seconds -= TRIAL_SECONDS
-        total = trained_images(trial.rate, seconds, count)
+    for choice in [recipe] if keep_settings else choices(recipe, given):
+        begun = time.monotonic()
+        rate = measure_rate(choice, images, count, processes)
+        in_epoch = epoch_seconds(choice, images, count, processes)
+        before = in_epoch  # an epoch that is not completed also has it
+        if recipe.method.target == "moving_average" and recipe.method.target_fresh:
+            before = count * FORWARD_SHARE / rate  # eta of each image, before the first step
+        trial = Trial(choice, rate)
+        seconds -= time.monotonic() - begun
+        total = trained_images(rate, seconds - before, count, in_epoch)
         lines.append(f"{trial}, {max(total, 0):,} images in this time")
         if total >= ENOUGH_IMAGES:
             break
@@ -120,15 +135,18 @@ def fit_to_minutes(
     if total < 2 * MIN_BATCH:
         raise UsageError(f"{minutes:g} minutes are too short to train here: {lines[-1]}")
     batch = recipe.batch_size
-    if given.get("batch_size") is None:
+    if given.get("batch_size") is None and not keep_settings:
         while batch > MIN_BATCH and total / batch < ENOUGH_STEPS:
             batch //= 2
     steps, settings = total // batch, dict[str, float](batch_size=batch)
     epochs = steps * batch / count
-    scratch = recipe.method.name == "simsiam" and recipe.init in (None, PATCHES)
-    if scratch and given.get("base_lr") is None and steps < FEW_STEPS:
-        faster = FEW_STEPS_LR * 256 / batch
-        settings["base_lr"] = max(faster, recipe.method.base_lr)
+    method = recipe.method
+    scratch = method.name == "simsiam" and recipe.init in (None, PATCHES)
+    fast = scratch and method.optimizer == "sgd" and steps < FEW_STEPS
+    if fast and given.get("base_lr") is None and not keep_settings:
+        settings["base_lr"] = max(FEW_STEPS_LR * 256 / batch, method.base_lr)
+    if given.get("warmup_epochs") is None:  # at most a tenth: the lr has to reach its peak, and 0
+        settings["warmup_epochs"] = min(method.warmup_epochs, int(epochs / 10))
     if given.get("knn_every") is None:
         settings["knn_every"] = max(1, math.ceil(epochs / MEASUREMENTS))
     chosen = trial.recipe.replace(steps=steps, **settings)
@@ -148,15 +166,20 @@ def choices(recipe: ResolvedRecipe, given: Mapping[str, object]) -> Iterator[Res
         given: Settings that the user chose; they are kept. So is the network of initial weights.
     """
     yield recipe
-    stem = recipe.resnet_stem
+    stem, network = recipe.resnet_stem, recipe.backbone
+    if network.startswith(PATCHES_PREFIX):
+        network = parse_patches(network)[1] or network
     if given.get("image_size") is None:
         smallest = input_size(recipe.backbone) or 0 if recipe.init == PATCHES else 0
+        changes = dict[str, object]()
+        if network in RESNETS:  # a small stem at 64 px would take four times as long
+            changes["stem"] = stem
+        if given.get("eval_resize") is None:
+            changes["eval_resize"] = None  # it belongs to the size of the recipe or the weights
         for size in (side for side in SIDES if smallest <= side < recipe.image_size):
-            # A small stem at 64 px would take four times as long.
-            changes = {"stem": stem} if recipe.backbone in RESNETS else {}
             recipe = recipe.replace(image_size=size, **changes)
             yield recipe
-    if recipe.backbone not in RESNETS or recipe.init is not None:
+    if network not in RESNETS or recipe.init not in (None, PATCHES):
         return
     if recipe.stem is None and stem == "small" and recipe.image_size >= LARGE_STEM_SIDE:
         recipe = recipe.replace(stem="large")
@@ -207,30 +230,59 @@ def measure_rate(recipe: ResolvedRecipe, images: Images, count: int, processes: 
 
     Args:
         recipe: The recipe.
-        images: Some of the training images.
+        images: The images of the source.
         count: Number of training images.
-        processes: The number of processes.
+        processes: The number of processes, which share a batch.
     """
-    resident = is_resident(images, count, recipe)
-    speed = measure_speed(recipe, images, resident=resident, seconds=TRIAL_SECONDS)
+    few = sample(images, 4 * recipe.batch_size)
+    resident = is_resident(images if images.pixels is not None else few, count, recipe)
+    smallest = 2 * BN_SPLITS if recipe.method.bn == "split" else 2
+    share = recipe.replace(batch_size=max(smallest, -(-recipe.batch_size // processes)))
+    speed = measure_speed(share, few, resident=resident, seconds=TRIAL_SECONDS)
     _, _, seconds = seconds_per_image(speed, resident=resident, cores=CPU_CORES)
-    if recipe.method.target == "kmeans":  # clusters the features of all images in each epoch
-        setup, few = build_training_setup(recipe), sample(images, EXTRACTED)
-        transform = eval_transform(recipe)
-        seconds += extraction_seconds(setup.model.backbone, few, transform, setup.compute)
     return processes / seconds * (SCALING_EFFICIENCY if processes > 1 else 1)
 
 
-def trained_images(rate: float, seconds: float, count: int) -> int:
+def epoch_seconds(recipe: ResolvedRecipe, images: Images, count: int, processes: int) -> float:
+    """Measure what an epoch takes besides its steps: with target kmeans, to find the clusters.
+
+    Args:
+        recipe: The recipe.
+        images: The images of the source.
+        count: Number of training images.
+        processes: The number of processes. They share the features; one finds the clusters.
+
+    Returns:
+        Seconds.
+    """
+    if recipe.method.target != "kmeans":
+        return 0.0
+    setup, few = build_training_setup(recipe), sample(images, EXTRACTED)
+    backbone = setup.model.backbone
+    extracting = extraction_seconds(backbone, few, eval_transform(recipe), setup.compute)
+    # k-means takes (images) x (clusters); fewer of both in the same proportion are measured.
+    rows = min(count, CLUSTERED)
+    width = int(backbone.dim)  # type: ignore[arg-type]
+    h = np.random.default_rng(0).standard_normal((rows, width), dtype=np.float32)
+    clusters = min(rows, max(2, recipe.method.dim * rows // count))
+    begun = time.monotonic()
+    cluster_features(h, clusters, recipe.seed)
+    clustering = (time.monotonic() - begun) * (count / rows) ** 2
+    return extracting * count / processes + clustering
+
+
+def trained_images(rate: float, seconds: float, count: int, in_epoch: float = 0.0) -> int:
     """Compute how many images can be trained on, beside the measurements of the monitors.
 
     Args:
         rate: Images per second in training.
         seconds: The time.
         count: Number of training images, all of which the monitors read.
+        in_epoch: Seconds that an epoch takes besides its steps.
     """
-    monitor = (count + 3 * 2000) * FORWARD_SHARE
+    monitor = (count + 3 * 2000) * FORWARD_SHARE / rate
+    image = 1 / rate + in_epoch / max(count, 1)
     limits = {number: number * count for number in range(1, MEASUREMENTS)} | {
         MEASUREMENTS: math.inf
     }
-    return int(max(min(rate * seconds - n * monitor, limits[n]) for n in limits))
+    return int(max(min((seconds - n * monitor) / image, limits[n]) for n in limits))

@@ -12,7 +12,7 @@ from typing_extensions import Unpack
 
 from simsiam.config.keyword_settings import PretrainSettings
 from simsiam.config.method import FIXED_TARGETS
-from simsiam.config.recipes import CONVERTED_SOURCES, Recipe
+from simsiam.config.recipes import CONVERTED_SOURCES, RECIPE_NAMES, Recipe, ResolvedRecipe
 from simsiam.distributed.process_group import distributed_entry_point, rank_zero_only, world_size
 from simsiam.errors import UsageError, WorkFailed, printable, truncate
 from simsiam.model.memory import catch_out_of_memory
@@ -21,13 +21,17 @@ from simsiam.runs.compose import PLACES, compose_recipe, open_run_source
 from simsiam.runs.environment import collect_environment
 from simsiam.runs.journal import MetricsLogger
 from simsiam.runs.loggers.choice import choose_loggers, parse_loggers, read_choice
-from simsiam.runs.recipe_file import write_recipe
+from simsiam.runs.recipe_file import read_recipe, write_recipe
 from simsiam.runs.records import TrainingState
 from simsiam.runs.run_folder import Run, reserved_run_path
 from simsiam.runs.weights import record_origin
 from simsiam.sources.open_source import absolute_sources, source_names
 from simsiam.sources.own_marks import is_named, mark_places, unnamed_places_error
-from simsiam.training.budget import fit_to_minutes
+from simsiam.training.budget import (
+    CHOSEN_METHOD_SETTINGS,
+    CHOSEN_SETTINGS,
+    fit_to_minutes,
+)
 from simsiam.training.finish import finish
 from simsiam.training.loop import run_training
 from simsiam.training.prepare import RunData, TrainingSetup, build_training_setup, prepare_data
@@ -56,7 +60,8 @@ def pretrain(
         recipe: The name of a recipe, a YAML file, or a `Recipe`. By default the source decides.
         out: The run folder; it must not exist. The default is runs/SOURCE-METHOD-N.
         minutes: Time from start to end on this machine, evaluation included. It chooses the number
-            of steps, and the size of views, the width and the batch unless these are given.
+            of steps, and the size of views, the width and the batch unless these are given, or all
+            of them by a file or a `Recipe`.
         logger: Where the numbers of metrics.jsonl are shown besides: "tensorboard", "wandb" or
             "mlflow", several of them, or "none".
         training_class: A subclass can measure more, in `observe`.
@@ -74,15 +79,21 @@ def pretrain(
     loggers = parse_loggers(logger)
     command = ["pretrain", *(["--out", str(out)] if out else [])]
     complete, opened, reasons = compose_recipe(source, recipe, overrides, command)
-    if minutes is not None:
-        elapsed = time.monotonic() - begun
+    if minutes is not None and (before := restarted_recipe(out, complete)):
+        complete = before
+        reasons = [
+            *reasons,
+            f"{minutes:g} minutes: the settings that were chosen at the first start",
+        ]
+    elif minutes is not None:
         complete, lines = fit_to_minutes(
             complete,
             opened.train,
             overrides,
             minutes=minutes,
-            elapsed=elapsed,
+            elapsed=time.monotonic() - begun,
             processes=world_size(),
+            keep_settings=recipe is not None and recipe not in RECIPE_NAMES,
         )
         reasons = [*reasons, *lines]
     with reserved_run_path(out, f"{opened.name}-{complete.method.name}", complete) as path:
@@ -96,6 +107,30 @@ def pretrain(
             choose_loggers(run, loggers)
             train_run(run, data, setup, messages, training_class=training_class)
     return path
+
+
+@rank_zero_only
+def restarted_recipe(
+    out: str | os.PathLike[str] | None, complete: ResolvedRecipe
+) -> ResolvedRecipe | None:
+    """Return a recipe with what a time limit chose before torchrun started the command again.
+
+    The speed is measured once: measured again, it would choose another number of steps.
+
+    Args:
+        out: The run folder.
+        complete: The recipe of the command, without what the limit chooses.
+
+    Returns:
+        The recipe; None if this is no restart, or the run has no recipe yet.
+    """
+    file = Path(out or "") / "recipe.yaml"
+    if out is None or "TORCHELASTIC_RUN_ID" not in os.environ or not file.is_file():
+        return None
+    recipe = read_recipe(file)
+    chosen = {name: getattr(recipe, name) for name in CHOSEN_SETTINGS}
+    method = {name: getattr(recipe.method, name) for name in CHOSEN_METHOD_SETTINGS}
+    return complete.replace(**chosen, **method)
 
 
 @distributed_entry_point

@@ -74,7 +74,8 @@ def measure_speed(
 
     load = round(psutil.getloadavg()[0] / CPU_CORES, 2)
     setup = build_training_setup(recipe)
-    setup.model.begin(images=len(images), labels=None, steps=1, per_epoch=1)
+    labels = None if images.labels is None else torch.from_numpy(images.labels)
+    setup.model.begin(images=len(images), labels=labels, steps=1, per_epoch=1)
     device = setup.compute.device
     prepared = trained = math.inf
     try:
