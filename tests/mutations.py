@@ -731,8 +731,8 @@ MUTATIONS = [
     m(
         "a large learning rate for pretrained weights",
         "training/budget",
-        'recipe.method.name == "simsiam" and recipe.init in (None, PATCHES)',
-        'recipe.method.name == "simsiam"',
+        'scratch = method.name == "simsiam" and recipe.init in (None, PATCHES)',
+        'scratch = method.name == "simsiam"',
         "budget.py::test_few_steps_get_a_large_learning_rate_unless_weights_or_the_user_say_otherwise",
     ),
     m(
