@@ -294,7 +294,14 @@ def test_the_page_add_a_method_runs(monkeypatch):
 
 
 # Settings of short runs, besides those of a row.
-SHORT_RUNS = {"distillation": {"teacher": "lite0", "batch_size": 64, "limit": 2000}}
+SHORT_RUNS = {
+    "distillation": {"teacher": "lite0", "batch_size": 64, "limit": 2000},
+    # The memory bank is random at first: few images are seen often, and the head has batch norm.
+    "instance_discrimination": {
+        "equal_terms": True, "proj_layers": 2, "head_bn": ("proj_hidden", "proj_out"),
+        "tau": 0.2, "target_decay": 0.0, "queue": 512, "limit": 1000,
+    },
+}  # fmt: skip
 
 
 @pytest.mark.long
