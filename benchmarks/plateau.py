@@ -64,6 +64,7 @@ CELLS: dict[str, dict[str, object]] = {
     "decay 5e-4, predictor 1e-4": {"weight_decay": 5e-4, "predictor_weight_decay": 1e-4},
     "decay 5e-4, not of norms": {"weight_decay": 5e-4, "exclude": "bias_and_norm"},
     "lr x 2": {"base_lr": 1.4},
+    "constant_decay": {"lr_schedule": "constant_decay"},
     "crops from 0.7": {"crop_min": 0.7},
     "crops from 0.2": {"crop_min": 0.2},
     "jitter 0.8": {"jitter": (0.8, 0.8, 0.0, 0.0)},
