@@ -53,9 +53,12 @@ def shared():
 @pytest.fixture(autouse=True)
 def in_an_empty_folder(tmp_path_factory, monkeypatch):
     """Runs are made in the working directory by default."""
-    monkeypatch.chdir(tmp_path_factory.mktemp("work"))
+    folder = tmp_path_factory.mktemp("work")
+    monkeypatch.chdir(folder)
     monkeypatch.setenv("SIMSIAM_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
     os.environ["COLUMNS"] = "80"
+    yield
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")

@@ -539,11 +539,18 @@ MUTATIONS = [
         "targets.py::test_clusters_are_of_the_leading_directions",
     ),
     m(
-        "few clusters are no collapse",
+        "clusters are judged by the rank of logits",
         "monitoring/verdict",
-        "std = 1.0 if clusters else std",
-        "std, rank = (1.0, 9.0) if clusters else (std, rank)",
-        "monitors.py::test_each_criterion_defines_a_high_loss",
+        '"h_rank" if clusters else "z_rank"',
+        '"z_rank"',
+        "monitors.py::test_clusters_are_judged_by_h_and_by_the_second_halves_of_epochs",
+    ),
+    m(
+        "a classifier is judged as soon as it begins",
+        "monitoring/verdict",
+        '-record["epoch"] % 1 < 0.5',
+        "True",
+        "monitors.py::test_clusters_are_judged_by_h_and_by_the_second_halves_of_epochs",
     ),
     m(
         "a memory bank of the initial network's projections",

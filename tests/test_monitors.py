@@ -86,6 +86,25 @@ def test_verdicts(word, loss, std, rank):
     assert judge_run(lines, 1000, diverged=True).verdict == "diverged"
 
 
+def test_clusters_are_judged_by_h_and_by_the_second_halves_of_epochs():
+    """Logits say nothing about h, and the loss of a new classifier nothing about the clusters."""
+
+    def judge(second_half: float, h_rank: float) -> str:
+        lines = [
+            {
+                "step": step, "epoch": step / 100, "z_std_sqrt_d": 0.01, "z_rank": 1.0,
+                "loss": 4.0 if 0 < step % 100 < 50 else second_half, "h_rank": h_rank,
+            }
+            for step in range(1, 241)  # ends in the first half of an epoch
+        ]  # fmt: skip
+        return judge_run(lines, 240, high_loss_threshold=3.8, clusters=True).verdict
+
+    assert judge(3.5, 4.0) == "healthy"
+    assert judge(3.9, 4.0) == "not converging"
+    assert judge(3.5, 2.5) == "partial collapse"
+    assert judge(3.5, 1.5) == "collapsed"
+
+
 def test_one_noisy_batch_decides_nothing():
     lines = [
         {"step": s, "loss": -0.9, "z_std_sqrt_d": 0.9, "z_rank": 20.0} for s in range(0, 1000, 10)
@@ -115,11 +134,6 @@ def test_each_criterion_defines_a_high_loss():
         judge_run(flat, 1000, high_loss_threshold=3.0, fixed_target=True).verdict
         == "not converging"
     )
-    # What all logits share says nothing about clusters; few of them that are left show in the rank.
-    shared = [line | {"z_std_sqrt_d": 0.3, "z_rank": 6.0} for line in lines]
-    assert judge_run(shared, 1000, high_loss_threshold=5.0).verdict == "partial collapse"
-    assert judge_run(shared, 1000, high_loss_threshold=5.0, clusters=True).verdict == "healthy"
-    assert judge_run(flat, 1000, high_loss_threshold=5.0, clusters=True).verdict == "collapsed"
     small = {"backbone": "resnet10", "width": 4, "image_size": 16}
     high = {
         name: build(replace(row, dim=16), **small).high_loss_threshold(128)
