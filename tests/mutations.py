@@ -525,6 +525,13 @@ MUTATIONS = [
         "bench.py::test_the_plain_loop_is_simsiam_and_continues_after_the_last_epoch",
     ),
     m(
+        "the race names the modules of now",
+        "laboratory/time_to_accuracy/race",
+        'modules.add(found["plain_loop"])',
+        "modules.add(MODULES)",
+        "bench.py::test_time_to_accuracy_goes_on_where_it_was_stopped",
+    ),
+    m(
         "the plain loop forgets its momentum",
         "laboratory/time_to_accuracy/plain_loop",
         'optimizer.load_state_dict(state["optimizer"])',
@@ -780,7 +787,7 @@ MUTATIONS = [
     m(
         "choose again when torchrun starts the command again",
         "training/launch",
-        '"TORCHELASTIC_RUN_ID" not in os.environ or',
+        "not under_torchrun() or",
         "True or",
         "budget.py::test_under_torchrun_a_time_limit_chooses_once",
     ),

@@ -171,9 +171,11 @@ def test_time_to_accuracy_goes_on_where_it_was_stopped(monkeypatch, capsys):
             trained.append((name, seed))
             return [(6.0, 41.0), (60.0 * (seed + 1), end)]
 
-        return {"slow": partial(train, "slow", 45.0), "fast": partial(train, "fast", 50.0 + seed)}
+        slow = partial(train, "slow", 45.0)
+        return {"plain loop": slow, "fast": partial(train, "fast", 50.0 + seed)}
 
     monkeypatch.setattr(race, "contestants", contestants)
+    monkeypatch.setattr(race, "MODULES", "lightly 1.6.0")
     words = ["bench", "--only", "time_to_accuracy", "--source", "shapes", "--device", "cpu"]
     assert main([*words, "--seeds", "1", "--out", "race.json"]) == 0
     assert trained == [("slow", 0), ("fast", 0)]
@@ -187,12 +189,16 @@ def test_time_to_accuracy_goes_on_where_it_was_stopped(monkeypatch, capsys):
     text = capsys.readouterr().out
     assert re.search(r" 50 +│ +1.5 ± 0.71 ", text) and "never" in text and "60" not in text
     assert Path("race.png").stat().st_size > 1000 and Path("race.svg").exists()
-    assert report["threads"]["slow"] == dict.fromkeys("01", torch.get_num_threads())
+    assert report["threads"]["plain loop"] == dict.fromkeys("01", torch.get_num_threads())
     assert "threads" not in text
+    monkeypatch.setattr(race, "MODULES", "other modules, which no loop was measured with")
     file = Path("race.runs/fast, seed 1.json")
     file.write_text(json.dumps(json.loads(file.read_text()) | {"threads": 64}))
     assert main([*words, "--seeds", "2", "--out", "race.json"]) == 0
-    assert f"fast, threads: {torch.get_num_threads()} or 64" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert f"fast, threads: {torch.get_num_threads()} or 64" in text
+    report = json.loads(Path("race.json").read_text())
+    assert report["plain loop"] == "lightly 1.6.0" and "modules of lightly 1.6.0." in text
 
 
 def test_the_race_measures_a_network_beside_patches_as_adapt_puts_it(monkeypatch, tmp_path):

@@ -296,6 +296,11 @@ def test_the_page_add_a_method_runs(monkeypatch):
 # Settings of short runs, besides those of a row.
 SHORT_RUNS = {
     "distillation": {"teacher": "lite0", "batch_size": 64, "limit": 2000},
+    # A classifier that begins anew in each epoch has to learn fast, without h losing its rank.
+    "deepcluster": {
+        "equal_terms": True, "dim": 50, "proj_layers": 2, "proj_hidden": 256,
+        "head_bn": ("proj_hidden",), "optimizer": "adamw", "base_lr": 0.016, "weight_decay": 0.01,
+    },
     # The memory bank is random at first: few images are seen often, and the head has batch norm.
     "instance_discrimination": {
         "equal_terms": True, "proj_layers": 2, "head_bn": ("proj_hidden", "proj_out"),

@@ -414,6 +414,11 @@ class Method:
         return self.full_view_count + self.small_crops
 
     @property
+    def min_batch(self) -> int:
+        """Number of images that batch norm needs: two for each of its parts of a batch."""
+        return 2 * BN_SPLITS if self.bn == "split" else 2
+
+    @property
     def small_views(self) -> Views:
         """How a small crop is made."""
         crop_min, crop_max = self.small_crop_scale

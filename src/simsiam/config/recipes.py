@@ -201,10 +201,10 @@ class Recipe:
                 f"warmup_epochs is {warmup} and epochs {self.epochs}: "
                 "epochs must be greater than warmup_epochs"
             )
-        if self.method.bn == "split" and self.batch_size < 2 * BN_SPLITS:
+        if self.method.bn == "split" and self.batch_size < self.method.min_batch:
             raise UsageError(
                 f"batch_size is {self.batch_size} and bn is split: "
-                f"{BN_SPLITS} parts need {2 * BN_SPLITS} images"
+                f"{BN_SPLITS} parts need {self.method.min_batch} images"
             )
 
     @property

@@ -1,7 +1,7 @@
 """The processes of one run, as torchrun starts them: rank, share of the work, work for rank zero.
 
-Every process has to call these functions, except `world_size`, `rank` and `local_slice`. In a
-single process they do nothing but call what they are given.
+Every process has to call these functions, except `world_size`, `rank`, `under_torchrun` and
+`local_slice`. In a single process they do nothing but call what they are given.
 """
 
 import atexit
@@ -37,6 +37,11 @@ def world_size() -> int:
 def rank() -> int:
     """Return this process's number, from 0."""
     return distributed.get_rank() if world_size() > 1 else 0
+
+
+def under_torchrun() -> bool:
+    """Tell whether torchrun started this process; it may have started the command before."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def local_slice(n: int) -> slice:

@@ -86,7 +86,8 @@ REMEDIES = {
     "not converging": "The loss stays high. A run of some hundred steps has to be longer. In a "
     "longer one, check that the predictor, if there is one, is trained (not fixed) and that its "
     "output has no batch norm; then divide --base-lr by 4, or add --warmup-epochs 10. For swav on "
-    "few images, first add --equal-terms --prototypes 128 --sinkhorn-epsilon 0.02.",
+    "few images, first add --equal-terms --prototypes 128 --sinkhorn-epsilon 0.02; for deepcluster "
+    "and instance_discrimination, see docs/understand/neighbors.md.",
     "diverged": "The loss is no longer a finite number. Divide --base-lr by 4, or add "
     "--warmup-epochs 10, and start again; --precision float32 rules out rounding as the cause.",
 }

@@ -24,7 +24,12 @@ from torch.optim import Optimizer
 
 from simsiam.config.recipes import CONVERTED_SOURCES, ResolvedRecipe
 from simsiam.config.settings import MAX_INT
-from simsiam.distributed.process_group import rank, rank_zero_context, rank_zero_only
+from simsiam.distributed.process_group import (
+    rank,
+    rank_zero_context,
+    rank_zero_only,
+    under_torchrun,
+)
 from simsiam.errors import UsageError, WorkFailed, printable, say_once, truncate
 from simsiam.model.encoder import Encoder
 from simsiam.runs.environment import numerical_conditions, utc_now
@@ -796,7 +801,7 @@ def check_vacant(path: str | os.PathLike[str], recipe: ResolvedRecipe | None = N
     if path.is_dir() and set(path.iterdir()) <= {path / MARKS_FILE, *stale_parts(path)}:
         remove_stale_parts(path)
         return path
-    restarted = recipe is not None and "TORCHELASTIC_RUN_ID" in os.environ
+    restarted = recipe is not None and under_torchrun()
     if not restarted or not (path / "recipe.yaml").is_file():
         raise UsageError(
             f"{path} exists and is not written over: choose another --out, or continue it with "

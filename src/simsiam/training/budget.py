@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 from torch import nn
 
-from simsiam.config.method import BN_SPLITS
 from simsiam.config.recipes import ResolvedRecipe
 from simsiam.data.images import Images, sample
 from simsiam.data.transform import Transform
@@ -236,8 +235,9 @@ def measure_rate(recipe: ResolvedRecipe, images: Images, count: int, processes: 
     """
     few = sample(images, 4 * recipe.batch_size)
     resident = is_resident(images if images.pixels is not None else few, count, recipe)
-    smallest = 2 * BN_SPLITS if recipe.method.bn == "split" else 2
-    share = recipe.replace(batch_size=max(smallest, -(-recipe.batch_size // processes)))
+    share = recipe.replace(
+        batch_size=max(recipe.method.min_batch, -(-recipe.batch_size // processes))
+    )
     speed = measure_speed(share, few, resident=resident, seconds=TRIAL_SECONDS)
     _, _, seconds = seconds_per_image(speed, resident=resident, cores=CPU_CORES)
     return processes / seconds * (SCALING_EFFICIENCY if processes > 1 else 1)

@@ -13,7 +13,12 @@ from typing_extensions import Unpack
 from simsiam.config.keyword_settings import PretrainSettings
 from simsiam.config.method import FIXED_TARGETS
 from simsiam.config.recipes import CONVERTED_SOURCES, RECIPE_NAMES, Recipe, ResolvedRecipe
-from simsiam.distributed.process_group import distributed_entry_point, rank_zero_only, world_size
+from simsiam.distributed.process_group import (
+    distributed_entry_point,
+    rank_zero_only,
+    under_torchrun,
+    world_size,
+)
 from simsiam.errors import UsageError, WorkFailed, printable, truncate
 from simsiam.model.memory import catch_out_of_memory
 from simsiam.model.targets import eta_bytes
@@ -125,7 +130,7 @@ def restarted_recipe(
         The recipe; None if this is no restart, or the run has no recipe yet.
     """
     file = Path(out or "") / "recipe.yaml"
-    if out is None or "TORCHELASTIC_RUN_ID" not in os.environ or not file.is_file():
+    if out is None or not under_torchrun() or not file.is_file():
         return None
     recipe = read_recipe(file)
     chosen = {name: getattr(recipe, name) for name in CHOSEN_SETTINGS}

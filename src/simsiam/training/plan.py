@@ -14,7 +14,6 @@ import torch
 from typing_extensions import Unpack
 
 from simsiam.config.keyword_settings import PretrainSettings
-from simsiam.config.method import BN_SPLITS
 from simsiam.config.recipes import Recipe, ResolvedRecipe
 from simsiam.data.batches import steps_per_epoch
 from simsiam.data.decode import Unreadable
@@ -436,7 +435,7 @@ def model_costs(recipe: ResolvedRecipe, precision: str) -> tuple[ModelCosts, flo
     """
     recipe = recipe.replace(device="cpu", init=None)
     compute = Compute(torch.device("cpu"), precision)
-    count = 2 * BN_SPLITS if recipe.method.bn == "split" else 4  # images
+    count = max(4, recipe.method.min_batch)  # images
     model, optimizer, _ = build_training_setup(recipe.replace(batch_size=count))
     labels = torch.zeros(count, dtype=torch.long) if recipe.method.target == "labels" else None
     model.begin(images=count, labels=labels, steps=1, per_epoch=1)

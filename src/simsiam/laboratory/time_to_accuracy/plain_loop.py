@@ -11,6 +11,7 @@ import io
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -39,7 +40,8 @@ from simsiam.utils.workers import CPU_CORES
 DIM, HIDDEN, BATCH_SIZE, WORKERS = 2048, 512, 128, 8
 LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 0.06, 0.9, 5e-4
 VIEWS = Views(crop_min=0.08, blur=0.0)
-MODULES = "lightly" if is_installed("lightly.models.modules") else "torch and torchvision"
+LIGHTLY = is_installed("lightly.models.modules")
+MODULES = f"lightly {version('lightly')}" if LIGHTLY else "torch and torchvision"
 
 
 class PlainSimSiam(nn.Module):
@@ -53,7 +55,7 @@ class PlainSimSiam(nn.Module):
         super().__init__()
         self.backbone = backbone
         width = feature_dim(backbone)
-        if MODULES == "lightly":
+        if LIGHTLY:
             from lightly.models.modules.heads import ProjectionHead, SimSiamPredictionHead
 
             self.projection_head = ProjectionHead(
@@ -81,7 +83,7 @@ class PlainSimSiam(nn.Module):
 
 def plain_criterion() -> Callable[[Tensor, Tensor], Tensor]:
     """Return the negative cosine similarity: lightly's, or torch's."""
-    if MODULES == "lightly":
+    if LIGHTLY:
         from lightly.loss import NegativeCosineSimilarity
 
         criterion: Callable[[Tensor, Tensor], Tensor] = NegativeCosineSimilarity()
@@ -153,7 +155,7 @@ def train_plain_loop(
     model = PlainSimSiam(backbone).to(compute.device)
     if fast:
         compute.place(model)
-    make_transform = lightly_transform if MODULES == "lightly" else torchvision_transform
+    make_transform = lightly_transform if LIGHTLY else torchvision_transform
     transform = make_transform(VIEWS, recipe.image_size, recipe.mean, recipe.std)
     loader = DataLoader(
         ImageFiles(image_files(images), transform),

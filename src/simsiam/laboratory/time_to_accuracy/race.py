@@ -48,15 +48,17 @@ BANK, QUERIES = 10_000, 5_000  # training images that vote, and test images that
 LEVELS = (40.0, 50.0, 60.0, 70.0, 80.0, 90.0)
 # Of images like CIFAR-10's: the network and the recipe that `results/label_free.py` used.
 CIFAR = {"backbone": "resnet18", "width": 16, "batch_size": 256, "base_lr": 0.2}
+PLAIN_LOOP = "plain loop"
 LONGER = 3  # times as many epochs, in the run that is put beside patches
 Curve: TypeAlias = list[tuple[float, float]]  # seconds of training, kNN accuracy in percent
 
 
 class MeasuredCurve(TypedDict):
-    """The curve of a contestant with one seed, and how many threads of torch it had."""
+    """The curve of a contestant with one seed, and with what it was measured."""
 
     curve: Curve
-    threads: int
+    threads: int  # of torch
+    plain_loop: str  # whose modules the plain loop had
 
 
 def time_to_accuracy(
@@ -92,19 +94,26 @@ def time_to_accuracy(
     report: dict[str, object] = collect_environment(compute)
     for key in ("command", "processes", "threads"):
         report.pop(key, None)
-    threads = dict[str, dict[str, int]]()
-    report |= {"source": opened.name, "epochs": epochs, "plain loop": MODULES}
+    threads, modules = dict[str, dict[str, int]](), set[str]()
+    report |= {"source": opened.name, "epochs": epochs}
     report |= {"bank": len(bank), "queries": len(queries), "threads": threads, "curves": curves}
     for seed in range(seeds):
         for name, train in contestants(source, opened, epochs, seed, compute).items():
             file = folder / f"{name}, seed {seed}.json"
             if not file.exists():
                 curve = train(partial(knn, bank, queries, compute), file.with_suffix(""))
-                measured: MeasuredCurve = {"curve": curve, "threads": torch.get_num_threads()}
+                measured: MeasuredCurve = {
+                    "curve": curve,
+                    "threads": torch.get_num_threads(),
+                    "plain_loop": MODULES,
+                }
                 write_text(file, json.dumps(measured) + "\n")
             found = read_json(file, MeasuredCurve)
             curves.setdefault(name, {})[str(seed)] = [(s, a) for s, a in found["curve"]]
             threads.setdefault(name, {})[str(seed)] = found["threads"]
+            if name.startswith(PLAIN_LOOP):
+                modules.add(found["plain_loop"])
+                report[PLAIN_LOOP] = " or ".join(sorted(modules))
             report["minutes_to"] = {
                 name: {f"{level:g}": minutes_to(level, of_seeds.values()) for level in LEVELS}
                 for name, of_seeds in curves.items()
@@ -112,7 +121,7 @@ def time_to_accuracy(
             write_text(Path(out), json.dumps(report, indent=1) + "\n")
             draw(named_with_threads(curves, threads), Path(out).with_suffix(""), opened.name)
     shown = named_with_threads(curves, threads)
-    Console(highlight=False).print(table(shown, opened.name, MODULES))
+    Console(highlight=False).print(table(shown, opened.name, " or ".join(sorted(modules))))
     return report
 
 
@@ -147,7 +156,7 @@ def contestants(
         "patches with map": partial(patches, source),
     }
     for fast in (True, False):
-        name = "plain loop, our precision" if fast else "plain loop, as documented"
+        name = f"{PLAIN_LOOP}, {'our precision' if fast else 'as documented'}"
         found[name] = partial(plain_loop, recipe, opened, compute, fast)
     return found
 
@@ -338,12 +347,12 @@ def table(curves: Mapping[str, Mapping[str, Curve]], source: str, modules: str) 
     Args:
         curves: The curves by contestant and seed.
         source: The name of the source.
-        modules: Whose modules the plain loop has.
+        modules: Whose modules the plain loop has; "" if it was not measured.
     """
     title = f"{source}: minutes of training to levels of kNN accuracy"
-    caption = (
-        f"Levels that are missing were never reached. The plain loop has modules of {modules}."
-    )
+    caption = "Levels that are missing were never reached."
+    if modules:
+        caption += f" The plain loop has modules of {modules}."
     result = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
     for heading in ("", "kNN, %", "minutes"):
         result.add_column(heading, justify="right" if heading else "left")
