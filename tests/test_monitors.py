@@ -103,6 +103,10 @@ def test_clusters_are_judged_by_h_and_by_the_second_halves_of_epochs():
     assert judge(3.9, 4.0) == "not converging"
     assert judge(3.5, 2.5) == "partial collapse"
     assert judge(3.5, 1.5) == "collapsed"
+    short = {"step": 200, "epoch": 0.1, "loss": 3.9, "h_rank": 4.0, "z_std_sqrt_d": 0.9}
+    assert judge_run([short], 200, high_loss_threshold=3.8, clusters=True).verdict == (
+        "not converging"
+    )
 
 
 def test_one_noisy_batch_decides_nothing():

@@ -30,7 +30,7 @@ With clusters as targets z are the logits of a classifier that begins anew in ea
 of them share says nothing, and a few steps of a classifier decide their rank. What is clustered,
 and kept, is h: the rank is that of h, with the same thresholds (healthy runs of the other methods
 on `shapes` have 3.6 to 7.8; results/README.md). And the loss begins at log K in each epoch, so that
-only the records of the second halves of epochs count.
+only the records of the second halves of epochs count, if there are any.
 """
 
 import math
@@ -122,7 +122,7 @@ def judge_run(
     gauges = ("loss", "z_std_sqrt_d", "h_rank" if clusters else "z_rank")
     records = [x for x in lines if all(x.get(gauge) is not None for gauge in gauges)]
     if clusters:
-        records = [record for record in records if -record["epoch"] % 1 < 0.5]
+        records = [record for record in records if -record["epoch"] % 1 < 0.5] or records
     if diverged:
         return _verdict("diverged")
     if steps < MIN_VERDICT_STEPS or not records:
