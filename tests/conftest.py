@@ -58,6 +58,7 @@ def in_an_empty_folder(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("SIMSIAM_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
     os.environ["COLUMNS"] = "80"
     yield
+    monkeypatch.undo()  # leaves the folder, and patched functions of os
     shutil.rmtree(folder, ignore_errors=True)
 
 
