@@ -304,7 +304,7 @@ SHORT_RUNS = {
     # The memory bank is random at first: few images are seen often, and the head has batch norm.
     "instance_discrimination": {
         "equal_terms": True, "proj_layers": 2, "head_bn": ("proj_hidden", "proj_out"),
-        "tau": 0.2, "target_decay": 0.0, "queue": 512, "limit": 1000,
+        "tau": 0.3, "target_decay": 0.0, "queue": 512, "limit": 1000,
     },
 }  # fmt: skip
 
