@@ -389,8 +389,8 @@ def make_page(out: Path) -> None:
         "",
         f"kNN here is not the number of other pages: {PROBE_IMAGES:,} training images vote, "
         f"centered, the nearest {NEIGHBORS} with equal weight. It is lower than that of `evaluate` "
-        "and differences between rows are larger: `simsiam` and `weight decay 5e-4` have 83.6 and "
-        "93.2 in [the results at small scale](../README.md).",
+        "and differences between rows are larger; [the results at small scale](../README.md) have "
+        "that of `evaluate` for `simsiam` and `weight decay 5e-4`.",
         "",
         "![what h and z hold](factors.svg)", "",
         "What a linear probe reads from h and z during training: accuracy for the kind, R² for the "
