@@ -5,6 +5,8 @@ import json
 import math
 import os
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import replace
 
@@ -15,6 +17,8 @@ from PIL import Image
 from torch import nn
 
 import simsiam
+from simsiam.config.methods import METHODS
+from simsiam.config.recipes import Recipe
 from simsiam.data.transform import Transform
 from simsiam.errors import UsageError
 from simsiam.model import patches as patches_module
@@ -39,7 +43,7 @@ from simsiam.runs.run_folder import Run
 from simsiam.runs.weights import open_weights
 from simsiam.sources.open_source import open_source
 from simsiam.training.adaptation import adapt as module
-from simsiam.training.adaptation.layers import LayerTraining, late_parameters
+from simsiam.training.adaptation.layers import LayerTraining, late_parameters, simsiam_method
 from simsiam.training.finish import Worth, write_head
 from simsiam.training.loop import run_training
 
@@ -390,6 +394,25 @@ def test_training_ends_with_its_time_where_steps_become_slower(sample, network):
     assert training.step == 4
 
 
+def test_layers_are_trained_as_simsiam_whatever_the_run_was():
+    """Without `begin` and `after_step`; the run's own optimizer, views and widths are kept."""
+    own = Recipe().replace(
+        target="moving_average", predictor="none", pairs="single", base_lr=0.7, dim=64, gray=0.0
+    )
+    assert simsiam_method(own.method) == Recipe().replace(base_lr=0.7, dim=64, gray=0.0).method
+    assert simsiam_method(METHODS["simclr"]) == METHODS["simsiam"]
+
+
+def test_an_adapted_run_records_the_settings_of_the_command(tmp_path):
+    words = {"seed": 3, "no_labels": True, "limit": 100}
+    recipe = Run(simsiam.adapt("shapes", out=tmp_path / "a", **words)).recipe
+    again = Run(simsiam.adapt("shapes", init=tmp_path / "a", limit=90, out=tmp_path / "b")).recipe
+    assert (recipe.seed, recipe.no_labels) == (3, True)
+    assert (again.seed, again.no_labels) == (0, False)
+    with pytest.raises(UsageError, match="seed is -1"):
+        simsiam.adapt("shapes", seed=-1)
+
+
 def test_a_signal_during_training_keeps_the_best_of_what_was_tried(tmp_path, monkeypatch):
     """One Ctrl-C ends the training of layers, and the run folder is written."""
     step = LayerTraining.train_step
@@ -409,16 +432,33 @@ def test_a_signal_during_training_keeps_the_best_of_what_was_tried(tmp_path, mon
     assert simsiam.load(tmp_path / "adapted") is not None
 
 
+def noise_folder(folder, seed=0):
+    generator = np.random.default_rng(seed)
+    folder.mkdir()
+    for i in range(30):
+        noise = generator.integers(0, 255, (8, 8, 3), np.uint8)
+        Image.fromarray(noise).resize((32, 32)).save(folder / f"{i}.png")
+    return folder
+
+
+def test_runs_that_start_together_share_patches(tmp_path, monkeypatch):
+    monkeypatch.setenv("SIMSIAM_CACHE", str(tmp_path / "cache"))
+    code = "from simsiam.runs.weights import open_weights; import sys;"
+    code += "print(open_weights('patches', source=sys.argv[1]))"
+    command = [sys.executable, "-c", code, str(noise_folder(tmp_path / "photos"))]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen(command, **pipes) for _ in range(2)]
+    (one, first), (other, second) = (process.communicate() for process in processes)
+    assert one == other != "", first + second
+
+
 def test_patches_in_the_cache_are_learned_again_when_an_image_changes(tmp_path, monkeypatch):
     """Two folders with the same names have patches of their own, and so has a changed folder."""
     monkeypatch.setenv("SIMSIAM_CACHE", str(tmp_path / "cache"))
-    generator, runs = np.random.default_rng(0), []
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-        for i in range(30):
-            noise = generator.integers(0, 255, (8, 8, 3), np.uint8)
-            Image.fromarray(noise).resize((32, 32)).save(tmp_path / name / f"{i}.png")
-        runs.append(open_weights("patches", source=tmp_path / name))
+    runs = [
+        open_weights("patches", source=noise_folder(tmp_path / name, seed))
+        for seed, name in enumerate("ab")
+    ]
     assert runs[0] != runs[1] and open_weights("patches", source=tmp_path / "a") == runs[0]
     Image.new("RGB", (32, 32)).save(tmp_path / "a" / "0.png")
     assert open_weights("patches", source=tmp_path / "a") not in runs

@@ -492,6 +492,15 @@ def test_the_time_is_that_of_all_epochs(tmp_path, monkeypatch):
         assert inspect(root)["time"] == time, "the speed is measured once"
 
 
+def test_the_time_leaves_out_labeled_images_that_are_held_out(tmp_path, monkeypatch):
+    """Of 34 images 3 are not trained on: one batch of 16 an epoch, not two."""
+    files = {f"{kind}/{i}.png": encode(i, size=(32, 32)) for kind in "ab" for i in range(17)}
+    monkeypatch.setattr(speed_module, "measure_speed", lambda *a, **k: SPEED)
+    folder = write(tmp_path / "photos", files)
+    assert inspect(folder)["time"]["images_per_epoch"] == 16
+    assert inspect(folder, no_labels=True)["time"]["images_per_epoch"] == 32
+
+
 def test_a_measurement_on_a_busy_machine_is_said_and_made_again(tmp_path, monkeypatch, capsys):
     files = {f"{i}.png": encode(i, size=(32, 32)) for i in range(40)}
     folder, loads = write(tmp_path / "photos", files), [1.5, 0.1, 0.9]

@@ -13,10 +13,13 @@ from simsiam.commands.main import main
 from simsiam.config.recipes import Recipe
 from simsiam.errors import UsageError
 from simsiam.model.siamese import build
+from simsiam.runs.compose import compose_recipe
 from simsiam.sources.open_source import open_source
 from simsiam.sources.write_shards import write_shards
 from simsiam.training.launch import pretrain
 from simsiam.training.plan import estimate_memory, model_costs, plan
+from simsiam.training.prepare import prepare_data
+from simsiam.training.speed import measure_speed
 
 SPEED = {"prepared": 0.001, "trained": 0.004, "gpu": False, "device": "a device", "load": 0.0}
 
@@ -65,6 +68,20 @@ def test_a_run_takes_what_was_planned(tmp_path, method):
         facts["memory"]["weights_bytes"] == weights
         and facts["memory"]["optimizer_bytes"] == momenta
     )
+
+
+def test_images_that_are_held_out_are_no_steps(capsys):
+    settings = TINY | {"limit": 64, "holdout": 6}  # `shapes` has a split `val` to monitor with
+    recipe, source, _ = compose_recipe("shapes", None, settings)
+    facts = plan("shapes", **settings)
+    assert facts["steps"]["per_epoch"] == len(prepare_data(recipe, source).train) // 32 == 1
+    assert "6 of the images are not trained on" in capsys.readouterr().out
+
+
+def test_more_classes_than_outputs_are_one_line():
+    recipe, source, _ = compose_recipe("shapes", None, TINY | {"method": "supervised", "dim": 2})
+    with pytest.raises(UsageError, match="at most dim = 2 classes; shapes has 10 classes"):
+        measure_speed(recipe, source.train, resident=True, seconds=0)
 
 
 def test_time_and_reading_follow_from_the_rate():

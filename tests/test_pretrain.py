@@ -22,6 +22,7 @@ from simsiam.errors import Stopped, UsageError, WorkFailed
 from simsiam.model.average import WeightAverage
 from simsiam.runs.run_folder import Run
 from simsiam.runs.weights import open_weights
+from simsiam.sources.own_marks import is_named
 from simsiam.training.prepare import build_training_setup
 from simsiam.training.pretrain import Pretraining
 
@@ -176,7 +177,7 @@ def test_a_resume_elsewhere_says_what_changes_the_bits(finished, tmp_path, monke
 def test_extending_a_run_says_what_happens_to_the_schedule(finished, tmp_path, capfd):
     copy = shutil.copytree(finished, tmp_path / "copy")
     simsiam.resume(copy, epochs=3)
-    assert "epochs   2 -> 3: the cosine is stretched" in capfd.readouterr().err
+    assert "epochs   2 -> 3: the schedule is stretched" in capfd.readouterr().err
     assert Run(copy).recipe.epochs == 3 and lines(copy)[-1]["step"] == 48
     with pytest.raises(UsageError, match="only be extended"):
         simsiam.resume(copy, epochs=2)
@@ -226,6 +227,32 @@ def test_an_extension_that_fails_leaves_the_run_as_it_was(photographs, tmp_path)
     with pytest.raises(UsageError, match="no such file or folder"):
         simsiam.resume(run, epochs=5)
     assert Run(run).recipe.epochs == 2
+
+
+def test_a_resume_that_is_refused_leaves_the_run_as_it_was(photographs, tmp_path):
+    """Other images than the run's are no images that the user has named for it."""
+    settings = TINY | {"batch_size": 16, "workers": 0, "epochs": 1}
+    run = simsiam.pretrain(str(photographs), out=tmp_path / "run", **settings)
+    other = shutil.copytree(photographs, tmp_path / "other")
+    next(path for path in sorted(other.rglob("*")) if path.is_file()).unlink()
+    before = (run / "recipe.yaml").read_bytes()
+    with pytest.raises(UsageError, match="images have changed"):
+        simsiam.resume(run, epochs=5, source=str(other))
+    assert (run / "recipe.yaml").read_bytes() == before
+    assert not is_named(run, "source", [str(other)])
+
+
+def test_a_warm_up_of_all_steps_is_said(tmp_path, capfd):
+    words = QUICK | {"method": "byol", "equal_terms": True, "warmup_epochs": 1}
+    simsiam.pretrain("shapes", out=tmp_path / "run", **words)
+    assert "all steps are warm-up" in capfd.readouterr().err
+
+
+def test_clusters_of_a_network_that_diverged_are_no_traceback(tmp_path):
+    words = {"method": "deepcluster", "dim": 12, "base_lr": 1e30, "precision": "float32"}
+    words |= {"limit": 64, "epochs": 3, "steps": None, "log_every": 50}
+    with pytest.raises(WorkFailed, match="diverged"):
+        simsiam.pretrain("shapes", out=tmp_path / "run", **QUICK | words)
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_says_where(tmp_path):

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from sklearn.cluster import KMeans
 from sklearn.metrics import normalized_mutual_info_score
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from simsiam.config.methods import METHODS, Method
 from simsiam.errors import UsageError
@@ -288,6 +290,28 @@ def test_clusters_are_of_the_leading_directions():
     assert set(narrow) == {0, 1, 2}
 
 
+def test_clusters_are_the_same_on_any_machine_and_for_any_seed(monkeypatch):
+    """The sums of several threads would depend on time; there may be fewer images than clusters."""
+    threads, fit = [], KMeans.fit
+
+    def counted(self, x):
+        pools = [pool for pool in threadpool_info() if pool["user_api"] == "openmp"]
+        threads.append({pool["num_threads"] for pool in pools})
+        return fit(self, x)
+
+    monkeypatch.setattr(KMeans, "fit", counted)
+    with threadpool_limits(2, user_api="openmp"):
+        found = cluster_features(torch.randn(6, 12).numpy(), 9, seed=2**32 + 5)
+    assert set(found) == set(range(6))
+    assert threads == [{1}]
+
+
+def test_eta_moves_with_the_model():
+    model = build(small(target="moving_average"), **SMALL)
+    model.begin(images=8, labels=None, steps=1, per_epoch=1)
+    assert model.to("meta").target.eta.device.type == "meta"
+
+
 def test_expectation_is_the_minimizer_of_etas_problem():
     """Equation 9: at the mean over views the gradient of equation 5 is zero."""
     model = build(small(target="expectation", target_views=4), **SMALL).double()
@@ -413,6 +437,13 @@ def test_the_direct_predictor_is_computed_from_the_correlations(power):
         w = u @ np.diag((s / s.max()).clip(0) ** power + 0.1) @ u.T
         np.testing.assert_allclose(model.predictor.weight, w, atol=2e-3)
     assert not list(model.predictor.parameters())
+
+
+def test_a_direct_predictor_that_never_learns_is_finite():
+    model = build(small(predictor="direct", direct_decay=1.0), **SMALL)
+    x, index = batch(0)
+    model.after_step(model(*x, index=index), 0, index)
+    torch.testing.assert_close(model.predictor.weight, 0.1 * torch.eye(12))
 
 
 def test_iso_loss_is_the_gradient_of_its_equation():

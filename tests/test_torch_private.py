@@ -16,6 +16,7 @@ import simsiam
 
 # Private names of other packages in src, with the test that holds what is relied upon.
 PRIVATE_NAMES = {
+    "_apply": "test_a_module_moves_what_it_holds_in_a_method_of_its_own",
     "_cdata": "test_storages_have_an_identity_on_the_meta_device",
     "_is_amx_tile_supported": "test_the_cpu_says_whether_it_is_fast_at_bfloat16",
     "_is_avx512_bf16_supported": "test_the_cpu_says_whether_it_is_fast_at_bfloat16",
@@ -29,7 +30,7 @@ PRIVATE_NAMES = {
 }
 UNDOCUMENTED = {"native_batch_norm", "native_batch_norm_backward", "batch_norm_update_stats"}
 OWN_OR_PYTHON = {"_asdict", "_replace", "_exit", "_proc_member"}  # namedtuple, os, tarfile
-OVERRIDDEN = {"_check_input_dim", "_make_layer"}
+OVERRIDDEN = {"_apply", "_check_input_dim", "_make_layer"}
 
 
 def private_names(path: Path) -> set[str]:
@@ -156,3 +157,16 @@ def test_intermediate_layers_of_a_network_by_name():
     x = torch.randn(1, 2)
     (output,) = IntermediateLayerGetter(network, {"1": "second"})(x).items()
     assert output[0] == "second" and torch.equal(output[1], network[:2](x))
+
+
+def test_a_module_moves_what_it_holds_in_a_method_of_its_own():
+    class Holder(nn.Module):
+        moved = 0
+
+        def _apply(self, fn, recurse=True):
+            self.moved += fn(torch.ones(1)).dtype == torch.float64
+            return super()._apply(fn, recurse)
+
+    inner = Holder()
+    nn.Sequential(inner).double()
+    assert inner.moved == 1

@@ -130,7 +130,8 @@ class DirectPredictor(nn.Module):
         rows = torch.cat([all_gather(at_least_float32(view)) for view in z])
         self.correlation.lerp_(rows.T @ rows / len(rows), 1 - self.method.direct_decay)
         values, vectors = torch.linalg.eigh(self.correlation)
-        power = (values / values[-1]).clamp_min(0) ** self.method.direct_power
+        largest = values[-1].clamp_min(torch.finfo(values.dtype).tiny)  # 0 if the decay is 1
+        power = (values / largest).clamp_min(0) ** self.method.direct_power
         self.weight.copy_((vectors * (power + self.method.direct_epsilon)) @ vectors.T)
 
 

@@ -5,7 +5,7 @@ image, the positions of the batch's images in the training set. `forward` change
 target remembers is updated in `after_step`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from typing import NoReturn
 
@@ -189,6 +189,11 @@ class PerImageTarget(SharedTarget):
         """Create eta for `images` images, all zero (see `SharedTarget`)."""
         rows = len(shard_rows(torch.arange(images)))
         self.eta = next(f.parameters()).new_zeros(rows, self.method.dim)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PerImageTarget":
+        """Move eta with the model."""
+        self.eta = fn(self.eta)
+        return super()._apply(fn, recurse)
 
     @torch.no_grad()
     def set_eta(self, z: Tensor, index: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Choosing a recipe for a source from the number and the sizes of its images.
+"""Choosing a recipe for a source, and images to monitor with, by their number and sizes.
 
 Only the headers of a sample of the images are read. This module does not import torch.
 """
@@ -60,6 +60,24 @@ def _choose_by_images(names: Sequence[str], source: Source) -> tuple[Recipe, lis
         return recipe, ["cifar: appendix D of the paper", reason]
     recipe = Recipe().replace(**recipes.folder_recipe(count, side))
     return recipe, [summarize_folder_recipe(recipe), reason]
+
+
+def held_out_count(recipe: Recipe, source: Source, count: int) -> int:
+    """Compute how many of the training images are not trained on: kNN classifies them.
+
+    Labeled images are held out, unless the source has a `val` split as well as a `test` split and
+    `holdout` is not set: then `val` is used.
+
+    Args:
+        recipe: The recipe.
+        source: The opened source.
+        count: Number of training images.
+    """
+    labeled_val = source.val is not None and source.val.labels is not None
+    use_val = labeled_val and source.test is not None and recipe.holdout is None
+    if source.train.labels is None or use_val:
+        return 0
+    return min(count // 10, 5000) if recipe.holdout is None else recipe.holdout
 
 
 def summarize_folder_recipe(recipe: Recipe) -> str:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from hashlib import blake2b
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from simsiam.runs.environment import collect_environment
 from simsiam.runs.run_folder import Run, write_untrained
 from simsiam.sources.file_index import source_stamps, update_with_stamps
 from simsiam.sources.open_source import Source, absolute_sources, open_source, source_names
-from simsiam.utils.files import atomic_folder, cache_dir
+from simsiam.utils.files import atomic_folder, cache_dir, file_lock
 
 # results/six_sets: it was better on all six sets.
 NETWORK_BESIDE = (
@@ -104,11 +105,13 @@ def fit_patches_run(
     names = source_names(source)
     opened = open_source(names, channels, no_labels=True, splits=splits)
     path = out or cache_dir("patches") / _source_digest(names, opened, channels)
-    if not path.exists():
-        sample, transform = sample_for_patches(opened.train)
-        best, rows = best_patches(sample, transform, label="learning patches")
-        recipe = encoder_recipe(names, channels, transform)
-        write_encoder(path, recipe, best, rows, sample.skipped)
+    lock = path.with_name(f".{path.name}.lock")  # runs that start together learn them once
+    with nullcontext() if out else file_lock(lock, wait=True):
+        if not path.exists():
+            sample, transform = sample_for_patches(opened.train)
+            best, rows = best_patches(sample, transform, label="learning patches")
+            recipe = encoder_recipe(names, channels, transform)
+            write_encoder(path, recipe, best, rows, sample.skipped)
     return path
 
 

@@ -476,7 +476,7 @@ class Run(TrainingFolder):
         epochs = state.get("recipe", {}).get("epochs", self.recipe.epochs)
         if epochs != self.recipe.epochs:
             messages += [
-                f"epochs   {epochs} -> {self.recipe.epochs}: the cosine is stretched, so the "
+                f"epochs   {epochs} -> {self.recipe.epochs}: the schedule is stretched, so the "
                 "learning rate",
                 "         jumps up here, and the result differs from that of a run planned for "
                 "this length",

@@ -83,6 +83,7 @@ def fit_to_minutes(
     minutes: float,
     elapsed: float,
     processes: int = 1,
+    held_out: int = 0,
     keep_settings: bool = False,
 ) -> tuple[ResolvedRecipe, list[str]]:
     """Choose settings with which a run ends in time on this machine and learns the most it can.
@@ -94,6 +95,7 @@ def fit_to_minutes(
         minutes: The time from start to end, evaluation included.
         elapsed: Seconds of it that have passed.
         processes: The number of processes that will train.
+        held_out: Number of these images that are not trained on.
         keep_settings: Whether all settings but the length are kept, not only those in `given`.
 
     Returns:
@@ -108,7 +110,7 @@ def fit_to_minutes(
     for name in ("epochs", "steps"):
         if given.get(name) is not None:
             raise UsageError(f"--minutes chooses the number of {name}: leave --{name} out")
-    count = min(len(images), recipe.limit or len(images))
+    count = min(len(images), recipe.limit or len(images)) - held_out
     reserve = START_SECONDS + END_SECONDS + PATCH_SECONDS * (minutes >= 10)
     seconds = (60 * minutes - elapsed - reserve) * (1 - MEASURING_SHARE)
     lines, first_lines, trial = [], [], None

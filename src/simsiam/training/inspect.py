@@ -18,7 +18,7 @@ from simsiam.config import recipes
 from simsiam.config.recipes import Recipe, ResolvedRecipe
 from simsiam.data.images import Images
 from simsiam.errors import UsageError, WorkFailed
-from simsiam.runs.choose import choose_recipe
+from simsiam.runs.choose import choose_recipe, held_out_count
 from simsiam.sources.file_index import Index, load_index
 from simsiam.sources.file_kinds import join_kinds
 from simsiam.sources.open_source import Source, open_source, source_names
@@ -351,11 +351,10 @@ def estimate_duration(source: Source, recipe: ResolvedRecipe, index: Index) -> T
     rows = index.table.slice(0, len(source.train))
     readable = np.flatnonzero(pc.equal(rows["reason"], "").to_numpy())
     images = source.train.take(readable)
-    images_per_epoch = len(images) // recipe.batch_size * recipe.batch_size
+    count = len(images) - held_out_count(recipe, source, len(images))
+    images_per_epoch = count // recipe.batch_size * recipe.batch_size
     if not images_per_epoch:
-        raise UsageError(
-            f"{len(images)} readable images do not fill a batch of {recipe.batch_size}"
-        )
+        raise UsageError(f"{count} readable images do not fill a batch of {recipe.batch_size}")
     height, width = (rows[name].to_numpy()[readable] for name in ("height", "width"))
     num_bytes = len(images) * recipe.channels * int(height[0]) * int(width[0])
     fits = _all_same_size(height, width) and num_bytes <= recipe.cache_gib * 2**30

@@ -22,6 +22,7 @@ from simsiam.distributed.process_group import (
 from simsiam.errors import UsageError, WorkFailed, printable, truncate
 from simsiam.model.memory import catch_out_of_memory
 from simsiam.model.targets import eta_bytes
+from simsiam.runs.choose import held_out_count
 from simsiam.runs.compose import PLACES, compose_recipe, open_run_source
 from simsiam.runs.environment import collect_environment
 from simsiam.runs.journal import MetricsLogger
@@ -39,7 +40,12 @@ from simsiam.training.budget import (
 )
 from simsiam.training.finish import finish
 from simsiam.training.loop import run_training
-from simsiam.training.prepare import RunData, TrainingSetup, build_training_setup, prepare_data
+from simsiam.training.prepare import (
+    RunData,
+    TrainingSetup,
+    build_training_setup,
+    prepare_data,
+)
 from simsiam.training.pretrain import Pretraining
 from simsiam.training.progress import format_labeled_lines
 
@@ -91,6 +97,7 @@ def pretrain(
             f"{minutes:g} minutes: the settings that were chosen at the first start",
         ]
     elif minutes is not None:
+        count = min(len(opened.train), complete.limit or len(opened.train))
         complete, lines = fit_to_minutes(
             complete,
             opened.train,
@@ -98,6 +105,7 @@ def pretrain(
             minutes=minutes,
             elapsed=time.monotonic() - begun,
             processes=world_size(),
+            held_out=held_out_count(complete, opened, count),
             keep_settings=recipe is not None and recipe not in RECIPE_NAMES,
         )
         reasons = [*reasons, *lines]
@@ -187,9 +195,6 @@ def resume(
         opened = open_run_source(run, place=source, command=list)
         data = prepare_data(run.recipe, opened)
         setup = build_training_setup(recipe)
-        write_recipe(run.path, run.recipe)
-        if source is not None:
-            mark_places(run.path, source=run.recipe.source)
         if loggers is not None:
             choose_loggers(run, loggers)
             mark_places(run.path, loggers=loggers)
@@ -198,6 +203,7 @@ def resume(
             data,
             setup,
             [],
+            named_source=source is not None,
             accept_changed_source=accept_changed_source,
             training_class=training_class,
         )
@@ -268,6 +274,7 @@ def train_run(
     setup: TrainingSetup,
     messages: list[str],
     *,
+    named_source: bool = False,
     accept_changed_source: bool = False,
     training_class: type[Pretraining] = Pretraining,
 ) -> None:
@@ -278,6 +285,7 @@ def train_run(
         data: The images to train on and those kept out.
         setup: Model, optimizer, device and precision.
         messages: Lines to print first.
+        named_source: Whether the user has named the images in this command; that is kept.
         accept_changed_source: Whether other images than before are accepted.
         training_class: That of `pretrain`.
 
@@ -294,6 +302,9 @@ def train_run(
         data.fingerprint,
         accept_changed_source=accept_changed_source,
     )
+    write_recipe(run.path, recipe)  # with what `resume` changes, now that the images are accepted
+    if named_source:
+        mark_places(run.path, source=recipe.source)
     with MetricsLogger(
         run,
         state["step"],
@@ -310,6 +321,9 @@ def train_run(
             messages = [
                 *messages, f"eta      {eta / 2**20:,.2f} MiB on {place}; and in every checkpoint"
             ]  # fmt: skip
+        if method.warmup_epochs * training.steps_per_epoch >= training.steps:
+            note = "note     all steps are warm-up: the learning rate does not reach its peak"
+            messages = [*messages, note]
         labels = None if data.train.labels is None else torch.from_numpy(data.train.labels)
         model.begin(
             images=num_images,

@@ -22,6 +22,7 @@ from simsiam.errors import UsageError, none_readable, printable
 from simsiam.model.memory import activation_bytes, build_on_meta
 from simsiam.model.precision import Compute
 from simsiam.model.targets import eta_bytes
+from simsiam.runs.choose import held_out_count
 from simsiam.runs.compose import compose_recipe
 from simsiam.runs.environment import collect_environment
 from simsiam.runs.run_folder import checkpoint_bytes
@@ -220,10 +221,14 @@ def plan(
         "bytes_each": round(mean_file_bytes(train)),
         "resident": resident,
     }
-    steps = count_steps(resolved, count)
+    held_out = held_out_count(resolved, source, count)
+    steps = count_steps(resolved, count - held_out)
     time = estimate_time(steps, estimate, gpus, cores or CPU_CORES, resident)
     memory = estimate_memory(resolved, train, count, gpus, estimate.precision)
     storage = estimate_storage(resolved, image_facts, steps, memory, train)
+    assumed = list_assumptions(image_facts, estimate, gpus, images is not None)
+    if held_out:
+        assumed.append(f"{held_out:,} of the images are not trained on: kNN classifies them")
     facts: PlanFacts = {
         "recipe": {"chosen": chosen, "because": reasons},
         "images": image_facts,
@@ -232,7 +237,7 @@ def plan(
         "memory": memory,
         "storage": storage,
         "reading": estimate_reading(image_facts, steps, time, storage, gpus),
-        "assumed": {"lines": list_assumptions(image_facts, estimate, gpus, images is not None)},
+        "assumed": {"lines": assumed},
     }
     for name, fact in facts.items():
         print_fact_lines(name, PLAN_FORMATTERS[name](fact))

@@ -26,6 +26,7 @@ from simsiam.model.precision import Compute
 from simsiam.model.siamese import Siamese, build
 from simsiam.model.targets import KMeansTarget, MovingAverageTarget, TeacherTarget
 from simsiam.monitoring.features import extract_features
+from simsiam.runs.choose import held_out_count
 from simsiam.runs.encoder import eval_transform, load
 from simsiam.runs.weights import load_init_weights, open_weights
 from simsiam.sources.disk_cache import with_disk_cache
@@ -82,17 +83,14 @@ def prepare_data(recipe: ResolvedRecipe, source: Source) -> RunData:
     train, unreadable = load_into_memory(selected, limit_bytes)
     unreadable = [*source.damage, *unreadable]
     total_images, bank, held_out = len(selected), train, None
-    val = source.val if source.val is not None and source.val.labels is not None else None
-    holdout = min(len(train) // 10, 5000) if recipe.holdout is None else recipe.holdout
-    use_val = train.labels is None or (recipe.holdout is None and source.test is not None)
-    if val is not None and use_val and recipe.holdout != 0:
+    if count := held_out_count(recipe, source, len(train)):
+        train, held_out = hold_out(train, count)
+        bank = train
+    elif (val := source.val) is not None and val.labels is not None and recipe.holdout != 0:
         held_out, unreadable_val = load_into_memory(val, limit_bytes)
         unreadable, total_images = unreadable + unreadable_val, total_images + len(val)
         if train.labels is None:
             bank, held_out = hold_out(held_out, recipe.holdout or max(1, len(held_out) // 5))
-    elif train.labels is not None and holdout:
-        train, held_out = hold_out(train, holdout)
-        bank = train
     steps_per_epoch(len(train), recipe.batch_size)
     check_process_split(recipe, len(train))
     if recipe.method.target == "labels":
@@ -315,6 +313,8 @@ def solve_clusters(
     assert isinstance(target, KMeansTarget) and isinstance(criterion, Classification)
     assert isinstance(head, nn.Linear)
     features = extract_features(model.backbone, images, eval_transform(recipe), compute=compute)
+    if not features.matrices[0].isfinite().all():
+        return  # the next check of the weights says that the run diverged
     found = cluster_features(features.matrices[0].numpy(), recipe.method.dim, recipe.seed + epoch)
     target.labels[torch.as_tensor(features.kept_indices)] = torch.as_tensor(found).to(target.labels)
     criterion.balance(target.labels)
@@ -337,7 +337,7 @@ def cluster_features(h: np.ndarray, clusters: int, seed: int) -> np.ndarray:
 
     Args:
         h: (N, d) features.
-        clusters: The number of clusters, at most N.
+        clusters: The number of clusters; N, if there are fewer features.
         seed: Seed of the first centers.
 
     Returns:
@@ -346,7 +346,12 @@ def cluster_features(h: np.ndarray, clusters: int, seed: int) -> np.ndarray:
     from sklearn.cluster import KMeans
     from sklearn.decomposition import PCA
     from sklearn.preprocessing import normalize
+    from threadpoolctl import threadpool_limits
 
     kept = min(256, *h.shape, max(8, h.shape[1] // 16))
+    seed %= 2**32  # scikit-learn's limit
     x = normalize(PCA(kept, whiten=True, random_state=seed).fit_transform(h))
-    return KMeans(clusters, n_init=1, max_iter=20, random_state=seed).fit(x).labels_
+    kmeans = KMeans(min(clusters, len(x)), n_init=1, max_iter=20, random_state=seed)
+    # Several threads would add their sums in the order in which they end: no run would be the same.
+    with threadpool_limits(1, user_api="openmp"):
+        return kmeans.fit(x).labels_

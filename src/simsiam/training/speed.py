@@ -13,7 +13,7 @@ import psutil
 
 from simsiam.config.recipes import ResolvedRecipe
 from simsiam.data.images import Images, evenly_spaced, load_into_memory
-from simsiam.errors import WorkFailed
+from simsiam.errors import WorkFailed, printable
 from simsiam.sources.file_index import Index
 from simsiam.utils.system import gpu_devices
 from simsiam.utils.workers import CPU_CORES
@@ -65,13 +65,16 @@ def measure_speed(
         seconds: Time that the measurement may take once torch is loaded.
 
     Raises:
+        UsageError: Labels are missing, or there are more classes than outputs.
         WorkFailed: A batch does not fit in the memory of the device.
     """
     import torch
 
     from simsiam.runs.environment import collect_environment
-    from simsiam.training.prepare import build_training_setup
+    from simsiam.training.prepare import build_training_setup, check_labels
 
+    if recipe.method.target == "labels":
+        check_labels(images, recipe.method.dim, printable(recipe.source[0]))
     load = round(psutil.getloadavg()[0] / CPU_CORES, 2)
     setup = build_training_setup(recipe)
     labels = None if images.labels is None else torch.from_numpy(images.labels)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from torch import nn
 
+from simsiam.config.recipes import Recipe
 from simsiam.data.images import sample
 from simsiam.data.transform import Transform
 from simsiam.distributed.process_group import world_size
@@ -98,6 +99,8 @@ def adapt(
     if minutes is not None and not minutes > 0:
         raise UsageError(f"minutes is {minutes}: give a number above 0")
     names = source_names(source)
+    own = {"splits": splits, "seed": seed, "no_labels": no_labels, "limit": None}
+    Recipe().replace(**own | {"limit": limit})  # checks them
     start, channels = open_init(init, backbone, names, channels, splits)
     opened = open_source(names, channels, no_labels=no_labels, splits=splits)
     images = sample(opened.train, limit)
@@ -105,13 +108,13 @@ def adapt(
     network, by_rule = None, False
     if start is None:
         chosen, transform = sample_for_patches(images, seed=seed)
-        recipe = encoder_recipe(names, channels, transform).replace(splits=splits)
+        recipe = encoder_recipe(names, channels, transform).replace(**own)
     else:
         run = Run(start)
         before = run.json("adapt.json").get("candidates", [])
         by_rule = goes_beside_patches(run.recipe, run.json("summary.json").get("steps", 0))
         by_rule = by_rule or any(row.get("by_rule") for row in before)
-        recipe = run.recipe.replace(source=absolute_sources(names), splits=splits)
+        recipe = run.recipe.replace(source=absolute_sources(names), **own)
         network, transform = load(run.path, head=False), eval_transform(recipe)
         chosen = read_sample(images, transform.resize, seed=seed)
     with reserved_run_path(out, f"{opened.name}-adapt", recipe) as path:

@@ -14,6 +14,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from simsiam.config.method import EQUAL_TERMS, Method
+from simsiam.config.methods import METHODS
 from simsiam.config.recipes import ResolvedRecipe
 from simsiam.data.batches import ViewBatch, iter_batches, steps_per_epoch
 from simsiam.data.images import from_arrays
@@ -37,6 +39,7 @@ BATCH_SIZE = 32
 WARMUP_SHARE = 0.3  # of the steps, in which the heads alone are trained
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 MIN_STEPS = 60  # fewer change nothing that can be measured
+HEAD_WIDTHS = ("dim", "proj_layers", "proj_hidden", "pred_dim")
 TRIAL_STEPS = 3  # steps without an update that the time of a step is estimated from
 # Each stage: the share of the weights that is trained, counted from the output, and its learning
 # rate relative to that of the heads.
@@ -120,7 +123,9 @@ class LayerTraining(Training[ViewBatch]):
     ):
         self.images = from_arrays("fit", sample.pixels[: sample.fit_size].numpy())
         self.batch_size = min(BATCH_SIZE, len(self.images))
-        self.recipe = recipe.replace(batch_size=self.batch_size, method="simsiam")
+        self.recipe = replace(
+            recipe, batch_size=self.batch_size, method=simsiam_method(recipe.method)
+        )
         self.steps, self.seconds_limit = steps, float("inf")
         self.steps_per_epoch = steps_per_epoch(len(self.images), self.batch_size)
         self.compute = compute
@@ -190,6 +195,19 @@ class LayerTraining(Training[ViewBatch]):
         """Give the late layers gradients, or none."""
         for parameter in self.late:
             parameter.requires_grad_(trained)
+
+
+def simsiam_method(method: Method) -> Method:
+    """Return SimSiam, with the augmentations, optimizer and widths of a run that is called so.
+
+    Other targets, losses and predictors may need more than a step's gradient, as `after_step`.
+
+    Args:
+        method: The method of the run.
+    """
+    simsiam = METHODS["simsiam"]
+    kept = (*EQUAL_TERMS, *HEAD_WIDTHS) if method.name == simsiam.name else ()
+    return replace(simsiam, **{cell: vars(method)[cell] for cell in kept})
 
 
 def late_parameters(backbone: nn.Module, share: float) -> list[nn.Parameter]:
