@@ -76,6 +76,10 @@ class Pretraining(Training[ViewBatch]):
             self.state["start"] = measure_start(
                 backbone, train, recipe, transform, self.steps, compute=compute
             )
+        # Model and optimizer hold these now: a second copy would stay in memory.
+        self.state.pop("model", None)
+        self.state.pop("trained", None)
+        self.state.pop("optimizer", None)
         self.save("last")
 
     @override
