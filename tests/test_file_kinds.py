@@ -11,11 +11,14 @@ import numpy as np
 import pillow_heif
 import pytest
 from PIL import ExifTags, Image
+from test_decode import npy
+from test_sources import is_the_same
 
 from simsiam.data import decode, decoder_process
-from simsiam.data.decode import Unreadable, decode_image
+from simsiam.data.decode import FORMAT_EXTENSIONS, Unreadable, decode_image
 from simsiam.sources import file_kinds
 from simsiam.sources.open_source import open_source
+from simsiam.sources.write_shards import write_shards
 from simsiam.training.inspect import inspect
 
 RNG = np.random.default_rng(0)
@@ -87,6 +90,29 @@ def near(pixels, image, tolerance=8):
 
 
 # --- formats ------------------------------------------------------------------------------------
+
+
+def test_shards_give_images_of_every_format_back(tmp_path):
+    """The format in a header decides the extension in a tar, which decides whether it is read."""
+    files = {
+        f"{kind}.{extension}": encode(picture(), kind)
+        for kind, extension in {
+            "JPEG": "jpg", "PNG": "png", "BMP": "bmp", "GIF": "gif", "WEBP": "webp", "PPM": "ppm",
+            "TIFF": "tif", "JPEG2000": "jp2", "AVIF": "avif",
+        }.items()
+    }  # fmt: skip
+    files |= {"a.heic": encode_heic(picture()), "a.dng": make_dng(picture(640, 480))}
+    files["a.npy"] = npy(np.asarray(picture()))
+    assert {decode.read_header(data).format for data in files.values()} == set(FORMAT_EXTENSIONS)
+    found = {decode.find_format(data[: decode.SIGNATURE_BYTES]) for data in files.values()}
+    assert found | {"RAW"} == set(decode.FORMATS)  # a DNG begins as a TIFF does
+    (tmp_path / "photos").mkdir()
+    for name, data in files.items():
+        (tmp_path / "photos" / name).write_bytes(data)
+    is_the_same(
+        open_source(write_shards(tmp_path / "photos", out=tmp_path / "tars")),
+        open_source(tmp_path / "photos"),
+    )
 
 
 @pytest.mark.parametrize("make", [

@@ -23,6 +23,7 @@ from simsiam.runs.checkpoints.convert import convert, format_conversion
 from simsiam.runs.encoder import load
 from simsiam.runs.run_folder import Run, new_state
 from simsiam.runs.weights import load_init_weights, open_weights
+from simsiam.sources.open_source import open_source
 
 PREPROCESSING = {"mean": (0.4, 0.3, 0.2), "std": (0.3, 0.2, 0.25), "eval_interpolation": "bicubic"}
 SMALL = {"dim": 12, "proj_hidden": 10, "proj_layers": 2}
@@ -103,6 +104,26 @@ def test_what_weights_leave_over_and_assume_is_printed_once(tmp_path, capsys):
     )
     open_weights("theirs.safetensors")
     assert not capsys.readouterr().err and len(lines) == 3
+
+
+def test_an_embedding_beside_its_images_is_not_taken_for_them(tmp_path):
+    """It has thumbnails, a column of image files."""
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for i in range(3):
+        Image.new("RGB", (40, 40), (80 * i, 0, 0)).save(photos / f"{i}.png")
+    before = open_source(photos)
+    out = photos / "photos.parquet"
+    run = make_run(tmp_path / "run", **RESNET)
+    assert main(["embed", str(run), str(photos), "--out", str(out)]) == 0
+    after = open_source(photos)
+    assert list(after.train.keys) == list(before.train.keys) == ["0.png", "1.png", "2.png"]
+    assert after.passed_over == {".parquet": 1}
+    (tmp_path / "alone").mkdir()
+    out = out.rename(tmp_path / "alone" / "photos.parquet")
+    for source in (out, out.parent):
+        with pytest.raises(UsageError, match="holds no images: `simsiam embed` wrote it"):
+            open_source(source)
 
 
 def test_an_export_without_weights_is_one_line(tmp_path, capsys):

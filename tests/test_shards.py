@@ -26,6 +26,7 @@ from simsiam.data.batches import batch_indices, interleaved_indices, iter_batche
 from simsiam.data.decode import Unreadable
 from simsiam.data.storage import Blocks
 from simsiam.errors import UsageError, WorkFailed
+from simsiam.sources import catalog
 from simsiam.sources import open_source as sources
 from simsiam.sources import shapes as drawn
 from simsiam.sources.catalog import CATALOG_FILE
@@ -199,6 +200,16 @@ def test_a_wrong_request_is_one_line(photos, tmp_path):
     assert "cannot be opened" in refused("gopher://x/y")
 
 
+@pytest.mark.parametrize("max_resident_bytes", [0, 2**30])
+def test_a_split_of_parquet_may_have_no_labels(tmp_path, monkeypatch, max_resident_bytes):
+    monkeypatch.setattr(sources, "MAX_RESIDENT_BYTES", max_resident_bytes)
+    photos = tree(tmp_path / "photos", "train/cat/1.png", "train/dog/2.png", "test/3.png")
+    source = open_source(write_shards(photos, out=tmp_path / "rows", format="parquet"))
+    assert source.train.classes == ("cat", "dog") and source.train.labels.tolist() == [0, 1]
+    assert source.test.labels is None and len(source.test) == 1
+    assert same(source.test.read(0), open_source(photos).test.read(0))
+
+
 # Elsewhere
 
 
@@ -229,6 +240,44 @@ def test_a_url_is_a_folder(photos, memory, tmp_path):
     )  # another time
     is_the_same(open_source("memory://tar"), folder)
     assert len(open_source("memory://tar/train-000000.tar").train) == 17
+
+
+def test_shards_on_a_web_server_which_lists_names_without_sizes(photos, memory):
+    """As fsspec does it; and listing the URL of a file would download it."""
+    import fsspec
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    class Web(MemoryFileSystem):
+        protocol, sizes, listed, is_down = "web", True, [], False
+
+        @classmethod
+        def _strip_protocol(cls, path):
+            return super()._strip_protocol(path.replace("web://", "memory://"))
+
+        def ls(self, path, detail=True, **options):
+            self.listed.append(path)
+            return [entry | {"size": None} for entry in super().ls(path, True, **options)]
+
+        def info(self, path, **options):
+            if self.is_down:
+                raise FileNotFoundError(path) from ConnectionError("no route")
+            entry = super().info(path, **options)
+            return entry if self.sizes else entry | {"size": None}
+
+    fsspec.register_implementation("web", Web, clobber=True)
+    folder = open_source(photos)
+    is_the_same(open_source("web://tar"), folder)
+    assert len(open_source("web://parquet").train) == 60
+    Web.listed.clear()
+    for shard in ("tar/train-000000.tar", "parquet/train-00000-of-00004.parquet"):
+        assert len(open_source(f"web://{shard}").train) == 17
+    assert not Web.listed
+    Web.sizes = False
+    for place in ("tar", "tar/train-000000.tar", "parquet"):
+        assert "the server does not say how large it is" in refused(f"web://{place}")
+    Web.is_down = True
+    line = refused("web://tar/train-000000.tar", WorkFailed)
+    assert line == "cannot read web://tar/train-000000.tar: ConnectionError: no route"
 
 
 def test_what_vanishes_stops_the_work_in_one_line(photos, memory, tmp_path):
@@ -404,6 +453,7 @@ def test_a_truncated_shard_is_one_line_that_says_what_is_lost(photos, tmp_path, 
         and "lost" in second
         and "\n" not in first + second
     )
+    assert source.notes == tuple(map(": ".join, source.damage))  # every command says its notes
     r = recipe(limit=None, holdout=0, cache_gib=0.0)
     assert prepare_data(r, source).unreadable[:2] == list(source.damage)
     assert all(
@@ -504,6 +554,28 @@ def test_lying_tars_are_one_line(tmp_path, what):
     assert what == "json" or (
         len(source.train) == 1 and "what follows is lost" in source.damage[0][1]
     )
+
+
+def test_splits_take_some_of_the_shards_of_a_catalog(photos, tmp_path, monkeypatch):
+    """Without a scan, and as a scan finds them; the others are not lost, however they are."""
+    out = write_shards(photos, out=tmp_path / "out", per_shard=20)
+    os.truncate(out / "train-000000.tar", 1000)
+    for names, classes in [(("train-000001", "train-000002"), 2), (("train-000002",), 0)]:
+        splits = [f"train={name}.tar" for name in names]
+        with monkeypatch.context() as patch:
+            patch.setattr(catalog, "_build_catalog", lambda *_: pytest.fail("it was scanned"))
+            found = open_source(out, splits=splits)
+        assert len(found.train) == 20 * len(names) and len(found.train.classes) == classes
+        assert found.damage == () and "left out: train-000000.tar" in found.notes[0]
+        os.rename(out / CATALOG_FILE, tmp_path / CATALOG_FILE)
+        os.utime(out / "train-000002.tar", ns=(classes, classes))  # or the cache would do
+        scanned = open_source(out, splits=splits)
+        is_the_same(found, scanned)
+        assert found.only_class == scanned.only_class
+        os.rename(tmp_path / CATALOG_FILE, out / CATALOG_FILE)
+    (out / "train-000001.tar").unlink()
+    os.utime(out / "train-000002.tar", ns=(9, 9))
+    assert "train-000001.tar: is not there" in open_source(out, splits=splits).notes[1]
 
 
 def test_a_lying_catalog_is_not_believed(photos, tmp_path):
@@ -668,6 +740,17 @@ def test_labels_are_numbers_words_or_folders(tmp_path):
         assert images.classes == classes and (
             images.labels is None if labels is None else images.labels.tolist() == labels
         )
+
+
+def test_hidden_members_do_not_part_the_files_of_a_sample(tmp_path):
+    """As macOS writes them between the others; folders pass them over too."""
+    files = {}
+    for i in range(4):
+        files |= {f"._{i}.png": b"x", f"{i}.png": encode(picture(i)), ".cache/x": b"x"}
+        files |= {f"._{i}.cls": b"9", f"{i}.cls": b"%d" % (i % 2)}
+    source = open_source(tarred(tmp_path / "0.tar", files).parent)
+    assert source.train.classes == ("0", "1") and source.train.labels.tolist() == [0, 1, 0, 1]
+    assert source.notes == ()
 
 
 @pytest.mark.parametrize(

@@ -373,6 +373,15 @@ def test_several_folders_and_files_equal_the_folder_that_holds_them(tmp_path):
     )
 
 
+def test_folders_on_several_drives_are_one_line(tmp_path, monkeypatch):
+    def fail(paths):
+        raise ValueError("Paths don't have the same drive")
+
+    tree(tmp_path, "a/1.png", "b/1.png")
+    monkeypatch.setattr(os.path, "commonpath", fail)
+    assert "are on different drives" in refused([tmp_path / "a", tmp_path / "b"])
+
+
 def test_what_cannot_be_several_is_one_line(tmp_path):
     tree(tmp_path, "a/1.png")
     (tmp_path / "list.txt").write_text("a/1.png")
@@ -601,6 +610,34 @@ def test_a_zip_that_lies_costs_only_the_liar(tmp_path):
         one_line(error)
 
 
+def test_a_damaged_member_of_a_zip_that_is_no_image_costs_no_image(tmp_path):
+    """Its first bytes are asked for, because its name does not say what it is."""
+    files = {"1.png": encode(picture(1)), "README": b"text " * 99, "LICENSE": b"text " * 99}
+    data = bytearray(zipped(tmp_path / "a.zip", files).read_bytes())
+    data[data.index(b"README") + 6] = 0xFF  # where its content begins
+    data[data.index(b"LICENSE")] = 0  # the name before its content, not that in the directory
+    (tmp_path / "a.zip").write_bytes(data)
+    source = open_source(tmp_path / "a.zip")
+    assert list(source.train.keys) == ["1.png"] and same(source.train.read(0), picture(1))
+    assert source.passed_over == {"without extension": 2}
+
+
+def test_names_in_a_zip_may_be_in_utf_8_without_a_flag(tmp_path):
+    """As macOS writes them; other names without it are in the characters of DOS."""
+    folder = tree(tmp_path / "photos", "café/1.png", "thé/2.png")
+    path = zipped(tmp_path / "a.zip", files_below(folder))
+    data = bytearray(path.read_bytes())
+    for magic, place in ((b"PK\3\4", 7), (b"PK\1\2", 9)):
+        for at in (data.index(magic), data.rindex(magic)):
+            assert data[at + place] == 8
+            data[at + place] = 0
+    path.write_bytes(data)
+    is_the_same(open_source(path), open_source(folder))
+    data = zipped(path, {"cafX.png": encode(picture(0))}).read_bytes()
+    path.write_bytes(data.replace(b"cafX", b"caf\x82"))
+    assert list(open_source(path).train.keys) == ["café.png"]
+
+
 def test_an_archive_that_cannot_be_read_is_one_line(tmp_path):
     files = {"1.png": encode(picture(0)), "2.png": encode(picture(1))}
     whole = zipped(tmp_path / "a.zip", files).read_bytes()
@@ -739,6 +776,30 @@ def test_labels_of_parquet_may_be_texts_floats_and_booleans(
     images = open_source(tmp_path).train
     assert images.classes == classes
     assert images.labels is None if labels is None else images.labels.tolist() == labels
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_files_of_parquet_may_have_labels_of_several_types(tmp_path, monkeypatch, in_memory):
+    if not in_memory:
+        monkeypatch.setattr("simsiam.sources.open_source.MAX_RESIDENT_BYTES", 0)
+    for i, values in enumerate(([10, 2], [2.0, 10.0], ["cat", "2"])):
+        rows = [encode(picture(2 * i)), encode(picture(2 * i + 1))]
+        pq.write_table(pa.table({"image": rows, "label": values}), tmp_path / f"{i}.parquet")
+    images = open_source(tmp_path).train
+    assert images.classes == ("2", "10", "cat") and images.labels.tolist() == [1, 0, 0, 1, 2, 0]
+    assert same(images.read(5), picture(5))
+    parquet(tmp_path / "0.parquet", [picture(0)], [0], ["cat", "dog"])
+    assert ("class names" if in_memory else "other columns or class names") in refused(tmp_path)
+    assert not in_memory or len(open_source(tmp_path, no_labels=True).train) == 5
+
+
+def test_tables_beside_images_are_no_shards(tmp_path):
+    pq.write_table(pa.table({"file_name": ["a.png"]}), tmp_path / "metadata.parquet")
+    assert "no column of image files" in refused(tmp_path)
+    tree(tmp_path, "a.png", "b.png")
+    source = open_source(tmp_path)
+    assert list(source.train.keys) == ["a.png", "b.png"]
+    assert source.passed_over == {".parquet": 1}
 
 
 def test_splits_of_parquet_with_texts_share_their_classes(tmp_path):

@@ -1,6 +1,8 @@
 """Names decide what images are for; a line says what they decided, and --splits overrides it."""
 
 import json
+import ntpath
+import os
 
 import pytest
 from test_decode import encode, picture
@@ -12,6 +14,7 @@ from simsiam.runs.compose import compose_recipe, open_run_source
 from simsiam.runs.recipe_file import read_recipe
 from simsiam.runs.run_folder import Run
 from simsiam.sources.open_source import open_source
+from simsiam.sources.splits import parse_splits
 
 PNG = encode(picture(0, 8, 8))
 
@@ -171,6 +174,14 @@ def test_splits_of_an_archive_are_below_its_outer_folder(tmp_path):
 )  # fmt: skip
 def test_wrong_splits_are_one_line(tmp_path, values, line):
     assert refused(tree(tmp_path, "A/1.png", "B/1.png"), splits=values).startswith(line)
+
+
+def test_splits_may_have_backslashes_on_windows(monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "sep", "\\")
+        patch.setattr(os, "path", ntpath)
+        places = [given.place for given in parse_splits([r"train=a\b", "test=c/d/", "val=."])]
+    assert places == ["a/b", "c/d", "."]
 
 
 def test_splits_need_one_source_with_folders_or_shards(tmp_path):

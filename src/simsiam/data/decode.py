@@ -37,23 +37,41 @@ from simsiam.data.plain_images import MAX_SCANS, count_scans, open_plain
 from simsiam.errors import UsageError, printable
 from simsiam.utils.read_files import open_regular
 
-# Extensions of images that only an optional package reads: its name, and the module to import.
-OPTIONAL_EXTENSIONS = {
-    **dict.fromkeys((".heic", ".heif", ".hif"), ("pillow-heif", "pillow_heif")),
-    ".avif": ("pillow>=11.3", "PIL.AvifImagePlugin"),
-    **dict.fromkeys(
-        (
-            ".dng", ".cr2", ".cr3", ".nef", ".nrw", ".arw", ".sr2", ".orf", ".rw2", ".raf", ".pef",
-            ".srw", ".3fr", ".iiq", ".rwl", ".erf", ".kdc", ".dcr", ".mrw", ".x3f",
-        ),
-        ("rawpy", "rawpy"),
+# The extensions of each format, by the name that a header gives it; `simsiam shard` writes the
+# first one.
+FORMAT_EXTENSIONS = {
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
+    "PNG": (".png",),
+    "BMP": (".bmp",),
+    "GIF": (".gif",),
+    "WEBP": (".webp",),
+    "TIFF": (".tif", ".tiff"),
+    "PPM": (".ppm", ".pgm"),
+    "NPY": (".npy",),
+    "JPEG2000": (".jp2", ".j2k"),
+    "HEIF": (".heif", ".heic", ".hif"),
+    "AVIF": (".avif",),
+    "RAW": (
+        ".dng", ".cr2", ".cr3", ".nef", ".nrw", ".arw", ".sr2", ".orf", ".rw2", ".raf", ".pef",
+        ".srw", ".3fr", ".iiq", ".rwl", ".erf", ".kdc", ".dcr", ".mrw", ".x3f",
     ),
 }  # fmt: skip
+# Extensions of images that only an optional package reads: its name, and the module to import.
+OPTIONAL_EXTENSIONS = {
+    extension: package
+    for format, package in {
+        "HEIF": ("pillow-heif", "pillow_heif"),
+        "AVIF": ("pillow>=11.3", "PIL.AvifImagePlugin"),
+        "RAW": ("rawpy", "rawpy"),
+    }.items()
+    for extension in FORMAT_EXTENSIONS[format]
+}
 EXTENSIONS = {
-    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm",
-    ".pgm", ".npy", ".jp2", ".j2k",
-    *(name for name, (_, module) in OPTIONAL_EXTENSIONS.items() if find_spec(module)),
-}  # fmt: skip
+    extension
+    for extensions in FORMAT_EXTENSIONS.values()
+    for extension in extensions
+    if extension not in OPTIONAL_EXTENSIONS or find_spec(OPTIONAL_EXTENSIONS[extension][1])
+}
 MAX_PIXELS = 2**28 // 3  # of one image: 256 MiB in RGB
 MAX_FILE_BYTES = 2**29  # of the file of an image
 MAX_ARRAY_BYTES = 2**29  # of an image that is stored as an array
@@ -93,7 +111,7 @@ class ImageHeader(NamedTuple):
     Attributes:
         height: Height in pixels.
         width: Width in pixels.
-        format: A key of FORMATS, or "pixels" for images in memory.
+        format: A key of FORMAT_EXTENSIONS, or "pixels" for images in memory.
     """
 
     height: int

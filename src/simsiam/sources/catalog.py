@@ -12,13 +12,13 @@ import shutil
 import tarfile
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -39,14 +39,18 @@ from simsiam.data.remote_files import (
 from simsiam.data.shards import ROW_GROUP_STRIDE, ImageLocations, Shards, uncompressed_sizes
 from simsiam.data.storage import Names
 from simsiam.errors import UsageError, WorkFailed, printable, truncate
-from simsiam.sources.file_kinds import VIDEOS, is_image_path, join_kinds
+from simsiam.sources.file_kinds import VIDEOS, is_hidden, is_image_path, join_kinds
 from simsiam.utils.files import cache_dir, file_lock, writable_cache
 from simsiam.utils.names import slashed
 from simsiam.utils.read_files import open_regular
 from simsiam.utils.workers import parallel_map_with_progress
 
-CATALOG_VERSION = 3  # of the files in the cache
-SIDECAR_VERSIONS = (1, 2, 3)  # of the catalogs next to shards; all have the same content
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
+
+SHARD_SUFFIXES = (".parquet", ".tar")
+CATALOG_VERSION = 4  # of the files in the cache
+SIDECAR_VERSIONS = (1, 2, 3, 4)  # of the catalogs next to shards; all have the same content
 CATALOG_FILE = "index.arrow"  # a catalog next to the shards
 # Usual names of a column of images, and of a label in a column or in JSON; the first is preferred.
 IMAGE_NAMES = ("image", "img", "jpg", "png", "picture", "photo")
@@ -144,9 +148,11 @@ def list_files(folder: str, depth: int = 0) -> dict[str, tuple[int, str]]:
         depth: How many folders deep files are listed; 0 for the folder alone.
 
     Returns:
-        (size in bytes, stamp) of each file by its path, sorted; {} if there is no such folder.
+        (size in bytes, stamp) of each file by its path, sorted; {} if there is no such folder. A
+        URL of a shard is that of one file.
 
     Raises:
+        UsageError: A server does not say how large a shard is.
         WorkFailed: A remote folder cannot be listed.
     """
     if is_url(folder):
@@ -166,9 +172,13 @@ def list_files(folder: str, depth: int = 0) -> dict[str, tuple[int, str]]:
 
 def _list_remote_files(folder: str, depth: int) -> dict[str, tuple[int, str]]:
     system, path = filesystem(folder)
-    try:
-        entries = system.ls(path, detail=True)
-    except FileNotFoundError:
+    is_shard = folder.endswith(SHARD_SUFFIXES)
+    try:  # to list the URL of a file would download it from a web server
+        info: dict[str, Any] = system.info(path) if is_shard else {"type": "directory"}
+        entries = [info] if info["type"] == "file" else system.ls(path, detail=True)
+    except FileNotFoundError as error:
+        if is_shard and isinstance(error.__cause__, Exception):  # what happened on the network
+            raise read_error(folder, error.__cause__) from None
         return {}
     except Exception as error:  # the client of a store may raise anything
         raise read_error(folder, error) from None
@@ -179,11 +189,27 @@ def _list_remote_files(folder: str, depth: int) -> dict[str, tuple[int, str]]:
         if url.rstrip("/").rsplit("/", 1)[-1].startswith("."):
             continue
         if entry["type"] == "file":
+            if entry["size"] is None and url.endswith(SHARD_SUFFIXES):
+                entry = _sized_entry(system, entry["name"], url)
             stamp = next((entry[name] for name in stamp_names if entry.get(name)), None)
-            stats[url] = entry["size"], str(stamp)
+            stats[url] = entry["size"] or 0, str(stamp)
         elif depth and entry["type"] == "directory":
             stats |= _list_remote_files(url, depth - 1)
     return dict(sorted(stats.items()))
+
+
+def _sized_entry(system: "AbstractFileSystem", path: str, url: str) -> dict[str, Any]:
+    """Ask for the size of a shard: web servers list names alone."""
+    try:
+        entry: dict[str, Any] = system.info(path)
+    except Exception as error:  # the client of a store may raise anything
+        raise read_error(url, error) from None
+    if entry["size"] is None:
+        raise UsageError(
+            f"{printable(url)} cannot be read in place, because the server does not say how large "
+            "it is: download it and give the file"
+        )
+    return entry
 
 
 def load_catalog(
@@ -308,7 +334,8 @@ def _read_sidecar(
     then scanned.
     """
     path = f"{location.rstrip('/')}/{CATALOG_FILE}"
-    if path not in list_files(location):
+    there = list_files(location)
+    if path not in there:
         return None
     try:
         with tempfile.TemporaryDirectory(dir=cache_dir("catalogs")) as folder:
@@ -318,7 +345,8 @@ def _read_sidecar(
                 with open_file(path) as remote, open(copy, "wb") as local:
                     shutil.copyfileobj(remote, local)
             metadata, batches = read_foreign_arrow_file(copy, CATALOG_SCHEMA)
-            return _check_sidecar(json.loads(metadata[b"simsiam"]), batches, files, notes)
+            others = {name.rsplit("/", 1)[-1] for name in there} - {file.name for file in files}
+            return _check_sidecar(json.loads(metadata[b"simsiam"]), batches, files, others, notes)
     except (
         OSError,
         UsageError,
@@ -339,11 +367,19 @@ def _check_sidecar(
     metadata: Mapping[str, Any],
     listed_batches: Sequence[pa.RecordBatch],
     files: Sequence[ShardFile],
+    others: Set[str],
     notes: list[tuple[str, str]],
 ) -> Catalog | None:
-    """Return the catalog if it is of exactly these shards; see `_read_sidecar`."""
+    """Return the catalog of these shards if it has all of them; see `_read_sidecar`.
+
+    `others` are the names of the files beside them, which `--splits` may leave out.
+    """
     version, *listed = metadata["files"]
-    batches = {name: (size, batch) for batch, (name, size, *_) in zip(listed_batches, listed)}
+    batches = {
+        name: (size, batch)
+        for batch, (name, size, *_) in zip(listed_batches, listed)
+        if name not in others
+    }
     sizes = {file.path.rsplit("/", 1)[-1]: file.size for file in files}
     for name, (size, batch) in batches.items():
         if sizes.get(name) != size:
@@ -355,8 +391,25 @@ def _check_sidecar(
     classes = tuple(metadata["classes"])
     for file, batch in zip(files, ordered):
         _check_batch(file, batch, classes)
-    damage = tuple((str(name), str(reason)) for name, reason in metadata["damage"])
+    if len(batches) < len(listed):
+        ordered, classes = _keep_used_classes(ordered, classes)
+    damage = tuple(
+        (str(name), str(reason)) for name, reason in metadata["damage"] if name not in others
+    )
     return Catalog(files, ordered, classes, damage, None)
+
+
+def _keep_used_classes(
+    batches: Sequence[pa.RecordBatch], classes: tuple[str, ...]
+) -> tuple[list[pa.RecordBatch], tuple[str, ...]]:
+    """Leave out the classes that no image of these shards has, as a scan of them would."""
+    labels = {label for batch in batches for label in pc.unique(batch["label"]).to_pylist()}
+    used, kept = pa.array(sorted(labels - {-1}), pa.int64()), list[pa.RecordBatch]()
+    for batch in batches:
+        codes = pc.index_in(batch["label"], used).fill_null(-1).cast(pa.int64())
+        columns = [*batch.columns[:-1], codes]
+        kept.append(pa.RecordBatch.from_arrays(columns, schema=CATALOG_SCHEMA))
+    return kept, tuple(classes[label] for label in used.to_pylist())
 
 
 def _check_batch(file: ShardFile, batch: pa.RecordBatch, classes: tuple[str, ...]) -> None:
@@ -413,10 +466,15 @@ def detect_parquet_layout(parquet: ParquetReader, file: str) -> ParquetLayout:
     features = _huggingface_features(schema.metadata or {})
     kinds = {name: feature.get("_type") for name, feature in features.items()}
     images = sorted(
-        (f for f in schema if _is_bytes_type(f.type)),
+        image_columns(schema),
         key=lambda f: (kinds.get(f.name) != "Image", _rank(f.name, IMAGE_NAMES)),
     )
     if not images:
+        if _is_embedding(schema):
+            raise UsageError(
+                f"{printable(file)} holds no images: `simsiam embed` wrote it. Give the images it "
+                "was made of; if it is in their folder, move it out of there"
+            )
         columns = truncate(", ".join(schema.names))
         raise UsageError(printable(f"no column of image files in {file!r}, only {columns}"))
     named = [f for f in schema if kinds.get(f.name) == "ClassLabel" or f.name in LABEL_NAMES]
@@ -431,6 +489,23 @@ def detect_parquet_layout(parquet: ParquetReader, file: str) -> ParquetLayout:
     return ParquetLayout(
         image, labels[0] if labels else None, tuple(names), (*other_images, *unused)
     )
+
+
+def image_columns(schema: pa.Schema) -> list[pa.Field]:
+    """Find the columns of a Parquet file that may be image files.
+
+    Args:
+        schema: Its columns.
+
+    Returns:
+        Columns of bytes; none of an embedding, which has small copies of images.
+    """
+    return [] if _is_embedding(schema) else [f for f in schema if _is_bytes_type(f.type)]
+
+
+def _is_embedding(schema: pa.Schema) -> bool:
+    """Return whether `simsiam embed` wrote a Parquet file."""
+    return b"simsiam" in (schema.metadata or {}) and "vector" in schema.names
 
 
 def _rank(name: str, names: Sequence[str]) -> int:
@@ -500,7 +575,8 @@ def _scan_parquet(file: ShardFile, layout: ParquetLayout) -> pa.Table:
     """List the rows of a Parquet file; keys are assigned when all rows are counted."""
     try:
         with open_parquet(file.path) as parquet:
-            if (found := detect_parquet_layout(parquet, file.path))[:3] != layout[:3]:
+            found = detect_parquet_layout(parquet, file.path)
+            if found[:3] not in (layout[:3], (layout.image_column, None, ())):
                 raise UsageError(
                     f"{printable_name(file.path)} has other columns or class names than the first: "
                     f"{found[:3]}"
@@ -512,8 +588,8 @@ def _scan_parquet(file: ShardFile, layout: ParquetLayout) -> pa.Table:
                 starts.append(group * ROW_GROUP_STRIDE + rows)
                 sizes.append(size * (rows + 1) // len(rows) - size * rows // len(rows))
             labels = pa.nulls(parquet.metadata.num_rows, pa.large_binary())
-            if layout.label_column:
-                labels = label_texts(parquet.read([layout.label_column])[layout.label_column])
+            if found.label_column:
+                labels = label_texts(parquet.read([found.label_column])[found.label_column])
     except (pa.ArrowException, OSError) as error:
         raise read_error(file.path, error) from None
     keys = pa.nulls(len(labels), pa.large_binary())
@@ -540,6 +616,8 @@ class _TarScan:
         too_large = info.size > MAX_FILE_BYTES
         if not info.isfile() or info.issparse() or name is None or too_large:
             self.ignored += not info.isdir()
+            return
+        if is_hidden(name):  # as "._7.jpg", which macOS puts between the files of a sample
             return
         stem, _, extension = name.rpartition(b"/")[2].partition(b".")
         sample = name.rpartition(b"/")[0] + b"/" + stem

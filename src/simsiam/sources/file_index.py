@@ -21,8 +21,8 @@ import pyarrow.compute as pc
 from simsiam.data.arrow_files import open_arrow_file, write_arrow_file
 from simsiam.data.decode import (
     EXTENSIONS,
+    FORMAT_EXTENSIONS,
     MAX_PIXELS,
-    OPTIONAL_EXTENSIONS,
     PIL_MODES,
     Unreadable,
     decode_image,
@@ -59,15 +59,6 @@ INSPECTION_SCHEMA = pa.schema(
     ]
 )
 INDEX_SCHEMA = pa.schema([*STAMP_SCHEMA, *INSPECTION_SCHEMA])
-# The extensions of formats that have others than their own name.
-FORMAT_EXTENSIONS = {
-    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
-    "JPEG2000": (".jp2", ".j2k"),
-    "HEIF": (".heic", ".heif", ".hif"),
-    "RAW": tuple(OPTIONAL_EXTENSIONS),
-    "TIFF": (".tif", ".tiff"),
-    "PPM": (".ppm", ".pgm"),
-}
 # The last bytes of a complete file: the marker EOI, or the empty chunk IEND and its checksum.
 END_MARKERS = {"JPEG": b"\xff\xd9", "PNG": b"\0\0\0\0IEND\xaeB`\x82"}
 
@@ -279,11 +270,7 @@ def _inspect_image(images: Images, i: int) -> tuple[int, int, str, bool, str, by
     except (Unreadable, OSError, MemoryError) as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
     extension = os.path.splitext(images.keys[i])[1].lower()
-    misnamed = (
-        kind != ""
-        and extension in EXTENSIONS
-        and extension not in FORMAT_EXTENSIONS.get(kind, (f".{kind.lower()}",))
-    )
+    misnamed = kind != "" and extension in EXTENSIONS and extension not in FORMAT_EXTENSIONS[kind]
     return height, width, kind, misnamed, reason, digest
 
 

@@ -61,7 +61,7 @@ class FileCounts:
         """
         if is_image_path(path):
             return True
-        if _is_hidden(path):
+        if is_hidden(path):
             self.passed_over[HIDDEN] += 1
             return False
         match = EXTENSION.search(os.fsdecode(path).lower())
@@ -128,8 +128,13 @@ def is_image_path(name: bytes) -> bool:
     Returns:
         Whether it has an extension of an image, and no part starts with a dot.
     """
-    return name.lower().endswith(IMAGE_SUFFIXES) and not _is_hidden(name)
+    return name.lower().endswith(IMAGE_SUFFIXES) and not is_hidden(name)
 
 
-def _is_hidden(path: bytes) -> bool:
+def is_hidden(path: bytes) -> bool:
+    """Return whether a file is hidden, or in a hidden folder.
+
+    Args:
+        path: Its path, with "/".
+    """
     return any(part.startswith(b".") for part in path.split(b"/"))

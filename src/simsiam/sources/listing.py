@@ -9,7 +9,9 @@ import os
 import stat
 import struct
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -20,7 +22,7 @@ import pyarrow.compute as pc
 
 from simsiam.data.decode import EXTENSIONS, SIGNATURE_BYTES, Unreadable, open_regular_file
 from simsiam.errors import UsageError, WorkFailed, printable
-from simsiam.sources.catalog import iter_tar_members, normalize_member_path
+from simsiam.sources.catalog import TAR_ERRORS, iter_tar_members, normalize_member_path
 from simsiam.sources.file_kinds import (
     HIDDEN,
     LINK,
@@ -33,6 +35,9 @@ from simsiam.sources.file_kinds import (
 from simsiam.sources.splits import NAME_CHUNK
 from simsiam.utils.read_files import open_regular
 
+# What zipfile and tarfile raise.
+ARCHIVE_ERRORS = (*TAR_ERRORS, struct.error, zipfile.BadZipFile, zlib.error)
+UTF8_FLAG = 0x800  # of a member of a .zip: its name is in UTF-8
 # Where the content of a member of an archive is; see `ArchiveMembers`.
 Entry: TypeAlias = tuple[int, int, int, int, int]
 
@@ -144,8 +149,7 @@ def _iter_zip_images(path: Path, counts: FileCounts) -> Iterator[tuple[bytes, En
         open_regular(path) as file,
     ):
         for info in archive.infolist():
-            # Some programs for Windows, system 0, separate folders by backslashes.
-            name = info.filename.replace("\\", "/") if info.create_system == 0 else info.filename
+            name = _zip_name(info)
             member = normalize_member_path(name)
             if name.endswith("/"):
                 continue
@@ -158,8 +162,11 @@ def _iter_zip_images(path: Path, counts: FileCounts) -> Iterator[tuple[bytes, En
             def read_start(info: zipfile.ZipInfo = info, supported: bool = supported) -> bytes:
                 if not supported:
                     return b""
-                with archive.open(info) as opened:
-                    return opened.read(SIGNATURE_BYTES)
+                try:
+                    with archive.open(info) as opened:
+                        return opened.read(SIGNATURE_BYTES)
+                except ARCHIVE_ERRORS:  # it is damaged, and its name is not that of an image
+                    return b""
 
             if not counts.is_image(member, read_start):
                 continue
@@ -173,6 +180,17 @@ def _iter_zip_images(path: Path, counts: FileCounts) -> Iterator[tuple[bytes, En
             start = info.header_offset + 30 + sum(struct.unpack("<2H", file.read(4)))
             deflated = info.compress_type == zipfile.ZIP_DEFLATED
             yield member, (start, info.compress_size, info.file_size, deflated, info.CRC)
+
+
+def _zip_name(info: zipfile.ZipInfo) -> str:
+    """Return the path of a member of a .zip as the program that wrote it meant it."""
+    name = info.filename
+    # macOS writes UTF-8 without saying so, and zipfile takes that for the characters of DOS.
+    if not info.flag_bits & UTF8_FLAG and name == info.orig_filename:
+        with suppress(UnicodeError):
+            name = name.encode("cp437").decode()
+    # Some programs for Windows, system 0, separate folders by backslashes.
+    return name.replace("\\", "/") if info.create_system == 0 else name
 
 
 def _iter_tar_images(path: Path, counts: FileCounts) -> Iterator[tuple[bytes, Entry]]:

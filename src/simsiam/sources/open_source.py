@@ -6,9 +6,7 @@ image, so it opens a million files in seconds.
 
 import os
 import re
-import struct
 import sys
-import zipfile
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -45,10 +43,11 @@ from simsiam.errors import (
     unknown_name,
 )
 from simsiam.sources.catalog import (
-    TAR_ERRORS,
+    SHARD_SUFFIXES,
     ParquetLayout,
     ShardFile,
     detect_parquet_layout,
+    image_columns,
     is_webdataset,
     label_sort_key,
     label_texts,
@@ -57,6 +56,7 @@ from simsiam.sources.catalog import (
 )
 from simsiam.sources.file_kinds import NO_SPLIT, REPLACED, FileCounts, is_image_path
 from simsiam.sources.listing import (
+    ARCHIVE_ERRORS,
     iter_archive_images,
     list_folder,
     no_image_error,
@@ -93,8 +93,6 @@ SPACED_LABEL = re.compile(
 NESTED_DEPTH = 3  # folders below a source in which shards are looked for, as in data/CONFIG/train
 
 ENCODED_TYPE = pa.dictionary(pa.int32(), pa.large_binary())  # of image files in memory
-# What zipfile and tarfile raise.
-ARCHIVE_ERRORS = (*TAR_ERRORS, struct.error, zipfile.BadZipFile)
 
 # Images, their labels as positions in class names or None, and the class names.
 SplitParts: TypeAlias = tuple[Images, np.ndarray | None, tuple[str, ...]]
@@ -165,6 +163,8 @@ def open_source(
       fsspec supports; or in folders of a folder, if there is no image. A word in the name of a
       shard is the split, as in `test-00000-of-00001.parquet`, or in that of its folder, as in
       `default/train/0000.parquet`. A .tar has the layout of WebDataset: `7.jpg`, `7.cls`, `7.json`.
+      Parquet without images, and embeddings that `simsiam embed` wrote, are passed over in a folder
+      of images.
 
     Without a `train` split, all images are training images.
 
@@ -264,7 +264,12 @@ def _open_one(text: str, options: _Options) -> Source:
     if path.is_dir():
         counts = FileCounts()
         keys = list_folder(path, set(), counts)
-        if shards := find_shards(text) or (not len(keys) and find_nested_shards(text)):
+        shards = find_shards(text)
+        if not len(keys):
+            shards = shards or find_nested_shards(text)
+        elif not any(map(_has_images, shards)):
+            shards = {}  # tables beside the images, such as metadata or an embedding of them
+        if shards:
             source = _open_shards(text, shards, options)
             beside = len(keys) and f"images beside the shards, which are not read: {len(keys):,}"
             return replace(source, notes=(*source.notes, beside)) if beside else source
@@ -302,7 +307,13 @@ def _open_several(texts: list[str], options: _Options) -> Source:
     paths = sorted({os.path.abspath(text) for text in texts}, key=os.fsencode)
     folders = [path for path in paths if os.path.isdir(path)]
     files = [path for path in paths if path not in folders]
-    root = Path(os.path.commonpath([*folders, *map(os.path.dirname, files)]))
+    try:
+        root = Path(os.path.commonpath([*folders, *map(os.path.dirname, files)]))
+    except ValueError:  # on Windows
+        raise UsageError(
+            f"{', '.join(map(printable, texts))} are on different drives: only what is on one "
+            "drive can be combined"
+        ) from None
     keys, labels, visited, counts = [], [], set[tuple[int, int]](), FileCounts()
     for folder in folders:
         paths_below = list_folder(Path(folder), visited, counts)
@@ -547,11 +558,11 @@ def find_shards(location: str) -> dict[str, tuple[int, str]]:
     Returns:
         (size in bytes, stamp) of each shard by its path or URL. A stamp changes when a file does.
     """
-    if is_url(location) and location.endswith((".parquet", ".tar")):
+    if is_url(location) and location.endswith(SHARD_SUFFIXES):
         return list_files(location)
     for folder in (location.rstrip("/"), f"{location.rstrip('/')}/data"):
         files = list_files(folder)
-        for kind in (".parquet", ".tar"):
+        for kind in SHARD_SUFFIXES:
             shards = {path: stat for path, stat in files.items() if path.endswith(kind)}
             if shards and (kind == ".parquet" or is_url(folder) or not _contains_images(folder)):
                 return shards
@@ -568,10 +579,21 @@ def find_nested_shards(location: str) -> dict[str, tuple[int, str]]:
         As `find_shards`.
     """
     files = list_files(location, NESTED_DEPTH)
-    for kind in (".parquet", ".tar"):
+    for kind in SHARD_SUFFIXES:
         if shards := {path: stat for path, stat in files.items() if path.endswith(kind)}:
             return shards
     return {}
+
+
+def _has_images(shard: str) -> bool:
+    """Return whether a shard is a tar, or a Parquet file with a column of image files."""
+    if not shard.endswith(".parquet"):
+        return True
+    try:
+        with open_parquet(shard) as parquet:
+            return bool(image_columns(parquet.schema))
+    except (pa.ArrowException, OSError) as error:
+        raise read_error(shard, error) from None
 
 
 def _contains_images(folder: str) -> bool:
@@ -603,7 +625,7 @@ def _open_shards(
     ]
     layout = None
     if files[0].path.endswith(".parquet"):
-        layout = _read_layout(files[0])
+        layout = _read_layout(files)
         if layout.unused:
             used = " and ".join(filter(None, (layout.image_column, layout.label_column)))
             notes.append(f"columns that are used: {used}; not used: {join_names(layout.unused)}")
@@ -612,7 +634,7 @@ def _open_shards(
             and _total_uncompressed_size(files) <= MAX_RESIDENT_BYTES
         ):
             return replace(_load_parquet(location, files, options), notes=tuple(notes))
-    is_one_file = location.endswith((".tar", ".parquet"))
+    is_one_file = location.endswith(SHARD_SUFFIXES)
     catalog = load_catalog(
         location if is_one_file or len(folders) > 1 else folders.pop(), files, layout
     )
@@ -626,16 +648,21 @@ def _open_shards(
     source = _build_source(location, parts, options)
     if layout is None and all(map(canonical_split, source.train.classes)):  # folders in the tars
         notes += note_folder_labels(source.train.classes)
+    notes += [f"{name}: {reason}" for name, reason in catalog.damage]
     return replace(source, damage=catalog.damage, notes=tuple(notes))
 
 
-def _read_layout(file: ShardFile) -> ParquetLayout:
-    """Find the columns of a Parquet file."""
-    try:
-        with open_parquet(file.path) as parquet:
-            return detect_parquet_layout(parquet, file.path)
-    except (pa.ArrowException, OSError) as error:
-        raise read_error(file.path, error) from None
+def _read_layout(files: Sequence[ShardFile]) -> ParquetLayout:
+    """Find the columns of Parquet files, from the first file of each split: one may lack labels."""
+    first_files = {file.split: file.path for file in reversed(files)}
+    layouts = []
+    for path in (first_files[split] for split in SPLITS if split in first_files):
+        try:
+            with open_parquet(path) as parquet:
+                layouts.append(detect_parquet_layout(parquet, path))
+        except (pa.ArrowException, OSError) as error:
+            raise read_error(path, error) from None
+    return next((layout for layout in layouts if layout.label_column), layouts[0])
 
 
 def _total_uncompressed_size(files: Sequence[ShardFile]) -> int:
@@ -661,31 +688,32 @@ def _load_parquet(path: str, files: Sequence[ShardFile], options: _Options) -> S
         chunks = [chunk for column in columns for chunk in column.chunks]
         encoded = EncodedColumn(pa.chunked_array(chunks, ENCODED_TYPE))
         names: tuple[str, ...] = next((known for known in class_names if known), ())
-        distinct_names |= {known for known in class_names if known}
-        codes = None if any(part is None for part in labels) else np.concatenate(labels)
-        if codes is not None and codes.dtype == object:
+        labeled = [part for part in labels if part is not None]
+        kinds = {known for known, part in zip(class_names, labels) if known or part is not None}
+        distinct_names |= kinds - {()}  # another split may name its classes by texts
+        if max(len(kinds), len(distinct_names)) > 1 and not options.no_labels:
+            raise UsageError(
+                f"the Parquet files in {printable(path)} disagree about the class names; "
+                "--no-labels ignores them"
+            )
+        complete = len(labeled) == len(labels) and not options.no_labels
+        codes = np.concatenate(labeled) if complete else None
+        if codes is not None and not names:
             texts = sorted(set(codes), key=label_sort_key)
             code_of = {text: code for code, text in enumerate(texts)}
-            codes, names = (
-                np.array([code_of[text] for text in codes]),
-                tuple(map(os.fsdecode, texts)),
-            )
-        elif codes is not None and not names:
-            values, codes = np.unique(codes, return_inverse=True)
-            names = tuple(map(str, values))
+            codes = np.array([code_of[text] for text in codes], np.int64)
+            names = tuple(map(os.fsdecode, texts))
         parts[split] = Images(numbered_keys(split, len(encoded)), encoded), codes, names
     if not len(parts["train"][0]):
         raise UsageError(f"no row in {printable(path)}")
-    if len(distinct_names) > 1:
-        raise UsageError(f"the Parquet files in {printable(path)} disagree about the class names")
     return _build_source(path, parts, options)
 
 
 def _read_parquet_columns(file: str) -> tuple[pa.ChunkedArray, np.ndarray | None, tuple[str, ...]]:
     """Read the images, the labels and the class names of a file.
 
-    Labels are None if any is missing, and bytes if the column has texts; class names are () if the
-    file has none.
+    Labels are None if any is missing; positions in the class names, or bytes if the file has none:
+    then the class names are ().
     """
     try:
         with open_parquet(file) as parquet:
@@ -699,11 +727,11 @@ def _read_parquet_columns(file: str) -> tuple[pa.ChunkedArray, np.ndarray | None
     encoded = pa.chunked_array(chunks, ENCODED_TYPE)
     if raw is None:
         return encoded, None, ()
+    if not names or not pa.types.is_integer(raw.type):
+        texts = label_texts(raw)
+        return encoded, None if texts.null_count else np.array(texts.to_pylist(), object), ()
     # A label of -1 means that Hugging Face withholds the labels of a test set.
-    if not pa.types.is_integer(raw.type):
-        raw = label_texts(raw)
-        return encoded, None if raw.null_count else np.array(raw.to_pylist(), object), ()
-    missing = raw.null_count or (names and (raw.to_numpy() < 0).any())
+    missing = raw.null_count or (raw.to_numpy() < 0).any()
     return encoded, None if missing else raw.to_numpy(), names
 
 

@@ -5,6 +5,7 @@ notes, because a name can mislead: a class may be called "train". This module do
 """
 
 import os
+import posixpath
 import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from simsiam.errors import UsageError, unknown_name
+from simsiam.utils.names import slashed
 
 SPLITS = ("train", "val", "test")
 # Words in the names of folders and shards, and the split that they name.
@@ -89,7 +91,7 @@ def parse_splits(values: Iterable[str] | None) -> list[SplitPlace]:
         split, _, folder = value.partition("=")
         if split not in SPLITS:
             raise unknown_name("split in --splits", split, SPLITS)
-        place = os.path.normpath(folder or "..")
+        place = posixpath.normpath(slashed(folder) or "..")
         if place.startswith(("/", "..")):
             raise UsageError(
                 f"--splits {value}: after = comes a folder inside of the source, as in "

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from simsiam.data.decode import Unreadable, read_header
+from simsiam.data.decode import FORMAT_EXTENSIONS, Unreadable, read_header
 from simsiam.data.images import Images
 from simsiam.data.shards import BLOCK_BYTES
 from simsiam.errors import UsageError, none_readable, printable, unknown_name
@@ -39,8 +39,6 @@ from simsiam.utils.system import replace_path
 from simsiam.utils.workers import parallel_map_with_progress
 
 SHARD_FORMATS = ("tar", "parquet")
-# File name extensions that are not the name of the format.
-FORMAT_SUFFIXES = {"JPEG": "jpg", "TIFF": "tif", "NumPy": "npy"}
 LEFT_OUT_FILE = "left_out.txt"  # lists images that are not in the shards, with the reason
 
 
@@ -196,7 +194,7 @@ def _iter_readable(images: Images, left_out_path: Path) -> Iterator[tuple[int, b
             reason = getattr(error, "strerror", None) or str(error)
             lines.append(reason_line(images.keys[i], reason))
             continue
-        yield i, data, FORMAT_SUFFIXES.get(kind, kind.lower())
+        yield i, data, FORMAT_EXTENSIONS[kind][0]
     write_names(left_out_path, lines)
 
 
@@ -211,7 +209,7 @@ def _write_tar(images: Images, path: Path, start_index: int) -> None:
     with atomic_write(path) as part, tarfile.open(part, "w", format=tarfile.GNU_FORMAT) as archive:
         for i, data, extension in _iter_readable(images, _left_out_path(path)):
             stem, metadata = f"{start_index + i:09}", {"path": images.keys[i]}
-            add(f"{stem}.{extension}", data)
+            add(f"{stem}{extension}", data)
             if images.labels is not None:
                 add(f"{stem}.cls", str(images.labels[i]).encode())
                 metadata["class"] = images.classes[images.labels[i]]

@@ -76,10 +76,8 @@ class Pretraining(Training[ViewBatch]):
             self.state["start"] = measure_start(
                 backbone, train, recipe, transform, self.steps, compute=compute
             )
-        # Model and optimizer hold these now: a second copy would stay in memory.
-        self.state.pop("model", None)
-        self.state.pop("trained", None)
-        self.state.pop("optimizer", None)
+        for part in ("model", "trained", "optimizer"):  # a second copy of what they hold now
+            self.state.pop(part, None)  # type: ignore[misc]
         self.save("last")
 
     @override
