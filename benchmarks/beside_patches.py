@@ -22,8 +22,7 @@ from simsiam.data.images import Images, load_into_memory, sample
 from simsiam.model.encoder import join_features
 from simsiam.model.precision import Compute
 from simsiam.monitoring.candidates import best_patches, make_candidate, measure, read_sample
-from simsiam.monitoring.features import extract_features
-from simsiam.monitoring.nearest_neighbors import knn_top1
+from simsiam.monitoring.nearest_neighbors import knn_top1, labeled_features
 from simsiam.runs.encoder import eval_transform, load
 from simsiam.runs.run_folder import Run
 from simsiam.sources.open_source import open_source
@@ -50,11 +49,10 @@ def row(path: str, source: str) -> dict[str, Any]:
     bank, queries = (load_into_memory(images, 2**31)[0] for images in both)
     transform, network = eval_transform(run.recipe), load(run.path, head=False)
     chosen = read_sample(train, transform.resize, seed=run.recipe.seed)
-    labels = [torch.from_numpy(images.labels) for images in (bank, queries)]
 
-    def features(encoder) -> list[torch.Tensor]:
-        both = (extract_features(encoder, x, transform, compute=compute) for x in (bank, queries))
-        return [features.matrices[0].float() for features in both]
+    def features(encoder) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        both = [labeled_features(encoder, x, transform, compute=compute) for x in (bank, queries)]
+        return [matrices[0] for matrices, _, _ in both], [labels for _, labels, _ in both]
 
     def knn(h: Sequence[torch.Tensor]) -> float:
         return round(knn_top1(h[0], labels[0], h[1], labels[1], classes=len(bank.classes)), 2)
@@ -64,7 +62,8 @@ def row(path: str, source: str) -> dict[str, Any]:
         patches, head = map(compute.place, (best.branches[0].backbone, best.heads[0]))
         (branch,) = measure({"network": network}, transform, chosen, compute, noise=False)
         alone = make_candidate("network", [branch], [None], chosen)
-        h, p = features(network), [head(x) for x in features(patches)]
+        h, labels = features(network)
+        p = [head(x) for x in features(patches)[0]]
         joined = {w: knn([join_features(*pair, w) for pair in zip(h, p)]) for w in WEIGHTS}
     summary = run.json("summary.json")
     return {
@@ -77,7 +76,7 @@ def row(path: str, source: str) -> dict[str, Any]:
         "best patches": best.name,
         "joined": joined,
         "scores": [round(alone.score, 4), round(best.score, 4)],
-        "n": len(queries),
+        "n": len(labels[1]),
     }
 
 

@@ -38,8 +38,7 @@ from simsiam.monitoring.candidates import (
     measure,
     read_sample,
 )
-from simsiam.monitoring.features import extract_features
-from simsiam.monitoring.nearest_neighbors import knn_scores
+from simsiam.monitoring.nearest_neighbors import knn_scores, labeled_features
 from simsiam.runs.encoder import eval_transform, load
 from simsiam.runs.run_folder import Run
 from simsiam.runs.weights import open_weights
@@ -74,9 +73,8 @@ MINUTES = {
 MAX_TRAIN, MAX_TEST = 4000, 2000  # images that vote, and that are classified, in closed_forms
 
 
-def knn(train: Tensor, test: Tensor, train_labels: np.ndarray, test_labels: np.ndarray) -> Tensor:
+def knn(train: Tensor, test: Tensor, labels: Tensor, truth: Tensor) -> Tensor:
     """Return which test images the 20 nearest training images classify rightly, (M,) bool."""
-    labels, truth = torch.from_numpy(train_labels), torch.from_numpy(test_labels)
     votes = knn_scores(train, labels, test, classes=int(labels.max()) + 1, k=20, tau=0.1)
     return votes.argmax(1) == truth
 
@@ -130,7 +128,7 @@ def closed_forms(source: str, seed: int) -> dict[str, object]:
     }
     closed = list(closed_form_candidates(branches, chosen, start=True))
     candidates = [*closed, *whitened(branches[0], chosen)]
-    rows = {candidate.name: evaluate(candidate, features, train, test) for candidate in candidates}
+    rows = {candidate.name: evaluate(candidate, features) for candidate in candidates}
     unit = Transform(size=64, mean=(0.0,) * 3, std=(1.0,) * 3)
     random_network = create_backbone("resnet18", image_size=64)
     for name, network in {
@@ -139,18 +137,20 @@ def closed_forms(source: str, seed: int) -> dict[str, object]:
         "random": random_network,
     }.items():
         small = split_features(network, train, test, unit, Compute(compute.device, "float32"))
-        rows[name] = accuracy_row(*small, train, test)
+        rows[name] = accuracy_row(*small)
     _, table = choose(closed)
     return {"rows": rows, "choice": table}
 
 
 def split_features(
     network: nn.Module, train: Images, test: Images, transform: Transform, compute: Compute
-) -> tuple[Tensor, Tensor]:
-    """Compute the features of both splits."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the features of both splits, and the labels of the images that could be read."""
     compute.place(network)
-    both = [extract_features(network, x, transform, compute=compute) for x in (train, test)]
-    return both[0].matrices[0], both[1].matrices[0]
+    (a, train_labels, _), (b, test_labels, _) = (
+        labeled_features(network, x, transform, compute=compute) for x in (train, test)
+    )
+    return a[0], b[0], train_labels, test_labels
 
 
 def whitened(branch: Branch, chosen) -> list[Candidate]:
@@ -168,7 +168,7 @@ def whitened(branch: Branch, chosen) -> list[Candidate]:
     ]
 
 
-def evaluate(candidate: Candidate, features, train: Images, test: Images) -> dict[str, object]:
+def evaluate(candidate: Candidate, features) -> dict[str, object]:
     """Apply the heads of a candidate to the features of both splits, and classify."""
     with torch.no_grad():
         joined = [
@@ -183,12 +183,13 @@ def evaluate(candidate: Candidate, features, train: Images, test: Images) -> dic
             )
             for split in (0, 1)
         ]
-    return accuracy_row(joined[0], joined[1], train, test) | {"score": candidate.score}
+    labels = features[candidate.branches[0].name][2:]
+    return accuracy_row(*joined, *labels) | {"score": candidate.score}
 
 
-def accuracy_row(a: Tensor, b: Tensor, train: Images, test: Images) -> dict[str, object]:
+def accuracy_row(a: Tensor, b: Tensor, labels: Tensor, truth: Tensor) -> dict[str, object]:
     """Return the accuracy in percent, n, and which images are right, as a string of 0 and 1."""
-    right = knn(a, b, train.labels, test.labels)
+    right = knn(a, b, labels, truth)
     bits = "".join("01"[int(x)] for x in right)
     return {"knn_top1": 100 * right.float().mean().item(), "n": len(right), "right": bits}
 
@@ -217,7 +218,7 @@ def trained(kind: str, name: str, path: Path, source: str, seed: int) -> dict[st
     transform, compute = eval_transform(Run(run).recipe), Compute.pick("cpu")
     features = split_features(encoder, train, test, transform, compute)
     table = Run(run).json("adapt.json")
-    return accuracy_row(*features, train, test) | {
+    return accuracy_row(*features) | {
         "chosen": table.get("chosen"),
         "choice": table.get("candidates"),
     }

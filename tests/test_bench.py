@@ -21,7 +21,7 @@ from simsiam.commands.main import main
 from simsiam.config.methods import METHODS
 from simsiam.config.recipes import Recipe
 from simsiam.data.images import sample
-from simsiam.laboratory import bench
+from simsiam.laboratory import bench, demo
 from simsiam.laboratory.bench import measure_case, result_table, time_interleaved
 from simsiam.laboratory.bench_cases import CASES, Case, Comparison, make_photographs
 from simsiam.laboratory.time_to_accuracy import plain_loop, race
@@ -31,7 +31,7 @@ from simsiam.model.precision import Compute
 from simsiam.model.siamese import build
 from simsiam.runs.compose import compose_recipe
 from simsiam.runs.encoder import build_backbone, eval_transform
-from simsiam.sources.open_source import open_source
+from simsiam.sources.open_source import Source, open_source
 
 CPU = torch.device("cpu")
 SMALL = {"backbone": "resnet10", "width": 4, "image_size": 16}
@@ -236,6 +236,28 @@ def test_the_race_measures_a_copy_of_a_network_on_its_device(monkeypatch):
     assert all(item is not network for item in placed)
 
 
+def test_labels_belong_to_their_images_where_others_cannot_be_read(tmp_path, program):
+    """In the race, the demo and six_sets: dark and bright images, of which the first is broken."""
+    rng = np.random.default_rng(0)
+    for i in range(60):
+        path = tmp_path / "images" / ("dark", "bright")[i % 2] / f"{i:02}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 100, (32, 32, 3), np.uint8) + i % 2 * np.uint8(150)
+        Image.fromarray(pixels).save(path)
+    images, first = open_source(tmp_path / "images").train, tmp_path / "images/bright/01.png"
+    first.write_bytes(first.read_bytes()[:50])
+    network = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+    recipe = compose_recipe("shapes", None, {})[0]
+    compute, transform = Compute(CPU, "float32"), eval_transform(recipe)
+    source = Source("images", images, test=images)
+    assert race.knn(images, images, compute, transform, network) == 100
+    assert demo.knn_test_accuracy(network, source, recipe.replace(device="cpu")) == 100
+    six_sets = program("six_sets")
+    found = six_sets["split_features"](network, images, images, transform, compute)
+    row = six_sets["accuracy_row"](*found)
+    assert row["n"] == 59 and row["knn_top1"] == 100
+
+
 @pytest.mark.parametrize(
     "words, text",
     [
@@ -387,3 +409,11 @@ def test_the_search_tries_what_is_possible_at_equal_cost_and_keeps_what_gains_a_
     assert sprint["search"](options) == {"lr": 2, "crops": 2}
     page = (tmp_path / "README.md").read_text()
     assert "| lr | base_lr 0.8 | 1.2 | kept |" in page and "| lr | base_lr 1.6 | 1.1 |  |" in page
+
+
+def test_the_queue_has_the_spread_of_seeds_and_says_which_never_reach_the_target(program):
+    """The standard deviation of a sample, as everywhere."""
+    summary = program("explore_queue")["summary"]
+    text = summary([0.5, 0.7], [60, 200], 1)
+    assert "60.0 % ± 14.1;" in text and "(1 of 2 seeds stop at 200 without it)" in text
+    assert "stop" not in summary([0.5, 0.7], [60, 40], 0)

@@ -165,8 +165,12 @@ def test_stride_8_doubles_the_resolution_and_keeps_the_receptive_field():
 
 
 def test_boxes_and_masks_move_with_the_pixels():
-    """A rectangle stays in its box and mask at every size and flip; evaluation does not flip."""
-    transform = DetectionTransform([40, 64, 90], 200, [0.0] * 3, [1.0] * 3)
+    """A rectangle stays in its box and mask at every size and flip.
+
+    Evaluation does not flip, and takes the side of test images, which training need not have had.
+    """
+    schedule = Schedule(train_sides=(40, 64, 90), test_side=48, longest_side=200)
+    transform = DetectionTransform(schedule, [0.0] * 3, [1.0] * 3)
     image = torch.zeros(3, 60, 100)
     image[:, 10:30, 20:60] = 1
     target = {"boxes": torch.tensor([[20.0, 10, 60, 30]]), "masks": (image[:1] > 0).byte()}
@@ -182,7 +186,7 @@ def test_boxes_and_masks_move_with_the_pixels():
         flips.add(x0 / w < 0.3)
         sides.add(h)
     assert flips == {True, False} and sides == {40, 64, 90}
-    assert transform.eval()([image], None)[0].image_sizes == [(90, 150)]
+    assert transform.eval()([image], None)[0].image_sizes == [(48, 80)]
 
 
 def test_only_a_resnet_has_stages():

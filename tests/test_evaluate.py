@@ -25,7 +25,7 @@ from simsiam.evaluation import protocol_knn, protocol_linear
 from simsiam.evaluation.evaluate import evaluate
 from simsiam.evaluation.evaluation_record import EvaluationRecord, save_records
 from simsiam.evaluation.finetune import finetune, line_styles
-from simsiam.evaluation.frozen import split_train_test
+from simsiam.evaluation.frozen import split_beside_training, split_train_test
 from simsiam.evaluation.protocol_few_label import (
     logistic_regression,
     plan_draws,
@@ -39,16 +39,13 @@ from simsiam.runs.encoder import eval_transform, weights_sha256
 from simsiam.runs.run_folder import Run
 from simsiam.sources import shapes
 from simsiam.sources.open_source import Source, open_source
+from simsiam.training.prepare import prepare_data
 from simsiam.utils.intervals import wilson_interval
 
 CPU = Compute(torch.device("cpu"), "float32")
-QUICK = {
-    "linear_epochs": 2,
-    "labels": ("1", "25%"),
-    "draws": 2,
-    "device": "cpu",
-    "precision": "float32",
-}
+ON_CPU = {"device": "cpu", "precision": "float32"}
+FEW = {"labels": ("1", "25%"), "draws": 2} | ON_CPU
+QUICK = {"linear_epochs": 2} | FEW
 TIMES = {"measured", "seconds"}
 KEYS = {
     "protocol",
@@ -129,7 +126,7 @@ def test_records_are_complete_and_repeated_evaluations_are_equal(run, capsys):
 
 
 def test_a_record_has_the_keys_of_the_file_in_order_and_reads_back(run):
-    (record,) = evaluate(run, protocols=["knn"], baselines=False, **QUICK)
+    (record,) = evaluate(run, protocols=["knn"], baselines=False, **ON_CPU)
     assert list(record) == [
         *("protocol", "name", "features", "parameters", "chosen", "top1", "top5", "n", "interval"),
         *("checkpoint", "step", "backbone_sha256", "source", "train", "test", "train_images"),
@@ -183,7 +180,7 @@ def test_records_replace_those_of_the_same_parameters_only(run):
 
 
 def test_with_a_limit_records_say_how_many_images_were_used(run):
-    settings = {"protocols": ["knn"], "baselines": False, **QUICK}
+    settings = {"protocols": ["knn"], "baselines": False, **ON_CPU}
     full = evaluate(run, **settings)
     few = evaluate(run, limit=20, **settings)
     assert [(r["train_images"], r["n"] + r["unreadable"], r["train"]) for r in few] == [
@@ -205,8 +202,8 @@ def test_the_numbers_are_those_of_the_features(run, folder):
         "h": model.backbone,
         "z": torch.nn.Sequential(model.backbone, model.projector),
     }
-    records = evaluate(run, protocols=["knn"], **QUICK)
-    records += evaluate(run, protocols=["knn"], features="z", **QUICK)
+    records = evaluate(run, protocols=["knn"], **ON_CPU)
+    records += evaluate(run, protocols=["knn"], features="z", **ON_CPU)
     record_of = {record["features"]: record for record in records}
     assert record_of.keys() == networks.keys()
     for kind, network in networks.items():
@@ -249,8 +246,12 @@ def test_test_labels_choose_nothing(run, folder, monkeypatch):
 
 
 @pytest.mark.parametrize(("kind", "count"), [("paper", 1), ("sgd", 2)])
-def test_training_a_layer_on_crops_leaves_the_backbone_bit_for_bit(run, kind, count, monkeypatch):
-    views = []
+def test_training_a_layer_on_crops_leaves_the_backbone_bit_for_bit(
+    folder, tmp_path, kind, count, monkeypatch
+):
+    """The crops are as large as test images, also of a run that was trained on smaller views."""
+    words = TINY | {"steps": 1, "view_ratio": 0.5, "precision": "float32"}
+    run, views = simsiam.pretrain(folder, out=tmp_path / "run", **words), []
 
     def recording(*arguments):
         for batch in iter_batches(*arguments):
@@ -258,7 +259,7 @@ def test_training_a_layer_on_crops_leaves_the_backbone_bit_for_bit(run, kind, co
             yield batch
 
     monkeypatch.setattr(protocol_linear, "iter_batches", recording)
-    records = evaluate(run, protocols=["linear"], linear=kind, **QUICK)
+    records = evaluate(run, protocols=["linear"], linear=kind, linear_epochs=2, **ON_CPU)
     weights = weights_sha256(simsiam.load(run))
     assert len(records) == count and {r["backbone_sha256"] for r in records} == {weights}
     base_lrs = [r["parameters"]["base_lr"] for r in records]
@@ -270,7 +271,7 @@ def test_training_a_layer_on_crops_leaves_the_backbone_bit_for_bit(run, kind, co
 
 def test_finetune_records_are_those_of_finetune_on_the_labels_of_few_label(run, folder):
     """Each draw of labels is fine-tuned in a folder of its own; the backbone is not frozen."""
-    settings = {"protocols": ["finetune"], **QUICK, "finetune_epochs": 1}
+    settings = {"protocols": ["finetune"], **FEW, "finetune_epochs": 1}
     (few,) = evaluate(run, **settings | {"labels": ("25%",)})
     (full,) = evaluate(run, **settings | {"labels": None}, from_scratch=True)
     assert timeless(read(run, "finetune")) == timeless([few, full])
@@ -287,6 +288,15 @@ def test_finetune_records_are_those_of_finetune_on_the_labels_of_few_label(run, 
     assert few["draws"][1] == alone["top1"]
 
 
+def test_fine_tunings_on_other_labels_have_folders_of_their_own(run):
+    """Of a seed and its draws, and of a limit; the same command trains nothing again."""
+    settings = {"protocols": ["finetune"], **FEW, "finetune_epochs": 1, "labels": ("4",)}
+    for changes in ({}, {"seed": 1}, {"limit": 80}, {}):
+        evaluate(run, **settings | changes)
+    folders = [path.name for path in (run / "finetuning").iterdir()]
+    assert [sum(f"-seed-{seed}-" in name for name in folders) for seed in range(3)] == [2, 3, 1]
+
+
 def test_a_backbone_that_changes_is_noticed(run, monkeypatch):
     def changing(frozen, settings):
         frozen.backbone.train()(torch.randn(4, 3, 32, 32))  # changes only statistics of batch norm
@@ -294,7 +304,7 @@ def test_a_backbone_that_changes_is_noticed(run, monkeypatch):
 
     monkeypatch.setattr(protocol_knn, "evaluate_frozen", changing)
     with pytest.raises(AssertionError, match="a frozen backbone changed"):
-        evaluate(run, protocols=["knn"], **QUICK)
+        evaluate(run, protocols=["knn"], **ON_CPU)
     assert not (run / "evaluations" / "knn.json").exists()
 
 
@@ -347,6 +357,43 @@ def test_the_split_is_that_of_the_source_or_a_fixed_stratified_one():
     assert len(split_train_test(Source("s", bare), require_labels=False)[1]) == 12
 
 
+def test_without_a_test_split_no_image_is_tested_that_was_trained_on_with_its_label(
+    folder, tmp_path
+):
+    """Of all images, some unreadable, those are tested that training held out, or none."""
+    shutil.copytree(folder / "train", tmp_path / "images")
+    (tmp_path / "images" / "bar" / "train_000.png").write_bytes(b"")
+    words = TINY | {"steps": 2, "method": "supervised", "dim": 10, "precision": "float32"}
+    run = simsiam.pretrain(tmp_path / "images", out=tmp_path / "run", **words)
+    source, recipe = open_source(tmp_path / "images"), Run(run).recipe
+    held_out = prepare_data(recipe, source).held_out
+    train, test, _ = split_beside_training(source, recipe, "last")
+    assert set(test.keys) == set(held_out.keys) and len(test) == len(held_out) > 9
+    assert len(train) + len(test) == len(source.train) and not set(train.keys) & set(test.keys)
+    settings = {"protocols": ["knn"], "baselines": False, "device": "cpu"}
+    for place in (None, tmp_path / "images"):
+        (record,) = evaluate(run, place, **settings)
+        assert record["test"] == "the images of train that training held out"
+        assert record["n"] == len(test) and record["unreadable"] == 1
+    (record,) = evaluate(run, folder, **settings)
+    assert record["test"] == "test"
+    none = simsiam.pretrain(tmp_path / "images", out=tmp_path / "none", **words | {"holdout": 0})
+    with pytest.raises(simsiam.UsageError, match="with the labels of all images of images: to"):
+        evaluate(none, **settings)
+
+
+def test_a_record_says_how_many_test_images_chose_the_checkpoint(folder, tmp_path):
+    words = TINY | {"steps": 2, "precision": "float32"}
+    run = simsiam.pretrain(folder / "train", out=tmp_path / "run", **words)
+    settings = {"protocols": ["knn"], "baselines": False, "device": "cpu"}
+    last, best = (evaluate(run, checkpoint=c, **settings)[0]["test"] for c in ("last", "best"))
+    assert last == "a fifth of train, each class in proportion"
+    source = open_source(folder / "train")
+    test = split_train_test(source, require_labels=True)[1]
+    count = len(set(test.keys) & set(prepare_data(Run(run).recipe, source).held_out.keys))
+    assert best == f"{last} ({count} of its 24 images chose the checkpoint)" and count > 0
+
+
 def test_draws_are_stratified_seeded_and_nested():
     train = images(True)
     plan = plan_draws(train, Settings(labels=("1", "5", "10%"), draws=3))
@@ -371,7 +418,7 @@ def test_published_lists_name_the_labeled_images(run, folder, tmp_path):
     train = open_source(folder).train
     rows = read_label_list(train, path)
     assert sorted(train.keys[i][-13:] for i in rows) == names
-    records = evaluate(run, protocols=["few_label"], few_label_list=str(path), **QUICK)
+    records = evaluate(run, protocols=["few_label"], few_label_list=str(path), **FEW)
     assert {(r["name"], r["parameters"]["images"]) for r in records} == {("list 1percent.txt", 20)}
     assert all("interval" in r for r in records), "one list is one draw"
 
@@ -415,6 +462,12 @@ def test_label_free_needs_no_labels(run, folder, tmp_path, capsys):
         (["--precision", "float16"], "unknown precision 'float16'"),
         (["nowhere"], "no such file or folder: nowhere"),
         (["--kk", "3"], "unknown argument '--kk'"),
+        (["--base-lr", "5"], "base_lr has no effect with linear cached"),
+        (
+            ["--protocol", "knn", "--labels", "10"],
+            "labels has no effect here: it belongs to protocol few_label and finetune, not to knn",
+        ),
+        (["--from-scratch"], "from_scratch has no effect here"),
     ],
 )
 def test_wrong_usage_is_one_line(run, arguments, text, capsys):

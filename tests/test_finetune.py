@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from dataclasses import replace
 from math import cos, pi
@@ -17,6 +18,8 @@ from simsiam.data.batches import batch_indices, make_training_views
 from simsiam.errors import Stopped, UsageError, WorkFailed
 from simsiam.evaluation import finetune as module
 from simsiam.evaluation.finetune import finetune, plot_accuracy_curves, split_train_val
+from simsiam.runs.encoder import build_backbone
+from simsiam.runs.recipe_file import write_recipe
 from simsiam.runs.run_folder import Run
 from simsiam.sources.open_source import open_source
 
@@ -129,6 +132,34 @@ def test_pretrained_starts_from_the_run_and_from_scratch_from_its_initialization
     head = models[False]["head.weight"]
     assert torch.equal(head, models[True]["head.weight"])
     assert head.std() == pytest.approx(0.01, rel=0.2) and not models[False]["head.bias"].any()
+
+
+def test_fine_tuning_sees_views_as_large_as_images(data, tmp_path, monkeypatch):
+    """Also of a run that was trained on smaller views."""
+    small = simsiam.pretrain("shapes", out=tmp_path / "run", **QUICK | {"view_ratio": 0.5})
+    shapes, iter_batches = [], module.iter_batches
+
+    def recording(*arguments):
+        for batch in iter_batches(*arguments):
+            shapes.append(tuple(batch.views[0].shape))
+            yield batch
+
+    monkeypatch.setattr(module, "iter_batches", recording)
+    finetune(small, *data, out=tmp_path / "finetune", **SETTINGS | {"epochs": 1})
+    assert shapes == [(BATCH, 3, 32, 32)] * 3
+
+
+def test_from_scratch_a_network_begins_at_zero_beside_the_patches_of_the_run(run, tmp_path):
+    path = shutil.copytree(run, tmp_path / "run")
+    write_recipe(path, Run(run).recipe.replace(backbone="patches/24+resnet10"))
+    trained = build_backbone(Run(path).recipe)
+    for weights in trained.parameters():
+        torch.nn.init.normal_(weights)
+    Run(path).finish(trained.state_dict(), {"verdict": "healthy", "steps": 1})
+    new = module.build_classifier(Run(path), 10, seed=0, from_scratch=True).backbone
+    assert not new.gate.weight.any()
+    for name in ("patches", "map"):
+        assert_equal(*(network.get_submodule(name).state_dict() for network in (new, trained)))
 
 
 def test_the_curve_has_a_line_per_epoch_with_the_lr_of_its_last_step(finished):

@@ -13,15 +13,18 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import QUICK
 from PIL import Image
 from scipy import stats
 from torch import nn
 
+import simsiam
 from simsiam.commands.main import main
 from simsiam.config.recipes import Recipe
 from simsiam.data.batches import make_training_views
 from simsiam.data.images import from_arrays
 from simsiam.evaluation import protocol_linear as linear
+from simsiam.evaluation.evaluate import evaluate
 from simsiam.laboratory import measure, scales
 from simsiam.laboratory.claims import (
     DOES_NOT_HOLD,
@@ -324,6 +327,15 @@ def all_runs(folder):
     return sorted(path.parent for path in Path(folder).rglob("recipe.yaml"))
 
 
+def test_evaluations_of_the_user_do_not_change_what_pages_show(small):
+    """With other settings, before the laboratory measures the run or afterwards."""
+    run, file = Run(simsiam.pretrain(small[1], **QUICK)), "evaluations/knn.json"
+    for _ in range(2):
+        evaluate(run.path, protocols=["knn"], k=80, baselines=False)
+        run.write(file, [record | {"top1": -1.0} for record in run.read_records(file)])
+        assert measure.measure_top1(run, "knn", SCALES["tiny"]) > 0
+
+
 def test_a_failing_run_is_reported_and_the_others_continue(small, capsys):
     code = reproduce("table2", "--only", "batch 512", "batch 4096", "--seeds", 1, *small)
     error = capsys.readouterr().err.splitlines()[-1]
@@ -421,6 +433,19 @@ def test_annotated_sets_are_the_papers_columns(tmp_path):
     }  # fmt: skip
     assert list(columns) == PAPER_RESULTS["table5"]["columns"]
     assert settings[1].source[1].endswith("VOC2012:train")
+
+
+def test_a_page_names_every_flag_that_made_it_and_no_place():
+    from simsiam.laboratory.reproduce import open_campaign
+
+    counts = {"seeds": 2, "epochs": None}
+    images = ["/my home/photos", "https://me:key@host/x.tar?k=1"]
+    campaign = open_campaign("tiny", "out", ["shapes"], counts, True, images, ["lr 0.1", "base"])
+    words = "--scale tiny --seeds 2 --source photos x.tar --only 'lr 0.1' base --no-labels"
+    assert campaign.flags == f" {words}"
+    Path("mine/voc/VOC2007/Annotations").mkdir(parents=True)
+    campaign = open_campaign("tiny", "out", ["mine/voc", "shapes"], {}, False, [], [])
+    assert campaign.flags == " --scale tiny --annotated voc shapes"
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,8 @@ USAGE = "simsiam evaluate RUN [SOURCE ...] [--protocol NAME ...] [--FLAG VALUE .
 EPILOG = (
     "Values in brackets are the defaults. "
     "Test images are those of the split `test` of the source; if there is none, those of `val`; "
-    f"if there is neither, a fifth of the training images. {PAPER_NOTE}"
+    "if there is neither, a fifth of the training images, or, if the run was trained with their "
+    f"labels, those that training held out. {PAPER_NOTE}"
 )
 MULTI_PROCESS = True
 

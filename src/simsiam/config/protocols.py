@@ -4,8 +4,8 @@ A field of `Settings` is a flag of `simsiam evaluate` and a keyword argument of 
 """
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, fields
 from math import inf
 from pathlib import Path
 from pkgutil import iter_modules
@@ -30,6 +30,18 @@ def _protocol_names() -> tuple[str, ...]:
 PROTOCOLS = _protocol_names()
 # These leave the backbone as it is. They are the default: fine-tuning takes much longer.
 FROZEN_PROTOCOLS = tuple(name for name in PROTOCOLS if name != "finetune")
+# Which of these protocols use a setting. What says how long or how often something is done, `seed`
+# and `baselines` may be given with any protocol.
+USED_BY = {
+    "features": ("knn", "linear", "few_label", "label_free"),
+    "k": ("knn",),
+    "tau": ("knn",),
+    "linear": ("linear",),
+    "base_lr": ("linear",),
+    "labels": ("few_label", "finetune"),
+    "few_label_list": ("few_label", "finetune"),
+    "from_scratch": ("finetune",),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,3 +132,28 @@ class Settings:
             UsageError: An unknown name or a wrong value.
         """
         return replace_settings(cls, overrides)
+
+    def check_effects(self, protocols: Collection[str]) -> None:
+        """Refuse settings that none of the protocols uses.
+
+        A protocol that is not listed in PROTOCOL_ORDER may use any setting.
+
+        Args:
+            protocols: The protocols that are run.
+
+        Raises:
+            UsageError: One of the settings has no effect.
+        """
+        changed = {f.name for f in fields(self) if getattr(self, f.name) != f.default}
+        if set(protocols) <= set(PROTOCOL_ORDER):
+            for name in sorted(changed & USED_BY.keys()):
+                if not set(USED_BY[name]) & set(protocols):
+                    raise UsageError(
+                        f"{name} has no effect here: it belongs to protocol "
+                        f"{' and '.join(USED_BY[name])}, not to {', '.join(protocols)}"
+                    )
+        if "base_lr" in changed and self.linear == "cached":
+            raise UsageError(
+                "base_lr has no effect with linear cached, which chooses lr by itself: give linear "
+                "paper or sgd too"
+            )

@@ -59,7 +59,17 @@ class DetectionTransform(GeneralizedRCNNTransform):
 
     Draws from torch's global random numbers. Unlike torchvision's resize, this one smooths an image
     before making it smaller, as Pillow does, which detectron2 resizes with.
+
+    Args:
+        schedule: The sizes of training and of test images.
+        mean: The mean of each channel.
+        std: The standard deviation of each channel.
     """
+
+    def __init__(self, schedule: Schedule, mean: Sequence[float], std: Sequence[float]):
+        sides: Any = list(schedule.train_sides)  # torchvision declares an int, and takes both
+        super().__init__(sides, schedule.longest_side, list(mean), list(std))
+        self.test_side = schedule.test_side
 
     def resize(self, image: Tensor, target: Target | None = None) -> tuple[Tensor, Target | None]:
         """Resize and perhaps flip one image.
@@ -72,7 +82,7 @@ class DetectionTransform(GeneralizedRCNNTransform):
             The image and its target in the new size.
         """
         h, w = image.shape[-2:]
-        side = self.torch_choice(self.min_size) if self.training else self.min_size[-1]
+        side = self.torch_choice(self.min_size) if self.training else self.test_side
         scale = min(side / min(h, w), self.max_size / max(h, w))
         size = [max(1, round(h * scale)), max(1, round(w * scale))]
         flip = self.training and bool(torch.rand(()) < 0.5)
@@ -256,8 +266,7 @@ def build_detector(
         raise UsageError(
             f"the backbone is a {type(backbone).__name__}; a detector is built on a ResNet's stages"
         )
-    sides: Any = list(schedule.train_sides)  # torchvision's annotation is int, its code takes both
-    transform = DetectionTransform(sides, schedule.longest_side, list(mean), list(std))
+    transform = DetectionTransform(schedule, mean, std)
     if schedule.architecture == "fpn":
         return build_fpn_detector(backbone, num_classes, schedule, transform, masks)
     stem = 4 if isinstance(backbone.maxpool, nn.MaxPool2d) else 1

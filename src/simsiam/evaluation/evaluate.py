@@ -18,11 +18,17 @@ from typing_extensions import Unpack
 
 from simsiam.config.keyword_settings import EvaluationSettings
 from simsiam.config.protocols import FROZEN_PROTOCOLS, PROTOCOLS, Settings
+from simsiam.config.recipes import ResolvedRecipe
 from simsiam.data.images import Images, load_into_memory, sample
 from simsiam.distributed.process_group import distributed_entry_point, rank
 from simsiam.errors import UsageError, printable, truncate, unknown_name
 from simsiam.evaluation.evaluation_record import EvaluationRecord, print_records, save_records
-from simsiam.evaluation.frozen import FrozenNetwork, ProtocolResult, split_train_test
+from simsiam.evaluation.frozen import (
+    FrozenNetwork,
+    ProtocolResult,
+    split_beside_training,
+    split_train_test,
+)
 from simsiam.evaluation.protocol_few_label import plan_draws
 from simsiam.evaluation.protocol_finetune import evaluate_finetune
 from simsiam.evaluation.scores import score_predictions
@@ -32,7 +38,7 @@ from simsiam.runs.encoder import weights_sha256
 from simsiam.runs.environment import collect_environment, utc_now
 from simsiam.runs.run_folder import HEAD_FILE, Run
 from simsiam.runs.weights import open_weights, run_folder_of
-from simsiam.sources.open_source import Source
+from simsiam.sources.open_source import absolute_sources
 
 FrozenProtocol = Callable[[FrozenNetwork, Settings], Iterator[ProtocolResult]]
 
@@ -92,8 +98,8 @@ def evaluate(
         The records, as they stand in RUN/evaluations/PROTOCOL.json.
 
     Raises:
-        UsageError: If an argument is wrong, or a protocol needs labels that the source does not
-            have or that are ignored.
+        UsageError: If an argument is wrong or has no effect, or a protocol needs labels that the
+            source does not have or that are ignored.
         WorkFailed: If no image can be read, or a record cannot be written.
         Stopped: After SIGINT or SIGTERM while a classifier was trained on crops.
     """
@@ -103,6 +109,7 @@ def evaluate(
     for protocol in protocols or ():
         if protocol not in PROTOCOLS:
             raise unknown_name("protocol", protocol, PROTOCOLS)
+    settings.check_effects(FROZEN_PROTOCOLS if protocols is None else protocols)
     folder = Run(open_weights(run, backbone=backbone, source=source, splits=splits))
     folder.evaluations()  # an error in these files comes before the work
     opened = open_run_source(
@@ -129,7 +136,11 @@ def evaluate(
         option = "" if no_labels else ", or name a SOURCE whose labels may be used"
         names = ", ".join(name for name in protocols if name != "label_free")
         raise UsageError(f"{given}, and {names} need labels: use --protocol label_free{option}")
-    data = _load_data(folder, opened, limit, require_labels=require_labels)
+    if require_labels and _are_of_training(folder.recipe, source, splits):
+        split = split_beside_training(opened, folder.recipe, checkpoint)
+    else:
+        split = split_train_test(opened, require_labels=require_labels)
+    data = _load_data(folder, opened.name, split, limit)
     compute = Compute.pick(device, precision)
     frozen = FrozenNetwork(
         folder, checkpoint, data.train, replace(data.test, labels=None), compute=compute
@@ -167,10 +178,22 @@ def evaluate(
     return [record.to_dict() for record in records]
 
 
+def _are_of_training(
+    recipe: ResolvedRecipe,
+    source: str | os.PathLike[str] | Sequence[str] | None,
+    splits: Sequence[str] | None,
+) -> bool:
+    """Whether images are those of training, in the same splits."""
+    if not source:
+        return splits is None or tuple(splits) == recipe.splits
+    names = tuple(absolute_sources(source))
+    return names == recipe.source and tuple(splits or ()) == (recipe.splits or ())
+
+
 def _load_data(
-    run: Run, opened: Source, limit: int | None, *, require_labels: bool
+    run: Run, source: str, chosen: tuple[Images, Images, dict[str, str]], limit: int | None
 ) -> EvaluationData:
-    train, test, split = split_train_test(opened, require_labels=require_labels)
+    train, test, split = chosen
     for name, images in {"train": train, "test": test}.items():
         if limit is not None and limit < len(images):
             split[name] = f"{limit} of {split[name]}"
@@ -178,7 +201,7 @@ def _load_data(
     train, unreadable_train = load_into_memory(sample(train, limit), max_bytes)
     test, unreadable_test = load_into_memory(sample(test, limit), max_bytes)
     num_unreadable = len(unreadable_train) + len(unreadable_test)
-    return EvaluationData(opened.name, train, test, split, num_unreadable)
+    return EvaluationData(source, train, test, split, num_unreadable)
 
 
 def load_protocol(name: str) -> FrozenProtocol:

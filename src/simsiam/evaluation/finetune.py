@@ -35,6 +35,7 @@ from simsiam.distributed.sync_batch_norm import convert_sync_batchnorm
 from simsiam.errors import UsageError, WorkFailed
 from simsiam.model.backbones import feature_dim
 from simsiam.model.optimizers import set_lr
+from simsiam.model.patches import ClosedFormStart
 from simsiam.model.precision import Compute
 from simsiam.monitoring.features import extract_features
 from simsiam.runs.encoder import build_backbone, eval_transform, load
@@ -109,9 +110,9 @@ def finetune(
 ) -> FineTuningResult:
     """Fine-tune a run's backbone and a linear classifier on it, end to end.
 
-    Views are the run's own crops and flips, without color changes. The folder `out` gets last.pt,
-    curve.jsonl (one line per epoch) and curve.png. Called again with the same arguments, training
-    continues from last.pt, bit for bit.
+    Views are the run's own crops and flips, without color changes, and as large as its images. The
+    folder `out` gets last.pt, curve.jsonl (one line per epoch) and curve.png. Called again with the
+    same arguments, training continues from last.pt, bit for bit.
 
     Args:
         run: The run folder.
@@ -149,7 +150,7 @@ def finetune(
     val, unreadable_val = load_into_memory(val, max_bytes)
     recipe = replace(recipe, batch_size=min(batch_size, len(train)))
     compute = Compute.pick(device, precision)
-    start = f"random, seed {seed}" if from_scratch else _describe_weights(pretrained)
+    start = f"random, seed {seed}" if from_scratch else describe_weights(pretrained)
     images = {
         "train_images": len(train),
         "train_digest": digest_images(train),
@@ -189,12 +190,25 @@ def _finetuning_recipe(
     views = replace(recipe.method.views[0], jitter_p=0, gray=0, blur=0, solarize=0)
     method = replace(SUPERVISED, views=(views,), base_lr=base_lr, weight_decay=weight_decay)
     return replace(
-        recipe, method=method, epochs=epochs, steps=None, batch_size=batch_size, seed=seed
+        recipe,
+        method=method,
+        view_ratio=1.0,  # views as large as the images of testing
+        epochs=epochs,
+        steps=None,
+        batch_size=batch_size,
+        seed=seed,
     )
 
 
-def _describe_weights(run: Run) -> str:
-    """The name of the run's file of weights, and 16 digits of its hash if it exists."""
+def describe_weights(run: Run) -> str:
+    """Name the weights that fine-tuning starts from.
+
+    Args:
+        run: The run.
+
+    Returns:
+        The name of the run's file of weights, and 16 digits of its hash if it exists.
+    """
     weights = run.path / BACKBONE_FILE
     return f"{weights.name} {file_sha256(weights)[:16] if weights.exists() else ''}"
 
@@ -389,7 +403,7 @@ def build_classifier(run: Run, classes: int, *, seed: int, from_scratch: bool) -
     """Build a backbone and a linear classifier on it.
 
     The classifier depends on the seed alone. A new backbone is the one that pretraining with this
-    seed starts from.
+    seed starts from; patches beside it are those of the run.
 
     Args:
         run: The run whose backbone is used or copied.
@@ -412,6 +426,8 @@ def build_classifier(run: Run, classes: int, *, seed: int, from_scratch: bool) -
         nn.init.zeros_(head.bias)
     if not from_scratch:
         backbone.load_state_dict(load(run.path, head=False).state_dict())
+    elif isinstance(backbone, ClosedFormStart):
+        backbone.copy_fixed(load(run.path, head=False))
     return nn.Sequential(OrderedDict(backbone=backbone, head=head)).train()
 
 

@@ -1,7 +1,7 @@
 """What a protocol is given, a frozen network and its features of a source, and what it returns."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from simsiam.config.protocols import Settings
+from simsiam.config.recipes import ResolvedRecipe
 from simsiam.data.images import Images, hold_out
 from simsiam.errors import UsageError, unknown_name
 from simsiam.model.backbones import feature_dim
@@ -26,6 +27,7 @@ from simsiam.runs.encoder import (
 )
 from simsiam.runs.run_folder import Run
 from simsiam.sources.open_source import Source
+from simsiam.training.prepare import prepare_data
 
 # Kinds of features of the whole encoder: with a map alone, and joined with those of patches.
 WITH_HEAD, WITH_PATCHES = "h after the map", "h beside patches"
@@ -326,4 +328,48 @@ def split_train_test(
         "train": f"four fifths of {first}",
         "test": f"a fifth of {first}, each class in proportion",
     }
+    return train, test, description
+
+
+def split_beside_training(
+    source: Source, recipe: ResolvedRecipe, checkpoint: str
+) -> tuple[Images, Images, dict[str, str]]:
+    """Choose labeled images of the source that a run was trained on, as `split_train_test` does.
+
+    If there is no other split to test on, a run that was trained with labels is tested on the
+    images that training held out. The description says how many test images chose the checkpoint
+    `best`.
+
+    Args:
+        source: The images.
+        recipe: The recipe of the run.
+        checkpoint: The name of the checkpoint.
+
+    Returns:
+        Training images, test images, and a description of both under "train" and "test".
+
+    Raises:
+        UsageError: If the source has no labels, or training held out no image.
+    """
+    train, test, description = split_train_test(source, require_labels=True)
+    name = description["test"]
+    trained_on = recipe.method.target == "labels" and name not in source.splits
+    if not trained_on and (name == "test" or checkpoint != "best"):
+        return train, test, description
+    held_out = prepare_data(replace(recipe, disk_cache_gib=0.0), source).held_out
+    held_out_keys = set(() if held_out is None else held_out.keys)
+    if trained_on:
+        if not held_out_keys:
+            raise UsageError(
+                f"the run was trained with the labels of all images of {source.name}: to measure "
+                "its accuracy, name a SOURCE with other labeled images"
+            )
+        is_test = np.array([key in held_out_keys for key in source.train.keys])
+        train, test = source.train.take(~is_test), source.train.take(is_test)
+        description = {
+            "train": "train without the test images",
+            "test": "the images of train that training held out",
+        }
+    if checkpoint == "best" and (count := len(held_out_keys.intersection(test.keys))):
+        description["test"] += f" ({count} of its {len(test)} images chose the checkpoint)"
     return train, test, description

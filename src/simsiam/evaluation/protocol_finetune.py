@@ -4,18 +4,20 @@ It is the only protocol that changes the backbone, and the only one that is give
 """
 
 from collections.abc import Iterator
+from hashlib import sha256
 
 import numpy as np
 
 from simsiam.config.protocols import Settings
 from simsiam.data.images import Images
 from simsiam.errors import UsageError
-from simsiam.evaluation.finetune import finetune
+from simsiam.evaluation.finetune import describe_weights, finetune
 from simsiam.evaluation.frozen import ProtocolResult
 from simsiam.evaluation.protocol_few_label import plan_draws
 from simsiam.evaluation.scores import summarize_accuracy
 from simsiam.model.precision import Compute
 from simsiam.runs.run_folder import Run
+from simsiam.sources.fingerprint import digest_images
 
 
 def evaluate_finetune(
@@ -29,7 +31,8 @@ def evaluate_finetune(
 ) -> Iterator[ProtocolResult]:
     """Fine-tune on all training images, or on each draw of a few labeled ones.
 
-    Each fine-tuning has a folder in RUN/finetuning. If it was interrupted, it is continued.
+    Each fine-tuning has a folder in RUN/finetuning, named by everything that determines it. If it
+    was interrupted, it is continued.
 
     Args:
         run: The run.
@@ -56,15 +59,19 @@ def evaluate_finetune(
     few = settings.labels is not None or settings.few_label_list is not None
     plan = plan_draws(train, settings) if few else {"all labels": [np.arange(len(train))]}
     kind = "from scratch" if settings.from_scratch else "pretrained"
+    start = kind if settings.from_scratch else describe_weights(run)
     epochs = settings.finetune_epochs
     for name, draws in plan.items():
         results = []
         for seed, positions in enumerate(draws, settings.seed):
             text = f"{name.replace('%', 'percent')} {kind} {epochs} epochs seed {seed}"
+            images = train.take(positions)
+            determining = [start, digest_images(images), compute.precision]
+            text += f" {sha256(' '.join(determining).encode()).hexdigest()[:8]}"
             results.append(
                 finetune(
                     run.path,
-                    train.take(positions),
+                    images,
                     test,
                     out=run.path / "finetuning" / text.replace(" ", "-"),
                     epochs=epochs,

@@ -258,7 +258,11 @@ class LinearOnCrops(Training[ViewBatch]):
             BASE_LRS[settings.linear] if settings.base_lr is None else (settings.base_lr,)
         )
         self.recipe = replace(
-            frozen.recipe, method=SUPERVISED, batch_size=self.batch_size, seed=settings.seed
+            frozen.recipe,
+            method=SUPERVISED,
+            view_ratio=1.0,  # views as large as the images of testing
+            batch_size=self.batch_size,
+            seed=settings.seed,
         )
         self.log_every = self.recipe.log_every
         self.steps_per_epoch = steps_per_epoch(num_images, self.batch_size)

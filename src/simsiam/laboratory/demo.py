@@ -5,17 +5,14 @@ from collections.abc import Mapping, Sequence
 from statistics import mean, stdev
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 
 from simsiam.config.recipes import ResolvedRecipe, shapes_recipe
-from simsiam.data.images import Images
 from simsiam.errors import UsageError
 from simsiam.model.precision import Compute
-from simsiam.monitoring.features import extract_features
-from simsiam.monitoring.nearest_neighbors import knn_top1
+from simsiam.monitoring.nearest_neighbors import encoder_knn_top1
 from simsiam.runs.encoder import eval_transform, load
 from simsiam.runs.run_folder import Run, choose_run_path
 from simsiam.sources.open_source import Source, open_source
@@ -131,13 +128,6 @@ def knn_test_accuracy(backbone: nn.Module, source: Source, recipe: ResolvedRecip
         Top-1 accuracy in percent.
     """
     compute = Compute.pick(recipe.device, "float32")
-
-    def features(images: Images) -> Tensor:
-        return extract_features(
-            backbone.to(compute.device), images, eval_transform(recipe), compute=compute
-        ).matrices[0]
-
-    train, test = source.train, source.test
-    assert test is not None and train.labels is not None and test.labels is not None
-    labels, truth = torch.from_numpy(train.labels), torch.from_numpy(test.labels)
-    return knn_top1(features(train), labels, features(test), truth, classes=len(train.classes))
+    backbone, transform = backbone.to(compute.device), eval_transform(recipe)
+    assert source.test is not None
+    return encoder_knn_top1(backbone, source.train, source.test, transform, compute=compute)

@@ -8,12 +8,12 @@ from contextlib import redirect_stdout
 from dataclasses import replace
 from itertools import pairwise
 from statistics import fmean, median, pstdev
-from typing import Any, TypedDict
+from typing import Any, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from typing_extensions import NotRequired
+from typing_extensions import NotRequired, TypedDict
 
 from simsiam.data.batches import make_training_views
 from simsiam.data.images import load_into_memory, sample
@@ -27,8 +27,10 @@ from simsiam.runs.compose import open_run_source
 from simsiam.runs.run_folder import Run
 from simsiam.training.prepare import build_training_setup
 from simsiam.utils.names import without_credentials
+from simsiam.utils.typed_json import read_json
 
 NUM_IMAGES, NUM_VIEWS = 500, 32  # test images, and views of each that E[z] averages over
+TOP1_FILE = "laboratory_top1.json"
 VIEW_STEP = 2**62  # the step whose random numbers draw these views; no run gets there
 
 
@@ -40,6 +42,12 @@ class MeasuredRun(TypedDict):
     environment: dict[str, Any]
     recipe: dict[str, Any]
     recording: NotRequired[dict[str, Any]]  # of an experiment that records steps
+
+
+class MeasuredTop1(TypedDict):
+    """The accuracies of a run that pages show, which are kept in its folder."""
+
+    top1: dict[str, float]  # in percent, by checkpoint and protocol
 
 
 def measure_run(run: Run, scale: Scale, experiment: Experiment) -> MeasuredRun:
@@ -108,7 +116,10 @@ def _measure_metrics(run: Run, scale: Scale, *, measure_predictor: bool = False)
 
 
 def measure_top1(run: Run, protocol: str, scale: Scale, checkpoint: str = "last") -> float:
-    """Look up the test accuracy on h in the run's evaluations, evaluating the run if needed.
+    """Look up the test accuracy on h, evaluating the run if that was not done yet.
+
+    What the laboratory measured has a file of its own: evaluations of the user may have other
+    settings.
 
     Args:
         run: The run.
@@ -119,21 +130,11 @@ def measure_top1(run: Run, protocol: str, scale: Scale, checkpoint: str = "last"
     Returns:
         Top-1 accuracy in percent.
     """
-
-    def recorded() -> list[float]:
-        linear = scale.linear_protocol
-        return [
-            record["top1"]
-            for record in run.read_records(f"evaluations/{protocol}.json")
-            if record.get("checkpoint") == checkpoint
-            and record.get("features") == "h"
-            and record.get("parameters", {}).get("linear", linear) == linear
-            and "top1" in record
-        ]
-
-    if not recorded():
+    path, conditions = run.path / TOP1_FILE, f"{checkpoint}, linear {scale.linear_protocol}"
+    measured = read_json(path, MeasuredTop1)["top1"] if path.exists() else {}
+    if f"{conditions}: {protocol}" not in measured:
         with redirect_stdout(io.StringIO()):
-            evaluate(
+            records = evaluate(
                 run.path,
                 protocols=("knn", "linear"),
                 checkpoint=checkpoint,
@@ -142,7 +143,11 @@ def measure_top1(run: Run, protocol: str, scale: Scale, checkpoint: str = "last"
                 baselines=False,
                 limit=run.recipe.limit,  # a run on few images is evaluated on few
             )
-    return recorded()[0]
+        for record in records:
+            if record["features"] == "h":
+                measured[f"{conditions}: {record['protocol']}"] = cast(float, record["top1"])
+        run.write(TOP1_FILE, {"top1": measured})
+    return measured[f"{conditions}: {protocol}"]
 
 
 def metric_curve(run: Run, metric: str, scale: Scale) -> list[tuple[float, float]]:

@@ -6,6 +6,7 @@ a process locks the run it works on, and the others take another one.
 
 import json
 import os
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 from rich.console import Console
 
 from simsiam.config import figure3
-from simsiam.errors import Stopped, UsageError, WorkFailed, unknown_name
+from simsiam.errors import Stopped, UsageError, WorkFailed, printable, unknown_name
 from simsiam.laboratory import detector_cells as detectors
 from simsiam.laboratory import drawing, measure
 from simsiam.laboratory import experiment_page as pages
@@ -42,6 +43,7 @@ from simsiam.sources.own_marks import mark_places
 from simsiam.training.launch import pretrain, resume
 from simsiam.training.pretrain import Pretraining
 from simsiam.utils.files import file_lock, make_folder, write_text
+from simsiam.utils.names import hide_keys
 from simsiam.utils.read_files import read_text
 from simsiam.utils.system import guard_folder
 
@@ -89,10 +91,9 @@ def reproduce(
         Stopped: After SIGINT or SIGTERM.
     """
     chosen = select_experiments(experiments, only)
-    campaign = open_campaign(
-        scale, out, annotated, {"seeds": seeds, "epochs": epochs, "limit": limit}, no_labels
-    )
     images = tuple(absolute_source(path) for path in source)
+    counts = {"seeds": seeds, "epochs": epochs, "limit": limit}
+    campaign = open_campaign(scale, out, annotated, counts, no_labels, images, only)
     grids = campaign.plan(
         chosen,
         Path("runs") / "laboratory" / scale,
@@ -156,6 +157,8 @@ def open_campaign(
     annotated: Sequence[str],
     counts: Mapping[str, int | None],
     no_labels: bool,
+    images: Sequence[str],
+    only: Sequence[str],
 ) -> "Campaign":
     """Check the request, and collect what all experiments share.
 
@@ -165,6 +168,8 @@ def open_campaign(
         annotated: What detectors are fine-tuned on.
         counts: Numbers by flag; None if a flag is not given.
         no_labels: Whether labels are ignored.
+        images: The user's sources.
+        only: The cells to run; all if empty.
 
     Returns:
         The campaign.
@@ -185,7 +190,12 @@ def open_campaign(
         text if text == "shapes" else str(Path(text).expanduser().resolve()) for text in annotated
     ]
     settings = detectors.list_detector_settings(sets)
-    flags = [f" --{flag} {n}" for flag, n in {"scale": scale, **counts}.items() if n is not None]
+    words = {"scale": [scale]} | {flag: [str(n)] for flag, n in counts.items() if n is not None}
+    own_sets = [] if list(annotated) == ["shapes"] else sets
+    for flag, places in {"source": images, "annotated": own_sets}.items():  # not where they are
+        words[flag] = [printable(Path(hide_keys(place)).name) for place in places]
+    words["only"] = list(only)
+    flags = [f" --{flag} {shlex.join(given)}" for flag, given in words.items() if given]
     flags += [" --no-labels"] * no_labels
     return Campaign(SCALES[scale], settings, pages_folder, "".join(flags))
 

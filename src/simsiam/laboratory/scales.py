@@ -169,9 +169,11 @@ TINY = Scale(
         "fewer",
         "alternation every 3 and 8 steps for 10 and 100: as far between a step and an epoch, on a "
         "log scale",
-        "other methods on SimSiam's views, batch and SGD; MoCo v2 with a queue of 1024 and batch "
-        "norm in and after the projector (without, it collapses); SwAV with 128 prototypes and "
-        "Sinkhorn's epsilon 0.02 (with 0.05 its loss stays at log 128)",
+        "other methods on SimSiam's views, batch and SGD, with losses of their own scale: BYOL's "
+        "is 4 times and MoCo v2+'s 2 times as large as SimSiam's, which is as if their learning "
+        "rates were; MoCo v2 with a queue of 1024 and batch norm in and after the projector "
+        "(without, it collapses); SwAV with 128 prototypes and Sinkhorn's epsilon 0.02 (with 0.05 "
+        "its loss stays at log 128)",
     ),
 )  # fmt: skip
 
@@ -207,8 +209,9 @@ CIFAR10 = Scale(
         "times 5",
         "alternation every 4 and 14 steps for 10 and 100: as far between a step and an epoch, on a "
         "log scale",
-        "other methods on SimSiam's views, batch and SGD (appendix D); tau of SimCLR 0.5, queue "
-        "4096, 300 prototypes",
+        "other methods on SimSiam's views, batch and SGD (appendix D), with losses of their own "
+        "scale: BYOL's is 4 times and MoCo v2+'s 2 times as large as SimSiam's, which is as if "
+        "their learning rates were; tau of SimCLR 0.5, queue 4096, 300 prototypes",
     ),
 )
 

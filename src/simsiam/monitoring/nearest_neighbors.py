@@ -4,11 +4,11 @@ The paper monitors the progress of training with it (Figure 2).
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from simsiam.data.images import Images
 from simsiam.data.transform import Transform
@@ -180,6 +180,54 @@ def knn_top1(
     return 100 * all_gather((predicted == query_labels[share]).float()).mean().item()
 
 
+def labeled_features(
+    model: nn.Module,
+    images: Images,
+    transform: Transform,
+    *,
+    compute: Compute,
+    forward: Callable[[Tensor], tuple[Tensor, ...]] | None = None,
+) -> tuple[list[Tensor], Tensor, list[tuple[str, str]]]:
+    """Compute the features of the labeled images that can be read, and their labels.
+
+    Args:
+        model: The network; its training mode is restored afterwards.
+        images: M labeled images that can be read, and others.
+        transform: The preprocessing.
+        compute: Where to compute, and in which precision.
+        forward: As for `extract_features`.
+
+    Returns:
+        One matrix (M, d) for each output and (M,) int64 labels, both on the device, and key and
+        reason of each image that could not be read.
+    """
+    assert images.labels is not None
+    found = extract_features(model, images, transform, compute=compute, forward=forward)
+    labels = torch.from_numpy(images.labels[found.kept_indices]).to(compute.device)
+    return [matrix.to(compute.device) for matrix in found.matrices], labels, found.skipped
+
+
+def encoder_knn_top1(
+    encoder: nn.Module, bank: Images, queries: Images, transform: Transform, *, compute: Compute
+) -> float:
+    """Measure the accuracy of `knn_top1` on the features of an encoder.
+
+    Args:
+        encoder: Normalized images (N, C, size, size) to features (N, d).
+        bank: Labeled images that vote.
+        queries: Labeled images to classify.
+        transform: The preprocessing.
+        compute: Where to compute, and in which precision.
+
+    Returns:
+        Percent of the queries that can be read.
+    """
+    (votes, labels, _), (rows, truth, _) = (
+        labeled_features(encoder, images, transform, compute=compute) for images in (bank, queries)
+    )
+    return knn_top1(votes[0], labels, rows[0], truth, classes=len(bank.classes))
+
+
 def knn_monitor(
     model: Siamese | WeightAverage,
     bank: Images,
@@ -206,14 +254,10 @@ def knn_monitor(
         h = model.backbone(x)
         return h, model.projector(h)
 
-    def features(images: Images) -> tuple[list[Tensor], Tensor, list[tuple[str, str]]]:
-        assert images.labels is not None
-        result = extract_features(model, images, transform, compute=compute, forward=h_and_z)
-        labels = torch.from_numpy(images.labels[result.kept_indices]).to(compute.device)
-        return [m.to(compute.device) for m in result.matrices], labels, result.skipped
-
-    bank_features, bank_labels, bank_skipped = features(bank)
-    query_features, query_labels, query_skipped = features(queries)
+    (bank_features, bank_labels, bank_skipped), (query_features, query_labels, query_skipped) = (
+        labeled_features(model, images, transform, compute=compute, forward=h_and_z)
+        for images in (bank, queries)
+    )
     classes = len(bank.classes)
     values = {
         name: round(knn_top1(votes, bank_labels, rows, query_labels, classes=classes), 3)

@@ -30,8 +30,7 @@ from simsiam.laboratory.time_to_accuracy.plain_loop import MODULES, train_plain_
 from simsiam.model.encoder import Encoder
 from simsiam.model.precision import Compute
 from simsiam.monitoring.candidates import COSINE_WEIGHT, best_patches, read_sample
-from simsiam.monitoring.features import extract_features
-from simsiam.monitoring.nearest_neighbors import knn_top1
+from simsiam.monitoring.nearest_neighbors import encoder_knn_top1
 from simsiam.runs.closed_form import fit_patches_run
 from simsiam.runs.compose import compose_recipe
 from simsiam.runs.encoder import build_backbone, eval_transform, load
@@ -177,14 +176,7 @@ def knn(
         Percent.
     """
     backbone = compute.place(deepcopy(backbone))  # the plain loop goes on with its memory format
-    h = [
-        extract_features(backbone, images, transform, compute=compute).matrices[0]
-        for images in (bank, queries)
-    ]
-    assert bank.labels is not None and queries.labels is not None
-    labels = (torch.from_numpy(images.labels) for images in (bank, queries))
-    rows = (h[0], next(labels), h[1], next(labels))
-    return knn_top1(*rows, classes=len(bank.classes))
+    return encoder_knn_top1(backbone, bank, queries, transform, compute=compute)
 
 
 def own_run(
