@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 import simsiam
 from simsiam.commands.main import main
+from simsiam.embeddings.copies import originals as module
 from simsiam.embeddings.copies.distance import make_detail, tile_distance
 from simsiam.embeddings.duplicates import duplicates
 from simsiam.embeddings.embed import embed
@@ -401,6 +402,26 @@ def test_what_cannot_be_read_again_is_said(groups_of, run, tmp_path, capsys):
     pq.write_table(older, tmp_path / "older.parquet")
     assert len(duplicates(tmp_path / "older.parquet")) == 3
     assert "does not say where they are: embed them again" in capsys.readouterr().err
+
+
+def test_an_image_in_memory_is_not_decoded_again(groups_of, tmp_path, monkeypatch):
+    for i, picture in enumerate(photographs(5)):
+        picture.save(tmp_path / "images" / f"{i}.png")
+    assert groups_of() == []
+    decoded, read_detail = [], module._read_detail
+
+    def recording(images, i):
+        decoded.append(i)
+        return read_detail(images, i)
+
+    monkeypatch.setattr(module, "CACHE_SIZE", 4)
+    monkeypatch.setattr(module, "_read_detail", recording)
+    originals = module.Originals(read_embeddings(tmp_path / "images.parquet"), tmp_path / "x")
+    for rows in ([0, 1, 2], [0, 1], [1, 2], [2, 3]):
+        assert list(originals.read(rows)) == rows
+    assert sorted(decoded) == [0, 1, 2, 3]
+    originals.read([3, 4])  # there is room for 3 besides
+    assert sorted(originals._details) == [3, 4] and sorted(decoded) == [0, 1, 2, 3, 4]
 
 
 def test_the_image_that_is_kept_is_the_best_copy(groups_of, tmp_path):

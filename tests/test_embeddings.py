@@ -37,6 +37,7 @@ from simsiam.runs.run_folder import Run
 from simsiam.sources import shapes
 from simsiam.sources.open_source import open_source
 from simsiam.sources.write_shards import write_shards
+from simsiam.utils.files import check_writable
 
 EVIL = "<img src=x onerror=alert(1)>.png"
 
@@ -373,7 +374,16 @@ def test_what_is_wrong_in_a_table_of_labels_is_named(text, message, tmp_path):
         ("embed {run} shapes --out x.parquet --limit 0", "limit is 0; it is at least 1"),
         ("embed {run} shapes --out {file}", "not overwritten"),
         ("embed {run} shapes --out {one_npy}", "one.csv exists and is not overwritten"),
-        ("probe {file} {one} --out {one}", "would overwrite the given labels"),
+        ("probe {file} {one} --out {one}", "one.csv exists, and this command may read it"),
+        ("probe {file} {one} --out {file}", "exists, and this command may read it"),
+        ("cluster {file} --out {file}", "exists, and this command may read it"),
+        ("cluster {file} --html {file}", "exists, and this command may read it"),
+        ("outliers {file} --out {file}", "exists, and this command may read it"),
+        ("duplicates {file} --html {file}", "exists, and this command may read it"),
+        ("duplicates {file} --source {folder} --out {broken}", "and this command may read it"),
+        ("neighbors {file} 0.png --html {file}", "exists, and this command may read it"),
+        ("neighbors {file} {broken} --html {broken}", "exists, and this command may read it"),
+        ("search {folder} 0.png --html {broken}", "exists, and this command may read it"),
         (
             "probe {file} {one} --out nowhere/o.csv",
             "there is no folder nowhere to write o.csv into",
@@ -399,11 +409,27 @@ def test_bad_input_is_one_line_and_leaves_nothing(verb, text, run, folder, file,
         "one_npy": tmp_path / "in" / "one.npy",
         "broken": folder / shapes.CLASSES[0] / "broken.png",
     }
+    before = {name: names[name].read_bytes() for name in ("file", "one", "broken")}
     code = main([word.format(**names) for word in verb.split()])
     error = capsys.readouterr().err.strip()
     assert code in (1, 2) and text in error and "\n" not in error, error
     assert not list(module.Path.cwd().iterdir())
-    assert (tmp_path / "in" / "one.csv").read_text() == f"path,label\n{path},y\n"
+    assert {name: names[name].read_bytes() for name in before} == before
+
+
+def test_a_file_in_a_folder_of_inputs_is_kept_unless_it_is_a_table_or_a_page(tmp_path):
+    given = tmp_path / "features"
+    given.mkdir()
+    for name in ("embeddings-00000-of-00001.parquet", "clusters.csv", "page.html"):
+        (given / name).touch()
+    check_writable(given / "clusters.csv", given / "page.html", given / "new.tsv", inputs=[given])
+    (tmp_path / "link.csv").symlink_to(given / "embeddings-00000-of-00001.parquet")
+    for out, inputs in (
+        (given / "embeddings-00000-of-00001.parquet", given),
+        (tmp_path / "link.csv", given / "embeddings-00000-of-00001.parquet"),
+    ):
+        with pytest.raises(UsageError, match="exists, and this command may read it"):
+            check_writable(out, inputs=[inputs, "x" * 5000])
 
 
 def test_metadata_names_the_run_the_source_and_the_preprocessing(run, file):

@@ -5,6 +5,7 @@ import io
 import os
 import shutil
 import subprocess
+import tarfile
 import time
 from pathlib import Path
 
@@ -17,7 +18,9 @@ from conftest import QUICK
 from PIL import Image
 
 import simsiam
+from simsiam.commands.main import main
 from simsiam.embeddings.embed import embed
+from simsiam.embeddings.kept_embedding import SourceEncoder
 from simsiam.embeddings.probe import probe
 from simsiam.embeddings.table import read_embeddings
 from simsiam.errors import UsageError, WorkFailed
@@ -27,6 +30,7 @@ from simsiam.explore.path_table import PathTable
 from simsiam.explore.queue import Teacher
 from simsiam.explore.server import make_app
 from simsiam.explore.session import Session
+from simsiam.pages.embedding_gallery import is_embedding
 from simsiam.sources import shapes
 from simsiam.sources.open_source import open_source
 
@@ -218,6 +222,38 @@ def test_labels_by_file_name_count_once_and_those_of_other_images_do_not(file, f
     session.close()
 
 
+def test_an_image_that_shares_its_path_has_no_label_and_gives_its_label_to_no_other(file, tmp_path):
+    """The page shows what `simsiam probe` reads: a name that several images have names none."""
+    table = pq.read_table(file)
+    paths = table["path"].to_pylist()
+    paths[:4] = ["same.png", "same.png", "x/two.png", "y/two.png"]
+    copy = tmp_path / "photos.parquet"
+    pq.write_table(table.set_column(0, "path", pa.array(paths)), copy)
+    for column in ("label", "decision"):
+        text = f"path,{column}\nsame.png,keep\ntwo.png,keep\nx/two.png,drop\n{paths[5]},drop\n"
+        (tmp_path / f"photos.{column}s.csv").write_text(text)
+    session = Session(copy, read_embeddings(copy))
+    with pytest.raises(UsageError, match=r"2 images are named same\.png: they have the same path"):
+        session.images.find("same.png")
+    with TestClient(make_app(session, TOKEN, PORT), base_url=HOST) as client:
+        client.headers["origin"] = HOST
+        state = get(client, "state").json()
+        assert sorted(state["labels"]) == sorted(state["decisions"]) == [[2, "drop"], [5, "drop"]]
+        table = post(client, "export", {"kind": "images.csv", "rows": [0, 1, 2]}).text
+        rows = list(csv.DictReader(io.StringIO(table, newline="")))
+        assert [row["label"] for row in rows] == [row["decision"] for row in rows]
+        assert [row["label"] for row in rows] == ["", "", "drop"]
+        before = session.labels.file.read_text()
+        for what, body in (
+            ("label", {"rows": [1, 4], "label": "a"}),
+            ("decide", {"decisions": [[1, "drop"]]}),
+        ):
+            answer = post(client, what, body)
+            assert answer.status_code == 400 and "2 images are named same.png" in answer.text
+        assert session.labels.file.read_text() == before
+    session.close()
+
+
 def test_the_order_of_the_classes_is_kept(client, session):
     words = {"rows": [0], "label": "cat", "classes": ["dog", "cat"]}
     assert post(client, "label", words).json()["classes"] == ["dog", "cat"]
@@ -368,6 +404,38 @@ def test_the_script_leaves_the_proposed_copies_and_changes_nothing_without_yes(
     assert set(text.splitlines()) == dropped
 
 
+def test_after_a_clean_up_the_next_session_saves_what_is_left(file, folder, tmp_path):
+    """What has no file any more is left out and counted; if nothing is left, that is an error."""
+    rest = tmp_path / "photos"
+    shutil.copytree(folder, rest)
+    images = read_embeddings(file)
+    (tmp_path / "photos.decisions.csv").write_text(
+        f"path,decision\n{images.paths[3]},drop\n{images.paths[4]},drop\n"
+    )
+    (tmp_path / "photos.labels.csv").write_text(
+        f"path,label\n{images.paths[3]},a\n{images.paths[4]},b\n"
+    )
+
+    def save(*kinds):
+        session = Session(tmp_path / "photos.parquet", images, str(rest))
+        with TestClient(make_app(session, TOKEN, PORT), base_url=HOST) as client:
+            client.headers["origin"] = HOST
+            answers = [post(client, "export", {"kind": kind, "rows": []}) for kind in kinds]
+        session.close()
+        return answers
+
+    (rest / images.paths[3]).unlink()
+    for answer in save("drop.sh", "dropped.txt", "folders-by-label.sh"):
+        assert answer.status_code == 200 and answer.headers["left-out"] == "1"
+        assert images.paths[4] in answer.text and images.paths[3] not in answer.text
+        assert "left out: 1" in answer.text or answer.text == f"{images.paths[4]}\n"
+    (rest / images.paths[4]).unlink()
+    for answer in save("drop.sh", "dropped.txt", "folders-by-label.sh"):
+        assert answer.status_code == 400 and "none of 2 images has a file" in answer.text
+    kept = save("source.txt")[0]
+    assert kept.headers["left-out"] == "0" and len(kept.text.splitlines()) == len(images) - 2
+
+
 def test_a_list_is_a_source_and_a_table_and_folders_hold_the_labels(
     client, session, folder, tmp_path
 ):
@@ -420,3 +488,78 @@ def test_a_run_is_embedded_first_and_another_one_of_that_name_is_refused(run, fo
     shutil.copytree(run, other)
     with pytest.raises(UsageError, match="other images"):
         find_embedding(other)
+
+
+@pytest.fixture
+def own_encoder(run, monkeypatch):
+    """Sources are embedded by the run of these tests."""
+    encoder = SourceEncoder("run", run)
+    monkeypatch.setattr("simsiam.explore.explore.choose_encoder", lambda *_: encoder)
+
+
+def make_shards(folder, root):
+    """One Parquet file and one tar of images."""
+    files = sorted(folder.glob("[a-z]*.png"))[:8]
+    column = [{"bytes": file.read_bytes(), "path": file.name} for file in files]
+    for name in ("parquet", "tar"):
+        (root / name).mkdir(parents=True)
+    pq.write_table(pa.table({"image": column}), root / "parquet" / "photos.parquet")
+    with tarfile.open(root / "tar" / "photos.tar", "w") as archive:
+        for file in files:
+            archive.add(file, file.name)
+    return len(files)
+
+
+def test_shards_are_images_and_are_never_replaced_by_their_embedding(
+    own_encoder, folder, file, tmp_path, monkeypatch
+):
+    count = make_shards(folder, tmp_path)
+    assert is_embedding(file) and is_embedding("nothing.parquet")
+    for name in ("parquet", "parquet/photos.parquet", "tar"):
+        assert not is_embedding(tmp_path / name)
+    with pytest.raises(UsageError, match="has no column 'path', only image"):
+        simsiam.report(tmp_path / "parquet" / "photos.parquet")
+    assert len(read_embeddings(find_embedding(tmp_path / "tar"))) == count
+    monkeypatch.chdir(tmp_path / "parquet")
+    with pytest.raises(UsageError, match="among the shards of this folder"):
+        find_embedding(".")
+    before = Path("photos.parquet").read_bytes()
+    made = find_embedding("photos.parquet")
+    assert made.name == "photos-embedding.parquet" and len(read_embeddings(made)) == count
+    assert find_embedding("photos.parquet") == made
+    assert Path("photos.parquet").read_bytes() == before
+
+
+def test_a_dot_is_the_folder_of_an_embedding_or_of_images(
+    own_encoder, run, folder, tmp_path, monkeypatch
+):
+    """Labels are beside the embedding, in the same file each time."""
+    out = embed(run, folder, out=tmp_path / "features", device="cpu")
+    monkeypatch.chdir(out)
+    assert find_embedding(".") == out
+    photos = tmp_path / "photos"
+    shutil.copytree(folder, photos)
+    monkeypatch.chdir(photos)
+    assert find_embedding(".").absolute() == photos / "photos.parquet"
+    assert find_embedding(".").absolute() == photos / "photos.parquet"
+
+
+def test_no_labels_and_splits_count_for_what_is_embedded_and_no_other_embedding_is_taken(
+    own_encoder, folder, tmp_path, capsys
+):
+    source = tmp_path / "drawings"
+    for kind in "ab":
+        (source / kind).mkdir(parents=True)
+        for i, path in enumerate(sorted(folder.glob("copy-*.jpg"))):
+            shutil.copy(path, source / kind / f"{i}.jpg")
+    made = find_embedding(source, no_labels=True, splits=["train=a", "test=b"])
+    images = read_embeddings(made)
+    assert images.labels is None and images.metadata["splits"] == ["train=a", "test=b"]
+    assert find_embedding(source, no_labels=True, splits=["train=a", "test=b"]) == made
+    for other in ({"no_labels": True}, {"splits": ["train=a", "test=b"]}, {}):
+        with pytest.raises(UsageError, match="with another --no-labels or --splits"):
+            find_embedding(source, **other)
+    assert main(["explore", str(made), "--no-browser", "--no-labels"]) == 2
+    assert "--no-labels and --splits are for images" in capsys.readouterr().err
+    made.unlink()
+    assert set(read_embeddings(find_embedding(source)).labels) == {"a", "b"}

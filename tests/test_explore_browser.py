@@ -191,6 +191,7 @@ def work(browser, tmp_path, made, per_class, copies):
         tab.click("#tab-label")
         assert tab.locator(".progress-line").inner_text().startswith(f"Labeled {total} of")
         check_lasso(tab, count)
+        check_decisions_are_kept(tab, file)
         check_copies_by_keys(tab, file, copies)
         check_script(tab, file, folder, tmp_path)
         check_with_axe(tab, ("light", "dark") if count > 1000 else ("light",))
@@ -246,6 +247,39 @@ def check_lasso(tab, count):
     tab.wait_for_selector(".selected-box", state="hidden")
 
 
+def check_decisions_are_kept(tab, file):
+    """Keeping the best of all other groups changes no decision; Z takes all of it back."""
+
+    def wait_for(text):
+        tab.wait_for_function(
+            "text => document.querySelector('.panel p').textContent.includes(text)", arg=text
+        )
+
+    def decide(group, image, decision):
+        wait_for(f"Group {group} of")
+        for expected in ({"keep": "drop", "drop": "keep"}[decision], decision):
+            tab.locator(".copies .decision").nth(image).click()  # the first takes the proposal
+            tab.wait_for_selector(f".copies figure:nth-child({image + 1}).{expected}")
+        return tab.locator(".copies .name").all_inner_texts()
+
+    tab.click("#tab-clean")
+    tab.wait_for_selector(".copies figure")
+    first = decide(1, 1, "keep")
+    tab.keyboard.press("ArrowRight")
+    second = decide(2, 0, "drop")
+    tab.click("button:text('Keep the best in all groups that are not decided')")
+    tab.wait_for_selector("#status:text('best image is dropped: 1.')")
+    with open(file.with_suffix(".decisions.csv"), newline="") as table:
+        decisions = {row["path"]: row["decision"] for row in csv.DictReader(table)}
+    assert [decisions.get(name) for name in first[:2]] == ["keep", "keep"]
+    assert [decisions.get(name) for name in second[:2]] == ["drop", None]
+    tab.keyboard.press("ArrowLeft")
+    for _ in range(5):
+        tab.keyboard.press("z")
+    wait_for("Group 1 of")
+    wait_for(" 0 decided · 0 images to drop")
+
+
 def check_copies_by_keys(tab, file, copies):
     """Review of the copies takes only keys; the decisions are on the disk."""
     tab.click("#tab-clean")
@@ -272,6 +306,9 @@ def check_script(tab, file, folder, tmp_path):
     tab.click("#tab-take")
     with tab.expect_download() as download:
         tab.click("button[aria-label='Save drop.sh']")
+    with tab.expect_download():
+        tab.click("button[aria-label='Save source.txt']")
+    tab.wait_for_selector("text=Move source.txt into the folder of the images")
     shutil.copytree(folder, tmp_path / "again")
     script = ["sh", str(download.value.path()), str(tmp_path / "again"), "--yes"]
     subprocess.run(script, check=True, capture_output=True)

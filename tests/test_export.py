@@ -27,6 +27,7 @@ from simsiam.model.encoder import Encoder
 from simsiam.pages.compare import compare
 from simsiam.runs.checkpoints.convert import convert
 from simsiam.runs.encoder import build_backbone
+from simsiam.runs.recipe_file import write_recipe
 from simsiam.runs.run_folder import Run
 
 NEEDS = {"onnx": ("onnx", "onnxruntime", "onnxscript")}
@@ -190,6 +191,18 @@ def test_an_upload_is_a_run_to_start_from(standard, tmp_path):
         and "healthy" in text
         and "Nothing yet" in text
     )
+
+
+def test_an_upload_names_no_folder_of_this_machine(trained, tmp_path):
+    run = Run(shutil.copytree(trained, tmp_path / "run"))
+    home = "/home/a person"
+    sources = [f"{home}/photos", "https://key@host/shards/?key=1"]
+    write_recipe(run.path, run.recipe.replace(source=sources, init=f"{home}/runs/first"))
+    folder = export(run.path, format="huggingface", out=tmp_path / "out").path
+    recipe = Run(folder).recipe
+    assert recipe.source == ("photos", "https://host/shards/") and recipe.init == "first"
+    for path in folder.iterdir():
+        assert not any(word in path.read_bytes() for word in (b"a person", b"key@", b"key=1"))
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,8 @@ import shutil
 from io import BytesIO
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -511,6 +513,27 @@ def test_an_embedding_is_shown_beside_a_run(visit, run, photos, tmp_path):
     assert "Comparison of 2 runs and embeddings" in tab.locator("h1").inner_text()
     assert tab.locator(".verdict").all_inner_texts() == ["embedding", "healthy"]
     assert tab.locator("#recipe dt").count() > 20  # of the run alone
+
+
+def test_images_without_a_label_have_no_class_in_common(visit, run, photos, tmp_path):
+    file = simsiam.embed(run.path, photos, out=tmp_path / "photos.parquet", precision="float32")
+    table = pq.read_table(file)
+    given = [label if i % 3 else None for i, label in enumerate(table["label"].to_pylist())]
+    table = table.set_column(table.column_names.index("label"), "label", pa.array(given))
+    pq.write_table(table, file)
+    path = report(file)
+    data = page_data(path)
+    ((gallery,), shown) = data["galleries"], data["runs"][0]["map"]
+    assert max(shown["clusters"]) + 1 == len({*given} - {None})
+    rows = enumerate(shown["neighbors"])
+    same = [given[i] == given[j] for i, row in rows if given[i] for j in row]
+    tab = visit(path)
+    share = tab.locator("#neighbors small", has_text="On average").inner_text()
+    assert float(share.split()[2]) == pytest.approx(100 * np.mean(same), abs=0.06)
+    for title in tab.locator("#neighbors .tile.same").evaluate_all("x => x.map((y) => y.title)"):
+        assert "(no label)" not in title
+    assert "(no label)" in gallery["classes"]
+    assert tab.locator(".keys button").count() == len({*given})
 
 
 def test_several_runs_are_compared(visit, run, photos, tmp_path):

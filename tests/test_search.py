@@ -170,7 +170,17 @@ def test_a_damaged_entry_is_made_again_with_one_line(damage, run, photos, tmp_pa
     assert capsys.readouterr().err == ""
 
 
-def test_what_an_interrupted_search_has_embedded_is_kept(run, photos, embedded, monkeypatch):
+@pytest.mark.parametrize("changed", [0, 40])
+def test_what_an_interrupted_search_has_embedded_is_kept(
+    changed, run, photos, embedded, monkeypatch
+):
+    """Also of images that have changed since the search before."""
+    if changed:
+        simsiam.search(photos, "04.png", encoder=run, **CPU)
+        embedded.clear()
+        for i in range(changed):
+            draw(photos / "ab"[i % 2] / f"{i:02}.png", 100 + i)
+    count = changed or 60
     monkeypatch.setattr(kept_embedding, "PART_SIZE", 16)
     recording = kept_embedding.embed_images
 
@@ -183,11 +193,11 @@ def test_what_an_interrupted_search_has_embedded_is_kept(run, photos, embedded, 
         patch.setattr(kept_embedding, "embed_images", stop_after_two_parts)
         simsiam.search(photos, "04.png", encoder=run, **CPU)
     found = simsiam.search(photos, "04.png", encoder=run, k=99, **CPU)
-    assert len(embedded) == len(set(embedded)) == 60 and len(found) == 59
+    assert len(embedded) == len(set(embedded)) == count and len(found) == 59
     assert [x.path for x in simsiam.search(photos, "04.png", encoder=run, k=99, **CPU)] == [
         x.path for x in found
     ]
-    assert len(embedded) == 60
+    assert len(embedded) == count
 
 
 def test_of_two_searches_at_once_the_second_waits_and_embeds_nothing(run, photos, monkeypatch):

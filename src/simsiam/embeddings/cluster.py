@@ -61,7 +61,7 @@ def cluster(
     check_ranges(
         SimpleNamespace(clusters=clusters, seed=seed), clusters=(2, inf), seed=(0, 2**32 - 1)
     )
-    check_writable(out, html)
+    check_writable(out, html, inputs=[file])
     images = read_embeddings(file)
     if clusters > len(images):
         raise UsageError(f"clusters is {clusters}, and there are {len(images)} images")
@@ -109,6 +109,20 @@ def kmeans(x: np.ndarray, clusters: int, seed: int) -> Clusters:
     rank = np.argsort(np.argsort(-np.bincount(model.labels_, minlength=clusters), kind="stable"))
     distances = np.linalg.norm(x - model.cluster_centers_[model.labels_], axis=1)
     return Clusters(rank[model.labels_], distances, None)
+
+
+def cluster_distinct(x: np.ndarray, clusters: int) -> np.ndarray:
+    """Run k-means with seed 0, and no more clusters than there are different rows.
+
+    Args:
+        x: Features, (N, d) float32.
+        clusters: The largest number of clusters.
+
+    Returns:
+        (N,) int, the cluster of each row; 0 is the largest.
+    """
+    count = min(clusters, len(np.unique(x.round(6), axis=0)))
+    return kmeans(x, count, seed=0).assignments
 
 
 def _normalized_mutual_info(images: Embeddings, assignments: np.ndarray) -> float | None:

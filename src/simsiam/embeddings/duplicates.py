@@ -30,6 +30,7 @@ from simsiam.embeddings.gallery import write_page
 from simsiam.embeddings.search import search_neighbors
 from simsiam.embeddings.table import Embeddings, read_embeddings
 from simsiam.errors import UsageError, check_ranges, printable
+from simsiam.sources.open_source import source_names
 from simsiam.utils.files import check_writable, write_csv
 from simsiam.utils.progress_bar import progress_bar
 from simsiam.utils.workers import CPU_CORES
@@ -103,7 +104,7 @@ def duplicates(
             not installed.
     """
     check_ranges(SimpleNamespace(threshold=threshold), threshold=(0, inf))
-    check_writable(out, html)
+    check_writable(out, html, inputs=[file, *source_names(source or ())])
     images = read_embeddings(file)
     originals = Originals(images, Path(file), source)
     found = find_duplicates(images, originals, threshold, crops)

@@ -136,12 +136,14 @@ def embed(
         "sources": places,
         "own_mark": make_mark("sources", places),
         "splits": splits if source else splits or recipe.splits,
+        "no_labels": no_labels or (not source and recipe.no_labels),
         "channels": recipe.channels,
         "transform": describe_transform(transform),
     }
     labeled = any(images.labels is not None for images in chosen)
     # Images that have moved are the same images.
-    job = {k: v for k, v in metadata.items() if k not in ("source", "sources", "own_mark")} | {
+    places_and_labels = ("source", "sources", "own_mark", "no_labels")
+    job = {k: v for k, v in metadata.items() if k not in places_and_labels} | {
         "device": compute.device.type,
         "precision": compute.precision,
         "labeled": labeled,

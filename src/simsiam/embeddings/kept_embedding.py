@@ -236,9 +236,11 @@ def _update(
     folder: Path, images: SourceImages, run: Path, compute: Compute
 ) -> tuple[pa.Table, np.ndarray]:
     """Bring embedding.parquet up to date; return it, and the position of the image in each row."""
-    path, parts = folder / "embedding.parquet", sorted(folder.glob("new-*.parquet"))
+    path = folder / "embedding.parquet"
+    # The first row of an image counts: the newest one, in which it may be unchanged.
+    parts = sorted(folder.glob("new-*.parquet"), key=lambda part: -part.stat().st_mtime_ns)
     identity = {**_describe_encoder(run), "containers": images.containers}
-    tables = [_read_file(file, identity) for file in (path, *parts)]
+    tables = [_read_file(file, identity) for file in (*parts, path)]
     old = pa.concat_tables([table for table in tables if table is not None] or [NOTHING])
     rows = images.rows_in(old)
     kept, new = np.flatnonzero(rows >= 0), np.flatnonzero(rows < 0)
@@ -252,7 +254,7 @@ def _update(
         _say(f"{number} cannot be read; the first, {printable(key)}: {reason}")
     order = np.argsort(positions)
     stamps = images.stamps.take(pa.array(positions[order]))
-    table = tables[0]
+    table = tables[-1]
     if table is None or not table.select(STAMP_SCHEMA.names).equals(stamps):
         gone = pc.invert(pc.is_in(old["key"], images.stamps["key"].combine_chunks()))
         counts = (len(positions) - len(kept), pc.sum(gone).as_py() or 0, len(kept))

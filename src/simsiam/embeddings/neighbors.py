@@ -64,7 +64,7 @@ def neighbors(
         WorkFailed: If the query's image file cannot be read.
     """
     check_ranges(SimpleNamespace(k=k), k=(1, inf))
-    check_writable(html)
+    check_writable(html, inputs=[file, query])
     images = read_embeddings(file)
     originals = Originals(images, Path(file)) if html else None
     return find_neighbors(find_query(query, images), images, k, html, originals)

@@ -59,7 +59,7 @@ def outliers(
             or `out` or `html` cannot be written.
     """
     check_ranges(SimpleNamespace(k=k), k=(1, inf))
-    check_writable(out, html)
+    check_writable(out, html, inputs=[file])
     images = read_embeddings(file)
     distance = neighbor_distances(images, k)
     order = distance.sort(descending=True, stable=True).indices.tolist()

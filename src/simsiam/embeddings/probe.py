@@ -66,11 +66,7 @@ def probe(
             fewer than two classes; if the file is not an embedding file; or if `out` cannot be
             written.
     """
-    check_writable(out)
-    if os.path.realpath(out) == os.path.realpath(labels):
-        raise UsageError(
-            f"--out {printable(str(out))} would overwrite the given labels: choose another file"
-        )
+    check_writable(out, inputs=[file, labels])
     images = read_embeddings(file)
     label_of = read_labels(Path(labels), images)
     if len(names := set(label_of.values())) < 2:

@@ -77,9 +77,9 @@ def search(
         WorkFailed: If no image can be read, or the weights cannot be downloaded.
     """
     check_ranges(SimpleNamespace(k=k, relearn=relearn), k=(1, inf), relearn=(0, 1))
-    check_writable(html)
-    compute = Compute.pick(device, precision)
     names = source_names(source)
+    check_writable(html, inputs=[query, *names])
+    compute = Compute.pick(device, precision)
     with writable_cache():
         chosen = choose_encoder(encoder, backbone, names, channels or 3, splits)
         if chosen.run is not None:

@@ -37,6 +37,7 @@ class EmbeddingMetadata(TypedDict, total=False):
     source: str
     sources: list[str]
     splits: list[str] | None
+    no_labels: bool
     channels: int
     transform: dict[str, object]
     unreadable: list[tuple[str, str]]
@@ -73,10 +74,12 @@ class Embeddings:
     @cached_property
     def positions_by_name(self) -> dict[str, list[int]]:
         """Positions by path and by file name; a path takes precedence over an equal file name."""
-        positions: dict[str, list[int]] = {}
+        by_path: dict[str, list[int]] = {}
+        by_name: dict[str, list[int]] = {}
         for i, path in enumerate(self.paths):
-            positions.setdefault(path.rpartition("/")[2], []).append(i)
-        return positions | {path: [i] for i, path in enumerate(self.paths)}
+            by_path.setdefault(path, []).append(i)
+            by_name.setdefault(path.rpartition("/")[2], []).append(i)
+        return by_name | by_path
 
     @cached_property
     def _positions_by_normal_name(self) -> dict[str, list[int]]:
@@ -115,10 +118,10 @@ class Embeddings:
             return positions[0]
         if positions:
             first, second = (printable(self.paths[i]) for i in positions[:2])
-            raise UsageError(
-                f"{len(positions)} images are named {printable(name)}: "
-                f"give the whole path, such as {first} or {second}"
-            )
+            text = f"give the whole path, such as {first} or {second}"
+            if first == second:
+                text = "they have the same path, so no name tells them apart"
+            raise UsageError(f"{len(positions)} images are named {printable(name)}: {text}")
         raise UsageError(
             f"no image {printable(name)} among the {len(self)} embedded ones; "
             f"the first is {printable(self.paths[0])}"

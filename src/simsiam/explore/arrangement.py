@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from simsiam.data.images import evenly_spaced
-from simsiam.embeddings.cluster import center_and_normalize, kmeans
+from simsiam.embeddings.cluster import center_and_normalize, cluster_distinct
 from simsiam.embeddings.search import nearest_rows
 from simsiam.pages.image_map import project_to_2d, reduce_dimensions
 
@@ -83,11 +83,10 @@ def find_clusters(vectors: Tensor) -> np.ndarray:
     """
     x = center_and_normalize(vectors).numpy()
     rows = evenly_spaced(len(x), MAX_CLUSTERED)
-    count = min(NUM_CLUSTERS, len(np.unique(x[rows].round(6), axis=0)))
-    found = kmeans(x[rows], count, seed=0).assignments
+    found = cluster_distinct(x[rows], NUM_CLUSTERS)
     if len(rows) == len(x):
         return found
-    centers = np.stack([x[rows][found == number].mean(0) for number in range(count)])
+    centers = np.stack([x[rows][found == number].mean(0) for number in np.unique(found)])
     bias = (centers**2).sum(1) / 2
     parts = [x[i : i + CHUNK_SIZE] @ centers.T - bias for i in range(0, len(x), CHUNK_SIZE)]
     return np.concatenate([part.argmax(1) for part in parts])

@@ -4,6 +4,7 @@ import os
 import socket
 import sys
 import webbrowser
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +13,8 @@ from simsiam.embeddings.search_source import choose_encoder
 from simsiam.embeddings.table import read_embeddings
 from simsiam.errors import UsageError, check_ranges, printable
 from simsiam.pages.embedding_gallery import is_embedding
-from simsiam.sources.open_source import absolute_sources, source_names
+from simsiam.runs.run_folder import Run
+from simsiam.sources.open_source import absolute_sources, find_shards, source_names
 from simsiam.utils.files import exclusive_lock
 
 HOST = "127.0.0.1"
@@ -24,15 +26,19 @@ def explore(
     port: int = 0,
     browser: bool = True,
     root: str | os.PathLike[str] | None = None,
+    no_labels: bool = False,
+    splits: Sequence[str] | None = None,
 ) -> None:
     """Serve the images of an embedding to the browser, until the process is interrupted.
 
     Args:
         what: A file or folder that `embed` wrote; or a run folder or a source of images, which is
-            embedded first, into NAME.parquet in the current folder.
+            embedded first; see `find_embedding`.
         port: The port to listen on; 0 for any free one.
         browser: Whether to open the browser.
         root: Where the images are, if they are no longer where the embedding says.
+        no_labels: Whether to ignore the labels of a source that is embedded first.
+        splits: Which folder or shard of such a source is which split; see `open_source`.
 
     Raises:
         UsageError: There is nothing of this name, another process explores it, the port is taken,
@@ -52,7 +58,7 @@ def explore(
     port, token = listener.getsockname()[1], make_token()
     address = f"http://{HOST}:{port}/{token}/"
     print(address, flush=True)
-    file = find_embedding(what)
+    file = find_embedding(what, no_labels=no_labels, splits=splits)
     images = read_embeddings(file)
     with exclusive_lock(file.with_name(f".{file.name}.explore-lock"), printable(str(file))):
         session = Session(file, images, os.fspath(root) if root else None)
@@ -87,46 +93,78 @@ def _listen(port: int) -> socket.socket:
     return listener
 
 
-def find_embedding(what: str | os.PathLike[str]) -> Path:
+def find_embedding(
+    what: str | os.PathLike[str],
+    *,
+    no_labels: bool = False,
+    splits: Sequence[str] | None = None,
+) -> Path:
     """Find the embedding of what the user gave; make it if there is none.
 
     Args:
         what: An embedding, a run folder or a source.
+        no_labels: Whether to ignore the labels of the source.
+        splits: Which folder or shard of the source is which split.
 
     Returns:
-        The embedding file or folder.
+        The embedding file or folder. A new one is NAME.parquet in the current folder, or
+        NAME-embedding.parquet where a file of this name is no embedding, such as the source.
 
     Raises:
-        UsageError: There is nothing of this name, or NAME.parquet belongs to other images.
+        UsageError: There is nothing of this name, the file belongs to other images or would be
+            among them, or an embedding is given with what is only for images.
         WorkFailed: The images cannot be embedded.
     """
-    if is_embedding(what):
-        return Path(what)
-    run = Path(what)
-    is_run = (run / "recipe.yaml").is_file()
-    source = None if is_run else os.fspath(what)
-    name = Path(os.path.abspath(what)).name.split(".")[0] or "images"
+    path = Path(os.path.abspath(what))
+    name = path.name.split(".")[0] or "images"
     file = Path(f"{name}.parquet")
+    if file.exists() and not is_embedding(file):
+        file = Path(f"{name}-embedding.parquet")
+    # In a folder of images, `explore .` finds what it has written there, not the whole folder.
+    is_here = path == Path.cwd() and file.exists()
+    if is_embedding(what) and not is_here:
+        if no_labels or splits:
+            raise UsageError(
+                f"{printable(str(path))} is an embedding: --no-labels and --splits are for images "
+                "that are to be embedded"
+            )
+        return path
+    is_run = (path / "recipe.yaml").is_file()
+    source = None if is_run else os.fspath(what)
     if file.exists():
-        _check_same(file, run, source)
+        _check_same(file, path, source, no_labels, splits)
         print(f"{printable(str(file))} was made before: delete it to embed again", file=sys.stderr)
         return file
+    if path == Path.cwd() and find_shards(str(path)):
+        raise UsageError(
+            f"{printable(str(file))} would be among the shards of this folder: go to another folder"
+        )
     print(f"embedding into {printable(str(file))}", file=sys.stderr)
     if source is None:
-        return embed(run, out=file)
-    encoder = choose_encoder(None, None, source_names(source), 3, None)
-    return embed(encoder.run or encoder.name, source, out=file)
+        return embed(path, out=file, no_labels=no_labels, splits=splits)
+    encoder = choose_encoder(None, None, source_names(source), 3, splits)
+    run = encoder.run or encoder.name
+    return embed(run, source, out=file, no_labels=no_labels, splits=splits)
 
 
-def _check_same(file: Path, run: Path, source: str | None) -> None:
-    """Raise UsageError if an embedding was not made of this run or source."""
+def _check_same(
+    file: Path, run: Path, source: str | None, no_labels: bool, splits: Sequence[str] | None
+) -> None:
+    """Raise UsageError if an embedding was not made of this run or source, and in this way."""
     metadata = read_embeddings(file).metadata
-    is_same = (
-        metadata.get("sources") == absolute_sources(source)
-        if source is not None
-        else metadata.get("run") == str(run.absolute())
-    )
+    if source is not None:
+        is_same = metadata.get("sources") == absolute_sources(source)
+    else:
+        is_same = os.path.abspath(str(metadata.get("run"))) == str(run)
+        recipe = Run(run).recipe
+        no_labels, splits = no_labels or recipe.no_labels, splits or recipe.splits
     if not is_same:
         raise UsageError(
             f"{printable(str(file))} is in the way and is of other images: go to another folder"
+        )
+    ways = metadata.get("no_labels", no_labels), metadata.get("splits") or []
+    if ways != (no_labels, list(splits or [])):
+        raise UsageError(
+            f"{printable(str(file))} was made with another --no-labels or --splits: delete it, or "
+            "go to another folder"
         )

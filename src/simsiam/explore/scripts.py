@@ -34,33 +34,36 @@ TAIL = """if [ "$yes" != "--yes" ]; then echo "nothing was changed: add --yes to
 """
 
 
-def move_script(name: str, paths: Sequence[str]) -> bytes:
+def move_script(name: str, paths: Sequence[str], left_out: int = 0) -> bytes:
     """Write a script that moves dropped images out of their folder.
 
     Args:
         name: The name of the script.
         paths: The images, relative to their folder.
+        left_out: The number of images that are no files there any more.
 
     Returns:
         The script.
     """
     purpose = f"It moves {len(paths)} images into FOLDER-dropped, and deletes nothing."
-    return _script(name, purpose, "dropped", "move", "mv", [(path, path) for path in paths])
+    pairs = [(path, path) for path in paths]
+    return _script(name, purpose + _note(left_out), "dropped", "move", "mv", pairs)
 
 
-def copy_script(name: str, folders: Mapping[str, str]) -> bytes:
+def copy_script(name: str, folders: Mapping[str, str], left_out: int = 0) -> bytes:
     """Write a script that copies images into one folder per label, cluster or decision.
 
     Args:
         name: The name of the script.
         folders: The folder of each image, by its path relative to the folder of the images.
+        left_out: The number of images that are no files there any more.
 
     Returns:
         The script.
     """
     purpose = f"It copies {len(folders)} images into folders in FOLDER-sorted."
     pairs = [(path, f"{folder_name(label)}/{path}") for path, label in folders.items()]
-    return _script(name, purpose, "sorted", "copy", "cp -p", pairs)
+    return _script(name, purpose + _note(left_out), "sorted", "copy", "cp -p", pairs)
 
 
 def folder_name(label: str) -> str:
@@ -71,6 +74,10 @@ def folder_name(label: str) -> str:
     """
     name = re.sub(r'[<>:"/\\|?*\x00-\x1f]', "_", label).strip(" .")
     return name or "_"
+
+
+def _note(left_out: int) -> str:
+    return f" Images without a file, left out: {left_out}." if left_out else ""
 
 
 def _script(

@@ -138,21 +138,10 @@ class Gate:
         if named[b"origin"] != [own] and (named[b"origin"] or needs_origin):
             return "requests from other pages are refused"
         # A person may follow a link to the page; nothing else may come from elsewhere.
-        if path_is_inside(scope["path"], len(self.prefix)) and not set(
-            named[b"sec-fetch-site"]
-        ) <= {b"same-origin", b"none"}:
+        is_page = len(scope["path"]) <= len(self.prefix)
+        if not is_page and not {*named[b"sec-fetch-site"]} <= {b"same-origin", b"none"}:
             return "requests from other pages are refused"
         return ""
-
-
-def path_is_inside(path: str, length: int) -> bool:
-    """Tell whether a path is longer than the token.
-
-    Args:
-        path: The path.
-        length: The length of the token with its slashes.
-    """
-    return len(path) > length
 
 
 def make_token() -> str:
@@ -285,19 +274,15 @@ class Handlers:
 
     def state(self, _: Request) -> Response:
         """Answer with labels, decisions, the queue and the progress."""
-        session, places = self.session, self.session.images.positions_by_name
-
-        def by_row(values: dict[str, str]) -> list[tuple[int, str]]:
-            return [(row, v) for path, v in list(values.items()) for row in places.get(path, ())]
-
+        session = self.session
         return _json(
             {
                 "version": session.version,
                 "arranged": session.is_arranged,
                 "clustered": session.clusters is not None,
                 "classes": session.classes,
-                "labels": by_row(session.labels.values),
-                "decisions": by_row(session.decisions.values),
+                "labels": list(session.rows_of(session.labels).items()),
+                "decisions": list(session.rows_of(session.decisions).items()),
                 "undoLabels": session.labels.undo_count,
                 "undoDecisions": session.decisions.undo_count,
                 "queue": session.queue,
@@ -403,6 +388,9 @@ class Handlers:
         """Answer with a file to take along."""
         given = parse_json(await _read_body(request, MAX_JSON), Export, "the request")
         self._check(given["rows"])
-        name, content = await run_in_threadpool(make_export, self.session, given)
-        headers = HEADERS | {"Content-Disposition": f'attachment; filename="{name}"'}
-        return Response(content, headers=headers, media_type="application/octet-stream")
+        name, made = await run_in_threadpool(make_export, self.session, given)
+        headers = HEADERS | {
+            "Content-Disposition": f'attachment; filename="{name}"',
+            "Left-Out": str(made.left_out),
+        }
+        return Response(made.content, headers=headers, media_type="application/octet-stream")

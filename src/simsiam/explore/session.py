@@ -1,7 +1,7 @@
 """What the server knows: the images, their place on the map, labels, predictions and decisions."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
@@ -135,14 +135,32 @@ class Session:
 
     # --- labels and decisions ---
 
-    def labeled_rows(self) -> dict[int, str]:
-        """List the labels by position, as `simsiam probe` reads them."""
+    def rows_of(self, table: PathTable) -> dict[int, str]:
+        """List labels or decisions by position; a name that several images have names none.
+
+        Args:
+            table: `labels` or `decisions`.
+        """
         places = self.images.positions_by_name
         return {
-            places[path][0]: label
-            for path, label in list(self.labels.values.items())
+            places[path][0]: text
+            for path, text in list(table.values.items())
             if len(places.get(path, ())) == 1
         }
+
+    def labeled_rows(self) -> dict[int, str]:
+        """List the labels by position, as `simsiam probe` reads them."""
+        return self.rows_of(self.labels)
+
+    def _by_path(self, texts: Mapping[int, str]) -> dict[str, str]:
+        """Name images by their paths; raise UsageError if one has the path of another one."""
+        paths, places = self.images.paths, self.images.positions_by_name
+        if repeated := [paths[row] for row in texts if len(places[paths[row]]) > 1]:
+            raise UsageError(
+                f"{len(places[repeated[0]])} images are named {printable(repeated[0])}, and labels "
+                "and decisions are kept by name: give each image its own name and embed them again"
+            )
+        return {paths[row]: text for row, text in texts.items()}
 
     def label(self, rows: list[int], label: str, classes: Sequence[str] = ()) -> None:
         """Label images.
@@ -151,8 +169,11 @@ class Session:
             rows: Their positions.
             label: The label; "" removes it.
             classes: The classes in the order of their keys; others come after them.
+
+        Raises:
+            UsageError: Another image has the path of one of these.
         """
-        self.labels.change({self.images.paths[row]: label for row in rows})
+        self.labels.change(self._by_path(dict.fromkeys(rows, label)))
         known = [*classes, *self.classes, *sorted(set(self.labels.values.values()))]
         self.classes = list(dict.fromkeys(known))
         self._changed()
@@ -164,11 +185,11 @@ class Session:
             decisions: KEEP, DROP or "" of each image.
 
         Raises:
-            UsageError: Another decision.
+            UsageError: Another decision, or another image has the path of one of these.
         """
         if wrong := set(decisions.values()) - {KEEP, DROP, ""}:
             raise UsageError(f"{printable(wrong.pop())} is no decision: keep, drop or nothing")
-        self.decisions.change({self.images.paths[row]: value for row, value in decisions.items()})
+        self.decisions.change(self._by_path(decisions))
         self.version += 1
 
     def undo(self, what: PathTable) -> None:

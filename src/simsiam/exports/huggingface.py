@@ -3,6 +3,7 @@
 timm reads it as well if it has the network.
 """
 
+import os
 import shutil
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from simsiam.errors import WorkFailed
 from simsiam.exports import safetensors, timm
 from simsiam.exports.format import Format, Network, max_difference
 from simsiam.model.encoder import Encoder
+from simsiam.runs.compose import WEIGHT_SETTINGS
 from simsiam.runs.encoder import load
 from simsiam.runs.recipe_file import write_recipe
 from simsiam.runs.run_folder import HEAD_FILE, ORIGIN_FILE, Run
@@ -28,7 +30,7 @@ def write(network: nn.Module, run: Run, folder: Path) -> None:
         run: Its run.
         folder: Where to write.
     """
-    write_recipe(folder, ResolvedRecipe.from_dict(without_credentials(run.recipe.to_dict())))
+    write_recipe(folder, _public_recipe(run.recipe))
     backbone = network.backbone if isinstance(network, Encoder) else network
     safetensors.write(backbone, run, folder)
     for name in (HEAD_FILE, ORIGIN_FILE):
@@ -37,6 +39,19 @@ def write(network: nn.Module, run: Run, folder: Path) -> None:
                 shutil.copyfileobj(file, copy)
     if timm.holds(network, run.recipe):
         timm.write(network, run, folder)
+
+
+def _public_recipe(recipe: ResolvedRecipe) -> ResolvedRecipe:
+    """Return the recipe with the last part of each path alone: folders may name people."""
+    places: dict[str, object] = {"source": [*map(_last_part, recipe.source)]}
+    for name in WEIGHT_SETTINGS:
+        if place := getattr(recipe, name):
+            places[name] = _last_part(place)
+    return ResolvedRecipe.from_dict(without_credentials(recipe.to_dict() | places))
+
+
+def _last_part(place: str) -> str:
+    return os.path.basename(place) if os.path.isabs(place) else place
 
 
 def reload(folder: Path, recipe: ResolvedRecipe) -> Network:

@@ -9,9 +9,11 @@ import pyarrow as pa
 from torch import Tensor
 
 from simsiam.data.images import Images, evenly_spaced
+from simsiam.data.parquet_files import read_parquet_schema
+from simsiam.data.remote_files import is_url
 from simsiam.data.storage import EncodedColumn, Names
 from simsiam.embeddings.table import Embeddings
-from simsiam.errors import WorkFailed
+from simsiam.errors import UsageError, WorkFailed
 from simsiam.pages.image_map import MIN_MAP_IMAGES
 from simsiam.pages.thumbnails import Gallery, build_gallery
 from simsiam.sources.open_source import find_shards
@@ -34,12 +36,24 @@ def is_embedding(path: str | os.PathLike[str]) -> bool:
         path: What the user gave.
 
     Returns:
-        Whether it is a Parquet file, or a folder of such files that is no run folder.
+        Whether it is a Parquet file with vectors, or a folder of such files that is no run folder.
+        Of a file that does not exist or is damaged, the name decides.
     """
+    if is_url(os.fspath(path)):
+        return False
     path = Path(path)
-    if path.is_dir():
-        return not (path / "recipe.yaml").exists() and bool(find_shards(str(path)))
-    return path.suffix == ".parquet"
+    if not path.is_dir():
+        return path.suffix == ".parquet" and _has_vectors(path)
+    files = [] if (path / "recipe.yaml").exists() else [*find_shards(str(path))]
+    return bool(files) and all(file.endswith(".parquet") and _has_vectors(file) for file in files)
+
+
+def _has_vectors(file: str | os.PathLike[str]) -> bool:
+    """Whether a Parquet file has the column of an embedding; of one that is damaged, True."""
+    try:
+        return "vector" in read_parquet_schema(file).names
+    except (pa.ArrowException, OSError, UsageError, WorkFailed):
+        return True  # whoever reads it says what is wrong
 
 
 def embedding_gallery(

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from simsiam.data.images import Images
 from simsiam.data.transform import Transform
-from simsiam.embeddings.cluster import center_and_normalize, kmeans
+from simsiam.embeddings.cluster import center_and_normalize, cluster_distinct
 from simsiam.embeddings.search import search_neighbors
 from simsiam.errors import WorkFailed, printable
 from simsiam.model.precision import Compute
@@ -146,6 +146,4 @@ def cluster_features(h: Tensor, num_classes: int) -> list[int]:
         The cluster of each image. There are as many clusters as classes, or ten if the classes
         are unknown, and at most as many as there are different images.
     """
-    x = center_and_normalize(h).numpy()
-    count = min(num_classes or 10, len(np.unique(x.round(6), axis=0)))
-    return kmeans(x, count, seed=0).assignments.tolist()
+    return cluster_distinct(center_and_normalize(h).numpy(), num_classes or 10).tolist()

@@ -25,7 +25,12 @@ from simsiam.data.images import evenly_spaced, sample
 from simsiam.embeddings.table import read_embeddings
 from simsiam.errors import UsageError, WorkFailed, check_ranges, printable, say_once
 from simsiam.monitoring.verdict import features_table
-from simsiam.pages.embedding_gallery import EmbeddingFacts, embedding_gallery, is_embedding
+from simsiam.pages.embedding_gallery import (
+    NO_LABEL,
+    EmbeddingFacts,
+    embedding_gallery,
+    is_embedding,
+)
 from simsiam.pages.image_map import (
     MAX_MAP_IMAGES,
     MIN_MAP_IMAGES,
@@ -140,8 +145,11 @@ def report(
         UsageError: An argument is wrong, or a run folder is damaged.
     """
     names = [runs] if isinstance(runs, str | os.PathLike) else runs
+    # Of a Parquet file that is no embedding, `read_embeddings` says what it lacks.
     entries = [
-        Path(name) if is_embedding(name) else Run(open_weights(name, backbone=backbone))
+        Path(name)
+        if is_embedding(name) or Path(name).suffix == ".parquet"
+        else Run(open_weights(name, backbone=backbone))
         for name in names
     ]
     if not entries:
@@ -438,7 +446,8 @@ def summarize_embedding(
         print(f"{summary['path']}: no map: {error}", flush=True)
         return summary, None
     print(f"{summary['path']}: mapping {len(h):,} images", flush=True)
-    summary["map"] = {**place_images(h, len(gallery.images.classes))}
+    classes = {*gallery.images.classes} - {NO_LABEL}
+    summary["map"] = {**place_images(h, len(classes))}
     return summary, gallery
 
 

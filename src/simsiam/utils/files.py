@@ -37,6 +37,7 @@ from simsiam.utils.system import (
 PART_NAME = re.compile(r"\.simsiam-([0-9]{1,9})\.part$")  # with the process that writes the file
 WORK_FILE = ".simsiam-lock"  # in the folder for the parts of an output
 CACHE_BYTES = 2**18  # that a cache must have room for, to be used
+OUTPUT_ENDINGS = (".csv", ".tsv", ".txt", ".html", ".htm")  # of tables and pages
 # What spreadsheets take for a formula, in any width, or would after an apostrophe is removed; and
 # what they take for a number.
 FORMULA = re.compile("'*[=+\\-@\\t\\r\\n\uff1d\uff0b\uff0d\uff20]")
@@ -85,14 +86,18 @@ def atomic_write(path: Path, *, backup: Path | None = None) -> Iterator[Path]:
             part.unlink()
 
 
-def check_writable(*paths: str | os.PathLike[str] | None) -> None:
+def check_writable(
+    *paths: str | os.PathLike[str] | None, inputs: Sequence[str | os.PathLike[str]] = ()
+) -> None:
     """Check that files can be written, before the work that they are for.
 
     Args:
         *paths: The files; None is skipped.
+        inputs: The files and folders that are read, and must not be written over.
 
     Raises:
-        UsageError: If a path is a folder, or its parent folder does not exist.
+        UsageError: If a path is a folder, its parent folder does not exist, or it is an input or a
+            file of one that is neither a table nor a page.
     """
     for path in (Path(path) for path in paths if path is not None):
         if path.is_dir():
@@ -102,6 +107,19 @@ def check_writable(*paths: str | os.PathLike[str] | None) -> None:
             raise UsageError(
                 f"there is no folder {folder} to write {printable(path.name)} into: create it"
             )
+        if any(path.exists() and _is_input(path, given) for given in inputs):
+            raise UsageError(
+                f"{printable(str(path))} exists, and this command may read it: give the output "
+                "another name"
+            )
+
+
+def _is_input(path: Path, given: str | os.PathLike[str]) -> bool:
+    """Whether an existing file is an input, or in a folder of inputs and neither table nor page."""
+    if os.path.isdir(given):
+        is_output = path.suffix.lower() in OUTPUT_ENDINGS
+        return not is_output and Path(given).resolve() in path.resolve().parents
+    return os.path.exists(given) and path.samefile(given)
 
 
 @contextmanager

@@ -92,9 +92,9 @@ class Originals:
         Returns:
             The detail of each image; None for one that cannot be read, see `unreadable`.
         """
-        if len(self._details) + len(rows) > CACHE_SIZE:
-            self._details = {i: self._details[i] for i in rows if i in self._details}
         new = [i for i in rows if i not in self._details]
+        if len(self._details) + len(new) > CACHE_SIZE:
+            self._details = {i: self._details[i] for i in rows if i in self._details}
         self._details |= dict.fromkeys(new)
         for i, (detail, quality) in self._map(_read_detail, new).items():
             self._details[i], self._qualities[i] = detail, quality

@@ -1,5 +1,5 @@
 // Cleaning up: copies side by side, outliers one by one; decisions by key, and no file is touched.
-import { attempt, decide, get, post, store, undo } from "./state.js";
+import { attempt, decide, get, post, say, store, undo } from "./state.js";
 import { formatFacts, openImage, shownName } from "./tiles.js";
 
 const DISTANCE_HINT = "0: the same picture. Up to 0.28: copies. Above 0.5: also other pictures.";
@@ -105,10 +105,15 @@ export class CleanPanel {
     await decide(group.rows.map((row, i) => [row, of(i)]));
   }
 
-  /** Keep the proposed image of every group that is not decided. */
+  /** Keep the best image of every group that is not decided; what was decided stays. */
   async decideRest() {
+    const isDropped = (group) => store.decisions.get(group.rows[0]) === "drop";
     const open = this.groups.copies.filter((group) => !this.isDecided(group));
-    await decide(open.flatMap((group) => group.rows.map((row, i) => [row, proposal(i)])));
+    const left = open.filter(isDropped).length;
+    const decisions = open.filter((group) => !isDropped(group)).flatMap((group) =>
+      group.rows.map((row, i) => [row, store.decisions.get(row) ?? proposal(i)]));
+    if (decisions.length && !await decide(decisions)) return;
+    if (left) say(`Groups that are left because their best image is dropped: ${formatNumber(left)}.`);
   }
 
   /** Take the proposal for one image; if it is decided, decide the opposite. */

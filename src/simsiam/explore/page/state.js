@@ -184,12 +184,13 @@ export async function searchImage(blob) {
   });
 }
 
+/** Save a file; tell how many images it leaves out, because they have no file any more. */
 export async function download(kind, rows) {
   return attempt(async () => {
-    const blob = await (await send("export", { kind, rows: [...rows] })).blob();
-    const url = URL.createObjectURL(blob);
+    const response = await send("export", { kind, rows: [...rows] });
+    const url = URL.createObjectURL(await response.blob());
     el("a", { href: url, download: kind }).click();
     setTimeout(() => URL.revokeObjectURL(url), 1000);
-    return true;
+    return { leftOut: Number(response.headers.get("Left-Out")) };
   });
 }

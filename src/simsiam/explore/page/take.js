@@ -36,16 +36,22 @@ export class TakePanel {
 
   async save(kind) {
     say("");
-    if (!await download(kind, this.onlySelected ? store.selection : [])) return;
-    const isScript = kind.endsWith(".sh");
-    this.hint.classList.toggle("hidden", !isScript);
+    const saved = await download(kind, this.onlySelected ? store.selection : []);
+    if (!saved) return;
+    const isScript = kind.endsWith(".sh"), isList = kind.endsWith(".txt");
+    this.hint.classList.toggle("hidden", !isScript && !isList);
     if (isScript) {
       this.hint.replaceChildren(
         el("p", {}, "Nothing has been changed yet. This shows what the script would do:"),
         el("code", {}, `sh ${kind} FOLDER`),
         el("p", {}, "FOLDER is the folder of the images. This does it:"),
         el("code", {}, `sh ${kind} FOLDER --yes`));
+    } else if (isList) {
+      this.hint.replaceChildren(
+        el("p", {}, `Move ${kind} into the folder of the images: its paths are relative to that.`));
     }
-    say(`${kind} is in the folder to which your browser downloads.`);
+    const count = formatNumber(saved.leftOut);
+    say(`${kind} is in the folder to which your browser downloads.`
+      + (saved.leftOut ? ` It leaves out ${count} images that have no file any more.` : ""));
   }
 }

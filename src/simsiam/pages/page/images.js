@@ -65,14 +65,20 @@ function thumbnail(gallery, i, size) {
   return canvas;
 }
 
+const NO_LABEL = "(no label)"; // as in embedding_gallery.py
+
 function labelOf(gallery, i) {
   return gallery.labels ? gallery.classes[gallery.labels[i]] : null;
+}
+
+function hasClass(gallery, i) {
+  return !!gallery.labels && labelOf(gallery, i) !== NO_LABEL;
 }
 
 /** A thumbnail to click on; a neighbor of image `query` also shows its cosine similarity to it. */
 function tile(gallery, i, { pick, query, cosine }) {
   const sameClass = query !== undefined && query !== i
-    && gallery.labels && gallery.labels[i] === gallery.labels[query];
+    && hasClass(gallery, i) && gallery.labels[i] === gallery.labels[query];
   const title = [shown(gallery.names[i]), labelOf(gallery, i)].filter(Boolean).join("\n");
   return el("button",
     { class: `tile${sameClass ? " same" : ""}`, title, "data-image": i, onclick: () => pick(i) },
@@ -124,9 +130,12 @@ function neighborsCard(run) {
     el("div", { class: "scroll" }, sheet));
 }
 
-function sameClassShare({ labels }, neighbors) {
-  if (!labels) return "";
-  const pairs = neighbors.flatMap((row, i) => row.map((j) => labels[i] === labels[j]));
+/** The share over the images that have a class. */
+function sameClassShare(gallery, neighbors) {
+  const { labels } = gallery;
+  const pairs = neighbors.flatMap((row, i) =>
+    (hasClass(gallery, i) ? row.map((j) => labels[i] === labels[j]) : []));
+  if (!pairs.length) return "";
   const share = formatPercent((100 * pairs.filter(Boolean).length) / pairs.length);
   return `On average, ${share} % of an image's ${neighbors[0].length} nearest neighbors have its `
     + "class (underlined).";
