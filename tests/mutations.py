@@ -581,6 +581,13 @@ MUTATIONS = [
         "targets.py::test_clusters_are_of_the_leading_directions",
     ),
     m(
+        "each process decides its precision",
+        "training/prepare",
+        "broadcast(compute.precision)",
+        "compute.precision",
+        "processes.py::test_one_process_decides_the_precision_of_all",
+    ),
+    m(
         "clusters with the threads of the machine",
         "training/prepare",
         'threadpool_limits(1, user_api="openmp")',

@@ -27,7 +27,9 @@ from simsiam.distributed.process_group import local_slice
 from simsiam.distributed.sync_batch_norm import convert_sync_batchnorm
 from simsiam.errors import UsageError
 from simsiam.model.targets import TARGETS
+from simsiam.runs.compose import compose_recipe
 from simsiam.runs.run_folder import Run, choose_run_path
+from simsiam.training.prepare import build_training_setup
 
 PROTOCOLS = ("knn", "label_free")
 TIMES = {"images_per_second", "data_wait"}
@@ -96,6 +98,12 @@ def test_under_torchrun_a_run_of_the_same_recipe_is_gone_on_with(tmp_path, monke
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     with pytest.raises(UsageError, match="give --out"):
         choose_run_path(None, "new", recipe)
+
+
+def test_one_process_decides_the_precision_of_all(monkeypatch):
+    monkeypatch.setattr("simsiam.training.prepare.broadcast", {"float32": "bfloat16"}.__getitem__)
+    recipe, _, _ = compose_recipe("shapes", None, QUICK | {"precision": "float32"})
+    assert build_training_setup(recipe).compute.precision == "bfloat16"
 
 
 def test_other_verbs_are_for_one_process(monkeypatch, capsys):

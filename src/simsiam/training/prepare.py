@@ -15,7 +15,7 @@ from simsiam.data.batches import min_decode_side, sequential_batches, steps_per_
 from simsiam.data.images import Images, hold_out, load_into_memory, sample
 from simsiam.data.transform import Transform
 from simsiam.distributed.collectives import all_gather_objects
-from simsiam.distributed.process_group import local_slice, rank_zero_only, world_size
+from simsiam.distributed.process_group import broadcast, local_slice, rank_zero_only, world_size
 from simsiam.distributed.sync_batch_norm import convert_sync_batchnorm
 from simsiam.errors import UsageError
 from simsiam.model.losses import Classification
@@ -184,6 +184,8 @@ def build_training_setup(recipe: ResolvedRecipe) -> TrainingSetup:
             "makes a run of it, which is complete"
         )
     compute = Compute.pick(recipe.device, recipe.precision)
+    # Each process measures whether bfloat16 is faster; one decides.
+    compute = compute._replace(precision=broadcast(compute.precision))
     model = build(
         recipe.method,
         backbone=recipe.backbone,
