@@ -283,8 +283,8 @@ class Method:
     )
     cut_init: float = setting(
         1.0,
-        "divide the initial weights of all layers by this, so that the first steps turn them more "
-        "(Draganov et al., 2025, use 9)",
+        "divide the initial weights of all layers by this (with --init, of the heads), so that the "
+        "first steps turn them more (Draganov et al., 2025, use 9)",
     )
     warmup_epochs: int = setting(
         0,
