@@ -30,9 +30,10 @@ def accuracy(x, labels, rows):
 def summary(targets, needed, missed):
     """Say what was measured: accuracies of random labels, and labels of the queue, by seed."""
     note = f" ({missed} of {len(needed)} seeds stop at {2 * TARGET} without it)" if missed else ""
+    spread = np.std(targets, ddof=1) if len(targets) > 1 else 0.0
     return (
         f"{TARGET} random labels reach {100 * np.mean(targets):.1f} % "
-        f"± {100 * np.std(targets, ddof=1):.1f}; the queue takes {needed} labels{note}, "
+        f"± {100 * spread:.1f}; the queue takes {needed} labels{note}, "
         f"mean {np.mean(needed):.0f}: {100 - np.mean(needed):.0f} % fewer"
     )
 

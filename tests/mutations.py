@@ -562,7 +562,7 @@ MUTATIONS = [
     m(
         "the race names the modules of now",
         "laboratory/time_to_accuracy/race",
-        'modules.add(found["plain_loop"])',
+        'modules.add(found.get("plain_loop", "unknown origin"))',
         "modules.add(MODULES)",
         "bench.py::test_time_to_accuracy_goes_on_where_it_was_stopped",
     ),
@@ -586,6 +586,13 @@ MUTATIONS = [
         "broadcast(compute.precision)",
         "compute.precision",
         "processes.py::test_one_process_decides_the_precision_of_all",
+    ),
+    m(
+        "hold out more images than there are",
+        "runs/choose",
+        "if held_out >= count > 0:",
+        "if False:",
+        "plan.py::test_more_images_held_out_than_there_are_is_one_line",
     ),
     m(
         "clusters with the threads of the machine",
@@ -2549,8 +2556,8 @@ MUTATIONS = [
     m(
         "explore: look for an embedding in the folder of images itself",
         "explore/explore",
-        "is_here = path == Path.cwd() and file.exists()",
-        "is_here = False",
+        "has_own = inside.is_file() and is_embedding(inside) and _is_of(inside, path)",
+        "has_own = False",
         "explore.py::test_a_dot_is_the_folder_of_an_embedding_or_of_images",
     ),
     m(
@@ -2570,8 +2577,8 @@ MUTATIONS = [
     m(
         "explore: keep a label for every image of a path",
         "explore/session",
-        "        if repeated := [paths[row] for row in texts if len(places[paths[row]]) > 1]:",
-        "        if repeated := []:",
+        "for row, text in texts.items() if len(places[paths[row]]) == 1}",
+        "for row, text in texts.items()}",
         "explore.py::test_an_image_that_shares_its_path_has_no_label_and_gives_its_label_to_no_other",
     ),
     Mutation(

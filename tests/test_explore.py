@@ -243,14 +243,14 @@ def test_an_image_that_shares_its_path_has_no_label_and_gives_its_label_to_no_ot
         rows = list(csv.DictReader(io.StringIO(table, newline="")))
         assert [row["label"] for row in rows] == [row["decision"] for row in rows]
         assert [row["label"] for row in rows] == ["", "", "drop"]
-        before = session.labels.file.read_text()
-        for what, body in (
-            ("label", {"rows": [1, 4], "label": "a"}),
-            ("decide", {"decisions": [[1, "drop"]]}),
+        for what, body, count in (
+            ("label", {"rows": [1, 4], "label": "a"}, "1 of these 2"),
+            ("decide", {"decisions": [[1, "drop"]]}, "1 of these 1"),
         ):
             answer = post(client, what, body)
-            assert answer.status_code == 400 and "2 images are named same.png" in answer.text
-        assert session.labels.file.read_text() == before
+            assert answer.status_code == 400 and f"{count} images share their path" in answer.text
+        labels, decisions = session.labels.values, session.decisions.values
+        assert labels["same.png"] == decisions["same.png"] == "keep" and labels[paths[4]] == "a"
     session.close()
 
 
@@ -542,6 +542,12 @@ def test_a_dot_is_the_folder_of_an_embedding_or_of_images(
     monkeypatch.chdir(photos)
     assert find_embedding(".").absolute() == photos / "photos.parquet"
     assert find_embedding(".").absolute() == photos / "photos.parquet"
+    monkeypatch.chdir(tmp_path)
+    assert find_embedding("photos") == photos / "photos.parquet"
+    other = tmp_path / "other"  # with an embedding of its name, of images elsewhere
+    embed(run, folder, out=other / "other.parquet", device="cpu")
+    monkeypatch.chdir(other)
+    assert find_embedding(".") == other
 
 
 def test_no_labels_and_splits_count_for_what_is_embedded_and_no_other_embedding_is_taken(

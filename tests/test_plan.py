@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -76,6 +77,13 @@ def test_images_that_are_held_out_are_no_steps(capsys):
     facts = plan("shapes", **settings)
     assert facts["steps"]["per_epoch"] == len(prepare_data(recipe, source).train) // 32 == 1
     assert "6 of the images are not trained on" in capsys.readouterr().out
+
+
+def test_more_images_held_out_than_there_are_is_one_line():
+    words = {k: v for k, v in TINY.items() if k != "epochs"} | {"limit": 64, "holdout": 64}
+    for command in (plan, partial(pretrain, minutes=1, out="run")):
+        with pytest.raises(UsageError, match="cannot hold out 64 of 64 images: give 1 to 63"):
+            command("shapes", **words)
 
 
 def test_more_classes_than_outputs_are_one_line():

@@ -165,7 +165,12 @@ def read_labels(path: Path, images: Embeddings) -> dict[int, str]:
                 f"{path}, line {number}: the label {truncate(label, repr)} has no path"
             )
         written = (plain_text(name), name, name.strip())
-        i = images.find(next((text for text in written if images.positions(text)), name.strip()))
+        try:
+            i = images.find(
+                next((text for text in written if images.positions(text)), name.strip())
+            )
+        except UsageError as error:
+            raise UsageError(f"{path}, line {number}: {error}") from None
         if label_of.setdefault(i, label) != label:
             raise UsageError(
                 f"{path}, line {number}: {printable(truncate(name))} already has another label, "

@@ -136,10 +136,13 @@ def evaluate(
         option = "" if no_labels else ", or name a SOURCE whose labels may be used"
         names = ", ".join(name for name in protocols if name != "label_free")
         raise UsageError(f"{given}, and {names} need labels: use --protocol label_free{option}")
-    if require_labels and _are_of_training(folder.recipe, source, splits):
-        split = split_beside_training(opened, folder.recipe, checkpoint)
+    adapted, recipe = bool(folder.json("adapt.json")), folder.recipe
+    if require_labels and not adapted and _are_of_training(recipe, source, splits):
+        split = split_beside_training(opened, recipe, checkpoint)
     else:
         split = split_train_test(opened, require_labels=require_labels)
+        if adapted and recipe.method.target == "labels":
+            split[2]["test"] += ", whose labels may have trained the weights that were adapted"
     data = _load_data(folder, opened.name, split, limit)
     compute = Compute.pick(device, precision)
     frozen = FrozenNetwork(

@@ -120,9 +120,12 @@ def find_embedding(
     file = Path(f"{name}.parquet")
     if file.exists() and not is_embedding(file):
         file = Path(f"{name}-embedding.parquet")
-    # In a folder of images, `explore .` finds what it has written there, not the whole folder.
-    is_here = path == Path.cwd() and file.exists()
-    if is_embedding(what) and not is_here:
+    # What `explore .` has written in a folder of images is that of the folder, from anywhere.
+    inside = path / f"{name}.parquet"
+    has_own = inside.is_file() and is_embedding(inside) and _is_of(inside, path)
+    if has_own:
+        file = inside
+    elif is_embedding(what):
         if no_labels or splits:
             raise UsageError(
                 f"{printable(str(path))} is an embedding: --no-labels and --splits are for images "
@@ -145,6 +148,11 @@ def find_embedding(
     encoder = choose_encoder(None, None, source_names(source), 3, splits)
     run = encoder.run or encoder.name
     return embed(run, source, out=file, no_labels=no_labels, splits=splits)
+
+
+def _is_of(file: Path, folder: Path) -> bool:
+    """Whether an embedding was made of the images in a folder."""
+    return read_embeddings(file).metadata.get("sources") == [str(folder)]
 
 
 def _check_same(

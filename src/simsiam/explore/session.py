@@ -152,15 +152,21 @@ class Session:
         """List the labels by position, as `simsiam probe` reads them."""
         return self.rows_of(self.labels)
 
-    def _by_path(self, texts: Mapping[int, str]) -> dict[str, str]:
-        """Name images by their paths; raise UsageError if one has the path of another one."""
+    def _change(self, table: PathTable, texts: Mapping[int, str]) -> None:
+        """Change labels or decisions; raise UsageError for those that share their path."""
         paths, places = self.images.paths, self.images.positions_by_name
-        if repeated := [paths[row] for row in texts if len(places[paths[row]]) > 1]:
+        own = {paths[row]: text for row, text in texts.items() if len(places[paths[row]]) == 1}
+        if own:
+            table.change(own)
+            self.version += 1
+            if table is self.labels:
+                self.fit()
+        if shared := len(texts) - len(own):
             raise UsageError(
-                f"{len(places[repeated[0]])} images are named {printable(repeated[0])}, and labels "
-                "and decisions are kept by name: give each image its own name and embed them again"
+                f"{shared} of these {len(texts)} images share their path with another one and are "
+                "left as they were, because labels and decisions are kept by path: give each image "
+                "its own name and embed them again"
             )
-        return {paths[row]: text for row, text in texts.items()}
 
     def label(self, rows: list[int], label: str, classes: Sequence[str] = ()) -> None:
         """Label images.
@@ -171,12 +177,11 @@ class Session:
             classes: The classes in the order of their keys; others come after them.
 
         Raises:
-            UsageError: Another image has the path of one of these.
+            UsageError: Other images have the paths of some of these; the others are labeled.
         """
-        self.labels.change(self._by_path(dict.fromkeys(rows, label)))
-        known = [*classes, *self.classes, *sorted(set(self.labels.values.values()))]
+        known = [*classes, *self.classes, *sorted({*self.labels.values.values(), label} - {""})]
         self.classes = list(dict.fromkeys(known))
-        self._changed()
+        self._change(self.labels, dict.fromkeys(rows, label))
 
     def decide(self, decisions: dict[int, str]) -> None:
         """Keep or drop images.
@@ -185,12 +190,12 @@ class Session:
             decisions: KEEP, DROP or "" of each image.
 
         Raises:
-            UsageError: Another decision, or another image has the path of one of these.
+            UsageError: Another decision, or other images have the paths of some of these; the
+                others are decided.
         """
         if wrong := set(decisions.values()) - {KEEP, DROP, ""}:
             raise UsageError(f"{printable(wrong.pop())} is no decision: keep, drop or nothing")
-        self.decisions.change(self._by_path(decisions))
-        self.version += 1
+        self._change(self.decisions, decisions)
 
     def undo(self, what: PathTable) -> None:
         """Take back the last change of the labels or of the decisions.

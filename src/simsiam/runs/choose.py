@@ -9,7 +9,8 @@ import numpy as np
 
 from simsiam.config import recipes
 from simsiam.config.recipes import Recipe
-from simsiam.data.images import measure_sizes, sampled_error
+from simsiam.data.images import Images, measure_sizes, sampled_error
+from simsiam.errors import UsageError
 from simsiam.sources.open_source import Source
 
 FOLDER = "folder"  # the name of the recipe for folders
@@ -72,12 +73,29 @@ def held_out_count(recipe: Recipe, source: Source, count: int) -> int:
         recipe: The recipe.
         source: The opened source.
         count: Number of training images.
+
+    Raises:
+        UsageError: None would be left.
     """
-    labeled_val = source.val is not None and source.val.labels is not None
-    use_val = labeled_val and source.test is not None and recipe.holdout is None
-    if source.train.labels is None or use_val:
+    if source.train.labels is None or monitored_val(recipe, source) is not None:
         return 0
-    return min(count // 10, 5000) if recipe.holdout is None else recipe.holdout
+    held_out = min(count // 10, 5000) if recipe.holdout is None else recipe.holdout
+    if held_out >= count > 0:
+        raise UsageError(f"cannot hold out {held_out} of {count} images: give 1 to {count - 1}")
+    return held_out
+
+
+def monitored_val(recipe: Recipe, source: Source) -> Images | None:
+    """Return the labeled images of the split `val`, if training is monitored with them.
+
+    Args:
+        recipe: The recipe.
+        source: The opened source.
+    """
+    if source.val is None or source.val.labels is None or recipe.holdout == 0:
+        return None
+    used = source.train.labels is None or (recipe.holdout is None and source.test is not None)
+    return source.val if used else None
 
 
 def summarize_folder_recipe(recipe: Recipe) -> str:

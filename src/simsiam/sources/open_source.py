@@ -693,8 +693,8 @@ def _load_parquet(path: str, files: Sequence[ShardFile], options: _Options) -> S
         distinct_names |= kinds - {()}  # another split may name its classes by texts
         if max(len(kinds), len(distinct_names)) > 1 and not options.no_labels:
             raise UsageError(
-                f"the Parquet files in {printable(path)} disagree about the class names; "
-                "--no-labels ignores them"
+                f"the Parquet files in {printable(path)} disagree about the class names, or some "
+                "have none; --no-labels ignores them"
             )
         complete = len(labeled) == len(labels) and not options.no_labels
         codes = np.concatenate(labeled) if complete else None

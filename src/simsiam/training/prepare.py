@@ -26,7 +26,7 @@ from simsiam.model.precision import Compute
 from simsiam.model.siamese import Siamese, build
 from simsiam.model.targets import KMeansTarget, MovingAverageTarget, TeacherTarget
 from simsiam.monitoring.features import extract_features
-from simsiam.runs.choose import held_out_count
+from simsiam.runs.choose import held_out_count, monitored_val
 from simsiam.runs.encoder import eval_transform, load
 from simsiam.runs.weights import load_init_weights, open_weights
 from simsiam.sources.disk_cache import with_disk_cache
@@ -86,7 +86,7 @@ def prepare_data(recipe: ResolvedRecipe, source: Source) -> RunData:
     if count := held_out_count(recipe, source, len(train)):
         train, held_out = hold_out(train, count)
         bank = train
-    elif (val := source.val) is not None and val.labels is not None and recipe.holdout != 0:
+    elif (val := monitored_val(recipe, source)) is not None:
         held_out, unreadable_val = load_into_memory(val, limit_bytes)
         unreadable, total_images = unreadable + unreadable_val, total_images + len(val)
         if train.labels is None:

@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import nn
-from typing_extensions import TypedDict
+from typing_extensions import NotRequired, TypedDict
 
 from simsiam.config.recipes import SPRINT, ResolvedRecipe
 from simsiam.data.images import Images, load_into_memory, sample
@@ -57,7 +57,7 @@ class MeasuredCurve(TypedDict):
 
     curve: Curve
     threads: int  # of torch
-    plain_loop: str  # whose modules the plain loop had
+    plain_loop: NotRequired[str]  # whose modules the plain loop had
 
 
 def time_to_accuracy(
@@ -111,7 +111,7 @@ def time_to_accuracy(
             curves.setdefault(name, {})[str(seed)] = [(s, a) for s, a in found["curve"]]
             threads.setdefault(name, {})[str(seed)] = found["threads"]
             if name.startswith(PLAIN_LOOP):
-                modules.add(found["plain_loop"])
+                modules.add(found.get("plain_loop", "unknown origin"))
                 report[PLAIN_LOOP] = " or ".join(sorted(modules))
             report["minutes_to"] = {
                 name: {f"{level:g}": minutes_to(level, of_seeds.values()) for level in LEVELS}
