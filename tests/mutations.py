@@ -590,7 +590,7 @@ MUTATIONS = [
     m(
         "hold out more images than there are",
         "runs/choose",
-        "if held_out >= count > 0:",
+        "if held_out and count:",
         "if False:",
         "plan.py::test_more_images_held_out_than_there_are_is_one_line",
     ),

@@ -272,6 +272,20 @@ def quick_sample(images: Images, limit: int) -> Images:
     return sample(images, limit)
 
 
+def check_hold_out(count: int, total: int) -> None:
+    """Check that some images can be held out, and that some are left.
+
+    Args:
+        count: Number of images to hold out.
+        total: Number of images.
+
+    Raises:
+        UsageError: Unless 0 < count < total.
+    """
+    if not 0 < count < total:
+        raise UsageError(f"cannot hold out {count} of {total} images: give 1 to {total - 1}")
+
+
 def hold_out(images: Images, count: int, seed: int = 0) -> tuple[Images, Images]:
     """Split off images, each class in proportion.
 
@@ -286,10 +300,7 @@ def hold_out(images: Images, count: int, seed: int = 0) -> tuple[Images, Images]
     Raises:
         UsageError: Unless 0 < count < N.
     """
-    if not 0 < count < len(images):
-        raise UsageError(
-            f"cannot hold out {count} of {len(images)} images: give 1 to {len(images) - 1}"
-        )
+    check_hold_out(count, len(images))
     order = np.random.default_rng(seed).permutation(len(images))
     if images.labels is not None:
         order = order[np.argsort(images.labels[order], kind="stable")]  # shuffled within each class

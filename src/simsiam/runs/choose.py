@@ -9,8 +9,7 @@ import numpy as np
 
 from simsiam.config import recipes
 from simsiam.config.recipes import Recipe
-from simsiam.data.images import Images, measure_sizes, sampled_error
-from simsiam.errors import UsageError
+from simsiam.data.images import Images, check_hold_out, measure_sizes, sampled_error
 from simsiam.sources.open_source import Source
 
 FOLDER = "folder"  # the name of the recipe for folders
@@ -80,8 +79,8 @@ def held_out_count(recipe: Recipe, source: Source, count: int) -> int:
     if source.train.labels is None or monitored_val(recipe, source) is not None:
         return 0
     held_out = min(count // 10, 5000) if recipe.holdout is None else recipe.holdout
-    if held_out >= count > 0:
-        raise UsageError(f"cannot hold out {held_out} of {count} images: give 1 to {count - 1}")
+    if held_out and count:
+        check_hold_out(held_out, count)
     return held_out
 
 

@@ -40,12 +40,7 @@ from simsiam.training.budget import (
 )
 from simsiam.training.finish import finish
 from simsiam.training.loop import run_training
-from simsiam.training.prepare import (
-    RunData,
-    TrainingSetup,
-    build_training_setup,
-    prepare_data,
-)
+from simsiam.training.prepare import RunData, TrainingSetup, build_training_setup, prepare_data
 from simsiam.training.pretrain import Pretraining
 from simsiam.training.progress import format_labeled_lines
 
